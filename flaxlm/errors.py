@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors for users: one line of cause, one line of cure, one exit code each."""
+
+
+class FlaxLMError(Exception):
+  """What the user can mend. `cause` says what is wrong, `cure` what would work."""
+
+  exit_code = 1
+
+  def __init__(self, cause: str, cure: str = ""):
+    super().__init__(f"{cause}\n  {cure}" if cure else cause)
+    self.cause, self.cure = cause, cure
+
+
+class ConfigError(FlaxLMError):
+  """A config file, a flag or another input of the command line is wrong."""
+
+  exit_code = 2
+
+
+class DataError(FlaxLMError):
+  """A corpus or a tokenizer is missing, empty, damaged or does not fit."""
+
+  exit_code = 3
+
+
+class CheckpointError(FlaxLMError):
+  """A checkpoint is missing, damaged, or belongs to another configuration."""
+
+  exit_code = 4
+
+
+class NonFiniteError(FlaxLMError):
+  """The loss, the gradient or the logits became NaN or infinite."""
+
+  exit_code = 5
+
+
+class OutOfMemoryError(FlaxLMError):
+  """The accelerator's memory does not hold the program."""
+
+  exit_code = 8
+
+
+PREEMPTED = 75  # EX_TEMPFAIL: the run was told to stop, saved its state, and can resume
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
