@@ -7,11 +7,17 @@ Expected: held-out bits per byte below 1.9; gzip -9 needs about 1.93 for the sam
 Command:  python train.py
 """
 
-from flaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from flaxlm.config import (
+  Config,
+  DataConfig,
+  ModelConfig,
+  OptimizerConfig,
+  TrainingConfig,
+)
 
 config = Config(
   model=ModelConfig(depth=4, width=128, num_heads=4, context=256),
   data=DataConfig(corpus="stdlib", seq_len=256, batch_size=16),
   optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
-  training=TrainingConfig(num_steps=600, eval_every_steps=200),
+  training=TrainingConfig(num_steps=600, eval_every_steps=200, sample_prompt="def "),
 )

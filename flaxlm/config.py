@@ -135,7 +135,10 @@ class TrainingConfig:
   remat: Literal["none", "dots", "full"] = knob(
     "none", "kept for the backward pass: all, matmul results, or only block inputs"
   )
-  scanned: bool = knob(False, "one compiled block looped over (compiles faster, runs slower)")
+  scanned: bool = knob(
+    False, "one compiled block looped over (compiles faster, runs slower)"
+  )
+  sample_prompt: str = knob("", "continued for you when training ends")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,7 +232,10 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
       "",
     )
   if cfg.name is not None and (Path(cfg.name).name != cfg.name or cfg.name in (".", "..")):
-    yield f"name={cfg.name!r} is not a plain directory name", "use letters, digits, - and _"
+    yield (
+      f"name={cfg.name!r} is not a plain directory name",
+      "use letters, digits, - and _",
+    )
   yield from _mesh_mistakes(cfg.mesh)
 
 
@@ -341,7 +347,9 @@ def _field_type(name: str) -> Any:
     near = [path for path in table if last in path.split(".")[-1].split("_")]
     near = sorted(near, key=len)[:2]
   near = near or difflib.get_close_matches(name, table, 2, 0.6)
-  cure = f"did you mean --{' or --'.join(near)}?" if near else "flaxlm train --help lists all"
+  cure = (
+    f"did you mean --{' or --'.join(near)}?" if near else "flaxlm train --help lists all"
+  )
   raise ConfigError(f"unknown option --{name}", cure)
 
 

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: parses, and calls one function per command.
+
+Each command imports what it needs when it runs, so that --help is instant.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import traceback
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal
+
+from flaxlm import __version__
+from flaxlm.config import knobs, load_config, override
+from flaxlm.errors import (
+  INTERRUPTED,
+  CheckpointError,
+  ConfigError,
+  FlaxLMError,
+  OutOfMemoryError,
+)
+
+DEFAULT_CONFIG = "stdlib_tiny"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs one command and returns its exit code (DESIGN: 0, 2-8, 75, 130)."""
+  arguments = list(sys.argv[1:] if arguments is None else arguments)
+  debug = os.environ.get("FLAXLM_DEBUG") == "1"
+  try:
+    args, rest = build_parser().parse_known_args(arguments)
+    if rest and not args.takes_overrides:
+      raise ConfigError(f"unknown argument {rest[0]}", f"flaxlm {args.command} --help")
+    return args.run(args, rest)
+  except FlaxLMError as e:
+    if debug:
+      traceback.print_exc()
+    print(f"flaxlm: {e}", file=sys.stderr)
+    return e.exit_code
+  except KeyboardInterrupt:
+    return INTERRUPTED
+  except BrokenPipeError:  # the reader of our output went away, as `| head` does
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - it must outlive us
+    return 0
+  except RuntimeError as e:
+    if "RESOURCE_EXHAUSTED" not in str(e) or debug:
+      raise
+    error = OutOfMemoryError(
+      f"out of device memory: {str(e).splitlines()[0]}",
+      "lower --data.batch_size, raise --training.accumulation_steps, or "
+      "use --training.remat=full",
+    )
+    print(f"flaxlm: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def build_parser() -> argparse.ArgumentParser:
+  parser = Parser(prog="flaxlm", description="Language models in JAX and Flax.")
+  parser.add_argument("--version", action="version", version=f"flaxlm {__version__}")
+  commands = parser.add_subparsers(
+    dest="command", required=True, metavar="COMMAND", parser_class=Parser
+  )
+  for add in (add_train, add_infer, add_eval, add_ckpt, add_bench):
+    add(commands)
+  return parser
+
+
+class Parser(argparse.ArgumentParser):
+  """argparse whose errors are ours: one line of cause, one of cure, exit code 2."""
+
+  def __init__(self, *args: Any, **kwargs: Any):
+    super().__init__(*args, allow_abbrev=False, **kwargs)
+    self.set_defaults(takes_overrides=False)
+
+  def error(self, message: str) -> typing.NoReturn:
+    raise ConfigError(message, f"{self.prog} --help")
+
+
+# -- train -------------------------------------------------------------------------------
+
+
+def add_train(commands: Any) -> None:
+  parser = commands.add_parser(
+    "train",
+    help="train a config, or resume its run",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    description="Trains CONFIG into runs/<name>/; running it again resumes.",
+    epilog=describe_knobs(),
+  )
+  parser.add_argument(
+    "config", nargs="?", default=DEFAULT_CONFIG, help="a file, or a name in configs/"
+  )
+  parser.set_defaults(run=run_train, takes_overrides=True)
+
+
+def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
+  if args.config.startswith("--"):
+    overrides, args.config = [args.config, *overrides], DEFAULT_CONFIG
+  cfg = override(load_config(args.config), overrides)
+  cfg.check()
+
+  from flaxlm.training.loop import train
+
+  return train(cfg)
+
+
+def describe_knobs() -> str:
+  """Every config field: how to spell it, its type and default, and what it means."""
+  lines = ["config fields (--section.field=value):"]
+  for name, kind, field in knobs():
+    default = field.default
+    if default is dataclasses.MISSING:
+      default = field.default_factory()
+    choices = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+      kind_text = "|".join(choices)
+    elif typing.get_origin(kind) is UnionType:
+      kind_text = choices[0].__name__
+    else:
+      kind_text = getattr(kind, "__name__", str(kind))
+    text = str(default).lower() if default is None else str(default)
+    lines.append(f"  --{name}  {field.metadata['help']}  [{kind_text}, {text}]")
+  return "\n".join(lines).replace("%", "%%")
+
+
+# -- infer -------------------------------------------------------------------------------
+
+
+def add_infer(commands: Any) -> None:
+  parser = commands.add_parser("infer", help="continue prompts with a trained run")
+  parser.add_argument("path", nargs="?", metavar="RUN", help="default: the newest run")
+  parser.add_argument("--prompt", action="append", default=[], help="may be repeated")
+  parser.add_argument("--prompt-file", help="a file with one prompt, or - for stdin")
+  parser.add_argument("--output", help="write to this file instead of stdout")
+  parser.add_argument(
+    "--interactive", action="store_true", help="read prompts line by line"
+  )
+  parser.add_argument("--max-new-tokens", type=int)
+  parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
+  parser.add_argument("--top-k", type=int)
+  parser.add_argument("--top-p", type=float)
+  parser.add_argument("--min-p", type=float)
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--stop", action="append", default=[], help="may be repeated")
+  parser.add_argument("--num-samples", type=int, default=1, help="completions per prompt")
+  parser.add_argument("--json", action="store_true", help="one JSON object per sample")
+  parser.add_argument("--runs-dir", default="runs")
+  add_devices(parser)
+  parser.set_defaults(run=run_infer)
+
+
+def add_devices(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("--mesh", default="data=-1", help="as in data=2,tensor=4")
+  parser.add_argument("--simulated-devices", type=int, help="CPU only")
+
+
+def open_run(args: argparse.Namespace) -> Any:
+  """The run that the command line names, on the devices that it names."""
+  from flaxlm.config import parse_mesh
+  from flaxlm.data.sources import data_dir
+  from flaxlm.decoding.runs import find_run, load_run
+  from flaxlm.sharding import make_mesh, start_jax
+
+  path = find_run(args.path, args.runs_dir)
+  start_jax(args.simulated_devices, data_dir() / "xla")
+  warn = lambda line: print(line, file=sys.stderr)  # noqa: E731
+  return load_run(path, make_mesh(parse_mesh(args.mesh)), warn)
+
+
+def run_infer(args: argparse.Namespace, _: list[str]) -> int:
+  prompts = [*args.prompt]
+  if args.prompt_file:
+    prompts.append(read_text(args.prompt_file))
+  if not prompts and not args.interactive:
+    raise ConfigError("there is no prompt", 'give --prompt "..." or --interactive')
+  if args.num_samples < 1:
+    raise ConfigError(f"num-samples is {args.num_samples}", "it is at least 1")
+
+  from flaxlm.decoding.completions import Completion, complete
+  from flaxlm.decoding.sampling import make_sampling
+
+  rules = (args.temperature, args.top_k, args.top_p, args.min_p)
+  make_sampling(1, *rules)  # a mistake here should not wait for the checkpoint
+  run = open_run(args)
+
+  def answer(prompts: list[str], out: typing.TextIO) -> None:
+    rows = [prompt for prompt in prompts for _ in range(args.num_samples)]
+    streams = len(rows) == 1 and not args.json
+    show = lambda _, piece: print(piece, end="", file=out, flush=True)  # noqa: E731
+    if streams:
+      show(0, rows[0])
+    results = complete(
+      run,
+      rows,
+      make_sampling(len(rows), *rules),
+      args.max_new_tokens,
+      args.seed,
+      args.stop,
+      on_text=show if streams else None,
+    )
+    print_completions(results, streams, out)
+
+  def print_completions(
+    results: list[Completion], streamed: bool, out: typing.TextIO
+  ) -> None:
+    for number, result in enumerate(results):
+      if args.json:
+        print(json.dumps(dataclasses.asdict(result)), file=out)
+      elif streamed:
+        print(file=out)
+      else:
+        print(f"--- {number + 1}\n{result.prompt}{result.completion}", file=out)
+
+  with open_output(args.output) as out:
+    if prompts:
+      answer(prompts, out)
+    if args.interactive:
+      for line in read_lines():
+        answer([line], out)
+  return 0
+
+
+def read_text(path: str) -> str:
+  """A file's text, or all of standard input for "-"."""
+  try:
+    return sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
+  except (OSError, UnicodeDecodeError) as e:
+    raise ConfigError(f"{path} cannot be read: {e}") from e
+
+
+def read_lines() -> typing.Iterator[str]:
+  """Prompts typed one by one, until the end of input."""
+  while True:
+    print("> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+      return
+    yield line.rstrip("\n")
+
+
+def open_output(path: str | None) -> Any:
+  """The file to write to, or stdout left open."""
+  if path is None:
+    return contextlib.nullcontext(sys.stdout)
+  try:
+    return Path(path).open("w", encoding="utf-8")
+  except OSError as e:
+    raise ConfigError(f"{path} cannot be written: {e}") from e
+
+
+# -- eval --------------------------------------------------------------------------------
+
+
+def add_eval(commands: Any) -> None:
+  parser = commands.add_parser("eval", help="loss and bits per byte on held-out text")
+  parser.add_argument("path", nargs="?", metavar="RUN", help="default: the newest run")
+  parser.add_argument("--split", choices=("validation", "train"), default="validation")
+  parser.add_argument("--corpus", help="default: the corpus that the run was trained on")
+  parser.add_argument("--batches", type=int, help="at most so many; default: all")
+  parser.add_argument("--json", action="store_true")
+  parser.add_argument("--output", help="write to this file instead of stdout")
+  parser.add_argument("--runs-dir", default="runs")
+  add_devices(parser)
+  parser.set_defaults(run=run_eval)
+
+
+def run_eval(args: argparse.Namespace, _: list[str]) -> int:
+  if args.batches is not None and args.batches < 1:
+    raise ConfigError(f"batches is {args.batches}", "it is at least 1")
+  run = open_run(args)
+
+  from flaxlm.training.loop import describe_evaluation, evaluate_run
+
+  values = evaluate_run(run, args.corpus or run.cfg.data.corpus, args.split, args.batches)
+  with open_output(args.output) as out:
+    if args.json:
+      print(json.dumps({"step": run.step, **values}), file=out)
+    else:
+      print(f"{run.path} at step {run.step}: {describe_evaluation(values)}", file=out)
+  return 0
+
+
+# -- ckpt --------------------------------------------------------------------------------
+
+
+def add_ckpt(commands: Any) -> None:
+  parser = commands.add_parser("ckpt", help="what is stored, and whether it is whole")
+  parser.add_argument("action", choices=("list", "verify"))
+  parser.add_argument("path", nargs="?", metavar="RUN", help="default: the newest run")
+  parser.add_argument("--json", action="store_true")
+  parser.add_argument("--runs-dir", default="runs")
+  parser.set_defaults(run=run_ckpt)
+
+
+def run_ckpt(args: argparse.Namespace, _: list[str]) -> int:
+  from flaxlm.checkpoint.manifest import damage, saved_steps
+  from flaxlm.decoding.runs import CHECKPOINTS, find_run
+
+  directory = find_run(args.path, args.runs_dir) / CHECKPOINTS
+  whole = True
+  for step in saved_steps(directory):
+    files = [path for path in (directory / str(step)).rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    problems = damage(directory / str(step)) if args.action == "verify" else []
+    whole &= not problems
+    if args.json:
+      print(json.dumps({"step": step, "bytes": size, "problems": problems}))
+    else:
+      verdict = {"list": "", "verify": "  whole"}[args.action]
+      print(f"step {step:>8}  {size / 1e6:10.1f} MB{'' if problems else verdict}")
+      for problem in problems:
+        print(f"  {problem}")
+  return 0 if whole else CheckpointError.exit_code
+
+
+# -- bench -------------------------------------------------------------------------------
+
+
+def add_bench(commands: Any) -> None:
+  parser = commands.add_parser("bench", help="achieved speed on this machine")
+  parser.add_argument("suite", choices=("train",))
+  parser.add_argument("--vs", choices=("torch",), help="a peer, measured in turn")
+  parser.add_argument("--json", action="store_true", help="one JSON object per case")
+  parser.add_argument("--output", help="write to this file instead of stdout")
+  parser.set_defaults(run=run_bench)
+
+
+def run_bench(args: argparse.Namespace, _: list[str]) -> int:
+  from flaxlm.benchmark.report import print_results
+  from flaxlm.benchmark.train import bench_train
+
+  results = bench_train(args.vs)
+  with open_output(args.output) as out:
+    print_results(results, args.json, out)
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TFDS datasets: ours, built from local files, and the public ones.
+
+Always array_record files and `as_data_source`: TFDS's default format needs TensorFlow.
+"""
+
+import contextlib
+import difflib
+import io
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from absl import logging as absl_logging
+
+from flaxlm.data.sources import SPLITS, Corpus, Document
+from flaxlm.errors import DataError
+
+FILE_FORMAT = "array_record"
+REACHABLE_SECONDS = 4.0
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Silences TFDS: no progress bars, no notes, nothing on stdout."""
+  tfds.disable_progress_bar()
+  verbosity = absl_logging.get_verbosity()
+  absl_logging.set_verbosity(absl_logging.ERROR)
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      yield
+  finally:
+    absl_logging.set_verbosity(verbosity)
+
+
+class LocalTextConfig(tfds.core.BuilderConfig):
+  """The documents, and a name that changes with them: TFDS prepares a name once."""
+
+  def __init__(self, corpus: Corpus):
+    kind = corpus.name.partition(":")[0]
+    super().__init__(name=f"{kind}-{corpus.fingerprint[:16]}")
+    self.documents = corpus.documents
+
+
+class LocalText(tfds.core.GeneratorBasedBuilder):
+  """Local text files as a TFDS dataset."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  BUILDER_CONFIGS: Sequence[Any] = []
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    features = tfds.features.FeaturesDict(
+      {"text": tfds.features.Text(), "path": tfds.features.Text()}
+    )
+    return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+    documents = self.builder_config.documents
+    return {
+      split: self._generate_examples([d for d in documents if d.split == split])
+      for split in SPLITS
+    }
+
+  def _generate_examples(
+    self, documents: Sequence[Document]
+  ) -> Iterator[tuple[int, dict[str, str]]]:
+    for number, document in enumerate(documents):
+      yield number, {"text": document.read(), "path": document.name}
+
+
+class TextSource(Sequence):
+  """The text of a TFDS data source: `source[i]` is a str."""
+
+  def __init__(self, records: Sequence[Mapping[str, Any]], feature: str):
+    self._records, self._feature = records, feature
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __iter__(self) -> Iterator[str]:
+    return map(self.__getitem__, range(len(self)))
+
+  def __getitem__(self, index):
+    text = self._records[index][self._feature]
+    return text if isinstance(text, str) else text.decode("utf-8", "replace")
+
+
+@_quiet()
+def read_local(corpus: Corpus, split: str, root: Path) -> TextSource:
+  """A split of a local corpus; the first call copies the corpus into a TFDS dataset."""
+  builder = LocalText(
+    config=LocalTextConfig(corpus), data_dir=str(root), file_format=FILE_FORMAT
+  )
+  builder.download_and_prepare()
+  return TextSource(builder.as_data_source(split), "text")
+
+
+@_quiet()
+def read_prepared(folder: Path, split: str) -> TextSource:
+  """A split of the dataset in `folder`.
+
+  Without a `validation` split, `test` stands in, or else the last 5% of `train`.
+  """
+  builder = tfds.builder_from_directory(str(folder))
+  texts = [k for k, f in builder.info.features.items() if isinstance(f, tfds.features.Text)]
+  feature = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
+  if feature is None:
+    raise DataError(
+      f"{folder} has {len(texts)} text features ({', '.join(texts) or 'none'})",
+      "a corpus needs one, or one called `text`",
+    )
+  choices = {"train": "train", "validation": "validation"}
+  if "validation" not in builder.info.splits:
+    choices["validation"] = "test"
+    if "test" not in builder.info.splits:
+      choices = {"train": "train[:95%]", "validation": "train[95%:]"}
+  try:
+    return TextSource(builder.as_data_source(choices[split]), feature)
+  except (NotImplementedError, ValueError) as e:  # another file format, no such split
+    raise DataError(f"cannot read {choices[split]} of {folder}: {_first_line(e)}") from e
+
+
+@_quiet()
+def download(dataset: str, root: Path) -> Path:
+  """Prepares the public dataset NAME[/CONFIG] below `root`; returns its folder."""
+  try:
+    builder = tfds.builder(dataset, data_dir=str(root), file_format=FILE_FORMAT)
+  except tfds.core.DatasetNotFoundError as e:
+    name = dataset.partition("/")[0]
+    near = difflib.get_close_matches(name, _public_names(str(e)), 3)
+    cure = f"did you mean {' or '.join(near)}?" if near else "see tensorflow.org/datasets"
+    raise DataError(f"TFDS has no dataset {name!r}", cure) from e
+  except Exception as e:  # a dataset's own code runs here, and may raise anything
+    raise DataError(f"cannot open tfds:{dataset}: {_first_line(e)}") from e
+  if not builder.is_prepared():
+    urls = [url for url in builder.url_infos or () if url.startswith("http")]
+    if urls and not _reachable(urls[0]):
+      raise DataError(
+        f"cannot download tfds:{dataset}: {urls[0]} does not answer",
+        f"prepare it where there is a network and copy {root}, or use files:GLOB",
+      )
+    try:
+      builder.download_and_prepare()
+    except Exception as e:
+      raise DataError(f"cannot prepare tfds:{dataset}: {_first_line(e)}") from e
+  return Path(builder.data_dir)
+
+
+def _public_names(message: str) -> set[str]:
+  # Only the error lists them: tfds.list_builders() imports TensorFlow.
+  return {line[3:] for line in message.splitlines() if line.startswith("\t- ")}
+
+
+def _reachable(url: str) -> bool:
+  """Whether a server answers in time; TFDS itself would try for minutes."""
+  answers = []
+
+  def ask() -> None:
+    request = urllib.request.Request(url, method="HEAD")
+    try:
+      urllib.request.urlopen(request, timeout=REACHABLE_SECONDS).close()
+      answers.append(True)
+    except urllib.error.HTTPError:
+      answers.append(True)  # it answers, if only to refuse HEAD
+    except (OSError, ValueError):
+      pass
+
+  # A thread, because no timeout covers the name look-up.
+  thread = threading.Thread(target=ask, daemon=True)
+  thread.start()
+  thread.join(REACHABLE_SECONDS)
+  return bool(answers)
+
+
+def _first_line(error: Exception) -> str:
+  return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a corpus consists of: its documents, their split, and a fingerprint of it all.
+
+`find_corpus` lists and hashes with the standard library alone, in 0.1 s for `stdlib`,
+so that a second run, whose tokens are stored already, imports nothing. The text itself
+goes through TFDS, in `builders`.
+
+A local file of UTF-8 text is a document, or several, cut at line ends, if it is longer
+than 2 MiB. A file or folder called `train` or `validation` keeps that split; any other
+file is in validation if the SHA-256 of its relative path is 0 modulo 20. Neither split
+stays empty: the file with the smallest hash fills it. Of a single file the last 5% are
+validation.
+"""
+
+import codecs
+import contextlib
+import difflib
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from flaxlm.errors import ConfigError, DataError
+
+Log = Callable[[str], None]
+SPLITS = ("train", "validation")
+
+# Python distributions differ in whether they ship the tests.
+STDLIB_EXCLUDED = frozenset(
+  ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
+)
+DOCUMENT_BYTES = 2**20
+_LISTING_VERSION = 1  # enters fingerprints: raise it when the rules of this file change
+
+
+class Document(NamedTuple):
+  """The bytes start..end of a file, a document of `split`."""
+
+  split: str
+  name: str
+  path: Path
+  start: int
+  end: int
+  digest: str  # of the whole file
+
+  def read(self) -> str:
+    with self.path.open("rb") as file:
+      file.seek(self.start)
+      return file.read(self.end - self.start).decode("utf-8", "replace")
+
+
+@dataclass(frozen=True)
+class Corpus:
+  """A corpus that was found: `read` gives its text."""
+
+  name: str
+  fingerprint: str  # of all text and how it is split
+  train_fingerprint: str  # of the train split: a tokenizer depends on no more
+  documents: tuple[Document, ...] = field(default=(), repr=False)  # of local files
+  tfds_folder: Path | None = None  # of a public dataset
+
+  def read(self, split: str, root: Path) -> Sequence[str]:
+    """The documents of a split, in a fixed order; TFDS keeps its files in `root`."""
+    from flaxlm.data import builders  # importing TFDS costs 0.5 s
+
+    if self.tfds_folder:
+      return builders.read_prepared(self.tfds_folder, split)
+    return builders.read_local(self, split, root)
+
+
+def to_stderr(line: str) -> None:
+  print(line, file=sys.stderr)
+
+
+def data_dir() -> Path:
+  """Where prepared data are kept; deleting it costs the time to prepare them again."""
+  if "FLAXLM_DATA_DIR" in os.environ:
+    return Path(os.environ["FLAXLM_DATA_DIR"])
+  cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+  return Path(cache) / "flaxlm"
+
+
+def find_corpus(name: str, log: Log = to_stderr) -> Corpus:
+  """The corpus `stdlib`, `files:GLOB` (or folder, or file), `tfds:NAME[/CONFIG]`.
+
+  Downloads a TFDS dataset that is not there yet. Raises `DataError` if nothing is found.
+  """
+  kind, _, rest = name.partition(":")
+  if name == "stdlib":
+    root = Path(sysconfig.get_paths()["stdlib"])
+    python = (path for path in _walk(root, STDLIB_EXCLUDED) if path.suffix == ".py")
+    return _local_corpus(name, root, python, log)
+  if kind == "files" and rest:
+    return _local_corpus(name, *_match(rest), log)
+  if kind == "tfds" and rest:
+    return _tfds_corpus(name, rest, log)
+  known = ["stdlib", "files:GLOB", "tfds:NAME"]
+  near = difflib.get_close_matches(name, known, 1)
+  raise ConfigError(
+    f"data.corpus={name!r} is not a corpus",
+    f"did you mean {near[0]}?" if near else f"it can be {', '.join(known)}",
+  )
+
+
+@contextlib.contextmanager
+def locked(root: Path, log: Log) -> Iterator[None]:
+  """One process at a time works in `root`; the system frees a dead process's lock.
+
+  Raises `DataError` where `root` cannot be written, in the body too.
+  """
+  try:
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / "lock").open("w") as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        log(f"another process is preparing data in {root}; waiting for it")
+        fcntl.flock(file, fcntl.LOCK_EX)
+      yield
+  except OSError as e:
+    raise DataError(
+      f"cannot prepare data in {root}: {e}", "set FLAXLM_DATA_DIR to another folder"
+    ) from e
+
+
+# -- Local files -----------------------------------------------------------------------
+
+
+def _walk(root: Path, excluded: frozenset[str] = frozenset()) -> Iterator[Path]:
+  """The files below `root`, without hidden ones and without the excluded folders."""
+  for folder, subfolders, files in os.walk(root):
+    subfolders[:] = [s for s in subfolders if s not in excluded and s[0] != "."]
+    yield from (Path(folder, file) for file in files if file[0] != ".")
+
+
+def _match(pattern: str) -> tuple[Path, Iterator[Path]]:
+  """(the folder that names are relative to, the files) of a glob, a folder, a file."""
+  path = Path(pattern).expanduser()
+  if path.is_dir():
+    return path, _walk(path)
+  if path.is_file():
+    return path.parent, iter([path])
+  parts = path.parts
+  literal = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+  found = glob.iglob(str(path), recursive=True)  # noqa: PTH207: skips hidden files
+  return Path(*parts[: min(literal, len(parts) - 1)]), map(Path, found)
+
+
+def _local_corpus(name: str, root: Path, paths: Iterator[Path], log: Log) -> Corpus:
+  files: dict[str, tuple[Path, str]] = {}
+  skipped = []
+  for path in sorted(path for path in paths if path.is_file()):
+    if not path.stat().st_size:
+      continue
+    digest = _digest_of_text(path)
+    relative = path.relative_to(root).as_posix()
+    relative = relative.encode("utf-8", "backslashreplace").decode()  # names may be bytes
+    if digest is None:
+      skipped.append(relative)
+    else:
+      files[relative] = path, digest
+  if skipped:
+    log(f"{name}: skipped what is not UTF-8 text: {len(skipped)}, as {skipped[0]}")
+  if not files:
+    raise DataError(f"no documents matched {name}", "files: takes a folder, glob or file")
+  splits = _split(list(files))
+  documents = []
+  for relative, (path, digest) in files.items():
+    for split, start, end in _cut(path, splits[relative] if len(files) > 1 else None):
+      documents.append(Document(split, relative, path, start, end, digest))
+  missing = set(SPLITS) - {document.split for document in documents}
+  if missing:
+    raise DataError(f"{name} is too small: no {missing.pop()} text", "add a file")
+  return Corpus(
+    name,
+    fingerprint=_fingerprint(documents),
+    train_fingerprint=_fingerprint([d for d in documents if d.split == "train"]),
+    documents=tuple(documents),
+  )
+
+
+def _digest_of_text(path: Path) -> str | None:
+  """SHA-256 of a file; None if it is not UTF-8 text (a NUL byte means it is not)."""
+  digest = hashlib.sha256()
+  decoder = codecs.getincrementaldecoder("utf-8")()
+  try:
+    with path.open("rb") as file:
+      while block := file.read(2**20):
+        digest.update(block)
+        if "\0" in decoder.decode(block):
+          return None
+    decoder.decode(b"", final=True)
+  except (OSError, UnicodeDecodeError):
+    return None
+  return digest.hexdigest()
+
+
+def _split(names: Sequence[str]) -> dict[str, str]:
+  """The split of each file, by the rule at the top of this page."""
+  hashes = {name: int(hashlib.sha256(name.encode()).hexdigest(), 16) for name in names}
+  named = {name: _named_split(name) for name in names}
+  splits = {name: named[name] or SPLITS[hashes[name] % 20 == 0] for name in names}
+  for split in SPLITS:
+    if split not in splits.values():
+      # Only where nothing else is left does a file of a named split move.
+      candidates = [name for name in names if named[name] is None] or names
+      splits[min(candidates, key=hashes.__getitem__)] = split
+  return splits
+
+
+def _named_split(name: str) -> str | None:
+  path = Path(name)
+  return next((s for s in SPLITS if s in (*path.parts[:-1], path.stem)), None)
+
+
+def _cut(path: Path, split: str | None) -> Iterator[tuple[str, int, int]]:
+  """(split, start, end) of each document in a file; no split means both, 95% to 5%."""
+  size = path.stat().st_size
+  with path.open("rb") as file:
+    if split is None:
+      middle = _line_start(file, size * 95 // 100, size)
+      parts = [("train", 0, middle), ("validation", middle, size)]
+    else:
+      parts = [(split, 0, size)]
+    for part, start, end in parts:
+      while end - start > 2 * DOCUMENT_BYTES:
+        middle = _line_start(file, start + DOCUMENT_BYTES, end)
+        yield part, start, middle
+        start = middle
+      if end > start:
+        yield part, start, end
+
+
+def _line_start(file: BinaryIO, position: int, end: int) -> int:
+  """Where a line starts soon after `position`; where a character does if none does."""
+  file.seek(position)
+  if file.readline(DOCUMENT_BYTES).endswith(b"\n") and file.tell() < end:
+    return file.tell()
+  file.seek(position)
+  while file.read(1)[0] & 0xC0 == 0x80:  # in the middle of a character
+    position += 1
+  return position
+
+
+def _fingerprint(documents: Sequence[Document]) -> str:
+  listing = [(d.split, d.name, d.start, d.end, d.digest) for d in documents]
+  return hashlib.sha256(json.dumps([_LISTING_VERSION, listing]).encode()).hexdigest()
+
+
+# -- TFDS ------------------------------------------------------------------------------
+
+
+def _tfds_corpus(name: str, dataset: str, log: Log) -> Corpus:
+  root = data_dir() / "tfds"
+  # A default configuration has a name that only TFDS knows; then it is asked each time.
+  versions = sorted((root / dataset).glob("*.*.*/dataset_info.json"))
+  if versions:
+    folder = versions[-1].parent
+  else:
+    from flaxlm.data import builders  # importing TFDS costs 0.5 s
+
+    with locked(data_dir(), log):
+      folder = builders.download(dataset, root)
+  listing = (folder / "dataset_info.json").read_bytes()
+  fingerprint = hashlib.sha256(str(_LISTING_VERSION).encode() + listing).hexdigest()
+  return Corpus(name, fingerprint, train_fingerprint=fingerprint, tfds_folder=folder)

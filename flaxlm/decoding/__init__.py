@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding: prompts in, completions out, through one jitted loop over a cache."""

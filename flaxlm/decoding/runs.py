@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opening a run directory: its config, tokenizer and parameters, ready to use."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from flaxlm.checkpoint.manifest import newest_whole_step, saved_steps
+from flaxlm.checkpoint.store import CheckpointStore
+from flaxlm.config import Config, from_json
+from flaxlm.errors import CheckpointError
+from flaxlm.nn.models import Decoder, abstract_params, build_model
+from flaxlm.tokenizers import Tokenizer
+
+CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
+
+
+class Run(NamedTuple):
+  """A trained model, as stored at one step, and what it needs to read and write text."""
+
+  path: Path
+  cfg: Config
+  tokenizer: Tokenizer
+  step: int
+  model: Decoder
+  params: Any
+  mesh: Mesh
+
+
+def find_run(path: str | None, runs_dir: str = "runs") -> Path:
+  """`path`, or the run under `runs_dir` with the newest checkpoint.
+
+  Raises `CheckpointError`, with what is there, if there is nothing to open.
+  """
+  if path is not None:
+    candidates = [Path(path), Path(runs_dir) / path]
+    for candidate in candidates:
+      if (candidate / CONFIG).is_file():
+        return candidate
+    names = ", ".join(sorted(run.name for run in _runs(Path(runs_dir)))) or "none"
+    raise CheckpointError(f"{path} is not a run directory", f"runs here: {names}")
+  runs = [run for run in _runs(Path(runs_dir)) if saved_steps(run / CHECKPOINTS)]
+  if not runs:
+    raise CheckpointError(f"no trained run below {runs_dir}/", "python train.py makes one")
+  return max(runs, key=lambda run: (run / CHECKPOINTS).stat().st_mtime)
+
+
+def _runs(runs_dir: Path) -> list[Path]:
+  return [path.parent for path in runs_dir.glob(f"*/{CONFIG}")]
+
+
+def load_config_of(path: Path) -> Config:
+  """The resolved config of a run directory. Raises `CheckpointError` if it is unreadable."""
+  try:
+    return from_json((path / CONFIG).read_text("utf-8"), str(path / CONFIG))
+  except (OSError, ValueError) as e:
+    raise CheckpointError(f"{path / CONFIG} cannot be read: {e}") from e
+
+
+def load_run(path: Path, mesh: Mesh, warn: Any = None) -> Run:
+  """The newest whole checkpoint of a run, its parameters sharded over `mesh`.
+
+  Raises `CheckpointError` when there is none, or it does not fit its own config.
+  """
+  cfg = load_config_of(path)
+  step = newest_whole_step(path / CHECKPOINTS, warn)
+  if step is None:
+    raise CheckpointError(f"{path} has no checkpoint yet", "train it first")
+  tokenizer = Tokenizer.load(path / TOKENIZER)
+  model = build_model(cfg.model, cfg.training)
+  store = CheckpointStore(path / CHECKPOINTS)
+  try:
+    params = store.restore(step, params=abstract_params(model, mesh))["params"]
+  finally:
+    store.close()
+  return Run(path, cfg, tokenizer, step, model, params, mesh)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosing the next token from logits, each row by its own rules.
+
+The rules are arrays, so changing a temperature never recompiles.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxlm.errors import ConfigError
+
+
+class Sampling(NamedTuple):
+  """Each row's rules; build with `make_sampling`."""
+
+  temperature_B: jax.Array | np.ndarray  # 0: greedy
+  top_k_B: jax.Array | np.ndarray  # the vocabulary's size: off
+  top_p_B: jax.Array | np.ndarray  # 1: off
+  min_p_B: jax.Array | np.ndarray  # 0: off
+
+
+def make_sampling(
+  batch: int,
+  temperature: float = 1.0,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  min_p: float | None = None,
+) -> Sampling:
+  """The same rules for every row. Raises `ConfigError` for values out of range."""
+  if not 0 <= temperature < float("inf"):
+    raise ConfigError(f"temperature is {temperature}", "0 is greedy, 1 the model's own")
+  if top_k is not None and top_k < 1:
+    raise ConfigError(f"top-k is {top_k}", "it is at least 1, or left out")
+  if top_p is not None and not 0 < top_p <= 1:
+    raise ConfigError(f"top-p is {top_p}", "it is above 0 and at most 1, or left out")
+  if min_p is not None and not 0 <= min_p <= 1:
+    raise ConfigError(f"min-p is {min_p}", "it is from 0 to 1, or left out")
+  return Sampling(
+    temperature_B=np.full(batch, temperature, np.float32),
+    top_k_B=np.full(batch, min(top_k or 2**30, 2**30), np.int32),
+    top_p_B=np.full(batch, 1.0 if top_p is None else top_p, np.float32),
+    min_p_B=np.full(batch, min_p or 0.0, np.float32),
+  )
+
+
+def is_filtered(sampling: Sampling) -> bool:
+  """Whether any row cuts its distribution; if none does, nothing need be sorted."""
+  return bool(
+    np.any(np.asarray(sampling.top_k_B) < 2**30)
+    or np.any(np.asarray(sampling.top_p_B) < 1)
+    or np.any(np.asarray(sampling.min_p_B) > 0)
+  )
+
+
+def sample(
+  logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling, filtered: bool
+) -> tuple[jax.Array, jax.Array]:
+  """Next token ids (B,), and their log-probabilities under the model itself (B,).
+
+  With `filtered` the candidates are cut after the temperature, in this order: top-k (Fan
+  et al., 2018), top-p (Holtzman et al., 2020), min-p (Nguyen et al., 2024).
+  """
+  logits_BV = logits_BV.astype(jnp.float32)
+  greedy_B = jnp.argmax(logits_BV, -1)
+  cold_B = sampling.temperature_B == 0
+  scaled_BV = logits_BV / jnp.where(cold_B, 1.0, sampling.temperature_B)[:, None]
+  if filtered:
+    order_BV = jnp.argsort(-scaled_BV, -1, stable=True)
+    sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, -1)
+    kept_BV = jnp.where(candidates(sorted_BV, sampling), sorted_BV, -jnp.inf)
+    rank_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV)
+    drawn_B = jnp.take_along_axis(order_BV, rank_B[:, None], -1)[:, 0]
+  else:
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, scaled_BV)
+  token_B = jnp.where(cold_B, greedy_B, drawn_B).astype(jnp.int32)
+  chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], -1)[:, 0]
+  return token_B, chosen_B - jax.nn.logsumexp(logits_BV, -1)
+
+
+def candidates(sorted_BV: jax.Array, sampling: Sampling) -> jax.Array:
+  """Which of the logits, in falling order, may be drawn; the first always may."""
+  in_top_k_BV = jnp.arange(sorted_BV.shape[-1]) < sampling.top_k_B[:, None]
+  probs_BV = jax.nn.softmax(jnp.where(in_top_k_BV, sorted_BV, -jnp.inf), -1)
+  mass_before_BV = jnp.cumsum(probs_BV, -1) - probs_BV
+  in_nucleus_BV = mass_before_BV < sampling.top_p_B[:, None]
+  likely_BV = probs_BV >= sampling.min_p_B[:, None] * probs_BV[:, :1]
+  allowed_BV = in_top_k_BV & in_nucleus_BV & likely_BV
+  return allowed_BV.at[:, 0].set(True)

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where every array lives: the device mesh and the one table from names to its axes.
+
+Parameters and activations carry *logical* names ("embed", "heads"); `RULES` says on which
+mesh axis each lies. Nothing else decides a layout, and nothing is silently replicated:
+an unknown name, two dims on one mesh axis and an indivisible dim are errors.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from flaxlm.config import MESH_AXES
+from flaxlm.errors import ConfigError
+
+# Logical name -> mesh axes. Parameters: `embed` over fsdp is ZeRO-3 (Rajbhandari et al.,
+# 2020), `heads`, `ffn` and `vocab` over tensor are Megatron's cuts (Shoeybi et al., 2019).
+RULES: Mapping[str, tuple[str, ...]] = {
+  # parameters
+  "layers": (),
+  "vocab": ("tensor",),
+  "embed": ("fsdp",),
+  "heads": ("tensor",),
+  "kv_heads": ("tensor",),
+  "head_dim": (),
+  "ffn": ("tensor",),
+  "slots": (),  # learned positions
+  "norm": (),
+  # activations
+  "batch": ("data", "fsdp"),
+  "length": (),
+  "act_embed": (),
+  "act_heads": ("tensor",),
+  "act_kv_heads": ("tensor",),
+  "act_ffn": ("tensor",),
+  "act_vocab": ("tensor",),
+}
+
+# The config field behind a logical name: what a user changes when a dim does not divide.
+FIELDS = {
+  "vocab": "model.vocab_size",
+  "act_vocab": "model.vocab_size",
+  "embed": "model.width",
+  "heads": "model.num_heads",
+  "act_heads": "model.num_heads",
+  "kv_heads": "model.num_kv_heads",
+  "act_kv_heads": "model.num_kv_heads",
+  "ffn": "model.ffn_width",
+  "act_ffn": "model.ffn_width",
+  "batch": "data.batch_size / training.accumulation_steps",
+}
+
+
+def partition_spec(
+  names: Sequence[str | None], shape: Sequence[int], axis_sizes: Mapping[str, int]
+) -> PartitionSpec:
+  """The spec of an array whose dims carry `names`, strictly by `RULES`.
+
+  Raises `ValueError` for an unknown name, a wrong rank or a mesh axis used twice, and
+  `ConfigError`, which names the field to change, for a dim that does not divide.
+  """
+  if len(names) != len(shape):
+    raise ValueError(f"{len(names)} names {tuple(names)} for the shape {tuple(shape)}")
+  entries: list[tuple[str, ...] | None] = []
+  for name, dim in zip(names, shape, strict=True):
+    if name is not None and name not in RULES:
+      raise ValueError(f"no sharding rule for {name!r}; known: {', '.join(RULES)}")
+    axes = tuple(axis for axis in RULES[name] if axis in axis_sizes) if name else ()
+    parts = math.prod(axis_sizes[axis] for axis in axes)
+    if dim % parts:
+      split = " x ".join(f"{axis}={axis_sizes[axis]}" for axis in axes)
+      raise ConfigError(
+        f"{FIELDS.get(name or '', name)} = {dim} cannot be split over mesh {split}",
+        f"make it a multiple of {parts}, or change --mesh",
+      )
+    entries.append(axes or None)
+  used = [axis for axes in entries if axes for axis in axes]
+  if len(used) != len(set(used)):
+    raise ValueError(f"{tuple(names)} puts two dims on one mesh axis: {used}")
+  return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, *names: str) -> jax.Array:
+  """Pins an activation to the layout of its logical names; no mesh set, no effect."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  spec = partition_spec(names, x.shape, dict(mesh.shape))
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def with_shardings(boxed: Any, mesh: Mesh) -> Any:
+  """An abstract tree of boxed (named) parameters, unboxed, each with its sharding."""
+
+  def place(box: nn.LogicallyPartitioned) -> jax.ShapeDtypeStruct:
+    array = box.value
+    spec = partition_spec(box.names, array.shape, dict(mesh.shape))
+    sharding = NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+  # A parameter without a box has no names: `place` fails on it, as it should.
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+  return jax.tree.map(place, boxed, is_leaf=is_box)
+
+
+def like_parameters(tree: Any, params: Any, mesh: Mesh) -> Any:
+  """An abstract optimizer state, each leaf sharded as the parameter it belongs to.
+
+  It belongs to the parameter with the same end of the path and the same shape; what has
+  no such parameter (counters, factored moments) is replicated. Optax's and Flax's own
+  routes fail for Muon and Adafactor; path and shape hold for all.
+  """
+  table = dict(jax.tree_util.tree_leaves_with_path(params))
+  replicated = NamedSharding(mesh, PartitionSpec())
+
+  def place(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+    twins = (table.get(path[start:]) for start in range(len(path)))
+    shardings = [twin.sharding for twin in twins if twin and twin.shape == leaf.shape]
+    sharding = shardings[0] if shardings else replicated
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows over every data-parallel axis; the layout of each leaf of a `Batch`."""
+  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+  """The mesh of all devices; axes not named have size 1, one size may be -1 (the rest).
+
+  Raises `ConfigError` when the sizes do not use every device.
+  """
+  num_devices = jax.device_count()
+  known = math.prod(size for size in sizes.values() if size != -1)
+  shape = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+  for axis, size in shape.items():
+    if size == -1:
+      shape[axis] = num_devices // known
+  total = math.prod(shape.values())
+  if total != num_devices:
+    text = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+    raise ConfigError(
+      f"mesh {text} needs {total or known} devices, {num_devices} present",
+      f"use --mesh data={num_devices}, or let one axis be -1"
+      + (", or --simulated_devices=N on a CPU" if num_devices == 1 else ""),
+    )
+  # Linen's logical names and GSPMD's propagation need Auto axes; make_mesh's default
+  # has been Explicit since jax 0.9.
+  types = (AxisType.Auto,) * len(shape)
+  return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=types)
+
+
+def start_jax(simulated_devices: int | None = None, cache_dir: Path | None = None) -> None:
+  """Sets JAX up, once, from a door: simulated devices and the persistent compile cache.
+
+  Raises `ConfigError` when the devices cannot be had.
+  """
+  if simulated_devices is not None:
+    if os.environ.get("JAX_PLATFORMS", "cpu") != "cpu":
+      raise ConfigError("simulated_devices works on the CPU only", "set JAX_PLATFORMS=cpu")
+    jax.config.update("jax_platforms", "cpu")
+    try:
+      jax.config.update("jax_num_cpu_devices", simulated_devices)
+    except RuntimeError:  # the backend is up already: a notebook or a test process
+      if jax.device_count() != simulated_devices:
+        raise ConfigError(
+          f"JAX already runs with {jax.device_count()} devices",
+          "set simulated_devices before the first use of JAX",
+        ) from None
+  if cache_dir is not None and jax.config.jax_compilation_cache_dir is None:
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    cache_dir.chmod(0o700)  # what lies here is executed: nobody else may write it
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -1,0 +1,445 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: the host's side, with all its effects.
+
+Order matters to whoever waits: config, then files and data, then devices, then compiling,
+so that most mistakes show within seconds.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from flaxlm.checkpoint.manifest import newest_whole_step, saved_steps, write_atomically
+from flaxlm.checkpoint.store import CheckpointStore, make_room_after
+from flaxlm.config import Config, TokenizerConfig, difference, from_json, to_json
+from flaxlm.data.batches import Batches
+from flaxlm.data.prepare import Prepared, TokenStore, prepare
+from flaxlm.data.sources import data_dir
+from flaxlm.decoding.completions import complete
+from flaxlm.decoding.runs import CHECKPOINTS, CONFIG, TOKENIZER, Run
+from flaxlm.decoding.sampling import make_sampling
+from flaxlm.errors import (
+  INTERRUPTED,
+  PREEMPTED,
+  CheckpointError,
+  ConfigError,
+  NonFiniteError,
+)
+from flaxlm.nn.models import Decoder, build_model
+from flaxlm.sharding import make_mesh, start_jax
+from flaxlm.training.optimizer import build_optimizer
+from flaxlm.training.reporting import Reporter
+from flaxlm.training.step import (
+  Metrics,
+  TrainState,
+  abstract_state,
+  compile_eval_step,
+  compile_train_step,
+  init_state,
+  put_batch,
+)
+
+MOST_SKIPPED_STEPS = 3  # in a row, before a run that keeps diverging is stopped
+
+# A run goes on only with the data and the parameters that it began with.
+FIXED_FIELDS = ("model.", "tokenizer.", "data.", "seed", "optimizer.kind")
+FREE_FIELDS = ("data.num_epochs", "model.dropout")
+
+
+def train(cfg: Config) -> int:
+  """Trains `cfg` into its run directory, resuming what is there; returns the exit code."""
+  cfg.check()
+  start_jax(cfg.simulated_devices, data_dir() / "xla")
+  mesh = make_mesh(cfg.mesh)
+  check_batch(cfg, mesh)
+  with contextlib.ExitStack() as stack:
+    # -- Data: what there is to learn from decides the vocabulary.
+    prepared = prepare(cfg.data.corpus, cfg.tokenizer)
+    model_cfg = cfg.model.resolve(prepared.tokenizer.vocab_size)
+    cfg = dataclasses.replace(cfg, model=model_cfg)
+    batches = split_batches(cfg, prepared.train, shuffled=True)
+    validation = split_batches(cfg, prepared.validation, shuffled=False)
+
+    # -- Run directory: ours alone from here on.
+    stack.enter_context(locked(cfg.run_dir))
+    first_step = resume_step(cfg, prepared.fingerprint)
+    writes = jax.process_index() == 0
+    if writes:
+      write_atomically(cfg.run_dir / CONFIG, to_json(cfg))
+      prepared.tokenizer.save(cfg.run_dir / TOKENIZER)
+    reporter = Reporter(cfg.run_dir, first_step, cfg.training.num_steps, writes)
+    stack.callback(reporter.close)
+
+    # -- State: born sharded, or read back to where it was.
+    model = build_model(cfg.model, cfg.training)
+    optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
+    store = CheckpointStore(cfg.run_dir / CHECKPOINTS, cfg.checkpoint.keep)
+    stack.callback(store.close)
+    if first_step:
+      target = abstract_state(model, optimizer, mesh)
+      items = store.restore(first_step, params=target.params, opt_state=target.opt_state)
+      step = jax.device_put(np.int32(first_step), target.step.sharding)
+      state = TrainState(step, items["params"], items["opt_state"])
+      reporter.log(f"resuming {cfg.run_dir} at step {first_step}")
+    else:
+      state = init_state(model, optimizer, mesh, cfg.seed)
+    reporter.log(describe(cfg, state, prepared, mesh))
+
+    # -- Steps.
+    train_step = compile_train_step(model, optimizer, cfg.training.accumulation_steps, mesh)
+    evaluator = Evaluator(model, prepared, validation, cfg.training.eval_batches, mesh)
+    run = Trainer(cfg, prepared.fingerprint, mesh, train_step, evaluator, store, reporter)
+    with stop_signals() as stop:
+      state, exit_code = run.steps(state, first_step, batches, stop)
+
+    # -- A word at the end.
+    if exit_code == 0 and writes:
+      step = int(state.step)
+      show_sample(
+        Run(cfg.run_dir, cfg, prepared.tokenizer, step, model, state.params, mesh),
+        reporter,
+      )
+    return exit_code
+
+
+class Trainer:
+  """The steps of one run, and what happens between them."""
+
+  def __init__(self, cfg, fingerprint, mesh, train_step, evaluator, store, reporter):
+    self.cfg, self.fingerprint, self.mesh = cfg, fingerprint, mesh
+    self.train_step, self.evaluator = train_step, evaluator
+    self.store, self.reporter = store, reporter
+    self.clock = Clock()
+    self.skipped = 0
+
+  def steps(
+    self, state: TrainState, first_step: int, batches: Batches, stop: "Stop"
+  ) -> tuple[TrainState, int]:
+    """Runs until num_steps, the end of the data, or a signal; returns the exit code.
+
+    While the devices work on step n, the host reads the metrics of step n - 1.
+    """
+    training, seed = self.cfg.training, jax.numpy.uint32(self.cfg.seed)
+    step, saved, pending = first_step, first_step, None
+    with batches.iterate(first_step) as rows:
+      while step < training.num_steps and not stop.requested:
+        with self.clock.waiting_for_data():
+          batch = next(rows, None)
+        if batch is None:
+          self.reporter.log(f"the data end after step {step}: {training.num_steps} asked")
+          break
+        state, metrics = self.train_step(state, put_batch(batch, self.mesh), seed)
+        step += 1
+        self.report(pending)
+        pending = (step, metrics)
+        evaluate = step % training.eval_every_steps == 0
+        save = step % self.cfg.checkpoint.every_steps == 0
+        if evaluate or save:
+          self.report(pending)
+          pending = None
+          if evaluate:
+            self.evaluate(step, state)
+          if save:
+            self.save(step, state)
+            saved = step
+          self.clock.restart()
+    self.report(pending)
+    if stop.requested:
+      self.reporter.log(f"{signal.Signals(stop.requested).name}: saving step {step}")
+    elif step > first_step and step % training.eval_every_steps:
+      self.evaluate(step, state)
+    if step > saved:
+      self.save(step, state)
+    self.store.wait()
+    if stop.requested:
+      return state, INTERRUPTED if stop.requested == signal.SIGINT else PREEMPTED
+    return state, 0
+
+  def report(self, pending: tuple[int, Metrics] | None) -> None:
+    """Waits for a step's metrics and writes them; stops a run that has diverged."""
+    if pending is None:
+      return
+    step, metrics = pending
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    self.reporter.advance(step)
+    self.clock.step_done(values["tokens"])
+    if values.pop("finite"):
+      self.skipped = 0
+    else:
+      self.skipped += 1
+      self.reporter.log(f"step {step} skipped: its loss or gradient is NaN or infinite")
+      if self.skipped >= MOST_SKIPPED_STEPS:
+        raise NonFiniteError(
+          f"{self.skipped} steps in a row, up to step {step}, were NaN or infinite",
+          "lower --optimizer.learning_rate, or lengthen --optimizer.warmup_steps",
+        )
+    if step % self.cfg.training.log_every_steps == 0:
+      named = {f"train/{name}": value for name, value in values.items()}
+      self.reporter.metrics(step, named | self.clock.rates())
+
+  def evaluate(self, step: int, state: TrainState) -> None:
+    values = self.evaluator(state.params)
+    self.reporter.metrics(step, values)
+    self.reporter.log(f"step {step:>6}  held-out: {describe_evaluation(values)}")
+
+  def save(self, step: int, state: TrainState) -> None:
+    progress = {"step": step, "next_batch": step, "corpus": self.fingerprint}
+    self.store.save(step, state.params, state.opt_state, progress)
+
+
+class Clock:
+  """Rates over blocks of steps; a block ends when its last step's result was read."""
+
+  def __init__(self):
+    self.first_step_done = False
+    self.restart()
+
+  def restart(self) -> None:
+    """Leaves out what is not training: evaluation, saving, and compiling before it."""
+    self.started = time.perf_counter()
+    self.tokens = self.data_seconds = 0.0
+
+  @contextlib.contextmanager
+  def waiting_for_data(self) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    self.data_seconds += time.perf_counter() - started
+
+  def step_done(self, tokens: float) -> None:
+    if self.first_step_done:
+      self.tokens += tokens
+    else:  # the first step includes compiling
+      self.first_step_done = True
+      self.restart()
+
+  def rates(self) -> dict[str, float]:
+    """Tokens per second and the share of time spent waiting for data, of this block."""
+    seconds = time.perf_counter() - self.started
+    rates = {}
+    if self.tokens:
+      rates["perf/tokens_per_sec"] = self.tokens / seconds
+      rates["perf/data_wait_fraction"] = self.data_seconds / seconds
+    self.restart()
+    return rates
+
+
+class Evaluator:
+  """Loss, perplexity and bits per byte on the held-out split."""
+
+  def __init__(
+    self,
+    model: Decoder,
+    prepared: Prepared,
+    batches: Batches,
+    num_batches: int | None,
+    mesh: Mesh,
+  ):
+    self.batches, self.num_batches, self.mesh = batches, num_batches, mesh
+    self.gzip_bits_per_byte = prepared.validation.gzip_bits_per_byte
+    token_bytes_V = np.zeros(model.cfg.vocab_size, np.float32)
+    token_bytes_V[: prepared.tokenizer.vocab_size] = prepared.tokenizer.token_bytes()
+    self.token_bytes_V = token_bytes_V
+    self.eval_step = compile_eval_step(model, mesh)
+
+  def __call__(self, params: Any) -> dict[str, float]:
+    """Averages over the split's tokens, end-of-text included; bytes are those of text."""
+    sums: dict[str, float] = {"nats": 0.0, "tokens": 0.0, "bytes": 0.0}
+    count = self.batches.num_batches
+    assert count is not None, "one epoch"
+    for n in range(min(count, self.num_batches or count)):
+      batch = put_batch(self.batches[n], self.mesh)
+      for name, value in self.eval_step(params, batch, self.token_bytes_V).items():
+        sums[name] += float(value)
+    loss = sums["nats"] / sums["tokens"]
+    values = {
+      "eval/loss": loss,
+      "eval/perplexity": math.exp(min(loss, 700.0)),
+      "eval/bits_per_byte": sums["nats"] / math.log(2) / max(sums["bytes"], 1.0),
+    }
+    if self.gzip_bits_per_byte is not None:
+      values["eval/gzip_bits_per_byte"] = self.gzip_bits_per_byte
+    return values
+
+
+def evaluate_run(
+  run: Run, corpus: str, split: str, num_batches: int | None
+) -> dict[str, float]:
+  """The evaluation of a stored run on a split of a corpus, with the run's tokenizer."""
+  tokenizer = TokenizerConfig(path=str(run.path / TOKENIZER))
+  prepared = prepare(corpus, tokenizer)
+  store = prepared.train if split == "train" else prepared.validation
+  batches = split_batches(run.cfg, store, shuffled=False)
+  return Evaluator(run.model, prepared, batches, num_batches, run.mesh)(run.params)
+
+
+def describe_evaluation(values: dict[str, float]) -> str:
+  text = (
+    f"loss {values['eval/loss']:.3f}, perplexity {values['eval/perplexity']:.1f}, "
+    f"{values['eval/bits_per_byte']:.3f} bits per byte"
+  )
+  gzip = values.get("eval/gzip_bits_per_byte")
+  return text if gzip is None else f"{text} (gzip -9: {gzip:.3f})"
+
+
+# -- Before the first step ---------------------------------------------------------------
+
+
+def check_batch(cfg: Config, mesh: Mesh) -> None:
+  """Refuses a batch that the mesh cannot share out evenly."""
+  shards = mesh.shape["data"] * mesh.shape["fsdp"] * cfg.training.accumulation_steps
+  if cfg.data.batch_size % shards:
+    near = max(1, round(cfg.data.batch_size / shards)) * shards
+    raise ConfigError(
+      f"data.batch_size={cfg.data.batch_size} is not a multiple of "
+      f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} x "
+      f"accumulation_steps={cfg.training.accumulation_steps}",
+      f"nearest: {near}",
+    )
+
+
+def split_batches(cfg: Config, store: TokenStore, shuffled: bool) -> Batches:
+  """This process's share of a split: shuffled to train on, in order to evaluate."""
+  assert cfg.model.vocab_size is not None, "resolved"
+  return Batches(
+    store,
+    seq_len=cfg.data.seq_len,
+    batch_size=cfg.data.batch_size,
+    vocab_size=cfg.model.vocab_size,
+    seed=cfg.seed if shuffled else None,
+    num_epochs=cfg.data.num_epochs if shuffled else 1,
+    process=jax.process_index(),
+    num_processes=jax.process_count(),
+  )
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+  """Holds the run directory; a second trainer in it is refused at once."""
+  try:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = (run_dir / f".lock-{jax.process_index()}").open("w")
+  except OSError as e:
+    raise CheckpointError(f"{run_dir} cannot be written: {e}", "choose --runs_dir") from e
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      raise CheckpointError(
+        f"another process trains into {run_dir}",
+        "wait for it, or choose another --name",
+      ) from None
+    yield
+
+
+def resume_step(cfg: Config, fingerprint: str) -> int:
+  """The step to go on from: 0 for a new run. Raises `CheckpointError` if it must not."""
+  directory, resume = cfg.run_dir / CHECKPOINTS, cfg.checkpoint.resume
+  if resume == "never":
+    set_aside(directory)
+    return 0
+  step = newest_whole_step(directory, warn=lambda line: print(line, file=sys.stderr))
+  if step is None:
+    if resume == "must":
+      raise CheckpointError(
+        f"{cfg.run_dir} has no checkpoint to resume from",
+        "check --name and --runs_dir, or use --checkpoint.resume=auto",
+      )
+    return 0
+  cure = "choose another --name, or start over with --checkpoint.resume=never"
+  before = from_json((cfg.run_dir / CONFIG).read_text("utf-8"), str(cfg.run_dir / CONFIG))
+  changed = [
+    f"{name} was {old}, now {new}"
+    for name, (old, new) in difference(before, cfg).items()
+    if name.startswith(FIXED_FIELDS) and name not in FREE_FIELDS
+  ]
+  if changed:
+    raise CheckpointError(
+      f"{cfg.run_dir} is another experiment: {', '.join(changed)}", cure
+    )
+  store = CheckpointStore(directory)
+  try:
+    stored = store.restore_progress(step)
+  finally:
+    store.close()
+  if stored["corpus"] != fingerprint:
+    raise CheckpointError(
+      f"the text of {cfg.data.corpus} is not what {cfg.run_dir} was trained on", cure
+    )
+  make_room_after(directory, step)
+  return step
+
+
+def set_aside(directory: Path) -> None:
+  """Renames the checkpoints of an earlier run; nothing is ever deleted for a new one."""
+  if saved_steps(directory):
+    taken = (directory.with_name(f"{directory.name}.{n}") for n in range(1, 10_000))
+    directory.rename(next(path for path in taken if not path.exists()))
+
+
+def describe(cfg: Config, state: TrainState, prepared: Prepared, mesh: Mesh) -> str:
+  num_params = sum(x.size for x in jax.tree.leaves(state.params))
+  axes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+  device = jax.devices()[0].device_kind
+  return (
+    f"{cfg.run_dir}: {num_params:,} parameters; {cfg.data.corpus}: "
+    f"{len(prepared.train.tokens):,} tokens to learn from, "
+    f"{len(prepared.validation.tokens):,} held out; "
+    f"{jax.device_count()} {device} device(s){f', mesh {axes}' if axes else ''}"
+  )
+
+
+# -- Signals, and the end ------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Stop:
+  """The signal that asked the run to save and end, if one did."""
+
+  requested: int = 0
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+  """SIGTERM and Ctrl-C ask once; the second time they act at once."""
+  stop = Stop()
+
+  def request(number: int, _: Any) -> None:
+    stop.requested = number
+    signal.signal(number, previous[number])
+
+  try:
+    previous = {n: signal.signal(n, request) for n in (signal.SIGTERM, signal.SIGINT)}
+  except ValueError:  # not the main thread: whoever runs us handles signals
+    yield stop
+    return
+  try:
+    yield stop
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+def show_sample(run: Run, reporter: Reporter) -> None:
+  """Prints a completion, and what to try next."""
+  sampling = make_sampling(1, temperature=0.8, top_p=0.95)
+  (sample,) = complete(run, [run.cfg.training.sample_prompt], sampling, seed=run.cfg.seed)
+  reporter.log("a sample:")
+  print(sample.prompt + sample.completion, flush=True)
+  prompt = run.cfg.training.sample_prompt or "Once"
+  reporter.log(
+    "next, try:\n"
+    f'  python infer.py {run.path} --prompt "{prompt}"\n'
+    f"  python train.py --name=longer --training.num_steps={2 * run.step}\n"
+    f"  tensorboard --logdir {run.cfg.runs_dir}   (pip install tensorboard)"
+  )

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard, log.txt."""
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from flaxlm.checkpoint.manifest import write_atomically
+
+METRICS, LOG = "metrics.jsonl", "log.txt"
+
+
+class Reporter:
+  """Writes for process 0 of a run; the other processes stay silent."""
+
+  def __init__(self, run_dir: Path, first_step: int, num_steps: int, writes: bool):
+    self.num_steps, self.writes = num_steps, writes
+    self.console = Console(stderr=True, highlight=False)
+    self._stack = contextlib.ExitStack()
+    self._bar: Progress | None = None
+    if not writes:
+      return
+    forget_later_steps(run_dir / METRICS, first_step)
+    open_text = lambda name: (run_dir / name).open("a", encoding="utf-8")  # noqa: E731
+    self._metrics = self._stack.enter_context(open_text(METRICS))
+    self._log = self._stack.enter_context(open_text(LOG))
+    self._events = import_tensorboard().SummaryWriter(
+      str(run_dir), purge_step=first_step + 1 if first_step else None
+    )
+    self._stack.callback(self._events.close)
+    if self.console.is_terminal:
+      self._bar = self._stack.enter_context(
+        Progress(
+          TextColumn("step {task.completed}/{task.total}"),
+          BarColumn(),
+          TextColumn("{task.description}"),
+          TimeRemainingColumn(),
+          console=self.console,
+        )
+      )
+      self._task = self._bar.add_task("", total=num_steps, completed=first_step)
+
+  def log(self, text: str) -> None:
+    """A line for the reader and for log.txt."""
+    if self.writes:
+      self.console.print(text, markup=False, soft_wrap=True)
+      self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+      self._log.flush()
+
+  def metrics(self, step: int, values: dict[str, float]) -> None:
+    """One line of metrics.jsonl, one TensorBoard point each, and a word to the reader."""
+    if not self.writes:
+      return
+    self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+    self._metrics.flush()
+    for name, value in values.items():
+      self._events.add_scalar(name, value, step)
+    if "train/loss" in values:
+      self._progress(step, values)
+
+  def advance(self, step: int) -> None:
+    """Moves the bar of a terminal."""
+    if self._bar is not None:
+      self._bar.update(self._task, completed=step)
+
+  def _progress(self, step: int, values: dict[str, float]) -> None:
+    rate = values.get("perf/tokens_per_sec")
+    speed = f"  {rate:,.0f} tokens/s" if rate else ""
+    if self._bar is not None:
+      description = f"loss {values['train/loss']:.3f}{speed}"
+      self._bar.update(self._task, completed=step, description=description)
+    else:
+      left = ""
+      if rate:
+        seconds = (self.num_steps - step) * values["train/tokens"] / rate
+        left = f"  {seconds // 60:.0f}:{seconds % 60:02.0f} left"
+      loss = values["train/loss"]
+      self.log(f"step {step:>6}/{self.num_steps}  loss {loss:.3f}{speed}{left}")
+
+  def close(self) -> None:
+    self._stack.close()
+
+
+def forget_later_steps(path: Path, last_step: int) -> None:
+  """Drops the lines after `last_step`, which a resumed run will write again."""
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text("utf-8").splitlines():
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut by a kill
+      if json.loads(line)["step"] <= last_step:
+        kept.append(line)
+  write_atomically(path, "".join(f"{line}\n" for line in kept))
+
+
+def import_tensorboard() -> ModuleType:
+  """tensorboardX, without PyTorch: it imports that when installed, 1.4 s for nothing."""
+  hidden: Any = None
+  absent = "torch" not in sys.modules
+  if absent:
+    sys.modules["torch"] = hidden
+  try:
+    import tensorboardX
+  finally:
+    if absent:
+      del sys.modules["torch"]
+  return tensorboardX

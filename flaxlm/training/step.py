@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training step: traced, pure, sharded by the names that its parameters carry."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flaxlm.data.objectives import Batch
+from flaxlm.nn.models import Decoder, abstract_params, init_params
+from flaxlm.sharding import batch_sharding, like_parameters
+from flaxlm.training.losses import cross_entropy
+from flaxlm.training.optimizer import Optimizer
+
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+  """All that changes from step to step: what a checkpoint holds."""
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+
+
+def train_step(
+  model: Decoder,
+  optimizer: Optimizer,
+  accumulation_steps: int,
+  state: TrainState,
+  batch: Batch,
+  seed: jax.Array,
+) -> tuple[TrainState, Metrics]:
+  """One optimizer step on one global batch.
+
+  The loss is the mean over the batch's weighted tokens, however it is cut into
+  micro-batches. A step whose loss or gradient is not finite changes nothing but the
+  step counter; `metrics["finite"]` says so.
+  """
+  key = jax.random.fold_in(jax.random.key(seed), state.step)
+  num_tokens = jnp.maximum(batch.weights_BT.sum(), 1.0)
+  loss_sum, gradient = accumulate(
+    functools.partial(loss_and_gradient, model),
+    accumulation_steps,
+    state.params,
+    batch,
+    key,
+  )
+  loss = loss_sum / num_tokens
+  gradient = jax.tree.map(lambda g: g / num_tokens, gradient)
+  gradient_norm = optax.tree.norm(gradient)
+  finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+
+  updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  keep = functools.partial(jnp.where, finite)
+  new_state = TrainState(
+    step=state.step + 1,
+    params=jax.tree.map(keep, params, state.params),
+    opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+  )
+  metrics = {
+    "loss": loss,
+    "gradient_norm": gradient_norm,
+    "learning_rate": optimizer.learning_rate(state.step),
+    "tokens": num_tokens,
+    "finite": finite,
+  }
+  return new_state, metrics
+
+
+def loss_and_gradient(
+  model: Decoder, params: Any, batch: Batch, key: jax.Array
+) -> tuple[jax.Array, Any]:
+  """The summed loss over a batch's weighted tokens, and its gradient."""
+
+  def loss_sum(params: Any) -> jax.Array:
+    logits_BTV, _ = model.apply(
+      {"params": params},
+      batch.tokens_BT,
+      batch.positions_BT,
+      batch.segments_BT,
+      deterministic=model.cfg.dropout == 0,
+      rngs={"dropout": key},
+    )
+    return (cross_entropy(logits_BTV, batch.targets_BT) * batch.weights_BT).sum()
+
+  return jax.value_and_grad(loss_sum)(params)
+
+
+def accumulate(
+  function: Callable, num_parts: int, params: Any, batch: Batch, key: jax.Array
+) -> tuple[jax.Array, Any]:
+  """Sums `function(params, part, key)` over parts of the batch, in float32.
+
+  Part i takes rows i, i + n, i + 2n, ...: each device cuts up its own rows, none move.
+  """
+  if num_parts == 1:
+    return function(params, batch, key)
+
+  def cut(x: jax.Array) -> jax.Array:
+    parts = x.reshape(x.shape[0] // num_parts, num_parts, *x.shape[1:])
+    return jnp.moveaxis(parts, 1, 0)
+
+  def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+    result = function(params, *part)
+    return jax.tree.map(lambda t, r: t + r.astype(t.dtype), total, result), None
+
+  parts = jax.tree.map(cut, batch), jax.random.split(key, num_parts)
+  shapes = jax.eval_shape(function, params, *jax.tree.map(lambda x: x[0], parts))
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+  total, _ = jax.lax.scan(add, zeros, parts)
+  return total
+
+
+def eval_step(
+  model: Decoder, params: Any, batch: Batch, token_bytes_V: jax.Array
+) -> Metrics:
+  """Sums over a batch: loss in nats, tokens, and the bytes of text they stand for."""
+  logits_BTV, _ = model.apply(
+    {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT
+  )
+  nats_BT = cross_entropy(logits_BTV, batch.targets_BT) * batch.weights_BT
+  num_bytes_BT = token_bytes_V[batch.targets_BT] * batch.weights_BT
+  return {
+    "nats": nats_BT.sum(),
+    "tokens": batch.weights_BT.sum(),
+    "bytes": num_bytes_BT.sum(),
+  }
+
+
+# -- Compiling: the state is born sharded, and stays where it was born --------------------
+
+
+def abstract_state(model: Decoder, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+  """Shapes, dtypes and shardings of the state; computes and allocates nothing."""
+  params = abstract_params(model, mesh)
+  opt_state = like_parameters(jax.eval_shape(optimizer.init, params), params, mesh)
+  replicated = NamedSharding(mesh, PartitionSpec())
+  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+  return TrainState(step, params, opt_state)
+
+
+def init_state(model: Decoder, optimizer: Optimizer, mesh: Mesh, seed: int) -> TrainState:
+  """The state of step 0, each shard made on the device that keeps it."""
+  abstract = abstract_state(model, optimizer, mesh)
+
+  def init(seed: jax.Array) -> TrainState:
+    params = nn.unbox(init_params(model, seed))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+  with jax.set_mesh(mesh):
+    return jax.jit(init, out_shardings=shardings_of(abstract))(jnp.uint32(seed))
+
+
+def compile_train_step(
+  model: Decoder,
+  optimizer: Optimizer,
+  accumulation_steps: int,
+  mesh: Mesh,
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
+  """`train_step` under `jit`: the state donated, its layout the same going in and out."""
+  step = functools.partial(train_step, model, optimizer, accumulation_steps)
+  state_shardings = shardings_of(abstract_state(model, optimizer, mesh))
+  replicated = NamedSharding(mesh, PartitionSpec())
+  jitted = jax.jit(
+    step,
+    in_shardings=(state_shardings, batch_sharding(mesh), replicated),
+    out_shardings=(state_shardings, replicated),
+    donate_argnums=0,
+  )
+  return under_mesh(jitted, mesh)
+
+
+def compile_eval_step(
+  model: Decoder, mesh: Mesh
+) -> Callable[[Any, Batch, jax.Array], Metrics]:
+  """`eval_step` under `jit`."""
+  return under_mesh(jax.jit(functools.partial(eval_step, model)), mesh)
+
+
+def under_mesh(function: Callable, mesh: Mesh) -> Callable:
+  """Calls with the mesh set: activations find it at trace time, on any thread."""
+
+  @functools.wraps(function)
+  def call(*args: Any) -> Any:
+    with jax.set_mesh(mesh):
+      return function(*args)
+
+  return call
+
+
+def shardings_of(tree: Any) -> Any:
+  return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def put_batch(batch: Batch, mesh: Mesh) -> Batch:
+  """This process's rows of a global batch, on its devices."""
+  sharding = batch_sharding(mesh)
+  put = functools.partial(jax.make_array_from_process_local_data, sharding)
+  return jax.tree.map(put, batch)
