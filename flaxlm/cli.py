@@ -76,7 +76,7 @@ class Parser(argparse.ArgumentParser):
   """argparse whose errors are ours: one line of cause, one of cure, exit code 2."""
 
   def __init__(self, *args: Any, **kwargs: Any):
-    super().__init__(*args, allow_abbrev=False, **kwargs)
+    super().__init__(*args, **{"allow_abbrev": False, **kwargs})
     self.set_defaults(takes_overrides=False)
 
   def error(self, message: str) -> typing.NoReturn:
@@ -183,48 +183,49 @@ def run_infer(args: argparse.Namespace, _: list[str]) -> int:
   if args.num_samples < 1:
     raise ConfigError(f"num-samples is {args.num_samples}", "it is at least 1")
 
-  from flaxlm.decoding.completions import Completion, complete
   from flaxlm.decoding.sampling import make_sampling
 
-  rules = (args.temperature, args.top_k, args.top_p, args.min_p)
-  make_sampling(1, *rules)  # a mistake here should not wait for the checkpoint
+  def sampling(num_rows: int) -> Any:
+    rules = (args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
+    return make_sampling(num_rows, *rules)
+
+  sampling(1)  # a mistake here should not wait for the checkpoint
   run = open_run(args)
-
-  def answer(prompts: list[str], out: typing.TextIO) -> None:
-    rows = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    streams = len(rows) == 1 and not args.json
-    show = lambda _, piece: print(piece, end="", file=out, flush=True)  # noqa: E731
-    if streams:
-      show(0, rows[0])
-    results = complete(
-      run,
-      rows,
-      make_sampling(len(rows), *rules),
-      args.max_new_tokens,
-      args.seed,
-      args.stop,
-      on_text=show if streams else None,
-    )
-    print_completions(results, streams, out)
-
-  def print_completions(
-    results: list[Completion], streamed: bool, out: typing.TextIO
-  ) -> None:
-    for number, result in enumerate(results):
-      if args.json:
-        print(json.dumps(dataclasses.asdict(result)), file=out)
-      elif streamed:
-        print(file=out)
-      else:
-        print(f"--- {number + 1}\n{result.prompt}{result.completion}", file=out)
-
   with open_output(args.output) as out:
     if prompts:
-      answer(prompts, out)
+      answer(run, prompts, sampling, args, out)
     if args.interactive:
       for line in read_lines():
-        answer([line], out)
+        answer(run, [line], sampling, args, out)
   return 0
+
+
+def answer(
+  run: Any, prompts: list[str], sampling: Any, args: argparse.Namespace, out: typing.TextIO
+) -> None:
+  """Writes the completions of some prompts; a single one as it grows."""
+  from flaxlm.decoding.completions import complete
+
+  rows = [prompt for prompt in prompts for _ in range(args.num_samples)]
+  streams = len(rows) == 1 and not args.json
+  show = lambda _, piece: print(piece, end="", file=out, flush=True)  # noqa: E731
+  if streams:
+    show(0, rows[0])
+  results = complete(
+    run,
+    rows,
+    sampling(len(rows)),
+    args.max_new_tokens,
+    args.stop,
+    on_text=show if streams else None,
+  )
+  for number, result in enumerate(results, 1):
+    if args.json:
+      print(json.dumps(dataclasses.asdict(result)), file=out)
+    elif streams:
+      print(file=out)
+    else:
+      print(f"--- {number}\n{result.prompt}{result.completion}", file=out)
 
 
 def read_text(path: str) -> str:

@@ -24,7 +24,9 @@ from flaxlm.errors import ConfigError
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
-def knob(default: Any, text: str, low: float | None = None, high: float | None = None):
+def knob(
+  default: Any, text: str, low: float | None = None, high: float | None = None
+) -> Any:
   """A field with its help text and, for numbers, its inclusive bounds."""
   metadata = {"help": text, "low": low, "high": high}
   if isinstance(default, dict):

@@ -175,7 +175,7 @@ def start_jax(simulated_devices: int | None = None, cache_dir: Path | None = Non
           f"JAX already runs with {jax.device_count()} devices",
           "set simulated_devices before the first use of JAX",
         ) from None
-  if cache_dir is not None and jax.config.jax_compilation_cache_dir is None:
+  if cache_dir is not None and jax.config.values["jax_compilation_cache_dir"] is None:
     cache_dir.mkdir(parents=True, exist_ok=True)
     cache_dir.chmod(0o700)  # what lies here is executed: nobody else may write it
     jax.config.update("jax_compilation_cache_dir", str(cache_dir))

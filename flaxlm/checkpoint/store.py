@@ -59,7 +59,7 @@ class CheckpointStore:
     self._finisher.start()
 
   def wait(self) -> None:
-    """Returns when the last save is whole on disk. Raises `CheckpointError` if it failed."""
+    """Returns when the last save is whole on disk. Raises `CheckpointError`."""
     if self._finisher is not None:
       self._finisher.join()
       self._finisher = None

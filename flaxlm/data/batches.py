@@ -71,7 +71,7 @@ class Batches:
       rows = grain.MapDataset.concatenate(
         [rows, grain.MapDataset.source([PADDING] * missing)]
       )
-    self._store, self._seq_len = store, seq_len
+    self.store, self._seq_len = store, seq_len
     parts = rows.batch(batch_size // num_processes, drop_remainder=True)
     self._dataset = parts[process::num_processes].map(self._assemble)
 
@@ -92,14 +92,14 @@ class Batches:
 
   def _assemble(self, rows: np.ndarray) -> Batch:
     """The batch of these rows of the store."""
-    tokens, length = self._store.tokens, self._seq_len + 1
+    tokens, length = self.store.tokens, self._seq_len + 1
     starts = rows[:, None] * self._seq_len
     index = np.minimum(np.maximum(starts, 0) + np.arange(length), len(tokens) - 1)
     windows = tokens[index]
-    if windows.max() >= self._store.vocab_size:
+    if windows.max() >= self.store.vocab_size:
       raise DataError(
         f"the stored tokens are damaged: {windows.max()} is no id of the tokenizer",
         "delete the data directory; it will be prepared again",
       )
     lengths = np.minimum(len(tokens) - starts[:, 0], length)
-    return next_token(windows, np.where(rows == PADDING, 0, lengths), self._store.bos_id)
+    return next_token(windows, np.where(rows == PADDING, 0, lengths), self.store.bos_id)

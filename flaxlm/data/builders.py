@@ -17,7 +17,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
-from flaxlm.data.sources import SPLITS, Corpus, Document
+from flaxlm.data.sources import SPLITS, Corpus, Document, Log
 from flaxlm.errors import DataError
 
 FILE_FORMAT = "array_record"
@@ -125,7 +125,7 @@ def read_prepared(folder: Path, split: str) -> TextSource:
 
 
 @_quiet()
-def download(dataset: str, root: Path) -> Path:
+def download(dataset: str, root: Path, log: Log) -> Path:
   """Prepares the public dataset NAME[/CONFIG] below `root`; returns its folder."""
   try:
     builder = tfds.builder(dataset, data_dir=str(root), file_format=FILE_FORMAT)
@@ -143,6 +143,7 @@ def download(dataset: str, root: Path) -> Path:
         f"cannot download tfds:{dataset}: {urls[0]} does not answer",
         f"prepare it where there is a network and copy {root}, or use files:GLOB",
       )
+    log(f"tfds:{dataset} is not in {root} yet: preparing it")
     try:
       builder.download_and_prepare()
     except Exception as e:

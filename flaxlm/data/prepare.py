@@ -32,7 +32,9 @@ from flaxlm.data.sources import (
 from flaxlm.errors import DataError
 from flaxlm.tokenizers import Tokenizer, train_tokenizer
 
-_FORMAT = 1  # enters the keys of all that is stored: raise it when this file changes
+# Enters the keys of all that is stored: raise it when this file stores anything else,
+# or `train_tokenizer` makes another tokenizer from the same texts.
+_FORMAT = 1
 CHUNK_CHARACTERS = 2**22  # tokenized at a time
 # A tokenizer is trained on pieces spread evenly over the corpus. On the standard
 # library with 4,096 ids that takes a sixth of the time that all of it takes, and makes
@@ -155,7 +157,7 @@ def _load_or_train(
   corpus: Corpus, texts: Sequence[str], cfg: TokenizerConfig, root: Path, log: Log
 ) -> Tokenizer:
   path = _tokenizer_path(corpus, cfg, root)
-  with contextlib.suppress(DataError):  # missing, or damaged; a given one was read before
+  with contextlib.suppress(DataError):  # none yet, or damaged; a given one is whole
     return Tokenizer.load(path)
   start = time.perf_counter()
   sample = _sample(texts, cfg.vocab_size * SAMPLE_CHARACTERS_PER_ID)

@@ -149,7 +149,8 @@ def _match(pattern: str) -> tuple[Path, Iterator[Path]]:
     return path.parent, iter([path])
   parts = path.parts
   literal = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-  found = glob.iglob(str(path), recursive=True)  # noqa: PTH207: skips hidden files
+  # Not Path.glob, which finds hidden files too.
+  found = glob.iglob(str(path), recursive=True)  # noqa: PTH207
   return Path(*parts[: min(literal, len(parts) - 1)]), map(Path, found)
 
 
@@ -244,7 +245,7 @@ def _line_start(file: BinaryIO, position: int, end: int) -> int:
   if file.readline(DOCUMENT_BYTES).endswith(b"\n") and file.tell() < end:
     return file.tell()
   file.seek(position)
-  while file.read(1)[0] & 0xC0 == 0x80:  # in the middle of a character
+  while (byte := file.read(1)) and byte[0] & 0xC0 == 0x80:  # inside a character
     position += 1
   return position
 
@@ -267,7 +268,7 @@ def _tfds_corpus(name: str, dataset: str, log: Log) -> Corpus:
     from flaxlm.data import builders  # importing TFDS costs 0.5 s
 
     with locked(data_dir(), log):
-      folder = builders.download(dataset, root)
+      folder = builders.download(dataset, root, log)
   listing = (folder / "dataset_info.json").read_bytes()
   fingerprint = hashlib.sha256(str(_LISTING_VERSION).encode() + listing).hexdigest()
   return Corpus(name, fingerprint, train_fingerprint=fingerprint, tfds_folder=folder)

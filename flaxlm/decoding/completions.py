@@ -8,6 +8,7 @@ from flaxlm.decoding.generate import generate
 from flaxlm.decoding.runs import Run
 from flaxlm.decoding.sampling import Sampling
 from flaxlm.errors import ConfigError
+from flaxlm.tokenizers import Tokenizer
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -28,7 +29,6 @@ def complete(
   prompts: Sequence[str],
   sampling: Sampling,
   max_new_tokens: int | None = None,
-  seed: int = 0,
   stop: Sequence[str] = (),
   on_text: Callable[[int, str], None] | None = None,
 ) -> list[Completion]:
@@ -46,7 +46,7 @@ def complete(
   rows = [_Row(Completion(prompt), run.tokenizer, stop) for prompt in prompts]
   num_ids = run.tokenizer.vocab_size
   for block in generate(
-    run.model, run.params, encoded, max_new_tokens, sampling, seed, num_ids, run.mesh
+    run.model, run.params, encoded, max_new_tokens, sampling, num_ids, run.mesh
   ):
     for i, row in enumerate(rows):
       piece = row.extend(block.tokens_BT[i].tolist(), block.logprobs_BT[i].tolist())
@@ -64,7 +64,7 @@ def complete(
 class _Row:
   """A completion and its text so far; holds back what may begin a stop string."""
 
-  def __init__(self, result: Completion, tokenizer, stop: Sequence[str]):
+  def __init__(self, result: Completion, tokenizer: Tokenizer, stop: Sequence[str]):
     self.result, self.stop, self.eos_id = result, stop, tokenizer.eos_id
     self.stream = tokenizer.stream()
     self.held = max(map(len, stop), default=1) - 1

@@ -31,15 +31,14 @@ class DecodeState(NamedTuple):
 
   cache: KVCache
   token_B: jax.Array
-  keys_B: jax.Array
 
 
 class Chosen(NamedTuple):
   """Tokens that a block chose, (B, T) each; `finite_B` is False where logits were not."""
 
-  tokens_BT: jax.Array
-  logprobs_BT: jax.Array
-  finite_B: jax.Array
+  tokens_BT: Any
+  logprobs_BT: Any
+  finite_B: Any
 
 
 @functools.partial(jax.jit, static_argnames=("model", "filtered"), donate_argnames="cache")
@@ -49,7 +48,6 @@ def prefill(
   tokens_BT: jax.Array,
   lengths_B: jax.Array,
   cache: KVCache,
-  keys_B: jax.Array,
   sampling: Sampling,
   num_ids: jax.Array,
   filtered: bool,
@@ -64,7 +62,7 @@ def prefill(
   last_BTD = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, 1)
   logits_BTV = model.apply(variables, last_BTD, method="logits")
   cache = cache._replace(lengths_B=lengths_B)
-  return choose(logits_BTV, cache, keys_B, sampling, num_ids, filtered)
+  return choose(logits_BTV, cache, sampling, num_ids, filtered)
 
 
 @functools.partial(
@@ -85,7 +83,7 @@ def decode_block(
     logits_BTV, cache = model.apply(
       {"params": params}, state.token_B[:, None], cache=state.cache
     )
-    return choose(logits_BTV, cache, state.keys_B, sampling, num_ids, filtered)
+    return choose(logits_BTV, cache, sampling, num_ids, filtered)
 
   state, chosen = jax.lax.scan(step, state, length=num_steps)
   by_row = lambda x_TB1: x_TB1[:, :, 0].T  # noqa: E731
@@ -97,24 +95,21 @@ def decode_block(
 def choose(
   logits_BTV: jax.Array,
   cache: KVCache,
-  keys_B: jax.Array,
   sampling: Sampling,
   num_ids: jax.Array,
   filtered: bool,
 ) -> tuple[DecodeState, Chosen]:
   """Draws each row's next token from the logits of its last position.
 
-  A row's randomness is its own key and its length, so it draws the same tokens alone as
-  in any batch. Ids from `num_ids` on are the vocabulary's padding.
+  Ids from `num_ids` on are the vocabulary's padding, and never drawn.
   """
   logits_BV = logits_BTV[:, -1]
   real_V = jnp.arange(logits_BV.shape[-1]) < num_ids
   logits_BV = jnp.where(real_V, logits_BV, -jnp.inf)
-  step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, cache.lengths_B)
-  token_B, logprob_B = sample(logits_BV, step_keys_B, sampling, filtered)
+  token_B, logprob_B = sample(logits_BV, cache.lengths_B, sampling, filtered)
   finite_B = jnp.isfinite(logprob_B)
   chosen = Chosen(token_B[:, None], logprob_B[:, None], finite_B)
-  return DecodeState(cache, token_B, keys_B), chosen
+  return DecodeState(cache, token_B), chosen
 
 
 def bucket(size: int, smallest: int = SMALLEST_BUCKET) -> int:
@@ -128,7 +123,6 @@ def generate(
   prompts: Sequence[Sequence[int]],
   max_new_tokens: int,
   sampling: Sampling,
-  seed: int = 0,
   num_ids: int | None = None,
   mesh: Mesh | None = None,
 ) -> Iterator[Chosen]:
@@ -140,7 +134,6 @@ def generate(
     prompts: ids, at least one a row; rows may differ in length.
     max_new_tokens: total length of what is yielded, per row.
     sampling: rules for as many rows as there are prompts.
-    seed: with the row's number, all the randomness there is.
     num_ids: ids of the tokenizer, if fewer than the vocabulary's padded size.
     mesh: where `params` live; None for a single device.
 
@@ -158,9 +151,6 @@ def generate(
   pad = lambda x: np.resize(x, batch)  # noqa: E731
   sampling = Sampling(*map(pad, sampling))
   filtered = is_filtered(sampling)
-  keys_B = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
-    jnp.arange(batch)
-  )
   ids = jnp.int32(num_ids or model.cfg.vocab_size)
 
   num_blocks = -(-(max_new_tokens - 1) // BLOCK_STEPS)
@@ -169,7 +159,7 @@ def generate(
   with mesh_scope(mesh):
     cache = init_cache(model.cfg, batch, slots, model.run.dtype)
     state, chosen = prefill(
-      model, params, tokens_BT, lengths_B, cache, keys_B, sampling, ids, filtered
+      model, params, tokens_BT, lengths_B, cache, sampling, ids, filtered
     )
   yield to_host(chosen, num_rows, max_new_tokens)
   for block in range(num_blocks):

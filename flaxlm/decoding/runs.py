@@ -51,7 +51,7 @@ def _runs(runs_dir: Path) -> list[Path]:
 
 
 def load_config_of(path: Path) -> Config:
-  """The resolved config of a run directory. Raises `CheckpointError` if it is unreadable."""
+  """The resolved config of a run directory; `CheckpointError` if it is unreadable."""
   try:
     return from_json((path / CONFIG).read_text("utf-8"), str(path / CONFIG))
   except (OSError, ValueError) as e:

@@ -20,6 +20,7 @@ class Sampling(NamedTuple):
   top_k_B: jax.Array | np.ndarray  # the vocabulary's size: off
   top_p_B: jax.Array | np.ndarray  # 1: off
   min_p_B: jax.Array | np.ndarray  # 0: off
+  seeds_B: jax.Array | np.ndarray  # all the randomness that a row has
 
 
 def make_sampling(
@@ -28,8 +29,12 @@ def make_sampling(
   top_k: int | None = None,
   top_p: float | None = None,
   min_p: float | None = None,
+  seed: int = 0,
 ) -> Sampling:
-  """The same rules for every row. Raises `ConfigError` for values out of range."""
+  """The same rules for every row, row i with `seed + i`.
+
+  Raises `ConfigError` for values out of range.
+  """
   if not 0 <= temperature < float("inf"):
     raise ConfigError(f"temperature is {temperature}", "0 is greedy, 1 the model's own")
   if top_k is not None and top_k < 1:
@@ -38,11 +43,14 @@ def make_sampling(
     raise ConfigError(f"top-p is {top_p}", "it is above 0 and at most 1, or left out")
   if min_p is not None and not 0 <= min_p <= 1:
     raise ConfigError(f"min-p is {min_p}", "it is from 0 to 1, or left out")
+  if not 0 <= seed < 2**31:
+    raise ConfigError(f"seed is {seed}", "it is from 0 to 2147483647")
   return Sampling(
     temperature_B=np.full(batch, temperature, np.float32),
     top_k_B=np.full(batch, min(top_k or 2**30, 2**30), np.int32),
     top_p_B=np.full(batch, 1.0 if top_p is None else top_p, np.float32),
     min_p_B=np.full(batch, min_p or 0.0, np.float32),
+    seeds_B=np.uint32(seed) + np.arange(batch, dtype=np.uint32),
   )
 
 
@@ -56,13 +64,17 @@ def is_filtered(sampling: Sampling) -> bool:
 
 
 def sample(
-  logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling, filtered: bool
+  logits_BV: jax.Array, lengths_B: jax.Array, sampling: Sampling, filtered: bool
 ) -> tuple[jax.Array, jax.Array]:
   """Next token ids (B,), and their log-probabilities under the model itself (B,).
 
+  A row's draw depends on its seed and its length so far: on nothing else in the batch.
   With `filtered` the candidates are cut after the temperature, in this order: top-k (Fan
   et al., 2018), top-p (Holtzman et al., 2020), min-p (Nguyen et al., 2024).
   """
+  keys_B = jax.vmap(lambda s, n: jax.random.fold_in(jax.random.key(s), n))(
+    jnp.asarray(sampling.seeds_B), lengths_B
+  )
   logits_BV = logits_BV.astype(jnp.float32)
   greedy_B = jnp.argmax(logits_BV, -1)
   cold_B = sampling.temperature_B == 0

@@ -29,7 +29,9 @@ class KVCache(NamedTuple):
   lengths_B: jax.Array
 
 
-def init_cache(cfg: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> KVCache:
+def init_cache(
+  cfg: ModelConfig, batch: int, slots: int, dtype: jnp.dtype = jnp.float32
+) -> KVCache:
   """An empty cache for `batch` rows of up to `slots` tokens."""
   cfg = cfg.resolve()
   shape = (cfg.depth, batch, slots, cfg.num_kv_heads, cfg.head_dim)
@@ -135,7 +137,9 @@ class Attention(nn.Module):
     return out_BTD, cache
 
 
-def write_slots(cache_BSKH: jax.Array, new_BTKH: jax.Array, first_slots_B: jax.Array):
+def write_slots(
+  cache_BSKH: jax.Array, new_BTKH: jax.Array, first_slots_B: jax.Array
+) -> jax.Array:
   """Writes T new entries of each row from its own first slot on.
 
   The caller sees to it that they fit: JAX would shift a write past the end back.

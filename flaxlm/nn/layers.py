@@ -177,7 +177,9 @@ def residual_scale(depth: int) -> float:
 # -- Positions ---------------------------------------------------------------------------
 
 
-def rotation(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple:
+def rotation(
+  positions_BT: jax.Array, head_dim: int, theta: float
+) -> tuple[jax.Array, jax.Array]:
   """RoPE's (cos, sin), each (B, T, H/2) in float32 (Su et al., 2021, section 3.2.2)."""
   wavelengths = theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
   angles = positions_BT[..., None].astype(jnp.float32) / wavelengths

@@ -118,7 +118,10 @@ class Decoder(nn.Module):
     x_BTD, layers = self.blocks(x_BTD, layers, where, cos_sin, deterministic)
     if self.cfg.norm_placement == "pre":
       x_BTD = self.final_norm(x_BTD)
-    return x_BTD, None if cache is None else KVCache(*layers, cache.lengths_B + T)
+    if cache is None:
+      return x_BTD, None
+    k_LBSKH, v_LBSKH = layers
+    return x_BTD, KVCache(k_LBSKH, v_LBSKH, cache.lengths_B + T)
 
   def embed(self, tokens_BT, positions_BT):
     """Embedded tokens (B, T, D) with additive positions; RoPE's (cos, sin) or None."""
@@ -131,6 +134,7 @@ class Decoder(nn.Module):
         x_BTD *= cfg.width**0.5
         x_BTD += sinusoids(positions_BT, cfg.width).astype(x_BTD.dtype)
       case "rope":
+        assert cfg.head_dim is not None
         return x_BTD, rotation(positions_BT, cfg.head_dim, cfg.rope_theta)
     return x_BTD, None
 

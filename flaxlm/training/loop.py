@@ -38,6 +38,7 @@ from flaxlm.errors import (
 )
 from flaxlm.nn.models import Decoder, build_model
 from flaxlm.sharding import make_mesh, start_jax
+from flaxlm.tokenizers import Tokenizer
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.reporting import Reporter
 from flaxlm.training.step import (
@@ -98,7 +99,9 @@ def train(cfg: Config) -> int:
 
     # -- Steps.
     train_step = compile_train_step(model, optimizer, cfg.training.accumulation_steps, mesh)
-    evaluator = Evaluator(model, prepared, validation, cfg.training.eval_batches, mesh)
+    evaluator = Evaluator(
+      model, prepared.tokenizer, validation, cfg.training.eval_batches, mesh
+    )
     run = Trainer(cfg, prepared.fingerprint, mesh, train_step, evaluator, store, reporter)
     with stop_signals() as stop:
       state, exit_code = run.steps(state, first_step, batches, stop)
@@ -240,16 +243,16 @@ class Evaluator:
   def __init__(
     self,
     model: Decoder,
-    prepared: Prepared,
+    tokenizer: Tokenizer,
     batches: Batches,
     num_batches: int | None,
     mesh: Mesh,
   ):
+    """`num_batches` None evaluates on the whole split."""
     self.batches, self.num_batches, self.mesh = batches, num_batches, mesh
-    self.gzip_bits_per_byte = prepared.validation.gzip_bits_per_byte
-    token_bytes_V = np.zeros(model.cfg.vocab_size, np.float32)
-    token_bytes_V[: prepared.tokenizer.vocab_size] = prepared.tokenizer.token_bytes()
-    self.token_bytes_V = token_bytes_V
+    assert model.cfg.vocab_size is not None
+    padding = model.cfg.vocab_size - tokenizer.vocab_size
+    self.token_bytes_V = np.pad(tokenizer.token_bytes(), (0, padding)).astype(np.float32)
     self.eval_step = compile_eval_step(model, mesh)
 
   def __call__(self, params: Any) -> dict[str, float]:
@@ -267,8 +270,9 @@ class Evaluator:
       "eval/perplexity": math.exp(min(loss, 700.0)),
       "eval/bits_per_byte": sums["nats"] / math.log(2) / max(sums["bytes"], 1.0),
     }
-    if self.gzip_bits_per_byte is not None:
-      values["eval/gzip_bits_per_byte"] = self.gzip_bits_per_byte
+    gzip = self.batches.store.gzip_bits_per_byte
+    if gzip is not None and self.num_batches is None:  # then it is of the same text
+      values["eval/gzip_bits_per_byte"] = gzip
     return values
 
 
@@ -280,7 +284,7 @@ def evaluate_run(
   prepared = prepare(corpus, tokenizer)
   store = prepared.train if split == "train" else prepared.validation
   batches = split_batches(run.cfg, store, shuffled=False)
-  return Evaluator(run.model, prepared, batches, num_batches, run.mesh)(run.params)
+  return Evaluator(run.model, run.tokenizer, batches, num_batches, run.mesh)(run.params)
 
 
 def describe_evaluation(values: dict[str, float]) -> str:
@@ -418,8 +422,10 @@ def stop_signals() -> Iterator[Stop]:
     stop.requested = number
     signal.signal(number, previous[number])
 
+  previous: dict[int, Any] = {}
   try:
-    previous = {n: signal.signal(n, request) for n in (signal.SIGTERM, signal.SIGINT)}
+    for wanted in (signal.SIGTERM, signal.SIGINT):
+      previous[wanted] = signal.signal(wanted, request)
   except ValueError:  # not the main thread: whoever runs us handles signals
     yield stop
     return
@@ -432,8 +438,8 @@ def stop_signals() -> Iterator[Stop]:
 
 def show_sample(run: Run, reporter: Reporter) -> None:
   """Prints a completion, and what to try next."""
-  sampling = make_sampling(1, temperature=0.8, top_p=0.95)
-  (sample,) = complete(run, [run.cfg.training.sample_prompt], sampling, seed=run.cfg.seed)
+  sampling = make_sampling(1, temperature=0.8, top_p=0.95, seed=run.cfg.seed)
+  (sample,) = complete(run, [run.cfg.training.sample_prompt], sampling)
   reporter.log("a sample:")
   print(sample.prompt + sample.completion, flush=True)
   prompt = run.cfg.training.sample_prompt or "Once"

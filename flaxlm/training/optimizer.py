@@ -2,9 +2,11 @@
 """Optax chains: clip the gradient, then the update rule, on a schedule."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
@@ -41,9 +43,14 @@ def build_schedule(cfg: OptimizerConfig, num_steps: int) -> optax.Schedule:
       after = optax.constant_schedule(peak)
     case "inverse_sqrt":  # Vaswani et al. (2017), section 5.3
       start = max(1, warmup)
-      after = lambda step: peak * (start / jax.numpy.maximum(step + warmup, 1)) ** 0.5
+      after = partial(inverse_sqrt, peak, start, warmup)
   ramp = optax.linear_schedule(0.0, peak, max(1, warmup))
   return optax.join_schedules([ramp, after], [warmup])
+
+
+def inverse_sqrt(peak: float, start: int, warmup: int, step: jax.Array) -> jax.Array:
+  """peak sqrt(start / t), where t counts from the first step and `step` after warm-up."""
+  return peak * (start / jnp.maximum(step + warmup, 1)) ** 0.5
 
 
 def build_rule(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from flaxlm.data.objectives import Batch
 from flaxlm.nn.models import Decoder, abstract_params, init_params
@@ -23,7 +24,7 @@ Metrics = dict[str, jax.Array]
 class TrainState(NamedTuple):
   """All that changes from step to step: what a checkpoint holds."""
 
-  step: jax.Array
+  step: Any
   params: Any
   opt_state: Any
 
@@ -119,14 +120,14 @@ def accumulate(
 
 
 def eval_step(
-  model: Decoder, params: Any, batch: Batch, token_bytes_V: jax.Array
+  model: Decoder, params: Any, batch: Batch, token_bytes_V: ArrayLike
 ) -> Metrics:
   """Sums over a batch: loss in nats, tokens, and the bytes of text they stand for."""
   logits_BTV, _ = model.apply(
     {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT
   )
   nats_BT = cross_entropy(logits_BTV, batch.targets_BT) * batch.weights_BT
-  num_bytes_BT = token_bytes_V[batch.targets_BT] * batch.weights_BT
+  num_bytes_BT = jnp.asarray(token_bytes_V)[batch.targets_BT] * batch.weights_BT
   return {
     "nats": nats_BT.sum(),
     "tokens": batch.weights_BT.sum(),
@@ -179,7 +180,7 @@ def compile_train_step(
 
 def compile_eval_step(
   model: Decoder, mesh: Mesh
-) -> Callable[[Any, Batch, jax.Array], Metrics]:
+) -> Callable[[Any, Batch, ArrayLike], Metrics]:
   """`eval_step` under `jit`."""
   return under_mesh(jax.jit(functools.partial(eval_step, model)), mesh)
 

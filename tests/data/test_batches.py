@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches as an index: every row once, the same for any number of processes."""
+
+import itertools
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flaxlm.data.batches import Batches
+from flaxlm.data.objectives import Batch
+from flaxlm.data.prepare import TokenStore
+from flaxlm.errors import DataError
+
+BOS = 0
+
+
+def make_store(num_tokens: int) -> TokenStore:
+  """Tokens that tell their place: token i is i, but for a bos at every 10th."""
+  tokens = np.arange(num_tokens, dtype=np.uint32)
+  tokens[::10] = BOS
+  return TokenStore(tokens, BOS, num_tokens, -(-num_tokens // 10), num_tokens, None)
+
+
+def make_batches(num_tokens: int = 101, **arguments: Any) -> Batches:
+  defaults: dict[str, Any] = {"seq_len": 4, "batch_size": 4, "vocab_size": num_tokens}
+  return Batches(make_store(num_tokens), **defaults | arguments)
+
+
+def rows(batch: Batch) -> list[tuple[int, ...]]:
+  """The targets of each row that is not padding; they identify the row."""
+  real = batch.weights_BT.sum(1) > 0
+  return [tuple(row) for row in batch.targets_BT[real].tolist()]
+
+
+def equal(a: Batch, b: Batch) -> bool:
+  return all(map(np.array_equal, a, b))
+
+
+@settings(max_examples=50)
+@given(
+  num_tokens=st.integers(2, 100),
+  seq_len=st.integers(1, 20),
+  batch_size=st.integers(1, 5),
+)
+def test_in_order_every_token_is_a_target_once(num_tokens, seq_len, batch_size):
+  batches = make_batches(num_tokens, seq_len=seq_len, batch_size=batch_size)
+  assert batches.num_batches is not None
+  inputs, targets = [], []
+  for batch in map(batches.__getitem__, range(batches.num_batches)):
+    assert all(array.shape == (batch_size, seq_len) for array in batch)
+    inputs += batch.tokens_BT[batch.weights_BT == 1].tolist()
+    targets += batch.targets_BT[batch.weights_BT == 1].tolist()
+    assert (batch.segments_BT == 0).tolist() == (batch.weights_BT == 0).tolist()
+  tokens = make_store(num_tokens).tokens.tolist()
+  assert inputs == tokens[:-1]
+  assert targets == tokens[1:]
+  with pytest.raises(IndexError):
+    batches[batches.num_batches]
+
+
+@settings(max_examples=30)
+@given(
+  seed=st.integers(0, 2**31 - 1),
+  num_epochs=st.integers(1, 3),
+  num_tokens=st.integers(60, 130),
+)
+def test_each_epoch_has_every_row_once(seed, num_epochs, num_tokens):
+  ordered = make_batches(num_tokens)
+  every_row = sorted(
+    row for n in range(ordered.num_batches or 0) for row in rows(ordered[n])
+  )
+  batches = make_batches(num_tokens, seed=seed, num_epochs=num_epochs)
+  stream = [row for n in range(batches.num_batches or 0) for row in rows(batches[n])]
+  epochs = [stream[n : n + len(every_row)] for n in range(0, len(stream), len(every_row))]
+  assert [sorted(epoch) for epoch in epochs] == [every_row] * num_epochs
+
+
+def test_epochs_and_seeds_differ_in_order():
+  def epoch(seed: int, number: int) -> list[tuple[int, ...]]:
+    batches = make_batches(401, seed=seed, num_epochs=None)  # 100 rows = 25 batches
+    return [row for n in range(25 * number, 25 * number + 25) for row in rows(batches[n])]
+
+  orders = [epoch(seed, number) for seed in (0, 1, 2) for number in (0, 1, 2)]
+  assert all(a != b for a, b in itertools.combinations(orders, 2))
+  assert epoch(1, 2) == orders[5]
+
+
+@pytest.mark.parametrize("num_processes", [2, 4, 12])
+@pytest.mark.parametrize("seed", [None, 7])
+def test_processes_share_out_each_batch(num_processes: int, seed: int | None):
+  whole = make_batches(batch_size=12, seed=seed)
+  parts = [
+    make_batches(batch_size=12, seed=seed, process=process, num_processes=num_processes)
+    for process in range(num_processes)
+  ]
+  assert {part.num_batches for part in parts} == {whole.num_batches} == {3}
+  for n in range(3):
+    batches = [part[n] for part in parts]
+    together = Batch(*(np.concatenate(arrays) for arrays in zip(*batches, strict=True)))
+    assert equal(together, whole[n])
+
+
+@settings(max_examples=20)
+@given(start=st.integers(0, 10**12), process=st.integers(0, 1))
+def test_iterating_from_anywhere_is_indexing(start: int, process: int):
+  batches = make_batches(seed=3, num_epochs=None, process=process, num_processes=2)
+  with batches.iterate(start) as iterator:
+    for n, batch in enumerate(itertools.islice(iterator, 5)):
+      assert equal(batch, batches[start + n])
+
+
+def test_iterating_ends_with_the_last_epoch():
+  batches = make_batches(seed=3, num_epochs=2)
+  with batches.iterate(3) as iterator:
+    assert len(list(iterator)) == (batches.num_batches or 0) - 3
+  with batches.iterate(10**6) as iterator:
+    assert list(iterator) == []
+
+
+def test_endless_batches_have_no_number():
+  assert make_batches(seed=0, num_epochs=None).num_batches is None
+  assert make_batches(seed=0, num_epochs=3).num_batches == 19  # 3 * 25 rows, 4 by 4
+
+
+def test_a_closed_iterator_leaves_no_thread():
+  before = set(threading.enumerate())
+  with make_batches(seed=0, num_epochs=None).iterate() as iterator:
+    next(iterator)
+  deadline = time.monotonic() + 10
+  while set(threading.enumerate()) - before and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert set(threading.enumerate()) <= before
+
+
+def test_leaving_in_the_middle_prints_nothing():
+  code = (
+    "import numpy as np\n"
+    "from flaxlm.data.batches import Batches\n"
+    "from flaxlm.data.prepare import TokenStore\n"
+    "store = TokenStore(np.arange(999), 0, 999, 1, 999, None)\n"
+    "batches = Batches(\n"
+    "  store, seq_len=4, batch_size=4, vocab_size=999, seed=0, num_epochs=None\n"
+    ")\n"
+    "import sys\n"
+    "assert not {'tensorflow', 'torch'} & set(sys.modules)\n"
+    "with batches.iterate(5) as iterator:\n"
+    "  next(iterator)\n"
+    "  sys.exit(7)\n"
+  )
+  result = subprocess.run(
+    [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60
+  )
+  assert (result.returncode, result.stdout, result.stderr) == (7, "", "")
+
+
+def test_a_corpus_smaller_than_a_batch():
+  with pytest.raises(DataError, match=r"25 rows .* data.batch_size=26") as error:
+    make_batches(batch_size=26, seed=0)
+  assert "--data.batch_size=25" in error.value.cure
+  assert make_batches(batch_size=26).num_batches == 1  # evaluation fills the batch up
+
+
+def test_a_model_with_too_few_ids():
+  with pytest.raises(DataError, match="tokenizer has 101 ids, the model only 100"):
+    make_batches(vocab_size=100)
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_damaged_tokens(threaded: bool):
+  store = make_store(101)
+  store.tokens[50] = 101
+  batches = Batches(store, seq_len=4, batch_size=4, vocab_size=101)
+  with pytest.raises(DataError, match="101 is no id of the tokenizer"):
+    if threaded:
+      with batches.iterate() as iterator:
+        list(iterator)
+    else:
+      batches[3]

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stored tokens: right, found again, rebuilt when damaged, safe for several processes."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flaxlm.config import TokenizerConfig
+from flaxlm.data.prepare import Prepared, TokenStore, prepare
+from flaxlm.data.sources import find_corpus
+from flaxlm.errors import DataError
+from flaxlm.tokenizers import train_tokenizer
+
+BPE = TokenizerConfig(kind="bpe", vocab_size=300)
+BYTE = TokenizerConfig(kind="byte")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+  """Forty small files; prepared data go to a directory of the test's own."""
+  monkeypatch.setenv("FLAXLM_DATA_DIR", str(tmp_path / "data"))
+  folder = tmp_path / "corpus"
+  folder.mkdir()
+  for n in range(40):
+    (folder / f"{n}.txt").write_text(f"the quick brown fox nr {n} is é\n" * (n + 1))
+  return f"files:{folder}"
+
+
+def documents(store: TokenStore) -> list[list[int]]:
+  starts = np.flatnonzero(store.tokens == store.bos_id)
+  return [part[1:].tolist() for part in np.split(store.tokens, starts)[1:]]
+
+
+def stored(root: Path) -> dict[Path, int]:
+  """When each file below `root` was written last."""
+  return {
+    path: path.stat().st_mtime_ns
+    for path in root.rglob("*")
+    if path.is_file() and path.name != "lock"
+  }
+
+
+@pytest.mark.parametrize("cfg", [BPE, BYTE])
+def test_the_store_holds_the_text(corpus: str, cfg: TokenizerConfig):
+  prepared = prepare(corpus, cfg)
+  found = find_corpus(corpus)
+  for split in ("train", "validation"):
+    store = getattr(prepared, split)
+    expected = [d.read() for d in found.documents if d.split == split]
+    assert [prepared.tokenizer.decode(ids) for ids in documents(store)] == expected
+    assert store.tokens[0] == store.bos_id
+    assert store.tokens.max() < store.vocab_size == prepared.tokenizer.vocab_size
+    assert store.tokens.dtype == np.uint16
+    assert store.num_documents == len(expected)
+    assert store.num_bytes == len("".join(expected).encode())
+    assert prepared.tokenizer.token_bytes()[store.tokens].sum() == store.num_bytes
+
+
+def test_the_gzip_mark(corpus: str):
+  validation = prepare(corpus, BYTE).validation
+  text = b"".join(bytes(ids) for ids in documents(validation))
+  mark = 8 * len(gzip.compress(text, 9, mtime=0)) / len(text)
+  assert validation.gzip_bits_per_byte == pytest.approx(mark, rel=1e-12)
+
+
+def test_a_second_call_writes_and_says_nothing(corpus: str, tmp_path: Path):
+  lines: list[str] = []
+  first = prepare(corpus, BPE, lines.append)
+  assert lines
+  before = stored(tmp_path / "data")
+  lines.clear()
+  second = prepare(corpus, BPE, lines.append)
+  assert lines == []
+  assert stored(tmp_path / "data") == before
+  assert second.fingerprint == first.fingerprint
+  assert np.array_equal(second.train.tokens, first.train.tokens)
+
+
+def test_a_second_call_imports_no_tfds(corpus: str):
+  prepare(corpus, BPE)
+  code = (
+    "import sys\n"
+    "from flaxlm.config import TokenizerConfig\n"
+    "from flaxlm.data.prepare import prepare\n"
+    "prepare(sys.argv[1], TokenizerConfig(vocab_size=300))\n"
+    "heavy = {'jax', 'tensorflow', 'tensorflow_datasets', 'grain'} & set(sys.modules)\n"
+    "assert not heavy, heavy\n"
+  )
+  subprocess.run([sys.executable, "-c", code, corpus], check=True)
+
+
+def test_changed_text_is_prepared_again(corpus: str, tmp_path: Path):
+  first = prepare(corpus, BPE)
+  (tmp_path / "corpus" / "new.txt").write_text("something else\n")
+  second = prepare(corpus, BPE)
+  assert second.fingerprint != first.fingerprint
+  assert "something else\n" in map(
+    second.tokenizer.decode, documents(second.train) + documents(second.validation)
+  )
+
+
+def test_preparing_elsewhere_gives_the_same_tokens(
+  corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+  first = prepare(corpus, BPE)
+  monkeypatch.setenv("FLAXLM_DATA_DIR", str(tmp_path / "elsewhere"))
+  second = prepare(corpus, BPE)
+  assert second.fingerprint == first.fingerprint
+  assert np.array_equal(second.train.tokens, first.train.tokens)
+
+
+@pytest.mark.parametrize(
+  "damaged", ["train.npy", "validation.npy", "meta.json", "tokenizers/*.json"]
+)
+@pytest.mark.parametrize("damage", ["truncate", "garble", "delete"])
+def test_damaged_stores_are_built_again(
+  corpus: str, tmp_path: Path, damaged: str, damage: str
+):
+  first = prepare(corpus, BPE)
+  tokens = np.array(first.train.tokens)
+  (path,) = (tmp_path / "data").rglob(damaged)
+  content = path.read_bytes()
+  if damage == "delete":
+    path.unlink()
+  else:
+    path.write_bytes(content[:-2] if damage == "truncate" else b"?" * len(content))
+  second = prepare(corpus, BPE)
+  assert path.read_bytes() == content
+  assert np.array_equal(second.train.tokens, tokens)
+
+
+def test_what_a_killed_process_left_is_removed(corpus: str, tmp_path: Path):
+  fingerprint = prepare(corpus, BYTE).fingerprint
+  folder = tmp_path / "data" / "tokens" / fingerprint
+  folder.rename(folder.with_suffix(".partial"))
+  (folder.with_suffix(".partial") / "meta.json").unlink()
+  assert prepare(corpus, BYTE).fingerprint == fingerprint
+  assert [path.name for path in folder.parent.iterdir()] == [fingerprint]
+
+
+def test_several_processes_at_once(corpus: str):
+  code = (
+    "import sys\n"
+    "from flaxlm.config import TokenizerConfig\n"
+    "from flaxlm.data.prepare import prepare\n"
+    "print(prepare(sys.argv[1], TokenizerConfig(vocab_size=300)).fingerprint)\n"
+  )
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", code, corpus],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for _ in range(3)
+  ]
+  results = [process.communicate(timeout=60) for process in processes]
+  assert [process.returncode for process in processes] == [0, 0, 0]
+  assert len({output for output, _ in results}) == 1
+  assert sum("tokenizer: bpe" in errors for _, errors in results) == 1  # trained once
+
+
+def test_a_given_tokenizer(corpus: str, tmp_path: Path):
+  tokenizer = train_tokenizer("bpe", ["fox " * 9], 260)
+  tokenizer.save(tmp_path / "mine.json")
+  prepared = prepare(corpus, TokenizerConfig(path=str(tmp_path / "mine.json")))
+  assert prepared.tokenizer.fingerprint == tokenizer.fingerprint
+  assert not (tmp_path / "data" / "tokenizers").exists()
+  with pytest.raises(DataError, match="cannot read the tokenizer"):
+    prepare(corpus, TokenizerConfig(path=str(tmp_path / "none.json")))
+
+
+def test_more_than_65536_ids_need_wider_tokens(corpus: str, tmp_path: Path):
+  state = json.loads(train_tokenizer("byte", [], 0)._backend.to_str())
+  vocab = state["model"]["vocab"]
+  vocab |= {f"{n:06}": len(vocab) + 1 + n for n in range(2**16)}
+  (tmp_path / "wide.json").write_text(json.dumps(state))
+  prepared = prepare(corpus, TokenizerConfig(path=str(tmp_path / "wide.json")))
+  assert prepared.tokenizer.vocab_size == 2**16 + 257
+  assert prepared.train.tokens.dtype == np.uint32
+  assert len(prepared.train.tokens) == (
+    prepared.train.num_bytes + prepared.train.num_documents
+  )
+
+
+def test_a_data_directory_that_cannot_be_written(
+  corpus: str, monkeypatch: pytest.MonkeyPatch
+):
+  monkeypatch.setenv("FLAXLM_DATA_DIR", "/proc/flaxlm")
+  with pytest.raises(DataError, match="cannot prepare data in /proc/flaxlm") as error:
+    prepare(corpus, BYTE)
+  assert "FLAXLM_DATA_DIR" in error.value.cure
+  assert error.value.exit_code == 3
+
+
+@pytest.fixture(scope="module")
+def stdlib(tmp_path_factory: pytest.TempPathFactory):
+  """(what `prepare` makes of the standard library, seconds of a second call)."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("FLAXLM_DATA_DIR", str(tmp_path_factory.mktemp("data")))
+    prepared = prepare("stdlib", TokenizerConfig())
+    start = time.perf_counter()
+    prepare("stdlib", TokenizerConfig())
+    yield prepared, time.perf_counter() - start
+
+
+def test_the_standard_library(stdlib: tuple[Prepared, float]):
+  prepared, seconds = stdlib
+  assert seconds < 2  # 0.12 s where nothing else runs
+  assert prepared.tokenizer.vocab_size == 4096
+  for store in (prepared.train, prepared.validation):
+    assert store.num_bytes / len(store.tokens) > 3.2
+  assert prepared.train.num_bytes > 8_000_000
+  assert 0.02 < prepared.validation.num_bytes / prepared.train.num_bytes < 0.1
+  text = "".join(map(prepared.tokenizer.decode, documents(prepared.train)))
+  assert Path(os.__file__).read_text("utf-8") in text

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Corpora: which files, which split, and a fingerprint that follows the content."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from flaxlm.data.sources import DOCUMENT_BYTES, SPLITS, Corpus, data_dir, find_corpus
+from flaxlm.errors import ConfigError, DataError
+
+
+@pytest.fixture(autouse=True)
+def own_data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+  monkeypatch.setenv("FLAXLM_DATA_DIR", str(tmp_path / "data"))
+  return tmp_path / "data"
+
+
+def write(root: Path, files: dict[str, str | bytes]) -> Path:
+  for name, content in files.items():
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+  return root
+
+
+def many(number: int) -> dict[str, str | bytes]:
+  return {f"{n % 7}/{n}.txt": f"text {n}\n" * (n + 1) for n in range(number)}
+
+
+def names(corpus: Corpus, split: str) -> set[str]:
+  return {document.name for document in corpus.documents if document.split == split}
+
+
+def texts(corpus: Corpus, split: str) -> list[str]:
+  return [document.read() for document in corpus.documents if document.split == split]
+
+
+def test_every_file_is_in_one_split(tmp_path: Path):
+  files = many(200)
+  corpus = find_corpus(f"files:{write(tmp_path / 'corpus', files)}")
+  train, validation = (names(corpus, split) for split in SPLITS)
+  assert train | validation == set(files)
+  assert not train & validation
+  assert 2 <= len(validation) <= 25  # 5% of 200, by hash
+  assert sorted(texts(corpus, "train") + texts(corpus, "validation")) == sorted(
+    files.values()
+  )
+
+
+def test_more_files_do_not_move_the_others(tmp_path: Path):
+  before = find_corpus(f"files:{write(tmp_path / 'corpus', many(100))}")
+  after = find_corpus(f"files:{write(tmp_path / 'corpus', many(150))}")
+  for split in SPLITS:
+    assert names(before, split) < names(after, split)
+
+
+@pytest.mark.parametrize("number", range(2, 12))
+def test_few_files_fill_both_splits(tmp_path: Path, number: int):
+  corpus = find_corpus(f"files:{write(tmp_path / 'corpus', many(number))}")
+  assert names(corpus, "train")
+  assert names(corpus, "validation")
+
+
+@pytest.mark.parametrize(
+  ("files", "validation"),
+  [
+    (["train.txt", "validation.txt"], {"validation.txt"}),
+    (
+      ["train/a", "train/b", "validation/c", "validation/d"],
+      {"validation/c", "validation/d"},
+    ),
+    (["x/train/a", "x/validation/b"], {"x/validation/b"}),
+    (["train/a", "b"], {"b"}),  # b is free to fill the empty split
+    (["validation/a", "b"], {"validation/a"}),
+  ],
+)
+def test_names_keep_their_split(tmp_path: Path, files: list[str], validation: set[str]):
+  root = write(tmp_path / "corpus", dict.fromkeys(files, "text"))
+  assert names(find_corpus(f"files:{root}"), "validation") == validation
+
+
+def test_a_single_file_is_cut_at_a_line(tmp_path: Path):
+  text = "".join(f"line {n} é\n" for n in range(5000))
+  root = write(tmp_path, {"input.txt": text})
+  corpus = find_corpus(f"files:{root}/input.txt")
+  (train,), (validation,) = (texts(corpus, split) for split in SPLITS)
+  assert train + validation == text
+  assert validation.startswith("line ")
+  assert len(validation.encode()) / len(text.encode()) == pytest.approx(0.05, abs=0.001)
+
+
+def test_a_single_line_is_cut_at_a_character(tmp_path: Path):
+  root = write(tmp_path, {"input.txt": "漢" * 90})
+  corpus = find_corpus(f"files:{root}/input.txt")
+  assert [texts(corpus, split) for split in SPLITS] == [["漢" * 86], ["漢" * 4]]
+
+
+def test_large_files_become_several_documents(tmp_path: Path):
+  lines = "".join(f"{n:030}\n" for n in range(5 * DOCUMENT_BYTES // 31))
+  no_lines = "é" * (3 * DOCUMENT_BYTES)
+  root = write(
+    tmp_path / "corpus", {"train/a": lines, "train/b": no_lines, "validation": "x"}
+  )
+  documents = texts(find_corpus(f"files:{root}"), "train")
+  assert "".join(documents) == lines + no_lines
+  assert all(len(text.encode()) <= 2 * DOCUMENT_BYTES + 31 for text in documents)
+  assert all(text.endswith("\n") for text in documents if "0" in text)
+
+
+def test_only_visible_text_is_read(tmp_path: Path):
+  files = many(20) | {
+    "a.png": b"\x89PNG\xff",
+    "cut.txt": "é".encode()[:1],
+    "nul.bin": b"a\0b",
+    "empty.txt": "",
+    ".hidden": "secret",
+    ".git/config": "secret",
+  }
+  root = write(tmp_path / "corpus", files)
+  lines: list[str] = []
+  corpus = find_corpus(f"files:{root}", lines.append)
+  assert names(corpus, "train") | names(corpus, "validation") == set(many(20))
+  assert lines == [f"files:{root}: skipped what is not UTF-8 text: 3, as a.png"]
+
+
+def test_globs(tmp_path: Path):
+  root = write(tmp_path / "corpus", {"a/1.txt": "1", "a/b/2.txt": "2", "a/3.md": "3"})
+  write(root, {"a/.h/4.txt": "4", "[x].txt": "5\n6"})
+
+  def found(pattern: str) -> set[str]:
+    corpus = find_corpus(f"files:{root}/{pattern}")
+    return {document.name for document in corpus.documents}
+
+  assert found("**/*.txt") == {"a/1.txt", "a/b/2.txt", "[x].txt"}
+  assert found("a/**") == {"1.txt", "b/2.txt", "3.md"}
+  assert found("a/*.*") == {"1.txt", "3.md"}
+  assert found("[x].txt") == {"[x].txt"}  # a file called so, not a pattern
+
+
+def test_the_fingerprint_follows_names_and_content_only(tmp_path: Path):
+  def fingerprints(root: Path) -> tuple[str, str]:
+    corpus = find_corpus(f"files:{root}")
+    return corpus.fingerprint, corpus.train_fingerprint
+
+  files: dict[str, str | bytes] = {
+    "train/a": "one",
+    "train/b": "two",
+    "validation/c": "three",
+  }
+  original = fingerprints(write(tmp_path / "1", files))
+  assert fingerprints(write(tmp_path / "2", files)) == original
+  changed = fingerprints(write(tmp_path / "3", files | {"train/a": "ONE"}))
+  assert changed[0] != original[0]
+  assert changed[1] != original[1]
+  held_out = fingerprints(write(tmp_path / "4", files | {"validation/c": "THREE"}))
+  assert held_out[0] != original[0]
+  assert held_out[1] == original[1]  # the same tokenizer serves
+  renamed = fingerprints(
+    write(tmp_path / "5", {"train/A": "one", **dict(list(files.items())[1:])})
+  )
+  assert renamed[0] != original[0]
+
+
+@pytest.mark.parametrize(
+  ("name", "error", "cause"),
+  [
+    ("files:{0}/nothing", DataError, "no documents matched"),
+    ("files:{0}/*.png", DataError, "no documents matched"),
+    ("files:{0}/tiny.txt", DataError, "too small"),
+    ("files:{0}/one_character.txt", DataError, "too small"),
+    ("files:", ConfigError, "not a corpus"),
+    ("stdlibs", ConfigError, "not a corpus"),
+    ("tfds:no_such_dataset", DataError, "no dataset 'no_such_dataset'"),
+    ("tfds:lm1b/no_such_config", DataError, "no_such_config not found"),
+    ("tfds:..", DataError, "cannot open"),
+  ],
+)
+def test_what_is_not_there(tmp_path: Path, name: str, error: type[DataError], cause: str):
+  write(tmp_path, {"tiny.txt": "x", "one_character.txt": "漢", "a.png": b"\xff"})
+  with pytest.raises(error, match=cause):
+    find_corpus(name.format(tmp_path))
+
+
+def test_unknown_datasets_get_the_nearest_name():
+  with pytest.raises(DataError) as error:
+    find_corpus("tfds:tiny_shakespere")
+  assert error.value.cure == "did you mean tiny_shakespeare?"
+
+
+def test_without_a_network_a_download_fails_at_once(monkeypatch: pytest.MonkeyPatch):
+  # A proxy on a port where nobody listens is as good as no network.
+  for variable in ("http_proxy", "https_proxy"):
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+  start = time.perf_counter()
+  with pytest.raises(DataError, match="does not answer"):
+    find_corpus("tfds:tiny_shakespeare")
+  assert time.perf_counter() - start < 5
+
+
+class LetterSet(tfds.core.GeneratorBasedBuilder):
+  """Somebody's TFDS dataset."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  SPLITS: tuple[str, ...] = ("train", "validation", "test")
+  FEATURES: ClassVar[dict[str, object]] = {
+    "text": tfds.features.Text(),
+    "title": tfds.features.Text(),
+  }
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(self.FEATURES),
+      disable_shuffling=True,
+    )
+
+  def _split_generators(self, dl_manager: object) -> dict[str, object]:
+    return {split: self._generate_examples(split) for split in self.SPLITS}
+
+  def _generate_examples(self, split: str):
+    for n in range(40):
+      yield n, {name: f"é{split} {n}" if name != "number" else n for name in self.FEATURES}
+
+
+class BodySet(LetterSet):
+  SPLITS = ("train", "test")
+  FEATURES: ClassVar[dict[str, object]] = {
+    "body": tfds.features.Text(),
+    "number": tfds.features.Scalar(np.int32),
+  }
+
+
+class TrainSet(LetterSet):
+  SPLITS = ("train",)
+
+
+class ConfiguredSet(LetterSet):
+  BUILDER_CONFIGS: ClassVar[list[tfds.core.BuilderConfig]] = [
+    tfds.core.BuilderConfig(name="first"),
+    tfds.core.BuilderConfig(name="second"),
+  ]
+
+
+class TwoTexts(LetterSet):
+  FEATURES: ClassVar[dict[str, object]] = {
+    "question": tfds.features.Text(),
+    "answer": tfds.features.Text(),
+  }
+
+
+@pytest.mark.parametrize(
+  ("builder", "train", "validation"),
+  [
+    (LetterSet, ("train", 0, 40), ("validation", 0, 40)),
+    (BodySet, ("train", 0, 40), ("test", 0, 40)),
+    (TrainSet, ("train", 0, 38), ("train", 38, 40)),
+  ],
+)
+def test_public_datasets(
+  own_data_dir: Path,
+  capfd: pytest.CaptureFixture[str],
+  builder: type[LetterSet],
+  train: tuple[str, int, int],
+  validation: tuple[str, int, int],
+):
+  root = own_data_dir / "tfds"
+  builder(data_dir=str(root), file_format="array_record").download_and_prepare()
+  capfd.readouterr()
+  corpus = find_corpus(f"tfds:{builder.name}")
+  for split, (source, start, end) in zip(SPLITS, (train, validation), strict=True):
+    text = corpus.read(split, root)
+    assert list(text) == [f"é{source} {n}" for n in range(start, end)]
+    assert text[1] == f"é{source} {start + 1}"
+  assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+  ("name", "folder"),
+  [
+    ("configured_set", "configured_set/first/1.0.0"),
+    ("configured_set/second", "configured_set/second/1.0.0"),
+  ],
+)
+def test_public_datasets_are_prepared_once(own_data_dir: Path, name: str, folder: str):
+  lines: list[str] = []
+  first = find_corpus(f"tfds:{name}", lines.append)
+  assert first.tfds_folder == own_data_dir / "tfds" / folder
+  written = (first.tfds_folder / "dataset_info.json").stat().st_mtime_ns
+  assert find_corpus(f"tfds:{name}", lines.append) == first
+  assert (first.tfds_folder / "dataset_info.json").stat().st_mtime_ns == written
+  assert len(lines) == 1
+  assert "preparing" in lines[0]
+
+
+def test_public_datasets_need_one_text_feature(own_data_dir: Path):
+  root = own_data_dir / "tfds"
+  TwoTexts(data_dir=str(root), file_format="array_record").download_and_prepare()
+  corpus = find_corpus("tfds:two_texts")
+  with pytest.raises(DataError, match="2 text features"):
+    corpus.read("train", root)
+
+
+def test_local_files_make_the_round_trip_through_tfds(
+  tmp_path: Path, own_data_dir: Path, capfd: pytest.CaptureFixture[str]
+):
+  files = many(50) | {"0/odd.txt": "\r\n\t é漢🙂\n\n"}
+  corpus = find_corpus(f"files:{write(tmp_path / 'corpus', files)}")
+  for split in SPLITS:
+    read = list(corpus.read(split, own_data_dir))
+    assert read == texts(corpus, split)
+  assert capfd.readouterr() == ("", "")
+
+
+def test_the_data_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+  assert data_dir() == tmp_path / "data"
+  monkeypatch.delenv("FLAXLM_DATA_DIR")
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  assert data_dir() == tmp_path / "flaxlm"
+  monkeypatch.delenv("XDG_CACHE_HOME")
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert data_dir() == tmp_path / ".cache" / "flaxlm"
+
+
+def test_building_needs_neither_tensorflow_nor_jax(tmp_path: Path, own_data_dir: Path):
+  write(tmp_path / "corpus", many(5))
+  code = (
+    "import sys\n"
+    "from pathlib import Path\n"
+    "from flaxlm.data.sources import find_corpus\n"
+    "find_corpus(f'files:{sys.argv[1]}').read('train', Path(sys.argv[2]))\n"
+    "heavy = {'jax', 'tensorflow', 'torch'} & set(sys.modules)\n"
+    "assert not heavy, heavy\n"
+  )
+  arguments = [str(tmp_path / "corpus"), str(own_data_dir)]
+  subprocess.run([sys.executable, "-c", code, *arguments], check=True)
