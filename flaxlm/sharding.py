@@ -6,6 +6,7 @@ mesh axis each lies. Nothing else decides a layout, and nothing is silently repl
 an unknown name, two dims on one mesh axis and an indivisible dim are errors.
 """
 
+import ctypes
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -159,10 +160,11 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
 
 
 def start_jax(simulated_devices: int | None = None, cache_dir: Path | None = None) -> None:
-  """Sets JAX up, once, from a door: simulated devices and the persistent compile cache.
+  """Sets JAX up, once, from a door: devices, memory, and the persistent compile cache.
 
   Raises `ConfigError` when the devices cannot be had.
   """
+  keep_freed_memory()
   if simulated_devices is not None:
     if os.environ.get("JAX_PLATFORMS", "cpu") != "cpu":
       raise ConfigError("simulated_devices works on the CPU only", "set JAX_PLATFORMS=cpu")
@@ -180,3 +182,20 @@ def start_jax(simulated_devices: int | None = None, cache_dir: Path | None = Non
     cache_dir.chmod(0o700)  # what lies here is executed: nobody else may write it
     jax.config.update("jax_compilation_cache_dir", str(cache_dir))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def keep_freed_memory() -> None:
+  """Tells glibc's malloc to keep what a step frees for the next step, on the CPU.
+
+  By default every large buffer of every step is mapped from the kernel anew, page by
+  page: a sixth to a third of the time of a training step on two cores (docs/LOG.md).
+  What the user has set in the environment stands; other C libraries are left alone.
+  """
+  libc = ctypes.CDLL(None)
+  user_set = any(name.startswith("MALLOC_") for name in os.environ)
+  if user_set or not hasattr(libc, "gnu_get_libc_version"):
+    return
+  arena_max, mmap_threshold, trim_threshold = -8, -3, -1  # malloc.h
+  libc.mallopt(arena_max, 1)  # other arenas cannot hold blocks above 64 MiB
+  libc.mallopt(mmap_threshold, 2**31 - 1)
+  libc.mallopt(trim_threshold, -1)  # never

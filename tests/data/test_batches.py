@@ -43,7 +43,7 @@ def equal(a: Batch, b: Batch) -> bool:
   return all(map(np.array_equal, a, b))
 
 
-@settings(max_examples=50)
+@settings(deadline=None, max_examples=50)
 @given(
   num_tokens=st.integers(2, 100),
   seq_len=st.integers(1, 20),
@@ -65,7 +65,7 @@ def test_in_order_every_token_is_a_target_once(num_tokens, seq_len, batch_size):
     batches[batches.num_batches]
 
 
-@settings(max_examples=30)
+@settings(deadline=None, max_examples=30)
 @given(
   seed=st.integers(0, 2**31 - 1),
   num_epochs=st.integers(1, 3),
@@ -107,7 +107,7 @@ def test_processes_share_out_each_batch(num_processes: int, seed: int | None):
     assert equal(together, whole[n])
 
 
-@settings(max_examples=20)
+@settings(deadline=None, max_examples=20)
 @given(start=st.integers(0, 10**12), process=st.integers(0, 1))
 def test_iterating_from_anywhere_is_indexing(start: int, process: int):
   batches = make_batches(seed=3, num_epochs=None, process=process, num_processes=2)

@@ -2,7 +2,7 @@
 """next_token against a reference that goes token by token."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -26,6 +26,7 @@ def reference(window: list[int], length: int) -> list[tuple[int, int, int, int, 
   return row
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_next_token_against_the_reference(data: st.DataObject):
   shape = data.draw(st.tuples(st.integers(1, 4), st.integers(2, 12)))
