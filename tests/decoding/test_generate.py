@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding: the cache changes nothing, nor do neighbours, padding, devices or buckets."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from jax.sharding import Mesh
+
+from flaxlm.config import ModelConfig
+from flaxlm.decoding.generate import (
+  BLOCK_STEPS,
+  SMALLEST_BUCKET,
+  DecodeState,
+  bucket,
+  decode_block,
+  generate,
+  prefill,
+)
+from flaxlm.decoding.sampling import Sampling, make_sampling
+from flaxlm.errors import ConfigError, NonFiniteError
+from flaxlm.nn.attention import init_cache
+from flaxlm.nn.models import Decoder, abstract_params, build_model
+from flaxlm.sharding import make_mesh
+
+SIZES = dict(depth=2, width=16, num_heads=4, vocab_size=64, context=64)
+ARCHITECTURES = {
+  "gqa": ModelConfig(num_kv_heads=2, **SIZES),
+  "window, mqa, untied": ModelConfig(
+    num_kv_heads=1, window=5, tied_embeddings=False, **SIZES
+  ),
+  "gpt2": ModelConfig(
+    **(SIZES | dict(context=40)),  # less than the bucket of its cache
+    positions="learned",
+    norm="layernorm",
+    activation="gelu_tanh",
+    gated=False,
+    biased=True,
+  ),
+  "2017": ModelConfig(
+    positions="sinusoidal", norm="layernorm", norm_placement="post", gated=False, **SIZES
+  ),
+}
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
+NUM_NEW = 1 + BLOCK_STEPS + 3  # the prefill's token, a block, and a part of the next
+
+
+@functools.cache
+def model_of(name: str) -> tuple[Decoder, Any]:
+  """A model, and parameters so large that its choices vary and are never close."""
+  model = build_model(ARCHITECTURES[name])
+  rng = np.random.default_rng(0)
+  abstract = abstract_params(
+    model, jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+  )
+  random = lambda x: (0.4 * rng.normal(size=x.shape)).astype(np.float32)  # noqa: E731
+  return model, jax.tree.map(random, abstract)
+
+
+def run(
+  model: Decoder,
+  params: Any,
+  prompts: Sequence[Sequence[int]],
+  sampling: Sampling,
+  num_new: int = NUM_NEW,
+  **kwargs: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+  """All tokens and log-probabilities, (B, T) each."""
+  blocks = list(generate(model, params, prompts, num_new, sampling, **kwargs))
+  tokens_BT = np.concatenate([block.tokens_BT for block in blocks], 1)
+  logprobs_BT = np.concatenate([block.logprobs_BT for block in blocks], 1)
+  assert tokens_BT.shape == logprobs_BT.shape == (len(prompts), num_new)
+  return tokens_BT, logprobs_BT
+
+
+def greedy(rows: int) -> Sampling:
+  return make_sampling(rows, 0.0)
+
+
+def take(sampling: Sampling, rows: Sequence[int]) -> Sampling:
+  return Sampling(*(np.asarray(rule)[np.asarray(rows)] for rule in sampling))
+
+
+# -- The cache changes nothing -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_cached_greedy_decoding_is_the_argmax_of_the_full_forward_pass(name: str):
+  """At every step of every row of a ragged batch, and so are the log-probabilities."""
+  model, params = model_of(name)
+  tokens_BT, logprobs_BT = run(model, params, PROMPTS, greedy(4))
+  assert len({tuple(row) for row in tokens_BT}) == 4
+  longest = max(map(len, PROMPTS)) + NUM_NEW
+  whole_BT = np.zeros((4, longest), np.int32)
+  for row, prompt in enumerate(PROMPTS):
+    whole_BT[row, : len(prompt) + NUM_NEW] = [*prompt, *tokens_BT[row]]
+  logits_BTV, _ = model.apply({"params": params}, whole_BT)
+  for row, prompt in enumerate(PROMPTS):
+    before = slice(len(prompt) - 1, len(prompt) - 1 + NUM_NEW)
+    logits_TV = np.asarray(logits_BTV)[row, before].astype(float)
+    assert tokens_BT[row].tolist() == logits_TV.argmax(-1).tolist()
+    p_TV = np.stack([references.softmax(logits_V) for logits_V in logits_TV])
+    p_T = np.take_along_axis(p_TV, tokens_BT[row][:, None], -1)[:, 0]
+    np.testing.assert_allclose(logprobs_BT[row], np.log(p_T), atol=1e-4)
+
+
+def test_decoding_agrees_with_the_papers():
+  """One row against the float64 numpy reference, which has no cache at all."""
+  model, params = model_of("gqa")
+  (tokens_T,), (logprobs_T,) = run(model, params, [PROMPTS[2]], greedy(1))
+  whole = [*PROMPTS[2], *tokens_T]
+  logits_BTV = references.decoder(params, model.cfg, [whole])
+  for step, token in enumerate(tokens_T):
+    logits_V = logits_BTV[0, len(PROMPTS[2]) - 1 + step]
+    assert token == np.argmax(logits_V)
+    log_p = np.log(references.softmax(logits_V)[token])
+    np.testing.assert_allclose(logprobs_T[step], log_p, atol=1e-4)
+
+
+def test_scores_do_not_depend_on_how_much_is_asked_for():
+  """A longer answer begins with the shorter one: the cache may be larger, no more."""
+  model, params = model_of("gqa")
+  sampling = make_sampling(4, 1.0, seed=3)
+  long_BT, _ = run(model, params, PROMPTS, sampling, 40)
+  short_BT, _ = run(model, params, PROMPTS, sampling, NUM_NEW)
+  assert long_BT[:, :NUM_NEW].tolist() == short_BT.tolist()
+  one_BT, _ = run(model, params, PROMPTS, sampling, 1)
+  assert one_BT.tolist() == short_BT[:, :1].tolist()
+
+
+def test_going_on_from_an_answer_gives_the_same_answer():
+  """The last tokens of the prompt may as well have been generated."""
+  model, params = model_of("gqa")
+  sampling = make_sampling(4, 1.0, seed=5)
+  tokens_BT, _ = run(model, params, PROMPTS, sampling)
+  longer = [[*p, *row[:6].tolist()] for p, row in zip(PROMPTS, tokens_BT, strict=True)]
+  rest_BT, _ = run(model, params, longer, sampling, NUM_NEW - 6)
+  assert rest_BT.tolist() == tokens_BT[:, 6:].tolist()
+
+
+# -- A row is its own ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rules", [{"temperature": 1.0}, {"temperature": 0.8, "top_k": 9}])
+def test_a_row_alone_is_the_row_in_a_batch_in_any_order(rules: dict[str, Any]):
+  model, params = model_of("gqa")
+  sampling = make_sampling(4, **rules, seed=17)
+  together_BT, logprobs_BT = run(model, params, PROMPTS, sampling)
+  assert len({tuple(row) for row in together_BT}) == 4
+  order = [2, 0, 3, 1]
+  shuffled_BT, _ = run(
+    model, params, [PROMPTS[row] for row in order], take(sampling, order)
+  )
+  assert shuffled_BT.tolist() == together_BT[order].tolist()
+  for row, prompt in enumerate(PROMPTS):
+    alone_BT, alone_logprobs_BT = run(model, params, [prompt], take(sampling, [row]))
+    assert alone_BT[0].tolist() == together_BT[row].tolist()
+    np.testing.assert_allclose(alone_logprobs_BT[0], logprobs_BT[row], atol=1e-4)
+
+
+def test_rows_that_fill_up_a_batch_are_not_seen():
+  """Three prompts run as four; the fourth is nobody's."""
+  model, params = model_of("gqa")
+  sampling = make_sampling(4, 1.0, seed=1)
+  four_BT, _ = run(model, params, PROMPTS, sampling)
+  three_BT, _ = run(model, params, PROMPTS[:3], take(sampling, [0, 1, 2]))
+  assert three_BT.tolist() == four_BT[:3].tolist()
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+  return make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+
+
+@pytest.mark.parametrize("rules", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 9}])
+def test_on_a_mesh_as_on_one_device(mesh: Mesh, rules: dict[str, Any]):
+  model, params = model_of("gqa")
+  shardings = jax.tree.map(lambda x: x.sharding, abstract_params(model, mesh))
+  sharded = jax.device_put(params, shardings)
+  sampling = make_sampling(3, **rules)
+  one_BT, logprobs_BT = run(model, params, PROMPTS[:3], sampling)
+  all_BT, all_logprobs_BT = run(model, sharded, PROMPTS[:3], sampling, mesh=mesh)
+  assert all_BT.tolist() == one_BT.tolist()
+  np.testing.assert_allclose(all_logprobs_BT, logprobs_BT, atol=1e-4)
+  assert jax.sharding.get_abstract_mesh().empty  # nothing leaks out of the generator
+
+
+# -- Ids -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rules", [{"temperature": 0.0}, {"temperature": 5.0, "top_k": 60}])
+def test_ids_that_only_pad_the_vocabulary_are_never_drawn(rules: dict[str, Any]):
+  """Nor do they take part of the probability."""
+  model, params = model_of("gqa")
+  sampling = make_sampling(4, **rules)
+  every_BT, _ = run(model, params, PROMPTS, sampling)
+  assert (every_BT >= 13).any()  # or this test would say nothing
+  tokens_BT, logprobs_BT = run(model, params, PROMPTS, sampling, num_ids=13)
+  assert tokens_BT.max() < 13
+  logits_BTV, _ = model.apply({"params": params}, np.array([PROMPTS[2]]))
+  p_V = references.softmax(np.asarray(logits_BTV, float)[0, -1, :13])
+  np.testing.assert_allclose(logprobs_BT[2, 0], np.log(p_V[tokens_BT[2, 0]]), atol=1e-4)
+
+
+# -- What is compiled ----------------------------------------------------------------------
+
+
+def test_requests_of_many_lengths_share_the_compiled_programs():
+  model, params = model_of("gqa")
+  run(model, params, PROMPTS, make_sampling(4, 0.7), SMALLEST_BUCKET - 8)
+  before = prefill._cache_size(), decode_block._cache_size()
+  for length in (1, 5, 8):
+    for rules in ({"temperature": 0.0}, {"temperature": 1.3, "seed": length}):
+      prompts = [[1] * length] * 3 + [[2]]
+      run(model, params, prompts, make_sampling(4, **rules), SMALLEST_BUCKET - 8)
+  assert (prefill._cache_size(), decode_block._cache_size()) == before
+
+
+@pytest.mark.parametrize("size", [1, 2, 31, 32, 33, 64, 65, 1000])
+def test_a_bucket_is_the_next_power_of_two(size: int):
+  assert bucket(size) >= max(size, SMALLEST_BUCKET)
+  assert bucket(size).bit_count() == 1
+  assert bucket(size) == SMALLEST_BUCKET or bucket(size) < 2 * size
+  assert bucket(size, smallest=1) < 2 * size
+
+
+def test_the_cache_is_donated():
+  """An old cache would double the memory of a long conversation."""
+  model, params = model_of("gqa")
+  sampling, ids = greedy(4), jnp.int32(64)
+  tokens_BT = np.zeros((4, SMALLEST_BUCKET), np.int32)
+  empty = init_cache(model.cfg, 4, SMALLEST_BUCKET)
+  state, _ = prefill(
+    model, params, tokens_BT, np.ones(4, np.int32), empty, sampling, ids, False
+  )
+  assert empty.k_LBSKH.is_deleted()
+  assert empty.v_LBSKH.is_deleted()
+  again, _ = decode_block(model, params, state, sampling, ids, BLOCK_STEPS, False)
+  assert isinstance(again, DecodeState)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(again))
+  assert again.cache.lengths_B.tolist() == [1 + BLOCK_STEPS] * 4
+
+
+def test_the_caller_who_stops_asking_pays_for_no_more():
+  """Blocks are computed when they are asked for: the first needs one pass alone."""
+  model, params = model_of("gqa")
+  blocks = generate(model, params, PROMPTS, 40, greedy(4))
+  assert next(blocks).tokens_BT.shape == (4, 1)
+  assert next(blocks).tokens_BT.shape == (4, BLOCK_STEPS)
+  blocks.close()
+  assert list(blocks) == []
+
+
+# -- Mistakes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("prompts", "num_new", "complaint"),
+  [
+    ([[1] * 60], 5, "prompt of 60 tokens + 5 new > model.context=64"),
+    ([[1], [1] * 65], 1, "prompt of 65 tokens"),
+    ([[1]], 64, "prompt of 1 tokens + 64 new"),
+    ([[]], 4, "a prompt has no tokens"),
+    ([[1], []], 4, "a prompt has no tokens"),
+    ([], 4, "a prompt has no tokens"),
+    ([[1]], 0, "max-new-tokens is 0"),
+    ([[1]], -3, "max-new-tokens is -3"),
+    ([[1, 64]], 4, "64"),
+    ([[1], [2, -1]], 4, "-1"),
+  ],
+)
+def test_what_does_not_fit_is_refused(prompts: list, num_new: int, complaint: str):
+  model, params = model_of("gqa")
+  with pytest.raises(ConfigError) as caught:
+    next(generate(model, params, prompts, num_new, greedy(len(prompts))))
+  assert complaint in caught.value.cause
+
+
+def test_the_context_can_be_used_to_its_last_token():
+  """Though a cache of blocks and buckets is larger than the context."""
+  for name, context in (("gqa", 64), ("gpt2", 40)):
+    model, params = model_of(name)
+    tokens_BT, _ = run(model, params, PROMPTS[1:2], greedy(1), context - 1)
+    whole = np.array([[*PROMPTS[1], *tokens_BT[0]]])
+    logits_BTV, _ = model.apply({"params": params}, whole[:, :-1])
+    assert np.asarray(logits_BTV).argmax(-1).tolist() == tokens_BT.tolist()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("rules", [{"temperature": 0.0}, {"temperature": 1.0}])
+def test_damaged_parameters_stop_the_decoding(value: float, rules: dict[str, Any]):
+  model, params = model_of("gqa")
+  broken = jax.tree.map(np.copy, params)
+  broken["final_norm"]["scale"][3] = value
+  with pytest.raises(NonFiniteError, match="the logits of row 0 are NaN or infinite"):
+    run(model, broken, PROMPTS, make_sampling(4, **rules))
+
+
+def test_one_damaged_row_is_named():
+  """A token whose vector is NaN, in one prompt: the others would have been fine."""
+  model, params = model_of("window, mqa, untied")  # tied, every row would have seen it
+  broken = jax.tree.map(np.copy, params)
+  broken["embedding"]["table"][8] = np.nan
+  with pytest.raises(NonFiniteError, match="row 2"):
+    run(model, broken, PROMPTS, greedy(4), 1)

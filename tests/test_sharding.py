@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where arrays live: strict specs, whole meshes, moments beside their parameters."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flaxlm.config import MESH_AXES, ModelConfig, OptimizerConfig, knobs
+from flaxlm.errors import ConfigError
+from flaxlm.nn.models import build_model
+from flaxlm.sharding import (
+  FIELDS,
+  RULES,
+  batch_sharding,
+  constrain,
+  make_mesh,
+  partition_spec,
+)
+from flaxlm.training.optimizer import build_optimizer
+from flaxlm.training.step import TrainState, abstract_state
+
+SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+  return make_mesh(SIZES)
+
+
+# -- Specs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_dim_is_cut_by_the_axes_of_its_rule(name: str):
+  parts = math.prod(SIZES[axis] for axis in RULES[name])
+  spec = partition_spec([name], [3 * parts], SIZES)
+  assert spec == PartitionSpec(RULES[name] or None)
+
+
+@pytest.mark.parametrize("name", [name for name, axes in RULES.items() if axes])
+def test_a_dim_that_does_not_divide_names_the_field_to_change(name: str):
+  parts = math.prod(SIZES[axis] for axis in RULES[name])
+  with pytest.raises(ConfigError) as caught:
+    partition_spec([name], [3 * parts + 1], SIZES)
+  assert f"{FIELDS[name]} = {3 * parts + 1} cannot be split" in caught.value.cause
+  for axis in RULES[name]:
+    assert f"{axis}={SIZES[axis]}" in caught.value.cause
+  assert f"multiple of {parts}" in caught.value.cure
+  fields = {field for field, _, _ in knobs()}
+  assert set(FIELDS[name].split(" / ")) <= fields
+
+
+def test_axes_that_the_mesh_does_not_have_cut_nothing():
+  assert partition_spec(["vocab", "embed"], [7, 6], {"fsdp": 2}) == PartitionSpec(
+    None, ("fsdp",)
+  )
+
+
+def test_dims_without_a_name_are_not_cut():
+  assert partition_spec([None, "embed"], [7, 6], SIZES) == PartitionSpec(None, ("fsdp",))
+
+
+def test_an_unknown_name_is_an_error():
+  with pytest.raises(ValueError, match=r"no sharding rule for 'embde'; known: .*embed"):
+    partition_spec(["embde"], [8], SIZES)
+
+
+@pytest.mark.parametrize("names", [[], ["embed"], ["layers", "embed", "ffn"]])
+def test_a_wrong_rank_is_an_error(names: list[str]):
+  with pytest.raises(ValueError, match=rf"{len(names)} names .* for the shape \(8, 8\)"):
+    partition_spec(names, [8, 8], SIZES)
+
+
+@pytest.mark.parametrize(
+  "names", [["heads", "ffn"], ["embed", "embed"], ["batch", "embed"]]
+)
+def test_two_dims_on_one_mesh_axis_are_an_error(names: list[str]):
+  with pytest.raises(ValueError, match="two dims on one mesh axis"):
+    partition_spec(names, [8, 8], SIZES)
+
+
+# -- Meshes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("sizes", "shape"),
+  [
+    ({"data": -1}, (8, 1, 1)),
+    ({"data": 8}, (8, 1, 1)),
+    ({"fsdp": 8}, (1, 8, 1)),
+    ({"fsdp": -1, "data": 2}, (2, 4, 1)),
+    ({"tensor": 2, "data": -1, "fsdp": 2}, (2, 2, 2)),
+    ({"data": -1, "tensor": 8}, (1, 1, 8)),
+  ],
+)
+def test_a_mesh_uses_every_device_once(sizes: dict[str, int], shape: tuple[int, ...]):
+  mesh = make_mesh(sizes)
+  assert mesh.axis_names == MESH_AXES
+  assert mesh.devices.shape == shape
+  assert set(mesh.devices.flat) == set(jax.devices())
+
+
+@pytest.mark.parametrize(
+  ("sizes", "needed"),
+  [
+    ({"data": 4}, "mesh data=4 needs 4 devices, 8 present"),
+    ({"data": 2, "tensor": 2}, "mesh data=2,tensor=2 needs 4 devices, 8 present"),
+    ({"data": 16}, "mesh data=16 needs 16 devices, 8 present"),
+    ({"data": -1, "fsdp": 3}, "fsdp=3"),
+    ({"data": -1, "fsdp": 16}, "fsdp=16"),
+    ({}, "needs 1 devices, 8 present"),
+  ],
+)
+def test_idle_or_missing_devices_are_an_error(sizes: dict[str, int], needed: str):
+  with pytest.raises(ConfigError) as caught:
+    make_mesh(sizes)
+  assert needed in caught.value.cause
+  assert "data=8" in caught.value.cure
+
+
+def test_an_axis_that_takes_the_rest_of_too_few_says_how_many_it_needs():
+  with pytest.raises(ConfigError, match=r"needs a multiple of 3 devices, 8 present"):
+    make_mesh({"data": -1, "fsdp": 3})
+
+
+# -- The optimizer's state -----------------------------------------------------------------
+
+TINY = ModelConfig(
+  depth=2, width=16, num_heads=4, num_kv_heads=2, vocab_size=64, context=16
+)
+
+
+def state_of(kind: str, mesh: Mesh) -> TrainState:
+  model = build_model(TINY)
+  optimizer = build_optimizer(OptimizerConfig(kind=kind), 10)  # type: ignore[arg-type]
+  return abstract_state(model, optimizer, mesh)
+
+
+# How many arrays of a parameter's shape each rule keeps for it.
+MOMENTS = {"adamw": 2, "lion": 1, "adafactor": 1, "sgd": 1}
+
+
+@pytest.mark.parametrize("kind", [*MOMENTS, "muon"])
+def test_every_moment_lies_beside_its_parameter(kind: str, mesh: Mesh):
+  state = state_of(kind, mesh)
+  params = jax.tree_util.tree_leaves_with_path(state.params)
+  moments = jax.tree_util.tree_leaves_with_path(state.opt_state)
+  found = 0
+  for path, param in params:
+    # Muon keeps one moment of the kernels it turns, two of what it leaves to Adam.
+    names = [key.key for key in path]
+    turned = kind == "muon" and names[0] == "blocks" and names[-1] == "kernel"
+    expected = MOMENTS.get(kind, 1 if turned else 2)
+    mine = [m for at, m in moments if at[-len(path) :] == path and m.shape == param.shape]
+    assert len(mine) == expected, names
+    assert all(moment.sharding == param.sharding for moment in mine), names
+    found += len(mine)
+  # Nothing else is as large as the smallest parameter: counters, coefficients.
+  smallest = min(param.size for _, param in params)
+  assert len([m for _, m in moments if m.size >= smallest]) == found
+
+
+@pytest.mark.parametrize("kind", [*MOMENTS, "muon"])
+def test_what_belongs_to_no_parameter_is_everywhere(kind: str, mesh: Mesh):
+  state = state_of(kind, mesh)
+  shapes = {param.shape for param in jax.tree.leaves(state.params)}
+  rest = [m for m in jax.tree.leaves(state.opt_state) if m.shape not in shapes]
+  assert rest  # every rule counts its steps
+  assert all(moment.sharding.is_fully_replicated for moment in rest)
+  assert state.step.sharding.is_fully_replicated
+
+
+def test_factored_moments_are_replicated_and_none_is_lost(mesh: Mesh):
+  """Above 128 wide, Adafactor keeps a row and a column in place of the matrix."""
+  model = build_model(ModelConfig(depth=1, width=256, num_heads=2, vocab_size=256))
+  optimizer = build_optimizer(OptimizerConfig(kind="adafactor"), 10)
+  state = abstract_state(model, optimizer, mesh)
+  wanted = jax.eval_shape(optimizer.init, state.params)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), state.opt_state) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), wanted
+  )
+  table = state.params["embedding"]["table"]
+  factors = [
+    leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+    if jax.tree_util.keystr(path).endswith("['table']") and leaf.size > 1
+  ]
+  assert sorted(leaf.shape for leaf in factors) == sorted((dim,) for dim in table.shape)
+  assert all(leaf.sharding.is_fully_replicated for leaf in factors)
+
+
+def test_every_matrix_is_cut_by_fsdp_and_tensor(mesh: Mesh):
+  """Nothing is silently replicated: a device holds a quarter of each matrix."""
+  for path, param in jax.tree_util.tree_leaves_with_path(state_of("adamw", mesh).params):
+    shard = math.prod(param.sharding.shard_shape(param.shape))
+    is_matrix = path[-1].key in ("kernel", "table")
+    assert shard * (4 if is_matrix else 1) == param.size, path
+
+
+# -- Activations ---------------------------------------------------------------------------
+
+
+def test_constrain_is_nothing_without_a_mesh():
+  x = jnp.ones((4, 2))
+  assert constrain(x, "batch", "act_embed") is x
+  single = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+  with jax.set_mesh(single):
+    assert constrain(x, "batch", "act_embed") is x
+
+
+def test_constrain_reaches_the_compiler(mesh: Mesh):
+  pin = jax.jit(lambda x: constrain(2 * x, "batch", "length", "act_ffn"))
+  x = np.ones((4, 3, 6), np.float32)
+  assert "sharding_constraint" not in pin.lower(x).as_text()
+  with jax.set_mesh(mesh):
+    text = pin.lower(x).as_text()
+    y = pin(x)
+  assert "sharding_constraint" in text
+  assert y.sharding.is_equivalent_to(
+    NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor")), 3
+  )
+  np.testing.assert_array_equal(y, 2 * x)
+
+
+def test_constrain_is_as_strict_as_a_spec(mesh: Mesh):
+  with jax.set_mesh(mesh):
+    with pytest.raises(ConfigError, match=r"data\.batch_size"):
+      constrain(jnp.ones((3, 2)), "batch", "act_embed")
+    with pytest.raises(ValueError, match="no sharding rule"):
+      constrain(jnp.ones((4, 2)), "batch", "wdith")
+
+
+def test_a_batch_is_cut_by_rows_over_every_data_parallel_axis(mesh: Mesh):
+  x = jax.device_put(np.arange(8.0).reshape(8, 1), batch_sharding(mesh))
+  rows = {tuple(np.ravel(shard.data)) for shard in x.addressable_shards}
+  assert rows == {(0.0, 1.0), (2.0, 3.0), (4.0, 5.0), (6.0, 7.0)}
+  with jax.set_mesh(mesh):
+    spec = partition_spec(["batch", "length"], x.shape, dict(mesh.shape))
+  assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
