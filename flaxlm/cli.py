@@ -170,7 +170,7 @@ def open_run(args: argparse.Namespace) -> Any:
 
   path = find_run(args.path, args.runs_dir)
   start_jax(args.simulated_devices, data_dir() / "xla")
-  warn = lambda line: print(line, file=sys.stderr)  # noqa: E731
+  warn = lambda line: print(line, file=sys.stderr)
   return load_run(path, make_mesh(parse_mesh(args.mesh)), warn)
 
 
@@ -208,7 +208,7 @@ def answer(
 
   rows = [prompt for prompt in prompts for _ in range(args.num_samples)]
   streams = len(rows) == 1 and not args.json
-  show = lambda _, piece: print(piece, end="", file=out, flush=True)  # noqa: E731
+  show = lambda _, piece: print(piece, end="", file=out, flush=True)
   if streams:
     show(0, rows[0])
   results = complete(

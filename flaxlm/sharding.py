@@ -106,7 +106,7 @@ def with_shardings(boxed: Any, mesh: Mesh) -> Any:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
   # A parameter without a box has no names: `place` fails on it, as it should.
-  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
   return jax.tree.map(place, boxed, is_leaf=is_box)
 
 

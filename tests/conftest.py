@@ -28,21 +28,22 @@ def cache_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flaxlm(tmp_path: Path, cache_root: Path) -> Callable[..., subprocess.CompletedProcess]:
   """Runs `python -m flaxlm.cli ARGUMENTS` in an empty folder, as a user would."""
 
+  environment = {
+    "FLAXLM_DATA_DIR": str(cache_root),
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": str(ROOT),
+    "COLUMNS": "100",
+  }
+
   def run(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
-    environment = os.environ | {
-      "FLAXLM_DATA_DIR": str(cache_root),
-      "JAX_PLATFORMS": "cpu",
-      "PYTHONPATH": str(ROOT),
-      "PYTHONWARNINGS": "error::DeprecationWarning:flaxlm",
-    }
     return subprocess.run(
       [sys.executable, "-m", "flaxlm.cli", *map(str, arguments)],
       cwd=tmp_path,
-      env=environment | kwargs.pop("env", {}),
+      env=os.environ | environment,
       capture_output=True,
       text=True,
-      timeout=240,
-      **kwargs,
+      **{"timeout": 240} | kwargs,
     )
 
+  run.environment = environment
   return run

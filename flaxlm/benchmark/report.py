@@ -15,7 +15,7 @@ from typing import TextIO
 
 @dataclasses.dataclass
 class Result:
-  """One figure of one case. Fractions and ratios are None where there is nothing to divide."""
+  """One figure of one case; fractions and ratios are None where nothing is to divide."""
 
   suite: str
   case: str
@@ -36,7 +36,11 @@ class Result:
 
 
 def summarise(
-  suite: str, case: str, rounds: Sequence[float], unit: str, peer_rounds: Sequence[float] = ()
+  suite: str,
+  case: str,
+  rounds: Sequence[float],
+  unit: str,
+  peer_rounds: Sequence[float] = (),
 ) -> Result:
   """Median and range over rounds; ratios are taken round by round, since machines drift."""
   result = Result(suite, case, statistics.median(rounds), min(rounds), max(rounds), unit)
@@ -63,7 +67,9 @@ def device() -> str:
   name = platform.processor() or platform.machine()
   try:
     lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    name = next(
+      line.split(":")[1].strip() for line in lines if line.startswith("model name")
+    )
   except (OSError, StopIteration):
     pass
   return f"{name}, {len(os.sched_getaffinity(0))} cores"

@@ -54,13 +54,13 @@ class GPT(nn.Module):
   def load(self, work: dict[str, np.ndarray]) -> None:
     """Copies parameters from the tree that both sides share."""
     D = self.embedding.weight.shape[1]
-    put = lambda to, array: to.copy_(torch.from_numpy(np.ascontiguousarray(array)))  # noqa: E731
+    put = lambda to, array: to.copy_(torch.from_numpy(np.ascontiguousarray(array)))
     put(self.embedding.weight, work["embedding/table"])
     put(self.positions.weight, work["positions/table"])
     put(self.final_norm.weight, work["final_norm/scale"])
     put(self.final_norm.bias, work["final_norm/bias"])
     for layer, block in enumerate(self.blocks):
-      of = lambda name: work[f"blocks/{name}"][layer]  # noqa: B023, E731
+      of = lambda name: work[f"blocks/{name}"][layer]  # noqa: B023
       qkv = [of(f"attention/{name}/kernel").reshape(D, D).T for name in "qkv"]
       put(block.qkv.weight, np.concatenate(qkv))
       put(block.o.weight, of("attention/o/kernel").reshape(D, D).T)
@@ -79,8 +79,10 @@ def torch_side(case: Case, work: dict[str, np.ndarray]) -> dict[str, Any]:
   decayed = [p for p in model.parameters() if p.ndim >= 2]
   others = [p for p in model.parameters() if p.ndim < 2]
   optimizer = torch.optim.AdamW(
-    [{"params": decayed, "weight_decay": OPTIMIZER.weight_decay}]
-    + [{"params": others, "weight_decay": 0.0}],
+    [
+      {"params": decayed, "weight_decay": OPTIMIZER.weight_decay},
+      {"params": others, "weight_decay": 0.0},
+    ],
     lr=OPTIMIZER.learning_rate,
     betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
     eps=OPTIMIZER.epsilon,
@@ -95,6 +97,6 @@ def torch_side(case: Case, work: dict[str, np.ndarray]) -> dict[str, Any]:
       nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss
+    return loss.detach()
 
   return time_steps(case, work["windows"], step, lambda loss: loss.item())

@@ -39,7 +39,9 @@ class Case:
     return self.batch_size * self.model.context
 
 
-def gpt2_shape(depth: int, width: int, num_heads: int, context: int, vocab: int) -> ModelConfig:
+def gpt2_shape(
+  depth: int, width: int, num_heads: int, context: int, vocab: int
+) -> ModelConfig:
   return ModelConfig(
     depth=depth,
     width=width,
@@ -73,7 +75,8 @@ def bench_train(peer: str | None) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
       work = Path(folder) / "work.npz"
       write_work(CASES[name], work)
-      sides: dict[str, list[dict[str, Any]]] = {"flaxlm": []} | ({peer: []} if peer else {})
+      names = ["flaxlm", peer] if peer else ["flaxlm"]
+      sides: dict[str, list[dict[str, Any]]] = {side: [] for side in names}
       for number in range(ROUNDS):
         order = list(sides) if number % 2 == 0 else list(reversed(sides))
         for side in order:
@@ -112,8 +115,14 @@ def write_work(case: Case, path: Path) -> None:
   cfg = case.model
   L, D, N, F = cfg.depth, cfg.width, cfg.num_heads, cfg.ffn_width
   H = D // N
-  normal = lambda *shape: rng.normal(0, 0.02, shape).astype(np.float32)  # noqa: E731
-  ones = lambda *shape: np.ones(shape, np.float32)  # noqa: E731
+  assert cfg.vocab_size is not None and F is not None
+
+  def normal(*shape: int) -> np.ndarray:
+    return np.asarray(rng.normal(0, 0.02, shape), np.float32)
+
+  def ones(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
   arrays = {
     "embedding/table": normal(cfg.vocab_size, D),
     "positions/table": normal(cfg.context, D),
@@ -129,7 +138,8 @@ def write_work(case: Case, path: Path) -> None:
     arrays[f"blocks/{name}/scale"] = ones(L, D)
     arrays[f"blocks/{name}/bias"] = normal(L, D)
   shape = (CHECKED_STEPS, case.batch_size, cfg.context + 1)
-  np.savez(path, **arrays, windows=rng.integers(1, cfg.vocab_size, shape))
+  arrays["windows"] = rng.integers(1, cfg.vocab_size, shape)
+  np.savez(path, allow_pickle=False, **arrays)  # type: ignore[arg-type] # numpy#22981
 
 
 def time_steps(case: Case, windows: np.ndarray, step: Any, wait: Any) -> dict[str, Any]:

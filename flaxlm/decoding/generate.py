@@ -86,7 +86,7 @@ def decode_block(
     return choose(logits_BTV, cache, sampling, num_ids, filtered)
 
   state, chosen = jax.lax.scan(step, state, length=num_steps)
-  by_row = lambda x_TB1: x_TB1[:, :, 0].T  # noqa: E731
+  by_row = lambda x_TB1: x_TB1[:, :, 0].T
   return state, Chosen(
     by_row(chosen.tokens_BT), by_row(chosen.logprobs_BT), chosen.finite_B.all(0)
   )
@@ -148,7 +148,7 @@ def generate(
   tokens_BT = np.zeros((batch, bucket(int(lengths_B.max()))), np.int32)
   for row, prompt in enumerate(prompts):
     tokens_BT[row, : len(prompt)] = prompt
-  pad = lambda x: np.resize(x, batch)  # noqa: E731
+  pad = lambda x: np.resize(x, batch)
   sampling = Sampling(*map(pad, sampling))
   filtered = is_filtered(sampling)
   ids = jnp.int32(num_ids or model.cfg.vocab_size)

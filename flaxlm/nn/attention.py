@@ -7,6 +7,7 @@ place, `visible`, from slots (where a token lies in its row), never from positio
 (which restart with every packed document).
 """
 
+import itertools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -115,7 +116,7 @@ def query_blocks(num_queries: int) -> list[tuple[int, int]]:
   """Up to four ranges of at least 64 queries: more save little and compile longer."""
   count = max(1, min(4, num_queries // 64))
   edges = [num_queries * i // count for i in range(count + 1)]
-  return list(zip(edges[:-1], edges[1:], strict=True))
+  return list(itertools.pairwise(edges))
 
 
 @jax.custom_vjp
@@ -160,8 +161,9 @@ def mix_backward(residuals: tuple, grad_BKGTH: jax.Array) -> tuple:
   grad_scores_XRS = exp_XRS * (grad_exp_XRS - along_XR1)
   grad_q_XRH = jnp.einsum("XRS,XSH->XRH", grad_scores_XRS, k_XSH)
   grad_k_XSH = jnp.einsum("XRS,XRH->XSH", grad_scores_XRS, q_XRH)
-  per_head = lambda x_XSH: x_XSH.reshape(B, K, *x_XSH.shape[1:])  # noqa: E731
-  return grad_q_XRH.reshape(grad_BKGTH.shape), per_head(grad_k_XSH), per_head(grad_v_XSH), None
+  kv_shape = (B, K, *k_XSH.shape[1:])
+  grad_k_BKSH, grad_v_BKSH = grad_k_XSH.reshape(kv_shape), grad_v_XSH.reshape(kv_shape)
+  return grad_q_XRH.reshape(grad_BKGTH.shape), grad_k_BKSH, grad_v_BKSH, None
 
 
 mix.defvjp(mix_forward, mix_backward)
@@ -229,5 +231,5 @@ def write_slots(
 
   The caller sees to it that they fit: JAX would shift a write past the end back.
   """
-  write = lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0, 0))  # noqa: E731
+  write = lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0, 0))
   return jax.vmap(write)(cache_BSKH, new_BTKH.astype(cache_BSKH.dtype), first_slots_B)

@@ -140,9 +140,7 @@ class FeedForward(nn.Module):
     D, F = cfg.width, cfg.ffn_width
     assert F is not None
     shared = dict(biased=cfg.biased, dtype=self.dtype, param_dtype=self.param_dtype)
-    into = lambda name: Einsum(  # noqa: E731
-      "BTD,DF->BTF", (D, F), ("embed", "ffn"), name=name, **shared
-    )
+    into = lambda name: Einsum("BTD,DF->BTF", (D, F), ("embed", "ffn"), name=name, **shared)
     h_BTF = into("up")(x_BTD)
     if cfg.gated:
       h_BTF = activate(into("gate")(x_BTD), cfg.activation) * h_BTF

@@ -110,5 +110,5 @@ def matrix_dims(params: Any) -> Any:
 
 
 def _map_with_names(function: Any, params: Any) -> Any:
-  names = lambda path: tuple(str(key.key) for key in path)  # noqa: E731
+  names = lambda path: tuple(str(key.key) for key in path)
   return jax.tree_util.tree_map_with_path(lambda p, x: function(names(p), x), params)

@@ -28,7 +28,7 @@ class Reporter:
     if not writes:
       return
     forget_later_steps(run_dir / METRICS, first_step)
-    open_text = lambda name: (run_dir / name).open("a", encoding="utf-8")  # noqa: E731
+    open_text = lambda name: (run_dir / name).open("a", encoding="utf-8")
     self._metrics = self._stack.enter_context(open_text(METRICS))
     self._log = self._stack.enter_context(open_text(LOG))
     self._events = import_tensorboard().SummaryWriter(

@@ -58,8 +58,29 @@ def model_of(name: str) -> tuple[Decoder, Any]:
   abstract = abstract_params(
     model, jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
   )
-  random = lambda x: (0.4 * rng.normal(size=x.shape)).astype(np.float32)  # noqa: E731
-  return model, jax.tree.map(random, abstract)
+
+  def random(path: tuple, x: jax.ShapeDtypeStruct) -> np.ndarray:
+    # A large bias of the last norm would make one token win always.
+    mean, spread = {"scale": (1, 0.2), "bias": (0, 0.05)}.get(path[-1].key, (0, 0.4))
+    return (mean + spread * rng.normal(size=x.shape)).astype(np.float32)
+
+  return model, jax.tree_util.tree_map_with_path(random, abstract)
+
+
+@functools.cache
+def forward(model: Decoder) -> Any:
+  return jax.jit(lambda params, tokens_BT: model.apply({"params": params}, tokens_BT)[0])
+
+
+def full_logits(
+  model: Decoder, params: Any, rows: Sequence[Sequence[int]]
+) -> list[np.ndarray]:
+  """Logits (T, V) of each row from one pass over its whole text, without any cache."""
+  tokens_BT = np.zeros((4, model.cfg.context), np.int32)
+  for row, tokens in enumerate(rows):
+    tokens_BT[row, : len(tokens)] = tokens
+  logits_BTV = np.asarray(forward(model)(params, tokens_BT), float)
+  return [logits_BTV[row, : len(tokens)] for row, tokens in enumerate(rows)]
 
 
 def run(
@@ -90,23 +111,20 @@ def take(sampling: Sampling, rows: Sequence[int]) -> Sampling:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_cached_greedy_decoding_is_the_argmax_of_the_full_forward_pass(name: str):
-  """At every step of every row of a ragged batch, and so are the log-probabilities."""
+def test_cached_decoding_is_the_full_forward_pass(name: str):
+  """At every step of a ragged batch: greedy = its argmax, and all scores are its scores."""
   model, params = model_of(name)
-  tokens_BT, logprobs_BT = run(model, params, PROMPTS, greedy(4))
-  assert len({tuple(row) for row in tokens_BT}) == 4
-  longest = max(map(len, PROMPTS)) + NUM_NEW
-  whole_BT = np.zeros((4, longest), np.int32)
-  for row, prompt in enumerate(PROMPTS):
-    whole_BT[row, : len(prompt) + NUM_NEW] = [*prompt, *tokens_BT[row]]
-  logits_BTV, _ = model.apply({"params": params}, whole_BT)
-  for row, prompt in enumerate(PROMPTS):
-    before = slice(len(prompt) - 1, len(prompt) - 1 + NUM_NEW)
-    logits_TV = np.asarray(logits_BTV)[row, before].astype(float)
-    assert tokens_BT[row].tolist() == logits_TV.argmax(-1).tolist()
-    p_TV = np.stack([references.softmax(logits_V) for logits_V in logits_TV])
-    p_T = np.take_along_axis(p_TV, tokens_BT[row][:, None], -1)[:, 0]
-    np.testing.assert_allclose(logprobs_BT[row], np.log(p_T), atol=1e-4)
+  for sampling in (greedy(4), make_sampling(4, 1.0)):
+    tokens_BT, logprobs_BT = run(model, params, PROMPTS, sampling)
+    assert len({tuple(row) for row in tokens_BT}) == 4  # the rows do differ
+    texts = [[*p, *row] for p, row in zip(PROMPTS, tokens_BT.tolist(), strict=True)]
+    for row, logits_TV in enumerate(full_logits(model, params, texts)):
+      logits_TV = logits_TV[-1 - NUM_NEW : -1]
+      if sampling.temperature_B[row] == 0:
+        assert tokens_BT[row].tolist() == logits_TV.argmax(-1).tolist()
+      p_TV = np.stack([references.softmax(logits_V) for logits_V in logits_TV])
+      p_T = np.take_along_axis(p_TV, tokens_BT[row][:, None], -1)[:, 0]
+      np.testing.assert_allclose(logprobs_BT[row], np.log(p_T), atol=1e-4)
 
 
 def test_decoding_agrees_with_the_papers():
@@ -123,10 +141,10 @@ def test_decoding_agrees_with_the_papers():
 
 
 def test_scores_do_not_depend_on_how_much_is_asked_for():
-  """A longer answer begins with the shorter one: the cache may be larger, no more."""
+  """A longer answer, with a larger cache, begins with the shorter one."""
   model, params = model_of("gqa")
   sampling = make_sampling(4, 1.0, seed=3)
-  long_BT, _ = run(model, params, PROMPTS, sampling, 40)
+  long_BT, _ = run(model, params, PROMPTS, sampling, 57)
   short_BT, _ = run(model, params, PROMPTS, sampling, NUM_NEW)
   assert long_BT[:, :NUM_NEW].tolist() == short_BT.tolist()
   one_BT, _ = run(model, params, PROMPTS, sampling, 1)
@@ -146,10 +164,9 @@ def test_going_on_from_an_answer_gives_the_same_answer():
 # -- A row is its own ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rules", [{"temperature": 1.0}, {"temperature": 0.8, "top_k": 9}])
-def test_a_row_alone_is_the_row_in_a_batch_in_any_order(rules: dict[str, Any]):
+def test_a_row_alone_is_the_row_in_a_batch_in_any_order():
   model, params = model_of("gqa")
-  sampling = make_sampling(4, **rules, seed=17)
+  sampling = make_sampling(4, 1.0, seed=17)
   together_BT, logprobs_BT = run(model, params, PROMPTS, sampling)
   assert len({tuple(row) for row in together_BT}) == 4
   order = [2, 0, 3, 1]
@@ -202,8 +219,8 @@ def test_ids_that_only_pad_the_vocabulary_are_never_drawn(rules: dict[str, Any])
   assert (every_BT >= 13).any()  # or this test would say nothing
   tokens_BT, logprobs_BT = run(model, params, PROMPTS, sampling, num_ids=13)
   assert tokens_BT.max() < 13
-  logits_BTV, _ = model.apply({"params": params}, np.array([PROMPTS[2]]))
-  p_V = references.softmax(np.asarray(logits_BTV, float)[0, -1, :13])
+  (logits_TV,) = full_logits(model, params, [PROMPTS[2]])
+  p_V = references.softmax(logits_TV[-1, :13])
   np.testing.assert_allclose(logprobs_BT[2, 0], np.log(p_V[tokens_BT[2, 0]]), atol=1e-4)
 
 
@@ -282,14 +299,15 @@ def test_what_does_not_fit_is_refused(prompts: list, num_new: int, complaint: st
   assert complaint in caught.value.cause
 
 
-def test_the_context_can_be_used_to_its_last_token():
+@pytest.mark.parametrize("name", ["gqa", "gpt2"])
+def test_the_context_can_be_used_to_its_last_token(name: str):
   """Though a cache of blocks and buckets is larger than the context."""
-  for name, context in (("gqa", 64), ("gpt2", 40)):
-    model, params = model_of(name)
-    tokens_BT, _ = run(model, params, PROMPTS[1:2], greedy(1), context - 1)
-    whole = np.array([[*PROMPTS[1], *tokens_BT[0]]])
-    logits_BTV, _ = model.apply({"params": params}, whole[:, :-1])
-    assert np.asarray(logits_BTV).argmax(-1).tolist() == tokens_BT.tolist()
+  model, params = model_of(name)
+  prompts = [[token] for token in (1, 2, 3, 4)]
+  tokens_BT, _ = run(model, params, prompts, greedy(4), model.cfg.context - 1)
+  texts = [[*p, *row] for p, row in zip(prompts, tokens_BT.tolist(), strict=True)]
+  for row, logits_TV in enumerate(full_logits(model, params, texts)):
+    assert logits_TV[:-1].argmax(-1).tolist() == tokens_BT[row].tolist()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the decoder: causal, packed = alone, padding, cached = full, scan, remat."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxlm.config import ModelConfig, TrainingConfig
+from flaxlm.nn.attention import init_cache
+from flaxlm.nn.models import build_model
+
+SMALL = dict(depth=2, width=32, num_heads=4, vocab_size=61, context=32)
+ARCHITECTURES = {
+  "llama": dict(num_kv_heads=2, tied_embeddings=False),
+  "gpt2": dict(
+    positions="learned", norm="layernorm", gated=False, activation="gelu", biased=True
+  ),
+  "window": dict(window=4, num_kv_heads=1),
+  "post_norm": dict(positions="sinusoidal", norm_placement="post"),
+}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def decoder(request):
+  """(model, params), with parameters far from their tame initial values."""
+  model = build_model(ModelConfig(**SMALL | ARCHITECTURES[request.param]))
+  params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+  return model, jax.tree.map(lambda x: x * 1.5, params["params"])
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def logits_of(model, params, tokens_BT, positions_BT=None, segments_BT=None):
+  return model.apply({"params": params}, tokens_BT, positions_BT, segments_BT)[0]
+
+
+def random_tokens(*shape: int) -> np.ndarray:
+  return np.random.default_rng(7).integers(1, SMALL["vocab_size"], shape)
+
+
+def test_causal_by_gradient(decoder):
+  """The logits at t have exactly zero gradient to every later token's embedding."""
+  model, params = decoder
+  tokens_BT = random_tokens(1, 8)
+
+  def logits_from(x_BTD):
+    def replace(next_fun, args, kwargs, context):
+      is_embedding = (
+        context.module.name == "embedding" and context.method_name == "__call__"
+      )
+      return x_BTD if is_embedding else next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(replace):
+      return model.apply({"params": params}, tokens_BT)[0]
+
+  x_BTD = params["embedding"]["table"][tokens_BT]
+  jacobian = jax.jit(jax.jacrev(lambda x: logits_from(x)[0].sum(-1)))(x_BTD)[
+    :, 0
+  ]  # (T, S, D)
+  reach_TS = np.abs(jacobian).sum(-1)
+  assert np.all(reach_TS[np.triu_indices(8, 1)] == 0)
+  assert np.all(np.diag(reach_TS) > 0)
+
+
+def test_packed_equals_alone(decoder):
+  """Documents in one row have the logits that each has in a row of its own."""
+  model, params = decoder
+  first, second = random_tokens(2, 9)[0], random_tokens(2, 9)[1][:6]
+  row = np.concatenate([first, second])[None]
+  segments = np.array([[1] * 9 + [2] * 6])
+  positions = np.array([[*range(9), *range(6)]])
+  packed = logits_of(model, params, row, positions, segments)
+  alone = [logits_of(model, params, x[None])[0] for x in (first, second)]
+  np.testing.assert_allclose(packed[0], np.concatenate(alone), atol=1e-5)
+
+
+def test_padding_never_matters(decoder):
+  """What stands after a row's end, or in another segment, changes no bit before it."""
+  model, params = decoder
+  tokens = random_tokens(2, 12)
+  other = tokens.copy()
+  other[:, 7:] = (other[:, 7:] + 5) % SMALL["vocab_size"]
+  segments = np.array([[1] * 7 + [0] * 5] * 2)
+  logits = [logits_of(model, params, x, None, segments) for x in (tokens, other)]
+  np.testing.assert_array_equal(logits[0][:, :7], logits[1][:, :7])
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_cached_equals_full_at_every_position(decoder, chunk):
+  """Ragged rows: each is prefilled to its own length, then fed on in chunks."""
+  model, params = decoder
+  tokens_BT, lengths_B = random_tokens(3, 15), np.array([2, 6, 4])
+  full = logits_of(model, params, tokens_BT)
+  apply = jax.jit(
+    lambda tokens, cache: model.apply({"params": params}, tokens, cache=cache)
+  )
+  cache = init_cache(model.cfg, 3, 20)
+  prompts = np.where(np.arange(6) < lengths_B[:, None], tokens_BT[:, :6], 59)
+  logits, cache = apply(prompts, cache)
+  for row, length in enumerate(lengths_B):
+    np.testing.assert_allclose(logits[row, :length], full[row, :length], atol=1e-5)
+  cache = cache._replace(lengths_B=jnp.asarray(lengths_B))
+  for start in range(0, 9, chunk):
+    index = lengths_B[:, None] + start + np.arange(chunk)
+    logits, cache = apply(np.take_along_axis(tokens_BT, index, 1), cache)
+    expected = np.take_along_axis(np.asarray(full), index[..., None], 1)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_independent_of_cache_length(decoder):
+  model, params = decoder
+  tokens_BT = random_tokens(2, 7)
+  apply = jax.jit(lambda cache: model.apply({"params": params}, tokens_BT, cache=cache)[0])
+  outputs = [apply(init_cache(model.cfg, 2, slots)) for slots in (7, 29)]
+  np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "run", [dict(scanned=True), dict(remat="full"), dict(remat="dots")]
+)
+@pytest.mark.parametrize("scanned", [False, True])
+def test_how_it_runs_changes_nothing(decoder, run, scanned):
+  """Scan = unrolled, remat = not: the same parameters, logits and gradients."""
+  model, params = decoder
+  other = build_model(model.cfg, TrainingConfig(**{"scanned": scanned} | run))
+  tokens_BT = random_tokens(2, 9)
+
+  def loss(model, params):
+    return jnp.square(model.apply({"params": params}, tokens_BT)[0]).mean()
+
+  expected = jax.jit(jax.value_and_grad(lambda p: loss(model, p)))(params)
+  actual = jax.jit(jax.value_and_grad(lambda p: loss(other, p)))(params)
+  jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=1e-5), actual, expected)
+
+
+def test_remat_keeps_less(decoder):
+  """The knob is real: full remat needs less temporary memory for the gradient."""
+  model, _ = decoder
+  deep = dataclasses.replace(model.cfg, depth=6)
+  tokens_BT = jax.ShapeDtypeStruct((8, 32), jnp.int32)
+
+  def temporary_bytes(remat):
+    model = build_model(deep, TrainingConfig(remat=remat, scanned=True))
+    params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens_BT))["params"]
+    loss = lambda p, x: jnp.square(model.apply({"params": p}, x)[0]).mean()
+    compiled = jax.jit(jax.grad(loss)).lower(params, tokens_BT).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert temporary_bytes("full") < 0.7 * temporary_bytes("none")

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of the training step: sharded = one device, accumulation = one batch, and guards."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from flaxlm.config import MESH_AXES, ModelConfig, OptimizerConfig, TrainingConfig
+from flaxlm.data.objectives import next_token
+from flaxlm.nn.models import build_model
+from flaxlm.sharding import make_mesh
+from flaxlm.training.optimizer import build_optimizer
+from flaxlm.training.step import (
+  abstract_state,
+  compile_train_step,
+  init_state,
+  loss_and_gradient,
+  put_batch,
+  under_mesh,
+)
+
+CFG = ModelConfig(
+  depth=2,
+  width=32,
+  num_heads=4,
+  num_kv_heads=2,
+  vocab_size=64,
+  context=16,
+  tied_embeddings=False,
+)
+FAST = TrainingConfig(scanned=True)  # one block to compile: there are many programs here
+MESHES = [
+  dict(data=8),
+  dict(fsdp=8),
+  dict(data=4, tensor=2),
+  dict(fsdp=4, tensor=2),
+  dict(data=2, fsdp=4),
+  dict(data=2, fsdp=2, tensor=2),
+]
+
+
+def mesh_of(**sizes):
+  """A mesh over as many of the simulated devices as the sizes say."""
+  shape = [sizes.get(axis, 1) for axis in MESH_AXES]
+  devices = jax.devices()[: np.prod(shape)]
+  return jax.make_mesh(
+    shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices
+  )
+
+
+def packed_batch(rows=16, seed=0):
+  """Rows of several documents, of different lengths: every mask and weight in play."""
+  rng = np.random.default_rng(seed)
+  windows = rng.integers(1, CFG.vocab_size, (rows, CFG.context + 1))
+  windows[rng.random(windows.shape) < 0.15] = 0
+  return next_token(windows, rng.integers(4, CFG.context + 2, rows), bos_id=0)
+
+
+def loss_and_gradient_on(mesh):
+  model = build_model(CFG, FAST)
+  state = init_state(model, build_optimizer(OptimizerConfig(), 10), mesh, seed=3)
+  step = under_mesh(jax.jit(loss_and_gradient, static_argnums=0), mesh)
+  return jax.device_get(
+    step(model, state.params, put_batch(packed_batch(), mesh), jax.random.key(0))
+  )
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+  return loss_and_gradient_on(mesh_of())
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_sharded_equals_one_device(on_one_device, sizes):
+  """The same seed, parameters and batch: loss to 1e-5, gradients to 1e-4."""
+  loss, gradient = loss_and_gradient_on(make_mesh(sizes))
+  expected_loss, expected_gradient = on_one_device
+  np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+  scale = max(np.abs(g).max() for g in jax.tree.leaves(expected_gradient))
+  compare = lambda a, e: np.testing.assert_allclose(a, e, atol=1e-4 * scale)
+  jax.tree.map(compare, gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_state_stays_where_the_rules_say(kind):
+  """Every parameter and moment, at birth and after a step; all fsdp shards are 1/4."""
+  mesh = make_mesh(dict(fsdp=4, tensor=2))
+  model = build_model(CFG, FAST)
+  optimizer = build_optimizer(OptimizerConfig(kind=kind), 10)
+  target = abstract_state(model, optimizer, mesh)
+  state = init_state(model, optimizer, mesh, seed=0)
+  where = lambda x, t: (
+    x.sharding.is_equivalent_to(t.sharding, x.ndim) and x.shape == t.shape
+  )
+  assert all(jax.tree.leaves(jax.tree.map(where, state, target)))
+  step = compile_train_step(model, optimizer, 1, mesh)
+  state, _ = step(state, put_batch(packed_batch(), mesh), jnp.uint32(0))
+  assert all(jax.tree.leaves(jax.tree.map(where, state, target)))
+  up = state.params["blocks"]["ffn"]["up"]["kernel"]
+  assert up.addressable_shards[0].data.size == up.size // 8
+  replicated = [
+    x for x in jax.tree.leaves(state.opt_state) if x.sharding.is_fully_replicated
+  ]
+  assert all(x.size <= CFG.depth * CFG.width for x in replicated), "a moment is not sharded"
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_equals_one_batch(parts):
+  """Cutting a batch of unequally long rows into micro-batches changes nothing."""
+  mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
+  model = build_model(CFG, FAST)
+  optimizer = build_optimizer(OptimizerConfig(warmup_steps=0, epsilon=1e-3), 10)
+  results = []
+  for count in (1, parts):
+    state = init_state(model, optimizer, mesh, seed=0)
+    step = compile_train_step(model, optimizer, count, mesh)
+    for n in range(2):
+      state, metrics = step(state, put_batch(packed_batch(seed=n), mesh), jnp.uint32(0))
+    results.append(jax.device_get((metrics, state.params)))
+  compare = lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
+  jax.tree.map(compare, results[1], results[0])
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+  """Infinite weights make the loss NaN: parameters and moments keep their bits."""
+  mesh = mesh_of()
+  model, optimizer = build_model(CFG, FAST), build_optimizer(OptimizerConfig(), 10)
+  step = compile_train_step(model, optimizer, 1, mesh)
+  good = packed_batch()
+  bad = good._replace(weights_BT=np.where(good.weights_BT > 0, np.float32(np.inf), 0))
+  state, metrics = step(init_state(model, optimizer, mesh, 0), put_batch(good, mesh), 0)
+  before = jax.device_get(state)
+  state, metrics = step(state, put_batch(bad, mesh), 0)
+  assert not metrics["finite"]
+  after = jax.device_get(state)
+  assert after.step == before.step + 1
+  jax.tree.map(
+    np.testing.assert_array_equal, after._replace(step=0), before._replace(step=0)
+  )
+  state, metrics = step(state, put_batch(good, mesh), 0)
+  assert metrics["finite"]
+
+
+def test_the_state_is_donated():
+  """No second copy of the state: the step's input buffers are gone after it."""
+  mesh = mesh_of()
+  model, optimizer = build_model(CFG, FAST), build_optimizer(OptimizerConfig(), 10)
+  state = init_state(model, optimizer, mesh, 0)
+  compile_train_step(model, optimizer, 1, mesh)(state, put_batch(packed_batch(), mesh), 0)
+  assert all(x.is_deleted() for x in jax.tree.leaves(state))
+
+
+def test_bfloat16_trains_close_to_float32():
+  """bfloat16 compute over float32 parameters: the first losses agree to its rounding."""
+  losses = {}
+  for dtype in ("float32", "bfloat16"):
+    mesh = mesh_of()
+    model = build_model(CFG, TrainingConfig(dtype=dtype))
+    optimizer = build_optimizer(OptimizerConfig(warmup_steps=0), 10)
+    state = init_state(model, optimizer, mesh, 0)
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    step = compile_train_step(model, optimizer, 1, mesh)
+    losses[dtype] = []
+    for _ in range(4):
+      state, metrics = step(state, put_batch(packed_batch(), mesh), 0)
+      losses[dtype].append(float(metrics["loss"]))
+  np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.02)
+  assert losses["bfloat16"][-1] < losses["bfloat16"][0]

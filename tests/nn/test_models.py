@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoder equals an independent float64 implementation, for each architecture."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import references
+
+from flaxlm.config import ModelConfig
+from flaxlm.nn.layers import Einsum, rotate, rotation
+from flaxlm.nn.models import build_model
+
+SMALL = dict(depth=2, width=32, num_heads=4, vocab_size=61, context=24)
+GPT2 = dict(
+  positions="learned",
+  norm="layernorm",
+  activation="gelu_tanh",
+  gated=False,
+  biased=True,
+  norm_epsilon=1e-5,
+)
+LLAMA = dict(num_kv_heads=2, tied_embeddings=False, activation="silu", gated=True)
+ARCHITECTURES = {
+  "gpt2": GPT2,
+  "llama": LLAMA,
+  "multi_query_window": dict(num_kv_heads=1, window=3),
+  "transformer_2017": dict(
+    positions="sinusoidal",
+    norm="layernorm",
+    norm_placement="post",
+    activation="relu",
+    gated=False,
+  ),
+  "no_positions_wide_heads": dict(positions="none", head_dim=12, activation="gelu"),
+}
+
+
+def random_params(model: nn.Module, seed: int = 0):
+  """Every parameter random, norms and biases too: zeros and ones would hide mistakes."""
+  tokens = np.zeros((1, 2), np.int32)
+  params = nn.unbox(jax.jit(model.init)(jax.random.key(0), tokens))["params"]
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(seed), len(leaves))
+  noisy = [
+    x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)
+  ]
+  return jax.tree.unflatten(tree, noisy)
+
+
+def as_float64(params):
+  return jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_equal_float64_reference(name):
+  cfg = ModelConfig(**SMALL | ARCHITECTURES[name]).resolve()
+  model = build_model(cfg)
+  params = random_params(model)
+  rng = np.random.default_rng(1)
+  tokens_BT = rng.integers(0, cfg.vocab_size, (2, 11))
+  segments_BT = np.array([[1] * 4 + [2] * 7, [1] * 11])
+  positions_BT = np.array([[*range(4), *range(7)], [*range(11)]])
+  logits, _ = jax.jit(model.apply)({"params": params}, tokens_BT, positions_BT, segments_BT)
+  expected = references.decoder(
+    as_float64(params), cfg, tokens_BT, segments_BT, positions_BT
+  )
+  np.testing.assert_allclose(logits, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_captured_weights_are_the_ones_used():
+  """Looking changes no logit; each layer and head has a causal distribution."""
+  cfg = ModelConfig(**SMALL | LLAMA).resolve()
+  model = build_model(cfg)
+  params = random_params(model)
+  tokens_BT = np.arange(18).reshape(2, 9)
+  plain, _ = jax.jit(model.apply)({"params": params}, tokens_BT)
+  look = jax.jit(functools.partial(model.apply, mutable=["intermediates"]))
+  (looked, _), captured = look({"params": params}, tokens_BT)
+  np.testing.assert_allclose(looked, plain, atol=1e-5)
+  (weights_LBNTS,) = captured["intermediates"]["blocks"]["attention"]["weights_BNTS"]
+  assert weights_LBNTS.shape == (cfg.depth, 2, cfg.num_heads, 9, 9)
+  np.testing.assert_allclose(weights_LBNTS.sum(-1), 1, atol=1e-5)
+  assert np.all(np.triu(weights_LBNTS, 1) == 0)
+
+
+def test_dropout_needs_a_key_and_changes_the_output():
+  cfg = ModelConfig(**SMALL, dropout=0.5).resolve()
+  model = build_model(cfg)
+  params = random_params(model)
+  tokens_BT = np.arange(8).reshape(1, 8)
+
+  @jax.jit
+  def apply(seed):
+    rngs = {"dropout": jax.random.key(seed)}
+    return model.apply({"params": params}, tokens_BT, deterministic=False, rngs=rngs)[0]
+
+  np.testing.assert_array_equal(apply(0), apply(0))
+  assert not np.allclose(apply(0), apply(1))
+
+
+def test_rope_scores_depend_on_distance_only():
+  """q_m . k_n is a function of m - n (Su et al., 2021, equation 11)."""
+  q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
+  at = lambda x, position: rotate(x, rotation(np.array([[position]]), 16, 10_000.0))
+  near = (at(q, 3) * at(k, 1)).sum()
+  far = (at(q, 103) * at(k, 101)).sum()
+  np.testing.assert_allclose(near, far, rtol=1e-4)
+
+
+def test_einsum_equals_jnp_einsum():
+  x = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
+  layer = Einsum("BTNH,NHD->BTD", (4, 5, 7), ("heads", "head_dim", "embed"))
+  variables = nn.unbox(layer.init(jax.random.key(1), x))
+  expected = np.einsum("BTNH,NHD->BTD", x, variables["params"]["kernel"])
+  np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
+
+
+def test_residual_branches_start_small():
+  """What writes to the residual stream is scaled by 1 / sqrt(2 L) (Radford et al., 2019)."""
+  cfg = ModelConfig(**SMALL | dict(depth=8, width=128)).resolve()
+  init = jax.jit(build_model(cfg).init)
+  params = nn.unbox(init(jax.random.key(0), np.zeros((1, 2), np.int32)))
+  blocks = params["params"]["blocks"]
+  ratio = np.std(blocks["ffn"]["down"]["kernel"]) * cfg.ffn_width**0.5
+  np.testing.assert_allclose(ratio, (2 * cfg.depth) ** -0.5, rtol=0.05)
+  np.testing.assert_allclose(np.std(blocks["ffn"]["up"]["kernel"]) * 128**0.5, 1, rtol=0.05)

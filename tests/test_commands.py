@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands, end to end, as a user runs them; and what they say to bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+TINY = [
+  "--model.depth=1",
+  "--model.width=16",
+  "--model.num_heads=2",
+  "--model.context=32",
+  "--data.seq_len=32",
+  "--data.batch_size=4",
+  "--tokenizer.kind=byte",
+  "--training.log_every_steps=1",
+  "--training.eval_every_steps=4",
+  "--training.sample_prompt=a",
+  "--checkpoint.every_steps=3",
+]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+  """A folder of the user's own text."""
+  folder = tmp_path / "text"
+  folder.mkdir()
+  for number in range(12):
+    lines = [f"{a} times {number} is {a * number}.\n" for a in range(40)]
+    (folder / f"{number}.txt").write_text("".join(lines))
+  return f"files:{folder}"
+
+
+def metrics(tmp_path, name="stdlib_tiny"):
+  lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def losses(tmp_path, name):
+  return {m["step"]: m["train/loss"] for m in metrics(tmp_path, name) if "train/loss" in m}
+
+
+def test_train_infer_eval_ckpt(flaxlm, corpus, tmp_path):
+  """The main job on the user's own text, then every command on what it left."""
+  run = flaxlm("train", *TINY, f"--data.corpus={corpus}", "--training.num_steps=6")
+  assert run.returncode == 0, run.stderr
+  assert run.stdout.startswith("a"), "the sample, alone on stdout"
+  assert "python infer.py" in run.stderr
+  records = metrics(tmp_path)
+  assert [m["step"] for m in records if "train/loss" in m] == [1, 2, 3, 4, 5, 6]
+  evaluations = [m for m in records if "eval/loss" in m]
+  assert [m["step"] for m in evaluations] == [4, 6]
+  assert {"eval/perplexity", "eval/bits_per_byte", "eval/gzip_bits_per_byte"} <= set(
+    evaluations[0]
+  )
+  folder = tmp_path / "runs" / "stdlib_tiny"
+  left = {path.name for path in folder.iterdir()}
+  assert {"config.json", "tokenizer.json", "checkpoints", "log.txt"} <= left
+  assert list(folder.glob("events.out.tfevents.*"))
+
+  run = flaxlm(
+    "infer", "--prompt", "3 times", "--max-new-tokens=5", "--json", "--num-samples=2"
+  )
+  assert run.returncode == 0, run.stderr
+  samples = [json.loads(line) for line in run.stdout.splitlines()]
+  assert len(samples) == 2
+  for sample in samples:
+    keys = ["prompt", "completion", "tokens", "logprobs", "finish_reason"]
+    assert list(sample) == keys
+    assert 1 <= len(sample["tokens"]) == len(sample["logprobs"]) <= 5
+
+  run = flaxlm(
+    "infer", "stdlib_tiny", "--interactive", "--temperature=0", input="1 t\n2 t\n"
+  )
+  assert run.returncode == 0, run.stderr
+  assert run.stdout.startswith("1 t")
+  assert "\n2 t" in run.stdout
+
+  run = flaxlm("eval", "--json")
+  assert run.returncode == 0, run.stderr
+  value = json.loads(run.stdout)["eval/bits_per_byte"]
+  assert value == pytest.approx(evaluations[-1]["eval/bits_per_byte"], rel=1e-5)
+
+  assert flaxlm("ckpt", "verify").returncode == 0
+  (step,) = {p.parent for p in folder.glob("checkpoints/6/params")}
+  victim = max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  data = bytearray(victim.read_bytes())
+  data[len(data) // 2] ^= 1
+  victim.write_bytes(data)
+  run = flaxlm("ckpt", "verify")
+  assert run.returncode == 4
+  assert victim.name in run.stdout
+  run = flaxlm("infer", "--prompt=1", "--max-new-tokens=1")
+  assert run.returncode == 0, "the older checkpoint is whole"
+  assert "damaged" in run.stderr
+
+
+def test_stop_and_resume_equals_never_stopped(flaxlm, corpus, tmp_path):
+  """Stopped at a step that is no checkpoint's, resumed: every later loss, bit for bit."""
+  arguments = [
+    *TINY,
+    f"--data.corpus={corpus}",
+    "--model.dropout=0.1",
+    "--training.num_steps=9",
+  ]
+  run = flaxlm("train", *arguments, "--name=whole")
+  assert run.returncode == 0, run.stderr
+  first = [*arguments, "--name=halves"]
+  child = subprocess.Popen(
+    [sys.executable, "-c", STOP_AT_FIVE, *first],
+    cwd=tmp_path,
+    env=os.environ | flaxlm.environment,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  _, stderr = child.communicate(timeout=240)
+  assert child.returncode == 75, stderr
+  assert max(losses(tmp_path, "halves")) < 9
+  run = flaxlm("train", *first)
+  assert run.returncode == 0, run.stderr
+  assert "resuming" in run.stderr
+  assert losses(tmp_path, "halves") == losses(tmp_path, "whole")
+
+  run = flaxlm("train", *first, "--model.width=32")
+  assert run.returncode == 4
+  assert "model.width was 16, now 32" in run.stderr
+  run = flaxlm("train", *first, "--simulated_devices=2")
+  assert run.returncode == 0, run.stderr
+  assert "next, try" in run.stderr, "a finished run shows its sample, on any mesh"
+
+
+# A SIGTERM at a known step: after the fifth line of metrics.
+STOP_AT_FIVE = """
+import os, signal, sys
+from flaxlm import cli
+from flaxlm.training.reporting import Reporter
+write = Reporter.metrics
+def stop(self, step, values):
+  write(self, step, values)
+  if step == 5:
+    os.kill(os.getpid(), signal.SIGTERM)
+Reporter.metrics = stop
+sys.exit(cli.main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_kill_and_resume(flaxlm, corpus, tmp_path):
+  """SIGKILL at any moment: the next start goes on from the last whole checkpoint."""
+  arguments = [*TINY, f"--data.corpus={corpus}", "--training.num_steps=2000", "--name=k"]
+  child = subprocess.Popen(
+    [sys.executable, "-m", "flaxlm.cli", "train", *arguments, "--checkpoint.every_steps=2"],
+    cwd=tmp_path,
+    env=os.environ | flaxlm.environment,
+    stderr=subprocess.DEVNULL,
+    stdout=subprocess.DEVNULL,
+  )
+  checkpoints = tmp_path / "runs" / "k" / "checkpoints"
+  deadline = time.monotonic() + 120
+  while not list(checkpoints.glob("*/MANIFEST.json")) and time.monotonic() < deadline:
+    time.sleep(0.05)
+  child.send_signal(signal.SIGKILL)
+  child.wait()
+  steps = [int(p.parent.name) for p in checkpoints.glob("*/MANIFEST.json")]
+  assert steps, "no checkpoint within two minutes"
+  run = flaxlm("train", *arguments, f"--training.num_steps={max(steps) + 2}")
+  assert run.returncode == 2, "num_steps is given twice"
+  arguments[-2] = f"--training.num_steps={max(steps) + 2}"
+  run = flaxlm("train", *arguments, "--checkpoint.resume=must")
+  assert run.returncode == 0, run.stderr
+  assert sorted(losses(tmp_path, "k")) == list(range(1, max(steps) + 3))
+
+
+def test_end_of_data_saves_and_says_so(flaxlm, corpus, tmp_path):
+  run = flaxlm(
+    "train",
+    *TINY,
+    f"--data.corpus={corpus}",
+    "--data.num_epochs=1",
+    "--training.num_steps=100000",
+  )
+  assert run.returncode == 0, run.stderr
+  assert "the data end after step" in run.stderr
+  last = max(m["step"] for m in metrics(tmp_path))
+  assert (tmp_path / "runs" / "stdlib_tiny" / "checkpoints" / str(last)).is_dir()
+
+
+def test_two_trainers_in_one_directory(flaxlm, corpus, tmp_path):
+  """The second is refused; the first never notices."""
+  arguments = [*TINY, f"--data.corpus={corpus}", "--training.num_steps=100000"]
+  child = subprocess.Popen(
+    [sys.executable, "-m", "flaxlm.cli", "train", *arguments],
+    cwd=tmp_path,
+    env=os.environ | flaxlm.environment,
+    stderr=subprocess.DEVNULL,
+  )
+  try:
+    lock = tmp_path / "runs" / "stdlib_tiny" / "config.json"
+    deadline = time.monotonic() + 120
+    while not lock.exists() and time.monotonic() < deadline:
+      time.sleep(0.05)
+    run = flaxlm("train", *arguments)
+    assert run.returncode == 4
+    assert "another process trains into" in run.stderr
+  finally:
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=60) == 75
+
+
+def test_divergence_stops_with_its_own_code(flaxlm, corpus):
+  run = flaxlm(
+    "train",
+    *TINY,
+    f"--data.corpus={corpus}",
+    "--optimizer.learning_rate=1e38",
+    "--optimizer.warmup_steps=0",
+    "--optimizer.clip_norm=none",
+    "--training.num_steps=50",
+  )
+  assert run.returncode == 5, run.stderr
+  assert "lower --optimizer.learning_rate" in run.stderr
+
+
+def test_sharded_over_simulated_devices(flaxlm, corpus, tmp_path):
+  """The same losses on one device and on data=2,fsdp=2,tensor=2, as a user asks for it."""
+  arguments = [*TINY, f"--data.corpus={corpus}", "--training.num_steps=3"]
+  one = flaxlm("train", *arguments, "--name=one")
+  eight = flaxlm(
+    "train",
+    *arguments,
+    "--name=eight",
+    "--simulated_devices=8",
+    "--mesh=data=2,fsdp=2,tensor=2",
+  )
+  assert one.returncode == eight.returncode == 0, one.stderr + eight.stderr
+  expected = losses(tmp_path, "one")
+  assert losses(tmp_path, "eight") == pytest.approx(expected, rel=1e-5)
+
+
+BAD_INPUTS = {
+  "typo": (["train", "--training.num_step=5"], 2, "did you mean --training.num_steps"),
+  "short typo": (["train", "--steps=5"], 2, "did you mean --training.num_steps"),
+  "wrong type": (["train", "--training.num_steps=ten"], 2, "expected a whole number"),
+  "range": (["train", "--model.dropout=1.5"], 2, "from 0 to 0.999"),
+  "heads": (["train", "--model.num_kv_heads=3"], 2, "1, 2, 4"),
+  "seq_len": (["train", "--data.seq_len=512"], 2, "--model.context=512"),
+  "unknown config": (["train", "stdlib_tinny"], 2, "did you mean stdlib_tiny"),
+  "mesh axis": (["train", "--mesh=foo=2"], 2, "data, fsdp, tensor"),
+  "mesh size": (["train", "--mesh=data=2,fsdp=2"], 2, "1 present"),
+  "idle devices": (["train", "--mesh=data=2", "--simulated_devices=8"], 2, "8 present"),
+  "batch": (["train", "--simulated_devices=3"], 2, "nearest: 15"),
+  "no files": (["train", "--data.corpus=files:nowhere/*.txt"], 3, "no documents matched"),
+  "unknown corpus": (["train", "--data.corpus=stdlibs"], 2, "did you mean stdlib"),
+  "unknown tfds": (["train", "--data.corpus=tfds:no_such_set"], 3, "no_such_set"),
+  "no tokenizer": (["train", "--tokenizer.path=nowhere.json"], 3, "nowhere.json"),
+  "must resume": (["train", "--checkpoint.resume=must"], 4, "no checkpoint"),
+  "no run": (["infer", "--prompt=a"], 4, "no trained run"),
+  "unknown run": (["infer", "nope", "--prompt=a"], 4, "not a run directory"),
+  "no prompt": (["infer"], 2, "--prompt"),
+  "temperature": (["infer", "--prompt=a", "--temperature=-1"], 2, "0 is greedy"),
+  "top-p": (["infer", "--prompt=a", "--top-p=0"], 2, "above 0"),
+  "top-k": (["infer", "--prompt=a", "--top-k=0"], 2, "at least 1"),
+  "samples": (["infer", "--prompt=a", "--num-samples=0"], 2, "at least 1"),
+  "prompt file": (["infer", "--prompt-file=nowhere"], 2, "cannot be read"),
+  "unknown flag": (["infer", "--prompt=a", "--tempreture=1"], 2, "--tempreture"),
+  "unknown command": (["trian"], 2, "train"),
+  "no command": ([], 2, "COMMAND"),
+  "ckpt": (["ckpt", "verify", "nope"], 4, "not a run directory"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input(flaxlm, tmp_path, name):
+  """One line of cause, one of cure, the right exit code, no traceback, nothing compiled."""
+  arguments, exit_code, text = BAD_INPUTS[name]
+  run = flaxlm(*arguments)
+  assert run.returncode == exit_code, run.stderr
+  assert text in run.stderr
+  assert "Traceback" not in run.stderr
+  assert not run.stdout
+  message = [line for line in run.stderr.splitlines() if line.startswith("flaxlm: ")]
+  assert len(message) == 1
+  assert not list(tmp_path.glob("runs/*/checkpoints/*")), "nothing was trained"
+
+
+def test_help_names_every_knob(flaxlm):
+  run = flaxlm("train", "--help")
+  assert run.returncode == 0
+  for knob in ("--model.num_kv_heads", "--optimizer.schedule", "--mesh", "cosine|linear"):
+    assert knob in run.stdout
+
+
+def test_doors_are_the_commands(tmp_path, flaxlm):
+  """train.py and infer.py say what `flaxlm train` and `flaxlm infer` say."""
+  for door in ("train", "infer"):
+    run = subprocess.run(
+      [sys.executable, ROOT / f"{door}.py", "--help"],
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+    assert run.stdout.splitlines()[1:] == flaxlm(door, "--help").stdout.splitlines()[1:]
