@@ -139,7 +139,7 @@ def write_work(case: Case, path: Path) -> None:
     arrays[f"blocks/{name}/bias"] = normal(L, D)
   shape = (CHECKED_STEPS, case.batch_size, cfg.context + 1)
   arrays["windows"] = rng.integers(1, cfg.vocab_size, shape)
-  np.savez(path, allow_pickle=False, **arrays)  # type: ignore[arg-type] # numpy#22981
+  np.savez(path, allow_pickle=False, **arrays)
 
 
 def time_steps(case: Case, windows: np.ndarray, step: Any, wait: Any) -> dict[str, Any]:

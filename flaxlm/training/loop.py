@@ -65,24 +65,26 @@ def train(cfg: Config) -> int:
   mesh = make_mesh(cfg.mesh)
   check_batch(cfg, mesh)
   with contextlib.ExitStack() as stack:
+    # -- Run directory: ours alone from here on.
+    stack.enter_context(locked(cfg.run_dir))
+    first_step = resume_step(cfg)
+
     # -- Data: what there is to learn from decides the vocabulary.
     prepared = prepare(cfg.data.corpus, cfg.tokenizer)
     model_cfg = cfg.model.resolve(prepared.tokenizer.vocab_size)
     cfg = dataclasses.replace(cfg, model=model_cfg)
     batches = split_batches(cfg, prepared.train, shuffled=True)
     validation = split_batches(cfg, prepared.validation, shuffled=False)
+    if first_step:
+      check_same_experiment(cfg, prepared.fingerprint, first_step)
 
-    # -- Run directory: ours alone from here on.
-    stack.enter_context(locked(cfg.run_dir))
-    first_step = resume_step(cfg, prepared.fingerprint)
+    # -- State: born sharded, or read back to where it was.
     writes = jax.process_index() == 0
     if writes:
       write_atomically(cfg.run_dir / CONFIG, to_json(cfg))
       prepared.tokenizer.save(cfg.run_dir / TOKENIZER)
     reporter = Reporter(cfg.run_dir, first_step, cfg.training.num_steps, writes)
     stack.callback(reporter.close)
-
-    # -- State: born sharded, or read back to where it was.
     model = build_model(cfg.model, cfg.training)
     optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
     store = CheckpointStore(cfg.run_dir / CHECKPOINTS, cfg.checkpoint.keep)
@@ -346,8 +348,8 @@ def locked(run_dir: Path) -> Iterator[None]:
     yield
 
 
-def resume_step(cfg: Config, fingerprint: str) -> int:
-  """The step to go on from: 0 for a new run. Raises `CheckpointError` if it must not."""
+def resume_step(cfg: Config) -> int:
+  """The newest whole step, or 0 for a new run. Raises `CheckpointError` as asked to."""
   directory, resume = cfg.run_dir / CHECKPOINTS, cfg.checkpoint.resume
   if resume == "never":
     set_aside(directory)
@@ -360,6 +362,11 @@ def resume_step(cfg: Config, fingerprint: str) -> int:
         "check --name and --runs_dir, or use --checkpoint.resume=auto",
       )
     return 0
+  return step
+
+
+def check_same_experiment(cfg: Config, fingerprint: str, step: int) -> None:
+  """Refuses to go on from a step of other data or another model. Clears the way if not."""
   cure = "choose another --name, or start over with --checkpoint.resume=never"
   before = from_json((cfg.run_dir / CONFIG).read_text("utf-8"), str(cfg.run_dir / CONFIG))
   changed = [
@@ -371,6 +378,7 @@ def resume_step(cfg: Config, fingerprint: str) -> int:
     raise CheckpointError(
       f"{cfg.run_dir} is another experiment: {', '.join(changed)}", cure
     )
+  directory = cfg.run_dir / CHECKPOINTS
   store = CheckpointStore(directory)
   try:
     stored = store.restore_progress(step)
@@ -381,7 +389,6 @@ def resume_step(cfg: Config, fingerprint: str) -> int:
       f"the text of {cfg.data.corpus} is not what {cfg.run_dir} was trained on", cure
     )
   make_room_after(directory, step)
-  return step
 
 
 def set_aside(directory: Path) -> None:
