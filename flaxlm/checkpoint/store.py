@@ -21,7 +21,7 @@ from flaxlm.errors import CheckpointError
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 ARRAYS = ("params", "opt_state")
-PROGRESS = "progress"  # plain JSON: the step, the next batch, what the data were
+PROGRESS = "progress"  # plain JSON: the step, and a fingerprint of the corpus
 
 
 class CheckpointStore:

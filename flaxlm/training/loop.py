@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from flaxlm.checkpoint.manifest import newest_whole_step, saved_steps, write_ato
 from flaxlm.checkpoint.store import CheckpointStore, make_room_after
 from flaxlm.config import Config, TokenizerConfig, difference, from_json, to_json
 from flaxlm.data.batches import Batches
+from flaxlm.data.objectives import Batch
 from flaxlm.data.prepare import Prepared, TokenStore, prepare
 from flaxlm.data.sources import data_dir
 from flaxlm.decoding.completions import complete
@@ -121,7 +122,16 @@ def train(cfg: Config) -> int:
 class Trainer:
   """The steps of one run, and what happens between them."""
 
-  def __init__(self, cfg, fingerprint, mesh, train_step, evaluator, store, reporter):
+  def __init__(
+    self,
+    cfg: Config,
+    fingerprint: str,
+    mesh: Mesh,
+    train_step: Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]],
+    evaluator: "Evaluator",
+    store: CheckpointStore,
+    reporter: Reporter,
+  ):
     self.cfg, self.fingerprint, self.mesh = cfg, fingerprint, mesh
     self.train_step, self.evaluator = train_step, evaluator
     self.store, self.reporter = store, reporter
@@ -178,6 +188,9 @@ class Trainer:
     step, metrics = pending
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     self.reporter.advance(step)
+    if not self.clock.first_step_done:
+      seconds = time.perf_counter() - self.clock.started
+      self.reporter.log(f"compiled and made the first step in {seconds:.1f} s")
     self.clock.step_done(values["tokens"])
     if values.pop("finite"):
       self.skipped = 0
@@ -199,7 +212,8 @@ class Trainer:
     self.reporter.log(f"step {step:>6}  held-out: {describe_evaluation(values)}")
 
   def save(self, step: int, state: TrainState) -> None:
-    progress = {"step": step, "next_batch": step, "corpus": self.fingerprint}
+    # The next batch has the step's number: nothing else is needed to go on with the data.
+    progress = {"step": step, "corpus": self.fingerprint}
     self.store.save(step, state.params, state.opt_state, progress)
 
 
