@@ -90,20 +90,21 @@ def add_train(commands: Any) -> None:
   parser = commands.add_parser(
     "train",
     help="train a config, or resume its run",
+    usage="flaxlm train [CONFIG] [--section.field=value ...]",
     formatter_class=argparse.RawDescriptionHelpFormatter,
-    description="Trains CONFIG into runs/<name>/; running it again resumes.",
+    description="Trains CONFIG, a file or a name in configs/, into runs/<name>/; "
+    f"running it again resumes. Default: {DEFAULT_CONFIG}.",
     epilog=describe_knobs(),
   )
-  parser.add_argument(
-    "config", nargs="?", default=DEFAULT_CONFIG, help="a file, or a name in configs/"
-  )
+  # Not an argument: argparse would take the value of `--model.depth 2` for it.
   parser.set_defaults(run=run_train, takes_overrides=True)
 
 
-def run_train(args: argparse.Namespace, overrides: list[str]) -> int:
-  if args.config.startswith("--"):
-    overrides, args.config = [args.config, *overrides], DEFAULT_CONFIG
-  cfg = override(load_config(args.config), overrides)
+def run_train(_: argparse.Namespace, arguments: list[str]) -> int:
+  named = bool(arguments) and not arguments[0].startswith("--")
+  base = load_config(arguments[0] if named else DEFAULT_CONFIG)
+  cfg = override(base, arguments[1:] if named else arguments)
+  cfg = dataclasses.replace(cfg, name=base.name if cfg.name is None else cfg.name)
   cfg.check()
 
   from flaxlm.training.loop import train

@@ -179,10 +179,24 @@ class Config:
 
   def check(self) -> None:
     """Raises one `ConfigError` that lists every mistake."""
-    mistakes = [*_out_of_bounds(self), *_contradictions(self)]
+    mistakes = list(_wrong_types(self))
+    if not mistakes:  # what follows compares and divides
+      mistakes = [*_out_of_bounds(self), *_contradictions(self)]
     if mistakes:
       cures = [cure for _, cure in mistakes if cure]
       raise ConfigError("; ".join(cause for cause, _ in mistakes), "; ".join(cures))
+
+
+def _wrong_types(cfg: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+  """(cause, cure) of every value that its field cannot hold: Python files are not typed."""
+  for name, kind in typing.get_type_hints(type(cfg)).items():
+    value = getattr(cfg, name)
+    if dataclasses.is_dataclass(kind) and type(value) is kind:
+      yield from _wrong_types(value, f"{prefix}{name}.")
+    elif not _is_a(kind, value):
+      choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+      wanted = ", ".join(choices) or getattr(kind, "__name__", str(kind))
+      yield f"{prefix}{name} is {value!r}", f"{prefix}{name} can be {wanted}"
 
 
 def _out_of_bounds(cfg: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -194,7 +208,9 @@ def _out_of_bounds(cfg: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
       low, high = field.metadata.get("low"), field.metadata.get("high")
       too_low = low is not None and value < low
-      if not math.isfinite(value) or too_low or (high is not None and value > high):
+      is_float = isinstance(value, float)
+      unusable = not math.isfinite(value) if is_float else abs(value) >= 2**63
+      if unusable or too_low or (high is not None and value > high):
         allowed = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
         yield f"{name} is {value}", f"{name} can be {allowed}"
 
@@ -203,10 +219,10 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
   """(cause, cure) of every pair of fields that cannot go together: the only such list."""
   model = cfg.model
   if model.head_dim is None and model.num_heads > 0 and model.width % model.num_heads:
+    unit = model.num_heads * (2 if model.positions == "rope" else 1)  # RoPE takes pairs
     yield (
       f"model.width={model.width} is not a multiple of model.num_heads={model.num_heads}",
-      f"nearest width: {model.num_heads * max(1, round(model.width / model.num_heads))}, "
-      "or set model.head_dim",
+      f"nearest width: {_nearest_multiple(model.width, unit)}, or set model.head_dim",
     )
   kv_heads = model.num_kv_heads or model.num_heads
   if kv_heads > 0 and model.num_heads % kv_heads:
@@ -233,12 +249,18 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
       f"training.accumulation_steps={cfg.training.accumulation_steps}",
       "",
     )
-  if cfg.name is not None and (Path(cfg.name).name != cfg.name or cfg.name in (".", "..")):
+  if cfg.name is not None and (
+    Path(cfg.name).name != cfg.name or cfg.name in ("", ".", "..")
+  ):
     yield (
       f"name={cfg.name!r} is not a plain directory name",
       "use letters, digits, - and _",
     )
   yield from _mesh_mistakes(cfg.mesh)
+
+
+def _nearest_multiple(number: int, of: int) -> int:
+  return of * max(1, (2 * number + of) // (2 * of))
 
 
 def _mesh_mistakes(mesh: Mapping[str, int]) -> Iterator[tuple[str, str]]:
@@ -262,7 +284,7 @@ def load_config(name: str) -> Config:
   path = find_config(name)
   try:
     config = runpy.run_path(str(path)).get("config")
-  except Exception as e:  # whatever a user's file may raise
+  except (Exception, SystemExit) as e:  # whatever a user's file may raise
     raise ConfigError(f"{path} failed: {type(e).__name__}: {e}") from e
   if not isinstance(config, Config):
     raise ConfigError(
@@ -284,7 +306,7 @@ def find_config(name: str) -> Path:
   candidates = [Path(name)]
   candidates += [folder / f"{Path(stem).name}.py" for folder in config_folders()]
   for path in candidates:
-    if path.is_file():
+    if _is_file(path):
       if path.suffix != ".py":
         raise ConfigError(f"{path} is not a Python config file", "see configs/")
       return path
@@ -292,6 +314,13 @@ def find_config(name: str) -> Path:
   near = difflib.get_close_matches(Path(stem).name, known, 1)
   cure = f"did you mean {near[0]}?" if near else f"shipped: {', '.join(known)}"
   raise ConfigError(f"no config file {name!r}", cure)
+
+
+def _is_file(path: Path) -> bool:
+  try:
+    return path.is_file()
+  except OSError:  # a name too long, a folder that we may not look into
+    return False
 
 
 def override(cfg: Config, arguments: Sequence[str]) -> Config:
@@ -397,11 +426,15 @@ def parse_mesh(text: str) -> dict[str, int]:
   mesh: dict[str, int] = {}
   for part in text.split(","):
     axis, _, size = part.partition("=")
-    if not size.lstrip("-").isdecimal():
-      raise ConfigError(f"mesh {text!r}: {part!r} is not AXIS=SIZE", "as in data=2,fsdp=4")
+    try:
+      number = int(size)
+    except ValueError:
+      raise ConfigError(
+        f"mesh {text!r}: {part!r} is not AXIS=SIZE", "as in data=2,fsdp=4"
+      ) from None
     if axis in mesh:
       raise ConfigError(f"mesh {text!r} names {axis} twice")
-    mesh[axis] = int(size)
+    mesh[axis] = number
   mistakes = list(_mesh_mistakes(mesh))
   if mistakes:
     raise ConfigError(*mistakes[0])
@@ -418,9 +451,17 @@ def to_json(cfg: Config) -> str:
 def from_json(text: str, origin: str) -> Config:
   """The inverse of `to_json`. `origin` names the text in errors."""
   try:
-    return _from_dict(Config, json.loads(text))
+    return _from_dict(Config, json.loads(text, object_pairs_hook=_no_doubles))
   except (ValueError, TypeError, AttributeError, RecursionError) as e:
     raise ConfigError(f"{origin} is not a flaxlm config: {e}") from e
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  values = dict(pairs)
+  if len(values) < len(pairs):
+    names = [name for name, _ in pairs]
+    raise ValueError(f"{max(names, key=names.count)} is there twice")
+  return values
 
 
 def _from_dict(kind: Any, values: dict[str, Any]) -> Any:

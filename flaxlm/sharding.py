@@ -148,9 +148,11 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
   total = math.prod(shape.values())
   if total != num_devices:
     text = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+    needed = f"a multiple of {known}" if -1 in sizes.values() else total
     raise ConfigError(
-      f"mesh {text} needs {total or known} devices, {num_devices} present",
-      f"use --mesh data={num_devices}, or let one axis be -1"
+      f"mesh {text} needs {needed} devices, {num_devices} present",
+      f"use --mesh data={num_devices}"
+      + ("" if -1 in sizes.values() else ", or let one axis be -1")
       + (", or --simulated_devices=N on a CPU" if num_devices == 1 else ""),
     )
   # Linen's logical names and GSPMD's propagation need Auto axes; make_mesh's default

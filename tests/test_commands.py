@@ -179,6 +179,8 @@ def test_kill_and_resume(flaxlm, corpus, tmp_path):
   child.send_signal(signal.SIGKILL)
   child.wait()
   saved = max(int(p.parent.name) for p in checkpoints.glob("*/MANIFEST.json"))
+  (checkpoints / str(saved + 2)).mkdir(exist_ok=True)  # as if killed before its manifest
+  (checkpoints / str(saved + 2) / "MANIFEST.json").unlink(missing_ok=True)
   run = flaxlm("train", *arguments(saved + 2), "--checkpoint.resume=must")
   assert run.returncode == 0, run.stderr
   assert sorted(losses(tmp_path, "k")) == list(range(1, saved + 3))

@@ -101,4 +101,4 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _files(step_dir: Path) -> list[Path]:
-  return sorted(p for p in step_dir.rglob("*") if p.is_file() and p.name != NAME)
+  return sorted(p for p in step_dir.rglob("*") if p.is_file() and p != step_dir / NAME)

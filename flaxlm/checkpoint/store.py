@@ -5,6 +5,8 @@ A step counts as saved only when its manifest lies beside it, and is restored on
 its bytes still match (`manifest.py`). This is the one module that knows Orbax.
 """
 
+import contextlib
+import itertools
 import logging
 import shutil
 import threading
@@ -18,7 +20,7 @@ from flaxlm.checkpoint import manifest
 from flaxlm.errors import CheckpointError
 
 # Orbax reports every save at this level, and restores that we mean with a warning.
-logging.getLogger("absl").setLevel(logging.ERROR)
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 ARRAYS = ("params", "opt_state")
 PROGRESS = "progress"  # plain JSON: the step, and a fingerprint of the corpus
@@ -28,10 +30,13 @@ class CheckpointStore:
   """The checkpoints of one run, below `directory`."""
 
   def __init__(self, directory: Path, keep: int = 1):
-    self.directory = directory.absolute()
+    self.directory, self.keep = directory.absolute(), keep
     handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ARRAYS}
     handlers[PROGRESS] = ocp.JsonCheckpointHandler()
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    # Made in the background, a directory that cannot be made leaves threads that wait for
+    # it for 300 s, and the process with them.
+    now = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    options = ocp.CheckpointManagerOptions(create=True, async_options=now)
     self._manager = ocp.CheckpointManager(
       self.directory, item_handlers=handlers, options=options
     )
@@ -71,7 +76,8 @@ class CheckpointStore:
     try:
       self.wait()
     finally:
-      self._manager.close()
+      with contextlib.suppress(Exception):  # a failed write, of which `wait` has told
+        self._manager.close()
 
   def _finish(self, step: int) -> None:
     # Orbax reports a failed write only to those who wait.
@@ -79,6 +85,9 @@ class CheckpointStore:
       self._manager.wait_until_finished()
       if jax.process_index() == 0:
         manifest.write_manifest(self.directory / str(step))
+        # Orbax would delete before the manifest says that the new step is whole.
+        for old in manifest.saved_steps(self.directory)[: -self.keep]:
+          shutil.rmtree(self.directory / str(old))
     except Exception as e:  # kept for the thread that trains
       self._failure = self._unwritable(step, e)
 
@@ -90,9 +99,12 @@ class CheckpointStore:
     )
 
   def restore_progress(self, step: int) -> dict:
-    """The JSON item of one step."""
+    """The JSON item of one step. Raises `CheckpointError` when there is none."""
     arguments = ocp.args.Composite(progress=ocp.args.JsonRestore())
-    return self._manager.restore(step, args=arguments)[PROGRESS]
+    try:
+      return self._manager.restore(step, args=arguments)[PROGRESS]
+    except (ValueError, KeyError, OSError) as e:
+      raise CheckpointError(f"{self.directory}/{step} cannot be read: {e}") from e
 
   def restore(self, step: int, **targets: Any) -> dict[str, Any]:
     """The items named in `targets`, each shaped, typed and sharded like its target.
@@ -102,6 +114,11 @@ class CheckpointStore:
     standard = ocp.args.StandardRestore
     items = {name: standard(target) for name, target in targets.items()}
     try:
+      stored = self._manager.item_metadata(step)
+      for name, target in targets.items():  # Orbax finds out while it reads, with a dump
+        misfits = differences(shapes(stored[name]), shapes(target))
+        if misfits:
+          raise ValueError(f"{name}: {'; '.join(misfits)}")
       return dict(self._manager.restore(step, args=ocp.args.Composite(**items)))
     except (ValueError, KeyError, OSError) as e:
       first_line = next(iter(str(e).splitlines()), type(e).__name__)
@@ -109,6 +126,26 @@ class CheckpointStore:
         f"{self.directory}/{step} does not fit this model: {first_line}",
         "the checkpoint was made by another config",
       ) from e
+
+
+def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """{path: shape} of every array, the same for a state and for what Orbax says of it."""
+  part = lambda key: str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", ""))))
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {"/".join(map(part, path)): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def differences(stored: dict[str, Any], wanted: dict[str, Any], most: int = 5) -> list[str]:
+  """What differs between two results of `shapes`, at most so many lines, and a count."""
+  lines = []
+  for name in sorted(stored.keys() | wanted.keys()):
+    if name not in stored:
+      lines.append(f"{name} is not stored")
+    elif name not in wanted:
+      lines.append(f"{name} is stored, but not in the model")
+    elif stored[name] != wanted[name]:
+      lines.append(f"{name} is {stored[name]}, not {wanted[name]}")
+  return lines[:most] + ([f"{len(lines) - most} more"] if len(lines) > most else [])
 
 
 def make_room_after(directory: Path, step: int) -> None:
@@ -119,9 +156,11 @@ def make_room_after(directory: Path, step: int) -> None:
   """
   for path in sorted(directory.iterdir()) if directory.is_dir() else []:
     name = path.name.split(".")[0]
-    if not name.isdecimal():
+    if not name.isdecimal() or not path.is_dir():
       continue
     if not manifest.is_finished(path):
       shutil.rmtree(path)
     elif int(name) > step:
-      path.rename(path.with_name(f"damaged-{name}"))
+      others = (path.with_name(f"damaged-{name}.{n}") for n in range(1, 10_000))
+      names = itertools.chain([path.with_name(f"damaged-{name}")], others)
+      path.rename(next(path for path in names if not path.exists()))

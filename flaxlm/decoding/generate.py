@@ -140,7 +140,8 @@ def generate(
   The caller stops by not asking for more. Raises `ConfigError` when a row would outgrow
   the model's context, `NonFiniteError` when logits are NaN or infinite.
   """
-  check_lengths(prompts, max_new_tokens, model.cfg.context)
+  assert model.cfg.vocab_size is not None
+  check_prompts(prompts, max_new_tokens, model.cfg.context, model.cfg.vocab_size)
   num_rows = len(prompts)
   multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
   batch = multiple * bucket(-(-num_rows // multiple), smallest=1)
@@ -188,14 +189,20 @@ def to_host(chosen: Chosen, num_rows: int, most: int) -> Chosen:
   )
 
 
-def check_lengths(
-  prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int
+def check_prompts(
+  prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int, vocab_size: int
 ) -> None:
-  """Refuses what the cache would swallow silently: no prompt, or one too long."""
+  """Refuses what JAX would swallow silently: no prompt, one too long, an unknown id."""
   if max_new_tokens < 1:
     raise ConfigError(f"max-new-tokens is {max_new_tokens}", "it is at least 1")
   if not prompts or not min(map(len, prompts)):
     raise ConfigError("a prompt has no tokens", "begin it with the end-of-text token")
+  for token in (min(map(min, prompts)), max(map(max, prompts))):
+    if not 0 <= token < vocab_size:
+      raise ConfigError(
+        f"token id {token} is not in the model's vocabulary of {vocab_size}",
+        "the tokenizer does not fit the model",
+      )
   longest = max(map(len, prompts))
   if longest + max_new_tokens > context:
     raise ConfigError(

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from flaxlm.checkpoint.manifest import newest_whole_step, saved_steps
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import Config, from_json
-from flaxlm.errors import CheckpointError
+from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.nn.models import Decoder, abstract_params, build_model
 from flaxlm.tokenizers import Tokenizer
 
@@ -54,7 +54,7 @@ def load_config_of(path: Path) -> Config:
   """The resolved config of a run directory; `CheckpointError` if it is unreadable."""
   try:
     return from_json((path / CONFIG).read_text("utf-8"), str(path / CONFIG))
-  except (OSError, ValueError) as e:
+  except (OSError, ValueError, ConfigError) as e:
     raise CheckpointError(f"{path / CONFIG} cannot be read: {e}") from e
 
 

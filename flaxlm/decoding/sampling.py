@@ -77,16 +77,17 @@ def sample(
   )
   logits_BV = logits_BV.astype(jnp.float32)
   greedy_B = jnp.argmax(logits_BV, -1)
-  cold_B = sampling.temperature_B == 0
-  scaled_BV = logits_BV / jnp.where(cold_B, 1.0, sampling.temperature_B)[:, None]
+  cold_B = sampling.temperature_B < jnp.finfo(jnp.float32).tiny
+  scaled_BV = logits_BV - logits_BV.max(-1, keepdims=True)  # a tiny temperature: no inf
+  scaled_BV /= jnp.where(cold_B, 1.0, sampling.temperature_B)[:, None]
   if filtered:
     order_BV = jnp.argsort(-scaled_BV, -1, stable=True)
     sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, -1)
-    kept_BV = jnp.where(candidates(sorted_BV, sampling), sorted_BV, -jnp.inf)
-    rank_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV)
-    drawn_B = jnp.take_along_axis(order_BV, rank_B[:, None], -1)[:, 0]
-  else:
-    drawn_B = jax.vmap(jax.random.categorical)(keys_B, scaled_BV)
+    allowed_BV = candidates(sorted_BV, sampling)
+    # Back in the vocabulary's order: a row that cuts nothing draws as if unfiltered.
+    allowed_BV = jnp.take_along_axis(allowed_BV, jnp.argsort(order_BV, -1), -1)
+    scaled_BV = jnp.where(allowed_BV, scaled_BV, -jnp.inf)
+  drawn_B = jax.vmap(jax.random.categorical)(keys_B, scaled_BV)
   token_B = jnp.where(cold_B, greedy_B, drawn_B).astype(jnp.int32)
   chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], -1)[:, 0]
   return token_B, chosen_B - jax.nn.logsumexp(logits_BV, -1)
@@ -97,7 +98,8 @@ def candidates(sorted_BV: jax.Array, sampling: Sampling) -> jax.Array:
   in_top_k_BV = jnp.arange(sorted_BV.shape[-1]) < sampling.top_k_B[:, None]
   probs_BV = jax.nn.softmax(jnp.where(in_top_k_BV, sorted_BV, -jnp.inf), -1)
   mass_before_BV = jnp.cumsum(probs_BV, -1) - probs_BV
-  in_nucleus_BV = mass_before_BV < sampling.top_p_B[:, None]
+  top_p_B1 = sampling.top_p_B[:, None]
+  in_nucleus_BV = (mass_before_BV < top_p_B1) | (top_p_B1 >= 1)  # sums round up to 1
   likely_BV = probs_BV >= sampling.min_p_B[:, None] * probs_BV[:, :1]
   allowed_BV = in_top_k_BV & in_nucleus_BV & likely_BV
   return allowed_BV.at[:, 0].set(True)

@@ -22,13 +22,13 @@ from jax.sharding import Mesh
 
 from flaxlm.checkpoint.manifest import newest_whole_step, saved_steps, write_atomically
 from flaxlm.checkpoint.store import CheckpointStore, make_room_after
-from flaxlm.config import Config, TokenizerConfig, difference, from_json, to_json
+from flaxlm.config import Config, TokenizerConfig, difference, to_json
 from flaxlm.data.batches import Batches
 from flaxlm.data.objectives import Batch
 from flaxlm.data.prepare import Prepared, TokenStore, prepare
 from flaxlm.data.sources import data_dir
 from flaxlm.decoding.completions import complete
-from flaxlm.decoding.runs import CHECKPOINTS, CONFIG, TOKENIZER, Run
+from flaxlm.decoding.runs import CHECKPOINTS, CONFIG, TOKENIZER, Run, load_config_of
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.errors import (
   INTERRUPTED,
@@ -367,6 +367,7 @@ def resume_step(cfg: Config) -> int:
   directory, resume = cfg.run_dir / CHECKPOINTS, cfg.checkpoint.resume
   if resume == "never":
     set_aside(directory)
+    make_room_after(directory, 0)
     return 0
   step = newest_whole_step(directory, warn=lambda line: print(line, file=sys.stderr))
   if step is None:
@@ -375,6 +376,7 @@ def resume_step(cfg: Config) -> int:
         f"{cfg.run_dir} has no checkpoint to resume from",
         "check --name and --runs_dir, or use --checkpoint.resume=auto",
       )
+    make_room_after(directory, 0)
     return 0
   return step
 
@@ -382,7 +384,7 @@ def resume_step(cfg: Config) -> int:
 def check_same_experiment(cfg: Config, fingerprint: str, step: int) -> None:
   """Refuses to go on from a step of other data or another model. Clears the way if not."""
   cure = "choose another --name, or start over with --checkpoint.resume=never"
-  before = from_json((cfg.run_dir / CONFIG).read_text("utf-8"), str(cfg.run_dir / CONFIG))
+  before = load_config_of(cfg.run_dir)
   changed = [
     f"{name} was {old}, now {new}"
     for name, (old, new) in difference(before, cfg).items()
