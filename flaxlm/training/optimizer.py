@@ -71,17 +71,17 @@ def build_rule(
         weight_decay_mask=decayed,
       )
     case "muon":  # orthogonalised momentum for matrices, Adam for the rest (Jordan, 2024)
-      return contrib.muon(
+      muon = contrib.muon(
         schedule,
         beta=cfg.beta1,
-        weight_decay=cfg.weight_decay,
-        weight_decay_mask=decayed,
         adam_b1=cfg.beta1,
         adam_b2=cfg.beta2,
-        adam_weight_decay=cfg.weight_decay,
         muon_weight_dimension_numbers=matrix_dims,
-        consistent_rms=0.2,  # updates as large as Adam's (Liu et al., 2025): one rate fits
+        consistent_rms=0.2,  # as large as Adam's updates (Liu et al., 2025): one rate fits
       )
+      # Its own decay would not spare the norms and biases that Adam updates.
+      shrink = optax.add_decayed_weights(lambda t: -cfg.weight_decay * schedule(t), decayed)
+      return optax.chain(muon, shrink)
     case "sgd":
       decay_rule = optax.add_decayed_weights(cfg.weight_decay, decayed)
       return optax.chain(decay_rule, optax.sgd(schedule, cfg.beta1))
