@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """Runs one command and returns its exit code (DESIGN: 0, 2-8, 75, 130)."""
   arguments = list(sys.argv[1:] if arguments is None else arguments)
   debug = os.environ.get("FLAXLM_DEBUG") == "1"
+  # XLA reports two compiler hints as missing processor features, pages of it, each time
+  # that it loads a program from the compile cache.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   try:
     args, rest = build_parser().parse_known_args(arguments)
     if rest and not args.takes_overrides:

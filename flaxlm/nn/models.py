@@ -48,6 +48,8 @@ def build_model(cfg: ModelConfig, run: TrainingConfig | None = None) -> "Decoder
 
 def init_params(model: "Decoder", seed: jax.Array) -> Any:
   """Random parameters, boxed with their logical names."""
+  # The loop compiles once for all layers, and makes the same numbers.
+  model = model.clone(run=dataclasses.replace(model.run, scanned=True))
   tokens_BT = jnp.zeros((1, 1), jnp.int32)
   return model.init(jax.random.key(seed), tokens_BT)["params"]
 
