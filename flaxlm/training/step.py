@@ -138,6 +138,7 @@ def eval_step(
 # -- Compiling: the state is born sharded, and stays where it was born --------------------
 
 
+@functools.lru_cache(maxsize=8)  # a run asks three times, half a second each
 def abstract_state(model: Decoder, optimizer: Optimizer, mesh: Mesh) -> TrainState:
   """Shapes, dtypes and shardings of the state; computes and allocates nothing."""
   params = abstract_params(model, mesh)

@@ -83,12 +83,10 @@ def test_sharded_equals_one_device(on_one_device, sizes):
   jax.tree.map(compare, gradient, expected_gradient)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_state_stays_where_the_rules_say(kind):
-  """Every parameter and moment, at birth and after a step; all fsdp shards are 1/4."""
+def test_state_stays_where_the_rules_say():
+  """Every parameter and moment, at birth and after a step, cut as the rules say."""
   mesh = make_mesh(dict(fsdp=4, tensor=2))
-  model = build_model(CFG, FAST)
-  optimizer = build_optimizer(OptimizerConfig(kind=kind), 10)
+  model, optimizer = build_model(CFG, FAST), build_optimizer(OptimizerConfig(), 10)
   target = abstract_state(model, optimizer, mesh)
   state = init_state(model, optimizer, mesh, seed=0)
   where = lambda x, t: (
@@ -98,73 +96,82 @@ def test_state_stays_where_the_rules_say(kind):
   step = compile_train_step(model, optimizer, 1, mesh)
   state, _ = step(state, put_batch(packed_batch(), mesh), jnp.uint32(0))
   assert all(jax.tree.leaves(jax.tree.map(where, state, target)))
+  for tree in (state.params, state.opt_state):
+    whole = [x for x in jax.tree.leaves(tree) if x.sharding.is_fully_replicated]
+    assert all(x.size <= CFG.depth * CFG.width for x in whole), "only norms are whole"
   up = state.params["blocks"]["ffn"]["up"]["kernel"]
   assert up.addressable_shards[0].data.size == up.size // 8
-  replicated = [
-    x for x in jax.tree.leaves(state.opt_state) if x.sharding.is_fully_replicated
-  ]
-  assert all(x.size <= CFG.depth * CFG.width for x in replicated), "a moment is not sharded"
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_accumulation_equals_one_batch(parts):
+def test_accumulation_equals_one_batch():
   """Cutting a batch of unequally long rows into micro-batches changes nothing."""
-  mesh = make_mesh(dict(data=2, fsdp=2, tensor=2))
+  mesh = mesh_of(data=2)
   model = build_model(CFG, FAST)
   optimizer = build_optimizer(OptimizerConfig(warmup_steps=0, epsilon=1e-3), 10)
-  results = []
-  for count in (1, parts):
+
+  def two_steps(parts):
     state = init_state(model, optimizer, mesh, seed=0)
-    step = compile_train_step(model, optimizer, count, mesh)
+    step = compile_train_step(model, optimizer, parts, mesh)
     for n in range(2):
       state, metrics = step(state, put_batch(packed_batch(seed=n), mesh), jnp.uint32(0))
-    results.append(jax.device_get((metrics, state.params)))
+    return jax.device_get((metrics, state.params))
+
+  expected = two_steps(1)
   compare = lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
-  jax.tree.map(compare, results[1], results[0])
+  for parts in (2, 4):
+    jax.tree.map(compare, two_steps(parts), expected)
 
 
-def test_a_step_that_is_not_finite_changes_nothing():
-  """Infinite weights make the loss NaN: parameters and moments keep their bits."""
+@pytest.fixture(scope="module")
+def one_device():
+  """(new state, compiled step, batch on the device): one program for several tests."""
   mesh = mesh_of()
-  model, optimizer = build_model(CFG, FAST), build_optimizer(OptimizerConfig(), 10)
+  model = build_model(CFG, FAST)
+  optimizer = build_optimizer(OptimizerConfig(warmup_steps=0), 10)
   step = compile_train_step(model, optimizer, 1, mesh)
+  return lambda: init_state(model, optimizer, mesh, 0), step, lambda b: put_batch(b, mesh)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(one_device):
+  """Infinite weights make the loss NaN: parameters and moments keep their bits."""
+  new_state, step, put = one_device
   good = packed_batch()
   bad = good._replace(weights_BT=np.where(good.weights_BT > 0, np.float32(np.inf), 0))
-  state, metrics = step(init_state(model, optimizer, mesh, 0), put_batch(good, mesh), 0)
+  state, _ = step(new_state(), put(good), 0)
   before = jax.device_get(state)
-  state, metrics = step(state, put_batch(bad, mesh), 0)
+  state, metrics = step(state, put(bad), 0)
   assert not metrics["finite"]
   after = jax.device_get(state)
   assert after.step == before.step + 1
-  jax.tree.map(
-    np.testing.assert_array_equal, after._replace(step=0), before._replace(step=0)
-  )
-  state, metrics = step(state, put_batch(good, mesh), 0)
+  compare = np.testing.assert_array_equal
+  jax.tree.map(compare, after._replace(step=0), before._replace(step=0))
+  state, metrics = step(state, put(good), 0)
   assert metrics["finite"]
 
 
-def test_the_state_is_donated():
+def test_the_state_is_donated(one_device):
   """No second copy of the state: the step's input buffers are gone after it."""
-  mesh = mesh_of()
-  model, optimizer = build_model(CFG, FAST), build_optimizer(OptimizerConfig(), 10)
-  state = init_state(model, optimizer, mesh, 0)
-  compile_train_step(model, optimizer, 1, mesh)(state, put_batch(packed_batch(), mesh), 0)
+  new_state, step, put = one_device
+  state = new_state()
+  step(state, put(packed_batch()), 0)
   assert all(x.is_deleted() for x in jax.tree.leaves(state))
 
 
-def test_bfloat16_trains_close_to_float32():
+def test_bfloat16_trains_close_to_float32(one_device):
   """bfloat16 compute over float32 parameters: the first losses agree to its rounding."""
-  losses = {}
-  for dtype in ("float32", "bfloat16"):
-    mesh = mesh_of()
-    model = build_model(CFG, TrainingConfig(dtype=dtype))
-    optimizer = build_optimizer(OptimizerConfig(warmup_steps=0), 10)
-    state = init_state(model, optimizer, mesh, 0)
-    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
-    step = compile_train_step(model, optimizer, 1, mesh)
-    losses[dtype] = []
+  new_state, float32_step, put = one_device
+  model = build_model(CFG, TrainingConfig(dtype="bfloat16", scanned=True))
+  optimizer = build_optimizer(OptimizerConfig(warmup_steps=0), 10)
+  narrow_step = compile_train_step(model, optimizer, 1, mesh_of())
+
+  def losses(step):
+    state, found = new_state(), []
     for _ in range(4):
-      state, metrics = step(state, put_batch(packed_batch(), mesh), 0)
-      losses[dtype].append(float(metrics["loss"]))
-  np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.02)
-  assert losses["bfloat16"][-1] < losses["bfloat16"][0]
+      state, metrics = step(state, put(packed_batch()), 0)
+      found.append(float(metrics["loss"]))
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    return found
+
+  narrow = losses(narrow_step)
+  np.testing.assert_allclose(narrow, losses(float32_step), rtol=0.02)
+  assert narrow[-1] < narrow[0]
