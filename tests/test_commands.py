@@ -251,7 +251,7 @@ BAD_INPUTS = {
   "mesh axis": (["train", "--mesh=foo=2"], 2, "data, fsdp, tensor"),
   "mesh size": (["train", "--mesh=data=2,fsdp=2"], 2, "1 present"),
   "idle devices": (["train", "--mesh=data=2", "--simulated_devices=8"], 2, "8 present"),
-  "batch": (["train", "--simulated_devices=3"], 2, "nearest: 15"),
+  "batch": (["train", "--data.batch_size=16", "--simulated_devices=3"], 2, "nearest: 15"),
   "no files": (["train", "--data.corpus=files:nowhere/*.txt"], 3, "no documents matched"),
   "unknown corpus": (["train", "--data.corpus=stdlibs"], 2, "did you mean stdlib"),
   "unknown tfds": (["train", "--data.corpus=tfds:no_such_set"], 3, "no_such_set"),
