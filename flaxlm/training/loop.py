@@ -463,6 +463,7 @@ def show_sample(run: Run, reporter: Reporter) -> None:
   """Prints a completion, and what to try next."""
   sampling = make_sampling(1, temperature=0.8, top_p=0.95, seed=run.cfg.seed)
   (sample,) = complete(run, [run.cfg.training.sample_prompt], sampling)
+  reporter.end_progress()
   reporter.log("a sample:")
   print(sample.prompt + sample.completion, flush=True)
   prompt = run.cfg.training.sample_prompt or "Once"

@@ -70,6 +70,12 @@ class Reporter:
     if self._bar is not None:
       self._bar.update(self._task, completed=step)
 
+  def end_progress(self) -> None:
+    """Leaves the bar as it is, so that it does not redraw itself into what follows."""
+    if self._bar is not None:
+      self._bar.stop()
+      self._bar = None
+
   def _progress(self, step: int, values: dict[str, float]) -> None:
     rate = values.get("perf/tokens_per_sec")
     speed = f"  {rate:,.0f} tokens/s" if rate else ""
