@@ -156,7 +156,6 @@ def generate(
 
   num_blocks = -(-(max_new_tokens - 1) // BLOCK_STEPS)
   slots = bucket(int(lengths_B.max()) + num_blocks * BLOCK_STEPS)
-  slots = max(slots, tokens_BT.shape[1])
   with mesh_scope(mesh):
     cache = init_cache(model.cfg, batch, slots, model.run.dtype)
     state, chosen = prefill(
