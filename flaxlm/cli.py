@@ -18,7 +18,7 @@ from types import UnionType
 from typing import Any, Literal
 
 from flaxlm import __version__
-from flaxlm.config import knobs, load_config, override
+from flaxlm.configfile import knobs, load_config, override
 from flaxlm.errors import (
   INTERRUPTED,
   CheckpointError,
@@ -167,7 +167,7 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
 
 def open_run(args: argparse.Namespace) -> Any:
   """The run that the command line names, on the devices that it names."""
-  from flaxlm.config import parse_mesh
+  from flaxlm.configfile import parse_mesh
   from flaxlm.data.sources import data_dir
   from flaxlm.decoding.runs import find_run, load_run
   from flaxlm.sharding import make_mesh, start_jax

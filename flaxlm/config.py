@@ -2,26 +2,29 @@
 """Every knob of flaxlm and, here alone, its default.
 
 An experiment is a `Config`: frozen dataclasses, one per concern, with typed and bounded
-fields. It comes from a Python file that builds one (`load_config`), is changed on the
-command line (`override`: `--optimizer.learning_rate=1e-3`), checked as a whole
-(`Config.check`, which reports every mistake at once), and travels in a run directory
-as JSON (`to_json`, `from_json`). Standard library only: importing this is instant.
+fields, checked as a whole (`Config.check`, which reports every mistake at once). How one is
+read and changed is in `configfile`. Standard library only: importing this is instant.
 """
 
 import dataclasses
-import difflib
-import json
 import math
-import runpy
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from flaxlm.errors import ConfigError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "expert")
+
+# What each family of models is trained to predict.
+OBJECTIVES = {
+  "decoder": "next_token",
+  "rnn": "next_token",
+  "encoder": "masked",
+  "encoder_decoder": "seq2seq",
+}
 
 
 def knob(
@@ -35,11 +38,67 @@ def knob(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+  """Rotary positions (Su et al., 2021), and how they stretch past the trained context."""
+
+  theta: float = knob(10_000.0, "base of the wavelengths", 1)
+  local_theta: float | None = knob(
+    None, "base in local layers, which then are never stretched; none = theta", 1
+  )
+  fraction: float = knob(
+    1.0, "share of each head's dims that turns, the first ones, in pairs", 0, 1
+  )
+  scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = knob(
+    "none",
+    "how wavelengths stretch: all alike (linear), by a larger base (ntk), or by length",
+  )
+  factor: float = knob(1.0, "new context / original context", 1)
+  original_context: int | None = knob(
+    None, "context before stretching; none = context / factor", 1
+  )
+  slow_turns: float = knob(
+    1.0,
+    "yarn, llama3: pairs that turn less often over the original context stretch fully",
+    0,
+  )
+  fast_turns: float = knob(
+    32.0, "yarn (32), llama3 (4): pairs that turn more often do not stretch", 0
+  )
+  attention_factor: float | None = knob(
+    None, "yarn: q and k are scaled by it; none = 0.1 ln(factor) + 1", 0
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+  """A mixture of experts (Shazeer et al., 2017) in place of each feed-forward."""
+
+  num_experts: int = knob(0, "experts in a layer (E); 0 = one dense feed-forward", 0)
+  experts_per_token: int = knob(2, "experts that a token visits (A)", 1)
+  expert_width: int | None = knob(None, "an expert's width (F); none = ffn_width", 1)
+  num_shared_experts: int = knob(0, "experts that every token visits besides", 0)
+  shared_gated: bool = knob(False, "the shared experts' output is weighted by a sigmoid")
+  normalized: bool = knob(True, "a token's weights add up to 1 over its chosen experts")
+  capacity_factor: float | None = knob(
+    None,
+    "an expert's room / an even share, dropping the rest; none = nothing is dropped",
+    0,
+  )
+  load_balance_weight: float = knob(0.01, "of the loss for uneven use of experts", 0)
+  router_z_weight: float = knob(0.001, "of the loss for large router logits", 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """The architecture: what the parameters are, and nothing about how they run."""
 
-  family: Literal["decoder"] = knob("decoder", "kind of model")
-  depth: int = knob(4, "number of blocks (L)", 1)
+  family: Literal["decoder", "encoder", "encoder_decoder", "rnn"] = knob(
+    "decoder", "kind of model"
+  )
+  depth: int = knob(4, "number of blocks (L); encoder_decoder: of the decoder", 1)
+  encoder_depth: int | None = knob(
+    None, "encoder_decoder: blocks of the encoder; none = depth", 1
+  )
   width: int = knob(128, "model width (D)", 1)
   num_heads: int = knob(4, "query heads (N)", 1)
   num_kv_heads: int | None = knob(None, "key/value heads (K); none = num_heads", 1)
@@ -51,21 +110,57 @@ class ModelConfig:
     None, "vocabulary (V); none = the tokenizer's, rounded up to a multiple of 64", 2
   )
   context: int = knob(256, "longest sequence the model takes, in tokens", 1)
-  positions: Literal["rope", "learned", "sinusoidal", "none"] = knob(
-    "rope", "positional encoding"
+  cell: Literal["lstm", "gru"] = knob("lstm", "rnn: what its layers are made of")
+  # -- Positions
+  positions: Literal["rope", "learned", "sinusoidal", "alibi", "relative", "none"] = knob(
+    "rope", "positional encoding; relative is T5's bias by bucketed distance"
   )
-  rope_theta: float = knob(10_000.0, "base of RoPE's wavelengths", 1)
+  rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
+  relative_buckets: int = knob(32, "relative: number of distances told apart", 4)
+  relative_distance: int = knob(128, "relative: from here on all distances are one", 2)
+  # -- Normalisation and residual stream
   norm: Literal["rmsnorm", "layernorm"] = knob("rmsnorm", "normalisation")
-  norm_placement: Literal["pre", "post"] = knob("pre", "norm before or after a branch")
+  norm_placement: Literal["pre", "post", "output", "both"] = knob(
+    "pre", "x + f(norm x) | norm(x + f x) | x + norm(f x) | x + norm(f(norm x))"
+  )
+  norm_biased: bool = knob(True, "layernorm: adds a bias")
   norm_epsilon: float = knob(1e-6, "added to the variance", 0)
+  parallel: Literal["none", "one_norm", "two_norms"] = knob(
+    "none", "attention and feed-forward side by side, behind one norm or two"
+  )
+  embedding_norm: bool = knob(False, "a norm right after the embedding")
+  embedding_scaled: bool = knob(False, "embedded tokens times sqrt(width)")
+  dropout: float = knob(0.0, "rate on embeddings and residual branches", 0, 0.999)
+  # -- Attention
+  window: int | None = knob(None, "sliding window of local layers, in tokens", 1)
+  layer_pattern: str | None = knob(
+    None,
+    "repeated over depth: L local, G global, as LLLLLG; none = L with a window, else G",
+  )
+  sink_tokens: int = knob(0, "first tokens of a text that local layers always see", 0)
+  learned_sinks: bool = knob(False, "a trained logit per head that takes weight from keys")
+  attention_scale: float | None = knob(None, "of q . k; none = 1 / sqrt(head_dim)", 0)
+  attention_softcap: float | None = knob(None, "c: scores become c tanh(score / c)", 1e-6)
+  qk_norm: Literal["none", "head", "width"] = knob(
+    "none", "RMSNorm of queries and keys, of each head or over all heads at once"
+  )
+  # -- Feed-forward and biases
   activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = knob(
     "silu", "feed-forward nonlinearity"
   )
   gated: bool = knob(True, "gated feed-forward (SwiGLU with silu, GEGLU with gelu)")
+  moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
   biased: bool = knob(False, "biases in the projections and the feed-forward")
+  qkv_biased: bool | None = knob(None, "biases of queries, keys, values; none = as biased")
+  o_biased: bool | None = knob(None, "bias of attention's output; none = as biased")
+  # -- Head
   tied_embeddings: bool = knob(True, "the head is the embedding, transposed")
-  window: int | None = knob(None, "sliding window, in tokens; none = all", 1)
-  dropout: float = knob(0.0, "rate on embeddings and residual branches", 0, 0.999)
+  head_biased: bool = knob(False, "a bias per token of the vocabulary")
+  head_transform: bool = knob(False, "dense, activation, norm before the head (BERT)")
+  logit_scale: float = knob(1.0, "logits are multiplied by it", 1e-9)
+  logit_softcap: float | None = knob(None, "c: logits become c tanh(logit / c)", 1e-6)
+  num_token_types: int = knob(0, "encoder: kinds of segments told apart (BERT: 2)", 0)
+  pooler: bool = knob(False, "encoder: dense and tanh over the first token (BERT)")
 
   def resolve(self, tokenizer_size: int | None = None) -> "ModelConfig":
     """Fills every `None` that has a rule, so that the modules see numbers only."""
@@ -76,12 +171,26 @@ class ModelConfig:
     ffn_width = 4 * self.width
     if self.gated:  # three matrices for two: 8/3 D keeps the parameters (Shazeer, 2020)
       ffn_width = 32 * math.ceil(8 * self.width / 3 / 32)
+    ffn_width = self.ffn_width or ffn_width
+    head_dim = self.head_dim or self.width // self.num_heads
+    rope = dataclasses.replace(
+      self.rope,
+      original_context=self.rope.original_context or int(self.context / self.rope.factor),
+    )
+    expert_width = self.moe.expert_width or ffn_width
     return dataclasses.replace(
       self,
+      encoder_depth=self.encoder_depth or self.depth,
       num_kv_heads=self.num_kv_heads or self.num_heads,
-      head_dim=self.head_dim or self.width // self.num_heads,
-      ffn_width=self.ffn_width or ffn_width,
+      head_dim=head_dim,
+      ffn_width=ffn_width,
       vocab_size=vocab_size,
+      rope=rope,
+      layer_pattern=self.layer_pattern or ("G" if self.window is None else "L"),
+      attention_scale=self.attention_scale or head_dim**-0.5,
+      moe=dataclasses.replace(self.moe, expert_width=expert_width),
+      qkv_biased=self.biased if self.qkv_biased is None else self.qkv_biased,
+      o_biased=self.biased if self.o_biased is None else self.o_biased,
     )
 
 
@@ -98,9 +207,15 @@ class TokenizerConfig:
 class DataConfig:
   """What is read, and how it is cut into batches."""
 
-  corpus: str = knob("stdlib", "stdlib | files:GLOB | tfds:NAME[/CONFIG]")
-  objective: Literal["next_token"] = knob("next_token", "what is predicted")
+  corpus: str = knob("stdlib", "stdlib | files:GLOB | tfds:NAME[/CONFIG] | gettext:LANG")
+  objective: Literal["next_token", "masked", "seq2seq"] = knob(
+    "next_token", "predicted: what follows, what was masked, or the other half of a pair"
+  )
+  mask_fraction: float = knob(0.15, "masked: share of tokens to predict", 0.001, 0.999)
   seq_len: int = knob(256, "tokens in a row of a batch (T)", 1)
+  source_len: int | None = knob(
+    None, "seq2seq: source tokens in a row (S); none = seq_len", 1
+  )
   batch_size: int = knob(16, "rows in a batch (B), over all devices", 1)
   num_epochs: int | None = knob(None, "passes over the corpus; none = no end", 1)
 
@@ -132,6 +247,9 @@ class TrainingConfig:
   log_every_steps: int = knob(10, "steps per line of metrics", 1)
   eval_every_steps: int = knob(250, "steps between evaluations", 1)
   eval_batches: int | None = knob(None, "batches per evaluation; none = whole split", 1)
+  label_smoothing: float = knob(
+    0.0, "share of the target spread over the vocabulary (Szegedy et al., 2016)", 0, 0.999
+  )
   dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype of the computation")
   param_dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype of parameters")
   remat: Literal["none", "dots", "full"] = knob(
@@ -193,10 +311,24 @@ def _wrong_types(cfg: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     value = getattr(cfg, name)
     if dataclasses.is_dataclass(kind) and type(value) is kind:
       yield from _wrong_types(value, f"{prefix}{name}.")
-    elif not _is_a(kind, value):
+    elif not is_a(kind, value):
       choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
       wanted = ", ".join(choices) or getattr(kind, "__name__", str(kind))
       yield f"{prefix}{name} is {value!r}", f"{prefix}{name} can be {wanted}"
+
+
+def is_a(kind: Any, value: Any) -> bool:
+  """Whether a field of type `kind` can hold `value`."""
+  origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+  if origin is types.UnionType:
+    return any(is_a(argument, value) for argument in arguments)
+  if origin is Literal:
+    return value in arguments
+  if origin is Mapping:
+    return isinstance(value, dict) and all(type(size) is int for size in value.values())
+  if kind is float:
+    return type(value) in (int, float)
+  return type(value) is kind
 
 
 def _out_of_bounds(cfg: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -217,29 +349,23 @@ def _out_of_bounds(cfg: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
   """(cause, cure) of every pair of fields that cannot go together: the only such list."""
-  model = cfg.model
-  if model.head_dim is None and model.num_heads > 0 and model.width % model.num_heads:
-    unit = model.num_heads * (2 if model.positions == "rope" else 1)  # RoPE takes pairs
+  yield from _model_contradictions(cfg.model)
+  objective = OBJECTIVES[cfg.model.family]
+  if cfg.data.objective != objective:
     yield (
-      f"model.width={model.width} is not a multiple of model.num_heads={model.num_heads}",
-      f"nearest width: {_nearest_multiple(model.width, unit)}, or set model.head_dim",
+      f"model.family={cfg.model.family} does not learn data.objective={cfg.data.objective}",
+      f"set --data.objective={objective}",
     )
-  kv_heads = model.num_kv_heads or model.num_heads
-  if kv_heads > 0 and model.num_heads % kv_heads:
-    divisors = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
+  if cfg.data.seq_len > cfg.model.context:
     yield (
-      f"model.num_kv_heads={kv_heads} does not divide model.num_heads={model.num_heads}",
-      f"model.num_kv_heads can be {', '.join(map(str, divisors))}",
+      f"data.seq_len={cfg.data.seq_len} is longer than model.context={cfg.model.context}",
+      f"set --model.context={cfg.data.seq_len} or --data.seq_len={cfg.model.context}",
     )
-  head_dim = model.head_dim or model.width // max(1, model.num_heads)
-  if model.positions == "rope" and head_dim % 2:
-    yield f"RoPE rotates pairs, but the head dim is {head_dim}", "make it even"
-  if model.positions == "sinusoidal" and model.width % 2:
-    yield f"sinusoidal positions need an even model.width, not {model.width}", ""
-  if cfg.data.seq_len > model.context:
+  if cfg.data.source_len is not None and cfg.data.source_len > cfg.model.context:
     yield (
-      f"data.seq_len={cfg.data.seq_len} is longer than model.context={model.context}",
-      f"set --model.context={cfg.data.seq_len} or --data.seq_len={model.context}",
+      f"data.source_len={cfg.data.source_len} is longer than "
+      f"model.context={cfg.model.context}",
+      f"set --model.context={cfg.data.source_len}",
     )
   if cfg.training.accumulation_steps > 0 and (
     cfg.data.batch_size % cfg.training.accumulation_steps
@@ -256,14 +382,62 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
       f"name={cfg.name!r} is not a plain directory name",
       "use letters, digits, - and _",
     )
-  yield from _mesh_mistakes(cfg.mesh)
+  yield from mesh_mistakes(cfg.mesh)
+
+
+def _model_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
+  yield from _head_contradictions(model)
+  if model.positions == "sinusoidal" and model.width % 2:
+    yield f"sinusoidal positions need an even model.width, not {model.width}", ""
+  if model.layer_pattern is not None and not set(model.layer_pattern) <= {"L", "G"}:
+    yield f"model.layer_pattern={model.layer_pattern!r}", "it is made of L and G, as LLLLLG"
+  if model.layer_pattern == "":
+    yield "model.layer_pattern is empty", "leave it out: none"
+  if "L" in (model.layer_pattern or "") and model.window is None:
+    yield (
+      "model.layer_pattern has local layers, but there is no window",
+      "set --model.window",
+    )
+  if model.parallel != "none" and model.norm_placement != "pre":
+    yield (
+      f"model.parallel={model.parallel} with model.norm_placement={model.norm_placement}",
+      "side by side they have their norms in front: --model.norm_placement=pre",
+    )
+  if model.moe.experts_per_token > model.moe.num_experts > 0:
+    yield (
+      f"model.moe.experts_per_token={model.moe.experts_per_token} is more than "
+      f"model.moe.num_experts={model.moe.num_experts}",
+      f"model.moe.experts_per_token can be 1 to {model.moe.num_experts}",
+    )
+  if model.family != "encoder" and (model.num_token_types or model.pooler):
+    yield "model.num_token_types and model.pooler are an encoder's", ""
+
+
+def _head_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
+  if model.head_dim is None and model.num_heads > 0 and model.width % model.num_heads:
+    unit = model.num_heads * (2 if model.positions == "rope" else 1)  # RoPE takes pairs
+    yield (
+      f"model.width={model.width} is not a multiple of model.num_heads={model.num_heads}",
+      f"nearest width: {_nearest_multiple(model.width, unit)}, or set model.head_dim",
+    )
+  kv_heads = model.num_kv_heads or model.num_heads
+  if kv_heads > 0 and model.num_heads % kv_heads:
+    divisors = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
+    yield (
+      f"model.num_kv_heads={kv_heads} does not divide model.num_heads={model.num_heads}",
+      f"model.num_kv_heads can be {', '.join(map(str, divisors))}",
+    )
+  head_dim = model.head_dim or model.width // max(1, model.num_heads)
+  if model.positions == "rope" and head_dim % 2:
+    yield f"RoPE rotates pairs, but the head dim is {head_dim}", "make it even"
 
 
 def _nearest_multiple(number: int, of: int) -> int:
   return of * max(1, (2 * number + of) // (2 * of))
 
 
-def _mesh_mistakes(mesh: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+def mesh_mistakes(mesh: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+  """(cause, cure) of every unusable entry of a mesh."""
   for axis, size in mesh.items():
     if axis not in MESH_AXES:
       yield f"unknown mesh axis {axis!r}", f"mesh axes are {', '.join(MESH_AXES)}"
@@ -271,232 +445,3 @@ def _mesh_mistakes(mesh: Mapping[str, int]) -> Iterator[tuple[str, str]]:
       yield f"mesh axis {axis}={size}", "a size is at least 1, or -1 for the rest"
   if sum(size == -1 for size in mesh.values()) > 1:
     yield "more than one mesh axis is -1", "only one axis can take the rest"
-
-
-# -- Reading a config file and the command line ----------------------------------------
-
-
-def load_config(name: str) -> Config:
-  """The `config` that a Python file defines; `name` is a path, or a shipped experiment.
-
-  Raises `ConfigError` when there is no such file, or it does not build a `Config`.
-  """
-  path = find_config(name)
-  try:
-    config = runpy.run_path(str(path)).get("config")
-  except (Exception, SystemExit) as e:  # whatever a user's file may raise
-    raise ConfigError(f"{path} failed: {type(e).__name__}: {e}") from e
-  if not isinstance(config, Config):
-    raise ConfigError(
-      f"{path} does not define `config = Config(...)`", "see configs/stdlib_tiny.py"
-    )
-  return dataclasses.replace(config, name=config.name or path.stem)
-
-
-def config_folders() -> list[Path]:
-  """Where named experiments are looked for: here, beside the package, inside the wheel."""
-  package = Path(__file__).parent
-  folders = (Path("configs"), package.parent / "configs", package / "configs")
-  return [folder for folder in folders if folder.is_dir()]
-
-
-def find_config(name: str) -> Path:
-  """The file of an experiment given by path or by name (`stdlib_tiny`)."""
-  stem = name.removesuffix(".py")
-  candidates = [Path(name)]
-  candidates += [folder / f"{Path(stem).name}.py" for folder in config_folders()]
-  for path in candidates:
-    if _is_file(path):
-      if path.suffix != ".py":
-        raise ConfigError(f"{path} is not a Python config file", "see configs/")
-      return path
-  known = sorted({p.stem for folder in config_folders() for p in folder.glob("*.py")})
-  near = difflib.get_close_matches(Path(stem).name, known, 1)
-  cure = f"did you mean {near[0]}?" if near else f"shipped: {', '.join(known)}"
-  raise ConfigError(f"no config file {name!r}", cure)
-
-
-def _is_file(path: Path) -> bool:
-  try:
-    return path.is_file()
-  except OSError:  # a name too long, a folder that we may not look into
-    return False
-
-
-def override(cfg: Config, arguments: Sequence[str]) -> Config:
-  """`cfg` changed by `--section.field=value` or `--section.field value` arguments.
-
-  Raises one `ConfigError` for all unknown names (with the nearest one) and wrong types.
-  """
-  mistakes: list[ConfigError] = []
-  seen: dict[str, str] = {}
-  remaining = list(arguments)
-  while remaining:
-    argument = remaining.pop(0)
-    try:
-      if not argument.startswith("--"):
-        raise ConfigError(f"expected --section.field=value, got {argument!r}")
-      name, equals, text = argument[2:].partition("=")
-      name = name.replace("-", "_")
-      kind = _field_type(name)
-      if not equals:
-        if kind is bool and (not remaining or remaining[0].startswith("--")):
-          text = "true"
-        elif remaining and not remaining[0].startswith("--"):
-          text = remaining.pop(0)
-        else:
-          raise ConfigError(f"--{name} needs a value")
-      if seen.get(name, text) != text:
-        raise ConfigError(f"--{name} is given twice, as {seen[name]} and as {text}")
-      seen[name] = text
-      cfg = _replace(cfg, name.split("."), _parse(kind, text, name))
-    except ConfigError as e:
-      mistakes.append(e)
-  if mistakes:
-    cures = "; ".join(dict.fromkeys(e.cure for e in mistakes if e.cure))
-    raise ConfigError("; ".join(e.cause for e in mistakes), cures)
-  return cfg
-
-
-def knobs(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-  """(dotted name, type, dataclass field) of every leaf of the config."""
-  hints = typing.get_type_hints(kind)
-  for field in dataclasses.fields(kind):
-    if dataclasses.is_dataclass(hints[field.name]):
-      yield from knobs(hints[field.name], f"{prefix}{field.name}.")
-    else:
-      yield prefix + field.name, hints[field.name], field
-
-
-def _field_type(name: str) -> Any:
-  table = {path: kind for path, kind, _ in knobs()}
-  if name in table:
-    return table[name]
-  last = name.split(".")[-1]
-  near = [path for path in table if path.split(".")[-1] == last]
-  if not near and "." not in name:  # --steps means --training.num_steps
-    near = [path for path in table if last in path.split(".")[-1].split("_")]
-    near = sorted(near, key=len)[:2]
-  near = near or difflib.get_close_matches(name, table, 2, 0.6)
-  cure = (
-    f"did you mean --{' or --'.join(near)}?" if near else "flaxlm train --help lists all"
-  )
-  raise ConfigError(f"unknown option --{name}", cure)
-
-
-def _replace(cfg: Any, path: list[str], value: Any) -> Any:
-  if len(path) > 1:
-    value = _replace(getattr(cfg, path[0]), path[1:], value)
-  return dataclasses.replace(cfg, **{path[0]: value})
-
-
-def _parse(kind: Any, text: str, name: str) -> Any:
-  """The value of type `kind` that `text` spells."""
-  arguments = typing.get_args(kind)
-  if typing.get_origin(kind) is types.UnionType:
-    if text.lower() == "none":
-      return None
-    return _parse(arguments[0], text, name)
-  if typing.get_origin(kind) is Literal:
-    if text in arguments:
-      return text
-    near = difflib.get_close_matches(text, arguments, 1)
-    cure = f"did you mean {near[0]}? " if near else ""
-    raise ConfigError(
-      f"--{name}: {text!r} is not a choice", f"{cure}it can be {', '.join(arguments)}"
-    )
-  if typing.get_origin(kind) is Mapping:
-    return parse_mesh(text)
-  try:
-    if kind is bool:
-      return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
-    if kind is int and not text.lstrip("+-").isdecimal():
-      number = float(text)  # 1e4 is a fine way to write 10,000
-      if not number.is_integer():
-        raise ValueError
-      return int(number)
-    return kind(text)
-  except (ValueError, KeyError, OverflowError):
-    want = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-    raise ConfigError(f"--{name}: expected {want}, got {text!r}") from None
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-  """`data=2,fsdp=4` -> {"data": 2, "fsdp": 4}."""
-  mesh: dict[str, int] = {}
-  for part in text.split(","):
-    axis, _, size = part.partition("=")
-    try:
-      number = int(size)
-    except ValueError:
-      raise ConfigError(
-        f"mesh {text!r}: {part!r} is not AXIS=SIZE", "as in data=2,fsdp=4"
-      ) from None
-    if axis in mesh:
-      raise ConfigError(f"mesh {text!r} names {axis} twice")
-    mesh[axis] = number
-  mistakes = list(_mesh_mistakes(mesh))
-  if mistakes:
-    raise ConfigError(*mistakes[0])
-  return mesh
-
-
-# -- JSON ------------------------------------------------------------------------------
-
-
-def to_json(cfg: Config) -> str:
-  return json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"
-
-
-def from_json(text: str, origin: str) -> Config:
-  """The inverse of `to_json`. `origin` names the text in errors."""
-  try:
-    return _from_dict(Config, json.loads(text, object_pairs_hook=_no_doubles))
-  except (ValueError, TypeError, AttributeError, RecursionError) as e:
-    raise ConfigError(f"{origin} is not a flaxlm config: {e}") from e
-
-
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  values = dict(pairs)
-  if len(values) < len(pairs):
-    names = [name for name, _ in pairs]
-    raise ValueError(f"{max(names, key=names.count)} is there twice")
-  return values
-
-
-def _from_dict(kind: Any, values: dict[str, Any]) -> Any:
-  hints = typing.get_type_hints(kind)
-  unknown = set(values) - set(hints)
-  if unknown:
-    raise ValueError(f"unknown field {', '.join(sorted(unknown))}")
-  for name, value in values.items():
-    if dataclasses.is_dataclass(hints[name]):
-      values = values | {name: _from_dict(hints[name], value)}
-    elif not _is_a(hints[name], value):
-      raise ValueError(f"{name} is {value!r}")
-  return kind(**values)
-
-
-def _is_a(kind: Any, value: Any) -> bool:
-  origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-  if origin is types.UnionType:
-    return any(_is_a(argument, value) for argument in arguments)
-  if origin is Literal:
-    return value in arguments
-  if origin is Mapping:
-    return isinstance(value, dict) and all(type(size) is int for size in value.values())
-  if kind is float:
-    return type(value) in (int, float)
-  return type(value) is kind
-
-
-def difference(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-  """{dotted name: (old, new)} of every leaf in which two configs differ."""
-  changes: dict[str, tuple[Any, Any]] = {}
-  for field in dataclasses.fields(old):
-    before, after = getattr(old, field.name), getattr(new, field.name)
-    if dataclasses.is_dataclass(before):
-      changes |= difference(before, after, f"{prefix}{field.name}.")
-    elif before != after:
-      changes[prefix + field.name] = (before, after)
-  return changes

@@ -31,16 +31,18 @@ RULES: Mapping[str, tuple[str, ...]] = {
   "kv_heads": ("tensor",),
   "head_dim": (),
   "ffn": ("tensor",),
+  "experts": ("expert",),
   "slots": (),  # learned positions
   "norm": (),
   # activations
-  "batch": ("data", "fsdp"),
+  "batch": ("data", "fsdp", "expert"),  # tokens travel to the experts and back
   "length": (),
   "act_embed": (),
   "act_heads": ("tensor",),
   "act_kv_heads": ("tensor",),
   "act_ffn": ("tensor",),
   "act_vocab": ("tensor",),
+  "act_experts": ("expert",),
 }
 
 # The config field behind a logical name: what a user changes when a dim does not divide.
@@ -53,6 +55,8 @@ FIELDS = {
   "kv_heads": "model.num_kv_heads",
   "act_kv_heads": "model.num_kv_heads",
   "ffn": "model.ffn_width",
+  "experts": "model.moe.num_experts",
+  "act_experts": "model.moe.num_experts",
   "act_ffn": "model.ffn_width",
   "batch": "data.batch_size / training.accumulation_steps",
 }
@@ -131,7 +135,12 @@ def like_parameters(tree: Any, params: Any, mesh: Mesh) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Rows over every data-parallel axis; the layout of each leaf of a `Batch`."""
-  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+  return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def batch_shards(axis_sizes: Mapping[str, int]) -> int:
+  """How many parts a batch is cut into."""
+  return math.prod(axis_sizes[axis] for axis in RULES["batch"])
 
 
 def make_mesh(sizes: Mapping[str, int]) -> Mesh:

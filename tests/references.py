@@ -110,8 +110,8 @@ def attention(params, cfg, x_TD, segments_T, positions_T):
     k_SH = _project(params["k"], cfg, x_TD, n // G)
     v_SH = _project(params["v"], cfg, x_TD, n // G)
     if cfg.positions == "rope":
-      q_TH = np.stack([rotate(q_TH[t], positions_T[t], cfg.rope_theta) for t in range(T)])
-      k_SH = np.stack([rotate(k_SH[s], positions_T[s], cfg.rope_theta) for s in range(T)])
+      q_TH = np.stack([rotate(q_TH[t], positions_T[t], cfg.rope.theta) for t in range(T)])
+      k_SH = np.stack([rotate(k_SH[s], positions_T[s], cfg.rope.theta) for s in range(T)])
     for t in range(T):
       seen = [s for s in range(T) if visible(t, s, cfg.window, segments_T)]
       scores = np.array([q_TH[t] @ k_SH[s] / math.sqrt(H) for s in seen])

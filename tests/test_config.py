@@ -17,12 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flaxlm import cli
-from flaxlm.config import (
-  MESH_AXES,
-  Config,
-  DataConfig,
-  ModelConfig,
-  TrainingConfig,
+from flaxlm.config import MESH_AXES, Config, DataConfig, ModelConfig, TrainingConfig
+from flaxlm.configfile import (
   difference,
   from_json,
   knobs,
@@ -258,6 +254,34 @@ CONTRADICTIONS = {
   "RoPE rotates pairs, but the head dim is 5": (
     ["--model.head_dim=5"],
     ["--model.head_dim=5", "--model.positions=learned"],
+  ),
+  "model.layer_pattern='LX'": (
+    ["--model.layer_pattern=LX", "--model.window=8"],
+    ["--model.layer_pattern=LG", "--model.window=8"],
+  ),
+  "model.layer_pattern has local layers, but there is no window": (
+    ["--model.layer_pattern=LG"],
+    ["--model.layer_pattern=G"],
+  ),
+  "model.parallel=one_norm with model.norm_placement=post": (
+    ["--model.parallel=one_norm", "--model.norm_placement=post"],
+    ["--model.parallel=one_norm"],
+  ),
+  "model.moe.experts_per_token=5 is more than model.moe.num_experts=4": (
+    ["--model.moe.experts_per_token=5", "--model.moe.num_experts=4"],
+    ["--model.moe.experts_per_token=4", "--model.moe.num_experts=4"],
+  ),
+  "model.num_token_types and model.pooler are an encoder's": (
+    ["--model.pooler=true"],
+    ["--model.pooler=true", "--model.family=encoder", "--data.objective=masked"],
+  ),
+  "model.family=rnn does not learn data.objective=masked": (
+    ["--model.family=rnn", "--data.objective=masked"],
+    ["--model.family=rnn"],
+  ),
+  "data.source_len=512 is longer than model.context=256": (
+    ["--data.source_len=512"],
+    ["--data.source_len=512", "--model.context=512"],
   ),
   "sinusoidal positions need an even model.width, not 15": (
     ["--model.positions=sinusoidal", "--model.width=15", "--model.num_heads=5"],

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flaxlm.config import MESH_AXES, ModelConfig, OptimizerConfig, knobs
+from flaxlm.config import MESH_AXES, ModelConfig, OptimizerConfig
+from flaxlm.configfile import knobs
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import build_model
 from flaxlm.sharding import (
@@ -23,7 +24,8 @@ from flaxlm.sharding import (
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import TrainState, abstract_state
 
-SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
+SIZES = {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1}
+SPLIT = dict.fromkeys(MESH_AXES, 2)  # no mesh of this size is made
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +38,19 @@ def mesh() -> Mesh:
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_dim_is_cut_by_the_axes_of_its_rule(name: str):
-  parts = math.prod(SIZES[axis] for axis in RULES[name])
-  spec = partition_spec([name], [3 * parts], SIZES)
+  parts = math.prod(SPLIT[axis] for axis in RULES[name])
+  spec = partition_spec([name], [3 * parts], SPLIT)
   assert spec == PartitionSpec(RULES[name] or None)
 
 
 @pytest.mark.parametrize("name", [name for name, axes in RULES.items() if axes])
 def test_a_dim_that_does_not_divide_names_the_field_to_change(name: str):
-  parts = math.prod(SIZES[axis] for axis in RULES[name])
+  parts = math.prod(SPLIT[axis] for axis in RULES[name])
   with pytest.raises(ConfigError) as caught:
-    partition_spec([name], [3 * parts + 1], SIZES)
+    partition_spec([name], [3 * parts + 1], SPLIT)
   assert f"{FIELDS[name]} = {3 * parts + 1} cannot be split" in caught.value.cause
   for axis in RULES[name]:
-    assert f"{axis}={SIZES[axis]}" in caught.value.cause
+    assert f"{axis}={SPLIT[axis]}" in caught.value.cause
   assert f"multiple of {parts}" in caught.value.cure
   fields = {field for field, _, _ in knobs()}
   assert set(FIELDS[name].split(" / ")) <= fields
@@ -89,12 +91,13 @@ def test_two_dims_on_one_mesh_axis_are_an_error(names: list[str]):
 @pytest.mark.parametrize(
   ("sizes", "shape"),
   [
-    ({"data": -1}, (8, 1, 1)),
-    ({"data": 8}, (8, 1, 1)),
-    ({"fsdp": 8}, (1, 8, 1)),
-    ({"fsdp": -1, "data": 2}, (2, 4, 1)),
-    ({"tensor": 2, "data": -1, "fsdp": 2}, (2, 2, 2)),
-    ({"data": -1, "tensor": 8}, (1, 1, 8)),
+    ({"data": -1}, (8, 1, 1, 1)),
+    ({"data": 8}, (8, 1, 1, 1)),
+    ({"fsdp": 8}, (1, 8, 1, 1)),
+    ({"fsdp": -1, "data": 2}, (2, 4, 1, 1)),
+    ({"tensor": 2, "data": -1, "fsdp": 2}, (2, 2, 2, 1)),
+    ({"data": 2, "expert": 4}, (2, 1, 1, 4)),
+    ({"data": -1, "tensor": 8}, (1, 1, 8, 1)),
   ],
 )
 def test_a_mesh_uses_every_device_once(sizes: dict[str, int], shape: tuple[int, ...]):

@@ -21,6 +21,7 @@ from flaxlm.decoding.sampling import Sampling, is_filtered, sample
 from flaxlm.errors import ConfigError, NonFiniteError
 from flaxlm.nn.attention import KVCache, init_cache
 from flaxlm.nn.models import Decoder
+from flaxlm.sharding import batch_shards
 
 BLOCK_STEPS = 16
 SMALLEST_BUCKET = 32
@@ -143,7 +144,7 @@ def generate(
   assert model.cfg.vocab_size is not None
   check_prompts(prompts, max_new_tokens, model.cfg.context, model.cfg.vocab_size)
   num_rows = len(prompts)
-  multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+  multiple = 1 if mesh is None else batch_shards(mesh.shape)
   batch = multiple * bucket(-(-num_rows // multiple), smallest=1)
   lengths_B = np.array([*map(len, prompts), *[1] * (batch - num_rows)], np.int32)
   tokens_BT = np.zeros((batch, bucket(int(lengths_B.max()))), np.int32)

@@ -8,7 +8,8 @@ from jax.sharding import Mesh
 
 from flaxlm.checkpoint.manifest import newest_whole_step, saved_steps
 from flaxlm.checkpoint.store import CheckpointStore
-from flaxlm.config import Config, from_json
+from flaxlm.config import Config
+from flaxlm.configfile import from_json
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.nn.models import Decoder, abstract_params, build_model
 from flaxlm.tokenizers import Tokenizer

@@ -137,7 +137,7 @@ class Decoder(nn.Module):
         x_BTD += sinusoids(positions_BT, cfg.width).astype(x_BTD.dtype)
       case "rope":
         assert cfg.head_dim is not None
-        return x_BTD, rotation(positions_BT, cfg.head_dim, cfg.rope_theta)
+        return x_BTD, rotation(positions_BT, cfg.head_dim, cfg.rope.theta)
     return x_BTD, None
 
   def logits(self, x_BTD: jax.Array) -> jax.Array:

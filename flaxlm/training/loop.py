@@ -22,7 +22,8 @@ from jax.sharding import Mesh
 
 from flaxlm.checkpoint.manifest import newest_whole_step, saved_steps, write_atomically
 from flaxlm.checkpoint.store import CheckpointStore, make_room_after
-from flaxlm.config import Config, TokenizerConfig, difference, to_json
+from flaxlm.config import Config, TokenizerConfig
+from flaxlm.configfile import difference, to_json
 from flaxlm.data.batches import Batches
 from flaxlm.data.objectives import Batch
 from flaxlm.data.prepare import Prepared, TokenStore, prepare
@@ -38,7 +39,7 @@ from flaxlm.errors import (
   NonFiniteError,
 )
 from flaxlm.nn.models import Decoder, build_model
-from flaxlm.sharding import make_mesh, start_jax
+from flaxlm.sharding import RULES, batch_shards, make_mesh, start_jax
 from flaxlm.tokenizers import Tokenizer
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.reporting import Reporter
@@ -317,14 +318,14 @@ def describe_evaluation(values: dict[str, float]) -> str:
 
 def check_batch(cfg: Config, mesh: Mesh) -> None:
   """Refuses a batch that the mesh cannot share out evenly."""
-  shards = mesh.shape["data"] * mesh.shape["fsdp"] * cfg.training.accumulation_steps
-  if cfg.data.batch_size % shards:
-    near = max(1, round(cfg.data.batch_size / shards)) * shards
+  accumulation, size = cfg.training.accumulation_steps, cfg.data.batch_size
+  shards = batch_shards(mesh.shape) * accumulation
+  if size % shards:
+    axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES["batch"])
     raise ConfigError(
-      f"data.batch_size={cfg.data.batch_size} is not a multiple of "
-      f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} x "
-      f"accumulation_steps={cfg.training.accumulation_steps}",
-      f"nearest: {near}",
+      f"data.batch_size={size} is not a multiple of {axes} x "
+      f"accumulation_steps={accumulation}",
+      f"nearest: {max(1, round(size / shards)) * shards}",
     )
 
 

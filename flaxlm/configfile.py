@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs as text: Python files, command-line overrides, JSON.
+
+An experiment comes from a Python file that builds a `Config` (`load_config`), is changed
+on the command line (`override`: `--optimizer.learning_rate=1e-3`), and travels in a run
+directory as JSON (`to_json`, `from_json`). Standard library only: importing is instant.
+"""
+
+import dataclasses
+import difflib
+import json
+import runpy
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from flaxlm.config import Config, is_a, mesh_mistakes
+from flaxlm.errors import ConfigError
+
+
+def load_config(name: str) -> Config:
+  """The `config` that a Python file defines; `name` is a path, or a shipped experiment.
+
+  Raises `ConfigError` when there is no such file, or it does not build a `Config`.
+  """
+  path = find_config(name)
+  try:
+    config = runpy.run_path(str(path)).get("config")
+  except (Exception, SystemExit) as e:  # whatever a user's file may raise
+    raise ConfigError(f"{path} failed: {type(e).__name__}: {e}") from e
+  if not isinstance(config, Config):
+    raise ConfigError(
+      f"{path} does not define `config = Config(...)`", "see configs/stdlib_tiny.py"
+    )
+  return dataclasses.replace(config, name=config.name or path.stem)
+
+
+def config_folders() -> list[Path]:
+  """Where named experiments are looked for: here, beside the package, inside the wheel."""
+  package = Path(__file__).parent
+  folders = (Path("configs"), package.parent / "configs", package / "configs")
+  return [folder for folder in folders if folder.is_dir()]
+
+
+def find_config(name: str) -> Path:
+  """The file of an experiment given by path or by name (`stdlib_tiny`)."""
+  stem = name.removesuffix(".py")
+  candidates = [Path(name)]
+  candidates += [folder / f"{Path(stem).name}.py" for folder in config_folders()]
+  for path in candidates:
+    if _is_file(path):
+      if path.suffix != ".py":
+        raise ConfigError(f"{path} is not a Python config file", "see configs/")
+      return path
+  known = sorted({p.stem for folder in config_folders() for p in folder.glob("*.py")})
+  near = difflib.get_close_matches(Path(stem).name, known, 1)
+  cure = f"did you mean {near[0]}?" if near else f"shipped: {', '.join(known)}"
+  raise ConfigError(f"no config file {name!r}", cure)
+
+
+def _is_file(path: Path) -> bool:
+  try:
+    return path.is_file()
+  except OSError:  # a name too long, a folder that we may not look into
+    return False
+
+
+def override(cfg: Config, arguments: Sequence[str]) -> Config:
+  """`cfg` changed by `--section.field=value` or `--section.field value` arguments.
+
+  Raises one `ConfigError` for all unknown names (with the nearest one) and wrong types.
+  """
+  mistakes: list[ConfigError] = []
+  seen: dict[str, str] = {}
+  remaining = list(arguments)
+  while remaining:
+    argument = remaining.pop(0)
+    try:
+      if not argument.startswith("--"):
+        raise ConfigError(f"expected --section.field=value, got {argument!r}")
+      name, equals, text = argument[2:].partition("=")
+      name = name.replace("-", "_")
+      kind = _field_type(name)
+      if not equals:
+        if kind is bool and (not remaining or remaining[0].startswith("--")):
+          text = "true"
+        elif remaining and not remaining[0].startswith("--"):
+          text = remaining.pop(0)
+        else:
+          raise ConfigError(f"--{name} needs a value")
+      if seen.get(name, text) != text:
+        raise ConfigError(f"--{name} is given twice, as {seen[name]} and as {text}")
+      seen[name] = text
+      cfg = _replace(cfg, name.split("."), _parse(kind, text, name))
+    except ConfigError as e:
+      mistakes.append(e)
+  if mistakes:
+    cures = "; ".join(dict.fromkeys(e.cure for e in mistakes if e.cure))
+    raise ConfigError("; ".join(e.cause for e in mistakes), cures)
+  return cfg
+
+
+def knobs(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+  """(dotted name, type, dataclass field) of every leaf of the config."""
+  hints = typing.get_type_hints(kind)
+  for field in dataclasses.fields(kind):
+    if dataclasses.is_dataclass(hints[field.name]):
+      yield from knobs(hints[field.name], f"{prefix}{field.name}.")
+    else:
+      yield prefix + field.name, hints[field.name], field
+
+
+def _field_type(name: str) -> Any:
+  table = {path: kind for path, kind, _ in knobs()}
+  if name in table:
+    return table[name]
+  last = name.split(".")[-1]
+  near = [path for path in table if path.split(".")[-1] == last]
+  if not near and "." not in name:  # --steps means --training.num_steps
+    near = [path for path in table if last in path.split(".")[-1].split("_")]
+    near = sorted(near, key=len)[:2]
+  near = near or difflib.get_close_matches(name, table, 2, 0.6)
+  cure = (
+    f"did you mean --{' or --'.join(near)}?" if near else "flaxlm train --help lists all"
+  )
+  raise ConfigError(f"unknown option --{name}", cure)
+
+
+def _replace(cfg: Any, path: list[str], value: Any) -> Any:
+  if len(path) > 1:
+    value = _replace(getattr(cfg, path[0]), path[1:], value)
+  return dataclasses.replace(cfg, **{path[0]: value})
+
+
+def _parse(kind: Any, text: str, name: str) -> Any:
+  """The value of type `kind` that `text` spells."""
+  arguments = typing.get_args(kind)
+  if typing.get_origin(kind) is types.UnionType:
+    if text.lower() == "none":
+      return None
+    return _parse(arguments[0], text, name)
+  if typing.get_origin(kind) is Literal:
+    if text in arguments:
+      return text
+    near = difflib.get_close_matches(text, arguments, 1)
+    cure = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(
+      f"--{name}: {text!r} is not a choice", f"{cure}it can be {', '.join(arguments)}"
+    )
+  if typing.get_origin(kind) is Mapping:
+    return parse_mesh(text)
+  try:
+    if kind is bool:
+      return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+    if kind is int and not text.lstrip("+-").isdecimal():
+      number = float(text)  # 1e4 is a fine way to write 10,000
+      if not number.is_integer():
+        raise ValueError
+      return int(number)
+    return kind(text)
+  except (ValueError, KeyError, OverflowError):
+    want = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+    raise ConfigError(f"--{name}: expected {want}, got {text!r}") from None
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+  """`data=2,fsdp=4` -> {"data": 2, "fsdp": 4}."""
+  mesh: dict[str, int] = {}
+  for part in text.split(","):
+    axis, _, size = part.partition("=")
+    try:
+      number = int(size)
+    except ValueError:
+      raise ConfigError(
+        f"mesh {text!r}: {part!r} is not AXIS=SIZE", "as in data=2,fsdp=4"
+      ) from None
+    if axis in mesh:
+      raise ConfigError(f"mesh {text!r} names {axis} twice")
+    mesh[axis] = number
+  mistakes = list(mesh_mistakes(mesh))
+  if mistakes:
+    raise ConfigError(*mistakes[0])
+  return mesh
+
+
+# -- JSON ------------------------------------------------------------------------------
+
+
+def to_json(cfg: Config) -> str:
+  return json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"
+
+
+def from_json(text: str, origin: str) -> Config:
+  """The inverse of `to_json`. `origin` names the text in errors."""
+  try:
+    return _from_dict(Config, json.loads(text, object_pairs_hook=_no_doubles))
+  except (ValueError, TypeError, AttributeError, RecursionError) as e:
+    raise ConfigError(f"{origin} is not a flaxlm config: {e}") from e
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  values = dict(pairs)
+  if len(values) < len(pairs):
+    names = [name for name, _ in pairs]
+    raise ValueError(f"{max(names, key=names.count)} is there twice")
+  return values
+
+
+def _from_dict(kind: Any, values: dict[str, Any]) -> Any:
+  hints = typing.get_type_hints(kind)
+  unknown = set(values) - set(hints)
+  if unknown:
+    raise ValueError(f"unknown field {', '.join(sorted(unknown))}")
+  for name, value in values.items():
+    if dataclasses.is_dataclass(hints[name]):
+      values = values | {name: _from_dict(hints[name], value)}
+    elif not is_a(hints[name], value):
+      raise ValueError(f"{name} is {value!r}")
+  return kind(**values)
+
+
+def difference(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+  """{dotted name: (old, new)} of every leaf in which two configs differ."""
+  changes: dict[str, tuple[Any, Any]] = {}
+  for field in dataclasses.fields(old):
+    before, after = getattr(old, field.name), getattr(new, field.name)
+    if dataclasses.is_dataclass(before):
+      changes |= difference(before, after, f"{prefix}{field.name}.")
+    elif before != after:
+      changes[prefix + field.name] = (before, after)
+  return changes
