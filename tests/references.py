@@ -63,10 +63,12 @@ def _embed(params, cfg, tokens_T, positions_T):
   rows = []
   for token, position in zip(tokens_T, positions_T, strict=True):
     x_D = params["embedding"]["table"][token]
+    if cfg.embedding_scaled:
+      x_D = math.sqrt(len(x_D)) * x_D
     if cfg.positions == "learned":
       x_D = x_D + params["positions"]["table"][position]
     elif cfg.positions == "sinusoidal":
-      x_D = math.sqrt(len(x_D)) * x_D + sinusoid(position, len(x_D))
+      x_D = x_D + sinusoid(position, len(x_D))
     elif cfg.positions not in ("rope", "none"):
       raise NotImplementedError(cfg.positions)
     rows.append(x_D)

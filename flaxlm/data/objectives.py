@@ -19,6 +19,10 @@ class Batch(NamedTuple):
   positions_BT: np.ndarray
   segments_BT: np.ndarray
   weights_BT: np.ndarray
+  # seq2seq: what is read, each document with the number of its target.
+  source_BS: np.ndarray | None = None
+  source_positions_BS: np.ndarray | None = None
+  source_segments_BS: np.ndarray | None = None
 
 
 def next_token(windows: np.ndarray, lengths_B: np.ndarray, bos_id: int) -> Batch:

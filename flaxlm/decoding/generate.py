@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 
 from flaxlm.decoding.sampling import Sampling, is_filtered, sample
 from flaxlm.errors import ConfigError, NonFiniteError
-from flaxlm.nn.attention import KVCache, init_cache
-from flaxlm.nn.models import Decoder
+from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.models import init_cache
 from flaxlm.sharding import batch_shards
 
 BLOCK_STEPS = 16
@@ -30,7 +30,7 @@ SMALLEST_BUCKET = 32
 class DecodeState(NamedTuple):
   """What one step hands to the next. `token_B` is chosen, but not yet in the cache."""
 
-  cache: KVCache
+  cache: Any  # a KVCache, or an RNN's state
   token_B: jax.Array
 
 
@@ -44,11 +44,11 @@ class Chosen(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("model", "filtered"), donate_argnames="cache")
 def prefill(
-  model: Decoder,
+  model: LanguageModel,
   params: Any,
   tokens_BT: jax.Array,
   lengths_B: jax.Array,
-  cache: KVCache,
+  cache: Any,
   sampling: Sampling,
   num_ids: jax.Array,
   filtered: bool,
@@ -59,18 +59,19 @@ def prefill(
   slot is overwritten.
   """
   variables = {"params": params}
-  x_BTD, cache = model.apply(variables, tokens_BT, cache=cache, method="hidden")
-  last_BTD = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, 1)
+  output = model.apply(
+    variables, tokens_BT, cache=cache, num_new_B=lengths_B, method="hidden"
+  )
+  last_BTD = jnp.take_along_axis(output.value, lengths_B[:, None, None] - 1, 1)
   logits_BTV = model.apply(variables, last_BTD, method="logits")
-  cache = cache._replace(lengths_B=lengths_B)
-  return choose(logits_BTV, cache, sampling, num_ids, filtered)
+  return choose(logits_BTV, output.cache, sampling, num_ids, filtered)
 
 
 @functools.partial(
   jax.jit, static_argnames=("model", "num_steps", "filtered"), donate_argnames="state"
 )
 def decode_block(
-  model: Decoder,
+  model: LanguageModel,
   params: Any,
   state: DecodeState,
   sampling: Sampling,
@@ -81,10 +82,8 @@ def decode_block(
   """`num_steps` tokens for every row: each step feeds one token and chooses the next."""
 
   def step(state: DecodeState, _: None) -> tuple[DecodeState, Chosen]:
-    logits_BTV, cache = model.apply(
-      {"params": params}, state.token_B[:, None], cache=state.cache
-    )
-    return choose(logits_BTV, cache, sampling, num_ids, filtered)
+    output = model.apply({"params": params}, state.token_B[:, None], cache=state.cache)
+    return choose(output.value, output.cache, sampling, num_ids, filtered)
 
   state, chosen = jax.lax.scan(step, state, length=num_steps)
   by_row = lambda x_TB1: x_TB1[:, :, 0].T
@@ -95,7 +94,7 @@ def decode_block(
 
 def choose(
   logits_BTV: jax.Array,
-  cache: KVCache,
+  cache: Any,
   sampling: Sampling,
   num_ids: jax.Array,
   filtered: bool,
@@ -119,7 +118,7 @@ def bucket(size: int, smallest: int = SMALLEST_BUCKET) -> int:
 
 
 def generate(
-  model: Decoder,
+  model: LanguageModel,
   params: Any,
   prompts: Sequence[Sequence[int]],
   max_new_tokens: int,
@@ -158,7 +157,7 @@ def generate(
   num_blocks = -(-(max_new_tokens - 1) // BLOCK_STEPS)
   slots = bucket(int(lengths_B.max()) + num_blocks * BLOCK_STEPS)
   with mesh_scope(mesh):
-    cache = init_cache(model.cfg, batch, slots, model.run.dtype)
+    cache = init_cache(model, batch, slots)
     state, chosen = prefill(
       model, params, tokens_BT, lengths_B, cache, sampling, ids, filtered
     )

@@ -38,7 +38,8 @@ from flaxlm.errors import (
   ConfigError,
   NonFiniteError,
 )
-from flaxlm.nn.models import Decoder, build_model
+from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.models import build_model
 from flaxlm.sharding import RULES, batch_shards, make_mesh, start_jax
 from flaxlm.tokenizers import Tokenizer
 from flaxlm.training.optimizer import build_optimizer
@@ -102,7 +103,7 @@ def train(cfg: Config) -> int:
     reporter.log(describe(cfg, state, prepared, mesh))
 
     # -- Steps.
-    train_step = compile_train_step(model, optimizer, cfg.training.accumulation_steps, mesh)
+    train_step = compile_train_step(model, optimizer, cfg.training, mesh)
     evaluator = Evaluator(
       model, prepared.tokenizer, validation, cfg.training.eval_batches, mesh
     )
@@ -259,7 +260,7 @@ class Evaluator:
 
   def __init__(
     self,
-    model: Decoder,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     batches: Batches,
     num_batches: int | None,

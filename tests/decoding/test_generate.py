@@ -24,8 +24,8 @@ from flaxlm.decoding.generate import (
 )
 from flaxlm.decoding.sampling import Sampling, make_sampling
 from flaxlm.errors import ConfigError, NonFiniteError
-from flaxlm.nn.attention import init_cache
-from flaxlm.nn.models import Decoder, abstract_params, build_model
+from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.models import abstract_params, build_model, init_cache
 from flaxlm.sharding import make_mesh
 
 SIZES = dict(depth=2, width=16, num_heads=4, vocab_size=64, context=64)
@@ -51,7 +51,7 @@ NUM_NEW = 1 + BLOCK_STEPS + 3  # the prefill's token, a block, and a part of the
 
 
 @functools.cache
-def model_of(name: str) -> tuple[Decoder, Any]:
+def model_of(name: str) -> tuple[LanguageModel, Any]:
   """A model, and parameters so large that its choices vary and are never close."""
   model = build_model(ARCHITECTURES[name])
   rng = np.random.default_rng(0)
@@ -68,12 +68,12 @@ def model_of(name: str) -> tuple[Decoder, Any]:
 
 
 @functools.cache
-def forward(model: Decoder) -> Any:
+def forward(model: LanguageModel) -> Any:
   return jax.jit(lambda params, tokens_BT: model.apply({"params": params}, tokens_BT)[0])
 
 
 def full_logits(
-  model: Decoder, params: Any, rows: Sequence[Sequence[int]]
+  model: LanguageModel, params: Any, rows: Sequence[Sequence[int]]
 ) -> list[np.ndarray]:
   """Logits (T, V) of each row from one pass over its whole text, without any cache."""
   tokens_BT = np.zeros((4, model.cfg.context), np.int32)
@@ -84,7 +84,7 @@ def full_logits(
 
 
 def run(
-  model: Decoder,
+  model: LanguageModel,
   params: Any,
   prompts: Sequence[Sequence[int]],
   sampling: Sampling,
@@ -251,7 +251,7 @@ def test_the_cache_is_donated():
   model, params = model_of("gqa")
   sampling, ids = greedy(4), jnp.int32(64)
   tokens_BT = np.zeros((4, SMALLEST_BUCKET), np.int32)
-  empty = init_cache(model.cfg, 4, SMALLEST_BUCKET)
+  empty = init_cache(model, 4, SMALLEST_BUCKET)
   state, _ = prefill(
     model, params, tokens_BT, np.ones(4, np.int32), empty, sampling, ids, False
   )
