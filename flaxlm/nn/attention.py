@@ -354,6 +354,7 @@ class Attention(nn.Module):
       q_BTNH = rotate(q_BTNH, sight.cos_sin)
     q_BTNH = constrain(q_BTNH, "batch", "length", "act_heads", "head_dim")
     k_BSKH, v_BSKH = (x.astype(self.dtype) for x in keys_values)
+    assert self.cfg.attention_scale is not None, "resolved"
     scoring = Scoring(self.cfg.attention_scale, self.cfg.attention_softcap)
     sinks_N = self.sinks if self.cfg.learned_sinks else None
     weights_BNTS = None

@@ -85,7 +85,9 @@ class LanguageModel(nn.Module):
     output = self.hidden(tokens_BT, *args, **kwargs)
     return output._replace(value=self.logits(output.value))
 
-  def embed(self, tokens_BT: jax.Array, token_types_BT: jax.Array | None = None):
+  def embed(
+    self, tokens_BT: jax.Array, token_types_BT: jax.Array | None = None
+  ) -> jax.Array:
     """Embedded tokens (B, T, D), before any position."""
     cfg = self.cfg
     x_BTD = self.embedding(tokens_BT)

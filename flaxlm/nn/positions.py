@@ -117,7 +117,8 @@ def alibi_bias(
   distance = query_slots_XT[:, None, :, None] - jnp.arange(num_keys)
   if not causal:
     distance = jnp.abs(distance)
-  return -alibi_slopes(num_heads)[:, None, None] * distance.astype(jnp.float32)
+  slopes_N11 = jnp.asarray(alibi_slopes(num_heads))[:, None, None]
+  return -slopes_N11 * distance.astype(jnp.float32)
 
 
 def relative_buckets(

@@ -3,8 +3,8 @@
 
 The parameters of all blocks are stacked along a leading layer dim, always. Whether the
 stack runs as a loop or unrolled, and what is kept for the backward pass, is a knob of
-the run (`Execution`), never of the checkpoint. So is nothing of `layer_pattern`: local
-and global layers have the same parameters, and a loop runs over whole periods of it.
+the run (`Execution`), never of the checkpoint. Local and global
+layers have the same parameters; a loop runs over whole periods of `layer_pattern`.
 """
 
 from collections.abc import Callable
@@ -40,11 +40,11 @@ class Surroundings(NamedTuple):
   """What a block reads besides its own input: the same for all layers of one kind."""
 
   sight: Sight
-  reach: Reach | None = None
-  first_slots_B: jax.Array | None = None  # where new tokens go in the cache
-  memory_BSD: jax.Array | None = None  # the encoder's output, unless it is cached
-  source_sight: Sight | None = None
-  real_BT: jax.Array | None = None  # False on padding
+  reach: Reach | None
+  first_slots_B: Any  # where new tokens go in the cache; None without one
+  memory_BSD: Any  # the encoder's output; None if there is no encoder, or it is cached
+  source_sight: Any
+  real_BT: Any  # False on padding; None if there is none
 
 
 class LayerOutput(NamedTuple):
@@ -90,7 +90,7 @@ class Block(nn.Module):
     """The layer's output, and its new cache: (k, v), (k, v, source k, source v) or None."""
     attention: dict[str, Any] = {}
     losses: dict[str, Any] = {}
-    source_cache = None if cache is None else cache[2:]
+    source_cache = () if cache is None else cache[2:]
     dropout = lambda branch: self.dropout(branch, deterministic=deterministic)
 
     def attend(x_BTD: jax.Array) -> jax.Array:
@@ -125,10 +125,12 @@ class Block(nn.Module):
     x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
     return x_BTD, LayerOutput(cache, losses, attention)
 
-  def residual(self, name: str, x_BTD: jax.Array, branch: Callable, dropout: Callable):
+  def residual(
+    self, name: str, x_BTD: jax.Array, branch: Callable, dropout: Callable
+  ) -> jax.Array:
     """x + branch(x), with norms where `norm_placement` wants them."""
     placement = self.cfg.norm_placement
-    norm = getattr(self, f"{name}_norm", None)
+    norm: Any = getattr(self, f"{name}_norm", None)
     y_BTD = branch(norm(x_BTD) if placement in ("pre", "both") else x_BTD)
     if placement in ("output", "both"):
       y_BTD = getattr(self, f"{name}_output_norm")(y_BTD)
@@ -201,7 +203,7 @@ class Stack(nn.Module):
     x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
     where = Placement(slots_BT, segments_BT, segments_BT, positions_BT)
     around = self.surroundings(where, positions_BT, cache, memory, num_new_B)
-    layers = None
+    layers: tuple | None = None
     if cache is not None:
       layers = (cache.k_LBSKH, cache.v_LBSKH)
       if cache.source is not None:
@@ -249,11 +251,12 @@ class Stack(nn.Module):
       source = None if cache is None else cache.source
       memory_BSD, source_sight = self.see_source(where, source, memory)
     found = {}
-    for kind in sorted(set(cfg.layer_pattern)):
+    for kind in sorted(set(cfg.period)):
       window = cfg.window if kind == "L" else None
       mask_BTS = visible(where, num_keys, causal, window, cfg.sink_tokens)
       cos_sin = None
       if cfg.positions == "rope":
+        assert cfg.head_dim is not None
         cos_sin = rotation(positions_BT, cfg.head_dim, cfg.rope, kind == "L")
       found[kind] = Surroundings(
         sight=Sight(mask_BTS, bias_XNTS, cos_sin),
@@ -306,7 +309,7 @@ class Stack(nn.Module):
     capture: bool,
   ) -> tuple[jax.Array, LayerOutput]:
     """All layers; what each returns besides its output is stacked along L."""
-    pattern = self.cfg.layer_pattern
+    pattern = self.cfg.period
     if self.is_initializing():  # kinds have the same parameters, and caches have none
       x_BTD, output = self.blocks(x_BTD, None, around[pattern[0]])
       return x_BTD, output._replace(attention={})
