@@ -6,7 +6,7 @@ What:       118 blocks, 18,432 wide, 48 query heads of 256 dims that share one k
             anywhere.
 Cost:       780B tokens, 2.5e24 FLOPs (6 a parameter and token). State in float32: 4.3 TB
             (weights and gradients; Adafactor's moments are small).
-Expected:   the original answers 69.3% of MMLU, 5-shot ; the shape is what is tested here.
+Expected:   the original answers 69.3% of MMLU, 5-shot; the shape is what is tested here.
 Command:    flaxlm plan palm_540b --mesh fsdp=512 --device h200
             python train.py palm_540b --mesh fsdp=512
 Source:     Chowdhery et al. (2022), section 2 and table 1 (shape), section 5 (training).
