@@ -4,7 +4,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from flaxlm.decoding.generate import generate
+from flaxlm.decoding.generate import Request, generate
 from flaxlm.decoding.runs import Run
 from flaxlm.decoding.sampling import Sampling
 from flaxlm.errors import ConfigError
@@ -39,15 +39,9 @@ def complete(
   """
   if any(not text for text in stop):
     raise ConfigError("a stop string is empty", "leave --stop out to have none")
-  encoded = [[run.tokenizer.bos_id, *run.tokenizer.encode(prompt)] for prompt in prompts]
-  if max_new_tokens is None:
-    room = run.model.cfg.context - max(map(len, encoded), default=0)
-    max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
+  request = make_request(run, prompts, max_new_tokens)
   rows = [_Row(Completion(prompt), run.tokenizer, stop) for prompt in prompts]
-  num_ids = run.tokenizer.vocab_size
-  for block in generate(
-    run.model, run.params, encoded, max_new_tokens, sampling, num_ids, run.mesh
-  ):
+  for block in generate(run.model, run.params, request, sampling, run.mesh):
     for i, row in enumerate(rows):
       piece = row.extend(block.tokens_BT[i].tolist(), block.logprobs_BT[i].tolist())
       if piece and on_text is not None:
@@ -59,6 +53,24 @@ def complete(
     if piece and on_text is not None:
       on_text(i, piece)
   return [row.result for row in rows]
+
+
+def make_request(run: Run, prompts: Sequence[str], max_new_tokens: int | None) -> Request:
+  """The prompts as ids; for an encoder-decoder they are what is read, not continued.
+
+  Without `max_new_tokens` it asks for as many as fit, at most `DEFAULT_NEW_TOKENS`.
+  """
+  tokenizer = run.tokenizer
+  encoded = [tokenizer.encode(prompt) for prompt in prompts]
+  sources = None
+  if run.cfg.model.family == "encoder_decoder":
+    sources = [[*ids, tokenizer.eos_id] for ids in encoded]
+    encoded = [[] for _ in encoded]
+  starts = [[tokenizer.bos_id, *ids] for ids in encoded]
+  if max_new_tokens is None:
+    room = run.model.cfg.context - max(map(len, starts), default=0)
+    max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
+  return Request(starts, max_new_tokens, tokenizer.vocab_size, sources)
 
 
 class _Row:

@@ -35,6 +35,16 @@ class KVCache(NamedTuple):
   lengths_B: jax.Array
   source: "SourceCache | None" = None
 
+  def take(self, rows_R: jax.Array) -> "KVCache":
+    """The cache of these rows, in this order."""
+    source = self.source
+    if source is not None:
+      k_LBSKH, v_LBSKH, segments_BS = source
+      source = SourceCache(k_LBSKH[:, rows_R], v_LBSKH[:, rows_R], segments_BS[rows_R])
+    return KVCache(
+      self.k_LBSKH[:, rows_R], self.v_LBSKH[:, rows_R], self.lengths_B[rows_R], source
+    )
+
 
 class SourceCache(NamedTuple):
   """What the decoder's layers see of the source: made once, never written again."""

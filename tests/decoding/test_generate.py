@@ -17,7 +17,9 @@ from flaxlm.decoding.generate import (
   BLOCK_STEPS,
   SMALLEST_BUCKET,
   DecodeState,
+  Request,
   bucket,
+  choose,
   decode_block,
   generate,
   prefill,
@@ -89,10 +91,12 @@ def run(
   prompts: Sequence[Sequence[int]],
   sampling: Sampling,
   num_new: int = NUM_NEW,
-  **kwargs: Any,
+  num_ids: int = 64,
+  mesh: Mesh | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """All tokens and log-probabilities, (B, T) each."""
-  blocks = list(generate(model, params, prompts, num_new, sampling, **kwargs))
+  request = Request(prompts, num_new, num_ids)
+  blocks = list(generate(model, params, request, sampling, mesh))
   tokens_BT = np.concatenate([block.tokens_BT for block in blocks], 1)
   logprobs_BT = np.concatenate([block.logprobs_BT for block in blocks], 1)
   assert tokens_BT.shape == logprobs_BT.shape == (len(prompts), num_new)
@@ -252,9 +256,9 @@ def test_the_cache_is_donated():
   sampling, ids = greedy(4), jnp.int32(64)
   tokens_BT = np.zeros((4, SMALLEST_BUCKET), np.int32)
   empty = init_cache(model, 4, SMALLEST_BUCKET)
-  state, _ = prefill(
-    model, params, tokens_BT, np.ones(4, np.int32), empty, sampling, ids, False
-  )
+  logits_BV, cache = prefill(model, params, tokens_BT, np.ones(4, np.int32), empty)
+  state, _ = choose(logits_BV, cache, sampling, ids, False)
+  assert cache.k_LBSKH.is_deleted()
   assert empty.k_LBSKH.is_deleted()
   assert empty.v_LBSKH.is_deleted()
   again, _ = decode_block(model, params, state, sampling, ids, BLOCK_STEPS, False)
@@ -267,7 +271,7 @@ def test_the_cache_is_donated():
 def test_the_caller_who_stops_asking_pays_for_no_more():
   """Blocks are computed when they are asked for: the first needs one pass alone."""
   model, params = model_of("gqa")
-  blocks = generate(model, params, PROMPTS, 40, greedy(4))
+  blocks = generate(model, params, Request(PROMPTS, 40, 64), greedy(4))
   assert next(blocks).tokens_BT.shape == (4, 1)
   assert next(blocks).tokens_BT.shape == (4, BLOCK_STEPS)
   blocks.close()
@@ -295,7 +299,7 @@ def test_the_caller_who_stops_asking_pays_for_no_more():
 def test_what_does_not_fit_is_refused(prompts: list, num_new: int, complaint: str):
   model, params = model_of("gqa")
   with pytest.raises(ConfigError) as caught:
-    next(generate(model, params, prompts, num_new, greedy(len(prompts))))
+    next(generate(model, params, Request(prompts, num_new, 64), greedy(len(prompts))))
   assert complaint in caught.value.cause
 
 
