@@ -65,13 +65,13 @@ class Prepared:
   fingerprint: str
 
 
-def prepare(corpus: str, cfg: TokenizerConfig, log: Log = to_stderr) -> Prepared:
-  """The tokens of `corpus` (see `find_corpus`), from the store if they are there.
+def prepare(corpus: str | Corpus, cfg: TokenizerConfig, log: Log = to_stderr) -> Prepared:
+  """The tokens of a corpus, found or to be found, from the store if they are there.
 
   Several processes may call this at once: one prepares, the others wait. `log` takes
   lines about progress. Raises `DataError`.
   """
-  found = find_corpus(corpus, log)
+  found = find_corpus(corpus, log) if isinstance(corpus, str) else corpus
   root = data_dir()
   prepared = _find(found, cfg, root)
   if prepared is not None:

@@ -70,7 +70,7 @@ class Request:
     for rows in (self.prompts, self.sources or []):
       if (rows is self.prompts and not rows) or not all(map(len, rows)):
         raise ConfigError("a prompt has no tokens", "begin it with the end-of-text token")
-      self._check_ids(rows)
+      _check_ids(rows, cfg.vocab_size)
     longest = max(map(len, self.prompts))
     if cfg.family != "rnn" and longest + self.max_new_tokens > cfg.context:
       room = max(0, cfg.context - longest)
@@ -85,14 +85,6 @@ class Request:
         f"prompt of {longest} tokens > model.context={cfg.context}", "shorten it"
       )
 
-  def _check_ids(self, rows: Sequence[Sequence[int]]) -> None:
-    for token in (min(map(min, rows), default=0), max(map(max, rows), default=0)):
-      if not 0 <= token < self.num_ids:
-        raise ConfigError(
-          f"token id {token} is not in the model's vocabulary of {self.num_ids}",
-          "the tokenizer does not fit the model",
-        )
-
   @property
   def num_blocks(self) -> int:
     """Blocks of steps after the token that the prefill chooses."""
@@ -102,6 +94,16 @@ class Request:
   def slots(self) -> int:
     """Room in the cache, in a bucket."""
     return bucket(max(map(len, self.prompts)) + self.num_blocks * BLOCK_STEPS)
+
+
+def _check_ids(rows: Sequence[Sequence[int]], vocab_size: int | None) -> None:
+  assert vocab_size is not None, "resolved"
+  for token in (min(map(min, rows), default=0), max(map(max, rows), default=0)):
+    if not 0 <= token < vocab_size:
+      raise ConfigError(
+        f"token id {token} is not in the model's vocabulary of {vocab_size}",
+        "the tokenizer does not fit the model",
+      )
 
 
 def prefill_logits(

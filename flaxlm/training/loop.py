@@ -12,9 +12,10 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,12 +23,11 @@ from jax.sharding import Mesh
 
 from flaxlm.checkpoint.manifest import newest_whole_step, saved_steps, write_atomically
 from flaxlm.checkpoint.store import CheckpointStore, make_room_after
-from flaxlm.config import Config, TokenizerConfig
+from flaxlm.config import Config, ModelConfig, TokenizerConfig
 from flaxlm.configfile import difference, to_json
 from flaxlm.data.batches import Batches
-from flaxlm.data.objectives import Batch
 from flaxlm.data.prepare import Prepared, TokenStore, prepare
-from flaxlm.data.sources import data_dir
+from flaxlm.data.sources import data_dir, find_corpus
 from flaxlm.decoding.completions import complete
 from flaxlm.decoding.runs import CHECKPOINTS, CONFIG, TOKENIZER, Run, load_config_of
 from flaxlm.decoding.sampling import make_sampling
@@ -42,11 +42,14 @@ from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import build_model
 from flaxlm.sharding import RULES, batch_shards, make_mesh, start_jax
 from flaxlm.tokenizers import Tokenizer
-from flaxlm.training.optimizer import build_optimizer
+from flaxlm.training.optimizer import Optimizer, build_optimizer
 from flaxlm.training.reporting import Reporter
 from flaxlm.training.step import (
+  SEED,
   Metrics,
   TrainState,
+  TrainStep,
+  abstract_batch,
   abstract_state,
   compile_eval_step,
   compile_train_step,
@@ -72,42 +75,47 @@ def train(cfg: Config) -> int:
     stack.enter_context(locked(cfg.run_dir))
     first_step = resume_step(cfg)
 
-    # -- Data: what there is to learn from decides the vocabulary.
-    prepared = prepare(cfg.data.corpus, cfg.tokenizer)
-    model_cfg = cfg.model.resolve(prepared.tokenizer.vocab_size)
-    cfg = dataclasses.replace(cfg, model=model_cfg)
-    batches = split_batches(cfg, prepared.train, shuffled=True)
-    validation = split_batches(cfg, prepared.validation, shuffled=False)
-    if first_step:
-      check_same_experiment(cfg, prepared.fingerprint, first_step)
+    # -- Data: what there is to learn from decides the vocabulary. It is known before, in
+    # all but the smallest corpora, so the program compiles while the data are prepared.
+    corpus = find_corpus(cfg.data.corpus)
+    guess = cfg.model.resolve(expected_vocab_size(cfg.tokenizer))
+    with ThreadPoolExecutor(1, "compile") as thread:
+      ahead = thread.submit(Program.compiled, guess, cfg, mesh, fresh=not first_step)
+      prepared = prepare(corpus, cfg.tokenizer)
+      cfg = dataclasses.replace(cfg, model=cfg.model.resolve(prepared.tokenizer.vocab_size))
+      batches = split_batches(cfg, prepared.train, shuffled=True)
+      validation = split_batches(cfg, prepared.validation, shuffled=False)
+      if first_step:
+        check_same_experiment(cfg, prepared.fingerprint, first_step)
+      writes = jax.process_index() == 0
+      if writes:
+        write_atomically(cfg.run_dir / CONFIG, to_json(cfg))
+        prepared.tokenizer.save(cfg.run_dir / TOKENIZER)
+      reporter = Reporter(cfg.run_dir, first_step, cfg.training.num_steps, writes)
+      stack.callback(reporter.close)
+      store = CheckpointStore(cfg.run_dir / CHECKPOINTS, cfg.checkpoint.keep)
+      stack.callback(store.close)
+      program = ahead.result()
+    if program.model.cfg != cfg.model:
+      program = Program.compiled(cfg.model, cfg, mesh, fresh=not first_step)
 
     # -- State: born sharded, or read back to where it was.
-    writes = jax.process_index() == 0
-    if writes:
-      write_atomically(cfg.run_dir / CONFIG, to_json(cfg))
-      prepared.tokenizer.save(cfg.run_dir / TOKENIZER)
-    reporter = Reporter(cfg.run_dir, first_step, cfg.training.num_steps, writes)
-    stack.callback(reporter.close)
-    model = build_model(cfg.model, cfg.training)
-    optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
-    store = CheckpointStore(cfg.run_dir / CHECKPOINTS, cfg.checkpoint.keep)
-    stack.callback(store.close)
-    if first_step:
-      target = abstract_state(model, optimizer, mesh)
+    model, state = program.model, program.state
+    if state is None:
+      target = abstract_state(model, program.optimizer, mesh)
       items = store.restore(first_step, params=target.params, opt_state=target.opt_state)
       step = jax.device_put(np.int32(first_step), target.step.sharding)
       state = TrainState(step, items["params"], items["opt_state"])
       reporter.log(f"resuming {cfg.run_dir} at step {first_step}")
-    else:
-      state = init_state(model, optimizer, mesh, cfg.seed)
     reporter.log(describe(cfg, state, prepared, mesh))
 
     # -- Steps.
-    train_step = compile_train_step(model, optimizer, cfg.training, mesh)
     evaluator = Evaluator(
       model, prepared.tokenizer, validation, cfg.training.eval_batches, mesh
     )
-    run = Trainer(cfg, prepared.fingerprint, mesh, train_step, evaluator, store, reporter)
+    run = Trainer(
+      cfg, prepared.fingerprint, mesh, program.train_step, evaluator, store, reporter
+    )
     with stop_signals() as stop:
       state, exit_code = run.steps(state, first_step, batches, stop)
 
@@ -121,6 +129,33 @@ def train(cfg: Config) -> int:
     return exit_code
 
 
+class Program(NamedTuple):
+  """What runs on the devices: the model, its training step, and a first state."""
+
+  model: LanguageModel
+  optimizer: Optimizer
+  train_step: TrainStep
+  state: TrainState | None
+
+  @staticmethod
+  def compiled(model_cfg: ModelConfig, cfg: Config, mesh: Mesh, fresh: bool) -> "Program":
+    """The program of a config, ready to run; `fresh` makes the state of step 0 too."""
+    model = build_model(model_cfg, cfg.training)
+    optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
+    state = init_state(model, optimizer, mesh, cfg.seed) if fresh else None
+    train_step = compile_train_step(model, optimizer, cfg.training, mesh)
+    batch = abstract_batch(cfg.data, mesh)
+    train_step.lower(abstract_state(model, optimizer, mesh), batch, SEED).compile()
+    return Program(model, optimizer, train_step, state)
+
+
+def expected_vocab_size(cfg: TokenizerConfig) -> int:
+  """What the tokenizer will have, unless the text is too short for so many ids."""
+  if cfg.path is not None:
+    return Tokenizer.load(cfg.path).vocab_size
+  return cfg.vocab_size if cfg.kind == "bpe" else 257
+
+
 class Trainer:
   """The steps of one run, and what happens between them."""
 
@@ -129,7 +164,7 @@ class Trainer:
     cfg: Config,
     fingerprint: str,
     mesh: Mesh,
-    train_step: Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]],
+    train_step: TrainStep,
     evaluator: "Evaluator",
     store: CheckpointStore,
     reporter: Reporter,

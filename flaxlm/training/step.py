@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from flaxlm.config import TrainingConfig
+from flaxlm.config import DataConfig, TrainingConfig
 from flaxlm.data.objectives import Batch
 from flaxlm.nn.base import LanguageModel, Output, Source
 from flaxlm.nn.models import abstract_params, init_params
@@ -186,9 +186,27 @@ def init_state(
   return jax.jit(init, out_shardings=shardings_of(abstract))(jnp.uint32(seed))
 
 
+class TrainStep:
+  """A jitted training step that finds its mesh."""
+
+  def __init__(self, jitted: Any, mesh: Mesh):
+    self._jitted, self._mesh = jitted, mesh
+
+  def __call__(
+    self, state: TrainState, batch: Batch, seed: jax.Array
+  ) -> tuple[TrainState, Metrics]:
+    with jax.set_mesh(self._mesh):
+      return self._jitted(state, batch, seed)
+
+  def lower(self, state: TrainState, batch: Batch, seed: Any) -> jax.stages.Lowered:
+    """For abstract arguments; once compiled, calls with such arguments find it."""
+    with jax.set_mesh(self._mesh):
+      return self._jitted.lower(state, batch, seed)
+
+
 def compile_train_step(
   model: LanguageModel, optimizer: Optimizer, cfg: TrainingConfig, mesh: Mesh
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
+) -> TrainStep:
   """`train_step` under `jit`: the state donated, its layout the same going in and out."""
   step = functools.partial(train_step, model, optimizer, cfg)
   state_shardings = shardings_of(abstract_state(model, optimizer, mesh))
@@ -199,7 +217,24 @@ def compile_train_step(
     out_shardings=(state_shardings, replicated),
     donate_argnums=0,
   )
-  return under_mesh(jitted, mesh)
+  return TrainStep(jitted, mesh)
+
+
+SEED = jax.ShapeDtypeStruct((), jax.numpy.uint32)
+
+
+def abstract_batch(cfg: DataConfig, mesh: Mesh) -> Batch:
+  """Shapes, dtypes and shardings of a global batch."""
+  sharding = batch_sharding(mesh)
+
+  def array(length: int, dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct((cfg.batch_size, length), dtype, sharding=sharding)
+
+  ids, weights = array(cfg.seq_len, jnp.int32), array(cfg.seq_len, jnp.float32)
+  if cfg.objective != "seq2seq":
+    return Batch(ids, ids, ids, ids, weights)
+  source = array(cfg.source_len or cfg.seq_len, jnp.int32)
+  return Batch(ids, ids, ids, ids, weights, source, source, source)
 
 
 def compile_eval_step(
