@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from flaxlm.decoding.generate import Request, generate
 from flaxlm.decoding.runs import Run
 from flaxlm.decoding.sampling import Sampling
+from flaxlm.decoding.search import beam_search
 from flaxlm.errors import ConfigError
 from flaxlm.tokenizers import Tokenizer
 
@@ -53,6 +54,37 @@ def complete(
     if piece and on_text is not None:
       on_text(i, piece)
   return [row.result for row in rows]
+
+
+def search(
+  run: Run,
+  prompts: Sequence[str],
+  num_beams: int,
+  alpha: float = 0.6,
+  max_new_tokens: int | None = None,
+  num_best: int = 1,
+) -> list[Completion]:
+  """The `num_best` likeliest completions of each prompt by beam search, best first.
+
+  Their `logprobs` hold one number, the hypothesis' score: see `beam_search`.
+  """
+  if num_best > num_beams:
+    raise ConfigError(f"{num_best} of {num_beams} beams", "ask for more beams")
+  request = make_request(run, prompts, max_new_tokens)
+  found = beam_search(
+    run.model, run.params, request, num_beams, run.tokenizer.eos_id, alpha, run.mesh
+  )
+  return [
+    Completion(
+      prompt,
+      run.tokenizer.decode(best.tokens),
+      best.tokens,
+      [best.score],
+      "stop" if best.ended else "length",
+    )
+    for prompt, hypotheses in zip(prompts, found, strict=True)
+    for best in hypotheses[:num_best]
+  ]
 
 
 def make_request(run: Run, prompts: Sequence[str], max_new_tokens: int | None) -> Request:

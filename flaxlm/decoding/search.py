@@ -3,6 +3,8 @@
 
 As in Wu et al. (2016, section 7) and Vaswani et al. (2017, section 6.1): hypotheses that
 ended are ranked by their log-probability over a length penalty, ((5 + length) / 6)^alpha.
+A hypothesis ends if its end is among the W best ways to go on, and the search is over
+when W have ended, so that one beam is greedy decoding.
 """
 
 import functools
@@ -18,6 +20,7 @@ from flaxlm.errors import ConfigError, NonFiniteError
 from flaxlm.nn.base import LanguageModel
 
 NEVER = -1e9  # the score of what does not exist; infinities would make NaN when scaled
+MOST_BEAMS = 256
 
 
 class Beams(NamedTuple):
@@ -55,11 +58,8 @@ def beam_search(
   `alpha` 0 ranks by log-probability alone; larger values favour longer ones. Raises
   `ConfigError` for what cannot be searched, `NonFiniteError` as `generate` does.
   """
-  most = request.num_ids // 2
-  if not 1 <= num_beams <= most:
-    raise ConfigError(
-      f"beams is {num_beams}", f"it can be 1 to {most} with this vocabulary"
-    )
+  if not 1 <= num_beams <= MOST_BEAMS:
+    raise ConfigError(f"beams is {num_beams}", f"it can be 1 to {MOST_BEAMS}")
   request.check(model.cfg)
   num_steps = request.max_new_tokens
   with mesh_scope(mesh):
@@ -134,7 +134,7 @@ def search_block(
   eos_id: int,
   alpha: float,
 ) -> tuple[Beams, jax.Array]:
-  """Some steps, and whether no hypothesis that goes on can still win."""
+  """Some steps, and whether all searches are over."""
   B, W, num_steps = beams.tokens_BWT.shape
 
   def step(beams: Beams, _: None) -> tuple[Beams, None]:
@@ -157,15 +157,13 @@ def search_block(
     return jax.tree.map(keep, beams, grown)._replace(cache=cache), None
 
   beams, _ = jax.lax.scan(step, beams, length=BLOCK_STEPS)
-  # Log-probabilities only fall: at best, an alive one ends now, or at full length.
-  best_B = beams.scores_BW[:, 0] / length_penalty(num_steps, alpha)
-  return beams, (best_B <= beams.ended_scores_BW[:, -1]).all()
+  return beams, (beams.ended_scores_BW > NEVER / 2).all()
 
 
 def grow(
   beams: Beams, logits_BWV: jax.Array, num_ids: jax.Array, eos_id: int, alpha: float
 ) -> Beams:
-  """Each hypothesis by one token; the W best that go on stay, and the W best that ended."""
+  """Each hypothesis by one token: the W best that go on, and up to W that ended."""
   B, W, num_steps = beams.tokens_BWT.shape
   real_V = jnp.arange(logits_BWV.shape[-1]) < num_ids
   logits_BWV = jnp.where(real_V, logits_BWV.astype(jnp.float32), -jnp.inf)
@@ -186,7 +184,9 @@ def grow(
   rows_R = (jnp.arange(B)[:, None] * W + parents_BW).reshape(-1)
 
   length = beams.step + 1
-  penalised_BC = jnp.where(ends_BC, scores_BC / length_penalty(length, alpha), NEVER)
+  over_B1 = (beams.ended_scores_BW > NEVER / 2).all(1, keepdims=True)
+  counts_BC = ends_BC & (jnp.arange(2 * W) < W) & (scores_BC > NEVER / 2) & ~over_B1
+  penalised_BC = jnp.where(counts_BC, scores_BC / length_penalty(length, alpha), NEVER)
   all_scores = jnp.concatenate([beams.ended_scores_BW, penalised_BC], 1)
   all_texts = jnp.concatenate([beams.ended_BWT, texts_BCT], 1)
   all_lengths = jnp.concatenate([beams.lengths_BW, jnp.full((B, 2 * W), length)], 1)
