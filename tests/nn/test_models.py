@@ -29,6 +29,7 @@ ARCHITECTURES = {
   "multi_query_window": dict(num_kv_heads=1, window=3),
   "transformer_2017": dict(
     positions="sinusoidal",
+    embedding_scaled=True,
     norm="layernorm",
     norm_placement="post",
     activation="relu",
