@@ -68,7 +68,7 @@ def test_enough_beams_find_the_best_of_all(name: str, alpha: float):
     num_ids,
     request.sources,
   )
-  (first, _) = beam_search(model, params, request, 16, EOS, alpha)
+  (first, _) = beam_search(model, params, request, 64, EOS, alpha)
   texts = [
     text
     for length in (1, 2, 3)
