@@ -26,7 +26,7 @@ from flaxlm.config import Config, TokenizerConfig
 from flaxlm.configfile import difference, to_json
 from flaxlm.data.batches import Batches
 from flaxlm.data.objectives import Batch
-from flaxlm.data.prepare import Prepared, TokenStore, prepare
+from flaxlm.data.prepare import Prepared, Store, prepare
 from flaxlm.data.sources import data_dir
 from flaxlm.decoding.completions import complete
 from flaxlm.decoding.runs import CHECKPOINTS, CONFIG, TOKENIZER, Run, load_config_of
@@ -72,7 +72,7 @@ def train(cfg: Config) -> int:
     first_step = resume_step(cfg)
 
     # -- Data: what there is to learn from decides the vocabulary.
-    prepared = prepare(cfg.data.corpus, cfg.tokenizer)
+    prepared = prepare(cfg.data.corpus, cfg.tokenizer, objective=cfg.data.objective)
     model_cfg = cfg.model.resolve(prepared.tokenizer.vocab_size)
     cfg = dataclasses.replace(cfg, model=model_cfg)
     batches = split_batches(cfg, prepared.train, shuffled=True)
@@ -298,7 +298,7 @@ def evaluate_run(
 ) -> dict[str, float]:
   """The evaluation of a stored run on a split of a corpus, with the run's tokenizer."""
   tokenizer = TokenizerConfig(path=str(run.path / TOKENIZER))
-  prepared = prepare(corpus, tokenizer)
+  prepared = prepare(corpus, tokenizer, objective=run.cfg.data.objective)
   store = prepared.train if split == "train" else prepared.validation
   batches = split_batches(run.cfg, store, shuffled=False)
   return Evaluator(run.model, run.tokenizer, batches, num_batches, run.mesh)(run.params)
@@ -329,13 +329,12 @@ def check_batch(cfg: Config, mesh: Mesh) -> None:
     )
 
 
-def split_batches(cfg: Config, store: TokenStore, shuffled: bool) -> Batches:
+def split_batches(cfg: Config, store: Store, shuffled: bool) -> Batches:
   """This process's share of a split: shuffled to train on, in order to evaluate."""
   assert cfg.model.vocab_size is not None, "resolved"
   return Batches(
     store,
-    seq_len=cfg.data.seq_len,
-    batch_size=cfg.data.batch_size,
+    cfg.data,
     vocab_size=cfg.model.vocab_size,
     seed=cfg.seed if shuffled else None,
     num_epochs=cfg.data.num_epochs if shuffled else 1,
@@ -421,8 +420,8 @@ def describe(cfg: Config, state: TrainState, prepared: Prepared, mesh: Mesh) -> 
   device = jax.devices()[0].device_kind
   return (
     f"{cfg.run_dir}: {num_params:,} parameters; {cfg.data.corpus}: "
-    f"{len(prepared.train.tokens):,} tokens to learn from, "
-    f"{len(prepared.validation.tokens):,} held out; "
+    f"{prepared.train.num_tokens:,} tokens to learn from, "
+    f"{prepared.validation.num_tokens:,} held out; "
     f"{jax.device_count()} {device} device(s){f', mesh {axes}' if axes else ''}"
   )
 
