@@ -251,9 +251,7 @@ def answer(
     show(0, lead)
   if args.beams is not None:
     alpha = 0.6 if args.length_penalty is None else args.length_penalty
-    results = search(
-      run, prompts, args.beams, alpha, args.max_new_tokens, args.num_samples
-    )
+    results = search(run, prompts, args.beams, alpha, args.max_new_tokens, args.num_samples)
     if streams:
       show(0, results[0].completion)
   else:

@@ -23,10 +23,10 @@ from jax.sharding import Mesh
 
 from flaxlm.checkpoint.manifest import newest_whole_step, saved_steps, write_atomically
 from flaxlm.checkpoint.store import CheckpointStore, make_room_after
-from flaxlm.config import Config, ModelConfig, TokenizerConfig
+from flaxlm.config import OBJECTIVES, Config, ModelConfig, TokenizerConfig
 from flaxlm.configfile import difference, to_json
 from flaxlm.data.batches import Batches
-from flaxlm.data.prepare import Prepared, TokenStore, prepare
+from flaxlm.data.prepare import Prepared, Store, prepare
 from flaxlm.data.sources import data_dir, find_corpus
 from flaxlm.decoding.completions import complete
 from flaxlm.decoding.runs import CHECKPOINTS, CONFIG, TOKENIZER, Run, load_config_of
@@ -81,7 +81,7 @@ def train(cfg: Config) -> int:
     guess = cfg.model.resolve(expected_vocab_size(cfg.tokenizer))
     with ThreadPoolExecutor(1, "compile") as thread:
       ahead = thread.submit(Program.compiled, guess, cfg, mesh, fresh=not first_step)
-      prepared = prepare(corpus, cfg.tokenizer)
+      prepared = prepare(corpus, cfg.tokenizer, objective=cfg.data.objective)
       cfg = dataclasses.replace(cfg, model=cfg.model.resolve(prepared.tokenizer.vocab_size))
       batches = split_batches(cfg, prepared.train, shuffled=True)
       validation = split_batches(cfg, prepared.validation, shuffled=False)
@@ -291,7 +291,7 @@ class Clock:
 
 
 class Evaluator:
-  """Loss, perplexity and bits per byte on the held-out split."""
+  """Loss and what follows from it on the held-out split."""
 
   def __init__(
     self,
@@ -307,22 +307,26 @@ class Evaluator:
     padding = model.cfg.vocab_size - tokenizer.vocab_size
     self.token_bytes_V = np.pad(tokenizer.token_bytes(), (0, padding)).astype(np.float32)
     self.eval_step = compile_eval_step(model, mesh)
+    self.fills = OBJECTIVES[model.cfg.family] == "masked"
 
   def __call__(self, params: Any) -> dict[str, float]:
-    """Averages over the split's tokens, end-of-text included; bytes are those of text."""
-    sums: dict[str, float] = {"nats": 0.0, "tokens": 0.0, "bytes": 0.0}
+    """Averages over the split's tokens, end-of-text included; bytes are those of text.
+
+    A model that fills masks has seen the text around them: instead of bits per byte, which
+    compare with a compressor, it has the share of masks that it fills rightly.
+    """
+    sums: dict[str, float] = {}
     count = self.batches.num_batches
     assert count is not None, "one epoch"
     for n in range(min(count, self.num_batches or count)):
       batch = put_batch(self.batches[n], self.mesh)
       for name, value in self.eval_step(params, batch, self.token_bytes_V).items():
-        sums[name] += float(value)
+        sums[name] = sums.get(name, 0.0) + float(value)
     loss = sums["nats"] / sums["tokens"]
-    values = {
-      "eval/loss": loss,
-      "eval/perplexity": math.exp(min(loss, 700.0)),
-      "eval/bits_per_byte": sums["nats"] / math.log(2) / max(sums["bytes"], 1.0),
-    }
+    values = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+    if self.fills:
+      return values | {"eval/accuracy": sums["hits"] / sums["tokens"]}
+    values["eval/bits_per_byte"] = sums["nats"] / math.log(2) / max(sums["bytes"], 1.0)
     gzip = self.batches.store.gzip_bits_per_byte
     if gzip is not None and self.num_batches is None:  # then it is of the same text
       values["eval/gzip_bits_per_byte"] = gzip
@@ -333,18 +337,23 @@ def evaluate_run(
   run: Run, corpus: str, split: str, num_batches: int | None
 ) -> dict[str, float]:
   """The evaluation of a stored run on a split of a corpus, with the run's tokenizer."""
-  tokenizer = TokenizerConfig(path=str(run.path / TOKENIZER))
-  prepared = prepare(corpus, tokenizer)
-  store = prepared.train if split == "train" else prepared.validation
+  store = prepare_for(run, corpus, split)
   batches = split_batches(run.cfg, store, shuffled=False)
   return Evaluator(run.model, run.tokenizer, batches, num_batches, run.mesh)(run.params)
 
 
+def prepare_for(run: Run, corpus: str, split: str) -> Store:
+  """A split of a corpus, with the run's tokenizer and for its objective."""
+  tokenizer = TokenizerConfig(path=str(run.path / TOKENIZER))
+  prepared = prepare(corpus, tokenizer, objective=run.cfg.data.objective)
+  return prepared.train if split == "train" else prepared.validation
+
+
 def describe_evaluation(values: dict[str, float]) -> str:
-  text = (
-    f"loss {values['eval/loss']:.3f}, perplexity {values['eval/perplexity']:.1f}, "
-    f"{values['eval/bits_per_byte']:.3f} bits per byte"
-  )
+  text = f"loss {values['eval/loss']:.3f}, perplexity {values['eval/perplexity']:.1f}"
+  if "eval/accuracy" in values:
+    return f"{text}, {values['eval/accuracy']:.1%} of the masks filled rightly"
+  text += f", {values['eval/bits_per_byte']:.3f} bits per byte"
   gzip = values.get("eval/gzip_bits_per_byte")
   return text if gzip is None else f"{text} (gzip -9: {gzip:.3f})"
 
@@ -365,13 +374,12 @@ def check_batch(cfg: Config, mesh: Mesh) -> None:
     )
 
 
-def split_batches(cfg: Config, store: TokenStore, shuffled: bool) -> Batches:
+def split_batches(cfg: Config, store: Store, shuffled: bool) -> Batches:
   """This process's share of a split: shuffled to train on, in order to evaluate."""
   assert cfg.model.vocab_size is not None, "resolved"
   return Batches(
     store,
-    seq_len=cfg.data.seq_len,
-    batch_size=cfg.data.batch_size,
+    cfg.data,
     vocab_size=cfg.model.vocab_size,
     seed=cfg.seed if shuffled else None,
     num_epochs=cfg.data.num_epochs if shuffled else 1,
@@ -457,8 +465,8 @@ def describe(cfg: Config, state: TrainState, prepared: Prepared, mesh: Mesh) -> 
   device = jax.devices()[0].device_kind
   return (
     f"{cfg.run_dir}: {num_params:,} parameters; {cfg.data.corpus}: "
-    f"{len(prepared.train.tokens):,} tokens to learn from, "
-    f"{len(prepared.validation.tokens):,} held out; "
+    f"{prepared.train.num_tokens:,} tokens to learn from, "
+    f"{prepared.validation.num_tokens:,} held out; "
     f"{jax.device_count()} {device} device(s){f', mesh {axes}' if axes else ''}"
   )
 

@@ -148,7 +148,8 @@ def accumulate(
 def eval_step(
   model: LanguageModel, params: Any, batch: Batch, token_bytes_V: ArrayLike
 ) -> Metrics:
-  """Sums over a batch: loss in nats, tokens, and the bytes of text they stand for."""
+  """Sums over a batch: loss in nats, tokens, the bytes of text they stand for, and hits,
+  the tokens that the model holds for the likeliest."""
   logits_BTV = forward(model, params, batch).value
   nats_BT = cross_entropy(logits_BTV, batch.targets_BT) * batch.weights_BT
   num_bytes_BT = jnp.asarray(token_bytes_V)[batch.targets_BT] * batch.weights_BT
@@ -156,6 +157,7 @@ def eval_step(
     "nats": nats_BT.sum(),
     "tokens": batch.weights_BT.sum(),
     "bytes": num_bytes_BT.sum(),
+    "hits": ((logits_BTV.argmax(-1) == batch.targets_BT) * batch.weights_BT).sum(),
   }
 
 
