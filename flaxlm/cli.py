@@ -359,16 +359,30 @@ def add_eval(commands: Any) -> None:
 def run_eval(args: argparse.Namespace, _: list[str]) -> int:
   if args.batches is not None and args.batches < 1:
     raise ConfigError(f"batches is {args.batches}", "it is at least 1")
+  if args.pairs < 1:
+    raise ConfigError(f"pairs is {args.pairs}", "it is at least 1")
   run = open_run(args)
 
-  from flaxlm.training.loop import describe_evaluation, evaluate_run
+  from flaxlm.training.evaluation import describe_evaluation, evaluate_run, translate_run
 
-  values = evaluate_run(run, args.corpus or run.cfg.data.corpus, args.split, args.batches)
+  corpus = args.corpus or run.cfg.data.corpus
+  if args.bleu:
+    result = translate_run(run, corpus, args.split, args.pairs, args.beams)
+    values: dict[str, Any] = {"eval/bleu": result.bleu, "eval/copy_bleu": result.copy_bleu}
+    text = (
+      f"BLEU {result.bleu:.1f} on {result.num_pairs} pairs; "
+      f"copying the source: {result.copy_bleu:.1f} ({result.signature})"
+    )
+    for source, reference, translation in result.examples:
+      text += f"\n  {source!r}\n    => {translation!r}\n    ({reference!r})"
+  else:
+    values = evaluate_run(run, corpus, args.split, args.batches)
+    text = describe_evaluation(values)
   with open_output(args.output) as out:
     if args.json:
       print(json.dumps({"step": run.step, **values}), file=out)
     else:
-      print(f"{run.path} at step {run.step}: {describe_evaluation(values)}", file=out)
+      print(f"{run.path} at step {run.step}: {text}", file=out)
   return 0
 
 

@@ -105,7 +105,7 @@ def prepare(
   log: Log = to_stderr,
   objective: str = "next_token",
 ) -> Prepared:
-  """The tokens of a corpus, found or to be found (`find_corpus`), from the store if they are there.
+  """The tokens of a corpus (found, or its name), from the store if they are there.
 
   The objective (see `DataConfig`) decides what is read: for seq2seq pairs, for which the
   stores are `PairStore`s, else documents; and for masked, that the tokenizer has `[MASK]`.

@@ -8,7 +8,6 @@ so that most mistakes show within seconds.
 import contextlib
 import dataclasses
 import fcntl
-import math
 import signal
 import sys
 import time
@@ -23,12 +22,13 @@ from jax.sharding import Mesh
 
 from flaxlm.checkpoint.manifest import newest_whole_step, saved_steps, write_atomically
 from flaxlm.checkpoint.store import CheckpointStore, make_room_after
-from flaxlm.config import OBJECTIVES, Config, ModelConfig, TokenizerConfig
+from flaxlm.config import Config, ModelConfig, TokenizerConfig
 from flaxlm.configfile import difference, to_json
 from flaxlm.data.batches import Batches
-from flaxlm.data.prepare import Prepared, Store, prepare
+from flaxlm.data.prepare import Prepared, prepare
 from flaxlm.data.sources import data_dir, find_corpus
-from flaxlm.decoding.completions import complete
+from flaxlm.decoding.completions import complete, search
+from flaxlm.decoding.encoding import fill_masks
 from flaxlm.decoding.runs import CHECKPOINTS, CONFIG, TOKENIZER, Run, load_config_of
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.errors import (
@@ -41,7 +41,8 @@ from flaxlm.errors import (
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import build_model
 from flaxlm.sharding import RULES, batch_shards, make_mesh, start_jax
-from flaxlm.tokenizers import Tokenizer
+from flaxlm.tokenizers import MASK, Tokenizer
+from flaxlm.training.evaluation import Evaluator, describe_evaluation, split_batches
 from flaxlm.training.optimizer import Optimizer, build_optimizer
 from flaxlm.training.reporting import Reporter
 from flaxlm.training.step import (
@@ -51,7 +52,6 @@ from flaxlm.training.step import (
   TrainStep,
   abstract_batch,
   abstract_state,
-  compile_eval_step,
   compile_train_step,
   init_state,
   put_batch,
@@ -290,74 +290,6 @@ class Clock:
     return rates
 
 
-class Evaluator:
-  """Loss and what follows from it on the held-out split."""
-
-  def __init__(
-    self,
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    batches: Batches,
-    num_batches: int | None,
-    mesh: Mesh,
-  ):
-    """`num_batches` None evaluates on the whole split."""
-    self.batches, self.num_batches, self.mesh = batches, num_batches, mesh
-    assert model.cfg.vocab_size is not None
-    padding = model.cfg.vocab_size - tokenizer.vocab_size
-    self.token_bytes_V = np.pad(tokenizer.token_bytes(), (0, padding)).astype(np.float32)
-    self.eval_step = compile_eval_step(model, mesh)
-    self.fills = OBJECTIVES[model.cfg.family] == "masked"
-
-  def __call__(self, params: Any) -> dict[str, float]:
-    """Averages over the split's tokens, end-of-text included; bytes are those of text.
-
-    A model that fills masks has seen the text around them: instead of bits per byte, which
-    compare with a compressor, it has the share of masks that it fills rightly.
-    """
-    sums: dict[str, float] = {}
-    count = self.batches.num_batches
-    assert count is not None, "one epoch"
-    for n in range(min(count, self.num_batches or count)):
-      batch = put_batch(self.batches[n], self.mesh)
-      for name, value in self.eval_step(params, batch, self.token_bytes_V).items():
-        sums[name] = sums.get(name, 0.0) + float(value)
-    loss = sums["nats"] / sums["tokens"]
-    values = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
-    if self.fills:
-      return values | {"eval/accuracy": sums["hits"] / sums["tokens"]}
-    values["eval/bits_per_byte"] = sums["nats"] / math.log(2) / max(sums["bytes"], 1.0)
-    gzip = self.batches.store.gzip_bits_per_byte
-    if gzip is not None and self.num_batches is None:  # then it is of the same text
-      values["eval/gzip_bits_per_byte"] = gzip
-    return values
-
-
-def evaluate_run(
-  run: Run, corpus: str, split: str, num_batches: int | None
-) -> dict[str, float]:
-  """The evaluation of a stored run on a split of a corpus, with the run's tokenizer."""
-  store = prepare_for(run, corpus, split)
-  batches = split_batches(run.cfg, store, shuffled=False)
-  return Evaluator(run.model, run.tokenizer, batches, num_batches, run.mesh)(run.params)
-
-
-def prepare_for(run: Run, corpus: str, split: str) -> Store:
-  """A split of a corpus, with the run's tokenizer and for its objective."""
-  tokenizer = TokenizerConfig(path=str(run.path / TOKENIZER))
-  prepared = prepare(corpus, tokenizer, objective=run.cfg.data.objective)
-  return prepared.train if split == "train" else prepared.validation
-
-
-def describe_evaluation(values: dict[str, float]) -> str:
-  text = f"loss {values['eval/loss']:.3f}, perplexity {values['eval/perplexity']:.1f}"
-  if "eval/accuracy" in values:
-    return f"{text}, {values['eval/accuracy']:.1%} of the masks filled rightly"
-  text += f", {values['eval/bits_per_byte']:.3f} bits per byte"
-  gzip = values.get("eval/gzip_bits_per_byte")
-  return text if gzip is None else f"{text} (gzip -9: {gzip:.3f})"
-
-
 # -- Before the first step ---------------------------------------------------------------
 
 
@@ -372,20 +304,6 @@ def check_batch(cfg: Config, mesh: Mesh) -> None:
       f"accumulation_steps={accumulation}",
       f"nearest: {max(1, round(size / shards)) * shards}",
     )
-
-
-def split_batches(cfg: Config, store: Store, shuffled: bool) -> Batches:
-  """This process's share of a split: shuffled to train on, in order to evaluate."""
-  assert cfg.model.vocab_size is not None, "resolved"
-  return Batches(
-    store,
-    cfg.data,
-    vocab_size=cfg.model.vocab_size,
-    seed=cfg.seed if shuffled else None,
-    num_epochs=cfg.data.num_epochs if shuffled else 1,
-    process=jax.process_index(),
-    num_processes=jax.process_count(),
-  )
 
 
 @contextlib.contextmanager
@@ -505,16 +423,27 @@ def stop_signals() -> Iterator[Stop]:
 
 
 def show_sample(run: Run, reporter: Reporter) -> None:
-  """Prints a completion, and what to try next."""
-  sampling = make_sampling(1, temperature=0.8, top_p=0.95, seed=run.cfg.seed)
-  (sample,) = complete(run, [run.cfg.training.sample_prompt], sampling)
+  """Prints what the model makes of `sample_prompt`, and what to try next."""
+  family, prompt = run.cfg.model.family, run.cfg.training.sample_prompt
+  infer, text = f"python infer.py {run.path}", ""
+  if family == "encoder":
+    prompt = prompt if MASK in prompt else f"import {MASK}"
+    (filled,) = fill_masks(run, [prompt])
+    text = filled.filled
+    tries = [f'{infer} --fill "{prompt}"', f'flaxlm embed {run.path} --text "a sentence"']
+  elif family == "encoder_decoder":
+    prompt = prompt or "Search"
+    (found,) = search(run, [prompt], num_beams=4)
+    text = f"{prompt} => {found.completion}"
+    tries = [f'{infer} --prompt "{prompt}" --beams 4', f"flaxlm eval {run.path} --bleu"]
+  else:
+    sampling = make_sampling(1, temperature=0.8, top_p=0.95, seed=run.cfg.seed)
+    (sample,) = complete(run, [prompt], sampling)
+    text = sample.prompt + sample.completion
+    tries = [f'{infer} --prompt "{prompt or "Once"}"']
   reporter.end_progress()
   reporter.log("a sample:")
-  print(sample.prompt + sample.completion, flush=True)
-  prompt = run.cfg.training.sample_prompt or "Once"
-  reporter.log(
-    "next, try:\n"
-    f'  python infer.py {run.path} --prompt "{prompt}"\n'
-    f"  python train.py --name=longer --training.num_steps={2 * run.step}\n"
-    f"  tensorboard --logdir {run.cfg.runs_dir}   (pip install tensorboard)"
-  )
+  print(text, flush=True)
+  tries.append(f"python train.py --name=longer --training.num_steps={2 * run.step}")
+  tries.append(f"tensorboard --logdir {run.cfg.runs_dir}   (pip install tensorboard)")
+  reporter.log("next, try:\n" + "\n".join(f"  {line}" for line in tries))

@@ -148,17 +148,20 @@ def accumulate(
 def eval_step(
   model: LanguageModel, params: Any, batch: Batch, token_bytes_V: ArrayLike
 ) -> Metrics:
-  """Sums over a batch: loss in nats, tokens, the bytes of text they stand for, and hits,
-  the tokens that the model holds for the likeliest."""
+  """Sums over a batch: loss in nats, tokens, and the bytes of text they stand for; of
+  filled masks also the hits, where the right token was the likeliest."""
   logits_BTV = forward(model, params, batch).value
   nats_BT = cross_entropy(logits_BTV, batch.targets_BT) * batch.weights_BT
   num_bytes_BT = jnp.asarray(token_bytes_V)[batch.targets_BT] * batch.weights_BT
-  return {
+  sums = {
     "nats": nats_BT.sum(),
     "tokens": batch.weights_BT.sum(),
     "bytes": num_bytes_BT.sum(),
-    "hits": ((logits_BTV.argmax(-1) == batch.targets_BT) * batch.weights_BT).sum(),
   }
+  if model.cfg.family == "encoder":
+    hits_BT = logits_BTV.argmax(-1) == batch.targets_BT
+    sums["hits"] = (hits_BT * batch.weights_BT).sum()
+  return sums
 
 
 # -- Compiling: the state is born sharded, and stays where it was born --------------------
