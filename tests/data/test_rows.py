@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of pairs against a reference that takes one pair after the other."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -115,6 +117,23 @@ def test_damaged_pairs(side: str, place: int):
   with pytest.raises(DataError, match="stored pairs are damaged") as error:
     PairRows(store, DataConfig(objective="seq2seq"))
   assert "delete the data directory" in error.value.cure
+
+
+def test_masking_puts_in_ordinary_ids_only_and_follows_seed_and_place():
+  vocab_size, special_ids = 6, (1, 3, BOS)
+  tokens = np.tile(np.array([0, 2, 4, 5], np.uint16), 5000)
+  store = TokenStore(tokens, BOS, 10, 1, len(tokens), None, 3, special_ids)
+  store = dataclasses.replace(store, vocab_size=vocab_size)
+  cfg = DataConfig(objective="masked", mask_fraction=0.9, seq_len=20)
+  rows = np.arange(64)
+  batch = TextRows(store, cfg, seed=0).batch(rows, rows)
+  assert set(batch.tokens_BT.ravel().tolist()) == {0, 2, 4, 5, 3}
+  for seed, places in ((1, rows), (0, rows + 64)):
+    other = TextRows(store, cfg, seed).batch(rows, places)
+    assert (other.weights_BT != batch.weights_BT).any(1).sum() > 32
+  # Each row by itself: which others are in the batch plays no part.
+  part = TextRows(store, cfg, seed=0).batch(rows[40:], rows[40:])
+  assert np.array_equal(part.tokens_BT, batch.tokens_BT[40:])
 
 
 def test_masking_needs_a_mask():
