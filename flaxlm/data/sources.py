@@ -323,7 +323,7 @@ def _gettext_corpus(name: str, language: str, log: Log) -> Corpus:
       f"no installed package has a catalogue for {name}",
       f"did you mean {' or '.join(f'gettext:{other}' for other in near)}?"
       if near
-      else "pip install Django brings those of a hundred languages, as gettext:de; here "
+      else "pip install Django gramps brings those of many languages, as gettext:de; here "
       f"are {', '.join(sorted(catalogues)) or 'none'}",
     )
   found: dict[tuple[str, str], str] = {}  # the domain of each (source, target)
@@ -351,9 +351,11 @@ def _gettext_corpus(name: str, language: str, log: Log) -> Corpus:
 def _catalogues() -> dict[str, list[tuple[str, Path]]]:
   """(name, path) of the catalogues of each language, from all installed packages."""
   catalogues: dict[str, list[tuple[str, Path]]] = {}
-  for root in map(Path, sys.path):
-    if root.name not in ("site-packages", "dist-packages"):
-      continue
+  packages = ("site-packages", "dist-packages")
+  roots = [root for root in map(Path, sys.path) if root.name in packages]
+  # Desktop programs, as Gramps, put theirs beside the packages.
+  roots.append(Path(sysconfig.get_path("data"), "share", "locale"))
+  for root in roots:
     for folder, subfolders, files in os.walk(root):
       subfolders[:] = [s for s in subfolders if s != "__pycache__" and s[0] != "."]
       # Many packages have many files: a `Path` of each would take a second.

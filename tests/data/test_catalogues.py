@@ -6,6 +6,7 @@ import json
 import struct
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,14 +71,13 @@ def test_django_in_german():
 def test_django_says_the_same():
   folder = Path(django.__file__).parent / "conf" / "locale"
   translation = gettext.translation("django", folder, ["de"])
-  by_source = dict(pairs(find_corpus("gettext:de")))
+  found = set(pairs(find_corpus("gettext:de")))  # other packages may say it differently
   for source in ("January", "Enter a number.", "This field is required."):
-    assert by_source[source] == translation.gettext(source) != source
+    assert (source, translation.gettext(source)) in found
   one, many = "%(num)d year", "%(num)d years"
-  assert by_source[one] == translation.npgettext("x", one, many, 1) or (
-    by_source[one] == translation.ngettext(one, many, 1)
-  )
-  assert by_source[many] == translation.ngettext(one, many, 7)
+  ones = translation.npgettext("x", one, many, 1), translation.ngettext(one, many, 1)
+  assert any((one, german) in found for german in ones)
+  assert (many, translation.ngettext(one, many, 7)) in found
 
 
 @pytest.mark.parametrize("language", ["de", "fr", "ar", "ja", "pt_BR"])
@@ -195,10 +195,11 @@ def test_languages_are_taken_at_their_word(install: Callable):
 
 def test_without_any_catalogue(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
   monkeypatch.setattr(sys, "path", [str(tmp_path)])
+  monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
   with pytest.raises(DataError, match="no installed package") as error:
     find_corpus("gettext:de")
   assert error.value.cure == (
-    "pip install Django brings those of a hundred languages, as gettext:de; here are none"
+    "pip install Django gramps brings those of many languages, as gettext:de; here are none"
   )
 
 
