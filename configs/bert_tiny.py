@@ -2,7 +2,8 @@
 """A small encoder on Python's standard library: it guesses masked tokens from both sides.
 
 What:     BERT's form (Devlin et al., 2019): post-norm, learned positions, GELU, biases,
-          norm after the embedding, dense head, 15% of the tokens to guess; 4 blocks, 128 wide.
+          norm after the embedding, dense head; 15% of the tokens are to be guessed.
+          4 blocks, 128 wide.
 Cost:     about 3 minutes on 2 CPU cores; no account, no download.
 Expected: see the README's table.
 Command:  python train.py bert_tiny

@@ -100,8 +100,9 @@ def matrix_dims(params: Any) -> Any:
   """
 
   def dims(names: tuple[str, ...], leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
-    small = names[-2] in ("router", "shared_gate")  # too few columns to be orthogonal
-    if "blocks" not in names or names[-1] != "kernel" or small:
+    if "blocks" not in names or names[-1] != "kernel":
+      return None
+    if names[-2] in ("router", "shared_gate"):  # too few columns to be orthogonal
       return None
     rows = 2 if names[-2] == "o" else 1  # "LNHD" contracts N and H, the others one dim
     axes = tuple(range(2 if "experts" in names else 1, leaf.ndim))  # "LEDF": a matrix each
