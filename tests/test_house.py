@@ -45,8 +45,9 @@ ROWS = [
 NN_ROWS = [
   ["layers", "positions"],
   ["base"],
-  ["attention", "moe", "rnn"],
+  ["attention", "moe"],
   ["stack"],
+  ["rnn"],
   ["models"],
 ]
 
