@@ -402,6 +402,13 @@ def _model_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
       "model.layer_pattern has local layers, but there is no window",
       "set --model.window",
     )
+  rope = model.rope
+  if rope.scaling in ("yarn", "llama3") and rope.fast_turns <= rope.slow_turns:
+    yield (
+      f"model.rope.fast_turns={rope.fast_turns} is not more than "
+      f"model.rope.slow_turns={rope.slow_turns}",
+      "llama3 has 4 and 1, yarn 32 and 1",
+    )
   if model.parallel != "none" and model.norm_placement != "pre":
     yield (
       f"model.parallel={model.parallel} with model.norm_placement={model.norm_placement}",

@@ -263,6 +263,10 @@ CONTRADICTIONS = {
     ["--model.layer_pattern=LG"],
     ["--model.layer_pattern=G"],
   ),
+  "model.rope.fast_turns=1.0 is not more than model.rope.slow_turns=1.0": (
+    ["--model.rope.scaling=llama3", "--model.rope.fast_turns=1"],
+    ["--model.rope.scaling=llama3", "--model.rope.fast_turns=4"],
+  ),
   "model.parallel=one_norm with model.norm_placement=post": (
     ["--model.parallel=one_norm", "--model.norm_placement=post"],
     ["--model.parallel=one_norm"],

@@ -129,7 +129,7 @@ class EncoderDecoder(LanguageModel):
     memory, encoded = None, Output(None, losses={}, attention={})
     if cache is None:
       assert source is not None, "an encoder-decoder needs a source"
-      passed = {k: v for k, v in options.items() if k in ("deterministic", "capture")}
+      passed = {k: v for k, v in options.items() if k in {"deterministic", "capture"}}
       encoded = self.encode(source, **passed)
       memory = (encoded.value, source.segments_BS)
     output = Output(

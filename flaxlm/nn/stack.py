@@ -27,6 +27,7 @@ from flaxlm.nn.attention import (
 )
 from flaxlm.nn.base import Execution
 from flaxlm.nn.layers import Embedding, FeedForward, build_norm
+from flaxlm.nn.moe import MoE
 from flaxlm.nn.positions import alibi_bias, relative_buckets, rotation, sinusoids
 from flaxlm.sharding import constrain
 
@@ -65,7 +66,7 @@ class Block(nn.Module):
   def setup(self):
     cfg, run = self.cfg, self.run
     self.attention = Attention(cfg, **run.dtypes)
-    self.ffn = FeedForward(cfg, **run.dtypes)
+    self.ffn = (MoE if cfg.moe.num_experts else FeedForward)(cfg, **run.dtypes)
     branches = ["attention", "ffn"]
     if self.reads_source:
       self.cross_attention = Attention(cfg, **run.dtypes)
@@ -75,7 +76,7 @@ class Block(nn.Module):
     for branch in branches:
       if cfg.norm_placement != "output":
         setattr(self, f"{branch}_norm", build_norm(cfg))
-      if cfg.norm_placement in ("output", "both"):
+      if cfg.norm_placement in {"output", "both"}:
         setattr(self, f"{branch}_output_norm", build_norm(cfg))
     self.dropout = nn.Dropout(cfg.dropout)
 
@@ -113,15 +114,23 @@ class Block(nn.Module):
         attention["cross"] = maps
       return out
 
+    def feed(x_BTD: jax.Array) -> jax.Array:
+      if not self.cfg.moe.num_experts:
+        return self.ffn(x_BTD)
+      # Decoding serves every choice: nothing may depend on what else is in the batch.
+      out, router = self.ffn(x_BTD, around.real_BT, dropping=cache is None)
+      losses.update(router)
+      return out
+
     if self.cfg.parallel != "none":
       h_BTD = self.attention_norm(x_BTD)
       g_BTD = h_BTD if self.cfg.parallel == "one_norm" else self.ffn_norm(x_BTD)
-      x_BTD = x_BTD + dropout(attend(h_BTD)) + dropout(self.ffn(g_BTD))
+      x_BTD = x_BTD + dropout(attend(h_BTD)) + dropout(feed(g_BTD))
     else:
       x_BTD = self.residual("attention", x_BTD, attend, dropout)
       if self.reads_source:
         x_BTD = self.residual("cross_attention", x_BTD, attend_source, dropout)
-      x_BTD = self.residual("ffn", x_BTD, self.ffn, dropout)
+      x_BTD = self.residual("ffn", x_BTD, feed, dropout)
     x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
     return x_BTD, LayerOutput(cache, losses, attention)
 
@@ -131,8 +140,8 @@ class Block(nn.Module):
     """x + branch(x), with norms where `norm_placement` wants them."""
     placement = self.cfg.norm_placement
     norm: Any = getattr(self, f"{name}_norm", None)
-    y_BTD = branch(norm(x_BTD) if placement in ("pre", "both") else x_BTD)
-    if placement in ("output", "both"):
+    y_BTD = branch(norm(x_BTD) if placement in {"pre", "both"} else x_BTD)
+    if placement in {"output", "both"}:
       y_BTD = getattr(self, f"{name}_output_norm")(y_BTD)
     x_BTD = x_BTD + dropout(y_BTD)
     return norm(x_BTD) if placement == "post" else x_BTD
