@@ -31,6 +31,11 @@ class RNNCache(NamedTuple):
   state: Any
   lengths_B: jax.Array
 
+  def take(self, rows_R: jax.Array) -> "RNNCache":
+    """The state of these rows, in this order."""
+    state = jax.tree.map(lambda x_LBD: x_LBD[:, rows_R], self.state)
+    return RNNCache(state, self.lengths_B[rows_R])
+
 
 def init_rnn_cache(cfg: ModelConfig, batch: int) -> RNNCache:
   """The state of `batch` rows that have read nothing."""
