@@ -150,7 +150,9 @@ class ModelConfig:
   )
   gated: bool = knob(True, "gated feed-forward (SwiGLU with silu, GEGLU with gelu)")
   moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
-  biased: bool = knob(False, "biases in the projections and the feed-forward")
+  biased: bool = knob(
+    False, "biases in the projections and the feed-forward, but for experts"
+  )
   qkv_biased: bool | None = knob(None, "biases of queries, keys, values; none = as biased")
   o_biased: bool | None = knob(None, "bias of attention's output; none = as biased")
   # -- Head
@@ -420,6 +422,11 @@ def _model_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
       f"model.moe.num_experts={model.moe.num_experts}",
       f"model.moe.experts_per_token can be 1 to {model.moe.num_experts}",
     )
+  if model.family == "rnn":
+    default = ModelConfig()
+    for name in ("moe", "parallel", "norm_placement", "embedding_norm", "layer_pattern"):
+      if getattr(model, name) != getattr(default, name):
+        yield f"model.{name} is a transformer's", "leave it out: model.family=rnn"
   if model.family != "encoder" and (model.num_token_types or model.pooler):
     yield "model.num_token_types and model.pooler are an encoder's", ""
 

@@ -279,6 +279,10 @@ CONTRADICTIONS = {
     ["--model.pooler=true"],
     ["--model.pooler=true", "--model.family=encoder", "--data.objective=masked"],
   ),
+  "model.parallel is a transformer's": (
+    ["--model.parallel=one_norm", "--model.family=rnn"],
+    ["--model.family=rnn", "--model.norm=layernorm"],
+  ),
   "model.family=rnn does not learn data.objective=masked": (
     ["--model.family=rnn", "--data.objective=masked"],
     ["--model.family=rnn"],
