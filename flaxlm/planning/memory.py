@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes of memory per device, by part, of a training step and of decoding.
+
+Nothing is guessed where it can be asked: the state's shapes and layouts are those of
+`training`, by the same table of sharding rules, on a mesh without devices; what the
+layers keep for the backward pass is read off the traced model. What the compiler adds is
+three moments at which memory can peak, and a few temporaries in each.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from flaxlm.config import MESH_AXES, Config, ModelConfig, OptimizerConfig, TrainingConfig
+from flaxlm.errors import ConfigError
+from flaxlm.nn.models import build_model, init_params
+from flaxlm.planning.cost import kv_cache_bytes
+from flaxlm.sharding import RULES, batch_shards, like_parameters, with_shardings
+from flaxlm.training.optimizer import build_optimizer
+
+Sizes = Mapping[str, int]
+
+BATCH_ARRAYS = 5  # tokens, targets, positions, segments, weights: four bytes each
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """What lies on a device when most does: `peak` names the moment, `parts` its parts.
+
+  `moments` has all three: at the loss (every activation and the logits), late in the
+  backward pass (activations and gradients), and in the update (gradients and state).
+  """
+
+  moments: Mapping[str, Mapping[str, int]]
+
+  @property
+  def peak(self) -> str:
+    return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+  @property
+  def parts(self) -> Mapping[str, int]:
+    return self.moments[self.peak]
+
+  @property
+  def total(self) -> int:
+    return sum(self.parts.values())
+
+
+def full_sizes(mesh: Mapping[str, int], num_devices: int | None = None) -> dict[str, int]:
+  """Every mesh axis with its size; one may be -1 (the rest), if `num_devices` is known.
+
+  Raises `ConfigError` when the mesh does not use exactly `num_devices`.
+  """
+  sizes = {axis: mesh.get(axis, 1) for axis in MESH_AXES}
+  known = math.prod(size for size in sizes.values() if size != -1)
+  text = ",".join(f"{axis}={size}" for axis, size in mesh.items())
+  if -1 in sizes.values():
+    if num_devices is None:
+      raise ConfigError(f"mesh {text} leaves a size open", "give --devices N, or the size")
+    sizes = {axis: num_devices // known if n == -1 else n for axis, n in sizes.items()}
+  total = math.prod(sizes.values())
+  if num_devices is not None and total != num_devices:
+    needed = f"a multiple of {known}" if -1 in mesh.values() else str(total)
+    raise ConfigError(
+      f"mesh {text} needs {needed} devices, {num_devices} present",
+      "change --mesh or --devices",
+    )
+  return sizes
+
+
+def training_memory(cfg: Config, sizes: Sizes) -> Memory:
+  """The memory of one training step of a resolved config. Raises `ConfigError` when the
+  mesh cannot hold it: a dim or the batch does not divide.
+  """
+  model_cfg, training = cfg.model, cfg.training
+  state = state_bytes(model_cfg, training, cfg.optimizer, sizes)
+  rows = local_rows(cfg, sizes)
+  T = cfg.data.seq_len
+  depth = model_cfg.depth + (
+    (model_cfg.encoder_depth or 0) if model_cfg.family == "encoder_decoder" else 0
+  )
+  item = jnp.dtype(training.dtype).itemsize
+  casts = training.dtype != training.param_dtype
+  kept = lambda remat: rows * kept_bytes(local_model(model_cfg, sizes), T, remat, training)
+  activations = kept(training.remat)
+  if training.remat == "none" and casts:  # the layers' weights, converted, are kept too
+    activations += state.block_elements * item
+  one_layer = (kept("none") - (0 if training.remat == "none" else kept("dots"))) // depth
+
+  always = {
+    "parameters": state.parameters,
+    "moments": state.moments,
+    "batch": rows * training.accumulation_steps * T * 4 * BATCH_ARRAYS,
+  }
+  if training.accumulation_steps > 1:  # sums over micro-batches, in float32
+    always["gradient_sums"] = state.elements * 4
+  V = model_cfg.vocab_size
+  assert V is not None, "resolved"
+  logits = rows * T * (V // sizes["tensor"]) * 4
+  head = 0
+  if casts or sizes["fsdp"] > 1:  # gathered and converted, whole but for its tensor share
+    head = model_cfg.width * (V // sizes["tensor"]) * item
+  moments = {
+    "loss": always
+    | {"activations": activations, "logits": 2 * logits, "temporary": head},
+    "backward": always
+    | {
+      "activations": activations,
+      "gradients": state.parameters,
+      "temporary": one_layer + state.largest_layer * item,
+    },
+    "update": always | {"gradients": state.parameters},
+  }
+  return Memory(moments)
+
+
+# -- The state ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class StateBytes:
+  """The state's bytes on one device, and the numbers of elements behind them."""
+
+  parameters: int
+  moments: int
+  elements: int  # of parameters, on this device
+  block_elements: int  # those in the blocks
+  largest_layer: int  # of one whole layer's parameters, gathered over fsdp
+
+
+def state_bytes(
+  cfg: ModelConfig, training: TrainingConfig, optimizer: OptimizerConfig, sizes: Sizes
+) -> StateBytes:
+  """The training state on one device, by the rules that training itself lays it out by."""
+  boxed, opt_state = abstract_trees(cfg, training, optimizer)
+  mesh = AbstractMesh(
+    tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
+  )
+  params = with_shardings(boxed, mesh)
+  moments = like_parameters(opt_state, params, mesh)
+  blocks = [
+    leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    if any(getattr(key, "key", None) == "blocks" for key in path)
+  ]
+  gathered = sum(
+    local_size(leaf) * (sizes["fsdp"] if _split_over(leaf, "fsdp") else 1) // leaf.shape[0]
+    for leaf in blocks
+  )
+  return StateBytes(
+    parameters=tree_bytes(params),
+    moments=tree_bytes(moments),
+    elements=sum(map(local_size, jax.tree.leaves(params))),
+    block_elements=sum(map(local_size, blocks)),
+    largest_layer=gathered,
+  )
+
+
+@functools.lru_cache(maxsize=8)
+def abstract_trees(
+  cfg: ModelConfig, training: TrainingConfig, optimizer: OptimizerConfig
+) -> tuple[Any, Any]:
+  """Named shapes of the parameters, and shapes of the optimizer's state."""
+  model = build_model(cfg, training)
+  boxed = jax.eval_shape(functools.partial(init_params, model), jnp.uint32(0))
+  plain = with_shardings(boxed, AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,)))
+  return boxed, jax.eval_shape(build_optimizer(optimizer, 1000).init, plain)
+
+
+def tree_bytes(tree: Any) -> int:
+  return sum(local_size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def local_size(leaf: jax.ShapeDtypeStruct) -> int:
+  """Elements of an array on one device."""
+  assert leaf.sharding is not None
+  return math.prod(leaf.sharding.shard_shape(leaf.shape))
+
+
+def _split_over(leaf: Any, axis: str) -> bool:
+  return any(axis in (entry or ()) for entry in leaf.sharding.spec)
+
+
+# -- What the layers keep ----------------------------------------------------------------
+
+
+def local_rows(cfg: Config, sizes: Sizes) -> int:
+  """Rows of one micro-batch on one device; raises `ConfigError` if they do not divide."""
+  accumulation, size = cfg.training.accumulation_steps, cfg.data.batch_size
+  shards = batch_shards(sizes) * accumulation
+  if size % shards:
+    axes = " x ".join(f"{axis}={sizes[axis]}" for axis in RULES["batch"])
+    raise ConfigError(
+      f"data.batch_size={size} is not a multiple of {axes} x "
+      f"accumulation_steps={accumulation}",
+      f"nearest: {max(1, round(size / shards)) * shards}",
+    )
+  return size // shards
+
+
+def local_model(cfg: ModelConfig, sizes: Sizes) -> ModelConfig:
+  """The share of a model that one member of a `tensor` axis computes."""
+  parts = sizes["tensor"]
+  assert cfg.num_kv_heads and cfg.ffn_width and cfg.vocab_size and cfg.moe.expert_width
+  return dataclasses.replace(
+    cfg,
+    num_heads=cfg.num_heads // parts,
+    num_kv_heads=cfg.num_kv_heads // parts,
+    ffn_width=cfg.ffn_width // parts,
+    moe=dataclasses.replace(cfg.moe, expert_width=cfg.moe.expert_width // parts),
+  )
+
+
+@functools.lru_cache(maxsize=64)
+def kept_bytes(
+  cfg: ModelConfig, seq_len: int, remat: str, training: TrainingConfig
+) -> int:
+  """Bytes per row that the backward pass of the layers needs from the forward pass.
+
+  Read off the traced model: what grows with the rows. Parameters are not among it.
+  """
+  run = dataclasses.replace(training, remat=remat, scanned=True)
+  model = build_model(cfg, run)
+  params = jax.eval_shape(functools.partial(init_params, model), jnp.uint32(0))
+  params = jax.tree.map(
+    lambda box: box.value, params, is_leaf=lambda x: hasattr(x, "names")
+  )
+  one, two = (_residual_bytes(model, params, rows, seq_len) for rows in (1, 2))
+  return two - one
+
+
+def _residual_bytes(model: Any, params: Any, rows: int, seq_len: int) -> int:
+  ids_BT = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32)
+
+  def residuals(params: Any, ids_BT: jax.Array) -> list[jax.Array]:
+    def hidden(params: Any) -> Any:
+      return model.apply(
+        {"params": params},
+        ids_BT,
+        ids_BT,
+        ids_BT,
+        deterministic=model.cfg.dropout == 0,
+        rngs={"dropout": jax.random.key(0)},
+        method="hidden",
+      )
+
+    return jax.tree.leaves(jax.vjp(hidden, params)[1])
+
+  jaxpr = jax.make_jaxpr(residuals)(params, ids_BT).jaxpr
+  given = set(jaxpr.invars)
+  kept = {v for v in jaxpr.outvars if hasattr(v, "count") and v not in given}
+  return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in kept)
+
+
+# -- Decoding ----------------------------------------------------------------------------
+
+
+def decoding_memory(
+  cfg: Config, sizes: Sizes, rows: int, context: int
+) -> Mapping[str, int]:
+  """Bytes per device that decoding needs: weights, and the cache of `rows` x `context`."""
+  training = cfg.training
+  state = state_bytes(cfg.model, training, cfg.optimizer, sizes)
+  item = jnp.dtype(training.dtype).itemsize
+  shards, parts = batch_shards(sizes), sizes["tensor"]
+  V = cfg.model.vocab_size
+  assert V is not None
+  local = math.ceil(rows / shards)
+  return {
+    "parameters": state.elements * item,
+    "kv_cache": kv_cache_bytes(cfg.model, local, context, item) // parts,
+    "logits": local * (V // parts) * 4,
+  }
