@@ -3,17 +3,18 @@
 
 Nothing is guessed where it can be asked: the state's shapes and layouts are those of
 `training`, by the same table of sharding rules, on a mesh without devices; what the
-layers keep for the backward pass is read off the traced model. What the compiler adds is
-three moments at which memory can peak, and a few temporaries in each.
+layers keep for the backward pass is read off the traced model. What we add is at which
+moments memory can peak, and a few temporaries of each.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
@@ -33,8 +34,8 @@ BATCH_ARRAYS = 5  # tokens, targets, positions, segments, weights: four bytes ea
 class Memory:
   """What lies on a device when most does: `peak` names the moment, `parts` its parts.
 
-  `moments` has all three: at the loss (every activation and the logits), late in the
-  backward pass (activations and gradients), and in the update (gradients and state).
+  `moments` has all: at the loss (every activation, and the logits), in the layers'
+  backward pass (activations and gradients), in the head's, and in the update.
   """
 
   moments: Mapping[str, Mapping[str, int]]
@@ -103,21 +104,26 @@ def training_memory(cfg: Config, sizes: Sizes) -> Memory:
   V = model_cfg.vocab_size
   assert V is not None, "resolved"
   logits = rows * T * (V // sizes["tensor"]) * 4
-  head = 0
-  if casts or sizes["fsdp"] > 1:  # gathered and converted, whole but for its tensor share
-    head = model_cfg.width * (V // sizes["tensor"]) * item
+  head = model_cfg.width * (V // sizes["tensor"])
+  gathered = sizes["fsdp"] > 1
+  gradients = {"gradients": state.parameters}
   moments = {
-    "loss": always
-    | {"activations": activations, "logits": 2 * logits, "temporary": head},
-    "backward": always
-    | {
+    "loss": {
       "activations": activations,
-      "gradients": state.parameters,
-      "temporary": one_layer + state.largest_layer * item,
+      "logits": 2 * logits,  # and their gradient
+      "temporary": head * item if casts or gathered else 0,  # gathered and converted
     },
-    "update": always | {"gradients": state.parameters},
+    "backward": gradients
+    | {"activations": activations, "temporary": one_layer + state.largest_layer * item},
+    # The head's gradient is summed up whole: at once if that frees more (the logits'
+    # gradient) than it makes, else last of all.
+    "head": (
+      {"activations": activations} if logits > head * 4 // sizes["fsdp"] else gradients
+    )
+    | {"logits": logits, "temporary": head * 4 if gathered else 0},
+    "update": gradients,
   }
-  return Memory(moments)
+  return Memory({name: always | parts for name, parts in moments.items()})
 
 
 # -- The state ---------------------------------------------------------------------------
@@ -253,9 +259,35 @@ def _residual_bytes(model: Any, params: Any, rows: int, seq_len: int) -> int:
     return jax.tree.leaves(jax.vjp(hidden, params)[1])
 
   jaxpr = jax.make_jaxpr(residuals)(params, ids_BT).jaxpr
+  origins = _origins(jaxpr)
   given = set(jaxpr.invars)
-  kept = {v for v in jaxpr.outvars if hasattr(v, "count") and v not in given}
-  return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in kept)
+  kept = {}
+  for var in jaxpr.outvars:
+    if isinstance(var, jax.extend.core.Var) and var not in given:
+      kept[origins(var)] = var
+  return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in kept.values())
+
+
+def _origins(jaxpr: Any) -> Callable[[Any], Any]:
+  """What an array is a view of: q, k and v each keep their own reshape of one input, which
+  the compiler stores once. Looks through reshapes, here and in the layers' loop.
+  """
+  makers = {var: (eqn, n) for eqn in jaxpr.eqns for n, var in enumerate(eqn.outvars)}
+
+  def origin(var: Any) -> Any:
+    if var not in makers:
+      return var
+    eqn, number = makers[var]
+    if eqn.primitive.name == "reshape":
+      return origin(eqn.invars[0])
+    if eqn.primitive.name == "scan":
+      body = eqn.params["jaxpr"].jaxpr
+      inside = body.outvars[number]
+      if isinstance(inside, jax.extend.core.Var):
+        return id(eqn), _origins(body)(inside)
+    return var
+
+  return origin
 
 
 # -- Decoding ----------------------------------------------------------------------------
