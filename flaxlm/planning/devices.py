@@ -225,6 +225,16 @@ DEVICES = (
   ),
 )
 
+# What a plan stands on when nobody named a device: bytes and FLOPs, but no times.
+ANY = Device(
+  name="any",
+  kind="cpu",
+  peak_flops={},
+  memory_bytes=None,
+  usable_bytes=None,
+  memory_bandwidth=None,
+)
+
 ALIASES = {
   "tpuv4": "v4",
   "tpuv5e": "v5e",

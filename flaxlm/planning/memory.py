@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.extend.core
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from flaxlm.training.optimizer import build_optimizer
 
 Sizes = Mapping[str, int]
 
+SEED = jax.ShapeDtypeStruct((), jnp.uint32)  # a number would start JAX's backend
 BATCH_ARRAYS = 5  # tokens, targets, positions, segments, weights: four bytes each
 
 
@@ -88,11 +90,11 @@ def training_memory(cfg: Config, sizes: Sizes) -> Memory:
   )
   item = jnp.dtype(training.dtype).itemsize
   casts = training.dtype != training.param_dtype
-  kept = lambda remat: rows * kept_bytes(local_model(model_cfg, sizes), T, remat, training)
+  kept = lambda remat: rows * kept_bytes(model_cfg, training, sizes["tensor"], T, remat)
   activations = kept(training.remat)
   if training.remat == "none" and casts:  # the layers' weights, converted, are kept too
     activations += state.block_elements * item
-  one_layer = (kept("none") - (0 if training.remat == "none" else kept("dots"))) // depth
+  one_layer = kept("none") // depth  # computed again, or its gradients
 
   always = {
     "parameters": state.parameters,
@@ -144,7 +146,7 @@ def state_bytes(
   cfg: ModelConfig, training: TrainingConfig, optimizer: OptimizerConfig, sizes: Sizes
 ) -> StateBytes:
   """The training state on one device, by the rules that training itself lays it out by."""
-  boxed, opt_state = abstract_trees(cfg, training, optimizer)
+  boxed, opt_state = _abstract_trees(cfg, _precision(training), optimizer)
   mesh = AbstractMesh(
     tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
   )
@@ -169,14 +171,19 @@ def state_bytes(
 
 
 @functools.lru_cache(maxsize=8)
-def abstract_trees(
+def _abstract_trees(
   cfg: ModelConfig, training: TrainingConfig, optimizer: OptimizerConfig
 ) -> tuple[Any, Any]:
   """Named shapes of the parameters, and shapes of the optimizer's state."""
   model = build_model(cfg, training)
-  boxed = jax.eval_shape(functools.partial(init_params, model), jnp.uint32(0))
+  boxed = jax.eval_shape(functools.partial(init_params, model), SEED)
   plain = with_shardings(boxed, AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,)))
   return boxed, jax.eval_shape(build_optimizer(optimizer, 1000).init, plain)
+
+
+def _precision(training: TrainingConfig) -> TrainingConfig:
+  """What of a run decides the state's bytes: one key for all ways to run."""
+  return TrainingConfig(dtype=training.dtype, param_dtype=training.param_dtype)
 
 
 def tree_bytes(tree: Any) -> int:
@@ -210,9 +217,18 @@ def local_rows(cfg: Config, sizes: Sizes) -> int:
   return size // shards
 
 
-def local_model(cfg: ModelConfig, sizes: Sizes) -> ModelConfig:
+def kept_bytes(
+  cfg: ModelConfig, training: TrainingConfig, parts: int, seq_len: int, remat: str
+) -> int:
+  """Bytes per row that the backward pass of the layers needs from the forward pass, on
+  one of `parts` members of a `tensor` axis. Parameters are not among it.
+  """
+  run = dataclasses.replace(_precision(training), remat=remat, scanned=True)
+  return _kept_bytes(_local_model(cfg, parts), run, seq_len)
+
+
+def _local_model(cfg: ModelConfig, parts: int) -> ModelConfig:
   """The share of a model that one member of a `tensor` axis computes."""
-  parts = sizes["tensor"]
   assert cfg.num_kv_heads and cfg.ffn_width and cfg.vocab_size and cfg.moe.expert_width
   return dataclasses.replace(
     cfg,
@@ -224,20 +240,13 @@ def local_model(cfg: ModelConfig, sizes: Sizes) -> ModelConfig:
 
 
 @functools.lru_cache(maxsize=64)
-def kept_bytes(
-  cfg: ModelConfig, seq_len: int, remat: str, training: TrainingConfig
-) -> int:
-  """Bytes per row that the backward pass of the layers needs from the forward pass.
-
-  Read off the traced model: what grows with the rows. Parameters are not among it.
-  """
-  run = dataclasses.replace(training, remat=remat, scanned=True)
+def _kept_bytes(cfg: ModelConfig, run: TrainingConfig, seq_len: int) -> int:
+  """Read off the traced model: what grows with the rows."""
   model = build_model(cfg, run)
-  params = jax.eval_shape(functools.partial(init_params, model), jnp.uint32(0))
-  params = jax.tree.map(
-    lambda box: box.value, params, is_leaf=lambda x: hasattr(x, "names")
+  boxed = jax.eval_shape(functools.partial(init_params, model), SEED)
+  one, two = (
+    _residual_bytes(model, nn.unbox(boxed), rows, seq_len) for rows in (1, 2)
   )
-  one, two = (_residual_bytes(model, params, rows, seq_len) for rows in (1, 2))
   return two - one
 
 

@@ -31,7 +31,6 @@ from flaxlm.planning.memory import (
   Sizes,
   StateBytes,
   kept_bytes,
-  local_model,
   local_rows,
   state_bytes,
   training_memory,
@@ -159,10 +158,10 @@ def traffic_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> float:
   training, model = cfg.training, cfg.model
   rows = local_rows(cfg, sizes)
   passes = PASSES if training.remat == "none" else PASSES_AGAIN
-  local = local_model(model, sizes)
-  activations = passes * rows * kept_bytes(local, cfg.data.seq_len, "none", training)
+  T = cfg.data.seq_len
+  activations = passes * rows * kept_bytes(model, training, sizes["tensor"], T, "none")
   assert model.vocab_size is not None
-  logits = rows * cfg.data.seq_len * (model.vocab_size // sizes["tensor"]) * 4
+  logits = rows * T * (model.vocab_size // sizes["tensor"]) * 4
   weights = 3 * gathered_elements(state, sizes) * jnp.dtype(training.dtype).itemsize
   one_part = activations + LOGIT_PASSES * logits + weights
   update = 2 * (state.parameters + state.moments) + 2 * state.parameters

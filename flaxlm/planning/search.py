@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every legal mesh, remat policy and accumulation for some devices, and the best of them."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+from flaxlm.config import MESH_AXES, Config
+from flaxlm.errors import ConfigError
+from flaxlm.planning.devices import Device
+from flaxlm.planning.memory import Sizes
+from flaxlm.planning.roofline import Plan, plan_training
+from flaxlm.sharding import batch_shards
+
+REMATS = ("none", "dots", "full")
+MOST_DEVICES = 16_384  # looked at for a plan that does not fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """One way to run a config, and what it comes to."""
+
+  cfg: Config
+  plan: Plan
+
+  @property
+  def flags(self) -> str:
+    """The command line that chooses it."""
+    training = self.cfg.training
+    return (
+      f"--mesh {describe_mesh(self.plan.sizes)} --training.remat={training.remat} "
+      f"--training.accumulation_steps={training.accumulation_steps}"
+    )
+
+
+def describe_mesh(sizes: Sizes) -> str:
+  used = [f"{axis}={size}" for axis, size in sizes.items() if size > 1]
+  return ",".join(used) or "data=1"
+
+
+def search(cfg: Config, device: Device, num_devices: int) -> list[Choice]:
+  """All that can be laid out on `num_devices`, the fastest that fits first.
+
+  Of each mesh and policy only the least accumulation that fits is kept: more is slower.
+  """
+  choices = [
+    choice
+    for sizes in meshes(cfg, num_devices)
+    for remat in REMATS
+    if (choice := _best_accumulation(cfg, device, sizes, remat)) is not None
+  ]
+  return sorted(choices, key=_rank)
+
+
+def meshes(cfg: Config, num_devices: int) -> Iterator[dict[str, int]]:
+  """Every way to write `num_devices` as a product over the mesh axes."""
+  divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+  experts = cfg.model.moe.num_experts
+  for fsdp, tensor, expert in itertools.product(divisors, divisors, divisors):
+    if num_devices % (fsdp * tensor * expert) == 0 and (expert == 1 or experts):
+      data = num_devices // (fsdp * tensor * expert)
+      yield dict(zip(MESH_AXES, (data, fsdp, tensor, expert), strict=True))
+
+
+def _best_accumulation(
+  cfg: Config, device: Device, sizes: Sizes, remat: str
+) -> Choice | None:
+  rows, choice = cfg.data.batch_size // batch_shards(sizes), None
+  for steps in [n for n in range(1, rows + 1) if rows % n == 0]:
+    training = dataclasses.replace(cfg.training, remat=remat, accumulation_steps=steps)
+    changed = dataclasses.replace(cfg, training=training)
+    try:
+      choice = Choice(changed, plan_training(changed, sizes, device))
+    except ConfigError:  # a dim that this mesh does not divide
+      return None
+    if choice.plan.fits is not False:
+      return choice
+  return choice
+
+
+def _rank(choice: Choice) -> tuple:
+  plan = choice.plan
+  seconds = plan.times.seconds
+  slow = float("inf") if seconds is None else seconds
+  return plan.fits is False, slow, plan.memory.total
+
+
+def cheapest_fit(cfg: Config, sizes: Sizes, device: Device) -> Choice | None:
+  """The least change that makes a config fit: how it runs, then the mesh, then more devices.
+
+  None if nothing up to `MOST_DEVICES` does.
+  """
+  same_mesh = [_best_accumulation(cfg, device, sizes, remat) for remat in REMATS]
+  fitting = [choice for choice in same_mesh if choice and choice.plan.fits]
+  if fitting:
+    return min(fitting, key=_rank)
+  num_devices = 1
+  for size in sizes.values():
+    num_devices *= size
+  while num_devices <= MOST_DEVICES:
+    found = search(cfg, device, num_devices)
+    if found and found[0].plan.fits:
+      return found[0]
+    num_devices *= 2
+  return None
