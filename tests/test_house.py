@@ -33,8 +33,9 @@ ROWS = [
   ["nn", "data", "checkpoint"],
   [
     *("training.losses", "training.optimizer", "training.step"),
-    *("decoding", "interop", "planning"),
+    *("decoding", "interop"),
   ],
+  ["planning"],
   ["training", "training.reporting", "training.loop", "benchmark", "look"],
   ["cli"],
 ]

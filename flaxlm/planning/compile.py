@@ -213,8 +213,10 @@ def target_devices(device: Device, number: int) -> tuple[str, list[Any]]:
   import jax
   from jax.experimental import topologies
 
+  from flaxlm.sharding import start_jax
+
   if device.kind == "cpu":
-    jax.config.update("jax_num_cpu_devices", number)
+    start_jax(number)
     return f"{number} simulated CPU devices", jax.devices()
   if device.kind == "tpu":
     options: dict[str, Any] = {}

@@ -10,7 +10,7 @@ moments memory can peak, and a few temporaries of each.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -123,7 +123,7 @@ def training_memory(cfg: Config, sizes: Sizes) -> Memory:
       {"activations": activations} if logits > head * 4 // sizes["fsdp"] else gradients
     )
     | {"logits": logits, "temporary": head * 4 if gathered else 0},
-    "update": gradients,
+    "update": gradients | {"temporary": state.update_temporaries},
   }
   return Memory({name: always | parts for name, parts in moments.items()})
 
@@ -140,6 +140,7 @@ class StateBytes:
   elements: int  # of parameters, on this device
   block_elements: int  # those in the blocks
   largest_layer: int  # of one whole layer's parameters, gathered over fsdp
+  update_temporaries: int  # what the update rule makes on its way
 
 
 def state_bytes(
@@ -167,7 +168,25 @@ def state_bytes(
     elements=sum(map(local_size, jax.tree.leaves(params))),
     block_elements=sum(map(local_size, blocks)),
     largest_layer=gathered,
+    update_temporaries=_update_temporaries(params, blocks, cfg.width, optimizer.kind),
   )
+
+
+def _update_temporaries(params: Any, blocks: Sequence[Any], width: int, kind: str) -> int:
+  """Elementwise rules write the new state over the old; the others make whole updates."""
+  if kind not in ("adafactor", "muon"):
+    return 0
+  updates = tree_bytes(params)
+  if kind == "adafactor":  # their size decides how far they are clipped
+    return updates
+  # Newton-Schulz multiplies a stack X of matrices: X, X X^T and its square, in float32,
+  # the products whole on every device.
+  most = 0
+  for leaf in blocks:
+    matrices, *dims = leaf.shape
+    rows = min(width, math.prod(dims) // width)
+    most = max(most, local_size(leaf) * 4 + 2 * matrices * rows * rows * 4)
+  return updates + most
 
 
 @functools.lru_cache(maxsize=8)
