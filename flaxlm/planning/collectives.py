@@ -36,7 +36,8 @@ def find_collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
     groups_of = {}  # the groups stand where an exchange starts, the result where it ends
     for line in lines:
       found = re.match(
-        rf"\s*(?:ROOT )?%?(\S+) = (.*?) ({'|'.join(KINDS)})(-start|-done)?\(%?([\w.\-]+)", line
+        rf"\s*(?:ROOT )?%?(\S+) = (.*?) ({'|'.join(KINDS)})(-start|-done)?\(%?([\w.\-]+)",
+        line,
       )
       if not found:
         continue
@@ -53,7 +54,9 @@ def find_collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
       entry = counts[kind, axes]
       entry[0] += runs[computation]
       whole = found[3] == "all-reduce"  # before anything is scattered
-      sent = _sent(kind, _shape_bytes(shape) // (size if whole and kind != found[3] else 1), size)
+      sent = _sent(
+        kind, _shape_bytes(shape) // (size if whole and kind != found[3] else 1), size
+      )
       entry[1] += runs[computation] * round(sent)
   rows = [Collective(kind, axes, *entry) for (kind, axes), entry in counts.items()]
   return sorted(rows, key=lambda row: -row.bytes)
@@ -83,7 +86,7 @@ def _shape_bytes(shape: str) -> int:
 # -- Groups ------------------------------------------------------------------------------
 
 
-def _groups(line: str, sizes: Mapping[str, int]) -> list[Sequence[int]]:
+def _groups(line: str, sizes: Mapping[str, int]) -> Sequence[Sequence[int]]:
   """Which devices exchange with which, by their number in the mesh."""
   number = math.prod(sizes.values())
   pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
@@ -95,27 +98,40 @@ def _groups(line: str, sizes: Mapping[str, int]) -> list[Sequence[int]]:
     return _named_groups(*named.groups())
   iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
   if iota:
-    shape, dims_, order_ = ([int(n) for n in (part or "").split(",") if n] for part in iota.groups())
-    table = np.arange(math.prod(dims_)).reshape(dims_)
-    return (table.transpose(order_) if order_ else table).reshape(shape).tolist()
+    return _iota(*iota.groups()[1:]).reshape(_numbers(iota[1])).tolist()
   listed = re.search(r"replica_groups=\{(\{.*?\})\}", line)
   if listed:
-    return [[int(n) for n in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", listed[1])]
+    return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
   return [list(range(number))]  # none given: everybody
 
 
-def _named_groups(axes: str, order: str, used: str) -> list[Sequence[int]]:
+def _named_groups(axes: str, order: str, used: str) -> Sequence[Sequence[int]]:
   """Groups along the axes `used` of the compiler's own mesh, such as 'a'=4,'b'=2."""
   dims = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
-  ids = re.search(r"device_ids=\(([\d,]+)\)", order)
-  number = math.prod(dims.values())
-  table = np.array(ids[1].split(","), int) if ids else np.arange(number)
+  table = np.arange(math.prod(dims.values()))
+  listed = re.search(r"device_ids=\(([\d,]+)\)", order)
+  iota = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", order)
+  if listed:
+    table = np.array(_numbers(listed[1]))
+  elif iota:
+    table = _iota(*iota.groups())
   table = table.reshape(list(dims.values()))
   names = re.findall(r"'(\w+)'", used)
   places = [n for n, name in enumerate(dims) if name not in names]
   places += [n for n, name in enumerate(dims) if name in names]
   size = math.prod(dims[name] for name in names)
   return table.transpose(places).reshape(-1, size).tolist()
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+  """0, 1, 2, ... laid out in `dims` and transposed."""
+  shape = _numbers(dims)
+  table = np.arange(math.prod(shape)).reshape(shape)
+  return table if order is None else table.transpose(_numbers(order))
+
+
+def _numbers(text: str) -> list[int]:
+  return [int(number) for number in text.split(",")]
 
 
 def _axes_of(groups: Sequence[Sequence[int]], sizes: Mapping[str, int]) -> tuple[str, int]:
@@ -132,7 +148,7 @@ def _axes_of(groups: Sequence[Sequence[int]], sizes: Mapping[str, int]) -> tuple
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
-  name, lines = "", []
+  name, lines = "", list[str]()
   for line in text.splitlines():
     if line.startswith("}"):
       yield name, lines

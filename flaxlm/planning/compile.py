@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,7 @@ def abstract_batch(cfg: Config, mesh: Any) -> Any:
   from flaxlm.sharding import batch_sharding
 
   shape, sharding = (cfg.data.batch_size, cfg.data.seq_len), batch_sharding(mesh)
-  array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+  array: Any = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
   integers = array(jax.numpy.int32)
   return Batch(integers, integers, integers, integers, array(jax.numpy.float32))
 
@@ -199,9 +199,7 @@ def make_target_mesh(sizes: Sizes, device: Device) -> tuple[str, Any]:
   number = math.prod(shape)
   target, devices = target_devices(device, number)
   try:
-    grid = mesh_utils.create_device_mesh(
-      shape, devices, allow_split_physical_axes=True
-    )
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   except (NotImplementedError, ValueError, AssertionError):  # part of a slice
     grid = np.array(devices).reshape(shape)
   assert isinstance(grid.flat[0], jax.Device)

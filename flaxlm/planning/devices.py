@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from flaxlm.errors import ConfigError
 
@@ -55,9 +55,9 @@ def _tpu(
   memory: tuple[float, float, float],
   link: tuple[float, int, int],
   network: float | None,
-  **rest,
+  **rest: Any,
 ) -> Device:
-  """flops: bfloat16, int8, float8; memory: GiB, usable GiB, GB/s; link: GB/s, axes, slice."""
+  """flops: bfloat16, int8, float8; memory: GiB, usable, GB/s; link: GB/s, axes, slice."""
   bf16, int8, fp8 = flops
   peaks = {"bfloat16": bf16, "float32": bf16, "int8": int8, "float8": fp8}
   return Device(
@@ -81,7 +81,7 @@ def _gpu(
   memory: tuple[float, float, float],
   link: tuple[float, int],
   network: float | None,
-  **rest,
+  **rest: Any,
 ) -> Device:
   """memory: GB, MiB that the driver shows (0: the GB), GB/s; link: GB/s, domain."""
   size = int(memory[0] * GB)

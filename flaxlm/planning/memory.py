@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -27,6 +27,7 @@ from flaxlm.sharding import RULES, batch_shards, like_parameters, with_shardings
 from flaxlm.training.optimizer import build_optimizer
 
 Sizes = Mapping[str, int]
+Remat = Literal["none", "dots", "full"]
 
 SEED = jax.ShapeDtypeStruct((), jnp.uint32)  # a number would start JAX's backend
 BATCH_ARRAYS = 5  # tokens, targets, positions, segments, weights: four bytes each
@@ -98,7 +99,7 @@ def training_memory(cfg: Config, sizes: Sizes) -> Memory:
 
   always = {
     "parameters": state.parameters,
-    "moments": state.moments,
+    "optimizer_state": state.optimizer_state,
     "batch": rows * training.accumulation_steps * T * 4 * BATCH_ARRAYS,
   }
   if training.accumulation_steps > 1:  # sums over micro-batches, in float32
@@ -136,7 +137,7 @@ class StateBytes:
   """The state's bytes on one device, and the numbers of elements behind them."""
 
   parameters: int
-  moments: int
+  optimizer_state: int
   elements: int  # of parameters, on this device
   block_elements: int  # those in the blocks
   largest_layer: int  # of one whole layer's parameters, gathered over fsdp
@@ -148,9 +149,7 @@ def state_bytes(
 ) -> StateBytes:
   """The training state on one device, by the rules that training itself lays it out by."""
   boxed, opt_state = _abstract_trees(cfg, _precision(training), optimizer)
-  mesh = AbstractMesh(
-    tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
-  )
+  mesh = _abstract_mesh(sizes)
   params = with_shardings(boxed, mesh)
   moments = like_parameters(opt_state, params, mesh)
   blocks = [
@@ -164,7 +163,7 @@ def state_bytes(
   )
   return StateBytes(
     parameters=tree_bytes(params),
-    moments=tree_bytes(moments),
+    optimizer_state=tree_bytes(moments),
     elements=sum(map(local_size, jax.tree.leaves(params))),
     block_elements=sum(map(local_size, blocks)),
     largest_layer=gathered,
@@ -189,6 +188,12 @@ def _update_temporaries(params: Any, blocks: Sequence[Any], width: int, kind: st
   return updates + most
 
 
+def _abstract_mesh(sizes: Sizes) -> Any:
+  """A mesh without devices: all that the rules need."""
+  types = (AxisType.Auto,) * len(sizes)
+  return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
+
+
 @functools.lru_cache(maxsize=8)
 def _abstract_trees(
   cfg: ModelConfig, training: TrainingConfig, optimizer: OptimizerConfig
@@ -196,7 +201,7 @@ def _abstract_trees(
   """Named shapes of the parameters, and shapes of the optimizer's state."""
   model = build_model(cfg, training)
   boxed = jax.eval_shape(functools.partial(init_params, model), SEED)
-  plain = with_shardings(boxed, AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,)))
+  plain = with_shardings(boxed, _abstract_mesh(dict.fromkeys(MESH_AXES, 1)))
   return boxed, jax.eval_shape(build_optimizer(optimizer, 1000).init, plain)
 
 
@@ -237,7 +242,7 @@ def local_rows(cfg: Config, sizes: Sizes) -> int:
 
 
 def kept_bytes(
-  cfg: ModelConfig, training: TrainingConfig, parts: int, seq_len: int, remat: str
+  cfg: ModelConfig, training: TrainingConfig, parts: int, seq_len: int, remat: Remat
 ) -> int:
   """Bytes per row that the backward pass of the layers needs from the forward pass, on
   one of `parts` members of a `tensor` axis. Parameters are not among it.
@@ -263,9 +268,7 @@ def _kept_bytes(cfg: ModelConfig, run: TrainingConfig, seq_len: int) -> int:
   """Read off the traced model: what grows with the rows."""
   model = build_model(cfg, run)
   boxed = jax.eval_shape(functools.partial(init_params, model), SEED)
-  one, two = (
-    _residual_bytes(model, nn.unbox(boxed), rows, seq_len) for rows in (1, 2)
-  )
+  one, two = (_residual_bytes(model, nn.unbox(boxed), rows, seq_len) for rows in (1, 2))
   return two - one
 
 
@@ -293,7 +296,8 @@ def _residual_bytes(model: Any, params: Any, rows: int, seq_len: int) -> int:
   for var in jaxpr.outvars:
     if isinstance(var, jax.extend.core.Var) and var not in given:
       kept[origins(var)] = var
-  return sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in kept.values())
+  arrays: list[Any] = [var.aval for var in kept.values()]
+  return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
 
 
 def _origins(jaxpr: Any) -> Callable[[Any], Any]:

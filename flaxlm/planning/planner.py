@@ -81,7 +81,9 @@ def decode_points(
   cfg: Config, sizes: Mapping[str, int], device: Device, asked: Questions
 ) -> list[DecodePoint]:
   context = cfg.model.context
-  contexts = asked.contexts or sorted({max(1, context // 16), max(1, context // 4), context})
+  contexts = asked.contexts or sorted(
+    {max(1, context // 16), max(1, context // 4), context}
+  )
   return [
     plan_decoding(cfg, sizes, device, batch, length)
     for batch in asked.batches

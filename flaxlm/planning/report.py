@@ -58,7 +58,7 @@ def to_json(report: Report) -> dict[str, Any]:
     "parameters_by_part": dict(plan.parameters),
     "active_parameters": plan.active_parameters,
     "bytes_per_device": {**plan.memory.parts, "total": plan.memory.total},
-    "peak": plan.memory.peak,
+    "peak_moment": plan.memory.peak,
     "bytes_by_moment": {name: dict(parts) for name, parts in plan.memory.moments.items()},
     "usable_bytes": plan.device.usable_bytes,
     "fits": plan.fits,
@@ -271,7 +271,9 @@ def _print_compiled(compiled: Compiled, plan: Plan, console: Console) -> None:
       table.add_row(name, size(value))
     table.add_row("analytic", size(plan.memory.total))
     difference = compiled.difference(plan.memory.total)
-    table.add_row("analytic / peak - 1", "?" if difference is None else f"{difference:+.1%}")
+    table.add_row(
+      "analytic / peak - 1", "?" if difference is None else f"{difference:+.1%}"
+    )
     for one in compiled.collectives:
       table.add_row(f"{one.count} x {one.kind} over {one.axes}", size(one.bytes))
   console.print(table, "")

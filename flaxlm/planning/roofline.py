@@ -30,11 +30,13 @@ from flaxlm.planning.memory import (
   Memory,
   Sizes,
   StateBytes,
+  decoding_memory,
   kept_bytes,
   local_rows,
   state_bytes,
   training_memory,
 )
+from flaxlm.sharding import batch_shards
 
 COLLECTIVE_SECONDS = 1e-6  # no exchange is faster, however small (scaling book)
 # Passes over an array that a layer keeps: written, read, and its gradient likewise; an
@@ -164,7 +166,7 @@ def traffic_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> float:
   logits = rows * T * (model.vocab_size // sizes["tensor"]) * 4
   weights = 3 * gathered_elements(state, sizes) * jnp.dtype(training.dtype).itemsize
   one_part = activations + LOGIT_PASSES * logits + weights
-  update = 2 * (state.parameters + state.moments) + 2 * state.parameters
+  update = 2 * (state.parameters + state.optimizer_state) + 2 * state.parameters
   return training.accumulation_steps * one_part + update
 
 
@@ -249,58 +251,64 @@ class DecodePoint:
 def plan_decoding(
   cfg: Config, sizes: Sizes, device: Device, batch: int, context: int
 ) -> DecodePoint:
-  """One point of the bandwidth roofline: every step reads the weights and the cache."""
-  model, num_devices = cfg.model, math.prod(sizes.values())
+  """One point of the bandwidth roofline: every step reads the weights and the cache.
+
+  Laid out by the same rules as training: rows over `data`, `fsdp` and `expert`, heads over
+  `tensor`. So `fsdp` gathers the weights at every step, which `tensor` does not have to.
+  """
+  memory = decoding_memory(cfg, sizes, batch, context)
   item = jnp.dtype(cfg.training.dtype).itemsize
-  replicas = sizes["data"]
-  rows = math.ceil(batch / replicas)
-  cut = num_devices // replicas
-  weights = sum(parameters(model).values()) * item
-  cache = kv_cache_bytes(model, rows, context, item)
-  assert model.vocab_size is not None
-  local = (weights + cache + rows * model.vocab_size * 4) // cut
-  usable = device.usable_bytes
-  times = _decode_times(cfg, sizes, device, rows, context)
+  usable, local = device.usable_bytes, sum(memory.values())
+  whole = sum(parameters(cfg.model).values()) * item
+  whole += kv_cache_bytes(cfg.model, batch, context, item)
+  times = _decode_times(cfg, sizes, device, batch, context)
   seconds = None
   if all(time is not None for time in times.values()):
     compute, weight_time, cache_time, network = (time or 0.0 for time in times.values())
     seconds = max(compute, weight_time) + cache_time + network
+  slowest = max(times, key=lambda name: times[name] or 0.0)
   return DecodePoint(
     batch=batch,
     context=context,
     bytes_per_device=local,
     fits=None if usable is None else local <= usable,
-    min_devices=usable and math.ceil((weights + cache) / usable),
+    min_devices=usable and math.ceil(whole / usable),
     seconds=seconds,
     tokens_per_second=seconds and batch / seconds,
-    limited_by=seconds and max(times, key=lambda name: times[name] or 0.0),
+    limited_by=None if seconds is None else slowest,
   )
 
 
 def _decode_times(
-  cfg: Config, sizes: Sizes, device: Device, rows: int, context: int
+  cfg: Config, sizes: Sizes, device: Device, batch: int, context: int
 ) -> dict[str, float | None]:
-  """Seconds of one step on one replica, by what takes them."""
-  model = cfg.model
+  """Seconds of one step by what takes them: compute, weights, cache, network."""
+  model, tensor = cfg.model, sizes["tensor"]
   item = jnp.dtype(cfg.training.dtype).itemsize
-  cut = math.prod(sizes.values()) // sizes["data"]
+  rows = math.ceil(batch / batch_shards(sizes))
   peak = attainable_flops(device, cfg.training.dtype)
   rate = attainable_bandwidth(device)
   work = forward_work(model, rows, 1)
   attention = 4.0 * rows * model.depth * model.num_heads * (model.head_dim or 0) * context
   flops = work.matmul + work.head + attention * (model.family != "rnn")
-  cache = kv_cache_bytes(model, rows, context, item)
+  weights = read_parameters(cfg, rows) * item / tensor / sizes["expert"]
+  cache = kv_cache_bytes(model, rows, context, item) / tensor
+  vectors = rows * model.width * item * model.depth
+  exchanges = {  # bytes, and how many there are
+    "fsdp": (weights, model.depth),
+    "tensor": (4 * vectors, 2 * model.depth),
+    "expert": (2 * vectors * model.moe.experts_per_token, 2 * model.depth),
+  }
   network: float | None = 0.0
-  for axis in ("fsdp", "tensor", "expert"):
+  for axis, (whole, count) in exchanges.items():
     if sizes[axis] > 1 and network is not None:
-      sent = 4 * model.depth * rows * model.width * item * (sizes[axis] - 1) / sizes[axis]
-      speed = axis_bandwidth(device, sizes, axis)
-      floor = 2 * model.depth * COLLECTIVE_SECONDS
-      network = None if speed is None else network + max(sent / speed, floor)
+      speed, share = axis_bandwidth(device, sizes, axis), 1 - 1 / sizes[axis]
+      time = speed and max(whole * share / speed, count * COLLECTIVE_SECONDS)
+      network = None if time is None else network + time
   return {
-    "compute": flops / cut / peak if peak else None,
-    "weights": read_parameters(cfg, rows) * item / cut / rate if rate else None,
-    "cache": cache / cut / rate if rate else None,
+    "compute": flops / tensor / peak if peak else None,
+    "weights": weights / rate if rate else None,
+    "cache": cache / rate if rate else None,
     "network": network,
   }
 

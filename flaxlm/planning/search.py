@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every legal mesh, remat policy and accumulation for some devices, and the best of them."""
+"""Every legal mesh, remat policy and accumulation for some devices, ranked."""
 
 import dataclasses
 import itertools
@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from flaxlm.config import MESH_AXES, Config
 from flaxlm.errors import ConfigError
 from flaxlm.planning.devices import Device
-from flaxlm.planning.memory import Sizes
+from flaxlm.planning.memory import Remat, Sizes
 from flaxlm.planning.roofline import Plan, plan_training
 from flaxlm.sharding import batch_shards
 
-REMATS = ("none", "dots", "full")
+REMATS: tuple[Remat, ...] = ("none", "dots", "full")
 MOST_DEVICES = 16_384  # looked at for a plan that does not fit
 
 
@@ -63,7 +63,7 @@ def meshes(cfg: Config, num_devices: int) -> Iterator[dict[str, int]]:
 
 
 def _best_accumulation(
-  cfg: Config, device: Device, sizes: Sizes, remat: str
+  cfg: Config, device: Device, sizes: Sizes, remat: Remat
 ) -> Choice | None:
   rows, choice = cfg.data.batch_size // batch_shards(sizes), None
   for steps in [n for n in range(1, rows + 1) if rows % n == 0]:
@@ -86,9 +86,8 @@ def _rank(choice: Choice) -> tuple:
 
 
 def cheapest_fit(cfg: Config, sizes: Sizes, device: Device) -> Choice | None:
-  """The least change that makes a config fit: how it runs, then the mesh, then more devices.
-
-  None if nothing up to `MOST_DEVICES` does.
+  """The least change that makes a config fit: first how it runs, then the mesh, then more
+  devices. None if nothing up to `MOST_DEVICES` does.
   """
   same_mesh = [_best_accumulation(cfg, device, sizes, remat) for remat in REMATS]
   fitting = [choice for choice in same_mesh if choice and choice.plan.fits]

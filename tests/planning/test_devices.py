@@ -37,7 +37,8 @@ def test_what_jax_calls_it(kind: str, name: str):
 
 
 @pytest.mark.parametrize(
-  "kind", ["NVIDIA L40S", "NVIDIA H200 NVL", "NVIDIA GeForce RTX 4090 D", "NVIDIA B300", "TPU v9"]
+  "kind",
+  ["NVIDIA L40S", "NVIDIA H200 NVL", "NVIDIA GeForce RTX 4090 D", "NVIDIA B300", "TPU v9"],
 )
 def test_a_relative_of_a_known_device_is_unknown(kind: str):
   assert device_of(kind) is None
