@@ -103,6 +103,11 @@ def compile_step(cfg: Config, sizes: Sizes, device: Device) -> Compiled:
   )
   lines = child.stdout.splitlines()
   if child.returncode or not lines:
+    if child.returncode < 0:  # libtpu aborts on some parts of a slice
+      raise FlaxLMError(
+        f"the compiler for {device.name} crashed (signal {-child.returncode})",
+        "a mesh that fills a whole slice is the safest: 4, 8, 16, 32, ... devices",
+      )
     tail = child.stderr.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
     raise FlaxLMError(f"the compiler for {device.name} failed: {tail[0]}")
   result = json.loads(lines[-1])
