@@ -71,7 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
   commands = parser.add_subparsers(
     dest="command", required=True, metavar="COMMAND", parser_class=Parser
   )
-  for add in (add_train, add_infer, add_eval, add_plan, add_ckpt, add_bench):
+  for add in (
+    *(add_train, add_infer, add_embed, add_eval),
+    *(add_plan, add_ckpt, add_bench),
+  ):
     add(commands)
   return parser
 
@@ -145,7 +148,12 @@ def describe_knobs() -> str:
 def add_infer(commands: Any) -> None:
   parser = commands.add_parser("infer", help="continue prompts with a trained run")
   parser.add_argument("path", nargs="?", metavar="RUN", help="default: the newest run")
-  parser.add_argument("--prompt", action="append", default=[], help="may be repeated")
+  parser.add_argument(
+    "--prompt", action="append", default=[], help="may be repeated; read, or continued"
+  )
+  parser.add_argument(
+    "--fill", action="append", default=[], help="a text with [MASK]s for an encoder"
+  )
   parser.add_argument("--prompt-file", help="a file with one prompt, or - for stdin")
   parser.add_argument("--output", help="write to this file instead of stdout")
   parser.add_argument(
@@ -159,6 +167,10 @@ def add_infer(commands: Any) -> None:
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--stop", action="append", default=[], help="may be repeated")
   parser.add_argument("--num-samples", type=int, default=1, help="completions per prompt")
+  parser.add_argument("--beams", type=int, help="search for the likeliest, with so many")
+  parser.add_argument(
+    "--length-penalty", type=float, help="beams: 0 prefers short texts (default: 0.6)"
+  )
   parser.add_argument("--json", action="store_true", help="one JSON object per sample")
   parser.add_argument("--runs-dir", default="runs")
   add_devices(parser)
@@ -187,10 +199,18 @@ def run_infer(args: argparse.Namespace, _: list[str]) -> int:
   prompts = [*args.prompt]
   if args.prompt_file:
     prompts.append(read_text(args.prompt_file))
-  if not prompts and not args.interactive:
+  if not prompts and not args.interactive and not args.fill:
     raise ConfigError("there is no prompt", 'give --prompt "..." or --interactive')
   if args.num_samples < 1:
     raise ConfigError(f"num-samples is {args.num_samples}", "it is at least 1")
+  if args.beams is None and args.length_penalty is not None:
+    raise ConfigError("--length-penalty without --beams", "add --beams 4")
+  if args.length_penalty is not None and args.length_penalty < 0:
+    raise ConfigError(f"length-penalty is {args.length_penalty}", "it is at least 0")
+  if args.beams is not None and args.beams < args.num_samples:
+    raise ConfigError(
+      f"{args.num_samples} samples of {args.beams} beams", f"--beams {args.num_samples}"
+    )
 
   from flaxlm.decoding.sampling import make_sampling
 
@@ -201,6 +221,8 @@ def run_infer(args: argparse.Namespace, _: list[str]) -> int:
   sampling(1)  # a mistake here should not wait for the checkpoint
   run = open_run(args)
   with open_output(args.output) as out:
+    if args.fill:
+      fill(run, args, out)
     if prompts:
       answer(run, prompts, sampling, args, out)
     if args.interactive:
@@ -209,30 +231,53 @@ def run_infer(args: argparse.Namespace, _: list[str]) -> int:
   return 0
 
 
+def fill(run: Any, args: argparse.Namespace, out: typing.TextIO) -> None:
+  """Writes texts with their masks filled in, and what else could stand there."""
+  from flaxlm.decoding.encoding import fill_masks
+
+  for result in fill_masks(run, args.fill):
+    if args.json:
+      print(json.dumps(result._asdict()), file=out)
+      continue
+    print(result.filled, file=out)
+    for number, candidates in enumerate(result.candidates, 1):
+      shown = ", ".join(f"{token!r} {chance:.0%}" for token, chance in candidates)
+      print(f"  mask {number}: {shown}", file=out)
+
+
 def answer(
   run: Any, prompts: list[str], sampling: Any, args: argparse.Namespace, out: typing.TextIO
 ) -> None:
   """Writes the completions of some prompts; a single one as it grows."""
-  from flaxlm.decoding.completions import complete
+  from flaxlm.decoding.completions import complete, search
 
   rows = [prompt for prompt in prompts for _ in range(args.num_samples)]
   streams = len(rows) == 1 and not args.json
   show = lambda _, piece: print(piece, end="", file=out, flush=True)
+  lead = "" if run.cfg.model.family == "encoder_decoder" else rows[0]
   if streams:
-    show(0, rows[0])
-  results = complete(
-    run,
-    rows,
-    sampling(len(rows)),
-    args.max_new_tokens,
-    args.stop,
-    on_text=show if streams else None,
-  )
+    show(0, lead)
+  if args.beams is not None:
+    alpha = 0.6 if args.length_penalty is None else args.length_penalty
+    results = search(run, prompts, args.beams, alpha, args.max_new_tokens, args.num_samples)
+    if streams:
+      show(0, results[0].completion)
+  else:
+    results = complete(
+      run,
+      rows,
+      sampling(len(rows)),
+      args.max_new_tokens,
+      args.stop,
+      on_text=show if streams else None,
+    )
   for number, result in enumerate(results, 1):
     if args.json:
       print(json.dumps(dataclasses.asdict(result)), file=out)
     elif streams:
       print(file=out)
+    elif run.cfg.model.family == "encoder_decoder":
+      print(f"--- {number}\n{result.prompt}\n=> {result.completion}", file=out)
     else:
       print(f"--- {number}\n{result.prompt}{result.completion}", file=out)
 
@@ -265,6 +310,39 @@ def open_output(path: str | None) -> Any:
     raise ConfigError(f"{path} cannot be written: {e}") from e
 
 
+# -- embed -------------------------------------------------------------------------------
+
+
+def add_embed(commands: Any) -> None:
+  parser = commands.add_parser("embed", help="sentence embeddings from an encoder's run")
+  parser.add_argument("path", nargs="?", metavar="RUN", help="default: the newest run")
+  parser.add_argument("--text", action="append", default=[], help="may be repeated")
+  parser.add_argument("--normalise", action="store_true", help="scale to length 1")
+  parser.add_argument("--json", action="store_true", help="one JSON object per text")
+  parser.add_argument("--output", help="write to this file instead of stdout")
+  parser.add_argument("--runs-dir", default="runs")
+  add_devices(parser)
+  parser.set_defaults(run=run_embed)
+
+
+def run_embed(args: argparse.Namespace, _: list[str]) -> int:
+  if not args.text:
+    raise ConfigError("there is no text", 'give --text "..."')
+  run = open_run(args)
+
+  from flaxlm.decoding.encoding import embed_texts
+
+  vectors = embed_texts(run, args.text, args.normalise)
+  with open_output(args.output) as out:
+    for text, vector_D in zip(args.text, vectors, strict=True):
+      values = [float(x) for x in vector_D]
+      if args.json:
+        print(json.dumps({"text": text, "embedding": values}), file=out)
+      else:
+        print(" ".join(f"{x:.6g}" for x in values), file=out)
+  return 0
+
+
 # -- eval --------------------------------------------------------------------------------
 
 
@@ -274,6 +352,11 @@ def add_eval(commands: Any) -> None:
   parser.add_argument("--split", choices=("validation", "train"), default="validation")
   parser.add_argument("--corpus", help="default: the corpus that the run was trained on")
   parser.add_argument("--batches", type=int, help="at most so many; default: all")
+  parser.add_argument(
+    "--bleu", action="store_true", help="translate the split's pairs and score them"
+  )
+  parser.add_argument("--beams", type=int, default=4, help="bleu: beams of the search")
+  parser.add_argument("--pairs", type=int, default=500, help="bleu: at most so many pairs")
   parser.add_argument("--json", action="store_true")
   parser.add_argument("--output", help="write to this file instead of stdout")
   parser.add_argument("--runs-dir", default="runs")
@@ -284,16 +367,30 @@ def add_eval(commands: Any) -> None:
 def run_eval(args: argparse.Namespace, _: list[str]) -> int:
   if args.batches is not None and args.batches < 1:
     raise ConfigError(f"batches is {args.batches}", "it is at least 1")
+  if args.pairs < 1:
+    raise ConfigError(f"pairs is {args.pairs}", "it is at least 1")
   run = open_run(args)
 
-  from flaxlm.training.loop import describe_evaluation, evaluate_run
+  from flaxlm.training.evaluation import describe_evaluation, evaluate_run, translate_run
 
-  values = evaluate_run(run, args.corpus or run.cfg.data.corpus, args.split, args.batches)
+  corpus = args.corpus or run.cfg.data.corpus
+  if args.bleu:
+    result = translate_run(run, corpus, args.split, args.pairs, args.beams)
+    values: dict[str, Any] = {"eval/bleu": result.bleu, "eval/copy_bleu": result.copy_bleu}
+    text = (
+      f"BLEU {result.bleu:.1f} on {result.num_pairs} pairs; "
+      f"copying the source: {result.copy_bleu:.1f} ({result.signature})"
+    )
+    for source, reference, translation in result.examples:
+      text += f"\n  {source!r}\n    => {translation!r}\n    ({reference!r})"
+  else:
+    values = evaluate_run(run, corpus, args.split, args.batches)
+    text = describe_evaluation(values)
   with open_output(args.output) as out:
     if args.json:
       print(json.dumps({"step": run.step, **values}), file=out)
     else:
-      print(f"{run.path} at step {run.step}: {describe_evaluation(values)}", file=out)
+      print(f"{run.path} at step {run.step}: {text}", file=out)
   return 0
 
 

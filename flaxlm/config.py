@@ -162,6 +162,11 @@ class ModelConfig:
   num_token_types: int = knob(0, "encoder: kinds of segments told apart (BERT: 2)", 0)
   pooler: bool = knob(False, "encoder: dense and tanh over the first token (BERT)")
 
+  @property
+  def period(self) -> str:
+    """The kinds of layers, L and G, that repeat over the depth."""
+    return self.layer_pattern or ("G" if self.window is None else "L")
+
   def resolve(self, tokenizer_size: int | None = None) -> "ModelConfig":
     """Fills every `None` that has a rule, so that the modules see numbers only."""
     vocab_size = self.vocab_size
@@ -186,7 +191,6 @@ class ModelConfig:
       ffn_width=ffn_width,
       vocab_size=vocab_size,
       rope=rope,
-      layer_pattern=self.layer_pattern or ("G" if self.window is None else "L"),
       attention_scale=self.attention_scale or head_dim**-0.5,
       moe=dataclasses.replace(self.moe, expert_width=expert_width),
       qkv_biased=self.biased if self.qkv_biased is None else self.qkv_biased,

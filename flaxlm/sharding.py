@@ -32,6 +32,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
   "head_dim": (),
   "ffn": ("tensor",),
   "experts": ("expert",),
+  "expert_ffn": ("tensor",),
+  "router": (),
   "slots": (),  # learned positions
   "norm": (),
   # activations
@@ -42,7 +44,6 @@ RULES: Mapping[str, tuple[str, ...]] = {
   "act_kv_heads": ("tensor",),
   "act_ffn": ("tensor",),
   "act_vocab": ("tensor",),
-  "act_experts": ("expert",),
 }
 
 # The config field behind a logical name: what a user changes when a dim does not divide.
@@ -56,7 +57,7 @@ FIELDS = {
   "act_kv_heads": "model.num_kv_heads",
   "ffn": "model.ffn_width",
   "experts": "model.moe.num_experts",
-  "act_experts": "model.moe.num_experts",
+  "expert_ffn": "model.moe.expert_width",
   "act_ffn": "model.ffn_width",
   "batch": "data.batch_size / training.accumulation_steps",
 }

@@ -22,6 +22,8 @@ from flaxlm.errors import DataError
 
 # Begins every document and, by following one, ends it.
 END_OF_TEXT = "<|endoftext|>"
+# Stands for a token to be guessed (Devlin et al., 2019).
+MASK = "[MASK]"
 
 MAX_FILE_BYTES = 64 * 2**20  # parsing a hostile tokenizer.json costs many times its size
 MAX_KNOWN_WORDS = 2**20
@@ -43,9 +45,10 @@ _WORDS = "|".join(
 
 
 class Tokenizer:
-  """A byte-level BPE tokenizer with one special token, `<|endoftext|>`.
+  """A byte-level BPE tokenizer with a special token, `<|endoftext|>`.
 
-  `bos_id` begins a document and `eos_id` ends one; in ours they are the same id.
+  `bos_id` begins a document and `eos_id` ends one; in ours they are the same id. One for
+  masked language models has another, `[MASK]`: `mask_id`, which is None in all others.
   """
 
   def __init__(self, backend: tokenizers.Tokenizer):
@@ -61,6 +64,10 @@ class Tokenizer:
     self._backend = backend
     self.bos_id: int = end
     self.eos_id: int = end
+    added = backend.get_added_tokens_decoder().items()
+    self._specials = {token.content: n for n, token in added if token.special}
+    self.mask_id: int | None = self._specials.get(MASK)
+    self.special_ids: tuple[int, ...] = tuple(sorted({end, *self._specials.values()}))
     self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
     self._known_words: dict[str, bytes] = {}
     ours = _pre_tokenizer().__getstate__()
@@ -78,6 +85,17 @@ class Tokenizer:
   def encode(self, text: str) -> list[int]:
     """The ids of `text`, no specials added. A lone surrogate becomes "?"."""
     return self.encode_batch([text])[0].tolist()
+
+  def encode_masked(self, text: str) -> list[int]:
+    """The ids of `text`, in which each `[MASK]` is a token to be guessed: `mask_id`.
+
+    A blank before it belongs to the guess, for tokens of words begin with their blank.
+    Raises `DataError` if the tokenizer has no `[MASK]`.
+    """
+    if self.mask_id is None:
+      raise DataError(f"the tokenizer has no {MASK}", "only masked models fill in text")
+    first, *others = self.encode_batch(re.split(f" ?{re.escape(MASK)}", text))
+    return [*first.tolist(), *(i for ids in others for i in (self.mask_id, *ids.tolist()))]
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """The ids (uint32) of each text, as `encode` gives them.
@@ -171,11 +189,14 @@ class TextStream:
     return self._decoder.decode(b"", final=True)
 
 
-def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(
+  kind: str, texts: Iterable[str], vocab_size: int, masked: bool = False
+) -> Tokenizer:
   """A tokenizer of `kind` (see `TokenizerConfig`), the same for the same texts.
 
   byte: id = byte, and texts and vocab_size play no part. bpe: at most `vocab_size` ids,
-  fewer where the texts run out of pairs to merge (Sennrich et al., 2016).
+  fewer where the texts run out of pairs to merge (Sennrich et al., 2016), yet all bytes.
+  If `masked`, the last id is that of `[MASK]`.
   """
   if kind == "byte":
     vocab = {character: byte for byte, character in enumerate(_byte_alphabet())}
@@ -186,16 +207,19 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokeniz
     raise ValueError(f"unknown kind of tokenizer {kind!r}: byte or bpe")
   backend.pre_tokenizer = _pre_tokenizer()
   backend.decoder = decoders.ByteLevel()
+  # Other tools take the blank before [MASK] for its own, as `encode_masked` does.
+  mask = tokenizers.AddedToken(MASK, lstrip=True, special=True)
+  specials = [END_OF_TEXT, mask] if masked else [END_OF_TEXT]
   if kind == "bpe":
     trainer = trainers.BpeTrainer(
-      vocab_size=vocab_size - 1,  # the special token comes after
+      vocab_size=vocab_size - len(specials),  # they come after
       initial_alphabet=_byte_alphabet(),
       show_progress=False,
     )
     clean = (text.encode("utf-8", "replace").decode() for text in texts)
     with _rust_errors("cannot train the tokenizer"):
       backend.train_from_iterator(clean, trainer)
-  backend.add_special_tokens([END_OF_TEXT])
+  backend.add_special_tokens(specials)
   return Tokenizer(backend)
 
 

@@ -3,181 +3,258 @@
 
 The rest of the suite compares flaxlm with these. Nothing here imports jax or flaxlm;
 `cfg` is a `ModelConfig`, and sizes are read from the arrays, resolved config or not.
+Layers are in `reference_layers`, positions in `reference_positions`; `test_references`
+compares all of it with other people's code.
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
+from reference_layers import (
+  activate,
+  attention,
+  ffn,
+  mixture,
+  norm,
+  soft_cap,
+  softmax,
+  visible,
+)
+from reference_positions import alibi_slopes, relative_bucket, rotate, rotation, sinusoid
 
-# -- The model -------------------------------------------------------------------------
+# -- The models ------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+  """One row of a batch: ids, the document of each (0 = padding), its place, its type."""
+
+  tokens_T: np.ndarray
+  segments_T: np.ndarray
+  positions_T: np.ndarray
+  types_T: np.ndarray
 
 
 def decoder(params, cfg, tokens_BT, segments_BT=None, positions_BT=None):
-  """Logits (B, T, V) of a decoder-only transformer (Vaswani et al., 2017), no dropout.
+  """Logits (B, T, V) of a decoder-only transformer (Radford et al., 2018, section 3.1), no
+  dropout.
 
   Positions default to the slot index, also when there are segments.
   """
   params = _float64(params)
+  hidden = [
+    _stack(params, params["embedding"], cfg, row, causal=True)
+    for row in _rows(tokens_BT, segments_BT, positions_BT)
+  ]
+  return np.stack([_logits(params, cfg, x_TD) for x_TD in hidden])
+
+
+def encoder(params, cfg, tokens_BT, segments_BT=None, positions_BT=None, types_BT=None):
+  """Logits (B, T, V) of a bidirectional encoder (Devlin et al., 2019, section 3.1)."""
+  hidden_BTD = encoder_hidden(params, cfg, tokens_BT, segments_BT, positions_BT, types_BT)
+  return np.stack([_logits(_float64(params), cfg, x_TD) for x_TD in hidden_BTD])
+
+
+def encoder_hidden(
+  params, cfg, tokens_BT, segments_BT=None, positions_BT=None, types_BT=None
+):
+  """The encoder's output (B, T, D), before any head (Devlin et al., 2019, section 3)."""
+  params = _float64(params)
+  rows = _rows(tokens_BT, segments_BT, positions_BT, types_BT)
+  return np.stack(
+    [_stack(params, params["embedding"], cfg, row, causal=False) for row in rows]
+  )
+
+
+def pooled(params, hidden_BTD):
+  """tanh of a dense layer over each row's first token, (B, D) (Devlin et al., 2019, section
+  3.1, whose released code has the dense layer)."""
+  pooler = _float64(params)["pooler"]
+  return np.tanh(np.asarray(hidden_BTD)[:, 0] @ pooler["kernel"] + pooler["bias"])
+
+
+def encoder_decoder(
+  params,
+  cfg,
+  source_BS,
+  tokens_BT,
+  *,
+  source_segments_BS=None,
+  segments_BT=None,
+  source_positions_BS=None,
+  positions_BT=None,
+):
+  """Logits (B, T, V) of an encoder-decoder (Vaswani et al., 2017, section 3.1).
+
+  Rows may hold several pairs: target document i reads source document i and no other
+  (packing as in Raffel et al., 2020, section 3.1.2).
+  """
+  params = _float64(params)
+  table = params["embedding"]
+  sources = _rows(source_BS, source_segments_BS, source_positions_BS)
+  targets = _rows(tokens_BT, segments_BT, positions_BT)
+  logits = []
+  for source, target in zip(sources, targets, strict=True):
+    memory_SD = _stack(params["encoder"], table, cfg, source, causal=False)
+    x_TD = _stack(
+      params["decoder"], table, cfg, target, causal=True, source=(memory_SD, source)
+    )
+    logits.append(_logits(params, cfg, x_TD))
+  return np.stack(logits)
+
+
+def _rows(tokens_BT, segments_BT=None, positions_BT=None, types_BT=None):
   tokens_BT = np.asarray(tokens_BT)
   B, T = tokens_BT.shape
   if segments_BT is None:
     segments_BT = np.ones((B, T), dtype=int)
   if positions_BT is None:
     positions_BT = np.tile(np.arange(T), (B, 1))
-  return np.stack(
-    [
-      _decode_row(params, cfg, tokens_BT[b], segments_BT[b], positions_BT[b])
-      for b in range(B)
-    ]
-  )
+  if types_BT is None:
+    types_BT = np.zeros((B, T), dtype=int)
+  columns = (tokens_BT, segments_BT, positions_BT, types_BT)
+  return [Row(*(np.asarray(column[b]) for column in columns)) for b in range(B)]
 
 
-def _decode_row(params, cfg, tokens_T, segments_T, positions_T):
-  """Logits (T, V) of one row of the batch."""
-  x_TD = _embed(params, cfg, tokens_T, positions_T)
+def _stack(params, embedding, cfg, row, *, causal, source=None):
+  """Output (T, D) of the embedding, all blocks and the last norm, for one row.
+
+  `source` is what cross-attention reads: the encoder's output (S, D) and its row.
+  """
+  x_TD = _embed(params, embedding, cfg, row)
+  pattern = cfg.layer_pattern or ("G" if cfg.window is None else "L")
   for l in range(_depth(params["blocks"])):
     block = _layer(params["blocks"], l)
+    local = pattern[l % len(pattern)] == "L"  # Gemma 2 (2024), section 2
 
-    def attend(x_TD, block=block):
-      return attention(block["attention"], cfg, x_TD, segments_T, positions_T)
+    def attend(x_TD, block=block, local=local):
+      attention_params = block["attention"]
+      return self_attention(
+        attention_params, params, cfg, x_TD, row, causal=causal, local=local
+      )
+
+    def cross_attend(x_TD, block=block):
+      return _cross_attention(block["cross_attention"], cfg, x_TD, row, *source)
 
     def feed_forward(x_TD, block=block):
-      return ffn(block["ffn"], cfg, x_TD)
+      if cfg.moe.num_experts:
+        return mixture(block["ffn"], cfg, x_TD)
+      return ffn(block["ffn"], cfg, x_TD, cfg.biased)
 
-    if cfg.norm_placement == "pre":
-      x_TD = x_TD + attend(norm(block["attention_norm"], cfg, x_TD))
-      x_TD = x_TD + feed_forward(norm(block["ffn_norm"], cfg, x_TD))
-    elif cfg.norm_placement == "post":
-      x_TD = norm(block["attention_norm"], cfg, x_TD + attend(x_TD))
-      x_TD = norm(block["ffn_norm"], cfg, x_TD + feed_forward(x_TD))
-    else:
-      raise NotImplementedError(cfg.norm_placement)
-  if cfg.norm_placement == "pre":
-    x_TD = norm(params["final_norm"], cfg, x_TD)
-  if cfg.tied_embeddings:
-    return x_TD @ params["embedding"]["table"].T
-  return x_TD @ params["head"]["kernel"]
+    branches = {"attention": attend, "cross_attention": cross_attend, "ffn": feed_forward}
+    if source is None:
+      del branches["cross_attention"]
+    x_TD = _block(block, cfg, x_TD, branches)
+  if cfg.norm_placement == "post":
+    return x_TD
+  return norm(params["final_norm"], cfg, x_TD)
 
 
-def _embed(params, cfg, tokens_T, positions_T):
+def _embed(params, embedding, cfg, row):
+  """Tokens (Vaswani et al., 2017, section 3.4) plus positions (section 3.5) plus types
+  (Devlin et al., 2019, section 3), then a norm (their code; BLOOM, 2022, section 3.2.2).
+  """
   rows = []
-  for token, position in zip(tokens_T, positions_T, strict=True):
-    x_D = params["embedding"]["table"][token]
+  for token, position, kind in zip(row.tokens_T, row.positions_T, row.types_T, strict=True):
+    x_D = embedding["table"][token]
+    if cfg.embedding_scaled:
+      x_D = math.sqrt(len(x_D)) * x_D
     if cfg.positions == "learned":
       x_D = x_D + params["positions"]["table"][position]
     elif cfg.positions == "sinusoidal":
-      x_D = math.sqrt(len(x_D)) * x_D + sinusoid(position, len(x_D))
-    elif cfg.positions not in ("rope", "none"):
+      x_D = x_D + sinusoid(position, len(x_D))
+    elif cfg.positions not in ("rope", "alibi", "relative", "none"):
       raise NotImplementedError(cfg.positions)
+    if cfg.num_token_types:
+      x_D = x_D + params["token_types"]["table"][kind]
     rows.append(x_D)
-  return np.stack(rows)
+  x_TD = np.stack(rows)
+  return norm(params["embedding_norm"], cfg, x_TD) if cfg.embedding_norm else x_TD
 
 
-def sinusoid(position, D):
-  """[sines | cosines] of one position (Vaswani et al., 2017, section 3.5), halves."""
-  angles = [float(position) / 10_000 ** (2 * i / D) for i in range(D // 2)]
-  return np.array([math.sin(a) for a in angles] + [math.cos(a) for a in angles])
+def _block(params, cfg, x_TD, branches):
+  """One block: its branches in a row, or side by side, around the residual stream.
 
-
-def norm(params, cfg, x_TD):
-  """RMSNorm (Zhang & Sennrich, 2019) or LayerNorm (Ba et al., 2016) of each row."""
-  rows = []
-  for x_D in x_TD:
-    if cfg.norm == "rmsnorm":
-      rms = math.sqrt(np.mean(x_D**2) + cfg.norm_epsilon)
-      rows.append(x_D / rms * params["scale"])
-    elif cfg.norm == "layernorm":
-      centred_D = x_D - np.mean(x_D)
-      deviation = math.sqrt(np.mean(centred_D**2) + cfg.norm_epsilon)
-      rows.append(centred_D / deviation * params["scale"] + params["bias"])
-    else:
-      raise NotImplementedError(cfg.norm)
-  return np.stack(rows)
-
-
-def attention(params, cfg, x_TD, segments_T, positions_T):
-  """Causal grouped-query attention (Vaswani et al., 2017; Ainslie et al., 2023).
-
-  Causality and the window go by slot; positions only turn the queries and keys.
+  Norms behind the sum (Vaswani et al., 2017, section 3.1), in front (Xiong et al., 2020,
+  section 3.1), behind each branch (Liu et al., 2022, section 3.2), or around it (Ding et
+  al., 2021, section 2.4). Side by side behind one norm (Wang & Komatsuzaki, 2021; Chowdhery
+  et al., 2022, section 2), or two (Black et al., 2022, section 2.1.2).
   """
-  T = len(x_TD)
+
+  def normed(name, x_TD):
+    return norm(params[f"{name}_norm"], cfg, x_TD)
+
+  if cfg.parallel != "none":
+    first_TD = normed("attention", x_TD)
+    second_TD = first_TD if cfg.parallel == "one_norm" else normed("ffn", x_TD)
+    assert set(branches) == {"attention", "ffn"}
+    return x_TD + branches["attention"](first_TD) + branches["ffn"](second_TD)
+  for name, branch in branches.items():
+    if cfg.norm_placement == "pre":
+      x_TD = x_TD + branch(normed(name, x_TD))
+    elif cfg.norm_placement == "post":
+      x_TD = normed(name, x_TD + branch(x_TD))
+    elif cfg.norm_placement == "output":
+      x_TD = x_TD + normed(f"{name}_output", branch(x_TD))
+    elif cfg.norm_placement == "both":
+      x_TD = x_TD + normed(f"{name}_output", branch(normed(name, x_TD)))
+    else:
+      raise NotImplementedError(cfg.norm_placement)
+  return x_TD
+
+
+def self_attention(params, stack_params, cfg, x_TD, row, *, causal, local):
+  """A row's attention to itself: what it sees, and how it tells distances apart.
+
+  Distances in slots (ALiBi: Press et al., 2022, section 3; T5's buckets, one table for all
+  layers: Raffel et al., 2020, section 2.1) or in positions (RoPE: Su et al., 2021, section
+  3.2.2). A bidirectional query takes the distance either way for ALiBi.
+  """
   N, H = params["q"]["kernel"].shape[1:]
-  K = params["k"]["kernel"].shape[1]
-  G = N // K
-  y_TD = np.zeros_like(x_TD)
-  for n in range(N):
-    q_TH = _project(params["q"], cfg, x_TD, n)
-    k_SH = _project(params["k"], cfg, x_TD, n // G)
-    v_SH = _project(params["v"], cfg, x_TD, n // G)
-    if cfg.positions == "rope":
-      q_TH = np.stack([rotate(q_TH[t], positions_T[t], cfg.rope.theta) for t in range(T)])
-      k_SH = np.stack([rotate(k_SH[s], positions_T[s], cfg.rope.theta) for s in range(T)])
-    for t in range(T):
-      seen = [s for s in range(T) if visible(t, s, cfg.window, segments_T)]
-      scores = np.array([q_TH[t] @ k_SH[s] / math.sqrt(H) for s in seen])
-      average_H = sum(p * v_SH[s] for p, s in zip(softmax(scores), seen, strict=True))
-      y_TD[t] += average_H @ params["o"]["kernel"][n]
-  if cfg.biased:
-    y_TD = y_TD + params["o"]["bias"]
-  return y_TD
+
+  def sees(t, s):
+    return visible(cfg, t, s, row.segments_T, row.positions_T, causal=causal, local=local)
+
+  turn = bias = None
+  if cfg.positions == "rope":
+    angles, factor = rotation(cfg, H, local)
+    turn = lambda x_H, t: rotate(x_H, float(row.positions_T[t]), angles, factor)
+  elif cfg.positions == "alibi":
+    slopes = alibi_slopes(N)
+    bias = lambda n, t, s: -slopes[n] * abs(t - s)
+  elif cfg.positions == "relative":
+    table = stack_params["relative_bias"]["table"]
+    buckets = (cfg.relative_buckets, cfg.relative_distance, causal)
+    bias = lambda n, t, s: table[relative_bucket(s - t, *buckets), n]
+  return attention(params, cfg, x_TD, x_TD, sees, bias, turn)
 
 
-def _project(params, cfg, x_TD, head):
-  y_TH = x_TD @ params["kernel"][:, head, :]
-  return y_TH + params["bias"][head] if cfg.biased else y_TH
+def _cross_attention(params, cfg, x_TD, row, memory_SD, source):
+  """Attention to all of the source that has the same number, without any notion of
+  distance (Vaswani et al., 2017, section 3.2.3; Raffel et al., 2020, section 2.1)."""
+
+  def sees(t, s):
+    return row.segments_T[t] == source.segments_T[s]
+
+  return attention(params, cfg, x_TD, memory_SD, sees)
 
 
-def visible(t, s, window, segments_T):
-  """Whether query slot t sees key slot s (window: Beltagy et al., 2020)."""
-  if s > t:
-    return False
-  if window is not None and s <= t - window:
-    return False
-  return bool(segments_T[s] == segments_T[t])
-
-
-def rotate(x_H, position, theta):
-  """RoPE (Su et al., 2021); pairs are (i, i + H/2), as in Hugging Face's LLaMA."""
-  H = len(x_H)
-  y_H = np.zeros(H)
-  for i in range(H // 2):
-    angle = float(position) * theta ** (-2 * i / H)
-    z = complex(x_H[i], x_H[i + H // 2]) * complex(math.cos(angle), math.sin(angle))
-    y_H[i], y_H[i + H // 2] = z.real, z.imag
-  return y_H
-
-
-def ffn(params, cfg, x_TD):
-  """Feed-forward (Vaswani et al., 2017), gated as in Shazeer (2020) if `cfg.gated`."""
-
-  def linear(name, x):
-    y = x @ params[name]["kernel"]
-    return y + params[name]["bias"] if cfg.biased else y
-
-  if cfg.gated:
-    h_TF = activate(cfg.activation, linear("gate", x_TD)) * linear("up", x_TD)
+def _logits(params, cfg, x_TD):
+  """Logits (T, V): Vaswani et al. (2017), section 3.4; before it dense, activation, norm
+  (Devlin et al., 2019, code); after it scale (Raffel et al., 2020, code; Cohere), bias,
+  and soft-cap (Gemma 2, 2024, section 2)."""
+  if cfg.head_transform:
+    transform = params["head_transform"]
+    x_TD = x_TD @ transform["dense"]["kernel"] + transform["dense"]["bias"]
+    x_TD = norm(transform["norm"], cfg, activate(cfg.activation, x_TD))
+  if cfg.tied_embeddings:
+    logits_TV = x_TD @ params["embedding"]["table"].T
   else:
-    h_TF = activate(cfg.activation, linear("up", x_TD))
-  return linear("down", h_TF)
-
-
-def activate(name, x):
-  """gelu, gelu_tanh (Hendrycks & Gimpel, 2016), silu (Elfwing et al., 2017), relu."""
-  if name == "gelu":
-    return x * (1 + np.vectorize(math.erf, otypes=[float])(x / math.sqrt(2))) / 2
-  if name == "gelu_tanh":
-    return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
-  if name == "silu":  # x * sigmoid(x), in a form that does not overflow
-    return x * (1 + np.tanh(x / 2)) / 2
-  if name == "relu":
-    return np.maximum(x, 0)
-  raise NotImplementedError(name)
-
-
-def softmax(x):
-  """Softmax of a vector, less its maximum, which cancels."""
-  e = np.exp(x - np.max(x))
-  return e / np.sum(e)
+    logits_TV = x_TD @ params["head"]["kernel"]
+  logits_TV = cfg.logit_scale * logits_TV
+  if cfg.head_biased:
+    logits_TV = logits_TV + params["head_bias"]
+  return soft_cap(logits_TV, cfg.logit_softcap)
 
 
 def _float64(tree):

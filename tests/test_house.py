@@ -36,11 +36,20 @@ ROWS = [
     *("decoding", "interop"),
   ],
   ["planning"],
-  ["training", "training.reporting", "training.loop", "benchmark", "look"],
+  [
+    *("training", "training.evaluation", "training.reporting", "training.loop"),
+    *("benchmark", "look"),
+  ],
   ["cli"],
 ]
 # Inside nn there are rows too.
-NN_ROWS = [["layers"], ["attention", "moe", "rnn"], ["models"]]
+NN_ROWS = [
+  ["layers", "positions"],
+  ["base"],
+  ["attention", "moe", "rnn"],
+  ["stack"],
+  ["models"],
+]
 
 MOST_LINES = 600
 MOST_FUNCTION_LINES = 70

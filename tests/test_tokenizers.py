@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flaxlm.errors import DataError
-from flaxlm.tokenizers import END_OF_TEXT, Tokenizer, train_tokenizer
+from flaxlm.tokenizers import END_OF_TEXT, MASK, Tokenizer, train_tokenizer
 
 CORPUS = [path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
 TOKENIZERS = {
   "byte": train_tokenizer("byte", [], 0),
   "bpe": train_tokenizer("bpe", CORPUS, 400),
+  "masked": train_tokenizer("bpe", CORPUS, 400, masked=True),
 }
 KINDS = pytest.mark.parametrize("kind", TOKENIZERS)
 # Any text without lone surrogates, and text that looks like source code.
@@ -82,11 +83,11 @@ def test_byte_ids_are_bytes():
 @KINDS
 def test_special_tokens_are_never_made_from_text_nor_into_text(kind: str):
   tokenizer = TOKENIZERS[kind]
-  text = f"a{END_OF_TEXT}b"
+  text = f"a{END_OF_TEXT}b {MASK}c"
   ids = tokenizer.encode(text)
-  assert tokenizer.bos_id not in ids
-  assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id]) == text
-  assert tokenizer.token_bytes()[tokenizer.bos_id] == 0
+  assert not set(tokenizer.special_ids) & set(ids)
+  assert tokenizer.decode([*tokenizer.special_ids, *ids, tokenizer.eos_id]) == text
+  assert not tokenizer.token_bytes()[list(tokenizer.special_ids)].any()
 
 
 @KINDS
@@ -106,6 +107,48 @@ def test_vocabulary_size_counts_the_special_token():
   assert TOKENIZERS["bpe"].vocab_size == 400
   assert train_tokenizer("bpe", CORPUS, 257).vocab_size == 257
   assert train_tokenizer("bpe", ["ab"], 400).vocab_size == 258  # one merge is all it has
+
+
+def test_tokenizers_of_masked_models_have_a_mask():
+  for kind in ("byte", "bpe"):
+    tokenizer = TOKENIZERS[kind]
+    assert tokenizer.mask_id is None
+    assert tokenizer.special_ids == (tokenizer.bos_id,)
+    with pytest.raises(DataError, match=r"has no \[MASK\]"):
+      tokenizer.encode_masked("a [MASK]")
+  masked = TOKENIZERS["masked"]
+  assert (masked.vocab_size, masked.bos_id, masked.mask_id) == (400, 398, 399)
+  assert masked.special_ids == (398, 399)
+  tokenizer = train_tokenizer("byte", [], 0, masked=True)
+  assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.mask_id) == (258, 256, 257)
+
+
+def test_masks_in_a_prompt():
+  tokenizer = TOKENIZERS["masked"]
+  mask = tokenizer.mask_id
+  before, after = tokenizer.encode("def f(x):\n "), tokenizer.encode(" x\n")
+  for text, expected in {
+    "def f(x):\n  [MASK] x\n": [*before, mask, *after],  # the blank belongs to the mask
+    "[MASK] [MASK][MASK] x\n": [mask, mask, mask, *after],
+    " x\n": after,
+    "": [],
+    "<|endoftext|>[MASK]": [*tokenizer.encode("<|endoftext|>"), mask],
+  }.items():
+    assert tokenizer.encode_masked(text) == expected
+  # Others who load our tokenizer.json get the same (between words).
+  backend = tokenizers.Tokenizer.from_str(tokenizer._backend.to_str())
+  text = "return [MASK], None[MASK](x)"
+  assert backend.encode(text).ids == tokenizer.encode_masked(text)
+
+
+def test_the_mask_changes_nothing_else(tmp_path: Path):
+  """Runs and stored tokens of the other objectives stay what they were."""
+  state = json.loads(TOKENIZERS["bpe"]._backend.to_str())
+  assert [token["content"] for token in state["added_tokens"]] == [END_OF_TEXT]
+  TOKENIZERS["masked"].save(tmp_path / "tokenizer.json")
+  assert Tokenizer.load(tmp_path / "tokenizer.json").mask_id == 399
+  one_less = train_tokenizer("bpe", CORPUS, 399)
+  assert one_less.encode("".join(CORPUS)) == TOKENIZERS["masked"].encode("".join(CORPUS))
 
 
 @KINDS

@@ -177,7 +177,7 @@ def flaxlm_side(case: Case, work: Any) -> dict[str, Any]:
   target = abstract_state(model, optimizer, mesh).params
   params = jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), params, target)
   state = state._replace(params=params)
-  train_step = compile_train_step(model, optimizer, 1, mesh)
+  train_step = compile_train_step(model, optimizer, TrainingConfig(), mesh)
   seed = jax.numpy.uint32(0)
   lengths_B = np.full(case.batch_size, case.model.context + 1)
 

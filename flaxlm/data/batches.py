@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches as an index: batch number n is a pure function of (seed, n).
 
-Row i of a split is the window tokens[i*T : (i+1)*T + 1]. Windows overlap by one token,
-so that every token but the first is a target exactly once. Grain orders and groups the
-rows; nothing has state, so a run resumes at any batch, on any number of processes.
+What is in a row, `rows` says. Grain orders and groups the rows; nothing has state, so a
+run resumes at any batch, on any number of processes.
 """
 
 import contextlib
@@ -13,27 +12,27 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from flaxlm.data.objectives import Batch, next_token
-from flaxlm.data.prepare import TokenStore
+from flaxlm.config import DataConfig
+from flaxlm.data.objectives import Batch
+from flaxlm.data.prepare import Store
+from flaxlm.data.rows import PADDING, make_rows
 from flaxlm.errors import DataError
 
 PREFETCHED_BATCHES = 4
-PADDING = -1  # the number of a row that fills up the last batch
 
 
 class Batches:
   """The batches of a split, for one process of several: `batches[n]`, `iterate(start)`.
 
-  `batch_size` counts rows over all processes. Process p has the p-th part of each
+  `cfg.batch_size` counts rows over all processes. Process p has the p-th part of each
   batch: the parts side by side are the same batch for any number of processes.
   """
 
   def __init__(
     self,
-    store: TokenStore,
+    store: Store,
+    cfg: DataConfig,
     *,
-    seq_len: int,
-    batch_size: int,
     vocab_size: int,
     seed: int | None = None,
     num_epochs: int | None = 1,
@@ -42,7 +41,8 @@ class Batches:
   ):
     """With a `seed` each epoch has an order of its own; without, rows stay in order.
 
-    `num_epochs` None never ends. A last batch is filled up with rows of weight 0.
+    `num_epochs`, which is not the config's, None never ends. A last batch is filled up
+    with rows of weight 0.
     Raises `DataError` if the tokenizer has more ids than the model's `vocab_size`, and,
     when rows are shuffled (training), if an epoch is less than one batch.
     """
@@ -51,10 +51,12 @@ class Batches:
         f"the tokenizer has {store.vocab_size} ids, the model only {vocab_size}",
         f"set --model.vocab_size={store.vocab_size} or more, or none",
       )
-    num_rows = math.ceil((len(store.tokens) - 1) / seq_len)
+    batch_size = cfg.batch_size
+    self._rows = make_rows(store, cfg, seed or 0)
+    num_rows = self._rows.num_rows
     if seed is not None and num_rows < batch_size:
       raise DataError(
-        f"the corpus has {num_rows} rows of data.seq_len={seq_len} tokens, "
+        f"the corpus has {num_rows} rows of data.seq_len={cfg.seq_len} tokens, "
         f"fewer than data.batch_size={batch_size}",
         f"set --data.batch_size={max(1, num_rows)} or less, or add text",
       )
@@ -71,9 +73,11 @@ class Batches:
       rows = grain.MapDataset.concatenate(
         [rows, grain.MapDataset.source([PADDING] * missing)]
       )
-    self.store, self._seq_len = store, seq_len
-    parts = rows.batch(batch_size // num_processes, drop_remainder=True)
-    self._dataset = parts[process::num_processes].map(self._assemble)
+    self.store = store
+    self._part = batch_size // num_processes
+    self._process, self._num_processes = process, num_processes
+    parts = rows.batch(self._part, drop_remainder=True)
+    self._dataset = parts[process::num_processes].map_with_index(self._assemble)
 
   def __getitem__(self, n: int) -> Batch:
     if n < 0 or (self.num_batches is not None and n >= self.num_batches):
@@ -90,16 +94,7 @@ class Batches:
     finally:
       iterator.close()
 
-  def _assemble(self, rows: np.ndarray) -> Batch:
-    """The batch of these rows of the store."""
-    tokens, length = self.store.tokens, self._seq_len + 1
-    starts = rows[:, None] * self._seq_len
-    index = np.minimum(np.maximum(starts, 0) + np.arange(length), len(tokens) - 1)
-    windows = tokens[index]
-    if windows.max() >= self.store.vocab_size:
-      raise DataError(
-        f"the stored tokens are damaged: {windows.max()} is no id of the tokenizer",
-        "delete the data directory; it will be prepared again",
-      )
-    lengths = np.minimum(len(tokens) - starts[:, 0], length)
-    return next_token(windows, np.where(rows == PADDING, 0, lengths), self.store.bos_id)
+  def _assemble(self, n: int, rows: np.ndarray) -> Batch:
+    """This process's part of batch n, which has these rows."""
+    before = (n * self._num_processes + self._process) * self._part
+    return self._rows.batch(rows, before + np.arange(self._part))

@@ -17,11 +17,12 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
-from flaxlm.data.sources import SPLITS, Corpus, Document, Log
+from flaxlm.data.sources import SPLITS, Corpus, Document, Log, Pair
 from flaxlm.errors import DataError
 
 FILE_FORMAT = "array_record"
 REACHABLE_SECONDS = 4.0
+PAIR_FEATURES = ("source", "target")
 
 
 @contextlib.contextmanager
@@ -37,13 +38,13 @@ def _quiet() -> Iterator[None]:
     absl_logging.set_verbosity(verbosity)
 
 
-class LocalTextConfig(tfds.core.BuilderConfig):
-  """The documents, and a name that changes with them: TFDS prepares a name once."""
+class LocalConfig(tfds.core.BuilderConfig):
+  """The corpus, in a name that changes with its content: TFDS prepares a name once."""
 
   def __init__(self, corpus: Corpus):
     kind = corpus.name.partition(":")[0]
     super().__init__(name=f"{kind}-{corpus.fingerprint[:16]}")
-    self.documents = corpus.documents
+    self.parts: Sequence[Document | Pair] = corpus.documents or corpus.pairs
 
 
 class LocalText(tfds.core.GeneratorBasedBuilder):
@@ -51,25 +52,39 @@ class LocalText(tfds.core.GeneratorBasedBuilder):
 
   VERSION = tfds.core.Version("1.0.0")
   BUILDER_CONFIGS: Sequence[Any] = []
+  FEATURES: tuple[str, ...] = ("text", "path")
 
   def _info(self) -> tfds.core.DatasetInfo:
-    features = tfds.features.FeaturesDict(
-      {"text": tfds.features.Text(), "path": tfds.features.Text()}
+    features = {name: tfds.features.Text() for name in self.FEATURES}
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(features),
+      disable_shuffling=True,
     )
-    return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-    documents = self.builder_config.documents
+    parts = self.builder_config.parts
     return {
-      split: self._generate_examples([d for d in documents if d.split == split])
+      split: self._generate_examples([part for part in parts if part.split == split])
       for split in SPLITS
     }
 
-  def _generate_examples(
-    self, documents: Sequence[Document]
-  ) -> Iterator[tuple[int, dict[str, str]]]:
-    for number, document in enumerate(documents):
-      yield number, {"text": document.read(), "path": document.name}
+  def _generate_examples(self, parts: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    for number, part in enumerate(parts):
+      yield number, dict(zip(self.FEATURES, self._values(part), strict=True))
+
+  def _values(self, part: Any) -> tuple[str, ...]:
+    return part.read(), part.name
+
+
+class LocalPairs(LocalText):
+  """The pairs of local catalogues as a TFDS dataset."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  FEATURES = (*PAIR_FEATURES, "domain")
+
+  def _values(self, part: Any) -> tuple[str, ...]:
+    return part.source, part.target, part.domain
 
 
 class TextSource(Sequence):
@@ -89,14 +104,29 @@ class TextSource(Sequence):
     return text if isinstance(text, str) else text.decode("utf-8", "replace")
 
 
+Pairs = tuple[TextSource, TextSource]  # the sources, the targets
+
+
 @_quiet()
 def read_local(corpus: Corpus, split: str, root: Path) -> TextSource:
   """A split of a local corpus; the first call copies the corpus into a TFDS dataset."""
-  builder = LocalText(
-    config=LocalTextConfig(corpus), data_dir=str(root), file_format=FILE_FORMAT
-  )
+  return TextSource(_local_records(LocalText, corpus, split, root), "text")
+
+
+@_quiet()
+def read_local_pairs(corpus: Corpus, split: str, root: Path) -> Pairs:
+  """A split of a corpus of pairs, by the way of a TFDS dataset as `read_local`."""
+  records = _local_records(LocalPairs, corpus, split, root)
+  source, target = (TextSource(records, feature) for feature in PAIR_FEATURES)
+  return source, target
+
+
+def _local_records(
+  kind: type[LocalText], corpus: Corpus, split: str, root: Path
+) -> Sequence[Any]:
+  builder = kind(config=LocalConfig(corpus), data_dir=str(root), file_format=FILE_FORMAT)
   builder.download_and_prepare()
-  return TextSource(builder.as_data_source(split), "text")
+  return builder.as_data_source(split)
 
 
 @_quiet()
@@ -106,20 +136,52 @@ def read_prepared(folder: Path, split: str) -> TextSource:
   Without a `validation` split, `test` stands in, or else the last 5% of `train`.
   """
   builder = tfds.builder_from_directory(str(folder))
-  texts = [k for k, f in builder.info.features.items() if isinstance(f, tfds.features.Text)]
+  texts = _text_features(builder)
   feature = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
   if feature is None:
     raise DataError(
       f"{folder} has {len(texts)} text features ({', '.join(texts) or 'none'})",
       "a corpus needs one, or one called `text`",
     )
+  return TextSource(_records(builder, folder, split), feature)
+
+
+@_quiet()
+def read_prepared_pairs(folder: Path, split: str) -> Pairs:
+  """A split of the dataset of pairs in `folder`; splits are chosen as in `read_prepared`.
+
+  Features called `source` and `target` are what they say. Of two languages, those of a
+  configuration called A-B, as wmt14_translate/de-en, are learnt from B to A, as from
+  English; other datasets say themselves which one is the input.
+  """
+  builder = tfds.builder_from_directory(str(folder))
+  texts = _text_features(builder)
+  named = tuple((builder.info.config_name or "").split("-")[::-1])
+  ways = (PAIR_FEATURES, named, builder.info.supervised_keys or ())
+  way = next((w for w in ways if len(w) == 2 and all(x in texts for x in w)), None)
+  if way is None:
+    raise DataError(
+      f"{folder} has no pairs of source and target: its text features are "
+      f"{', '.join(texts) or 'none'}",
+      "use a translation dataset, as tfds:wmt14_translate/de-en",
+    )
+  records = _records(builder, folder, split)
+  return TextSource(records, way[0]), TextSource(records, way[1])
+
+
+def _text_features(builder: Any) -> list[str]:
+  features = builder.info.features.items()
+  return [name for name, f in features if isinstance(f, tfds.features.Text)]
+
+
+def _records(builder: Any, folder: Path, split: str) -> Sequence[Any]:
   choices = {"train": "train", "validation": "validation"}
   if "validation" not in builder.info.splits:
     choices["validation"] = "test"
     if "test" not in builder.info.splits:
       choices = {"train": "train[:95%]", "validation": "train[95%:]"}
   try:
-    return TextSource(builder.as_data_source(choices[split]), feature)
+    return builder.as_data_source(choices[split])
   except (NotImplementedError, ValueError) as e:  # another file format, no such split
     raise DataError(f"cannot read {choices[split]} of {folder}: {_first_line(e)}") from e
 

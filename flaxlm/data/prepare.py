@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to tokens, once: a corpus becomes one long array of ids per split, on disk.
 
-Each document is `bos` and its ids, documents follow one another in a fixed order. What
-was prepared is found again by the fingerprints of the corpus and of the tokenizer, and
-then costs no more than hashing the corpus.
+Each document is `bos` and its ids, documents follow one another in a fixed order. Of
+pairs there are two such arrays, of the sources and of the targets. What was prepared is
+found again by the fingerprints of the corpus and of the tokenizer, and then costs no more
+than hashing the corpus.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import shutil
 import time
@@ -15,7 +17,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -30,7 +32,7 @@ from flaxlm.data.sources import (
   to_stderr,
 )
 from flaxlm.errors import DataError
-from flaxlm.tokenizers import Tokenizer, train_tokenizer
+from flaxlm.tokenizers import MASK, Tokenizer, train_tokenizer
 
 # Enters the keys of all that is stored: raise it when this file stores anything else,
 # or `train_tokenizer` makes another tokenizer from the same texts.
@@ -41,6 +43,7 @@ CHUNK_CHARACTERS = 2**22  # tokenized at a time
 # 3.56 bytes per held-out token instead of 3.58.
 SAMPLE_CHARACTERS_PER_ID = 512
 SAMPLE_PIECE = 4096
+SIDES = ("source", "target")  # of a pair
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,37 @@ class TokenStore:
   num_documents: int
   num_bytes: int  # of text
   gzip_bits_per_byte: float | None  # of the text under `gzip -9`; validation only
+  mask_id: int | None = None  # of tokenizers for masked models
+  special_ids: tuple[int, ...] = ()  # bos and mask among them: never text
+
+  @property
+  def num_tokens(self) -> int:
+    return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class PairStore:
+  """The tokens of a split of pairs: document n of the one side belongs to the other's."""
+
+  source: TokenStore
+  target: TokenStore
+  gzip_bits_per_byte: ClassVar[None] = None
+
+  @property
+  def bos_id(self) -> int:
+    return self.target.bos_id
+
+  @property
+  def vocab_size(self) -> int:
+    return self.target.vocab_size
+
+  @property
+  def num_tokens(self) -> int:
+    """Of both sides."""
+    return self.source.num_tokens + self.target.num_tokens
+
+
+Store = TokenStore | PairStore
 
 
 @dataclass(frozen=True)
@@ -60,63 +94,112 @@ class Prepared:
   """A corpus ready to be cut into batches."""
 
   tokenizer: Tokenizer
-  train: TokenStore
-  validation: TokenStore
+  train: Store
+  validation: Store
   fingerprint: str
 
 
-def prepare(corpus: str, cfg: TokenizerConfig, log: Log = to_stderr) -> Prepared:
-  """The tokens of `corpus` (see `find_corpus`), from the store if they are there.
+def prepare(
+  corpus: str | Corpus,
+  cfg: TokenizerConfig,
+  log: Log = to_stderr,
+  objective: str = "next_token",
+) -> Prepared:
+  """The tokens of a corpus (found, or its name), from the store if they are there.
 
+  The objective (see `DataConfig`) decides what is read: for seq2seq pairs, for which the
+  stores are `PairStore`s, else documents; and for masked, that the tokenizer has `[MASK]`.
   Several processes may call this at once: one prepares, the others wait. `log` takes
   lines about progress. Raises `DataError`.
   """
-  found = find_corpus(corpus, log)
-  root = data_dir()
-  prepared = _find(found, cfg, root)
+  found = find_corpus(corpus, log) if isinstance(corpus, str) else corpus
+  plan = _Plan(found, cfg, objective, data_dir())
+  prepared = _find(plan)
   if prepared is not None:
     return prepared
-  with locked(root, log):
-    prepared = _find(found, cfg, root)  # another process may have been faster
+  with locked(plan.root, log):
+    prepared = _find(plan)  # another process may have been faster
     if prepared is None:
-      _build(found, cfg, root, log)
-      prepared = _find(found, cfg, root)
+      _build(plan, log)
+      prepared = _find(plan)
   assert prepared is not None, "just built"
   return prepared
 
 
-def _tokenizer_path(corpus: Corpus, cfg: TokenizerConfig, root: Path) -> Path:
-  """The tokenizer.json given, or where the one trained on this corpus is kept."""
-  if cfg.path is not None:
-    return Path(cfg.path)
-  key = _key(corpus.train_fingerprint, cfg.kind, cfg.vocab_size)
-  return root / "tokenizers" / f"{key}.json"
+@dataclass(frozen=True)
+class _Plan:
+  """What is prepared, and where it is kept."""
+
+  corpus: Corpus
+  cfg: TokenizerConfig
+  objective: str
+  root: Path
+
+  @property
+  def kind(self) -> tuple[str, ...]:
+    """What else than text and tokenizer a stored result depends on, as part of its key."""
+    return {"next_token": (), "masked": ("masked",), "seq2seq": ("pairs",)}[self.objective]
+
+  @property
+  def tokenizer_path(self) -> Path:
+    """The tokenizer.json given, or where the one trained on this corpus is kept."""
+    if self.cfg.path is not None:
+      return Path(self.cfg.path)
+    train = self.corpus.train_fingerprint
+    key = _key(train, self.cfg.kind, self.cfg.vocab_size, *self.kind)
+    return self.root / "tokenizers" / f"{key}.json"
+
+  def fingerprint(self, tokenizer: Tokenizer) -> str:
+    """Of the tokens."""
+    pairs = self.kind if self.objective == "seq2seq" else ()
+    return _key(self.corpus.fingerprint, tokenizer.fingerprint, *pairs)
+
+  def texts(self, split: str) -> dict[str, Sequence[str]]:
+    """The texts of a split, by the name of the file that takes their tokens."""
+    folder = self.root / "tfds"
+    if self.objective != "seq2seq":
+      return {split: self.corpus.read(split, folder)}
+    sides = zip(SIDES, self.corpus.read_pairs(split, folder), strict=True)
+    return {f"{split}.{side}": texts for side, texts in sides}
 
 
-def _find(corpus: Corpus, cfg: TokenizerConfig, root: Path) -> Prepared | None:
+def _find(plan: _Plan) -> Prepared | None:
   """What was prepared before, if it is there and whole."""
   try:
-    tokenizer = Tokenizer.load(_tokenizer_path(corpus, cfg, root))
+    tokenizer = Tokenizer.load(plan.tokenizer_path)
   except DataError:
-    if cfg.path is not None:
+    if plan.cfg.path is not None:
       raise
     return None
-  fingerprint = _key(corpus.fingerprint, tokenizer.fingerprint)
-  folder = root / "tokens" / fingerprint
+  if plan.objective == "masked" and tokenizer.mask_id is None:
+    raise DataError(
+      f"data.objective=masked needs the special token {MASK}, which "
+      f"{plan.tokenizer_path} does not have",
+      "add it, or leave --tokenizer.path out to train one",
+    )
+  fingerprint = plan.fingerprint(tokenizer)
+  folder = plan.root / "tokens" / fingerprint
   try:
     meta = json.loads((folder / "meta.json").read_text())
-    train, validation = (_open(folder, meta, split, tokenizer) for split in SPLITS)
+    open_split = _open_pairs if plan.objective == "seq2seq" else _open
+    train, validation = (open_split(folder, meta, split, tokenizer) for split in SPLITS)
   except (OSError, ValueError, KeyError, TypeError):
     return None
   return Prepared(tokenizer, train, validation, fingerprint)
 
 
+def _open_pairs(
+  folder: Path, meta: dict[str, Any], name: str, tokenizer: Tokenizer
+) -> PairStore:
+  return PairStore(*(_open(folder, meta, f"{name}.{side}", tokenizer) for side in SIDES))
+
+
 def _open(
-  folder: Path, meta: dict[str, Any], split: str, tokenizer: Tokenizer
+  folder: Path, meta: dict[str, Any], name: str, tokenizer: Tokenizer
 ) -> TokenStore:
-  """A stored split. Raises `ValueError` unless it is as long as `meta` says."""
-  about = meta[split]
-  tokens = np.load(folder / f"{split}.npy", mmap_mode="r")
+  """A stored array. Raises `ValueError` unless it is as long as `meta` says."""
+  about = meta[name]
+  tokens = np.load(folder / f"{name}.npy", mmap_mode="r")
   if len(tokens) != about["num_tokens"]:
     raise ValueError(f"{len(tokens)} tokens instead of {about['num_tokens']}")
   return TokenStore(
@@ -126,42 +209,46 @@ def _open(
     about["num_documents"],
     about["num_bytes"],
     about["gzip_bits_per_byte"],
+    tokenizer.mask_id,
+    tokenizer.special_ids,
   )
 
 
-def _build(corpus: Corpus, cfg: TokenizerConfig, root: Path, log: Log) -> None:
+def _build(plan: _Plan, log: Log) -> None:
   """Trains the tokenizer if there is none, then tokenizes both splits."""
-  start = time.perf_counter()
-  texts = {split: corpus.read(split, root / "tfds") for split in SPLITS}
-  counts = ", ".join(f"{len(texts[split]):,} {split}" for split in SPLITS)
-  log(f"{corpus.name}: {counts} documents ({time.perf_counter() - start:.1f} s)")
-  tokenizer = _load_or_train(corpus, texts["train"], cfg, root, log)
-  folder = root / "tokens" / _key(corpus.fingerprint, tokenizer.fingerprint)
-  with _new_folder(folder) as partial:
+  start, corpus = time.perf_counter(), plan.corpus
+  texts = {split: plan.texts(split) for split in SPLITS}
+  counts = ", ".join(f"{len(next(iter(texts[s].values()))):,} {s}" for s in SPLITS)
+  parts = "pairs" if plan.objective == "seq2seq" else "documents"
+  log(f"{corpus.name}: {counts} {parts} ({time.perf_counter() - start:.1f} s)")
+  tokenizer = _load_or_train(plan, [*texts["train"].values()], log)
+  with _new_folder(plan.root / "tokens" / plan.fingerprint(tokenizer)) as partial:
     meta: dict[str, Any] = {"corpus": corpus.name, "format": _FORMAT}
-    for split in SPLITS:
+    for name, part in (item for split in SPLITS for item in texts[split].items()):
       start = time.perf_counter()
-      about = meta[split] = _tokenize(texts[split], tokenizer, partial / f"{split}.npy")
+      about = meta[name] = _tokenize(part, tokenizer, partial / f"{name}.npy")
       if not about["num_bytes"]:
-        raise DataError(f"the {split} split of {corpus.name} has no text")
-      if split == "validation":
-        about["gzip_bits_per_byte"] = _gzip_bits_per_byte(texts[split])
+        raise DataError(f"the {name} split of {corpus.name} has no text")
+      if name == "validation":
+        about["gzip_bits_per_byte"] = _gzip_bits_per_byte(part)
       log(
-        f"{split}: {about['num_tokens']:,} tokens of {about['num_bytes']:,} bytes "
+        f"{name}: {about['num_tokens']:,} tokens of {about['num_bytes']:,} bytes "
         f"({time.perf_counter() - start:.1f} s)"
       )
     (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
-def _load_or_train(
-  corpus: Corpus, texts: Sequence[str], cfg: TokenizerConfig, root: Path, log: Log
-) -> Tokenizer:
-  path = _tokenizer_path(corpus, cfg, root)
+def _load_or_train(plan: _Plan, parts: Sequence[Sequence[str]], log: Log) -> Tokenizer:
+  """The tokenizer of these texts: documents, or the sources and the targets of pairs."""
+  path, cfg = plan.tokenizer_path, plan.cfg
   with contextlib.suppress(DataError):  # none yet, or damaged; a given one is whole
     return Tokenizer.load(path)
   start = time.perf_counter()
-  sample = _sample(texts, cfg.vocab_size * SAMPLE_CHARACTERS_PER_ID)
-  tokenizer = train_tokenizer(cfg.kind, sample, cfg.vocab_size)
+  size = cfg.vocab_size * SAMPLE_CHARACTERS_PER_ID // len(parts)
+  take = _sample_whole if plan.objective == "seq2seq" else _sample
+  sample = itertools.chain.from_iterable(take(texts, size) for texts in parts)
+  masked = plan.objective == "masked"
+  tokenizer = train_tokenizer(cfg.kind, sample, cfg.vocab_size, masked)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_suffix(".partial")
   tokenizer.save(partial)
@@ -173,13 +260,23 @@ def _load_or_train(
 
 def _sample(texts: Sequence[str], size: int) -> Iterator[str]:
   """About `size` characters of `texts`, in pieces as evenly spaced as can be."""
-  step = len(texts) // 1000 + 1
-  total = step * sum(len(texts[n]) for n in range(0, len(texts), step))
-  stride = max(SAMPLE_PIECE, SAMPLE_PIECE * total // size)
+  stride = max(SAMPLE_PIECE, SAMPLE_PIECE * _num_characters(texts) // size)
   start = 0
   for text in texts:
     yield from (text[n : n + SAMPLE_PIECE] for n in range(start, len(text), stride))
     start = (start - len(text)) % stride
+
+
+def _sample_whole(texts: Sequence[str], size: int) -> Iterator[str]:
+  """About `size` characters of texts that are shorter than a piece: every n-th text."""
+  step = max(1, _num_characters(texts) // size)
+  return (texts[n] for n in range(0, len(texts), step))
+
+
+def _num_characters(texts: Sequence[str]) -> int:
+  """About how many there are, after a look at a thousand texts."""
+  step = len(texts) // 1000 + 1
+  return step * sum(len(texts[n]) for n in range(0, len(texts), step))
 
 
 def _tokenize(texts: Sequence[str], tokenizer: Tokenizer, path: Path) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a corpus consists of: its documents, their split, and a fingerprint of it all.
+"""What a corpus consists of: documents or pairs, their split, a fingerprint of it all.
 
 `find_corpus` lists and hashes with the standard library alone, in 0.1 s for `stdlib`,
 so that a second run, whose tokens are stored already, imports nothing. The text itself
@@ -10,19 +10,27 @@ than 2 MiB. A file or folder called `train` or `validation` keeps that split; an
 file is in validation if the SHA-256 of its relative path is 0 modulo 20. Neither split
 stays empty: the file with the smallest hash fills it. Of a single file the last 5% are
 validation.
+
+`gettext:LANG` is made of pairs: what programs say in English, and in LANG. They come from
+the catalogues of installed Python packages, which are read as data and never imported. A
+pair is in validation if the SHA-256 of its source is 0 modulo 20, so that no source is in
+both splits.
 """
 
 import codecs
 import contextlib
 import difflib
 import fcntl
+import gettext
 import glob
 import hashlib
+import io
 import json
 import os
+import struct
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -37,6 +45,8 @@ STDLIB_EXCLUDED = frozenset(
   ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
 )
 DOCUMENT_BYTES = 2**20
+# A number of things that most languages count with the form that they use for many.
+MANY = 5
 _LISTING_VERSION = 1  # enters fingerprints: raise it when the rules of this file change
 
 
@@ -56,23 +66,58 @@ class Document(NamedTuple):
       return file.read(self.end - self.start).decode("utf-8", "replace")
 
 
+class Pair(NamedTuple):
+  """A text of `split` in two languages."""
+
+  split: str
+  source: str
+  target: str
+  domain: str  # the catalogue that it comes from, as gettext calls it
+
+
 @dataclass(frozen=True)
 class Corpus:
-  """A corpus that was found: `read` gives its text."""
+  """A corpus that was found: `read` gives its text, `read_pairs` its pairs of texts."""
 
   name: str
   fingerprint: str  # of all text and how it is split
   train_fingerprint: str  # of the train split: a tokenizer depends on no more
   documents: tuple[Document, ...] = field(default=(), repr=False)  # of local files
+  pairs: tuple[Pair, ...] = field(default=(), repr=False)  # of catalogues
   tfds_folder: Path | None = None  # of a public dataset
 
   def read(self, split: str, root: Path) -> Sequence[str]:
-    """The documents of a split, in a fixed order; TFDS keeps its files in `root`."""
+    """The documents of a split, in a fixed order; TFDS keeps its files in `root`.
+
+    Raises `DataError` if the corpus is made of pairs.
+    """
     from flaxlm.data import builders  # importing TFDS costs 0.5 s
 
+    if self.pairs:
+      raise DataError(
+        f"{self.name} is made of pairs, not of documents",
+        "set --model.family=encoder_decoder --data.objective=seq2seq",
+      )
     if self.tfds_folder:
       return builders.read_prepared(self.tfds_folder, split)
     return builders.read_local(self, split, root)
+
+  def read_pairs(self, split: str, root: Path) -> tuple[Sequence[str], Sequence[str]]:
+    """The sources and the targets of a split, in a fixed order.
+
+    Raises `DataError` if the corpus is made of documents.
+    """
+    from flaxlm.data import builders  # importing TFDS costs 0.5 s
+
+    if self.documents:
+      raise DataError(
+        f"{self.name} has no pairs of source and target",
+        "use gettext:LANG (as gettext:de, after `pip install Django`) or a translation "
+        "dataset of TFDS (as tfds:wmt14_translate/de-en)",
+      )
+    if self.tfds_folder:
+      return builders.read_prepared_pairs(self.tfds_folder, split)
+    return builders.read_local_pairs(self, split, root)
 
 
 def to_stderr(line: str) -> None:
@@ -88,7 +133,8 @@ def data_dir() -> Path:
 
 
 def find_corpus(name: str, log: Log = to_stderr) -> Corpus:
-  """The corpus `stdlib`, `files:GLOB` (or folder, or file), `tfds:NAME[/CONFIG]`.
+  """The corpus `stdlib`, `files:GLOB` (or folder, or file), `tfds:NAME[/CONFIG]` or
+  `gettext:LANG`.
 
   Downloads a TFDS dataset that is not there yet. Raises `DataError` if nothing is found.
   """
@@ -101,7 +147,9 @@ def find_corpus(name: str, log: Log = to_stderr) -> Corpus:
     return _local_corpus(name, *_match(rest), log)
   if kind == "tfds" and rest:
     return _tfds_corpus(name, rest, log)
-  known = ["stdlib", "files:GLOB", "tfds:NAME"]
+  if kind == "gettext" and rest:
+    return _gettext_corpus(name, rest, log)
+  known = ["stdlib", "files:GLOB", "tfds:NAME", "gettext:LANG"]
   near = difflib.get_close_matches(name, known, 1)
   raise ConfigError(
     f"data.corpus={name!r} is not a corpus",
@@ -171,7 +219,7 @@ def _local_corpus(name: str, root: Path, paths: Iterator[Path], log: Log) -> Cor
     log(f"{name}: skipped what is not UTF-8 text: {len(skipped)}, as {skipped[0]}")
   if not files:
     raise DataError(f"no documents matched {name}", "files: takes a folder, glob or file")
-  splits = _split(list(files))
+  splits = _split({relative: _named_split(relative) for relative in files})
   documents = []
   for relative, (path, digest) in files.items():
     for split, start, end in _cut(path, splits[relative] if len(files) > 1 else None):
@@ -181,8 +229,7 @@ def _local_corpus(name: str, root: Path, paths: Iterator[Path], log: Log) -> Cor
     raise DataError(f"{name} is too small: no {missing.pop()} text", "add a file")
   return Corpus(
     name,
-    fingerprint=_fingerprint(documents),
-    train_fingerprint=_fingerprint([d for d in documents if d.split == "train"]),
+    *_fingerprints(documents),
     documents=tuple(documents),
   )
 
@@ -203,15 +250,14 @@ def _digest_of_text(path: Path) -> str | None:
   return digest.hexdigest()
 
 
-def _split(names: Sequence[str]) -> dict[str, str]:
-  """The split of each file, by the rule at the top of this page."""
-  hashes = {name: int(hashlib.sha256(name.encode()).hexdigest(), 16) for name in names}
-  named = {name: _named_split(name) for name in names}
-  splits = {name: named[name] or SPLITS[hashes[name] % 20 == 0] for name in names}
+def _split(named: Mapping[str, str | None]) -> dict[str, str]:
+  """The split of each of these, by the rule at the top of this page; some have one."""
+  hashes = {name: int(hashlib.sha256(name.encode()).hexdigest(), 16) for name in named}
+  splits = {name: named[name] or SPLITS[hashes[name] % 20 == 0] for name in named}
   for split in SPLITS:
     if split not in splits.values():
       # Only where nothing else is left does a file of a named split move.
-      candidates = [name for name in names if named[name] is None] or names
+      candidates = [name for name in named if named[name] is None] or named
       splits[min(candidates, key=hashes.__getitem__)] = split
   return splits
 
@@ -250,9 +296,98 @@ def _line_start(file: BinaryIO, position: int, end: int) -> int:
   return position
 
 
-def _fingerprint(documents: Sequence[Document]) -> str:
-  listing = [(d.split, d.name, d.start, d.end, d.digest) for d in documents]
+def _fingerprints(parts: Sequence[Document | Pair]) -> tuple[str, str]:
+  """(of all parts, of those to train on)."""
+  train = [part for part in parts if part.split == "train"]
+  return _fingerprint(parts), _fingerprint(train)
+
+
+def _fingerprint(parts: Sequence[Document | Pair]) -> str:
+  # Not the path: where a file lies does not matter.
+  listing = [tuple(x for x in part if not isinstance(x, Path)) for part in parts]
   return hashlib.sha256(json.dumps([_LISTING_VERSION, listing]).encode()).hexdigest()
+
+
+# -- Catalogues ------------------------------------------------------------------------
+
+
+def _gettext_corpus(name: str, language: str, log: Log) -> Corpus:
+  """The pairs of all catalogues of a language; each pair once, in the catalogues' order.
+
+  What is left in English, and what is empty, teaches no translation.
+  """
+  catalogues = _catalogues()
+  if language not in catalogues:
+    near = difflib.get_close_matches(language, catalogues, 3)
+    raise DataError(
+      f"no installed package has a catalogue for {name}",
+      f"did you mean {' or '.join(f'gettext:{other}' for other in near)}?"
+      if near
+      else "pip install Django gramps brings those of many languages, as gettext:de; here "
+      f"are {', '.join(sorted(catalogues)) or 'none'}",
+    )
+  found: dict[tuple[str, str], str] = {}  # the domain of each (source, target)
+  skipped = []
+  for relative, path in catalogues[language]:
+    try:
+      translations = list(_translations(path))
+    # Whatever `GNUTranslations` may raise for a damaged file.
+    except (OSError, ValueError, LookupError, ArithmeticError, struct.error):
+      skipped.append(relative)
+      continue
+    for source, target in translations:
+      if source.strip() and target.strip() and source != target:
+        found.setdefault((source, target), path.stem)
+  if skipped:
+    log(f"{name}: skipped what is not a catalogue: {len(skipped)}, as {skipped[0]}")
+  sources = dict.fromkeys(source for source, _ in found)
+  if len(sources) < len(SPLITS):
+    raise DataError(f"{name} is too small: {len(sources)} texts", "pip install Django")
+  splits = _split(dict.fromkeys(sources))
+  pairs = [Pair(splits[pair[0]], *pair, domain) for pair, domain in found.items()]
+  return Corpus(name, *_fingerprints(pairs), pairs=tuple(pairs))
+
+
+def _catalogues() -> dict[str, list[tuple[str, Path]]]:
+  """(name, path) of the catalogues of each language, from all installed packages."""
+  catalogues: dict[str, list[tuple[str, Path]]] = {}
+  packages = ("site-packages", "dist-packages")
+  roots = [root for root in map(Path, sys.path) if root.name in packages]
+  # Desktop programs, as Gramps, put theirs beside the packages.
+  roots.append(Path(sysconfig.get_path("data"), "share", "locale"))
+  for root in roots:
+    for folder, subfolders, files in os.walk(root):
+      subfolders[:] = [s for s in subfolders if s != "__pycache__" and s[0] != "."]
+      # Many packages have many files: a `Path` of each would take a second.
+      if os.path.basename(folder) == "LC_MESSAGES":  # noqa: PTH119
+        paths = [Path(folder, file) for file in files if file.endswith(".mo")]
+        found = [(path.relative_to(root).as_posix(), path) for path in paths]
+        catalogues.setdefault(Path(folder).parent.name, []).extend(found)
+  return {language: sorted(found) for language, found in catalogues.items() if found}
+
+
+def _translations(path: Path) -> Iterator[tuple[str, str]]:
+  """(English, translation) of each message of a .mo file, of a plural one both forms.
+
+  `GNUTranslations` answers questions but does not list what can be asked: the messages
+  are read off the file, whose layout is in the manual of GNU gettext, section 10.3.
+  """
+  raw = path.read_bytes()
+  translations = gettext.GNUTranslations(io.BytesIO(raw))
+  order = "<" if raw[:4] == struct.pack("<I", translations.LE_MAGIC) else ">"
+  count, table = struct.unpack_from(f"{order}2I", raw, 8)
+  for n in range(count):
+    length, start = struct.unpack_from(f"{order}2I", raw, table + 8 * n)
+    message = raw[start : start + length].decode(translations.charset() or "ascii")
+    if not message:  # the header: its translation is about the file
+      continue
+    one, _, many = message.partition("\0")
+    english = one.rpartition("\4")[2]  # behind the context, if there is one
+    if many:
+      yield english, translations.ngettext(one, many, 1)
+      yield many, translations.ngettext(one, many, MANY)
+    else:
+      yield english, translations.gettext(one)
 
 
 # -- TFDS ------------------------------------------------------------------------------

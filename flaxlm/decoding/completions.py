@@ -4,9 +4,10 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from flaxlm.decoding.generate import generate
+from flaxlm.decoding.generate import Request, generate
 from flaxlm.decoding.runs import Run
 from flaxlm.decoding.sampling import Sampling
+from flaxlm.decoding.search import beam_search
 from flaxlm.errors import ConfigError
 from flaxlm.tokenizers import Tokenizer
 
@@ -39,15 +40,9 @@ def complete(
   """
   if any(not text for text in stop):
     raise ConfigError("a stop string is empty", "leave --stop out to have none")
-  encoded = [[run.tokenizer.bos_id, *run.tokenizer.encode(prompt)] for prompt in prompts]
-  if max_new_tokens is None:
-    room = run.model.cfg.context - max(map(len, encoded), default=0)
-    max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
+  request = make_request(run, prompts, max_new_tokens)
   rows = [_Row(Completion(prompt), run.tokenizer, stop) for prompt in prompts]
-  num_ids = run.tokenizer.vocab_size
-  for block in generate(
-    run.model, run.params, encoded, max_new_tokens, sampling, num_ids, run.mesh
-  ):
+  for block in generate(run.model, run.params, request, sampling, run.mesh):
     for i, row in enumerate(rows):
       piece = row.extend(block.tokens_BT[i].tolist(), block.logprobs_BT[i].tolist())
       if piece and on_text is not None:
@@ -59,6 +54,55 @@ def complete(
     if piece and on_text is not None:
       on_text(i, piece)
   return [row.result for row in rows]
+
+
+def search(
+  run: Run,
+  prompts: Sequence[str],
+  num_beams: int,
+  alpha: float = 0.6,
+  max_new_tokens: int | None = None,
+  num_best: int = 1,
+) -> list[Completion]:
+  """The `num_best` likeliest completions of each prompt by beam search, best first.
+
+  Their `logprobs` hold one number, the hypothesis' score: see `beam_search`.
+  """
+  if num_best > num_beams:
+    raise ConfigError(f"{num_best} of {num_beams} beams", "ask for more beams")
+  request = make_request(run, prompts, max_new_tokens)
+  found = beam_search(
+    run.model, run.params, request, num_beams, run.tokenizer.eos_id, alpha, run.mesh
+  )
+  return [
+    Completion(
+      prompt,
+      run.tokenizer.decode(best.tokens),
+      best.tokens,
+      [best.score],
+      "stop" if best.ended else "length",
+    )
+    for prompt, hypotheses in zip(prompts, found, strict=True)
+    for best in hypotheses[:num_best]
+  ]
+
+
+def make_request(run: Run, prompts: Sequence[str], max_new_tokens: int | None) -> Request:
+  """The prompts as ids; for an encoder-decoder they are what is read, not continued.
+
+  Without `max_new_tokens` it asks for as many as fit, at most `DEFAULT_NEW_TOKENS`.
+  """
+  tokenizer = run.tokenizer
+  encoded = [tokenizer.encode(prompt) for prompt in prompts]
+  sources = None
+  if run.cfg.model.family == "encoder_decoder":
+    sources = [[*ids, tokenizer.eos_id] for ids in encoded]
+    encoded = [[] for _ in encoded]
+  starts = [[tokenizer.bos_id, *ids] for ids in encoded]
+  if max_new_tokens is None:
+    room = run.model.cfg.context - max(map(len, starts), default=0)
+    max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
+  return Request(starts, max_new_tokens, tokenizer.vocab_size, sources)
 
 
 class _Row:

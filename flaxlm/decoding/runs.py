@@ -11,7 +11,8 @@ from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import Config
 from flaxlm.configfile import from_json
 from flaxlm.errors import CheckpointError, ConfigError
-from flaxlm.nn.models import Decoder, abstract_params, build_model
+from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.tokenizers import Tokenizer
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
@@ -24,7 +25,7 @@ class Run(NamedTuple):
   cfg: Config
   tokenizer: Tokenizer
   step: int
-  model: Decoder
+  model: LanguageModel
   params: Any
   mesh: Mesh
 

@@ -1,115 +1,204 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head attention (Vaswani et al., 2017, section 3.2), multi-query and grouped
-(Shazeer, 2019; Ainslie et al., 2023), its masks, and the key/value cache.
+(Shazeer, 2019; Ainslie et al., 2023), what each query sees, and the key/value cache.
 
-`attend` is the one attention function. Which query sees which key is decided in one
-place, `visible`, from slots (where a token lies in its row), never from positions
-(which restart with every packed document).
+`attend` says what attention is; `attend_blocked` computes the same over whole rows, for
+training. Which query sees which key is decided in one place, `visible`, from slots (where
+a token lies in its row), never from positions (which restart with every packed document).
 """
 
+import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from flaxlm.config import ModelConfig
-from flaxlm.nn.layers import Einsum, residual_scale, rotate
+from flaxlm.nn.layers import Einsum, residual_scale
+from flaxlm.nn.positions import CosSin, rotate
 from flaxlm.sharding import constrain
+
+LOWEST = jnp.finfo(jnp.float32).min  # a masked score; -inf would make NaN of an empty row
 
 
 class KVCache(NamedTuple):
   """Keys and values of the tokens so far: a value that goes in and comes out.
 
-  Row b's token number s lies in slot s; slots from `lengths_B[b]` on hold nothing.
+  Row b's token number s lies in slot s; slots from `lengths_B[b]` on hold nothing. A
+  decoder with an encoder also has the keys and values of each layer for the source.
   """
 
   k_LBSKH: jax.Array
   v_LBSKH: jax.Array
   lengths_B: jax.Array
+  source: "SourceCache | None" = None
+
+  def take(self, rows_R: jax.Array) -> "KVCache":
+    """The cache of these rows, in this order."""
+    source = self.source
+    if source is not None:
+      k_LBSKH, v_LBSKH, segments_BS = source
+      source = SourceCache(k_LBSKH[:, rows_R], v_LBSKH[:, rows_R], segments_BS[rows_R])
+    return KVCache(
+      self.k_LBSKH[:, rows_R], self.v_LBSKH[:, rows_R], self.lengths_B[rows_R], source
+    )
 
 
-def init_cache(
+class SourceCache(NamedTuple):
+  """What the decoder's layers see of the source: made once, never written again."""
+
+  k_LBSKH: jax.Array
+  v_LBSKH: jax.Array
+  segments_BS: jax.Array
+
+
+def empty_cache(
   cfg: ModelConfig, batch: int, slots: int, dtype: jnp.dtype = jnp.float32
 ) -> KVCache:
   """An empty cache for `batch` rows of up to `slots` tokens."""
-  cfg = cfg.resolve()
   shape = (cfg.depth, batch, slots, cfg.num_kv_heads, cfg.head_dim)
   empty = jnp.zeros(shape, dtype)
   return KVCache(empty, empty.copy(), jnp.zeros((batch,), jnp.int32))
 
 
-class Visibility(NamedTuple):
+class Placement(NamedTuple):
   """Where queries and keys stand, from which `visible` makes the mask.
 
-  Segments are None when every row is one document (decoding).
+  Segments are None when every row is one document; key positions when they are slots.
   """
 
   query_slots_BT: jax.Array
   query_segments_BT: jax.Array | None = None
   key_segments_BS: jax.Array | None = None
+  key_positions_BS: jax.Array | None = None
 
 
-def visible(where: Visibility, num_keys: int, window: int | None) -> jax.Array:
-  """mask_BTS: the key is not later, within the window, and of the same document."""
-  query = where.query_slots_BT[:, :, None]
-  key = jnp.arange(num_keys)[None, None, :]
-  mask_BTS = key <= query
+class Sight(NamedTuple):
+  """What the layers of one kind see: a mask, a bias of the scores, RoPE's (cos, sin)."""
+
+  mask_BTS: jax.Array | None
+  bias_XNTS: jax.Array | None = None  # X is 1 or B
+  cos_sin: CosSin | None = None
+
+
+def visible(
+  where: Placement,
+  num_keys: int,
+  causal: bool = True,
+  window: int | None = None,
+  sink_tokens: int = 0,
+) -> jax.Array | None:
+  """mask_BTS: the key is of the same document, within the window, and, if `causal`, not
+  later. The first `sink_tokens` of a document are within every window (Xiao et al., 2023).
+  None: everything is visible."""
+  masks = []
+  query, key = where.query_slots_BT[:, :, None], jnp.arange(num_keys)[None, None, :]
   if window is not None:
-    mask_BTS &= key > query - window
+    near = key > query - window
+    if not causal:
+      near &= key < query + window
+    if sink_tokens:
+      positions_BS = where.key_positions_BS
+      near |= (key if positions_BS is None else positions_BS[:, None]) < sink_tokens
+    masks.append(near)
+  if causal:
+    masks.append(key <= query)
   if where.query_segments_BT is not None:
     assert where.key_segments_BS is not None
-    mask_BTS &= where.query_segments_BT[:, :, None] == where.key_segments_BS[:, None, :]
-  return mask_BTS
+    masks.append(where.query_segments_BT[:, :, None] == where.key_segments_BS[:, None])
+  return functools.reduce(jnp.logical_and, masks) if masks else None
+
+
+class Scoring(NamedTuple):
+  """How scores are made of q . k, besides the mask: fixed numbers of the architecture."""
+
+  scale: float
+  softcap: float | None = None
 
 
 def attend(
-  q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  sight: Sight,
+  scoring: Scoring,
+  sinks_N: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """softmax(q k^T / sqrt(H)) v for each head, the softmax in float32: the reference.
+  """softmax(scale q k^T + bias) v for each head, the softmax in float32: the reference.
 
   Returns the mixed values (B, T, N, H) and the weights (B, N, T, S); query head n reads
-  kv head n // G. Every query must see at least one key.
+  kv head n // G. `sinks_N` are logits of one more key, without a value, so that weights
+  may add up to less than 1 (gpt-oss).
   """
   B, T, N, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
-  q_BTKGH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H)
+  q_BTKGH = (q_BTNH * scoring.scale).reshape(B, T, K, N // K, H)
   scores = jnp.einsum(
     "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
   )
-  scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-  weights_BKGTS = jax.nn.softmax(scores, -1)
+  if scoring.softcap is not None:
+    scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
+  if sight.bias_XNTS is not None:
+    scores += sight.bias_XNTS.reshape(-1, K, N // K, T, S)
+  if sight.mask_BTS is not None:
+    scores = jnp.where(sight.mask_BTS[:, None, None], scores, LOWEST)
+  if sinks_N is not None:
+    sinks = jnp.broadcast_to(sinks_N.reshape(K, N // K, 1, 1), (B, K, N // K, T, 1))
+    scores = jnp.concatenate([scores, sinks.astype(jnp.float32)], -1)
+  weights_BKGTS = jax.nn.softmax(scores, -1)[..., :S]
   out = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS.astype(v_BSKH.dtype), v_BSKH)
   return out.reshape(B, T, N, H), weights_BKGTS.reshape(B, N, T, S)
 
 
 def attend_blocked(
-  q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, mask_BTT: jax.Array
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  sight: Sight,
+  scoring: Scoring,
+  sinks_N: jax.Array | None = None,
+  reach: "Reach | None" = None,
 ) -> jax.Array:
-  """`attend` for a causal mask over whole rows (T = S), in blocks of queries.
+  """The values of `attend` in blocks of queries, over whole rows.
 
-  A block reads no keys after its own, which saves up to half of the work, and keeps one
-  array of its scores' size for the backward pass instead of three.
+  A block reads only the keys within `reach`: for causal attention that saves up to half
+  of the work, for a window more. One array of the scores' size is kept for the backward
+  pass instead of three. `reach` None: every query may see every key.
   """
   B, T, N, H = q_BTNH.shape
-  K = k_BTKH.shape[2]
-  G = N // K
+  S, K = k_BSKH.shape[1:3]
   # One matrix per kv head, its G query heads one after the other in the rows.
-  q_BKGTH = (q_BTNH * H**-0.5).reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4)
-  k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+  q_BKGTH = (q_BTNH * scoring.scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+  k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+  sinks_KG = None if sinks_N is None else sinks_N.reshape(K, N // K)
   blocks = []
-  for start, end in query_blocks(T):
+  for start, end in query_blocks(T) if reach else [(0, T)]:
+    first = 0 if reach is None or reach.window is None else max(0, start - reach.window + 1)
+    last = end if reach else S
+    part = lambda x, start=start, end=end, first=first, last=last: (
+      None if x is None else x[..., start:end, first:last]
+    )
     blocks.append(
       mix(
+        scoring.softcap,
         q_BKGTH[:, :, :, start:end],
-        k_BKTH[:, :, :end],
-        v_BKTH[:, :, :end],
-        mask_BTT[:, start:end, :end],
+        k_BKSH[:, :, first:last],
+        v_BKSH[:, :, first:last],
+        part(sight.mask_BTS),
+        part(sight.bias_XNTS),
+        sinks_KG,
       )
     )
   out_BKGTH = jnp.concatenate(blocks, 3)
   return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+class Reach(NamedTuple):
+  """Causal attention over whole rows; with a window, nothing before it is ever seen."""
+
+  window: int | None = None
 
 
 def query_blocks(num_queries: int) -> list[tuple[int, int]]:
@@ -119,117 +208,200 @@ def query_blocks(num_queries: int) -> list[tuple[int, int]]:
   return list(itertools.pairwise(edges))
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def mix(
-  q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array
+  softcap: float | None,
+  q_BKGTH: jax.Array,
+  k_BKSH: jax.Array,
+  v_BKSH: jax.Array,
+  mask_BTS: jax.Array | None,
+  bias_XNTS: jax.Array | None,
+  sinks_KG: jax.Array | None,
 ) -> jax.Array:
-  """softmax(q k^T) v where the mask allows, with a backward pass written by hand.
+  """softmax(q k^T + bias) v where the mask allows, with a backward pass written by hand.
 
   The weights are left unnormalised, exp(score - max): their sum divides the output, which
   is S / H times smaller, and likewise its gradient (Dao et al., 2022, appendix B).
   """
-  return mix_forward(q_BKGTH, k_BKSH, v_BKSH, mask_BTS)[0]
+  return mix_forward(softcap, q_BKGTH, k_BKSH, v_BKSH, mask_BTS, bias_XNTS, sinks_KG)[0]
 
 
 def mix_forward(
-  q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array
+  softcap: float | None,
+  q_BKGTH: jax.Array,
+  k_BKSH: jax.Array,
+  v_BKSH: jax.Array,
+  mask_BTS: jax.Array | None,
+  bias_XNTS: jax.Array | None,
+  sinks_KG: jax.Array | None,
 ) -> tuple[jax.Array, tuple]:
   B, K, G, T, H = q_BKGTH.shape
   S = k_BKSH.shape[2]
   q_XRH = q_BKGTH.reshape(B * K, G * T, H)
   k_XSH, v_XSH = k_BKSH.reshape(B * K, S, H), v_BKSH.reshape(B * K, S, H)
   scores = jnp.einsum("XRH,XSH->XRS", q_XRH, k_XSH, preferred_element_type=jnp.float32)
-  scores = jnp.where(
-    mask_BTS[:, None, None], scores.reshape(B, K, G, T, S), jnp.finfo(jnp.float32).min
-  ).reshape(B * K, G * T, S)
-  exp_XRS = jnp.exp(scores - scores.max(-1, keepdims=True))
+  tanh_XRS = None
+  if softcap is not None:
+    tanh_XRS = jnp.tanh(scores / softcap)
+    scores = softcap * tanh_XRS
+  scores = scores.reshape(B, K, G, T, S)
+  if bias_XNTS is not None:
+    scores += bias_XNTS.reshape(-1, K, G, T, S)
+  if mask_BTS is not None:
+    scores = jnp.where(mask_BTS[:, None, None], scores, LOWEST)
+  scores = scores.reshape(B * K, G * T, S)
+  max_XR1 = scores.max(-1, keepdims=True)
+  sinks_XR1 = None
+  if sinks_KG is not None:
+    sinks_XR1 = jnp.broadcast_to(sinks_KG[:, :, None], (B, K, G, T)).reshape(
+      B * K, G * T, 1
+    )
+    max_XR1 = jnp.maximum(max_XR1, sinks_XR1)
+    sinks_XR1 = jnp.exp(sinks_XR1 - max_XR1)
+  exp_XRS = jnp.exp(scores - max_XR1)
   sum_XR1 = exp_XRS.sum(-1, keepdims=True)
+  if sinks_XR1 is not None:
+    sum_XR1 += sinks_XR1
   exp_XRS = exp_XRS.astype(v_XSH.dtype)
   out_XRH = jnp.einsum("XRS,XSH->XRH", exp_XRS, v_XSH) / sum_XR1.astype(v_XSH.dtype)
-  residuals = (q_XRH, k_XSH, v_XSH, exp_XRS, sum_XR1, out_XRH)
-  return out_XRH.reshape(q_BKGTH.shape), residuals
+  bias_batch = None if bias_XNTS is None else bias_XNTS.shape[0]
+  residuals = (q_XRH, k_XSH, v_XSH, exp_XRS, sum_XR1, out_XRH, tanh_XRS, sinks_XR1)
+  return out_XRH.reshape(q_BKGTH.shape), (*residuals, bias_batch)
 
 
-def mix_backward(residuals: tuple, grad_BKGTH: jax.Array) -> tuple:
-  q_XRH, k_XSH, v_XSH, exp_XRS, sum_XR1, out_XRH = residuals
-  B, K = grad_BKGTH.shape[:2]
-  dtype = v_XSH.dtype
+def mix_backward(softcap: float | None, residuals: tuple, grad_BKGTH: jax.Array) -> tuple:
+  q_XRH, k_XSH, v_XSH, exp_XRS, sum_XR1, out_XRH, tanh_XRS, sinks_XR1, bias_batch = (
+    residuals
+  )
+  B, K, G, T, _ = grad_BKGTH.shape
+  S, dtype = k_XSH.shape[1], v_XSH.dtype
   grad_XRH = grad_BKGTH.reshape(out_XRH.shape) / sum_XR1.astype(dtype)
   grad_v_XSH = jnp.einsum("XRS,XRH->XSH", exp_XRS, grad_XRH)
   grad_exp_XRS = jnp.einsum("XRH,XSH->XRS", grad_XRH, v_XSH)
   along_XR1 = (grad_XRH * out_XRH).sum(-1, keepdims=True)
   grad_scores_XRS = exp_XRS * (grad_exp_XRS - along_XR1)
+  grad_bias = grad_sinks = None
+  if bias_batch is not None:
+    grad_bias = grad_scores_XRS.astype(jnp.float32).reshape(B, K * G, T, S)
+    if bias_batch == 1:
+      grad_bias = grad_bias.sum(0, keepdims=True)
+  if sinks_XR1 is not None:  # as a key with a value of 0
+    grad_sinks = -(sinks_XR1 * along_XR1).reshape(B, K, G, T).sum((0, 3))
+  if softcap is not None:
+    grad_scores_XRS *= (1 - tanh_XRS * tanh_XRS).astype(dtype)
   grad_q_XRH = jnp.einsum("XRS,XSH->XRH", grad_scores_XRS, k_XSH)
   grad_k_XSH = jnp.einsum("XRS,XRH->XSH", grad_scores_XRS, q_XRH)
   kv_shape = (B, K, *k_XSH.shape[1:])
   grad_k_BKSH, grad_v_BKSH = grad_k_XSH.reshape(kv_shape), grad_v_XSH.reshape(kv_shape)
-  return grad_q_XRH.reshape(grad_BKGTH.shape), grad_k_BKSH, grad_v_BKSH, None
+  grad_q_BKGTH = grad_q_XRH.reshape(grad_BKGTH.shape)
+  return grad_q_BKGTH, grad_k_BKSH, grad_v_BKSH, None, grad_bias, grad_sinks
 
 
 mix.defvjp(mix_forward, mix_backward)
 
 
 class Attention(nn.Module):
-  """Causal self-attention with N query heads and K key/value heads."""
+  """Attention with N query heads and K key/value heads, over its own input or another's."""
 
   cfg: ModelConfig
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
 
-  @nn.compact
-  def __call__(
-    self,
-    x_BTD: jax.Array,
-    where: Visibility,
-    cos_sin: tuple[jax.Array, jax.Array] | None,
-    cache: tuple[jax.Array, jax.Array] | None = None,
-  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """Returns (B, T, D), and this layer's cache (k, v), each (B, S, K, H), if given one."""
+  def setup(self):
     cfg = self.cfg
     D, N, K, H = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    assert K is not None and H is not None
-    shared = dict(biased=cfg.biased, dtype=self.dtype, param_dtype=self.param_dtype)
-    q_names, kv_names = (
-      ("embed", "heads", "head_dim"),
-      ("embed", "kv_heads", "head_dim"),
-    )
-    q_BTNH = Einsum("BTD,DNH->BTNH", (D, N, H), q_names, name="q", **shared)(x_BTD)
-    k_BTKH = Einsum("BTD,DKH->BTKH", (D, K, H), kv_names, name="k", **shared)(x_BTD)
-    v_BTKH = Einsum("BTD,DKH->BTKH", (D, K, H), kv_names, name="v", **shared)(x_BTD)
-    if cos_sin is not None:
-      q_BTNH, k_BTKH = rotate(q_BTNH, cos_sin), rotate(k_BTKH, cos_sin)
-    q_BTNH = constrain(q_BTNH, "batch", "length", "act_heads", "head_dim")
-    k_BSKH = constrain(k_BTKH, "batch", "length", "act_kv_heads", "head_dim")
-    v_BSKH = constrain(v_BTKH, "batch", "length", "act_kv_heads", "head_dim")
-    if cache is not None:
-      first_slots_B = where.query_slots_BT[:, 0]
-      k_BSKH = write_slots(cache[0], k_BSKH, first_slots_B)
-      v_BSKH = write_slots(cache[1], v_BSKH, first_slots_B)
-      cache = (k_BSKH, v_BSKH)
-    mask_BTS = visible(where, k_BSKH.shape[1], cfg.window)
-    if cache is None and not self.is_mutable_collection("intermediates"):
-      out_BTNH = attend_blocked(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
-    else:
-      k_BSKH, v_BSKH = k_BSKH.astype(self.dtype), v_BSKH.astype(self.dtype)
-      out_BTNH, weights_BNTS = attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
-      self.sow("intermediates", "weights_BNTS", weights_BNTS)  # for whoever looks
-    out_BTD = Einsum(
+    dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    heads, kv_heads = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+    biased = cfg.qkv_biased
+    self.q = Einsum("BTD,DNH->BTNH", (D, N, H), heads, biased=biased, **dtypes)
+    self.k = Einsum("BSD,DKH->BSKH", (D, K, H), kv_heads, biased=biased, **dtypes)
+    self.v = Einsum("BSD,DKH->BSKH", (D, K, H), kv_heads, biased=biased, **dtypes)
+    self.o = Einsum(
       "BTNH,NHD->BTD",
       (N, H, D),
       ("heads", "head_dim", "embed"),
+      biased=cfg.o_biased,
       init_scale=residual_scale(cfg.depth),
-      name="o",
-      **shared,
-    )(out_BTNH)
-    return out_BTD, cache
+      **dtypes,
+    )
+    if cfg.qk_norm != "none":
+      whole = cfg.qk_norm == "width"
+      self.q_norm = HeadNorm(cfg.norm_epsilon, (N, H), "heads", whole)
+      self.k_norm = HeadNorm(cfg.norm_epsilon, (K, H), "kv_heads", whole)
+    if cfg.learned_sinks:
+      zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
+      self.sinks = self.param("sinks", zeros, (N,), jnp.float32)
+
+  def keys_values(
+    self, x_BSD: jax.Array, cos_sin: CosSin | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Keys and values (B, S, K, H) of what is attended to."""
+    k_BSKH, v_BSKH = self.k(x_BSD), self.v(x_BSD)
+    if self.cfg.qk_norm != "none":
+      k_BSKH = self.k_norm(k_BSKH)
+    if cos_sin is not None:
+      k_BSKH = rotate(k_BSKH, cos_sin)
+    names = ("batch", "length", "act_kv_heads", "head_dim")
+    return constrain(k_BSKH, *names), constrain(v_BSKH, *names)
+
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    sight: Sight,
+    keys_values: tuple[jax.Array, jax.Array],
+    reach: Reach | None = None,
+    whole: bool = True,
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """Returns (B, T, D), and the weights (B, N, T, S) unless rows are read `whole`.
+
+    Whole rows, as in training, go through `attend_blocked`; a cache, and whoever wants to
+    see the weights, through `attend`.
+    """
+    q_BTNH = self.q(x_BTD)
+    if self.cfg.qk_norm != "none":
+      q_BTNH = self.q_norm(q_BTNH)
+    if sight.cos_sin is not None:
+      q_BTNH = rotate(q_BTNH, sight.cos_sin)
+    q_BTNH = constrain(q_BTNH, "batch", "length", "act_heads", "head_dim")
+    k_BSKH, v_BSKH = (x.astype(self.dtype) for x in keys_values)
+    assert self.cfg.attention_scale is not None, "resolved"
+    scoring = Scoring(self.cfg.attention_scale, self.cfg.attention_softcap)
+    sinks_N = self.sinks if self.cfg.learned_sinks else None
+    weights_BNTS = None
+    if whole:
+      out_BTNH = attend_blocked(q_BTNH, k_BSKH, v_BSKH, sight, scoring, sinks_N, reach)
+    else:
+      out_BTNH, weights_BNTS = attend(q_BTNH, k_BSKH, v_BSKH, sight, scoring, sinks_N)
+    return self.o(out_BTNH), weights_BNTS
 
 
-def write_slots(
-  cache_BSKH: jax.Array, new_BTKH: jax.Array, first_slots_B: jax.Array
-) -> jax.Array:
-  """Writes T new entries of each row from its own first slot on.
+class HeadNorm(nn.Module):
+  """RMSNorm of queries or keys, of each head alone or of all heads at once.
+
+  Of each head: Dehghani et al. (2023), section 2; over the width: OLMo 2.
+  """
+
+  epsilon: float
+  shape: tuple[int, int]
+  heads_name: str
+  over_width: bool
+
+  @nn.compact
+  def __call__(self, x_BTNH: jax.Array) -> jax.Array:
+    names = (self.heads_name, "head_dim") if self.over_width else ("head_dim",)
+    ones = nn.with_logical_partitioning(nn.initializers.ones, names)
+    scale = self.param("scale", ones, self.shape[-len(names) :], jnp.float32)
+    x = x_BTNH.astype(jnp.float32)
+    dims = (-2, -1) if self.over_width else -1
+    x *= jax.lax.rsqrt(jnp.mean(x * x, dims, keepdims=True) + self.epsilon)
+    return (x * scale).astype(x_BTNH.dtype)
+
+
+def write_slots(cache: Any, new: Any, first_slots_B: jax.Array) -> Any:
+  """Writes T new entries (B, T, K, H) of each row from its own first slot on.
 
   The caller sees to it that they fit: JAX would shift a write past the end back.
   """
-  write = lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at, 0, 0))
-  return jax.vmap(write)(cache_BSKH, new_BTKH.astype(cache_BSKH.dtype), first_slots_B)
+  write = lambda row, entries, at: jax.lax.dynamic_update_slice(row, entries, (at, 0, 0))
+  put = lambda old, entries: jax.vmap(write)(old, entries.astype(old.dtype), first_slots_B)
+  return jax.tree.map(put, cache, new)

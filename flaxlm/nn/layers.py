@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layers that are not attention: projections, norms, embeddings, positions, FFN."""
+"""The layers that are not attention: projections, norms, embeddings, feed-forward."""
 
 import math
 
@@ -87,6 +87,7 @@ class LayerNorm(nn.Module):
   """(x - mean) / std * scale + bias, in float32 (Ba et al., 2016)."""
 
   epsilon: float
+  biased: bool = True
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -94,16 +95,19 @@ class LayerNorm(nn.Module):
     ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
     zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
     scale_D = self.param("scale", ones, (width,), jnp.float32)
-    bias_D = self.param("bias", zeros, (width,), jnp.float32)
     x = x_BTD.astype(jnp.float32)
     x -= jnp.mean(x, -1, keepdims=True)
     x *= jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.epsilon)
-    return (x * scale_D + bias_D).astype(x_BTD.dtype)
+    x *= scale_D
+    if self.biased:
+      x += self.param("bias", zeros, (width,), jnp.float32)
+    return x.astype(x_BTD.dtype)
 
 
 def build_norm(cfg: ModelConfig, name: str | None = None) -> nn.Module:
-  kinds = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
-  return kinds[cfg.norm](cfg.norm_epsilon, name=name)
+  if cfg.norm == "layernorm":
+    return LayerNorm(cfg.norm_epsilon, cfg.norm_biased, name=name)
+  return RMSNorm(cfg.norm_epsilon, name=name)
 
 
 class Embedding(nn.Module):
@@ -170,32 +174,3 @@ def activate(x: jax.Array, kind: str) -> jax.Array:
 def residual_scale(depth: int) -> float:
   """Init scale of what adds to the residual stream, 2 L times (Radford et al., 2019)."""
   return (2 * depth) ** -0.5
-
-
-# -- Positions ---------------------------------------------------------------------------
-
-
-def rotation(
-  positions_BT: jax.Array, head_dim: int, theta: float
-) -> tuple[jax.Array, jax.Array]:
-  """RoPE's (cos, sin), each (B, T, H/2) in float32 (Su et al., 2021, section 3.2.2)."""
-  wavelengths = theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-  angles = positions_BT[..., None].astype(jnp.float32) / wavelengths
-  return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_BTNH: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
-  """Rotates the pairs (i, i + H/2) of every head: LLaMA's layout of RoPE."""
-  cos, sin = (part[:, :, None].astype(x_BTNH.dtype) for part in cos_sin)
-  first, second = jnp.split(x_BTNH, 2, -1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-
-
-def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
-  """(B, T, D) of sines, then cosines (Vaswani et al., 2017, section 3.5).
-
-  The paper interleaves the two; a fixed permutation of dims that training absorbs.
-  """
-  wavelengths = 10_000.0 ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-  angles = positions_BT[..., None].astype(jnp.float32) / wavelengths
-  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)

@@ -138,20 +138,18 @@ def compile_here(cfg: Config, sizes: Sizes, device: Device) -> Compiled:
 
   from flaxlm.nn.models import build_model
   from flaxlm.training.optimizer import build_optimizer
-  from flaxlm.training.step import abstract_state, compile_train_step
+  from flaxlm.training.step import SEED, abstract_batch, abstract_state, compile_train_step
 
   target, mesh = make_target_mesh(sizes, device)
   model = build_model(cfg.model, cfg.training)
   optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
   state = abstract_state(model, optimizer, mesh)
-  step: Any = compile_train_step(model, optimizer, cfg.training.accumulation_steps, mesh)
-  batch = abstract_batch(cfg, mesh)
-  seed = jax.ShapeDtypeStruct((), jax.numpy.uint32)
+  step = compile_train_step(model, optimizer, cfg.training, mesh)
   started = time.perf_counter()
   try:
-    with jax.set_mesh(mesh):
-      lowered = step.__wrapped__.lower(state, batch, seed)
-      compiled = lowered.compile(TPU_OPTIONS if device.kind == "tpu" else None)
+    lowered = step.lower(state, abstract_batch(cfg.data, mesh), SEED)
+    options: Any = TPU_OPTIONS if device.kind == "tpu" else None
+    compiled: Any = lowered.compile(options)
   except jax.errors.JaxRuntimeError as e:
     return Compiled(target=target, error=explain(str(e)))
   seconds = time.perf_counter() - started
@@ -178,19 +176,6 @@ def explain(message: str) -> str:
   if used:
     return f"out of memory: {used[1]} needed, {used[2]} there"
   return message.splitlines()[0][:200]
-
-
-def abstract_batch(cfg: Config, mesh: Any) -> Any:
-  """A training batch without contents."""
-  import jax
-
-  from flaxlm.data.objectives import Batch
-  from flaxlm.sharding import batch_sharding
-
-  shape, sharding = (cfg.data.batch_size, cfg.data.seq_len), batch_sharding(mesh)
-  array: Any = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-  integers = array(jax.numpy.int32)
-  return Batch(integers, integers, integers, integers, array(jax.numpy.float32))
 
 
 def make_target_mesh(sizes: Sizes, device: Device) -> tuple[str, Any]:

@@ -20,17 +20,16 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from flaxlm.config import MESH_AXES, Config, ModelConfig, OptimizerConfig, TrainingConfig
+from flaxlm.data.objectives import Batch
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import build_model, init_params
-from flaxlm.planning.cost import kv_cache_bytes
+from flaxlm.planning.cost import kv_cache_bytes, stacks
 from flaxlm.sharding import RULES, batch_shards, like_parameters, with_shardings
 from flaxlm.training.optimizer import build_optimizer
+from flaxlm.training.step import SEED, forward
 
 Sizes = Mapping[str, int]
 Remat = Literal["none", "dots", "full"]
-
-SEED = jax.ShapeDtypeStruct((), jnp.uint32)  # a number would start JAX's backend
-BATCH_ARRAYS = 5  # tokens, targets, positions, segments, weights: four bytes each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +85,10 @@ def training_memory(cfg: Config, sizes: Sizes) -> Memory:
   state = state_bytes(model_cfg, training, cfg.optimizer, sizes)
   rows = local_rows(cfg, sizes)
   T = cfg.data.seq_len
-  depth = model_cfg.depth + (
-    (model_cfg.encoder_depth or 0) if model_cfg.family == "encoder_decoder" else 0
-  )
+  depth = sum(depth for depth, _ in stacks(model_cfg))
   item = jnp.dtype(training.dtype).itemsize
   casts = training.dtype != training.param_dtype
-  kept = lambda remat: rows * kept_bytes(model_cfg, training, sizes["tensor"], T, remat)
+  kept = lambda remat: rows * kept_bytes(cfg, sizes["tensor"], remat)
   activations = kept(training.remat)
   if training.remat == "none" and casts:  # the layers' weights, converted, are kept too
     activations += state.block_elements * item
@@ -100,7 +97,7 @@ def training_memory(cfg: Config, sizes: Sizes) -> Memory:
   always = {
     "parameters": state.parameters,
     "optimizer_state": state.optimizer_state,
-    "batch": rows * training.accumulation_steps * T * 4 * BATCH_ARRAYS,
+    "batch": rows * training.accumulation_steps * 4 * (5 * T + 3 * source_len(cfg)),
   }
   if training.accumulation_steps > 1:  # sums over micro-batches, in float32
     always["gradient_sums"] = state.elements * 4
@@ -241,19 +238,25 @@ def local_rows(cfg: Config, sizes: Sizes) -> int:
   return size // shards
 
 
-def kept_bytes(
-  cfg: ModelConfig, training: TrainingConfig, parts: int, seq_len: int, remat: Remat
-) -> int:
+def kept_bytes(cfg: Config, parts: int, remat: Remat) -> int:
   """Bytes per row that the backward pass of the layers needs from the forward pass, on
   one of `parts` members of a `tensor` axis. Parameters are not among it.
   """
-  run = dataclasses.replace(_precision(training), remat=remat, scanned=True)
-  return _kept_bytes(_local_model(cfg, parts), run, seq_len)
+  run = dataclasses.replace(_precision(cfg.training), remat=remat, scanned=True)
+  lengths = (cfg.data.seq_len, source_len(cfg))
+  return _kept_bytes(_local_model(cfg.model, parts), run, lengths)
+
+
+def source_len(cfg: Config) -> int:
+  """Source tokens in a row: an encoder-decoder's, else none."""
+  if cfg.model.family != "encoder_decoder":
+    return 0
+  return cfg.data.source_len or cfg.data.seq_len
 
 
 def _local_model(cfg: ModelConfig, parts: int) -> ModelConfig:
   """The share of a model that one member of a `tensor` axis computes."""
-  assert cfg.num_kv_heads and cfg.ffn_width and cfg.vocab_size and cfg.moe.expert_width
+  assert cfg.num_kv_heads and cfg.ffn_width and cfg.moe.expert_width
   return dataclasses.replace(
     cfg,
     num_heads=cfg.num_heads // parts,
@@ -264,32 +267,33 @@ def _local_model(cfg: ModelConfig, parts: int) -> ModelConfig:
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_bytes(cfg: ModelConfig, run: TrainingConfig, seq_len: int) -> int:
+def _kept_bytes(cfg: ModelConfig, run: TrainingConfig, lengths: tuple[int, int]) -> int:
   """Read off the traced model: what grows with the rows."""
   model = build_model(cfg, run)
   boxed = jax.eval_shape(functools.partial(init_params, model), SEED)
-  one, two = (_residual_bytes(model, nn.unbox(boxed), rows, seq_len) for rows in (1, 2))
+  one, two = (_residual_bytes(model, nn.unbox(boxed), n, lengths) for n in (1, 2))
   return two - one
 
 
-def _residual_bytes(model: Any, params: Any, rows: int, seq_len: int) -> int:
-  ids_BT = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32)
+def _residual_bytes(model: Any, params: Any, rows: int, lengths: tuple[int, int]) -> int:
+  target, source = (
+    jax.ShapeDtypeStruct((rows, length), jnp.int32) if length else None
+    for length in lengths
+  )
+  batch: Any = Batch(*[target] * 5, *[source] * 3)  # type: ignore[arg-type]
 
-  def residuals(params: Any, ids_BT: jax.Array) -> list[jax.Array]:
-    def hidden(params: Any) -> Any:
-      return model.apply(
-        {"params": params},
-        ids_BT,
-        ids_BT,
-        ids_BT,
-        deterministic=model.cfg.dropout == 0,
-        rngs={"dropout": jax.random.key(0)},
-        method="hidden",
-      )
+  def residuals(params: Any, batch: Batch) -> list[jax.Array]:
+    dropout = model.cfg.dropout > 0
+    options = dict(
+      method="hidden",
+      deterministic=not dropout,
+      rngs={"dropout": jax.random.key(0)} if dropout else {},
+    )
+    return jax.tree.leaves(
+      jax.vjp(lambda params: forward(model, params, batch, **options), params)[1]
+    )
 
-    return jax.tree.leaves(jax.vjp(hidden, params)[1])
-
-  jaxpr = jax.make_jaxpr(residuals)(params, ids_BT).jaxpr
+  jaxpr = jax.make_jaxpr(residuals)(params, batch).jaxpr
   origins = _origins(jaxpr)
   given = set(jaxpr.invars)
   kept = {}

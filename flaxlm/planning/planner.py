@@ -4,7 +4,6 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from flaxlm.config import Config
 from flaxlm.errors import ConfigError
@@ -14,7 +13,7 @@ from flaxlm.planning.memory import full_sizes
 from flaxlm.planning.report import Report
 from flaxlm.planning.roofline import DecodePoint, plan_decoding, plan_training
 from flaxlm.planning.search import cheapest_fit, search
-from flaxlm.tokenizers import Tokenizer, train_tokenizer
+from flaxlm.tokenizers import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,9 +70,9 @@ def resolve(cfg: Config) -> Config:
   if cfg.model.vocab_size is not None:
     pass
   elif path is not None:
-    num_ids = Tokenizer.load(Path(path)).vocab_size
+    num_ids = Tokenizer.load(path).vocab_size
   elif kind == "byte":
-    num_ids = train_tokenizer("byte", [], 0).vocab_size
+    num_ids = 257  # and the end of a text
   return dataclasses.replace(cfg, model=cfg.model.resolve(num_ids))
 
 

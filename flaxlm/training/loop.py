@@ -8,13 +8,13 @@ so that most mistakes show within seconds.
 import contextlib
 import dataclasses
 import fcntl
-import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,13 +22,13 @@ from jax.sharding import Mesh
 
 from flaxlm.checkpoint.manifest import newest_whole_step, saved_steps, write_atomically
 from flaxlm.checkpoint.store import CheckpointStore, make_room_after
-from flaxlm.config import Config, TokenizerConfig
+from flaxlm.config import Config, ModelConfig, TokenizerConfig
 from flaxlm.configfile import difference, to_json
 from flaxlm.data.batches import Batches
-from flaxlm.data.objectives import Batch
-from flaxlm.data.prepare import Prepared, TokenStore, prepare
-from flaxlm.data.sources import data_dir
-from flaxlm.decoding.completions import complete
+from flaxlm.data.prepare import Prepared, prepare
+from flaxlm.data.sources import data_dir, find_corpus
+from flaxlm.decoding.completions import complete, search
+from flaxlm.decoding.encoding import fill_masks
 from flaxlm.decoding.runs import CHECKPOINTS, CONFIG, TOKENIZER, Run, load_config_of
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.errors import (
@@ -38,16 +38,20 @@ from flaxlm.errors import (
   ConfigError,
   NonFiniteError,
 )
-from flaxlm.nn.models import Decoder, build_model
+from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.models import build_model
 from flaxlm.sharding import RULES, batch_shards, make_mesh, start_jax
-from flaxlm.tokenizers import Tokenizer
-from flaxlm.training.optimizer import build_optimizer
+from flaxlm.tokenizers import MASK, Tokenizer
+from flaxlm.training.evaluation import Evaluator, describe_evaluation, split_batches
+from flaxlm.training.optimizer import Optimizer, build_optimizer
 from flaxlm.training.reporting import Reporter
 from flaxlm.training.step import (
+  SEED,
   Metrics,
   TrainState,
+  TrainStep,
+  abstract_batch,
   abstract_state,
-  compile_eval_step,
   compile_train_step,
   init_state,
   put_batch,
@@ -71,42 +75,47 @@ def train(cfg: Config) -> int:
     stack.enter_context(locked(cfg.run_dir))
     first_step = resume_step(cfg)
 
-    # -- Data: what there is to learn from decides the vocabulary.
-    prepared = prepare(cfg.data.corpus, cfg.tokenizer)
-    model_cfg = cfg.model.resolve(prepared.tokenizer.vocab_size)
-    cfg = dataclasses.replace(cfg, model=model_cfg)
-    batches = split_batches(cfg, prepared.train, shuffled=True)
-    validation = split_batches(cfg, prepared.validation, shuffled=False)
-    if first_step:
-      check_same_experiment(cfg, prepared.fingerprint, first_step)
+    # -- Data: what there is to learn from decides the vocabulary. It is known before, in
+    # all but the smallest corpora, so the program compiles while the data are prepared.
+    corpus = find_corpus(cfg.data.corpus)
+    guess = cfg.model.resolve(expected_vocab_size(cfg.tokenizer))
+    with ThreadPoolExecutor(1, "compile") as thread:
+      ahead = thread.submit(Program.compiled, guess, cfg, mesh, fresh=not first_step)
+      prepared = prepare(corpus, cfg.tokenizer, objective=cfg.data.objective)
+      cfg = dataclasses.replace(cfg, model=cfg.model.resolve(prepared.tokenizer.vocab_size))
+      batches = split_batches(cfg, prepared.train, shuffled=True)
+      validation = split_batches(cfg, prepared.validation, shuffled=False)
+      if first_step:
+        check_same_experiment(cfg, prepared.fingerprint, first_step)
+      writes = jax.process_index() == 0
+      if writes:
+        write_atomically(cfg.run_dir / CONFIG, to_json(cfg))
+        prepared.tokenizer.save(cfg.run_dir / TOKENIZER)
+      reporter = Reporter(cfg.run_dir, first_step, cfg.training.num_steps, writes)
+      stack.callback(reporter.close)
+      store = CheckpointStore(cfg.run_dir / CHECKPOINTS, cfg.checkpoint.keep)
+      stack.callback(store.close)
+      program = ahead.result()
+    if program.model.cfg != cfg.model:
+      program = Program.compiled(cfg.model, cfg, mesh, fresh=not first_step)
 
     # -- State: born sharded, or read back to where it was.
-    writes = jax.process_index() == 0
-    if writes:
-      write_atomically(cfg.run_dir / CONFIG, to_json(cfg))
-      prepared.tokenizer.save(cfg.run_dir / TOKENIZER)
-    reporter = Reporter(cfg.run_dir, first_step, cfg.training.num_steps, writes)
-    stack.callback(reporter.close)
-    model = build_model(cfg.model, cfg.training)
-    optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
-    store = CheckpointStore(cfg.run_dir / CHECKPOINTS, cfg.checkpoint.keep)
-    stack.callback(store.close)
-    if first_step:
-      target = abstract_state(model, optimizer, mesh)
+    model, state = program.model, program.state
+    if state is None:
+      target = abstract_state(model, program.optimizer, mesh)
       items = store.restore(first_step, params=target.params, opt_state=target.opt_state)
       step = jax.device_put(np.int32(first_step), target.step.sharding)
       state = TrainState(step, items["params"], items["opt_state"])
       reporter.log(f"resuming {cfg.run_dir} at step {first_step}")
-    else:
-      state = init_state(model, optimizer, mesh, cfg.seed)
     reporter.log(describe(cfg, state, prepared, mesh))
 
     # -- Steps.
-    train_step = compile_train_step(model, optimizer, cfg.training.accumulation_steps, mesh)
     evaluator = Evaluator(
       model, prepared.tokenizer, validation, cfg.training.eval_batches, mesh
     )
-    run = Trainer(cfg, prepared.fingerprint, mesh, train_step, evaluator, store, reporter)
+    run = Trainer(
+      cfg, prepared.fingerprint, mesh, program.train_step, evaluator, store, reporter
+    )
     with stop_signals() as stop:
       state, exit_code = run.steps(state, first_step, batches, stop)
 
@@ -120,6 +129,33 @@ def train(cfg: Config) -> int:
     return exit_code
 
 
+class Program(NamedTuple):
+  """What runs on the devices: the model, its training step, and a first state."""
+
+  model: LanguageModel
+  optimizer: Optimizer
+  train_step: TrainStep
+  state: TrainState | None
+
+  @staticmethod
+  def compiled(model_cfg: ModelConfig, cfg: Config, mesh: Mesh, fresh: bool) -> "Program":
+    """The program of a config, ready to run; `fresh` makes the state of step 0 too."""
+    model = build_model(model_cfg, cfg.training)
+    optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
+    state = init_state(model, optimizer, mesh, cfg.seed) if fresh else None
+    train_step = compile_train_step(model, optimizer, cfg.training, mesh)
+    batch = abstract_batch(cfg.data, mesh)
+    train_step.lower(abstract_state(model, optimizer, mesh), batch, SEED).compile()
+    return Program(model, optimizer, train_step, state)
+
+
+def expected_vocab_size(cfg: TokenizerConfig) -> int:
+  """What the tokenizer will have, unless the text is too short for so many ids."""
+  if cfg.path is not None:
+    return Tokenizer.load(cfg.path).vocab_size
+  return cfg.vocab_size if cfg.kind == "bpe" else 257
+
+
 class Trainer:
   """The steps of one run, and what happens between them."""
 
@@ -128,7 +164,7 @@ class Trainer:
     cfg: Config,
     fingerprint: str,
     mesh: Mesh,
-    train_step: Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]],
+    train_step: TrainStep,
     evaluator: "Evaluator",
     store: CheckpointStore,
     reporter: Reporter,
@@ -254,65 +290,6 @@ class Clock:
     return rates
 
 
-class Evaluator:
-  """Loss, perplexity and bits per byte on the held-out split."""
-
-  def __init__(
-    self,
-    model: Decoder,
-    tokenizer: Tokenizer,
-    batches: Batches,
-    num_batches: int | None,
-    mesh: Mesh,
-  ):
-    """`num_batches` None evaluates on the whole split."""
-    self.batches, self.num_batches, self.mesh = batches, num_batches, mesh
-    assert model.cfg.vocab_size is not None
-    padding = model.cfg.vocab_size - tokenizer.vocab_size
-    self.token_bytes_V = np.pad(tokenizer.token_bytes(), (0, padding)).astype(np.float32)
-    self.eval_step = compile_eval_step(model, mesh)
-
-  def __call__(self, params: Any) -> dict[str, float]:
-    """Averages over the split's tokens, end-of-text included; bytes are those of text."""
-    sums: dict[str, float] = {"nats": 0.0, "tokens": 0.0, "bytes": 0.0}
-    count = self.batches.num_batches
-    assert count is not None, "one epoch"
-    for n in range(min(count, self.num_batches or count)):
-      batch = put_batch(self.batches[n], self.mesh)
-      for name, value in self.eval_step(params, batch, self.token_bytes_V).items():
-        sums[name] += float(value)
-    loss = sums["nats"] / sums["tokens"]
-    values = {
-      "eval/loss": loss,
-      "eval/perplexity": math.exp(min(loss, 700.0)),
-      "eval/bits_per_byte": sums["nats"] / math.log(2) / max(sums["bytes"], 1.0),
-    }
-    gzip = self.batches.store.gzip_bits_per_byte
-    if gzip is not None and self.num_batches is None:  # then it is of the same text
-      values["eval/gzip_bits_per_byte"] = gzip
-    return values
-
-
-def evaluate_run(
-  run: Run, corpus: str, split: str, num_batches: int | None
-) -> dict[str, float]:
-  """The evaluation of a stored run on a split of a corpus, with the run's tokenizer."""
-  tokenizer = TokenizerConfig(path=str(run.path / TOKENIZER))
-  prepared = prepare(corpus, tokenizer)
-  store = prepared.train if split == "train" else prepared.validation
-  batches = split_batches(run.cfg, store, shuffled=False)
-  return Evaluator(run.model, run.tokenizer, batches, num_batches, run.mesh)(run.params)
-
-
-def describe_evaluation(values: dict[str, float]) -> str:
-  text = (
-    f"loss {values['eval/loss']:.3f}, perplexity {values['eval/perplexity']:.1f}, "
-    f"{values['eval/bits_per_byte']:.3f} bits per byte"
-  )
-  gzip = values.get("eval/gzip_bits_per_byte")
-  return text if gzip is None else f"{text} (gzip -9: {gzip:.3f})"
-
-
 # -- Before the first step ---------------------------------------------------------------
 
 
@@ -327,21 +304,6 @@ def check_batch(cfg: Config, mesh: Mesh) -> None:
       f"accumulation_steps={accumulation}",
       f"nearest: {max(1, round(size / shards)) * shards}",
     )
-
-
-def split_batches(cfg: Config, store: TokenStore, shuffled: bool) -> Batches:
-  """This process's share of a split: shuffled to train on, in order to evaluate."""
-  assert cfg.model.vocab_size is not None, "resolved"
-  return Batches(
-    store,
-    seq_len=cfg.data.seq_len,
-    batch_size=cfg.data.batch_size,
-    vocab_size=cfg.model.vocab_size,
-    seed=cfg.seed if shuffled else None,
-    num_epochs=cfg.data.num_epochs if shuffled else 1,
-    process=jax.process_index(),
-    num_processes=jax.process_count(),
-  )
 
 
 @contextlib.contextmanager
@@ -421,8 +383,8 @@ def describe(cfg: Config, state: TrainState, prepared: Prepared, mesh: Mesh) -> 
   device = jax.devices()[0].device_kind
   return (
     f"{cfg.run_dir}: {num_params:,} parameters; {cfg.data.corpus}: "
-    f"{len(prepared.train.tokens):,} tokens to learn from, "
-    f"{len(prepared.validation.tokens):,} held out; "
+    f"{prepared.train.num_tokens:,} tokens to learn from, "
+    f"{prepared.validation.num_tokens:,} held out; "
     f"{jax.device_count()} {device} device(s){f', mesh {axes}' if axes else ''}"
   )
 
@@ -461,16 +423,27 @@ def stop_signals() -> Iterator[Stop]:
 
 
 def show_sample(run: Run, reporter: Reporter) -> None:
-  """Prints a completion, and what to try next."""
-  sampling = make_sampling(1, temperature=0.8, top_p=0.95, seed=run.cfg.seed)
-  (sample,) = complete(run, [run.cfg.training.sample_prompt], sampling)
+  """Prints what the model makes of `sample_prompt`, and what to try next."""
+  family, prompt = run.cfg.model.family, run.cfg.training.sample_prompt
+  infer, text = f"python infer.py {run.path}", ""
+  if family == "encoder":
+    prompt = prompt if MASK in prompt else f"import {MASK}"
+    (filled,) = fill_masks(run, [prompt])
+    text = filled.filled
+    tries = [f'{infer} --fill "{prompt}"', f'flaxlm embed {run.path} --text "a sentence"']
+  elif family == "encoder_decoder":
+    prompt = prompt or "Search"
+    (found,) = search(run, [prompt], num_beams=4)
+    text = f"{prompt} => {found.completion}"
+    tries = [f'{infer} --prompt "{prompt}" --beams 4', f"flaxlm eval {run.path} --bleu"]
+  else:
+    sampling = make_sampling(1, temperature=0.8, top_p=0.95, seed=run.cfg.seed)
+    (sample,) = complete(run, [prompt], sampling)
+    text = sample.prompt + sample.completion
+    tries = [f'{infer} --prompt "{prompt or "Once"}"']
   reporter.end_progress()
   reporter.log("a sample:")
-  print(sample.prompt + sample.completion, flush=True)
-  prompt = run.cfg.training.sample_prompt or "Once"
-  reporter.log(
-    "next, try:\n"
-    f'  python infer.py {run.path} --prompt "{prompt}"\n'
-    f"  python train.py --name=longer --training.num_steps={2 * run.step}\n"
-    f"  tensorboard --logdir {run.cfg.runs_dir}   (pip install tensorboard)"
-  )
+  print(text, flush=True)
+  tries.append(f"python train.py --name=longer --training.num_steps={2 * run.step}")
+  tries.append(f"tensorboard --logdir {run.cfg.runs_dir}   (pip install tensorboard)")
+  reporter.log("next, try:\n" + "\n".join(f"  {line}" for line in tries))

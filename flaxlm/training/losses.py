@@ -6,10 +6,19 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 
-def cross_entropy(logits_BTV: jax.Array, targets_BT: ArrayLike) -> jax.Array:
-  """-log softmax(logits)[target] of every token, in nats and float32, (B, T)."""
+def cross_entropy(
+  logits_BTV: jax.Array, targets_BT: ArrayLike, smoothing: float = 0.0
+) -> jax.Array:
+  """-log softmax(logits)[target] of every token, in nats and float32, (B, T).
+
+  `smoothing` spreads that share of the target over the vocabulary (Szegedy et al., 2016,
+  section 7; Vaswani et al., 2017, 5.4).
+  """
   logits_BTV = logits_BTV.astype(jnp.float32)
   target_logits_BT = jnp.take_along_axis(
     logits_BTV, jnp.asarray(targets_BT)[..., None], -1
   )[..., 0]
+  if smoothing:
+    mean_BT = logits_BTV.mean(-1)
+    target_logits_BT = (1 - smoothing) * target_logits_BT + smoothing * mean_BT
   return jax.nn.logsumexp(logits_BTV, -1) - target_logits_BT

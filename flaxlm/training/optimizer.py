@@ -100,10 +100,12 @@ def matrix_dims(params: Any) -> Any:
   """
 
   def dims(names: tuple[str, ...], leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
-    if names[0] != "blocks" or names[-1] != "kernel":
+    if "blocks" not in names or names[-1] != "kernel":
+      return None
+    if names[-2] in ("router", "shared_gate"):  # too few columns to be orthogonal
       return None
     rows = 2 if names[-2] == "o" else 1  # "LNHD" contracts N and H, the others one dim
-    axes = tuple(range(1, leaf.ndim))
+    axes = tuple(range(2 if "experts" in names else 1, leaf.ndim))  # "LEDF": a matrix each
     return contrib.MuonDimensionNumbers(axes[:rows], axes[rows:])
 
   return _map_with_names(dims, params)

@@ -12,8 +12,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from flaxlm.config import DataConfig, TrainingConfig
 from flaxlm.data.objectives import Batch
-from flaxlm.nn.models import Decoder, abstract_params, init_params
+from flaxlm.nn.base import LanguageModel, Output, Source
+from flaxlm.nn.models import abstract_params, init_params
 from flaxlm.sharding import batch_sharding, like_parameters
 from flaxlm.training.losses import cross_entropy
 from flaxlm.training.optimizer import Optimizer
@@ -30,9 +32,9 @@ class TrainState(NamedTuple):
 
 
 def train_step(
-  model: Decoder,
+  model: LanguageModel,
   optimizer: Optimizer,
-  accumulation_steps: int,
+  cfg: TrainingConfig,
   state: TrainState,
   batch: Batch,
   seed: jax.Array,
@@ -46,8 +48,8 @@ def train_step(
   key = jax.random.fold_in(jax.random.key(seed), state.step)
   num_tokens = jnp.maximum(batch.weights_BT.sum(), 1.0)
   loss_sum, gradient = accumulate(
-    functools.partial(loss_and_gradient, model),
-    accumulation_steps,
+    functools.partial(loss_and_gradient, model, cfg.label_smoothing),
+    cfg.accumulation_steps,
     state.params,
     batch,
     key,
@@ -76,22 +78,46 @@ def train_step(
 
 
 def loss_and_gradient(
-  model: Decoder, params: Any, batch: Batch, key: jax.Array
+  model: LanguageModel, smoothing: float, params: Any, batch: Batch, key: jax.Array
 ) -> tuple[jax.Array, Any]:
-  """The summed loss over a batch's weighted tokens, and its gradient."""
+  """The summed loss over a batch's weighted tokens, and the gradient of what is minimised.
 
-  def loss_sum(params: Any) -> jax.Array:
-    logits_BTV, _ = model.apply(
-      {"params": params},
-      batch.tokens_BT,
-      batch.positions_BT,
-      batch.segments_BT,
-      deterministic=model.cfg.dropout == 0,
-      rngs={"dropout": key},
-    )
-    return (cross_entropy(logits_BTV, batch.targets_BT) * batch.weights_BT).sum()
+  That is the loss, smoothed, and the experts' own losses, which the loss leaves out.
+  """
 
-  return jax.value_and_grad(loss_sum)(params)
+  def minimised(params: Any) -> tuple[jax.Array, jax.Array]:
+    dropout = model.cfg.dropout > 0
+    rngs = {"dropout": key} if dropout else {}
+    output = forward(model, params, batch, deterministic=not dropout, rngs=rngs)
+    of_tokens = lambda nats_BT: (nats_BT * batch.weights_BT).sum()
+    loss_sum = of_tokens(cross_entropy(output.value, batch.targets_BT))
+    total = loss_sum
+    if smoothing:
+      total = of_tokens(cross_entropy(output.value, batch.targets_BT, smoothing))
+    moe = model.cfg.moe
+    weights = {"load_balance": moe.load_balance_weight, "router_z": moe.router_z_weight}
+    for name, loss in output.losses.items():
+      total += weights[name] * loss
+    return total, loss_sum
+
+  (_, loss_sum), gradient = jax.value_and_grad(minimised, has_aux=True)(params)
+  return loss_sum, gradient
+
+
+def forward(model: LanguageModel, params: Any, batch: Batch, **options: Any) -> Output:
+  """The model's output for a batch; `options` go to `apply`."""
+  source = {}
+  if batch.source_BS is not None:
+    fields = (batch.source_BS, batch.source_positions_BS, batch.source_segments_BS)
+    source = {"source": Source(*fields)}
+  return model.apply(
+    {"params": params},
+    batch.tokens_BT,
+    batch.positions_BT,
+    batch.segments_BT,
+    **source,
+    **options,
+  )
 
 
 def accumulate(
@@ -120,26 +146,29 @@ def accumulate(
 
 
 def eval_step(
-  model: Decoder, params: Any, batch: Batch, token_bytes_V: ArrayLike
+  model: LanguageModel, params: Any, batch: Batch, token_bytes_V: ArrayLike
 ) -> Metrics:
-  """Sums over a batch: loss in nats, tokens, and the bytes of text they stand for."""
-  logits_BTV, _ = model.apply(
-    {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT
-  )
+  """Sums over a batch: loss in nats, tokens, and the bytes of text they stand for; of
+  filled masks also the hits, where the right token was the likeliest."""
+  logits_BTV = forward(model, params, batch).value
   nats_BT = cross_entropy(logits_BTV, batch.targets_BT) * batch.weights_BT
   num_bytes_BT = jnp.asarray(token_bytes_V)[batch.targets_BT] * batch.weights_BT
-  return {
+  sums = {
     "nats": nats_BT.sum(),
     "tokens": batch.weights_BT.sum(),
     "bytes": num_bytes_BT.sum(),
   }
+  if model.cfg.family == "encoder":
+    hits_BT = logits_BTV.argmax(-1) == batch.targets_BT
+    sums["hits"] = (hits_BT * batch.weights_BT).sum()
+  return sums
 
 
 # -- Compiling: the state is born sharded, and stays where it was born --------------------
 
 
 @functools.lru_cache(maxsize=8)  # a run asks three times, half a second each
-def abstract_state(model: Decoder, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+def abstract_state(model: LanguageModel, optimizer: Optimizer, mesh: Mesh) -> TrainState:
   """Shapes, dtypes and shardings of the state; computes and allocates nothing."""
   params = abstract_params(model, mesh)
   opt_state = like_parameters(jax.eval_shape(optimizer.init, params), params, mesh)
@@ -148,7 +177,9 @@ def abstract_state(model: Decoder, optimizer: Optimizer, mesh: Mesh) -> TrainSta
   return TrainState(step, params, opt_state)
 
 
-def init_state(model: Decoder, optimizer: Optimizer, mesh: Mesh, seed: int) -> TrainState:
+def init_state(
+  model: LanguageModel, optimizer: Optimizer, mesh: Mesh, seed: int
+) -> TrainState:
   """The state of step 0, each shard made on the device that keeps it."""
   abstract = abstract_state(model, optimizer, mesh)
 
@@ -160,14 +191,29 @@ def init_state(model: Decoder, optimizer: Optimizer, mesh: Mesh, seed: int) -> T
   return jax.jit(init, out_shardings=shardings_of(abstract))(jnp.uint32(seed))
 
 
+class TrainStep:
+  """A jitted training step that finds its mesh."""
+
+  def __init__(self, jitted: Any, mesh: Mesh):
+    self._jitted, self._mesh = jitted, mesh
+
+  def __call__(
+    self, state: TrainState, batch: Batch, seed: jax.Array
+  ) -> tuple[TrainState, Metrics]:
+    with jax.set_mesh(self._mesh):
+      return self._jitted(state, batch, seed)
+
+  def lower(self, state: TrainState, batch: Batch, seed: Any) -> jax.stages.Lowered:
+    """For abstract arguments; once compiled, calls with such arguments find it."""
+    with jax.set_mesh(self._mesh):
+      return self._jitted.lower(state, batch, seed)
+
+
 def compile_train_step(
-  model: Decoder,
-  optimizer: Optimizer,
-  accumulation_steps: int,
-  mesh: Mesh,
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
+  model: LanguageModel, optimizer: Optimizer, cfg: TrainingConfig, mesh: Mesh
+) -> TrainStep:
   """`train_step` under `jit`: the state donated, its layout the same going in and out."""
-  step = functools.partial(train_step, model, optimizer, accumulation_steps)
+  step = functools.partial(train_step, model, optimizer, cfg)
   state_shardings = shardings_of(abstract_state(model, optimizer, mesh))
   replicated = NamedSharding(mesh, PartitionSpec())
   jitted = jax.jit(
@@ -176,11 +222,28 @@ def compile_train_step(
     out_shardings=(state_shardings, replicated),
     donate_argnums=0,
   )
-  return under_mesh(jitted, mesh)
+  return TrainStep(jitted, mesh)
+
+
+SEED = jax.ShapeDtypeStruct((), jax.numpy.uint32)
+
+
+def abstract_batch(cfg: DataConfig, mesh: Mesh) -> Batch:
+  """Shapes, dtypes and shardings of a global batch."""
+  sharding = batch_sharding(mesh)
+
+  def array(length: int, dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct((cfg.batch_size, length), dtype, sharding=sharding)
+
+  ids, weights = array(cfg.seq_len, jnp.int32), array(cfg.seq_len, jnp.float32)
+  if cfg.objective != "seq2seq":
+    return Batch(ids, ids, ids, ids, weights)
+  source = array(cfg.source_len or cfg.seq_len, jnp.int32)
+  return Batch(ids, ids, ids, ids, weights, source, source, source)
 
 
 def compile_eval_step(
-  model: Decoder, mesh: Mesh
+  model: LanguageModel, mesh: Mesh
 ) -> Callable[[Any, Batch, ArrayLike], Metrics]:
   """`eval_step` under `jit`."""
   return under_mesh(jax.jit(functools.partial(eval_step, model)), mesh)

@@ -2,6 +2,7 @@
 """Stored tokens: right, found again, rebuilt when damaged, safe for several processes."""
 
 import gzip
+import hashlib
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from flaxlm.config import TokenizerConfig
-from flaxlm.data.prepare import Prepared, TokenStore, prepare
+from flaxlm.data.prepare import PairStore, Prepared, TokenStore, prepare
 from flaxlm.data.sources import find_corpus
 from flaxlm.errors import DataError
 from flaxlm.tokenizers import train_tokenizer
@@ -198,6 +199,149 @@ def test_a_data_directory_that_cannot_be_written(
     prepare(corpus, BYTE)
   assert "FLAXLM_DATA_DIR" in error.value.cure
   assert error.value.exit_code == 3
+
+
+# -- Pairs, and tokenizers with a mask -----------------------------------------------------
+
+
+@pytest.fixture
+def pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+  """What Django says in German; prepared data go to a directory of the test's own."""
+  monkeypatch.setenv("FLAXLM_DATA_DIR", str(tmp_path / "data"))
+  return "gettext:de"
+
+
+def prepare_pairs(corpus: str, cfg: TokenizerConfig = BPE, **arguments) -> Prepared:
+  return prepare(corpus, cfg, objective="seq2seq", **arguments)
+
+
+def stored_pairs(prepared: Prepared, split: str) -> list[tuple[str, str]]:
+  store, decode = getattr(prepared, split), prepared.tokenizer.decode
+  assert isinstance(store, PairStore)
+  sides = (map(decode, documents(side)) for side in (store.source, store.target))
+  return list(zip(*sides, strict=True))
+
+
+@pytest.mark.parametrize("cfg", [BPE, BYTE])
+def test_the_store_holds_the_pairs(pairs: str, cfg: TokenizerConfig):
+  prepared = prepare_pairs(pairs, cfg)
+  found = find_corpus(pairs)
+  for split in ("train", "validation"):
+    expected = [(p.source, p.target) for p in found.pairs if p.split == split]
+    assert stored_pairs(prepared, split) == expected
+    store = getattr(prepared, split)
+    assert store.source.num_documents == store.target.num_documents == len(expected)
+    assert store.num_tokens == len(store.source.tokens) + len(store.target.tokens)
+    assert store.source.num_bytes == len("".join(s for s, _ in expected).encode())
+    assert store.vocab_size == prepared.tokenizer.vocab_size
+    assert store.bos_id == prepared.tokenizer.bos_id
+    assert store.gzip_bits_per_byte is None
+
+
+def test_the_tokenizer_of_pairs_knows_both_sides(pairs: str):
+  both = prepare_pairs(pairs, TokenizerConfig(vocab_size=1000))
+  texts = tuple(zip(*stored_pairs(both, "train"), strict=True))
+  for store, other in ((both.train.source, texts[1]), (both.train.target, texts[0])):
+    num_tokens = store.num_tokens - store.num_documents
+    assert store.num_bytes / num_tokens > 2.4
+    of_other_side = train_tokenizer("bpe", other, 1000)
+    this = texts[0] if other is texts[1] else texts[1]
+    assert num_tokens < 0.9 * sum(map(len, of_other_side.encode_batch(this)))
+
+
+def test_a_second_call_for_pairs_writes_and_says_nothing(pairs: str, tmp_path: Path):
+  lines: list[str] = []
+  first = prepare_pairs(pairs, log=lines.append)
+  assert " pairs (" in lines[0]
+  before = stored(tmp_path / "data")
+  lines.clear()
+  second = prepare_pairs(pairs, log=lines.append)
+  assert lines == []
+  assert stored(tmp_path / "data") == before
+  assert second.fingerprint == first.fingerprint
+  assert np.array_equal(second.train.target.tokens, first.train.target.tokens)
+
+
+@pytest.mark.parametrize("damaged", ["train.source.npy", "validation.target.npy"])
+@pytest.mark.parametrize("damage", ["truncate", "garble", "delete"])
+def test_damaged_pairs_are_built_again(
+  pairs: str, tmp_path: Path, damaged: str, damage: str
+):
+  first = prepare_pairs(pairs, BYTE)
+  expected = {split: stored_pairs(first, split) for split in ("train", "validation")}
+  (path,) = (tmp_path / "data").rglob(damaged)
+  content = path.read_bytes()
+  if damage == "delete":
+    path.unlink()
+  else:
+    path.write_bytes(content[:-2] if damage == "truncate" else b"?" * len(content))
+  second = prepare_pairs(pairs, BYTE)
+  assert path.read_bytes() == content
+  assert {split: stored_pairs(second, split) for split in expected} == expected
+
+
+def test_what_a_killed_process_left_of_pairs_is_removed(pairs: str, tmp_path: Path):
+  fingerprint = prepare_pairs(pairs, BYTE).fingerprint
+  folder = tmp_path / "data" / "tokens" / fingerprint
+  folder.rename(folder.with_suffix(".partial"))
+  (folder.with_suffix(".partial") / "train.target.npy").unlink()
+  assert prepare_pairs(pairs, BYTE).fingerprint == fingerprint
+  assert [path.name for path in folder.parent.iterdir()] == [fingerprint]
+
+
+@pytest.mark.parametrize("objective", ["next_token", "masked"])
+def test_pairs_are_no_documents(pairs: str, objective: str):
+  with pytest.raises(DataError, match="gettext:de is made of pairs") as error:
+    prepare(pairs, BYTE, objective=objective)
+  assert "data.objective=seq2seq" in error.value.cure
+
+
+def test_documents_are_no_pairs(corpus: str):
+  with pytest.raises(DataError, match="has no pairs of source and target") as error:
+    prepare_pairs(corpus)
+  assert "pip install Django" in error.value.cure
+
+
+def test_a_masked_model_has_a_tokenizer_of_its_own(corpus: str, tmp_path: Path):
+  plain = prepare(corpus, BPE)
+  before = stored(tmp_path / "data")
+  masked = prepare(corpus, BPE, objective="masked")
+  assert plain.tokenizer.mask_id is None
+  assert plain.train.mask_id is None
+  mask_id = masked.train.vocab_size - 1
+  assert masked.train.mask_id == masked.tokenizer.mask_id == mask_id
+  assert masked.train.special_ids == (mask_id - 1, mask_id)
+  assert mask_id not in masked.train.tokens
+  assert masked.train.gzip_bits_per_byte == plain.train.gzip_bits_per_byte
+  # What was there stays, and is found again.
+  assert stored(tmp_path / "data").items() >= before.items()
+  assert prepare(corpus, BPE).fingerprint == plain.fingerprint
+
+
+def test_a_given_tokenizer_needs_a_mask(corpus: str, tmp_path: Path):
+  path = tmp_path / "mine.json"
+  cfg = TokenizerConfig(path=str(path))
+  train_tokenizer("byte", [], 0).save(path)
+  with pytest.raises(
+    DataError, match=r"special token \[MASK\], which .*mine.json"
+  ) as error:
+    prepare(corpus, cfg, objective="masked")
+  assert "--tokenizer.path" in error.value.cure
+  train_tokenizer("byte", [], 0, masked=True).save(path)
+  assert prepare(corpus, cfg, objective="masked").train.mask_id == 257
+
+
+def test_keys_of_what_is_stored_do_not_change(corpus: str, tmp_path: Path):
+  """Whoever has prepared a text finds it again: these keys are the first release's."""
+
+  def key(*parts: str | int) -> str:
+    return hashlib.sha256(json.dumps([1, *parts]).encode()).hexdigest()[:24]
+
+  prepared, found = prepare(corpus, BYTE), find_corpus(corpus)
+  assert prepared.fingerprint == key(found.fingerprint, prepared.tokenizer.fingerprint)
+  (path,) = (tmp_path / "data" / "tokenizers").iterdir()
+  assert path.stem == key(found.train_fingerprint, "byte", 4096)
+  assert path.stem == "c4953ce5820f04719d907fbb"  # the documents' fingerprint too
 
 
 @pytest.fixture(scope="module")

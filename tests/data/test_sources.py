@@ -179,6 +179,9 @@ def test_the_fingerprint_follows_names_and_content_only(tmp_path: Path):
     ("tfds:no_such_dataset", DataError, "no dataset 'no_such_dataset'"),
     ("tfds:lm1b/no_such_config", DataError, "no_such_config not found"),
     ("tfds:..", DataError, "cannot open"),
+    ("gettext:", ConfigError, "not a corpus"),
+    ("gettext:xx", DataError, "no installed package has a catalogue for gettext:xx"),
+    ("gettext:../de", DataError, "no installed package has a catalogue"),
   ],
 )
 def test_what_is_not_there(tmp_path: Path, name: str, error: type[DataError], cause: str):
@@ -278,6 +281,81 @@ def test_public_datasets(
     assert list(text) == [f"é{source} {n}" for n in range(start, end)]
     assert text[1] == f"é{source} {start + 1}"
   assert capfd.readouterr() == ("", "")
+
+
+class PairSet(LetterSet):
+  """Somebody's translations: the text of each feature begins with its name."""
+
+  FEATURES: ClassVar[dict[str, object]] = tfds.features.Translation(("de", "en"))
+  KEYS: tuple[str, str] | None = None
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    features = self.FEATURES
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(features) if type(features) is dict else features,
+      supervised_keys=self.KEYS,
+      disable_shuffling=True,
+    )
+
+  def _generate_examples(self, split: str):
+    for n in range(40):
+      yield n, {name: f"{name} é{split} {n}" for name in self.FEATURES}
+
+
+class WmtSet(PairSet):
+  # As in wmt14_translate, whose keys say the opposite of what people translate.
+  KEYS = ("de", "en")
+  BUILDER_CONFIGS: ClassVar[list[tfds.core.BuilderConfig]] = [
+    tfds.core.BuilderConfig(name="de-en")
+  ]
+
+
+class KeysSet(PairSet):
+  SPLITS = ("train",)
+  KEYS = ("en", "de")
+
+
+class NamedSet(PairSet):
+  FEATURES: ClassVar[dict[str, object]] = {
+    name: tfds.features.Text() for name in ("domain", "source", "target")
+  }
+
+
+@pytest.mark.parametrize(
+  ("builder", "name", "source", "target"),
+  [
+    (WmtSet, "wmt_set/de-en", "en", "de"),
+    (KeysSet, "keys_set", "en", "de"),
+    (NamedSet, "named_set", "source", "target"),
+  ],
+)
+def test_public_pairs(
+  own_data_dir: Path,
+  capfd: pytest.CaptureFixture[str],
+  builder: type[PairSet],
+  name: str,
+  source: str,
+  target: str,
+):
+  root = own_data_dir / "tfds"
+  builder(data_dir=str(root), file_format="array_record").download_and_prepare()
+  capfd.readouterr()
+  corpus = find_corpus(f"tfds:{name}")
+  train = range(40) if "validation" in builder.SPLITS else range(38)
+  sources, targets = corpus.read_pairs("train", root)
+  assert list(sources) == [f"{source} étrain {n}" for n in train]
+  assert list(targets) == [f"{target} étrain {n}" for n in train]
+  assert len(corpus.read_pairs("validation", root)[0]) == (40 if len(train) == 40 else 2)
+  assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("builder", [PairSet, LetterSet, TwoTexts])
+def test_public_pairs_need_a_direction(own_data_dir: Path, builder: type[LetterSet]):
+  root = own_data_dir / "tfds"
+  builder(data_dir=str(root), file_format="array_record").download_and_prepare()
+  with pytest.raises(DataError, match="no pairs of source and target: its text"):
+    find_corpus(f"tfds:{builder.name}").read_pairs("train", root)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,10 @@ def make_run(eos_logit: float) -> Run:
   cfg = Config(name="random", model=model_cfg)
   model = build_model(cfg.model)
   mesh = jax.make_mesh(
-    (1, 1, 1), MESH_AXES, devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 3
+    (1,) * len(MESH_AXES),
+    MESH_AXES,
+    devices=jax.devices()[:1],
+    axis_types=(AxisType.Auto,) * len(MESH_AXES),
   )
   rng = np.random.default_rng(0)
   params = jax.tree.map(

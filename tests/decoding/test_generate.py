@@ -17,15 +17,17 @@ from flaxlm.decoding.generate import (
   BLOCK_STEPS,
   SMALLEST_BUCKET,
   DecodeState,
+  Request,
   bucket,
+  choose,
   decode_block,
   generate,
   prefill,
 )
 from flaxlm.decoding.sampling import Sampling, make_sampling
 from flaxlm.errors import ConfigError, NonFiniteError
-from flaxlm.nn.attention import init_cache
-from flaxlm.nn.models import Decoder, abstract_params, build_model
+from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.models import abstract_params, build_model, init_cache
 from flaxlm.sharding import make_mesh
 
 SIZES = dict(depth=2, width=16, num_heads=4, vocab_size=64, context=64)
@@ -51,7 +53,7 @@ NUM_NEW = 1 + BLOCK_STEPS + 3  # the prefill's token, a block, and a part of the
 
 
 @functools.cache
-def model_of(name: str) -> tuple[Decoder, Any]:
+def model_of(name: str) -> tuple[LanguageModel, Any]:
   """A model, and parameters so large that its choices vary and are never close."""
   model = build_model(ARCHITECTURES[name])
   rng = np.random.default_rng(0)
@@ -68,12 +70,12 @@ def model_of(name: str) -> tuple[Decoder, Any]:
 
 
 @functools.cache
-def forward(model: Decoder) -> Any:
+def forward(model: LanguageModel) -> Any:
   return jax.jit(lambda params, tokens_BT: model.apply({"params": params}, tokens_BT)[0])
 
 
 def full_logits(
-  model: Decoder, params: Any, rows: Sequence[Sequence[int]]
+  model: LanguageModel, params: Any, rows: Sequence[Sequence[int]]
 ) -> list[np.ndarray]:
   """Logits (T, V) of each row from one pass over its whole text, without any cache."""
   tokens_BT = np.zeros((4, model.cfg.context), np.int32)
@@ -84,15 +86,17 @@ def full_logits(
 
 
 def run(
-  model: Decoder,
+  model: LanguageModel,
   params: Any,
   prompts: Sequence[Sequence[int]],
   sampling: Sampling,
   num_new: int = NUM_NEW,
-  **kwargs: Any,
+  num_ids: int = 64,
+  mesh: Mesh | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """All tokens and log-probabilities, (B, T) each."""
-  blocks = list(generate(model, params, prompts, num_new, sampling, **kwargs))
+  request = Request(prompts, num_new, num_ids)
+  blocks = list(generate(model, params, request, sampling, mesh))
   tokens_BT = np.concatenate([block.tokens_BT for block in blocks], 1)
   logprobs_BT = np.concatenate([block.logprobs_BT for block in blocks], 1)
   assert tokens_BT.shape == logprobs_BT.shape == (len(prompts), num_new)
@@ -251,10 +255,10 @@ def test_the_cache_is_donated():
   model, params = model_of("gqa")
   sampling, ids = greedy(4), jnp.int32(64)
   tokens_BT = np.zeros((4, SMALLEST_BUCKET), np.int32)
-  empty = init_cache(model.cfg, 4, SMALLEST_BUCKET)
-  state, _ = prefill(
-    model, params, tokens_BT, np.ones(4, np.int32), empty, sampling, ids, False
-  )
+  empty = init_cache(model, 4, SMALLEST_BUCKET)
+  logits_BV, cache = prefill(model, params, tokens_BT, np.ones(4, np.int32), empty)
+  state, _ = choose(logits_BV, cache, sampling, ids, False)
+  assert cache.k_LBSKH.is_deleted()
   assert empty.k_LBSKH.is_deleted()
   assert empty.v_LBSKH.is_deleted()
   again, _ = decode_block(model, params, state, sampling, ids, BLOCK_STEPS, False)
@@ -267,7 +271,7 @@ def test_the_cache_is_donated():
 def test_the_caller_who_stops_asking_pays_for_no_more():
   """Blocks are computed when they are asked for: the first needs one pass alone."""
   model, params = model_of("gqa")
-  blocks = generate(model, params, PROMPTS, 40, greedy(4))
+  blocks = generate(model, params, Request(PROMPTS, 40, 64), greedy(4))
   assert next(blocks).tokens_BT.shape == (4, 1)
   assert next(blocks).tokens_BT.shape == (4, BLOCK_STEPS)
   blocks.close()
@@ -295,7 +299,7 @@ def test_the_caller_who_stops_asking_pays_for_no_more():
 def test_what_does_not_fit_is_refused(prompts: list, num_new: int, complaint: str):
   model, params = model_of("gqa")
   with pytest.raises(ConfigError) as caught:
-    next(generate(model, params, prompts, num_new, greedy(len(prompts))))
+    next(generate(model, params, Request(prompts, num_new, 64), greedy(len(prompts))))
   assert complaint in caught.value.cause
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from flaxlm.config import ModelConfig, TrainingConfig
-from flaxlm.nn.attention import init_cache
-from flaxlm.nn.models import build_model
+from flaxlm.nn.models import build_model, init_cache
 
 SMALL = dict(depth=2, width=32, num_heads=4, vocab_size=61, context=32)
 ARCHITECTURES = {
@@ -95,10 +94,10 @@ def test_cached_equals_full_at_every_position(decoder):
   tokens_BT, lengths_B = random_tokens(3, 15), np.array([2, 6, 4])
   full_BTV = np.asarray(logits_of(model, params, tokens_BT))
   apply = jax.jit(
-    lambda tokens, cache: model.apply({"params": params}, tokens, cache=cache)
+    lambda tokens, cache: model.apply({"params": params}, tokens, cache=cache)[:2]
   )
   prompts = np.where(np.arange(6) < lengths_B[:, None], tokens_BT[:, :6], 59)
-  logits, prefilled = apply(prompts, init_cache(model.cfg, 3, 20))
+  logits, prefilled = apply(prompts, init_cache(model, 3, 20))
   for row, length in enumerate(lengths_B):
     np.testing.assert_allclose(logits[row, :length], full_BTV[row, :length], atol=1e-5)
   for chunk in (1, 3):
@@ -114,7 +113,7 @@ def test_independent_of_cache_length(decoder):
   model, params = decoder
   tokens_BT = random_tokens(2, 7)
   apply = jax.jit(lambda cache: model.apply({"params": params}, tokens_BT, cache=cache)[0])
-  outputs = [apply(init_cache(model.cfg, 2, slots)) for slots in (7, 29)]
+  outputs = [apply(init_cache(model, 2, slots)) for slots in (7, 29)]
   np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-5)
 
 

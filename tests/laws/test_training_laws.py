@@ -61,9 +61,9 @@ def packed_batch(rows=16, seed=0):
 def loss_and_gradient_on(mesh):
   model = build_model(CFG, FAST)
   state = init_state(model, build_optimizer(OptimizerConfig(), 10), mesh, seed=3)
-  step = under_mesh(jax.jit(loss_and_gradient, static_argnums=0), mesh)
+  step = under_mesh(jax.jit(loss_and_gradient, static_argnums=(0, 1)), mesh)
   return jax.device_get(
-    step(model, state.params, put_batch(packed_batch(), mesh), jax.random.key(0))
+    step(model, 0.0, state.params, put_batch(packed_batch(), mesh), jax.random.key(0))
   )
 
 
@@ -93,7 +93,7 @@ def test_state_stays_where_the_rules_say():
     x.sharding.is_equivalent_to(t.sharding, x.ndim) and x.shape == t.shape
   )
   assert all(jax.tree.leaves(jax.tree.map(where, state, target)))
-  step = compile_train_step(model, optimizer, 1, mesh)
+  step = compile_train_step(model, optimizer, TrainingConfig(), mesh)
   state, _ = step(state, put_batch(packed_batch(), mesh), jnp.uint32(0))
   assert all(jax.tree.leaves(jax.tree.map(where, state, target)))
   for tree in (state.params, state.opt_state):
@@ -111,7 +111,9 @@ def test_accumulation_equals_one_batch():
 
   def two_steps(parts):
     state = init_state(model, optimizer, mesh, seed=0)
-    step = compile_train_step(model, optimizer, parts, mesh)
+    step = compile_train_step(
+      model, optimizer, TrainingConfig(accumulation_steps=parts), mesh
+    )
     for n in range(2):
       state, metrics = step(state, put_batch(packed_batch(seed=n), mesh), jnp.uint32(0))
     return jax.device_get((metrics, state.params))
@@ -128,7 +130,7 @@ def one_device():
   mesh = mesh_of()
   model = build_model(CFG, FAST)
   optimizer = build_optimizer(OptimizerConfig(warmup_steps=0), 10)
-  step = compile_train_step(model, optimizer, 1, mesh)
+  step = compile_train_step(model, optimizer, TrainingConfig(), mesh)
   return lambda: init_state(model, optimizer, mesh, 0), step, lambda b: put_batch(b, mesh)
 
 
@@ -162,7 +164,7 @@ def test_bfloat16_trains_close_to_float32(one_device):
   new_state, float32_step, put = one_device
   model = build_model(CFG, TrainingConfig(dtype="bfloat16", scanned=True))
   optimizer = build_optimizer(OptimizerConfig(warmup_steps=0), 10)
-  narrow_step = compile_train_step(model, optimizer, 1, mesh_of())
+  narrow_step = compile_train_step(model, optimizer, TrainingConfig(), mesh_of())
 
   def losses(step):
     state, found = new_state(), []

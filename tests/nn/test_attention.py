@@ -6,29 +6,67 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxlm.nn.attention import Visibility, attend, attend_blocked, query_blocks, visible
+from flaxlm.nn.attention import (
+  Placement,
+  Reach,
+  Scoring,
+  Sight,
+  attend,
+  attend_blocked,
+  query_blocks,
+  visible,
+)
+
+WAYS = {
+  "causal": dict(),
+  "window": dict(window=40),
+  "window_and_sinks": dict(window=40, sink_tokens=2),
+  "bidirectional": dict(causal=False),
+  "bidirectional_window": dict(causal=False, window=40),
+  "softcap": dict(softcap=2.0),
+  "bias": dict(bias=1),
+  "bias_of_each_row": dict(bias=2),
+  "learned_sinks": dict(sinks=True),
+  "all": dict(window=40, softcap=2.0, bias=1, sinks=True),
+}
 
 
-@pytest.mark.parametrize("num_tokens", [9, 130, 256])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_blocked_equals_reference_with_gradients(num_tokens, kv_heads):
+@pytest.mark.parametrize(
+  ("way", "num_tokens", "kv_heads"),
+  [(way, 130, 2) for way in WAYS] + [("all", 9, 1), ("all", 9, 4), ("causal", 9, 2)],
+)
+def test_blocked_equals_reference_with_gradients(way, num_tokens, kv_heads):
   B, T, N, H = 2, num_tokens, 4, 8
-  keys = jax.random.split(jax.random.key(num_tokens), 4)
+  options = dict(causal=True, window=None, softcap=None, bias=0, sinks=False) | WAYS[way]
+  sink_tokens = options.get("sink_tokens", 0)
+  keys = jax.random.split(jax.random.key(num_tokens), 5)
   q = jax.random.normal(keys[0], (B, T, N, H))
   k, v = jax.random.normal(keys[1], (2, B, T, kv_heads, H))
   cotangent = jax.random.normal(keys[2], (B, T, N, H))
+  bias = jax.random.normal(keys[3], (options["bias"], N, T, T)) if options["bias"] else None
+  sinks = jax.random.normal(keys[4], (N,)) if options["sinks"] else None
   slots = jnp.broadcast_to(jnp.arange(T), (B, T))
   segments = 1 + (slots > T // 3) + (slots > T // 2)
-  mask = visible(Visibility(slots, segments, segments), T, window=T // 2)
+  where = Placement(slots, segments, segments)
+  mask = visible(where, T, options["causal"], options["window"], sink_tokens)
+  scoring = Scoring(H**-0.5, options["softcap"])
+  reach = None
+  if options["causal"]:
+    reach = Reach(None if sink_tokens else options["window"])
 
   def output_and_gradients(attention):
-    return jax.jit(lambda *x: (attention(*x), jax.vjp(attention, *x)[1](cotangent)))(
-      q, k, v
-    )
+    out, vjp = jax.vjp(attention, q, k, v, bias, sinks)
+    return out, vjp(cotangent)
 
-  expected = output_and_gradients(lambda q, k, v: attend(q, k, v, mask)[0])
-  actual = output_and_gradients(lambda q, k, v: attend_blocked(q, k, v, mask))
-  jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=2e-5), actual, expected)
+  expected = jax.jit(output_and_gradients, static_argnums=0)(
+    lambda q, k, v, bias, sinks: attend(q, k, v, Sight(mask, bias), scoring, sinks)[0]
+  )
+  actual = jax.jit(output_and_gradients, static_argnums=0)(
+    lambda q, k, v, bias, sinks: attend_blocked(
+      q, k, v, Sight(mask, bias), scoring, sinks, reach
+    )
+  )
+  jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=3e-5), actual, expected)
 
 
 @pytest.mark.parametrize("num_queries", [1, 63, 64, 130, 256, 1000])
@@ -41,8 +79,10 @@ def test_bfloat16_stays_close_to_float32():
   """The softmax runs in float32 whatever the inputs: errors stay at bfloat16's rounding."""
   q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 128, 2, 16))
   slots = jnp.arange(128)[None]
-  mask = visible(Visibility(slots), 128, None)
-  exact = attend(q, k, v, mask)[0]
-  narrow = attend_blocked(*(x.astype(jnp.bfloat16) for x in (q, k, v)), mask)
+  sight, scoring = Sight(visible(Placement(slots), 128)), Scoring(0.25)
+  exact = attend(q, k, v, sight, scoring)[0]
+  narrow = attend_blocked(
+    *(x.astype(jnp.bfloat16) for x in (q, k, v)), sight, scoring, reach=Reach()
+  )
   assert narrow.dtype == jnp.bfloat16
   np.testing.assert_allclose(narrow.astype(jnp.float32), exact, atol=0.03)

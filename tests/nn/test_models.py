@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import references
 
-from flaxlm.config import ModelConfig
-from flaxlm.nn.layers import Einsum, rotate, rotation
+from flaxlm.config import ModelConfig, RopeConfig
+from flaxlm.nn.layers import Einsum
 from flaxlm.nn.models import build_model
+from flaxlm.nn.positions import rotate, rotation
 
 SMALL = dict(depth=2, width=32, num_heads=4, vocab_size=61, context=24)
 GPT2 = dict(
@@ -29,6 +30,7 @@ ARCHITECTURES = {
   "multi_query_window": dict(num_kv_heads=1, window=3),
   "transformer_2017": dict(
     positions="sinusoidal",
+    embedding_scaled=True,
     norm="layernorm",
     norm_placement="post",
     activation="relu",
@@ -63,7 +65,9 @@ def test_logits_equal_float64_reference(name):
   tokens_BT = rng.integers(0, cfg.vocab_size, (2, 11))
   segments_BT = np.array([[1] * 4 + [2] * 7, [1] * 11])
   positions_BT = np.array([[*range(4), *range(7)], [*range(11)]])
-  logits, _ = jax.jit(model.apply)({"params": params}, tokens_BT, positions_BT, segments_BT)
+  logits, *_ = jax.jit(model.apply)(
+    {"params": params}, tokens_BT, positions_BT, segments_BT
+  )
   expected = references.decoder(
     as_float64(params), cfg, tokens_BT, segments_BT, positions_BT
   )
@@ -76,11 +80,12 @@ def test_captured_weights_are_the_ones_used():
   model = build_model(cfg)
   params = random_params(model)
   tokens_BT = np.arange(18).reshape(2, 9)
-  plain, _ = jax.jit(model.apply)({"params": params}, tokens_BT)
-  look = jax.jit(functools.partial(model.apply, mutable=["intermediates"]))
-  (looked, _), captured = look({"params": params}, tokens_BT)
-  np.testing.assert_allclose(looked, plain, atol=1e-5)
-  (weights_LBNTS,) = captured["intermediates"]["blocks"]["attention"]["weights_BNTS"]
+  plain, *_ = jax.jit(model.apply)({"params": params}, tokens_BT)
+  looked = jax.jit(functools.partial(model.apply, capture=True))(
+    {"params": params}, tokens_BT
+  )
+  np.testing.assert_allclose(looked.value, plain, atol=1e-5)
+  weights_LBNTS = looked.attention["self"]
   assert weights_LBNTS.shape == (cfg.depth, 2, cfg.num_heads, 9, 9)
   np.testing.assert_allclose(weights_LBNTS.sum(-1), 1, atol=1e-5)
   assert np.all(np.triu(weights_LBNTS, 1) == 0)
@@ -104,7 +109,9 @@ def test_dropout_needs_a_key_and_changes_the_output():
 def test_rope_scores_depend_on_distance_only():
   """q_m . k_n is a function of m - n (Su et al., 2021, equation 11)."""
   q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
-  at = lambda x, position: rotate(x, rotation(np.array([[position]]), 16, 10_000.0))
+  at = lambda x, position: rotate(
+    x, rotation(np.array([[position]]), 16, RopeConfig(), False)
+  )
   near = (at(q, 3) * at(k, 1)).sum()
   far = (at(q, 103) * at(k, 101)).sum()
   np.testing.assert_allclose(near, far, rtol=1e-4)

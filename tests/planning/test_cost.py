@@ -27,6 +27,32 @@ BUILDABLE = {
   "biased": dict(positions="learned", norm="layernorm", gated=False, biased=True),
   "multi_query": dict(num_kv_heads=1, head_dim=16, window=8),
   "post_norm": dict(norm_placement="post", positions="sinusoidal", gated=False),
+  "bloom": dict(positions="alibi", norm="layernorm", biased=True, embedding_norm=True),
+  "palm": dict(num_kv_heads=1, parallel="one_norm", norm="layernorm", norm_biased=False),
+  "two_norms": dict(parallel="two_norms", o_biased=True, qkv_biased=False),
+  "gemma": dict(norm_placement="both", window=8, layer_pattern="LG", qk_norm="head"),
+  "olmo": dict(norm_placement="output", qk_norm="width", learned_sinks=True),
+  "head": dict(head_biased=True, head_transform=True, tied_embeddings=False),
+  "relative": dict(positions="relative"),
+  "moe": dict(moe=MoEConfig(num_experts=4)),
+  "shared_experts": dict(
+    moe=MoEConfig(num_experts=4, expert_width=24, num_shared_experts=2, shared_gated=True)
+  ),
+  "moe_biased": dict(biased=True, moe=MoEConfig(num_experts=4, num_shared_experts=1)),
+  "bert": dict(
+    family="encoder",
+    norm="layernorm",
+    norm_placement="post",
+    positions="learned",
+    embedding_norm=True,
+    biased=True,
+    num_token_types=2,
+    pooler=True,
+    head_transform=True,
+    head_biased=True,
+  ),
+  "t5": dict(family="encoder_decoder", positions="relative", encoder_depth=2),
+  "t5_both": dict(family="encoder_decoder", norm_placement="both", positions="learned"),
 }
 
 

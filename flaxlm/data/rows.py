@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each row of a batch holds: a window of a text, or as many pairs as fit in it.
+
+Which tokens are in which row is settled when the store is opened. A row is a contiguous
+part of the stored tokens, so that reading it costs the same everywhere in the corpus.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from flaxlm.config import DataConfig
+from flaxlm.data.objectives import Batch, Masking, masked, next_token, seq2seq
+from flaxlm.data.prepare import PairStore, Store, TokenStore
+from flaxlm.errors import DataError
+
+PADDING = -1  # the number of a row that fills up the last batch
+CURE = "delete the data directory; it will be prepared again"
+
+
+class TextRows:
+  """Row i of a text is the window tokens[i*T : (i+1)*T + 1].
+
+  Windows overlap by one token, so that every token but the first is a target of
+  `next_token` exactly once.
+  """
+
+  def __init__(self, store: TokenStore, cfg: DataConfig, seed: int):
+    """The `seed` is of what is masked. Raises `DataError` if there is no `[MASK]`."""
+    self.store, self.seq_len, self.seed = store, cfg.seq_len, seed
+    self.num_rows = math.ceil((store.num_tokens - 1) / cfg.seq_len)
+    self.masking = None
+    if cfg.objective == "masked":
+      if store.mask_id is None:
+        raise DataError(
+          "the tokenizer has no mask, which data.objective=masked needs",
+          "leave --tokenizer.path out to train one",
+        )
+      ordinary_ids = np.setdiff1d(np.arange(store.vocab_size), store.special_ids)
+      self.masking = Masking(cfg.mask_fraction, store.mask_id, ordinary_ids)
+
+  def batch(self, rows_B: np.ndarray, places_B: np.ndarray) -> Batch:
+    """These rows. Row b comes at places_B[b] of all that is ever read: all epochs' rows
+    have their own, so that what is masked in a row is another choice in each epoch.
+    """
+    store, starts_B = self.store, np.maximum(rows_B, 0) * self.seq_len
+    windows = _windows(store, starts_B, self.seq_len + 1)
+    lengths_B = np.minimum(store.num_tokens - starts_B, self.seq_len + 1)
+    lengths_B = np.where(rows_B == PADDING, 0, lengths_B)
+    if self.masking is None:
+      return next_token(windows, lengths_B, store.bos_id)
+    random_3BT = np.stack(
+      [
+        np.random.default_rng((self.seed, place)).random((3, self.seq_len))
+        for place in places_B.tolist()
+      ],
+      axis=1,
+    )
+    return masked(windows[:, :-1], lengths_B, store.bos_id, self.masking, random_3BT)
+
+
+class PairRows:
+  """A row has the next pairs in stored order whose sources and targets both fit.
+
+  A pair that is too long for a row of its own is cut.
+  """
+
+  def __init__(self, store: PairStore, cfg: DataConfig):
+    """Raises `DataError` if the stored pairs are not what was written."""
+    self.store = store
+    self.source_len, self.seq_len = cfg.source_len or cfg.seq_len, cfg.seq_len
+    source_P, target_P = _starts(store.source), _starts(store.target)
+    num_pairs = store.source.num_documents
+    if not len(source_P) == len(target_P) == num_pairs + 1:
+      raise DataError(
+        f"the stored pairs are damaged: {len(source_P) - 1} sources and "
+        f"{len(target_P) - 1} targets of {num_pairs} pairs",
+        CURE,
+      )
+    first_R = _first_pairs((source_P, target_P), (self.source_len, self.seq_len))
+    self.num_rows = len(first_R) - 1
+    self.source_R, self.target_R = source_P[first_R], target_P[first_R]
+
+  def batch(self, rows_B: np.ndarray, places_B: np.ndarray) -> Batch:
+    """These rows, wherever they come."""
+    source = self._side(self.store.source, self.source_R, rows_B, self.source_len)
+    target = self._side(self.store.target, self.target_R, rows_B, self.seq_len)
+    return seq2seq(source, target, self.store.bos_id)
+
+  def _side(
+    self, store: TokenStore, starts_R: np.ndarray, rows_B: np.ndarray, width: int
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """The windows of one side, and their lengths with the end of the last text."""
+    lengths_B = np.minimum(starts_R[rows_B + 1] - starts_R[rows_B], width) + 1
+    windows = _windows(store, starts_R[rows_B], width + 1)
+    return windows, np.where(rows_B == PADDING, 0, lengths_B)
+
+
+Rows = TextRows | PairRows
+
+
+def make_rows(store: Store, cfg: DataConfig, seed: int) -> Rows:
+  """The rows that an objective makes of a store. Raises `DataError`."""
+  if isinstance(store, PairStore):
+    assert cfg.objective == "seq2seq", "prepared for it"
+    return PairRows(store, cfg)
+  assert cfg.objective != "seq2seq", "prepared for it"
+  return TextRows(store, cfg, seed)
+
+
+def _windows(store: TokenStore, starts_B: np.ndarray, width: int) -> np.ndarray:
+  """`width` tokens from each start; the text's first token, a bos, follows its last.
+
+  Raises `DataError` if they are not tokens of the store's vocabulary.
+  """
+  tokens = store.tokens
+  windows = tokens[(starts_B[:, None] + np.arange(width)) % len(tokens)]
+  if windows.max() >= store.vocab_size:
+    raise DataError(
+      f"the stored tokens are damaged: {windows.max()} is no id of the tokenizer", CURE
+    )
+  return windows
+
+
+def _starts(store: TokenStore) -> np.ndarray:
+  """Where each document starts, and where the last one ends."""
+  return np.append(np.flatnonzero(store.tokens == store.bos_id), store.num_tokens)
+
+
+def _first_pairs(
+  starts_of_sides: Sequence[np.ndarray], limits: Sequence[int]
+) -> np.ndarray:
+  """The first pair of each row, and the number of pairs.
+
+  What a row begins with decides where it ends, so each pair is asked at once.
+  """
+  num_pairs = len(starts_of_sides[0]) - 1
+  ends_P = np.full(num_pairs, num_pairs)
+  for starts_P, limit in zip(starts_of_sides, limits, strict=True):
+    fits_P = np.searchsorted(starts_P, starts_P[:-1] + limit, side="right") - 1
+    ends_P = np.minimum(ends_P, fits_P)
+  ends = np.maximum(ends_P, np.arange(1, num_pairs + 1)).tolist()  # one at least, if cut
+  first = [0]
+  while first[-1] < num_pairs:
+    first.append(ends[first[-1]])
+  return np.array(first)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an encoder is for: filling in masked tokens, and sentence embeddings."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxlm.decoding.generate import mesh_scope, padded
+from flaxlm.decoding.runs import Run
+from flaxlm.errors import ConfigError
+from flaxlm.nn.base import LanguageModel
+from flaxlm.sharding import batch_shards
+from flaxlm.tokenizers import MASK
+
+ROWS_AT_A_TIME = 64
+
+
+class Filled(NamedTuple):
+  """A text with its masks filled in, and, for each mask, the likeliest tokens."""
+
+  text: str
+  filled: str
+  candidates: list[list[tuple[str, float]]]  # (token, probability), best first
+
+
+def fill_masks(run: Run, texts: Sequence[str], num_candidates: int = 5) -> list[Filled]:
+  """Fills every `[MASK]` of each text with its likeliest token, each on its own.
+
+  Raises `ConfigError` for a text without a mask, too long, or a model that cannot fill.
+  """
+  mask_id = run.tokenizer.mask_id
+  if run.cfg.model.family != "encoder" or mask_id is None:
+    raise ConfigError(f"{run.path} is not a model that fills masks", "train an encoder")
+  rows = encode_rows(run, texts, masked=True)
+  for text, row in zip(texts, rows, strict=True):
+    if mask_id not in row:
+      raise ConfigError(f"{text!r} has no {MASK}", f'as in "import {MASK}"')
+  all_logits_BTV = in_batches(run, rows, all_logits)
+  results = []
+  for text, row, logits_TV in zip(texts, rows, all_logits_BTV, strict=True):
+    candidates, ids = [], list(row)
+    for at in np.flatnonzero(np.array(row) == mask_id).tolist():
+      logits_V = logits_TV[at, : run.tokenizer.vocab_size].astype(np.float64)
+      logits_V[mask_id] = -np.inf
+      probs_V = np.exp(logits_V - logits_V.max())
+      probs_V /= probs_V.sum()
+      best = np.argsort(-probs_V, kind="stable")[:num_candidates].tolist()
+      candidates.append(
+        [(run.tokenizer.decode([id_]), float(probs_V[id_])) for id_ in best]
+      )
+      ids[at] = best[0]
+    results.append(Filled(text, run.tokenizer.decode(ids), candidates))
+  return results
+
+
+def embed_texts(
+  run: Run, texts: Sequence[str], normalised: bool = False
+) -> list[np.ndarray]:
+  """One vector (D,) a text: the mean of its hidden vectors, its own tokens only.
+
+  `normalised` scales it to length 1. Raises `ConfigError` for what is no encoder, and for
+  an empty or too long text.
+  """
+  if run.cfg.model.family != "encoder":
+    raise ConfigError(f"{run.path} is not an encoder", "embed takes an encoder's run")
+  rows = encode_rows(run, texts)
+  means_BD = in_batches(run, rows, mean_hidden)
+  if normalised:
+    means_BD = [mean_D / np.linalg.norm(mean_D) for mean_D in means_BD]
+  return means_BD
+
+
+def encode_rows(run: Run, texts: Sequence[str], masked: bool = False) -> list[list[int]]:
+  """The ids of each text behind its start token, as in training."""
+  context = run.model.cfg.context
+  rows = []
+  for text in texts:
+    encode = run.tokenizer.encode_masked if masked else run.tokenizer.encode
+    ids = encode(text)
+    if not ids:
+      raise ConfigError("a text is empty", "give it a word")
+    if 1 + len(ids) > context:
+      raise ConfigError(
+        f"a text of {1 + len(ids)} tokens > model.context={context}", "shorten it"
+      )
+    rows.append([run.tokenizer.bos_id, *ids])
+  return rows
+
+
+def in_batches(run: Run, rows: Sequence[Sequence[int]], function: Any) -> list[np.ndarray]:
+  """`function(model, params, tokens_BT, lengths_B)` of the rows, on the run's mesh."""
+  multiple = batch_shards(run.mesh.shape)
+  results: list[np.ndarray] = []
+  for start in range(0, len(rows), ROWS_AT_A_TIME):
+    some = rows[start : start + ROWS_AT_A_TIME]
+    tokens_BT, lengths_B = padded(some, multiple * -(-len(some) // multiple))
+    with mesh_scope(run.mesh):
+      values = function(run.model, run.params, tokens_BT, lengths_B)
+    results += list(np.asarray(values)[: len(some)])
+  return results
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def all_logits(
+  model: LanguageModel, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array
+) -> jax.Array:
+  """Logits (B, T, V) of right-padded rows."""
+  segments_BT = _real(tokens_BT, lengths_B).astype(jnp.int32)
+  return model.apply({"params": params}, tokens_BT, None, segments_BT).value
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def mean_hidden(
+  model: LanguageModel, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array
+) -> jax.Array:
+  """The mean over each right-padded row's own tokens, its start token too, (B, D)."""
+  real_BT = _real(tokens_BT, lengths_B)
+  variables, segments_BT = {"params": params}, real_BT.astype(jnp.int32)
+  output = model.apply(variables, tokens_BT, None, segments_BT, method="hidden")
+  sums_BD = (output.value.astype(jnp.float32) * real_BT[..., None]).sum(1)
+  return sums_BD / lengths_B[:, None]
+
+
+def _real(tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+  return jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all families share: how a model runs, what it returns, its two ends."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flaxlm.config import ModelConfig
+from flaxlm.nn.layers import Einsum, Embedding, activate, build_norm
+from flaxlm.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+  """How a model runs. Changing any of this changes no parameter and no shape."""
+
+  dtype: jnp.dtype = jnp.float32
+  param_dtype: jnp.dtype = jnp.float32
+  remat: str = "none"
+  scanned: bool = False
+
+  @property
+  def dtypes(self) -> dict[str, jnp.dtype]:
+    return dict(dtype=self.dtype, param_dtype=self.param_dtype)
+
+
+class Source(NamedTuple):
+  """What an encoder-decoder reads, packed like the rows that it writes."""
+
+  tokens_BS: Any
+  positions_BS: Any = None
+  segments_BS: Any = None
+
+
+class Output(NamedTuple):
+  """What a model returns. `value` is logits (B, T, V) in float32, or hidden (B, T, D).
+
+  `losses` are sums over tokens to be minimised besides the main one (experts' balance);
+  `attention` holds the maps that were asked for, by name, stacked over layers.
+  """
+
+  value: Any
+  cache: Any = None
+  losses: Any = None
+  attention: Any = None
+
+
+class LanguageModel(nn.Module):
+  """Embeds tokens and turns hidden vectors into logits; a family fills in `hidden`."""
+
+  cfg: ModelConfig
+  run: Execution = Execution()
+
+  def setup(self):
+    cfg, run = self.cfg, self.run
+    V, D = cfg.vocab_size, cfg.width
+    self.embedding = Embedding((V, D), ("vocab", "embed"), **run.dtypes)
+    if cfg.num_token_types:
+      types = (cfg.num_token_types, D)
+      self.token_types = Embedding(types, ("slots", "embed"), **run.dtypes)
+    if cfg.head_transform:
+      self.head_transform = HeadTransform(cfg, run)
+    if not cfg.tied_embeddings:
+      names = ("embed", "vocab")
+      float32 = dict(output_dtype=jnp.float32)
+      self.head = Einsum("BTD,DV->BTV", (D, V), names, **float32, **run.dtypes)
+    if cfg.head_biased:
+      zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
+      self.head_bias = self.param("head_bias", zeros, (V,), run.param_dtype)
+    self.setup_body()
+
+  def setup_body(self) -> None:
+    """Builds what lies between the embedding and the head."""
+    raise NotImplementedError
+
+  def hidden(self, tokens_BT: jax.Array, *args: Any, **kwargs: Any) -> Output:
+    """The last layer's normalised output (B, T, D), and the new cache."""
+    raise NotImplementedError
+
+  def __call__(self, tokens_BT: jax.Array, *args: Any, **kwargs: Any) -> Output:
+    """Logits (B, T, V) in float32, and the new cache; arguments as in `hidden`."""
+    output = self.hidden(tokens_BT, *args, **kwargs)
+    return output._replace(value=self.logits(output.value))
+
+  def embed(
+    self, tokens_BT: jax.Array, token_types_BT: jax.Array | None = None
+  ) -> jax.Array:
+    """Embedded tokens (B, T, D), before any position."""
+    cfg = self.cfg
+    x_BTD = self.embedding(tokens_BT)
+    if cfg.embedding_scaled:  # up to the size of sinusoids (Vaswani et al., 2017, 3.4)
+      x_BTD *= jnp.asarray(cfg.width**0.5, x_BTD.dtype)
+    if cfg.num_token_types:
+      if token_types_BT is None:
+        token_types_BT = jnp.zeros_like(tokens_BT)
+      x_BTD += self.token_types(token_types_BT)
+    return x_BTD
+
+  def logits(self, x_BTD: jax.Array) -> jax.Array:
+    """Logits (B, T, V) in float32 of what `hidden` returned."""
+    cfg = self.cfg
+    if cfg.head_transform:
+      x_BTD = self.head_transform(x_BTD)
+    tied = cfg.tied_embeddings
+    logits_BTV = self.embedding.logits(x_BTD) if tied else self.head(x_BTD)
+    if cfg.logit_scale != 1:
+      logits_BTV *= cfg.logit_scale
+    if cfg.head_biased:
+      logits_BTV += self.head_bias
+    if cfg.logit_softcap is not None:
+      logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
+    return constrain(logits_BTV, "batch", "length", "act_vocab")
+
+
+class HeadTransform(nn.Module):
+  """Dense, activation, norm: BERT's way from hidden vectors to its head."""
+
+  cfg: ModelConfig
+  run: Execution
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    x_BTD = dense(self.cfg, self.run, "dense")(x_BTD)
+    return build_norm(self.cfg, name="norm")(activate(x_BTD, self.cfg.activation))
+
+
+def dense(cfg: ModelConfig, run: Execution, name: str | None = None) -> Einsum:
+  """A biased D x D projection."""
+  D = cfg.width
+  names = ("embed", "act_embed")  # one of two equal dims is cut
+  return Einsum("BTD,DE->BTE", (D, D), names, biased=True, name=name, **run.dtypes)

@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mixture of experts (Shazeer et al., 2017) in place of a feed-forward.
+
+A router sends each token to its A likeliest of E experts and adds up what they return,
+weighted. Either every choice is served (`dropless`: Gale et al., 2022), or each expert has
+room for C choices of a row and the rest counts for nothing (`with_capacity`: Lepikhin et
+al., 2020). Padding goes nowhere: its choice is E, an expert there is not. Experts have no
+biases, whatever `cfg.biased` says of the other layers.
+
+Letters, besides those of `flaxlm.nn`: M choices, in the order of their tokens (M = T A, or
+B T A for a whole batch); R rows of one matrix product.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flaxlm.config import ModelConfig
+from flaxlm.nn.layers import Einsum, FeedForward, activate, residual_scale
+from flaxlm.sharding import RULES, partition_spec
+
+Kernels = dict[str, jax.Array]
+
+# Logical names of the experts' kernels, (E, D, F) and (E, F, D).
+INWARDS = ("experts", "embed", "expert_ffn")
+OUTWARDS = ("experts", "expert_ffn", "embed")
+
+
+class MoE(nn.Module):
+  """E experts, of which each token visits A, and shared ones that every token visits."""
+
+  cfg: ModelConfig
+  dtype: jnp.dtype = jnp.float32
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: jax.Array, real_BT: jax.Array | None = None, dropping: bool = True
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(B, T, D), and the router's losses, summed over the tokens that `real_BT` marks.
+
+    `dropping=False` serves every choice, whatever `capacity_factor` says: for decoding,
+    where nothing may depend on what else is in the batch.
+    """
+    cfg, moe = self.cfg, self.cfg.moe
+    if real_BT is None:
+      real_BT = jnp.ones(x_BTD.shape[:2], bool)
+    logits_BTE = self.project("router", x_BTD, moe.num_experts)
+    serve = functools.partial(dropless, cfg=cfg)
+    if moe.capacity_factor is not None and dropping:
+      even_share = x_BTD.shape[1] * moe.experts_per_token / moe.num_experts
+      # A token chooses an expert once: no more than T of its row ever come.
+      capacity = min(max(1, math.ceil(moe.capacity_factor * even_share)), x_BTD.shape[1])
+      serve = functools.partial(with_capacity, cfg=cfg, capacity=capacity)
+    kernels = Experts(cfg, self.param_dtype, name="experts")()
+    kernels = jax.tree.map(lambda kernel: kernel.astype(self.dtype), kernels)
+    x_BTD = x_BTD.astype(self.dtype)
+    y_BTD, experts_BTA = over_mesh(cfg, serve, x_BTD, logits_BTE, real_BT, kernels)
+    if moe.num_shared_experts:
+      y_BTD += self.shared(x_BTD)
+    return y_BTD, router_losses(logits_BTE, experts_BTA, real_BT)
+
+  def shared(self, x_BTD: jax.Array) -> jax.Array:
+    """All shared experts: one wide feed-forward (Dai et al., 2024, section 3.2)."""
+    moe = self.cfg.moe
+    assert moe.expert_width is not None
+    width = moe.num_shared_experts * moe.expert_width
+    cfg = dataclasses.replace(self.cfg, ffn_width=width, biased=False)
+    y_BTD = FeedForward(cfg, self.dtype, self.param_dtype, name="shared")(x_BTD)
+    if moe.shared_gated:  # Qwen 2 (Yang et al., 2024, section 2.2.2)
+      y_BTD *= jax.nn.sigmoid(self.project("shared_gate", x_BTD, 1)).astype(y_BTD.dtype)
+    return y_BTD
+
+  def project(self, name: str, x_BTD: jax.Array, outputs: int) -> jax.Array:
+    """A small projection, all in float32: rounding would change who is chosen."""
+    shape, names = (self.cfg.width, outputs), ("embed", "router")
+    layer = Einsum("BTD,DE->BTE", shape, names, param_dtype=self.param_dtype, name=name)
+    with jax.default_matmul_precision("float32"):  # TPUs would multiply in bfloat16
+      return layer(x_BTD)
+
+
+class Experts(nn.Module):
+  """The kernels of all experts, by name: (E, D, F), and (E, F, D) of `down`."""
+
+  cfg: ModelConfig
+  param_dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self) -> Kernels:
+    moe, D = self.cfg.moe, self.cfg.width
+    E, F = moe.num_experts, moe.expert_width
+    assert F is not None
+    kernel = functools.partial(ExpertKernel, param_dtype=self.param_dtype)
+    into = ("gate", "up") if self.cfg.gated else ("up",)
+    kernels = {name: kernel((E, D, F), INWARDS, name=name)() for name in into}
+    scale = residual_scale(self.cfg.depth)
+    return kernels | {"down": kernel((E, F, D), OUTWARDS, scale, name="down")()}
+
+
+class ExpertKernel(nn.Module):
+  """One matrix for each expert, each initialised by its own fan-in."""
+
+  shape: tuple[int, int, int]
+  names: tuple[str, str, str]
+  init_scale: float = 1.0
+  param_dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self) -> jax.Array:
+    init = nn.initializers.variance_scaling(
+      self.init_scale**2, "fan_in", "truncated_normal", in_axis=1, out_axis=2, batch_axis=0
+    )
+    init = nn.with_logical_partitioning(init, self.names)
+    return self.param("kernel", init, self.shape, self.param_dtype)
+
+
+# -- Who goes where ------------------------------------------------------------------------
+
+
+def route(
+  cfg: ModelConfig, logits_BTE: jax.Array, real_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Each token's weights (B, T, A) in float32, and its experts (B, T, A), likeliest first.
+
+  A weight is the softmax over all experts, or, normalised, over the chosen ones.
+  """
+  moe = cfg.moe
+  weights_BTA, experts_BTA = jax.lax.top_k(
+    jax.nn.softmax(logits_BTE), moe.experts_per_token
+  )
+  if moe.normalized:
+    weights_BTA /= weights_BTA.sum(-1, keepdims=True)
+  return weights_BTA, jnp.where(real_BT[..., None], experts_BTA, moe.num_experts)
+
+
+def router_losses(
+  logits_BTE: jax.Array, experts_BTA: jax.Array, real_BT: jax.Array
+) -> dict[str, jax.Array]:
+  """Sums over real tokens, so that the parts of a batch add up to the whole.
+
+  `load_balance`: E sum_e f_e P_e of each row, f_e being the share of its choices that
+  went to e, and P_e its mean probability (Fedus et al., 2021, equation 4; row by row as
+  in DeepSeek-V3, 2024, equation 17); 1 when even. Dropped choices count: they were made.
+  `router_z`: the squared logsumexp of the logits (Zoph et al., 2022, equation 5).
+  """
+  E, A = logits_BTE.shape[-1], experts_BTA.shape[-1]
+  chosen_BE = count(experts_BTA, E, (1, 2))
+  probability_BE = jnp.where(real_BT[..., None], jax.nn.softmax(logits_BTE), 0).sum(1)
+  num_tokens_B = jnp.maximum(real_BT.sum(-1), 1)
+  load_balance_B = E * (chosen_BE * probability_BE).sum(-1) / (A * num_tokens_B)
+  z_BT = jnp.square(jax.nn.logsumexp(logits_BTE, -1))
+  return {
+    "load_balance": load_balance_B.sum(),
+    "router_z": jnp.where(real_BT, z_BT, 0).sum(),
+  }
+
+
+def count(experts: jax.Array, num_experts: int, dims: tuple[int, ...]) -> jax.Array:
+  """How often each expert is chosen, summed over `dims`; E becomes the last dim."""
+  return (experts[..., None] == jnp.arange(num_experts)).sum(dims)
+
+
+# -- The experts at work -------------------------------------------------------------------
+
+
+def over_mesh(
+  cfg: ModelConfig,
+  serve: Callable,
+  x_BTD: jax.Array,
+  logits_BTE: jax.Array,
+  real_BT: jax.Array,
+  kernels: Kernels,
+) -> tuple[jax.Array, jax.Array]:
+  """Routes and serves, each device of the mesh with its rows and its kernels.
+
+  Kernels lie in parts over `embed` (gathered here, their gradient scattered again) and
+  over `expert_ffn` (each device has part of a sum); `serve` itself sees to the experts
+  that are elsewhere. No mesh, one device: nothing travels.
+  """
+  # Axes of size 1 are left out: the TPU's compiler crashes on a sum over one device.
+  mesh = jax.sharding.get_abstract_mesh()
+  sizes = {axis: size for axis, size in mesh.shape.items() if size > 1}
+  if not sizes:
+    weights_BTA, experts_BTA = route(cfg, logits_BTE, real_BT)
+    return serve(x_BTD, weights_BTA, experts_BTA, kernels), experts_BTA
+
+  axes = lambda name: tuple(axis for axis in RULES[name] if axis in sizes)
+  embed, ffn, expert = axes("embed"), axes("expert_ffn"), axes("experts")
+  rest = tuple(axis for axis in axes("batch") if axis not in embed + expert)
+
+  def on_device(x_BTD, logits_BTE, real_BT, kernels):
+    vary = functools.partial(jax.lax.pcast, to="varying")
+    whole = {}
+    for name, kernel in kernels.items():
+      if embed:
+        dim = names_of(name).index("embed")
+        kernel = jax.lax.all_gather(kernel, embed, axis=dim, tiled=True)
+      whole[name] = vary(kernel, rest)  # so gradients are summed here, not in a loop
+    weights_BTA, experts_BTA = route(cfg, logits_BTE, real_BT)
+    tokens = vary((x_BTD, weights_BTA, experts_BTA), ffn)
+    y_BTD = jax.lax.psum(serve(*tokens, whole, expert), ffn)
+    return y_BTD, experts_BTA
+
+  spec = lambda x, *names: partition_spec(names, x.shape, sizes)
+  row = spec(real_BT, "batch", "length")
+  cut = {name: spec(kernel, *names_of(name)) for name, kernel in kernels.items()}
+  on_mesh = jax.shard_map(on_device, in_specs=(row, row, row, cut), out_specs=(row, row))
+  return on_mesh(x_BTD, logits_BTE, real_BT, kernels)
+
+
+def names_of(kernel: str) -> tuple[str, str, str]:
+  """The logical names of an expert kernel's dims."""
+  return OUTWARDS if kernel == "down" else INWARDS
+
+
+def dropless(
+  x_BTD: jax.Array,
+  weights_BTA: jax.Array,
+  experts_BTA: jax.Array,
+  kernels: Kernels,
+  mesh_axes: tuple[str, ...] = (),
+  *,
+  cfg: ModelConfig,
+) -> jax.Array:
+  """Every choice is served: sorted by expert, multiplied group by group, put back.
+
+  With experts over `mesh_axes`, each device serves, of all tokens there, the choices of
+  its own experts; room is kept for the worst case, that it is all of them.
+  """
+  E, D = kernels["up"].shape[:2]
+  if mesh_axes:
+    gather = functools.partial(jax.lax.all_gather, axis_name=mesh_axes, tiled=True)
+    x_BTD, weights_BTA, experts_BTA = map(gather, (x_BTD, weights_BTA, experts_BTA))
+    experts_BTA -= E * jax.lax.axis_index(mesh_axes)
+  experts_M = experts_BTA.reshape(-1)
+  experts_M = jnp.where((experts_M >= 0) & (experts_M < E), experts_M, E)
+  order_M = jnp.argsort(experts_M)  # what is not served here comes last
+  sizes_E = count(experts_M, E, (0,))
+
+  A = experts_BTA.shape[-1]
+  h_MD = x_BTD.reshape(-1, D)[order_M // A]
+  h_MD = feed_forward(cfg, h_MD, kernels, lambda h, kernel: grouped_dot(h, kernel, sizes_E))
+  y_BTAD = h_MD[jnp.argsort(order_M)].reshape(*experts_BTA.shape, D)
+  y_BTD = (y_BTAD * weights_BTA[..., None]).sum(2).astype(x_BTD.dtype)
+  return jax.lax.psum_scatter(y_BTD, mesh_axes, tiled=True) if mesh_axes else y_BTD
+
+
+def with_capacity(
+  x_BTD: jax.Array,
+  weights_BTA: jax.Array,
+  experts_BTA: jax.Array,
+  kernels: Kernels,
+  mesh_axes: tuple[str, ...] = (),
+  *,
+  cfg: ModelConfig,
+  capacity: int,
+) -> jax.Array:
+  """Each expert serves the first C choices of every row; later ones count for nothing.
+
+  First means the earlier token, then its likelier choice: whether a token is served
+  depends on no later one. With experts over `mesh_axes`, the served tokens travel to
+  them and back.
+  """
+  (B, T, A), D, C = experts_BTA.shape, x_BTD.shape[-1], capacity
+  E = cfg.moe.num_experts
+  experts_BM = experts_BTA.reshape(B, T * A)
+  order_BM = jnp.argsort(experts_BM, -1)  # stable: the choices of an expert stay in order
+  sizes_BE = count(experts_BM, E, (1,))
+  starts_BE = jnp.cumsum(sizes_BE, -1) - sizes_BE
+
+  places_BEC = starts_BE[..., None] + jnp.arange(C)
+  places_BX = places_BEC.reshape(B, E * C)  # some, not taken, lie past the end
+  tokens_BX = jnp.take_along_axis(order_BM, places_BX, 1, mode="clip") // A
+  h_BXD = jnp.take_along_axis(x_BTD, tokens_BX[..., None], 1)
+  taken_BEC = jnp.arange(C) < sizes_BE[..., None]
+  h_EBCD = jnp.where(taken_BEC[..., None], h_BXD.reshape(B, E, C, D), 0).swapaxes(0, 1)
+  if mesh_axes:
+    travel = functools.partial(jax.lax.all_to_all, axis_name=mesh_axes, tiled=True)
+    h_EBCD = travel(h_EBCD, split_axis=0, concat_axis=1)
+  h_ERD = h_EBCD.reshape(h_EBCD.shape[0], -1, D)
+  h_ERD = feed_forward(cfg, h_ERD, kernels, functools.partial(jnp.einsum, "ERX,EXY->ERY"))
+  h_EBCD = h_ERD.reshape(h_EBCD.shape)
+  if mesh_axes:
+    h_EBCD = travel(h_EBCD, split_axis=1, concat_axis=0)
+
+  ranks_BM = jnp.argsort(order_BM, -1)
+  padded_starts = jnp.pad(starts_BE, ((0, 0), (0, 1)))  # the expert that there is not
+  slots_BM = ranks_BM - jnp.take_along_axis(padded_starts, experts_BM, 1)
+  served_BM = (slots_BM < C) & (experts_BM < E)
+  places_BM = jnp.where(served_BM, experts_BM * C + slots_BM, 0)
+  h_BXD = h_EBCD.swapaxes(0, 1).reshape(B, E * C, D)
+  y_BMD = jnp.take_along_axis(h_BXD, places_BM[..., None], 1)
+  weights_BM = weights_BTA.reshape(B, T * A) * served_BM
+  y_BTAD = (y_BMD * weights_BM[..., None]).reshape(B, T, A, D)
+  return y_BTAD.sum(2).astype(x_BTD.dtype)
+
+
+def feed_forward(
+  cfg: ModelConfig, x: jax.Array, kernels: Kernels, dot: Callable
+) -> jax.Array:
+  """What a `FeedForward` computes, each row with the kernels that `dot` finds for it."""
+  h = dot(x, kernels["up"])
+  if cfg.gated:
+    h = activate(dot(x, kernels["gate"]), cfg.activation) * h
+  else:
+    h = activate(h, cfg.activation)
+  return dot(h, kernels["down"])
+
+
+# -- Products of groups of rows ------------------------------------------------------------
+
+
+@jax.custom_vjp
+def grouped_dot(x_MD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+  """Rows of `x`, sorted into groups of `sizes_E`, each group times its own kernel.
+
+  Rows after the last group become zero. TPUs have an instruction for it. Elsewhere XLA
+  makes E products of all rows: on a CPU 10 times slower than blocks (docs/LOG.md).
+  """
+  return jax.lax.platform_dependent(
+    x_MD, kernel_EDF, sizes_E, tpu=ragged_dot, default=blocked_dot
+  )
+
+
+def grouped_dot_forward(
+  x_MD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array
+) -> tuple[jax.Array, tuple]:
+  return grouped_dot(x_MD, kernel_EDF, sizes_E), (x_MD, kernel_EDF, sizes_E)
+
+
+def grouped_dot_backward(residuals: tuple, grad_MF: jax.Array) -> tuple:
+  x_MD, kernel_EDF, sizes_E = residuals
+  grad_x_MD = grouped_dot(grad_MF, kernel_EDF.swapaxes(1, 2), sizes_E)
+  grad_kernel_EDF = jax.lax.platform_dependent(
+    x_MD, grad_MF, sizes_E, tpu=ragged_outer, default=blocked_outer
+  )
+  return grad_x_MD, grad_kernel_EDF.astype(kernel_EDF.dtype), None
+
+
+grouped_dot.defvjp(grouped_dot_forward, grouped_dot_backward)
+
+
+def ragged_dot(x_MD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+  y_MF = jax.lax.ragged_dot(x_MD, kernel_EDF, sizes_E)
+  return jnp.where(jnp.arange(len(x_MD))[:, None] < sizes_E.sum(), y_MF, 0)
+
+
+def ragged_outer(x_MD: jax.Array, y_MF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+  """x^T y of each group, (E, D, F) in float32."""
+  dims = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[],
+  )
+  return jax.lax.ragged_dot_general(
+    x_MD, y_MF, sizes_E, dims, preferred_element_type=jnp.float32
+  )
+
+
+def blocked_dot(x_MD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+  """`ragged_dot`, block of rows by block; the last of a group runs into the next one.
+
+  That one comes later and overwrites it. The loop ends with the last group: rows that
+  belong to nobody cost nothing.
+  """
+  (M, _), F = x_MD.shape, kernel_EDF.shape[-1]
+  num_blocks, R, place = blocks_of(sizes_E, M)
+  x_XD = jnp.pad(x_MD, ((0, R), (0, 0)))
+
+  def block(b: jax.Array, y_XF: jax.Array) -> jax.Array:
+    e, start, _ = place(b)
+    y_RF = jax.lax.dynamic_slice_in_dim(x_XD, start, R) @ kernel_EDF[e]
+    return jax.lax.dynamic_update_slice_in_dim(y_XF, y_RF, start, 0)
+
+  y_XF = jax.lax.fori_loop(0, num_blocks, block, jnp.zeros_like(x_MD, shape=(M + R, F)))
+  return jnp.where(jnp.arange(M)[:, None] < sizes_E.sum(), y_XF[:M], 0)
+
+
+def blocked_outer(x_MD: jax.Array, y_MF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+  """x^T y of each group, (E, D, F) in float32, block of rows by block."""
+  (M, D), (E,), F = x_MD.shape, sizes_E.shape, y_MF.shape[-1]
+  num_blocks, R, place = blocks_of(sizes_E, M)
+  x_XD, y_XF = (jnp.pad(x, ((0, R), (0, 0))) for x in (x_MD, y_MF))
+
+  def block(b: jax.Array, sum_EDF: jax.Array) -> jax.Array:
+    e, start, end = place(b)
+    x_RD = jax.lax.dynamic_slice_in_dim(x_XD, start, R)
+    x_RD = jnp.where(start + jnp.arange(R)[:, None] < end, x_RD, 0)
+    y_RF = jax.lax.dynamic_slice_in_dim(y_XF, start, R)
+    return sum_EDF.at[e].add(jnp.dot(x_RD.T, y_RF, preferred_element_type=jnp.float32))
+
+  zeros_EDF = jnp.zeros_like(x_MD, jnp.float32, (E, D, F))
+  return jax.lax.fori_loop(0, num_blocks, block, zeros_EDF)
+
+
+def blocks_of(sizes_E: jax.Array, num_rows: int) -> tuple[jax.Array, int, Callable]:
+  """Number of blocks in use, rows in each, and block -> (expert, first row, group's end).
+
+  A quarter of an even share, within limits: large enough for a fast product, small enough
+  that what the last blocks waste, half a block of each expert, stays small.
+  """
+  rows = min(num_rows, max(128, min(num_rows // (4 * len(sizes_E)), 1024)))
+  blocks_E = -(-sizes_E // rows)
+  last_block_E = jnp.cumsum(blocks_E)
+  ends_E = jnp.cumsum(sizes_E)
+
+  def place(b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    e = (b >= last_block_E).sum()
+    block_of_group = b - (last_block_E[e] - blocks_E[e])
+    return e, ends_E[e] - sizes_E[e] + block_of_group * rows, ends_E[e]
+
+  return last_block_E[-1], rows, place
