@@ -145,7 +145,18 @@ def state_bytes(
   cfg: ModelConfig, training: TrainingConfig, optimizer: OptimizerConfig, sizes: Sizes
 ) -> StateBytes:
   """The training state on one device, by the rules that training itself lays it out by."""
-  boxed, opt_state = _abstract_trees(cfg, _precision(training), optimizer)
+  return _state_bytes(cfg, _precision(training), optimizer, tuple(sizes.items()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _state_bytes(
+  cfg: ModelConfig,
+  run: TrainingConfig,
+  optimizer: OptimizerConfig,
+  items: tuple[tuple[str, int], ...],
+) -> StateBytes:
+  boxed, opt_state = _abstract_trees(cfg, run, optimizer)
+  sizes = dict(items)
   mesh = _abstract_mesh(sizes)
   params = with_shardings(boxed, mesh)
   moments = like_parameters(opt_state, params, mesh)

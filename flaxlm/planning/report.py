@@ -137,7 +137,7 @@ def print_report(report: Report, out: TextIO) -> None:
     _print_choices(report.choices, console)
   if report.compiled is not None:
     _print_compiled(report.compiled, plan, console)
-  console.print(verdict(report))
+  print(verdict(report), file=out)  # rich would break the flags over lines
 
 
 def verdict(report: Report) -> str:
@@ -146,7 +146,9 @@ def verdict(report: Report) -> str:
   usable, total = plan.device.usable_bytes, plan.memory.total
   if usable is None:
     return f"{size(total)} per device; name a --device to learn whether it fits"
-  share = f"{size(total)} of {size(usable)} per device ({total / usable:.0%})"
+  times = total / usable
+  share = f"{times:.0%}" if times < 10 else f"{times:,.0f} times as much"
+  share = f"{size(total)} of {size(usable)} per device ({share})"
   if plan.fits:
     text = f"FITS: {share}"
     if plan.device.kind == "gpu" and total > 0.75 * usable:

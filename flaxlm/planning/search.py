@@ -3,17 +3,18 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 
 from flaxlm.config import MESH_AXES, Config
 from flaxlm.errors import ConfigError
 from flaxlm.planning.devices import Device
-from flaxlm.planning.memory import Remat, Sizes
+from flaxlm.planning.memory import Remat, Sizes, full_sizes, state_bytes
 from flaxlm.planning.roofline import Plan, plan_training
 from flaxlm.sharding import batch_shards
 
 REMATS: tuple[Remat, ...] = ("none", "dots", "full")
-MOST_DEVICES = 16_384  # looked at for a plan that does not fit
+MOST_DEVICES = 4096  # looked at for a plan that does not fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +66,25 @@ def meshes(cfg: Config, num_devices: int) -> Iterator[dict[str, int]]:
 def _best_accumulation(
   cfg: Config, device: Device, sizes: Sizes, remat: Remat
 ) -> Choice | None:
-  rows, choice = cfg.data.batch_size // batch_shards(sizes), None
-  for steps in [n for n in range(1, rows + 1) if rows % n == 0]:
-    training = dataclasses.replace(cfg.training, remat=remat, accumulation_steps=steps)
+  """The least accumulation that fits, or the most of all if none does."""
+  rows = cfg.data.batch_size // batch_shards(sizes)
+  steps = [n for n in range(1, rows + 1) if rows % n == 0]
+
+  def choose(number: int) -> Choice:
+    training = dataclasses.replace(cfg.training, remat=remat, accumulation_steps=number)
     changed = dataclasses.replace(cfg, training=training)
-    try:
-      choice = Choice(changed, plan_training(changed, sizes, device))
-    except ConfigError:  # a dim that this mesh does not divide
-      return None
-    if choice.plan.fits is not False:
-      return choice
-  return choice
+    return Choice(changed, plan_training(changed, sizes, device))
+
+  if not steps:
+    return None
+  try:
+    most = choose(steps[-1])
+  except ConfigError:  # a dim that this mesh does not divide
+    return None
+  # One more sum of gradients may cost more than the first halving of the rows saves.
+  if most.plan.fits is False and choose(1).plan.fits is False:
+    return most
+  return next(choice for n in steps if (choice := choose(n)).plan.fits is not False)
 
 
 def _rank(choice: Choice) -> tuple:
@@ -93,12 +102,14 @@ def cheapest_fit(cfg: Config, sizes: Sizes, device: Device) -> Choice | None:
   fitting = [choice for choice in same_mesh if choice and choice.plan.fits]
   if fitting:
     return min(fitting, key=_rank)
-  num_devices = 1
-  for size in sizes.values():
-    num_devices *= size
-  while num_devices <= MOST_DEVICES:
-    found = search(cfg, device, num_devices)
+  number = math.prod(sizes.values())
+  least = state_bytes(cfg.model, cfg.training, cfg.optimizer, full_sizes({}))
+  while number <= MOST_DEVICES:
+    possible = (least.parameters + least.optimizer_state) / number < (
+      device.usable_bytes or math.inf
+    )
+    found = search(cfg, device, number) if possible else []
     if found and found[0].plan.fits:
       return found[0]
-    num_devices *= 2
+    number *= 2
   return None

@@ -2,12 +2,15 @@
 """Closed forms against the real model, and against what the papers and checkpoints say."""
 
 import functools
+import math
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from flaxlm.config import Config, DataConfig, ModelConfig, MoEConfig, TrainingConfig
+from flaxlm.configfile import load_config
 from flaxlm.nn.models import build_model, init_params
 from flaxlm.planning.cost import (
   active_parameters,
@@ -17,6 +20,7 @@ from flaxlm.planning.cost import (
   step_cost,
   visible_keys,
 )
+from flaxlm.planning.planner import resolve
 
 SMALL = dict(depth=3, width=48, num_heads=4, vocab_size=96, context=32)
 
@@ -56,13 +60,16 @@ BUILDABLE = {
 }
 
 
+def real_parameters(cfg: ModelConfig) -> int:
+  init = functools.partial(init_params, build_model(cfg))
+  tree = jax.eval_shape(init, jax.ShapeDtypeStruct((), np.uint32))
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
 @pytest.mark.parametrize("name", BUILDABLE)
 def test_parameters_are_those_of_the_model(name: str):
   cfg = ModelConfig(**SMALL, **BUILDABLE[name]).resolve()
-  init = functools.partial(init_params, build_model(cfg))
-  tree = jax.eval_shape(init, jax.ShapeDtypeStruct((), np.uint32))
-  real = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-  assert sum(parameters(cfg).values()) == real
+  assert sum(parameters(cfg).values()) == real_parameters(cfg)
 
 
 LLAMA = dict(tied_embeddings=False)
@@ -232,3 +239,12 @@ def test_the_cache_of_llama3_8b():
   """128 KiB per token in bfloat16: 32 layers, 8 heads of 128, keys and values."""
   cfg = ModelConfig(**PUBLISHED["llama3_8b"][0]).resolve()
   assert kv_cache_bytes(cfg, rows=2, context=1000, item_size=2) == 2 * 1000 * 131_072
+
+
+CARDS = sorted(path.stem for path in Path(__file__).parents[2].glob("configs/*.py"))
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_parameters_of_every_card(name: str):
+  cfg = resolve(load_config(name)).model
+  assert sum(parameters(cfg).values()) == real_parameters(cfg)
