@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -88,11 +88,13 @@ def training_memory(cfg: Config, sizes: Sizes) -> Memory:
   depth = sum(depth for depth, _ in stacks(model_cfg))
   item = jnp.dtype(training.dtype).itemsize
   casts = training.dtype != training.param_dtype
-  kept = lambda remat: rows * kept_bytes(cfg, sizes["tensor"], remat)
-  activations = kept(training.remat)
-  if training.remat == "none" and casts:  # the layers' weights, converted, are kept too
-    activations += state.block_elements * item
-  one_layer = kept("none") // depth  # computed again, or its gradients
+  kept = kept_bytes(cfg, sizes["tensor"], training.remat)
+  unsharded = dict.fromkeys(sizes, 1) | {"tensor": sizes["tensor"]}
+  whole = state_bytes(model_cfg, training, cfg.optimizer, unsharded)
+  copies = kept.fixed * state.block_elements // whole.block_elements
+  activations = rows * kept.per_row
+  # Computed again, or its gradients:
+  one_layer = rows * kept_bytes(cfg, sizes["tensor"], "none").per_row // depth
 
   always = {
     "parameters": state.parameters,
@@ -107,19 +109,17 @@ def training_memory(cfg: Config, sizes: Sizes) -> Memory:
   head = model_cfg.width * (V // sizes["tensor"])
   gathered = sizes["fsdp"] > 1
   gradients = {"gradients": state.parameters}
+  between = {"activations": activations, "weight_copies": copies}  # forward and backward
   moments = {
-    "loss": {
-      "activations": activations,
+    "loss": between
+    | {
       "logits": 2 * logits,  # and their gradient
       "temporary": head * item if casts or gathered else 0,  # gathered and converted
     },
-    "backward": gradients
-    | {"activations": activations, "temporary": one_layer + state.largest_layer * item},
+    "backward": between | gradients | {"temporary": one_layer + state.largest_layer * item},
     # The head's gradient is summed up whole: at once if that frees more (the logits'
     # gradient) than it makes, else last of all.
-    "head": (
-      {"activations": activations} if logits > head * 4 // sizes["fsdp"] else gradients
-    )
+    "head": (between if logits > head * 4 // sizes["fsdp"] else gradients)
     | {"logits": logits, "temporary": head * 4 if gathered else 0},
     "update": gradients | {"temporary": state.update_temporaries},
   }
@@ -249,10 +249,15 @@ def local_rows(cfg: Config, sizes: Sizes) -> int:
   return size // shards
 
 
-def kept_bytes(cfg: Config, parts: int, remat: Remat) -> int:
-  """Bytes per row that the backward pass of the layers needs from the forward pass, on
-  one of `parts` members of a `tensor` axis. Parameters are not among it.
-  """
+class Kept(NamedTuple):
+  """Bytes that the backward pass of the layers needs from the forward pass."""
+
+  per_row: int  # activations
+  fixed: int  # copies of parameters: converted, or cut out of their stack
+
+
+def kept_bytes(cfg: Config, parts: int, remat: Remat) -> Kept:
+  """What one of `parts` members of a `tensor` axis keeps. Parameters are not among it."""
   run = dataclasses.replace(_precision(cfg.training), remat=remat, scanned=True)
   lengths = (cfg.data.seq_len, source_len(cfg))
   return _kept_bytes(_local_model(cfg.model, parts), run, lengths)
@@ -278,12 +283,12 @@ def _local_model(cfg: ModelConfig, parts: int) -> ModelConfig:
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_bytes(cfg: ModelConfig, run: TrainingConfig, lengths: tuple[int, int]) -> int:
-  """Read off the traced model: what grows with the rows."""
+def _kept_bytes(cfg: ModelConfig, run: TrainingConfig, lengths: tuple[int, int]) -> Kept:
+  """Read off the traced model: what grows with the rows, and what does not."""
   model = build_model(cfg, run)
   boxed = jax.eval_shape(functools.partial(init_params, model), SEED)
   one, two = (_residual_bytes(model, nn.unbox(boxed), n, lengths) for n in (1, 2))
-  return two - one
+  return Kept(two - one, max(0, 2 * one - two))
 
 
 def _residual_bytes(model: Any, params: Any, rows: int, lengths: tuple[int, int]) -> int:
@@ -309,7 +314,7 @@ def _residual_bytes(model: Any, params: Any, rows: int, lengths: tuple[int, int]
   given = set(jaxpr.invars)
   kept = {}
   for var in jaxpr.outvars:
-    if isinstance(var, jax.extend.core.Var) and var not in given:
+    if isinstance(var, jax.extend.core.Var) and origins(var) not in given:
       kept[origins(var)] = var
   arrays: list[Any] = [var.aval for var in kept.values()]
   return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)

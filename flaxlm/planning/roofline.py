@@ -161,7 +161,7 @@ def traffic_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> float:
   rows = local_rows(cfg, sizes)
   passes = PASSES if training.remat == "none" else PASSES_AGAIN
   T = cfg.data.seq_len
-  activations = passes * rows * kept_bytes(cfg, sizes["tensor"], "none")
+  activations = passes * rows * kept_bytes(cfg, sizes["tensor"], "none").per_row
   assert model.vocab_size is not None
   logits = rows * T * (model.vocab_size // sizes["tensor"]) * 4
   weights = 3 * gathered_elements(state, sizes) * jnp.dtype(training.dtype).itemsize

@@ -77,7 +77,7 @@ def test_moments_by_kind():
 
 def test_what_the_layers_keep():
   """With full remat each block's input, in bfloat16; with less of it, more."""
-  kept = {remat: kept_bytes(CFG, 1, remat) for remat in ("none", "dots", "full")}
+  kept = {remat: kept_bytes(CFG, 1, remat).per_row for remat in ("none", "dots", "full")}
   inputs = MODEL.depth * 64 * MODEL.width * 2
   final_norm = 64 * MODEL.width * 8  # in float32, twice; the embedding keeps ids alone
   assert inputs < kept["full"] < inputs + final_norm + 64 * 1024
@@ -90,7 +90,7 @@ def test_what_the_layers_keep():
 
 
 def test_tensor_members_keep_less():
-  whole, part = (kept_bytes(CFG, n, "none") for n in (1, 4))
+  whole, part = (kept_bytes(CFG, n, "none").per_row for n in (1, 4))
   assert whole / 4 < part < whole
 
 
