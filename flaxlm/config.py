@@ -150,7 +150,9 @@ class ModelConfig:
   )
   gated: bool = knob(True, "gated feed-forward (SwiGLU with silu, GEGLU with gelu)")
   moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
-  biased: bool = knob(False, "biases in the projections and the feed-forward")
+  biased: bool = knob(
+    False, "biases in the projections and the feed-forward, but for experts"
+  )
   qkv_biased: bool | None = knob(None, "biases of queries, keys, values; none = as biased")
   o_biased: bool | None = knob(None, "bias of attention's output; none = as biased")
   # -- Head
@@ -402,6 +404,13 @@ def _model_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
       "model.layer_pattern has local layers, but there is no window",
       "set --model.window",
     )
+  rope = model.rope
+  if rope.scaling in ("yarn", "llama3") and rope.fast_turns <= rope.slow_turns:
+    yield (
+      f"model.rope.fast_turns={rope.fast_turns} is not more than "
+      f"model.rope.slow_turns={rope.slow_turns}",
+      "llama3 has 4 and 1, yarn 32 and 1",
+    )
   if model.parallel != "none" and model.norm_placement != "pre":
     yield (
       f"model.parallel={model.parallel} with model.norm_placement={model.norm_placement}",
@@ -413,6 +422,11 @@ def _model_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
       f"model.moe.num_experts={model.moe.num_experts}",
       f"model.moe.experts_per_token can be 1 to {model.moe.num_experts}",
     )
+  if model.family == "rnn":
+    default = ModelConfig()
+    for name in ("moe", "parallel", "norm_placement", "embedding_norm", "layer_pattern"):
+      if getattr(model, name) != getattr(default, name):
+        yield f"model.{name} is a transformer's", "leave it out: model.family=rnn"
   if model.family != "encoder" and (model.num_token_types or model.pooler):
     yield "model.num_token_types and model.pooler are an encoder's", ""
 

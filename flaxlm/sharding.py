@@ -31,6 +31,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
   "kv_heads": ("tensor",),
   "head_dim": (),
   "ffn": ("tensor",),
+  "hidden": ("tensor",),  # of a recurrent cell
   "experts": ("expert",),
   "expert_ffn": ("tensor",),
   "router": (),
@@ -56,6 +57,7 @@ FIELDS = {
   "kv_heads": "model.num_kv_heads",
   "act_kv_heads": "model.num_kv_heads",
   "ffn": "model.ffn_width",
+  "hidden": "model.width",
   "experts": "model.moe.num_experts",
   "expert_ffn": "model.moe.expert_width",
   "act_ffn": "model.ffn_width",

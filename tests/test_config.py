@@ -263,6 +263,10 @@ CONTRADICTIONS = {
     ["--model.layer_pattern=LG"],
     ["--model.layer_pattern=G"],
   ),
+  "model.rope.fast_turns=1.0 is not more than model.rope.slow_turns=1.0": (
+    ["--model.rope.scaling=llama3", "--model.rope.fast_turns=1"],
+    ["--model.rope.scaling=llama3", "--model.rope.fast_turns=4"],
+  ),
   "model.parallel=one_norm with model.norm_placement=post": (
     ["--model.parallel=one_norm", "--model.norm_placement=post"],
     ["--model.parallel=one_norm"],
@@ -274,6 +278,10 @@ CONTRADICTIONS = {
   "model.num_token_types and model.pooler are an encoder's": (
     ["--model.pooler=true"],
     ["--model.pooler=true", "--model.family=encoder", "--data.objective=masked"],
+  ),
+  "model.parallel is a transformer's": (
+    ["--model.parallel=one_norm", "--model.family=rnn"],
+    ["--model.family=rnn", "--model.norm=layernorm"],
   ),
   "model.family=rnn does not learn data.objective=masked": (
     ["--model.family=rnn", "--data.objective=masked"],

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from flaxlm.config import ModelConfig, TrainingConfig
 from flaxlm.nn.attention import KVCache, empty_cache
 from flaxlm.nn.base import Execution, LanguageModel, Output, Source, dense
+from flaxlm.nn.rnn import RNN, init_rnn_cache
 from flaxlm.nn.stack import Stack
 from flaxlm.sharding import with_shardings
 
@@ -48,8 +49,11 @@ def abstract_params(model: LanguageModel, mesh: Mesh) -> Any:
 def init_cache(model: LanguageModel, batch: int, slots: int) -> Any:
   """An empty cache for `batch` rows of up to `slots` tokens.
 
-  An encoder-decoder's knows its source, and is made by its method `start`.
+  An encoder-decoder's knows its source, and is made by its method `start`; an RNN's has
+  the size of its state, whatever the slots.
   """
+  if model.cfg.family == "rnn":
+    return init_rnn_cache(model.cfg, batch)
   return empty_cache(model.cfg, batch, slots, model.run.dtype)
 
 
@@ -129,7 +133,7 @@ class EncoderDecoder(LanguageModel):
     memory, encoded = None, Output(None, losses={}, attention={})
     if cache is None:
       assert source is not None, "an encoder-decoder needs a source"
-      passed = {k: v for k, v in options.items() if k in ("deterministic", "capture")}
+      passed = {k: v for k, v in options.items() if k in {"deterministic", "capture"}}
       encoded = self.encode(source, **passed)
       memory = (encoded.value, source.segments_BS)
     output = Output(
@@ -163,4 +167,5 @@ FAMILIES = {
   "decoder": Decoder,
   "encoder": Encoder,
   "encoder_decoder": EncoderDecoder,
+  "rnn": RNN,
 }

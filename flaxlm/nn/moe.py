@@ -96,7 +96,7 @@ class Experts(nn.Module):
     E, F = moe.num_experts, moe.expert_width
     assert F is not None
     kernel = functools.partial(ExpertKernel, param_dtype=self.param_dtype)
-    into = ("gate", "up") if self.cfg.gated else ("up",)
+    into = ["gate", "up"] if self.cfg.gated else ["up"]
     kernels = {name: kernel((E, D, F), INWARDS, name=name)() for name in into}
     scale = residual_scale(self.cfg.depth)
     return kernels | {"down": kernel((E, F, D), OUTWARDS, scale, name="down")()}

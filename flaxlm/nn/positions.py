@@ -5,7 +5,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flaxlm.config import RopeConfig
 
@@ -28,23 +27,22 @@ def rotation(
     frequencies, size = inverse_wavelengths(num_dims, rope.local_theta), 1.0
   else:
     frequencies, size = stretched_frequencies(num_dims, rope)
-  angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+  angles = positions_BT[..., None].astype(jnp.float32) * jnp.array(frequencies)
   return jnp.cos(angles) * size, jnp.sin(angles) * size
 
 
-def inverse_wavelengths(num_dims: int, theta: float) -> np.ndarray:
-  """Radians per position of each pair of dims, (R/2,)."""
-  return (theta ** (-np.arange(0, num_dims, 2, dtype=np.float64) / num_dims)).astype(
-    np.float32
-  )
+def inverse_wavelengths(num_dims: int, theta: float) -> list[float]:
+  """Radians per position of each pair of dims, R/2 of them."""
+  return [theta ** (-i / num_dims) for i in range(0, num_dims, 2)]
 
 
-def stretched_frequencies(num_dims: int, rope: RopeConfig) -> tuple[np.ndarray, float]:
+def stretched_frequencies(num_dims: int, rope: RopeConfig) -> tuple[list[float], float]:
   """Radians per position under `rope.scaling`, and the factor on cos and sin."""
   frequencies, factor = inverse_wavelengths(num_dims, rope.theta), rope.factor
+  assert rope.original_context is not None, "resolved"
   match rope.scaling:
     case "linear":  # Chen et al. (2023): positions are squeezed
-      return frequencies / factor, 1.0
+      return [f / factor for f in frequencies], 1.0
     case "ntk":  # a larger base: the fastest pair keeps its speed, the slowest is stretched
       theta = rope.theta * factor ** (num_dims / max(1, num_dims - 2))
       return inverse_wavelengths(num_dims, theta), 1.0
@@ -54,21 +52,26 @@ def stretched_frequencies(num_dims: int, rope: RopeConfig) -> tuple[np.ndarray, 
         size = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
       low = math.floor(max(0.0, pair_that_turns(rope.fast_turns, num_dims, rope)))
       high = math.ceil(min(num_dims - 1, pair_that_turns(rope.slow_turns, num_dims, rope)))
-      ramp = (np.arange(num_dims // 2) - low) / max(high - low, 0.001)
-      kept = 1 - np.clip(ramp, 0, 1)
-      return (frequencies * (kept + (1 - kept) / factor)).astype(np.float32), size
+      kept = [1 - (i - low) / max(high - low, 0.001) for i in range(num_dims // 2)]
+      return stretch(frequencies, kept, factor), size
     case "llama3":  # Llama 3.1's own: a ramp over the number of turns
-      assert rope.original_context is not None
-      turns = rope.original_context * frequencies / (2 * math.pi)
-      kept = (turns - rope.slow_turns) / (rope.fast_turns - rope.slow_turns)
-      kept = np.clip(kept, 0, 1)
-      return (frequencies * (kept + (1 - kept) / factor)).astype(np.float32), 1.0
+      turns = [rope.original_context * f / (2 * math.pi) for f in frequencies]
+      span = rope.fast_turns - rope.slow_turns
+      return stretch(
+        frequencies, [(t - rope.slow_turns) / span for t in turns], factor
+      ), 1.0
   return frequencies, 1.0
+
+
+def stretch(frequencies: list[float], kept: list[float], factor: float) -> list[float]:
+  """Each frequency as it is where `kept` is 1 or more, over `factor` where 0 or less."""
+  shares = [min(1.0, max(0.0, share)) for share in kept]
+  return [f * (k + (1 - k) / factor) for f, k in zip(frequencies, shares, strict=True)]
 
 
 def pair_that_turns(turns: float, num_dims: int, rope: RopeConfig) -> float:
   """Which pair makes so many turns over the original context (not rounded)."""
-  assert rope.original_context is not None
+  assert rope.original_context is not None, "resolved"
   length = rope.original_context / (2 * math.pi * max(turns, 1e-9))
   return num_dims * math.log(length) / (2 * math.log(rope.theta))
 
@@ -90,16 +93,15 @@ def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
 
   The paper interleaves the two; a fixed permutation of dims that training absorbs.
   """
-  angles = positions_BT[..., None].astype(jnp.float32) * inverse_wavelengths(
-    width, 10_000.0
-  )
+  frequencies = jnp.array(inverse_wavelengths(width, 10_000.0))
+  angles = positions_BT[..., None].astype(jnp.float32) * frequencies
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 
 # -- Added to the scores -------------------------------------------------------------------
 
 
-def alibi_slopes(num_heads: int) -> np.ndarray:
+def alibi_slopes(num_heads: int) -> jax.Array:
   """(N,): 2^(-8/n), 2^(-16/n), ... for n heads (Press et al., 2022, section 3).
 
   Where N is no power of two, the remaining heads take every other slope of the next one.
@@ -107,7 +109,7 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
   power = 1 << (num_heads.bit_length() - 1)
   slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
   between = [2.0 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
-  return np.array(slopes + between, np.float32)
+  return jnp.array(slopes + between)
 
 
 def alibi_bias(
@@ -117,8 +119,7 @@ def alibi_bias(
   distance = query_slots_XT[:, None, :, None] - jnp.arange(num_keys)
   if not causal:
     distance = jnp.abs(distance)
-  slopes_N11 = jnp.asarray(alibi_slopes(num_heads))[:, None, None]
-  return -slopes_N11 * distance.astype(jnp.float32)
+  return -alibi_slopes(num_heads)[:, None, None] * distance.astype(jnp.float32)
 
 
 def relative_buckets(

@@ -76,7 +76,7 @@ class Block(nn.Module):
     for branch in branches:
       if cfg.norm_placement != "output":
         setattr(self, f"{branch}_norm", build_norm(cfg))
-      if cfg.norm_placement in ("output", "both"):
+      if cfg.norm_placement in {"output", "both"}:
         setattr(self, f"{branch}_output_norm", build_norm(cfg))
     self.dropout = nn.Dropout(cfg.dropout)
 
@@ -140,8 +140,8 @@ class Block(nn.Module):
     """x + branch(x), with norms where `norm_placement` wants them."""
     placement = self.cfg.norm_placement
     norm: Any = getattr(self, f"{name}_norm", None)
-    y_BTD = branch(norm(x_BTD) if placement in ("pre", "both") else x_BTD)
-    if placement in ("output", "both"):
+    y_BTD = branch(norm(x_BTD) if placement in {"pre", "both"} else x_BTD)
+    if placement in {"output", "both"}:
       y_BTD = getattr(self, f"{name}_output_norm")(y_BTD)
     x_BTD = x_BTD + dropout(y_BTD)
     return norm(x_BTD) if placement == "post" else x_BTD

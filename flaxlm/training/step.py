@@ -46,7 +46,7 @@ def train_step(
   step counter; `metrics["finite"]` says so.
   """
   key = jax.random.fold_in(jax.random.key(seed), state.step)
-  num_tokens = jnp.maximum(batch.weights_BT.sum(), 1.0)
+  num_targets = jnp.maximum(batch.weights_BT.sum(), 1.0)
   loss_sum, gradient = accumulate(
     functools.partial(loss_and_gradient, model, cfg.label_smoothing),
     cfg.accumulation_steps,
@@ -54,8 +54,8 @@ def train_step(
     batch,
     key,
   )
-  loss = loss_sum / num_tokens
-  gradient = jax.tree.map(lambda g: g / num_tokens, gradient)
+  loss = loss_sum / num_targets
+  gradient = jax.tree.map(lambda g: g / num_targets, gradient)
   gradient_norm = optax.tree.norm(gradient)
   finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 
@@ -71,10 +71,18 @@ def train_step(
     "loss": loss,
     "gradient_norm": gradient_norm,
     "learning_rate": optimizer.learning_rate(state.step),
-    "tokens": num_tokens,
+    "tokens": tokens_read(batch),
     "finite": finite,
   }
   return new_state, metrics
+
+
+def tokens_read(batch: Batch) -> jax.Array:
+  """Tokens that are not padding, on both sides: what a speed counts."""
+  count = jnp.sum(batch.segments_BT > 0, dtype=jnp.float32)
+  if batch.source_segments_BS is not None:
+    count += jnp.sum(batch.source_segments_BS > 0, dtype=jnp.float32)
+  return count
 
 
 def loss_and_gradient(

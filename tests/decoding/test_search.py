@@ -21,6 +21,7 @@ from flaxlm.nn.models import build_model, init_params
 SIZES = dict(depth=2, width=16, num_heads=2, vocab_size=8, context=32)
 FAMILIES = {
   "decoder": ModelConfig(**SIZES),
+  "rnn": ModelConfig(family="rnn", **SIZES),
   "encoder_decoder": ModelConfig(family="encoder_decoder", positions="relative", **SIZES),
 }
 EOS = 0

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxlm.config import ModelConfig, TrainingConfig
+from flaxlm.config import ModelConfig, MoEConfig, RopeConfig, TrainingConfig
 from flaxlm.nn.models import build_model, init_cache
 
 SMALL = dict(depth=2, width=32, num_heads=4, vocab_size=61, context=32)
@@ -21,6 +21,23 @@ ARCHITECTURES = {
   ),
   "window": dict(window=4, num_kv_heads=1),
   "post_norm": dict(positions="sinusoidal", norm_placement="post"),
+  # Local and global layers in turn, one left over, and all that changes scores.
+  "pattern": dict(
+    depth=3,
+    layer_pattern="LG",
+    window=4,
+    sink_tokens=1,
+    learned_sinks=True,
+    attention_softcap=5.0,
+    qk_norm="head",
+    norm_placement="both",
+    rope=RopeConfig(fraction=0.5, local_theta=100.0, scaling="yarn", factor=2.0),
+  ),
+  "experts": dict(
+    positions="alibi",
+    parallel="two_norms",
+    moe=MoEConfig(num_experts=4, expert_width=24, num_shared_experts=1),
+  ),
 }
 
 

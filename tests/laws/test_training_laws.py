@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the training step: sharded = one device, accumulation = one batch, and guards."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from flaxlm.config import MESH_AXES, ModelConfig, OptimizerConfig, TrainingConfig
+from flaxlm.config import (
+  MESH_AXES,
+  ModelConfig,
+  MoEConfig,
+  OptimizerConfig,
+  TrainingConfig,
+)
 from flaxlm.data.objectives import next_token
 from flaxlm.nn.models import build_model
 from flaxlm.sharding import make_mesh
@@ -58,13 +66,26 @@ def packed_batch(rows=16, seed=0):
   return next_token(windows, rng.integers(4, CFG.context + 2, rows), bos_id=0)
 
 
-def loss_and_gradient_on(mesh):
-  model = build_model(CFG, FAST)
+def batch_of(cfg: ModelConfig):
+  """The same rows, and for an encoder-decoder others to read."""
+  batch = packed_batch()
+  if cfg.family != "encoder_decoder":
+    return batch
+  source = packed_batch(seed=9)
+  return batch._replace(
+    source_BS=source.tokens_BT,
+    source_positions_BS=source.positions_BT,
+    # Every target has a source: segments of a row are numbered from 1 on both sides.
+    source_segments_BS=np.minimum(source.segments_BT, batch.segments_BT.max(1)[:, None]),
+  )
+
+
+def loss_and_gradient_on(mesh, cfg=CFG):
+  model = build_model(cfg, FAST)
   state = init_state(model, build_optimizer(OptimizerConfig(), 10), mesh, seed=3)
   step = under_mesh(jax.jit(loss_and_gradient, static_argnums=(0, 1)), mesh)
-  return jax.device_get(
-    step(model, 0.0, state.params, put_batch(packed_batch(), mesh), jax.random.key(0))
-  )
+  batch = put_batch(batch_of(cfg), mesh)
+  return jax.device_get(step(model, 0.0, state.params, batch, jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +96,49 @@ def on_one_device():
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_sharded_equals_one_device(on_one_device, sizes):
   """The same seed, parameters and batch: loss to 1e-5, gradients to 1e-4."""
-  loss, gradient = loss_and_gradient_on(make_mesh(sizes))
-  expected_loss, expected_gradient = on_one_device
+  assert_same(loss_and_gradient_on(make_mesh(sizes)), on_one_device)
+
+
+def assert_same(actual, expected):
+  (loss, gradient), (expected_loss, expected_gradient) = actual, expected
   np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
   scale = max(np.abs(g).max() for g in jax.tree.leaves(expected_gradient))
   compare = lambda a, e: np.testing.assert_allclose(a, e, atol=1e-4 * scale)
   jax.tree.map(compare, gradient, expected_gradient)
+
+
+OTHERS = {
+  "experts": dict(moe=MoEConfig(num_experts=4, expert_width=32)),
+  "encoder": dict(
+    family="encoder",
+    positions="learned",
+    norm_placement="post",
+    embedding_norm=True,
+    head_transform=True,
+    head_biased=True,
+    pooler=True,
+    num_token_types=2,
+    biased=True,
+  ),
+  "encoder_decoder": dict(family="encoder_decoder", positions="relative", qk_norm="width"),
+}
+
+
+@pytest.mark.parametrize(
+  ("name", "sizes"),
+  [
+    ("experts", dict(data=2, expert=4)),
+    ("experts", dict(fsdp=2, tensor=2, expert=2)),
+    ("encoder", dict(data=2, fsdp=2, tensor=2)),
+    ("encoder_decoder", dict(data=2, fsdp=2, tensor=2)),
+  ],
+  ids=str,
+)
+def test_other_families_sharded_equal_one_device(name, sizes):
+  cfg = dataclasses.replace(CFG, **OTHERS[name])
+  assert_same(
+    loss_and_gradient_on(make_mesh(sizes), cfg), loss_and_gradient_on(mesh_of(), cfg)
+  )
 
 
 def test_state_stays_where_the_rules_say():
@@ -103,10 +161,15 @@ def test_state_stays_where_the_rules_say():
   assert up.addressable_shards[0].data.size == up.size // 8
 
 
-def test_accumulation_equals_one_batch():
-  """Cutting a batch of unequally long rows into micro-batches changes nothing."""
+@pytest.mark.parametrize("experts", [0, 4])
+def test_accumulation_equals_one_batch(experts):
+  """Cutting a batch of unequally long rows into micro-batches changes nothing.
+
+  Nor do the experts' own losses, which count each row by itself.
+  """
   mesh = mesh_of(data=2)
-  model = build_model(CFG, FAST)
+  moe = MoEConfig(num_experts=experts, expert_width=32, load_balance_weight=0.5)
+  model = build_model(dataclasses.replace(CFG, moe=moe), FAST)
   optimizer = build_optimizer(OptimizerConfig(warmup_steps=0, epsilon=1e-3), 10)
 
   def two_steps(parts):

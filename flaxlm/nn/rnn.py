@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recurrent language models, as before the transformer: what they read is a state.
+
+Layers are LSTMs (Hochreiter & Schmidhuber, 1997) or GRUs (Cho et al., 2014), with the
+cells of `flax.linen`, each added to the residual stream behind a norm. The state lets
+real tokens of one document through to the next, and nothing else.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from flaxlm.config import ModelConfig
+from flaxlm.nn.base import Execution, LanguageModel, Output
+from flaxlm.nn.layers import build_norm
+from flaxlm.nn.stack import REMAT_POLICIES, Layer, run_scanned, run_unrolled
+from flaxlm.sharding import RULES, constrain, partition_spec
+
+
+class RNNCache(NamedTuple):
+  """The state after the tokens so far, and how many they were: a value, as a `KVCache`.
+
+  `state` is (c, h) of LSTMs or h of GRUs, each (L, B, D), in float32 whatever the model
+  computes in: a memory adds up small steps.
+  """
+
+  state: Any
+  lengths_B: jax.Array
+
+  def take(self, rows_R: jax.Array) -> "RNNCache":
+    """The state of these rows, in this order."""
+    state = jax.tree.map(lambda x_LBD: x_LBD[:, rows_R], self.state)
+    return RNNCache(state, self.lengths_B[rows_R])
+
+
+def init_rnn_cache(cfg: ModelConfig, batch: int) -> RNNCache:
+  """The state of `batch` rows that have read nothing."""
+  zeros_LBD = jnp.zeros((cfg.depth, batch, cfg.width), jnp.float32)
+  state = (zeros_LBD, zeros_LBD.copy()) if cfg.cell == "lstm" else zeros_LBD
+  return RNNCache(state, jnp.zeros((batch,), jnp.int32))
+
+
+class Steps(NamedTuple):
+  """Which tokens begin a document, from an empty state, and which are not padding."""
+
+  first_BT: jax.Array
+  real_BT: jax.Array
+
+
+class RNN(LanguageModel):
+  """L recurrent layers between an embedding and a head."""
+
+  def setup_body(self) -> None:
+    self.dropout = nn.Dropout(self.cfg.dropout)
+    self.blocks = nn.scan(
+      RecurrentBlock,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=(0, nn.broadcast),
+      length=self.cfg.depth,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )(self.cfg, self.run)
+    self.final_norm = build_norm(self.cfg)
+
+  def hidden(
+    self,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    *,
+    cache: RNNCache | None = None,
+    num_new_B: jax.Array | None = None,
+    deterministic: bool = True,
+  ) -> Output:
+    """The last layer's normalised output (B, T, D), and the new cache.
+
+    Without a cache a row is read from its start, and the state is emptied where a packed
+    document begins. With a cache the T tokens follow each row's `lengths_B` earlier ones,
+    and the first `num_new_B` of them count. `positions_BT` is ignored: the order is all.
+    """
+    B, T = tokens_BT.shape
+    assert cache is None or segments_BT is None, "a cached row is one document"
+    steps = Steps(jnp.zeros((B, T), bool), jnp.ones((B, T), bool))
+    if segments_BT is not None:  # a document has a larger number than those before it
+      before_BT = jnp.pad(jax.lax.cummax(segments_BT, 1), ((0, 0), (1, 0)))[:, :-1]
+      steps = Steps(segments_BT > before_BT, segments_BT > 0)
+    elif num_new_B is not None:
+      steps = steps._replace(real_BT=jnp.arange(T) < num_new_B[:, None])
+    x_BTD = self.dropout(self.embed(tokens_BT), deterministic=deterministic)
+    x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
+    state = (init_rnn_cache(self.cfg, B) if cache is None else cache).state
+    x_BTD, state = self.run_blocks(x_BTD, state, steps, deterministic)
+    if cache is not None:
+      cache = RNNCache(state, cache.lengths_B + (T if num_new_B is None else num_new_B))
+    return Output(self.final_norm(x_BTD), cache, losses={}, attention={})
+
+  def run_blocks(
+    self, x_BTD: jax.Array, state: Any, steps: Steps, deterministic: bool
+  ) -> tuple[jax.Array, Any]:
+    """All layers, each from its own state; the new states are stacked along L."""
+    if self.is_initializing():
+      return self.blocks(x_BTD, state, steps)
+    block = RecurrentBlock(self.cfg, self.run, parent=None)
+    keys_L = None
+    if not deterministic:
+      keys_L = jax.random.split(self.make_rng("dropout"), self.cfg.depth)
+
+    def layer(x_BTD: jax.Array, of_layer: Any) -> tuple[jax.Array, Any]:
+      params, state, key = of_layer
+      rngs = {} if key is None else {"dropout": key}
+      return block.apply({"params": params}, x_BTD, state, steps, deterministic, rngs=rngs)
+
+    if self.run.remat != "none":
+      policy = REMAT_POLICIES[self.run.remat]
+      layer = jax.checkpoint(layer, policy=policy, prevent_cse=not self.run.scanned)
+    of_layers = (self.blocks.variables["params"], state, keys_L)
+    layers: list[Layer] = [layer] * self.cfg.depth
+    if not self.run.scanned:
+      return run_unrolled(layers, x_BTD, of_layers)
+    return run_scanned(layers, 1, x_BTD, of_layers)
+
+
+class RecurrentBlock(nn.Module):
+  """x + cell(norm(x)), over all time steps; dropout is not in the loop (Zaremba, 2014)."""
+
+  cfg: ModelConfig
+  run: Execution
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: jax.Array, state: Any, steps: Steps, deterministic: bool = True
+  ) -> tuple[jax.Array, Any]:
+    """The layer's output (B, T, D), and its state after the last real token."""
+    cell = build_cell(self.cfg, self.run)
+    h_BTD = build_norm(self.cfg, name="norm")(x_BTD)
+    params = self.param("cell", lambda key: cell.init(key, state, h_BTD[:, 0])["params"])
+    y_BTD, state = over_mesh(cell, params, h_BTD, state, steps)
+    dropout = nn.Dropout(self.cfg.dropout, deterministic=deterministic)
+    x_BTD = x_BTD + dropout(y_BTD.astype(x_BTD.dtype))
+    return constrain(x_BTD, "batch", "length", "act_embed"), state
+
+
+def build_cell(cfg: ModelConfig, run: Execution) -> nn.Module:
+  """One step of one layer; its kernels, all (D, D), carry logical names."""
+  named = nn.with_logical_partitioning
+  kinds = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell}
+  return kinds[cfg.cell](
+    cfg.width,
+    kernel_init=named(nn.initializers.lecun_normal(), ("embed", "hidden")),
+    recurrent_kernel_init=named(orthogonal, ("embed", "hidden")),
+    bias_init=named(nn.initializers.zeros, ("hidden",)),
+    parent=None,
+    **run.dtypes,
+  )
+
+
+def orthogonal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+  """A random orthogonal matrix; made in float32, as LAPACK knows no bfloat16."""
+  return nn.initializers.orthogonal()(key, shape, jnp.float32).astype(dtype)
+
+
+def over_mesh(
+  cell: nn.Module, params: Any, x_BTD: jax.Array, state: Any, steps: Steps
+) -> tuple[jax.Array, Any]:
+  """`over_time`, each device of the mesh with its rows and all of the layer's kernels.
+
+  A step needs all of h, so a mesh's other axes only share the storage of the kernels:
+  these are gathered before the loop, and their gradients summed after it.
+  """
+  sizes = dict(jax.sharding.get_abstract_mesh().shape)
+  axes = tuple(axis for axis in RULES["batch"] if sizes.get(axis, 1) > 1)
+  if not axes:
+    return over_time(cell, params, x_BTD, state, steps)
+
+  def on_device(params, x_BTD, state, steps):
+    params = jax.lax.pcast(params, axes, to="varying")
+    return over_time(cell, params, x_BTD, state, steps)
+
+  rows = partition_spec(("batch",), x_BTD.shape[:1], {axis: sizes[axis] for axis in axes})
+  whole = PartitionSpec()
+  on_mesh = jax.shard_map(
+    on_device, in_specs=(whole, rows, rows, rows), out_specs=(rows, rows)
+  )
+  return on_mesh(params, x_BTD, state, steps)
+
+
+def over_time(
+  cell: nn.Module, params: Any, x_BTD: jax.Array, state: Any, steps: Steps
+) -> tuple[jax.Array, Any]:
+  """The cell's outputs (B, T, D) from token to token, and the state after them."""
+
+  def step(state: Any, now: Any) -> tuple[Any, jax.Array]:
+    x_BD, first_B, real_B = now
+    where = lambda mask_B, yes, no: jnp.where(mask_B[:, None], yes, no)
+    state = jax.tree.map(functools.partial(where, first_B, 0), state)
+    after, y_BD = cell.apply({"params": params}, state, x_BD)
+    return jax.tree.map(functools.partial(where, real_B), after, state), y_BD
+
+  by_time = jax.tree.map(lambda x: x.swapaxes(0, 1), (x_BTD, *steps))
+  state, y_TBD = jax.lax.scan(step, state, by_time)
+  return y_TBD.swapaxes(0, 1), state
