@@ -18,7 +18,6 @@ from types import UnionType
 from typing import Any, Literal
 
 from flaxlm import __version__
-from flaxlm.config import Config
 from flaxlm.configfile import knobs, load_config, override
 from flaxlm.errors import (
   INTERRUPTED,
@@ -113,7 +112,7 @@ def run_train(_: argparse.Namespace, arguments: list[str]) -> int:
   return train(read_config(arguments))
 
 
-def read_config(arguments: list[str]) -> Config:
+def read_config(arguments: list[str]) -> Any:
   """The config of `[CONFIG] [--section.field=value ...]`, checked."""
   named = bool(arguments) and not arguments[0].startswith("--")
   base = load_config(arguments[0] if named else DEFAULT_CONFIG)

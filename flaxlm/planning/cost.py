@@ -235,8 +235,8 @@ def step_cost(cfg: Config) -> StepCost:
 
 def kv_cache_bytes(cfg: ModelConfig, rows: int, context: int, item_size: int) -> int:
   """Keys and values of `rows` rows of `context` tokens; every layer keeps all slots."""
-  if cfg.family == "rnn":  # the state: one vector per layer, two with an LSTM's cell
-    return rows * cfg.depth * cfg.width * item_size * (2 if cfg.cell == "lstm" else 1)
+  if cfg.family == "rnn":  # float32 always: a vector per layer, two with an LSTM's cell
+    return rows * cfg.depth * cfg.width * 4 * (2 if cfg.cell == "lstm" else 1)
   per_token = 2 * cfg.depth * _number(cfg.num_kv_heads) * _number(cfg.head_dim)
   return rows * context * per_token * item_size
 

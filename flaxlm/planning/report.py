@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flaxlm.planning.compile import Compiled
+from flaxlm.planning.devices import ANY
 from flaxlm.planning.roofline import DecodePoint, Plan
 from flaxlm.planning.search import Choice, describe_mesh
 
@@ -145,7 +146,10 @@ def verdict(report: Report) -> str:
   plan = report.plan
   usable, total = plan.device.usable_bytes, plan.memory.total
   if usable is None:
-    return f"{size(total)} per device; name a --device to learn whether it fits"
+    why = f"how much a {plan.device.name} has is not known"
+    if plan.device is ANY:
+      why = "name a --device to learn whether it fits"
+    return f"{size(total)} per device; {why}"
   times = total / usable
   share = f"{times:.0%}" if times < 10 else f"{times:,.0f} times as much"
   share = f"{size(total)} of {size(usable)} per device ({share})"

@@ -55,6 +55,8 @@ BUILDABLE = {
     head_transform=True,
     head_biased=True,
   ),
+  "lstm": dict(family="rnn"),
+  "gru": dict(family="rnn", cell="gru", norm="layernorm", tied_embeddings=False),
   "t5": dict(family="encoder_decoder", positions="relative", encoder_depth=2),
   "t5_both": dict(family="encoder_decoder", norm_placement="both", positions="learned"),
 }
