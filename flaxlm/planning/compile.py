@@ -85,6 +85,12 @@ def compile_step(cfg: Config, sizes: Sizes, device: Device) -> Compiled:
 
   Raises `ConfigError` when there is no compiler for it here.
   """
+  if device.kind == "gpu" and device.name not in HOPPER_NAMES:
+    known = [*HOPPER_NAMES, "v4, v5e, v5p, v6e, 7x (TPU)", "cpu (simulated)"]
+    raise ConfigError(
+      f"nothing compiles for {device.name} without one",
+      f"use --compile with {', '.join(known)}",
+    )
   request = {"config": to_json(cfg), "sizes": dict(sizes), "device": device.name}
   package = str(Path(__file__).parents[2])
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -213,7 +219,7 @@ def target_devices(device: Device, number: int) -> tuple[str, list[Any]]:
     name = TPU_NAMES.get(device.name, device.name)
     name += ":" + "x".join(map(str, slice_shape(device, number)))
     platform, package, extra = "tpu", "libtpu", "tpu"
-  elif device.name in HOPPER_NAMES:
+  else:
     text = HOPPER.format(
       name=HOPPER_NAMES[device.name],
       bandwidth=device.memory_bandwidth,
@@ -222,12 +228,6 @@ def target_devices(device: Device, number: int) -> tuple[str, list[Any]]:
     options = {"target_config": text, "topology": f"1x{-(-number // 8)}x{min(number, 8)}"}
     name, platform = device.name, "cuda"
     package, extra = "jax-cuda12-plugin", "cuda-compile"
-  else:
-    known = [*HOPPER_NAMES, "v4, v5e, v5p, v6e, 7x (TPU)", "cpu (simulated)"]
-    raise ConfigError(
-      f"nothing compiles for {device.name} without one",
-      f"use --compile with {', '.join(known)}",
-    )
   try:
     topology = topologies.get_topology_desc(
       platform=platform, topology_name=name, **options

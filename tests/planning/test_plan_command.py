@@ -61,7 +61,7 @@ def test_the_contract_of_json(plan):
 
 
 def test_what_does_not_fit_gets_a_cure(plan, config, capsys):
-  asked = ("--mesh", "data=2", "--device", "h100")
+  asked = ("--mesh", "data=2", "--device", "h200")
   result = plan(*asked)
   assert result["fits"] is False
   assert result["cheapest_fit"]["fits"] is True
@@ -70,7 +70,7 @@ def test_what_does_not_fit_gets_a_cure(plan, config, capsys):
   out = capsys.readouterr().out
   assert "DOES NOT FIT" in out and result["cheapest_fit"]["flags"] in " ".join(out.split())
   cure = result["cheapest_fit"]["flags"].split()
-  assert plan("--device", "h100", *cure)["fits"] is True
+  assert plan("--device", "h200", *cure)["fits"] is True
 
 
 def test_budget_and_price(plan):
