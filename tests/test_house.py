@@ -35,8 +35,9 @@ ROWS = [
   ["nn", "data", "checkpoint"],
   [
     *("training.losses", "training.optimizer", "training.step"),
-    *("decoding", "interop", "planning"),
+    *("decoding", "interop"),
   ],
+  ["planning"],
   [
     *("training", "training.evaluation", "training.reporting", "training.loop"),
     *("benchmark", "look"),

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compiled program sends between devices, read from its HLO text."""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+ITEM_BITS = {"pred": 8, "bf16": 16, "f16": 16, "c64": 64, "c128": 128}  # else in the name
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """All exchanges of one kind over the same mesh axes, in one run of the program.
+
+  `bytes` is what one device sends in all of them, by the ring algorithm.
+  """
+
+  kind: str
+  axes: str
+  count: int
+  bytes: int
+
+
+def find_collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
+  """The collectives of a program, those in loops as often as they run; largest first."""
+  runs = _runs(text)
+  counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+  for computation, lines in _computations(text):
+    groups_of = {}  # the groups stand where an exchange starts, the result where it ends
+    for line in lines:
+      found = re.match(
+        rf"\s*(?:ROOT )?%?(\S+) = (.*?) ({'|'.join(KINDS)})(-start|-done)?\(%?([\w.\-]+)",
+        line,
+      )
+      if not found:
+        continue
+      name, shape, kind, stage, operand = found.groups()
+      if stage == "-start":
+        groups_of[name] = line
+        continue
+      if computation.startswith("all-reduce-scatter"):  # how a TPU program spells it
+        kind = "reduce-scatter"
+      groups = _groups(groups_of[operand] if stage else line, sizes)
+      axes, size = _axes_of(groups, sizes)
+      if size == 1:
+        continue
+      entry = counts[kind, axes]
+      entry[0] += runs[computation]
+      whole = found[3] == "all-reduce"  # before anything is scattered
+      sent = _sent(
+        kind, _shape_bytes(shape) // (size if whole and kind != found[3] else 1), size
+      )
+      entry[1] += runs[computation] * round(sent)
+  rows = [Collective(kind, axes, *entry) for (kind, axes), entry in counts.items()]
+  return sorted(rows, key=lambda row: -row.bytes)
+
+
+def _sent(kind: str, result_bytes: int, size: int) -> float:
+  """Bytes that one device sends; a result is the gathered, or the scattered, array."""
+  share = (size - 1) / size
+  match kind:
+    case "all-gather" | "all-to-all":
+      return result_bytes * share
+    case "all-reduce":
+      return 2 * result_bytes * share
+    case "reduce-scatter":
+      return result_bytes * (size - 1)
+  return result_bytes
+
+
+def _shape_bytes(shape: str) -> int:
+  total = 0
+  for dtype, dims in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", shape):
+    bits = ITEM_BITS.get(dtype) or int((re.findall(r"\d+", dtype) or [32])[0])
+    total += math.prod(int(dim) for dim in dims.split(",") if dim) * bits // 8
+  return total
+
+
+# -- Groups ------------------------------------------------------------------------------
+
+
+def _groups(line: str, sizes: Mapping[str, int]) -> Sequence[Sequence[int]]:
+  """Which devices exchange with which, by their number in the mesh."""
+  number = math.prod(sizes.values())
+  pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
+  if pairs:
+    found = re.findall(r"\{(\d+),(\d+)", pairs[0])
+    return [(int(a), int(b)) for a, b in found]
+  named = re.search(r"replica_groups=mesh\[(.*?)\](.*?)\{(.*?)\}", line)
+  if named:
+    return _named_groups(*named.groups())
+  iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+  if iota:
+    return _iota(*iota.groups()[1:]).reshape(_numbers(iota[1])).tolist()
+  listed = re.search(r"replica_groups=\{(\{.*?\})\}", line)
+  if listed:
+    return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+  return [list(range(number))]  # none given: everybody
+
+
+def _named_groups(axes: str, order: str, used: str) -> Sequence[Sequence[int]]:
+  """Groups along the axes `used` of the compiler's own mesh, such as 'a'=4,'b'=2."""
+  dims = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+  table = np.arange(math.prod(dims.values()))
+  listed = re.search(r"device_ids=\(([\d,]+)\)", order)
+  iota = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", order)
+  if listed:
+    table = np.array(_numbers(listed[1]))
+  elif iota:
+    table = _iota(*iota.groups())
+  table = table.reshape(list(dims.values()))
+  names = re.findall(r"'(\w+)'", used)
+  places = [n for n, name in enumerate(dims) if name not in names]
+  places += [n for n, name in enumerate(dims) if name in names]
+  size = math.prod(dims[name] for name in names)
+  return table.transpose(places).reshape(-1, size).tolist()
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+  """0, 1, 2, ... laid out in `dims` and transposed."""
+  shape = _numbers(dims)
+  table = np.arange(math.prod(shape)).reshape(shape)
+  return table if order is None else table.transpose(_numbers(order))
+
+
+def _numbers(text: str) -> list[int]:
+  return [int(number) for number in text.split(",")]
+
+
+def _axes_of(groups: Sequence[Sequence[int]], sizes: Mapping[str, int]) -> tuple[str, int]:
+  """The mesh axes along which the members of a group differ, and how many they are."""
+  shape, used = list(sizes.values()), set()
+  for group in groups:
+    places = np.array(np.unravel_index(list(group), shape)).T
+    for one, other in itertools.pairwise(places):
+      used |= {axis for axis, a, b in zip(sizes, one, other, strict=True) if a != b}
+  return "+".join(axis for axis in sizes if axis in used), max(map(len, groups), default=1)
+
+
+# -- How often -----------------------------------------------------------------------------
+
+
+def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+  name, lines = "", list[str]()
+  for line in text.splitlines():
+    if line.startswith("}"):
+      yield name, lines
+    elif line and not line[0].isspace() and line.endswith("{"):
+      name, lines = line.removeprefix("ENTRY ").lstrip("%").split(" ")[0], []
+    else:
+      lines.append(line)
+
+
+def _runs(text: str) -> dict[str, int]:
+  """How often each computation runs: called from a loop, once per round."""
+  bodies = dict(_computations(text))
+  entry = re.search(r"^ENTRY %?(\S+) ", text, re.MULTILINE)
+  runs: dict[str, int] = defaultdict(int)
+
+  def visit(name: str, times: int) -> None:
+    runs[name] += times
+    for line in bodies.get(name, []):
+      rounds = 1
+      loop = re.search(r" while\(.*condition=%?([\w.\-]+)", line)
+      if loop:
+        rounds = _rounds(line, bodies.get(loop[1], []))
+      for called in re.findall(r"(?:calls|body|to_apply)=%?([\w.\-]+)", line):
+        visit(called, times * rounds)
+      for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
+        for called in re.findall(r"[\w.\-]+", branches):
+          visit(called, times)
+
+  if entry:
+    visit(entry[1], 1)
+  return runs
+
+
+def _rounds(line: str, condition: Sequence[str]) -> int:
+  """How often a loop runs: as the compiler says, or up to the constant it compares with."""
+  known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+  if known:
+    return int(known[1])
+  limits = [int(n) for n in re.findall(r"constant\((\d+)\)", "\n".join(condition))]
+  return max(limits, default=1)

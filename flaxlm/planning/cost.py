@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model costs, in closed form: its parameters by part, and its FLOPs.
+
+A multiply-add is two FLOPs, and the backward pass costs twice the forward pass. Two
+conventions are in use, and they differ by 4-13 %; never compare across them:
+
+- *strict*: 6 per parameter that multiplies (a tied head once, no lookup, of experts only
+  the active ones) plus attention over the keys that a query really sees, so half of all
+  in a causal model; nothing for what is computed twice. MFU here is always strict.
+- *loose*: attention over all keys, 12 L N H T per token (PaLM, Chowdhery et al., 2022,
+  appendix B; nanoGPT).
+
+What the chips *execute* is a third figure: blocks of a causal mask computed for nothing,
+and the forward pass again under remat. Time follows from it, MFU does not.
+"""
+
+import dataclasses
+
+from flaxlm.config import Config, ModelConfig
+from flaxlm.nn.attention import query_blocks
+
+TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al., 2022)
+
+
+# -- Parameters --------------------------------------------------------------------------
+
+
+def parameters(cfg: ModelConfig) -> dict[str, int]:
+  """Number of parameters by part; the sum is the model's. `cfg` is resolved."""
+  V, D = _number(cfg.vocab_size), cfg.width
+  parts = dict.fromkeys(("embedding", "positions", "attention", "ffn", "norms", "head"), 0)
+  parts["embedding"] = (V + cfg.num_token_types) * D
+  parts["head"] = V * D * (not cfg.tied_embeddings) + V * cfg.head_biased
+  if cfg.head_transform:
+    parts["head"] += D * D + D
+    parts["norms"] += _norm(cfg)
+  if cfg.pooler:
+    parts["head"] += D * D + D
+  for depth, reads_source in stacks(cfg):
+    for part, count in _stack(cfg, depth, reads_source).items():
+      parts[part] = parts.get(part, 0) + count
+  return {part: count for part, count in parts.items() if count}
+
+
+def stacks(cfg: ModelConfig) -> list[tuple[int, bool]]:
+  """(depth, reads a source) of each stack of blocks."""
+  if cfg.family == "encoder_decoder":
+    return [(_number(cfg.encoder_depth), False), (cfg.depth, True)]
+  return [(cfg.depth, False)]
+
+
+def _stack(cfg: ModelConfig, depth: int, reads_source: bool) -> dict[str, int]:
+  parts = {"norms": 0, "positions": 0}
+  if cfg.family == "rnn":
+    parts["recurrent"] = depth * _cell(cfg)
+    parts["norms"] += depth * _norm(cfg)
+  else:
+    attention, branches = _attention(cfg), 2 + reads_source
+    parts["attention"] = depth * attention * (1 + reads_source)
+    ffn, router, _ = _ffn(cfg)
+    parts["ffn"], parts["router"] = depth * ffn, depth * router
+    norms = branches * (2 if cfg.norm_placement == "both" else 1)
+    norms -= cfg.parallel == "one_norm"
+    parts["norms"] += depth * norms * _norm(cfg)
+    match cfg.positions:
+      case "learned":
+        parts["positions"] = cfg.context * cfg.width
+      case "relative":
+        parts["positions"] = cfg.relative_buckets * cfg.num_heads
+  parts["norms"] += _norm(cfg) * (cfg.norm_placement != "post")
+  parts["norms"] += _norm(cfg) * cfg.embedding_norm
+  return parts
+
+
+def _norm(cfg: ModelConfig) -> int:
+  return cfg.width * (2 if cfg.norm == "layernorm" and cfg.norm_biased else 1)
+
+
+def _projections(cfg: ModelConfig) -> tuple[int, int, int]:
+  """Weights of one attention's queries, of its keys and values, and of its output."""
+  D, N, K, H = cfg.width, cfg.num_heads, _number(cfg.num_kv_heads), _number(cfg.head_dim)
+  return D * N * H, 2 * D * K * H, N * H * D
+
+
+def _attention(cfg: ModelConfig) -> int:
+  D, N, K, H = cfg.width, cfg.num_heads, _number(cfg.num_kv_heads), _number(cfg.head_dim)
+  count = sum(_projections(cfg))
+  count += (N + 2 * K) * H * bool(cfg.qkv_biased) + D * bool(cfg.o_biased)
+  count += {"none": 0, "head": 2 * H, "width": (N + K) * H}[cfg.qk_norm]
+  return count + N * cfg.learned_sinks
+
+
+def _ffn(cfg: ModelConfig) -> tuple[int, int, int]:
+  """Parameters of one feed-forward, of its router, and weights that a token multiplies."""
+  D, F, moe = cfg.width, _number(cfg.ffn_width), cfg.moe
+  matrices = 3 if cfg.gated else 2
+  if not moe.num_experts:
+    weights = matrices * D * F
+    return weights + cfg.biased * ((matrices - 1) * F + D), 0, weights
+  expert = matrices * D * _number(moe.expert_width)
+  shared = moe.num_shared_experts * expert
+  router = D * moe.num_experts + D * (moe.shared_gated and shared > 0)
+  active = moe.experts_per_token * expert + shared + router
+  return moe.num_experts * expert + shared, router, active
+
+
+def _cell(cfg: ModelConfig) -> int:
+  """One recurrent layer: what each gate reads of the input and of the state, and biases."""
+  gates = {"lstm": 4, "gru": 3}[cfg.cell]
+  return gates * 2 * cfg.width**2 + 4 * cfg.width
+
+
+def active_parameters(cfg: ModelConfig) -> int:
+  """Parameters that one token passes through: all but the experts that it skips."""
+  skipped = 0
+  if cfg.moe.num_experts:
+    ffn, router, active = _ffn(cfg)
+    skipped = sum(depth for depth, _ in stacks(cfg)) * (ffn + router - active)
+  return sum(parameters(cfg).values()) - skipped
+
+
+# -- FLOPs -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """FLOPs of one forward pass over some rows, in the three countings of this module."""
+
+  matmul: float  # weights times tokens, without the head
+  head: float
+  attention: float  # over the keys that queries see
+  attention_loose: float  # over all keys
+  attention_executed: float  # over the blocks that are computed
+
+  @property
+  def strict(self) -> float:
+    return self.matmul + self.head + self.attention
+
+  @property
+  def loose(self) -> float:
+    return self.matmul + self.head + self.attention_loose
+
+  def step(self, remat: str) -> float:
+    """FLOPs that one training step executes: forward, twice that backward, and remat."""
+    again = {
+      "none": 0.0,
+      "dots": self.attention_executed,
+      "full": self.matmul + self.attention_executed,
+    }[remat]
+    return 3 * (self.matmul + self.head + self.attention_executed) + again
+
+
+def forward_work(
+  cfg: ModelConfig, rows: int, seq_len: int, source_len: int | None = None
+) -> Work:
+  """One forward pass over `rows` rows; `source_len` is an encoder-decoder's."""
+  D, V = cfg.width, _number(cfg.vocab_size)
+  S = seq_len if source_len is None else source_len
+  matmul, seen, loose, executed = 0.0, 0.0, 0.0, 0.0
+  for depth, reads_source in stacks(cfg):
+    two_stacks = cfg.family == "encoder_decoder"
+    queries = S if two_stacks and not reads_source else seq_len
+    causal = cfg.family != "encoder" and (reads_source or not two_stacks)
+    matmul += 2.0 * rows * depth * _layer_weights(cfg, queries, S, reads_source)
+    if cfg.family == "rnn":
+      continue
+    # q . k and weights . v: 2 H each per query, head and key.
+    unit = 4.0 * rows * cfg.num_heads * _number(cfg.head_dim) * queries
+    for kind in layer_kinds(cfg, depth):
+      window = cfg.window if kind == "L" else None
+      seen += unit * visible_keys(queries, window, causal)
+      executed += unit * computed_keys(queries, window, causal)
+      loose += unit * queries
+    if reads_source:
+      cross = unit * depth * S
+      seen, loose, executed = seen + cross, loose + cross, executed + cross
+  head = 2.0 * rows * seq_len * (V * D + cfg.head_transform * D * D)
+  return Work(matmul, head, seen, loose, executed)
+
+
+def _layer_weights(cfg: ModelConfig, queries: int, source: int, cross: bool) -> float:
+  """Weights of one layer, each as often as it multiplies in a row."""
+  if cfg.family == "rnn":
+    return queries * (_cell(cfg) - 4 * cfg.width)
+  q, kv, o = _projections(cfg)
+  self_attention = q + kv + o
+  weights = queries * (self_attention + _ffn(cfg)[2])
+  return weights + cross * (queries * (q + o) + source * kv)
+
+
+def layer_kinds(cfg: ModelConfig, depth: int) -> str:
+  """The layers of a stack, one letter each: L sees a window, G all."""
+  pattern = cfg.layer_pattern or "G"
+  return (pattern * depth)[:depth]
+
+
+def visible_keys(queries: int, window: int | None, causal: bool) -> float:
+  """Keys that a query sees on average; half of T when causal, as everybody counts."""
+  reach = queries if window is None else min(window, queries)
+  if causal:
+    return reach - reach**2 / (2 * queries)
+  return queries if window is None else min(queries, 2 * window - 1)
+
+
+def computed_keys(queries: int, window: int | None, causal: bool) -> float:
+  """Keys per query in the blocks that attention computes (`nn.attention`)."""
+  if not causal:
+    return queries
+  pairs = 0
+  for start, end in query_blocks(queries):
+    first = 0 if window is None else max(0, start - window + 1)
+    pairs += (end - start) * (end - first)
+  return pairs / queries
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+  """One training step on the global batch."""
+
+  tokens: int  # targets; an encoder-decoder's source tokens come on top
+  strict_flops: float
+  loose_flops: float
+  executed_flops: float
+
+
+def step_cost(cfg: Config) -> StepCost:
+  """FLOPs of one step of a resolved config, whatever its accumulation."""
+  data = cfg.data
+  source = data.source_len or data.seq_len
+  work = forward_work(cfg.model, data.batch_size, data.seq_len, source)
+  executed = work.step(cfg.training.remat)
+  tokens = data.batch_size * data.seq_len
+  return StepCost(tokens, 3 * work.strict, 3 * work.loose, executed)
+
+
+def kv_cache_bytes(cfg: ModelConfig, rows: int, context: int, item_size: int) -> int:
+  """Keys and values of `rows` rows of `context` tokens; every layer keeps all slots."""
+  if cfg.family == "rnn":  # float32 always: a vector per layer, two with an LSTM's cell
+    return rows * cfg.depth * cfg.width * 4 * (2 if cfg.cell == "lstm" else 1)
+  per_token = 2 * cfg.depth * _number(cfg.num_kv_heads) * _number(cfg.head_dim)
+  return rows * context * per_token * item_size
+
+
+def _number(value: int | None) -> int:
+  assert value is not None, "resolved"
+  return value

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes of memory per device, by part, of a training step and of decoding.
+
+Nothing is guessed where it can be asked: the state's shapes and layouts are those of
+`training`, by the same table of sharding rules, on a mesh without devices; what the
+layers keep for the backward pass is read off the traced model. What we add is at which
+moments memory can peak, and a few temporaries of each.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from flaxlm.config import MESH_AXES, Config, ModelConfig, OptimizerConfig, TrainingConfig
+from flaxlm.data.objectives import Batch
+from flaxlm.errors import ConfigError
+from flaxlm.nn.models import build_model, init_params
+from flaxlm.planning.cost import kv_cache_bytes, stacks
+from flaxlm.sharding import RULES, batch_shards, like_parameters, with_shardings
+from flaxlm.training.optimizer import build_optimizer
+from flaxlm.training.step import SEED, forward
+
+Sizes = Mapping[str, int]
+Remat = Literal["none", "dots", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """What lies on a device when most does: `peak` names the moment, `parts` its parts.
+
+  `moments` has all: at the loss (every activation, and the logits), in the layers'
+  backward pass (activations and gradients), in the head's, and in the update.
+  """
+
+  moments: Mapping[str, Mapping[str, int]]
+
+  @property
+  def peak(self) -> str:
+    return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+  @property
+  def parts(self) -> Mapping[str, int]:
+    return self.moments[self.peak]
+
+  @property
+  def total(self) -> int:
+    return sum(self.parts.values())
+
+
+def full_sizes(mesh: Mapping[str, int], num_devices: int | None = None) -> dict[str, int]:
+  """Every mesh axis with its size; one may be -1 (the rest), if `num_devices` is known.
+
+  Raises `ConfigError` when the mesh does not use exactly `num_devices`.
+  """
+  sizes = {axis: mesh.get(axis, 1) for axis in MESH_AXES}
+  known = math.prod(size for size in sizes.values() if size != -1)
+  text = ",".join(f"{axis}={size}" for axis, size in mesh.items())
+  if -1 in sizes.values():
+    if num_devices is None:
+      raise ConfigError(f"mesh {text} leaves a size open", "give --devices N, or the size")
+    sizes = {axis: num_devices // known if n == -1 else n for axis, n in sizes.items()}
+  total = math.prod(sizes.values())
+  if num_devices is not None and total != num_devices:
+    needed = f"a multiple of {known}" if -1 in mesh.values() else str(total)
+    raise ConfigError(
+      f"mesh {text} needs {needed} devices, {num_devices} present",
+      "change --mesh or --devices",
+    )
+  return sizes
+
+
+def training_memory(cfg: Config, sizes: Sizes) -> Memory:
+  """The memory of one training step of a resolved config. Raises `ConfigError` when the
+  mesh cannot hold it: a dim or the batch does not divide.
+  """
+  model_cfg, training = cfg.model, cfg.training
+  state = state_bytes(model_cfg, training, cfg.optimizer, sizes)
+  rows = local_rows(cfg, sizes)
+  T = cfg.data.seq_len
+  depth = sum(depth for depth, _ in stacks(model_cfg))
+  item = jnp.dtype(training.dtype).itemsize
+  casts = training.dtype != training.param_dtype
+  kept = kept_bytes(cfg, sizes["tensor"], training.remat)
+  unsharded = dict.fromkeys(sizes, 1) | {"tensor": sizes["tensor"]}
+  whole = state_bytes(model_cfg, training, cfg.optimizer, unsharded)
+  copies = kept.fixed * state.block_elements // whole.block_elements
+  activations = rows * kept.per_row
+  # Computed again, or its gradients:
+  one_layer = rows * kept_bytes(cfg, sizes["tensor"], "none").per_row // depth
+
+  always = {
+    "parameters": state.parameters,
+    "optimizer_state": state.optimizer_state,
+    "batch": rows * training.accumulation_steps * 4 * (5 * T + 3 * source_len(cfg)),
+  }
+  if training.accumulation_steps > 1:  # sums over micro-batches, in float32
+    always["gradient_sums"] = state.elements * 4
+  V = model_cfg.vocab_size
+  assert V is not None, "resolved"
+  logits = rows * T * (V // sizes["tensor"]) * 4
+  head = model_cfg.width * (V // sizes["tensor"])
+  gathered = sizes["fsdp"] > 1
+  gradients = {"gradients": state.parameters}
+  between = {"activations": activations, "weight_copies": copies}  # forward and backward
+  moments = {
+    "loss": between
+    | {
+      "logits": 2 * logits,  # and their gradient
+      "temporary": head * item if casts or gathered else 0,  # gathered and converted
+    },
+    "backward": between | gradients | {"temporary": one_layer + state.largest_layer * item},
+    # The head's gradient is summed up whole: at once if that frees more (the logits'
+    # gradient) than it makes, else last of all.
+    "head": (between if logits > head * 4 // sizes["fsdp"] else gradients)
+    | {"logits": logits, "temporary": head * 4 if gathered else 0},
+    "update": gradients | {"temporary": state.update_temporaries},
+  }
+  return Memory({name: always | parts for name, parts in moments.items()})
+
+
+# -- The state ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class StateBytes:
+  """The state's bytes on one device, and the numbers of elements behind them."""
+
+  parameters: int
+  optimizer_state: int
+  elements: int  # of parameters, on this device
+  block_elements: int  # those in the blocks
+  largest_layer: int  # of one whole layer's parameters, gathered over fsdp
+  update_temporaries: int  # what the update rule makes on its way
+
+
+def state_bytes(
+  cfg: ModelConfig, training: TrainingConfig, optimizer: OptimizerConfig, sizes: Sizes
+) -> StateBytes:
+  """The training state on one device, by the rules that training itself lays it out by."""
+  return _state_bytes(cfg, _precision(training), optimizer, tuple(sizes.items()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _state_bytes(
+  cfg: ModelConfig,
+  run: TrainingConfig,
+  optimizer: OptimizerConfig,
+  items: tuple[tuple[str, int], ...],
+) -> StateBytes:
+  boxed, opt_state = _abstract_trees(cfg, run, optimizer)
+  sizes = dict(items)
+  mesh = _abstract_mesh(sizes)
+  params = with_shardings(boxed, mesh)
+  moments = like_parameters(opt_state, params, mesh)
+  blocks = [
+    leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    if any(getattr(key, "key", None) == "blocks" for key in path)
+  ]
+  gathered = sum(
+    local_size(leaf) * (sizes["fsdp"] if _split_over(leaf, "fsdp") else 1) // leaf.shape[0]
+    for leaf in blocks
+  )
+  return StateBytes(
+    parameters=tree_bytes(params),
+    optimizer_state=tree_bytes(moments),
+    elements=sum(map(local_size, jax.tree.leaves(params))),
+    block_elements=sum(map(local_size, blocks)),
+    largest_layer=gathered,
+    update_temporaries=_update_temporaries(params, blocks, cfg.width, optimizer.kind),
+  )
+
+
+def _update_temporaries(params: Any, blocks: Sequence[Any], width: int, kind: str) -> int:
+  """Elementwise rules write the new state over the old; the others make whole updates."""
+  if kind not in ("adafactor", "muon"):
+    return 0
+  updates = tree_bytes(params)
+  if kind == "adafactor":  # their size decides how far they are clipped
+    return updates
+  # Newton-Schulz multiplies a stack X of matrices: X, X X^T and its square, in float32,
+  # the products whole on every device.
+  most = 0
+  for leaf in blocks:
+    matrices, *dims = leaf.shape
+    rows = min(width, math.prod(dims) // width)
+    most = max(most, local_size(leaf) * 4 + 2 * matrices * rows * rows * 4)
+  return updates + most
+
+
+def _abstract_mesh(sizes: Sizes) -> Any:
+  """A mesh without devices: all that the rules need."""
+  types = (AxisType.Auto,) * len(sizes)
+  return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_trees(
+  cfg: ModelConfig, training: TrainingConfig, optimizer: OptimizerConfig
+) -> tuple[Any, Any]:
+  """Named shapes of the parameters, and shapes of the optimizer's state."""
+  model = build_model(cfg, training)
+  boxed = jax.eval_shape(functools.partial(init_params, model), SEED)
+  plain = with_shardings(boxed, _abstract_mesh(dict.fromkeys(MESH_AXES, 1)))
+  return boxed, jax.eval_shape(build_optimizer(optimizer, 1000).init, plain)
+
+
+def _precision(training: TrainingConfig) -> TrainingConfig:
+  """What of a run decides the state's bytes: one key for all ways to run."""
+  return TrainingConfig(dtype=training.dtype, param_dtype=training.param_dtype)
+
+
+def tree_bytes(tree: Any) -> int:
+  return sum(local_size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def local_size(leaf: jax.ShapeDtypeStruct) -> int:
+  """Elements of an array on one device."""
+  assert leaf.sharding is not None
+  return math.prod(leaf.sharding.shard_shape(leaf.shape))
+
+
+def _split_over(leaf: Any, axis: str) -> bool:
+  return any(axis in (entry or ()) for entry in leaf.sharding.spec)
+
+
+# -- What the layers keep ----------------------------------------------------------------
+
+
+def local_rows(cfg: Config, sizes: Sizes) -> int:
+  """Rows of one micro-batch on one device; raises `ConfigError` if they do not divide."""
+  accumulation, size = cfg.training.accumulation_steps, cfg.data.batch_size
+  shards = batch_shards(sizes) * accumulation
+  if size % shards:
+    axes = " x ".join(f"{axis}={sizes[axis]}" for axis in RULES["batch"])
+    raise ConfigError(
+      f"data.batch_size={size} is not a multiple of {axes} x "
+      f"accumulation_steps={accumulation}",
+      f"nearest: {max(1, round(size / shards)) * shards}",
+    )
+  return size // shards
+
+
+class Kept(NamedTuple):
+  """Bytes that the backward pass of the layers needs from the forward pass."""
+
+  per_row: int  # activations
+  fixed: int  # copies of parameters: converted, or cut out of their stack
+
+
+def kept_bytes(cfg: Config, parts: int, remat: Remat) -> Kept:
+  """What one of `parts` members of a `tensor` axis keeps. Parameters are not among it."""
+  run = dataclasses.replace(_precision(cfg.training), remat=remat, scanned=True)
+  lengths = (cfg.data.seq_len, source_len(cfg))
+  return _kept_bytes(_local_model(cfg.model, parts), run, lengths)
+
+
+def source_len(cfg: Config) -> int:
+  """Source tokens in a row: an encoder-decoder's, else none."""
+  if cfg.model.family != "encoder_decoder":
+    return 0
+  return cfg.data.source_len or cfg.data.seq_len
+
+
+def _local_model(cfg: ModelConfig, parts: int) -> ModelConfig:
+  """The share of a model that one member of a `tensor` axis computes."""
+  assert cfg.num_kv_heads and cfg.ffn_width and cfg.moe.expert_width
+  return dataclasses.replace(
+    cfg,
+    num_heads=cfg.num_heads // parts,
+    num_kv_heads=cfg.num_kv_heads // parts,
+    ffn_width=cfg.ffn_width // parts,
+    moe=dataclasses.replace(cfg.moe, expert_width=cfg.moe.expert_width // parts),
+  )
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_bytes(cfg: ModelConfig, run: TrainingConfig, lengths: tuple[int, int]) -> Kept:
+  """Read off the traced model: what grows with the rows, and what does not."""
+  model = build_model(cfg, run)
+  boxed = jax.eval_shape(functools.partial(init_params, model), SEED)
+  one, two = (_residual_bytes(model, nn.unbox(boxed), n, lengths) for n in (1, 2))
+  return Kept(two - one, max(0, 2 * one - two))
+
+
+def _residual_bytes(model: Any, params: Any, rows: int, lengths: tuple[int, int]) -> int:
+  target, source = (
+    jax.ShapeDtypeStruct((rows, length), jnp.int32) if length else None
+    for length in lengths
+  )
+  batch: Any = Batch(*[target] * 5, *[source] * 3)  # type: ignore[arg-type]
+
+  def residuals(params: Any, batch: Batch) -> list[jax.Array]:
+    dropout = model.cfg.dropout > 0
+    options = dict(
+      method="hidden",
+      deterministic=not dropout,
+      rngs={"dropout": jax.random.key(0)} if dropout else {},
+    )
+    return jax.tree.leaves(
+      jax.vjp(lambda params: forward(model, params, batch, **options), params)[1]
+    )
+
+  jaxpr = jax.make_jaxpr(residuals)(params, batch).jaxpr
+  origins = _origins(jaxpr)
+  given = set(jaxpr.invars)
+  kept = {}
+  for var in jaxpr.outvars:
+    if isinstance(var, jax.extend.core.Var) and origins(var) not in given:
+      kept[origins(var)] = var
+  arrays: list[Any] = [var.aval for var in kept.values()]
+  return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+
+
+def _origins(jaxpr: Any) -> Callable[[Any], Any]:
+  """What an array is a view of: q, k and v each keep their own reshape of one input, which
+  the compiler stores once. Looks through reshapes, here and in the layers' loop.
+  """
+  makers = {var: (eqn, n) for eqn in jaxpr.eqns for n, var in enumerate(eqn.outvars)}
+
+  def origin(var: Any) -> Any:
+    if var not in makers:
+      return var
+    eqn, number = makers[var]
+    if eqn.primitive.name == "reshape":
+      return origin(eqn.invars[0])
+    if eqn.primitive.name == "scan":
+      body = eqn.params["jaxpr"].jaxpr
+      inside = body.outvars[number]
+      if isinstance(inside, jax.extend.core.Var):
+        return id(eqn), _origins(body)(inside)
+    return var
+
+  return origin
+
+
+# -- Decoding ----------------------------------------------------------------------------
+
+
+def decoding_memory(
+  cfg: Config, sizes: Sizes, rows: int, context: int
+) -> Mapping[str, int]:
+  """Bytes per device that decoding needs: weights, and the cache of `rows` x `context`."""
+  training = cfg.training
+  state = state_bytes(cfg.model, training, cfg.optimizer, sizes)
+  item = jnp.dtype(training.dtype).itemsize
+  shards, parts = batch_shards(sizes), sizes["tensor"]
+  V = cfg.model.vocab_size
+  assert V is not None
+  local = math.ceil(rows / shards)
+  return {
+    "parameters": state.elements * item,
+    "kv_cache": kv_cache_bytes(cfg.model, local, context, item) // parts,
+    "logits": local * (V // parts) * 4,
+  }

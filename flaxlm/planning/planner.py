@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`flaxlm plan`: one config, one mesh, one kind of device, and what people ask of them."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from flaxlm.config import Config
+from flaxlm.errors import ConfigError
+from flaxlm.planning.compile import compile_step
+from flaxlm.planning.devices import ANY, Device, find_device
+from flaxlm.planning.memory import full_sizes
+from flaxlm.planning.report import Report
+from flaxlm.planning.roofline import DecodePoint, plan_decoding, plan_training
+from flaxlm.planning.search import cheapest_fit, search
+from flaxlm.tokenizers import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Questions:
+  """What the command line asks."""
+
+  mesh: Mapping[str, int]
+  device: str | None = None
+  num_devices: int | None = None
+  compiled: bool = False
+  searched: bool = False
+  batches: Sequence[int] = ()  # to decode with
+  contexts: Sequence[int] | None = None  # none: a few up to the model's
+  tokens: float | None = None
+  price: float | None = None
+
+
+def plan(cfg: Config, asked: Questions) -> Report:
+  """Answers all of it; raises `ConfigError` for a mesh or a device that cannot be."""
+  device = ANY if asked.device is None else find_device(asked.device)
+  cfg = resolve(cfg)
+  number = asked.num_devices
+  if number is None and dict(asked.mesh) == {"data": -1}:
+    number = 1  # nobody said anything about devices
+  choices = []
+  if asked.searched:
+    choices = search(cfg, device, number or math.prod(full_sizes(asked.mesh).values()))
+    if not choices:
+      raise ConfigError(
+        f"no mesh of {number} devices divides this config and its batch",
+        f"data.batch_size={cfg.data.batch_size} has to be a multiple of the devices",
+      )
+    cfg, found = choices[0].cfg, choices[0].plan
+  else:
+    found = plan_training(cfg, full_sizes(asked.mesh, number), device)
+  return Report(
+    name=cfg.name or "config",
+    plan=found,
+    tokens=asked.tokens,
+    price=asked.price,
+    cure=cheapest_fit(cfg, found.sizes, device) if found.fits is False else None,
+    choices=choices,
+    decoding=decode_points(cfg, found.sizes, device, asked),
+    compiled=compile_step(cfg, found.sizes, device) if asked.compiled else None,
+  )
+
+
+def resolve(cfg: Config) -> Config:
+  """`cfg` with every number of the model known. A tokenizer that is yet to be trained
+  counts as full.
+  """
+  kind, path = cfg.tokenizer.kind, cfg.tokenizer.path
+  num_ids = cfg.tokenizer.vocab_size
+  if cfg.model.vocab_size is not None:
+    pass
+  elif path is not None:
+    num_ids = Tokenizer.load(path).vocab_size
+  elif kind == "byte":
+    num_ids = 257  # and the end of a text
+  return dataclasses.replace(cfg, model=cfg.model.resolve(num_ids))
+
+
+def decode_points(
+  cfg: Config, sizes: Mapping[str, int], device: Device, asked: Questions
+) -> list[DecodePoint]:
+  context = cfg.model.context
+  contexts = asked.contexts or sorted(
+    {max(1, context // 16), max(1, context // 4), context}
+  )
+  return [
+    plan_decoding(cfg, sizes, device, batch, length)
+    for batch in asked.batches
+    for length in contexts
+  ]

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time on paper: what a step costs in arithmetic, in memory traffic, and on each mesh axis.
+
+What overlaps is an assumption, and this is ours: on one device matrix products and passes
+over memory take turns; the weights and gradients of `data` and `fsdp` travel meanwhile;
+what `tensor` and `expert` exchange is needed at once, so everybody waits for it.
+Formulas are those of the scaling book (jax-ml.github.io/scaling-book): a gathered array
+of b bytes takes b (n - 1) / n / W on an axis of n, its reduction the same, both twice that.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from flaxlm.config import MESH_AXES, Config
+from flaxlm.planning.cost import (
+  TOKENS_PER_PARAMETER,
+  StepCost,
+  active_parameters,
+  forward_work,
+  kv_cache_bytes,
+  parameters,
+  stacks,
+  step_cost,
+)
+from flaxlm.planning.devices import Device
+from flaxlm.planning.memory import (
+  Memory,
+  Sizes,
+  StateBytes,
+  decoding_memory,
+  kept_bytes,
+  local_rows,
+  state_bytes,
+  training_memory,
+)
+from flaxlm.sharding import batch_shards
+
+COLLECTIVE_SECONDS = 1e-6  # no exchange is faster, however small (scaling book)
+# Passes over an array that a layer keeps: written, read, and its gradient likewise; an
+# array computed again is written once more.
+PASSES, PASSES_AGAIN = 4, 5
+LOGIT_PASSES = 6  # logits: written, read for the maximum, the sum and the gradient; it too
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a training step of a config needs on a mesh of devices."""
+
+  device: Device
+  sizes: Sizes
+  parameters: Mapping[str, int]
+  active_parameters: int
+  memory: Memory
+  cost: StepCost
+  times: "StepTimes"
+  mfu: float | None  # strict, of the published peak
+
+  @property
+  def num_devices(self) -> int:
+    return math.prod(self.sizes.values())
+
+  @property
+  def fits(self) -> bool | None:
+    usable = self.device.usable_bytes
+    return None if usable is None else self.memory.total <= usable
+
+  @property
+  def tokens_per_second(self) -> float | None:
+    return self.times.seconds and self.cost.tokens / self.times.seconds
+
+  @property
+  def optimal_tokens(self) -> int:
+    return TOKENS_PER_PARAMETER * sum(self.parameters.values())
+
+  def device_hours(self, tokens: float) -> float | None:
+    rate = self.tokens_per_second
+    return rate and self.num_devices * tokens / rate / 3600
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTimes:
+  """Seconds of one step by what takes them; None where the device's peak is not known."""
+
+  compute: float | None
+  memory: float | None
+  network: Mapping[str, float | None]  # by mesh axis
+
+  @property
+  def seconds(self) -> float | None:
+    """The whole step, by this module's assumption about what overlaps."""
+    times = [self.compute, self.memory, *self.network.values()]
+    if any(time is None for time in times):
+      return None
+    assert self.compute is not None and self.memory is not None
+    wait = lambda *axes: sum(self.network.get(axis) or 0.0 for axis in axes)
+    return max(self.compute + self.memory, wait("data", "fsdp")) + wait("tensor", "expert")
+
+  @property
+  def limited_by(self) -> str | None:
+    """compute, memory, or network:AXIS, whichever alone takes longest."""
+    if self.seconds is None:
+      return None
+    named = {"compute": self.compute, "memory": self.memory}
+    named |= {f"network:{axis}": time for axis, time in self.network.items()}
+    return max(named, key=lambda name: named[name] or 0.0)
+
+
+def plan_training(cfg: Config, sizes: Sizes, device: Device) -> Plan:
+  """The plan of a resolved config; raises `ConfigError` when it cannot be laid out."""
+  memory = training_memory(cfg, sizes)
+  cost = step_cost(cfg)
+  times = step_times(cfg, sizes, device, cost)
+  peak, mfu = device.flops(cfg.training.dtype), None
+  if peak and times.seconds:
+    mfu = cost.strict_flops / (times.seconds * math.prod(sizes.values()) * peak)
+    assert mfu <= 1, "faster than the peak"
+  return Plan(
+    device=device,
+    sizes=sizes,
+    parameters=parameters(cfg.model),
+    active_parameters=active_parameters(cfg.model),
+    memory=memory,
+    cost=cost,
+    times=times,
+    mfu=mfu,
+  )
+
+
+def step_times(cfg: Config, sizes: Sizes, device: Device, cost: StepCost) -> StepTimes:
+  state = state_bytes(cfg.model, cfg.training, cfg.optimizer, sizes)
+  compute = None
+  peak = attainable_flops(device, cfg.training.dtype)
+  if peak:
+    compute = cost.executed_flops / math.prod(sizes.values()) / peak
+  bandwidth = attainable_bandwidth(device)
+  memory = traffic_bytes(cfg, sizes, state) / bandwidth if bandwidth else None
+  network = {}
+  for axis, sent in network_bytes(cfg, sizes, state).items():
+    rate = axis_bandwidth(device, sizes, axis)
+    network[axis] = sent / rate if rate else None
+  return StepTimes(compute, memory, network)
+
+
+def attainable_flops(device: Device, dtype: str) -> float | None:
+  """The best that was measured, where somebody did, else the peak."""
+  peak = device.flops(dtype)
+  return peak and peak * (device.matmul_fraction or 1.0)
+
+
+def attainable_bandwidth(device: Device) -> float | None:
+  rate = device.memory_bandwidth
+  return rate and rate * (device.bandwidth_fraction or 1.0)
+
+
+def traffic_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> float:
+  """Bytes that one device reads and writes in a step, besides operands in its caches."""
+  training, model = cfg.training, cfg.model
+  rows = local_rows(cfg, sizes)
+  passes = PASSES if training.remat == "none" else PASSES_AGAIN
+  T = cfg.data.seq_len
+  activations = passes * rows * kept_bytes(cfg, sizes["tensor"], "none").per_row
+  assert model.vocab_size is not None
+  logits = rows * T * (model.vocab_size // sizes["tensor"]) * 4
+  weights = 3 * gathered_elements(state, sizes) * jnp.dtype(training.dtype).itemsize
+  one_part = activations + LOGIT_PASSES * logits + weights
+  update = 2 * (state.parameters + state.optimizer_state) + 2 * state.parameters
+  return training.accumulation_steps * one_part + update
+
+
+def gathered_elements(state: StateBytes, sizes: Sizes) -> int:
+  """Parameters that one device multiplies with in a step: its share, whole over fsdp."""
+  return state.elements * sizes["fsdp"]
+
+
+# -- The network -------------------------------------------------------------------------
+
+
+def network_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> dict[str, float]:
+  """Bytes that one device sends in a step along each mesh axis in use."""
+  training, model = cfg.training, cfg.model
+  item = jnp.dtype(training.dtype).itemsize
+  parts, rows = training.accumulation_steps, local_rows(cfg, sizes)
+  share = lambda axis: (sizes[axis] - 1) / sizes[axis]
+  tokens = rows * cfg.data.seq_len
+  vector_bytes = tokens * model.width * item
+  num_layers = sum(depth * (2 + reads_source) for depth, reads_source in stacks(model)) / 2
+  again = training.remat == "full"
+  sent = {
+    # Gradients, summed: reduced and gathered again.
+    "data": 2 * state.parameters * share("data"),
+    # Weights gathered forward and backward, gradients reduced to their owner.
+    "fsdp": 3 * parts * gathered_elements(state, sizes) * item * share("fsdp"),
+    # Two sums per layer forward and backward (Shoeybi et al., 2019), embedding and head.
+    "tensor": 2
+    * parts
+    * vector_bytes
+    * (num_layers * (4 + 2 * again) + 2)
+    * share("tensor"),
+    "expert": 0.0,
+  }
+  if sizes["expert"] > 1:
+    # Tokens to their experts and back, forward and backward; the rest as along `data`.
+    moved = (4 + 2 * again) * parts * vector_bytes * model.moe.experts_per_token
+    dense = 2 * state.parameters
+    sent["expert"] = (moved * model.depth + dense) * share("expert")
+  return {axis: sent[axis] for axis in MESH_AXES if sizes[axis] > 1}
+
+
+def axis_bandwidth(device: Device, sizes: Sizes, axis: str) -> float | None:
+  """Bytes per second that one device sends along a mesh axis.
+
+  Later mesh axes vary fastest, so they get the nearest neighbours. A torus shares its
+  axes out evenly among the mesh axes in use; on a switch every axis has all of it. An
+  axis that leaves the domain moves at the rate of its members' network together.
+  """
+  if device.link_bandwidth is None:
+    return None
+  inner = math.prod(sizes[other] for other in MESH_AXES[MESH_AXES.index(axis) + 1 :])
+  rate = device.link_bandwidth
+  if device.torus_axes:
+    in_use = sum(size > 1 for size in sizes.values())
+    rate *= max(1, device.torus_axes // in_use)
+  if inner * sizes[axis] <= device.domain:
+    return rate
+  if device.network_bandwidth is None:
+    return None
+  local = max(1, device.domain // inner)
+  return min(rate, local * device.network_bandwidth)
+
+
+# -- Decoding ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodePoint:
+  """Decoding `batch` rows at `context` tokens: memory per device, and time per token."""
+
+  batch: int
+  context: int
+  bytes_per_device: int
+  fits: bool | None
+  min_devices: int | None  # that hold weights and cache at all
+  seconds: float | None  # per step: one token for every row
+  tokens_per_second: float | None
+  limited_by: str | None
+
+
+def plan_decoding(
+  cfg: Config, sizes: Sizes, device: Device, batch: int, context: int
+) -> DecodePoint:
+  """One point of the bandwidth roofline: every step reads the weights and the cache.
+
+  Laid out by the same rules as training: rows over `data`, `fsdp` and `expert`, heads over
+  `tensor`. So `fsdp` gathers the weights at every step, which `tensor` does not have to.
+  """
+  memory = decoding_memory(cfg, sizes, batch, context)
+  item = jnp.dtype(cfg.training.dtype).itemsize
+  usable, local = device.usable_bytes, sum(memory.values())
+  whole = sum(parameters(cfg.model).values()) * item
+  whole += kv_cache_bytes(cfg.model, batch, context, item)
+  times = _decode_times(cfg, sizes, device, batch, context)
+  seconds = None
+  if all(time is not None for time in times.values()):
+    compute, weight_time, cache_time, network = (time or 0.0 for time in times.values())
+    seconds = max(compute, weight_time) + cache_time + network
+  slowest = max(times, key=lambda name: times[name] or 0.0)
+  return DecodePoint(
+    batch=batch,
+    context=context,
+    bytes_per_device=local,
+    fits=None if usable is None else local <= usable,
+    min_devices=usable and math.ceil(whole / usable),
+    seconds=seconds,
+    tokens_per_second=seconds and batch / seconds,
+    limited_by=None if seconds is None else slowest,
+  )
+
+
+def _decode_times(
+  cfg: Config, sizes: Sizes, device: Device, batch: int, context: int
+) -> dict[str, float | None]:
+  """Seconds of one step by what takes them: compute, weights, cache, network."""
+  model, tensor = cfg.model, sizes["tensor"]
+  item = jnp.dtype(cfg.training.dtype).itemsize
+  rows = math.ceil(batch / batch_shards(sizes))
+  peak = attainable_flops(device, cfg.training.dtype)
+  rate = attainable_bandwidth(device)
+  work = forward_work(model, rows, 1)
+  attention = 4.0 * rows * model.depth * model.num_heads * (model.head_dim or 0) * context
+  flops = work.matmul + work.head + attention * (model.family != "rnn")
+  weights = read_parameters(cfg, rows) * item / tensor / sizes["expert"]
+  cache = kv_cache_bytes(model, rows, context, item) / tensor
+  vectors = rows * model.width * item * model.depth
+  exchanges = {  # bytes, and how many there are
+    "fsdp": (weights, model.depth),
+    "tensor": (4 * vectors, 2 * model.depth),
+    "expert": (2 * vectors * model.moe.experts_per_token, 2 * model.depth),
+  }
+  network: float | None = 0.0
+  for axis, (whole, count) in exchanges.items():
+    if sizes[axis] > 1 and network is not None:
+      speed, share = axis_bandwidth(device, sizes, axis), 1 - 1 / sizes[axis]
+      time = speed and max(whole * share / speed, count * COLLECTIVE_SECONDS)
+      network = None if time is None else network + time
+  return {
+    "compute": flops / tensor / peak if peak else None,
+    "weights": weights / rate if rate else None,
+    "cache": cache / rate if rate else None,
+    "network": network,
+  }
+
+
+def read_parameters(cfg: Config, rows: int) -> int:
+  """Parameters that a step reads: no input table, and no expert that nobody asked for."""
+  model = cfg.model
+  parts = parameters(model)
+  total, active = sum(parts.values()), active_parameters(model)
+  lookup = 0 if model.tied_embeddings else parts["embedding"]
+  # A row visits A of E experts; of independent rows a share of 1 - (1 - A/E)^rows.
+  if model.moe.num_experts:
+    share = model.moe.experts_per_token / model.moe.num_experts
+    skipped = (total - active) / (1 - share) if share < 1 else 0.0
+    total -= round(skipped * (1 - share) ** rows)
+  return total - lookup

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every legal mesh, remat policy and accumulation for some devices, ranked."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+
+from flaxlm.config import MESH_AXES, Config
+from flaxlm.errors import ConfigError
+from flaxlm.planning.devices import Device
+from flaxlm.planning.memory import Remat, Sizes, full_sizes, state_bytes
+from flaxlm.planning.roofline import Plan, plan_training
+from flaxlm.sharding import batch_shards
+
+REMATS: tuple[Remat, ...] = ("none", "dots", "full")
+MOST_DEVICES = 4096  # looked at for a plan that does not fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """One way to run a config, and what it comes to."""
+
+  cfg: Config
+  plan: Plan
+
+  @property
+  def flags(self) -> str:
+    """The command line that chooses it."""
+    training = self.cfg.training
+    return (
+      f"--mesh {describe_mesh(self.plan.sizes)} --training.remat={training.remat} "
+      f"--training.accumulation_steps={training.accumulation_steps}"
+    )
+
+
+def describe_mesh(sizes: Sizes) -> str:
+  used = [f"{axis}={size}" for axis, size in sizes.items() if size > 1]
+  return ",".join(used) or "data=1"
+
+
+def search(cfg: Config, device: Device, num_devices: int) -> list[Choice]:
+  """All that can be laid out on `num_devices`, the fastest that fits first.
+
+  Of each mesh and policy only the least accumulation that fits is kept: more is slower.
+  """
+  choices = [
+    choice
+    for sizes in meshes(cfg, num_devices)
+    for remat in REMATS
+    if (choice := _best_accumulation(cfg, device, sizes, remat)) is not None
+  ]
+  return sorted(choices, key=_rank)
+
+
+def meshes(cfg: Config, num_devices: int) -> Iterator[dict[str, int]]:
+  """Every way to write `num_devices` as a product over the mesh axes."""
+  divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+  experts = cfg.model.moe.num_experts
+  for fsdp, tensor, expert in itertools.product(divisors, divisors, divisors):
+    if num_devices % (fsdp * tensor * expert) == 0 and (expert == 1 or experts):
+      data = num_devices // (fsdp * tensor * expert)
+      yield dict(zip(MESH_AXES, (data, fsdp, tensor, expert), strict=True))
+
+
+def _best_accumulation(
+  cfg: Config, device: Device, sizes: Sizes, remat: Remat
+) -> Choice | None:
+  """The least accumulation that fits, or the most of all if none does."""
+  rows = cfg.data.batch_size // batch_shards(sizes)
+  steps = [n for n in range(1, rows + 1) if rows % n == 0]
+
+  def choose(number: int) -> Choice:
+    training = dataclasses.replace(cfg.training, remat=remat, accumulation_steps=number)
+    changed = dataclasses.replace(cfg, training=training)
+    return Choice(changed, plan_training(changed, sizes, device))
+
+  if not steps:
+    return None
+  try:
+    most = choose(steps[-1])
+  except ConfigError:  # a dim that this mesh does not divide
+    return None
+  # One more sum of gradients may cost more than the first halving of the rows saves.
+  if most.plan.fits is False and choose(1).plan.fits is False:
+    return most
+  return next(choice for n in steps if (choice := choose(n)).plan.fits is not False)
+
+
+def _rank(choice: Choice) -> tuple:
+  plan = choice.plan
+  seconds = plan.times.seconds
+  slow = float("inf") if seconds is None else seconds
+  return plan.fits is False, slow, plan.memory.total
+
+
+def cheapest_fit(cfg: Config, sizes: Sizes, device: Device) -> Choice | None:
+  """The least change that makes a config fit: first how it runs, then the mesh, then more
+  devices. None if nothing up to `MOST_DEVICES` does.
+  """
+  same_mesh = [_best_accumulation(cfg, device, sizes, remat) for remat in REMATS]
+  fitting = [choice for choice in same_mesh if choice and choice.plan.fits]
+  if fitting:
+    return min(fitting, key=_rank)
+  number = math.prod(sizes.values())
+  least = state_bytes(cfg.model, cfg.training, cfg.optimizer, full_sizes({}))
+  while number <= MOST_DEVICES:
+    possible = (least.parameters + least.optimizer_state) / number < (
+      device.usable_bytes or math.inf
+    )
+    found = search(cfg, device, number) if possible else []
+    if found and found[0].plan.fits:
+      return found[0]
+    number *= 2
+  return None

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory by part: the state exactly as training lays it out, and what the layers keep."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from flaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from flaxlm.errors import ConfigError
+from flaxlm.nn.models import build_model
+from flaxlm.planning.compile import compile_here
+from flaxlm.planning.cost import parameters
+from flaxlm.planning.devices import find_device
+from flaxlm.planning.memory import (
+  decoding_memory,
+  full_sizes,
+  kept_bytes,
+  state_bytes,
+  training_memory,
+)
+from flaxlm.sharding import make_mesh
+from flaxlm.training.optimizer import build_optimizer
+from flaxlm.training.step import abstract_state
+
+MODEL = ModelConfig(
+  depth=3, width=64, num_heads=8, num_kv_heads=4, vocab_size=256, context=128
+).resolve()
+CFG = Config(
+  model=MODEL,
+  data=DataConfig(seq_len=64, batch_size=16),
+  training=TrainingConfig(dtype="bfloat16", scanned=True),
+)
+MESHES = [
+  dict(data=8),
+  dict(fsdp=8),
+  dict(fsdp=2, tensor=4),
+  dict(data=2, fsdp=2, tensor=2),
+]
+
+
+def changed(**fields) -> Config:
+  return dataclasses.replace(CFG, training=dataclasses.replace(CFG.training, **fields))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lion", "adafactor", "muon", "sgd"])
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_the_state_is_that_of_training(kind: str, mesh: dict[str, int]):
+  """Shards of the real state on real devices, added up."""
+  optimizer = OptimizerConfig(kind=kind)
+  state = state_bytes(MODEL, CFG.training, optimizer, full_sizes(mesh))
+  real = abstract_state(
+    build_model(MODEL, CFG.training), build_optimizer(optimizer, 10), make_mesh(mesh)
+  )
+  local = lambda tree: sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+  assert state.parameters == local(real.params)
+  assert state.optimizer_state == local(real.opt_state)
+
+
+def test_moments_by_kind():
+  one = full_sizes({})
+  model = dataclasses.replace(MODEL, width=256)  # Adafactor factors from 128 on
+  ratio = {}
+  for kind in ("adamw", "lion", "sgd", "muon", "adafactor"):
+    state = state_bytes(model, CFG.training, OptimizerConfig(kind=kind), one)
+    ratio[kind] = state.optimizer_state / state.parameters
+  assert ratio["adamw"] == pytest.approx(2, abs=1e-3)
+  assert ratio["lion"] == pytest.approx(1, abs=1e-3)
+  assert ratio["sgd"] == pytest.approx(1, abs=1e-3)
+  assert 1 < ratio["muon"] < 2  # one for matrices, two for the embedding
+  assert ratio["adafactor"] < 0.3
+
+
+def test_what_the_layers_keep():
+  """With full remat each block's input, in bfloat16; with less of it, more."""
+  kept = {remat: kept_bytes(CFG, 1, remat).per_row for remat in ("none", "dots", "full")}
+  inputs = MODEL.depth * 64 * MODEL.width * 2
+  final_norm = 64 * MODEL.width * 8  # in float32, twice; the embedding keeps ids alone
+  assert inputs < kept["full"] < inputs + final_norm + 64 * 1024
+  # q, k, v, the output's input, gate and up: what matrix products give.
+  D, N, K, H, F = 64, 8, 4, 8, MODEL.ffn_width
+  assert F is not None
+  dots = MODEL.depth * 64 * 2 * (N * H + 2 * K * H + D + 2 * F)
+  assert kept["full"] + 0.95 * dots < kept["dots"] < kept["full"] + 1.3 * dots
+  assert kept["none"] > 1.5 * kept["dots"]
+
+
+def test_tensor_members_keep_less():
+  whole, part = (kept_bytes(CFG, n, "none").per_row for n in (1, 4))
+  assert whole / 4 < part < whole
+
+
+def test_parts_add_up_and_shrink_as_they_should():
+  one, eight = (training_memory(CFG, full_sizes(mesh)) for mesh in ({}, dict(data=8)))
+  assert one.total == sum(one.parts.values()) == sum(one.moments[one.peak].values())
+  loss, eighth = one.moments["loss"], eight.moments["loss"]
+  assert loss["logits"] == 2 * 16 * 64 * 256 * 4 == 8 * eighth["logits"]
+  assert loss["parameters"] == eighth["parameters"]  # data replicates them
+  assert loss["parameters"] == 4 * sum(parameters(MODEL).values())
+  sharded = training_memory(CFG, full_sizes(dict(fsdp=8))).moments["loss"]
+  assert sharded["parameters"] < loss["parameters"] / 7
+  parts = training_memory(changed(accumulation_steps=4), full_sizes({})).moments["loss"]
+  assert parts["logits"] == loss["logits"] / 4
+  assert parts["gradient_sums"] == loss["parameters"]
+  assert parts["batch"] == loss["batch"]
+
+
+@pytest.mark.parametrize("mesh", MESHES[1::2], ids=str)
+def test_arguments_are_those_of_the_compiled_step(mesh: dict[str, int]):
+  """State and batch to the byte, but for the step, counters and the seed."""
+  sizes = full_sizes(mesh)
+  compiled = compile_here(CFG, sizes, find_device("cpu"))
+  parts = training_memory(CFG, sizes).moments["loss"]
+  expected = parts["parameters"] + parts["optimizer_state"] + parts["batch"]
+  assert compiled.argument_bytes is not None
+  assert 0 <= compiled.argument_bytes - expected < 64
+  assert compiled.alias_bytes is not None  # the whole state is donated
+  assert compiled.alias_bytes >= parts["parameters"] + parts["optimizer_state"]
+  assert compiled.collectives
+
+
+def test_mesh_sizes():
+  assert full_sizes({"fsdp": 8})["fsdp"] == 8
+  assert full_sizes({"data": -1, "tensor": 2}, 8)["data"] == 4
+  for mesh, number in (({"data": -1}, None), ({"data": -1, "tensor": 3}, 8)):
+    with pytest.raises(ConfigError):
+      full_sizes(mesh, number)
+  with pytest.raises(ConfigError, match="needs 4 devices, 8 present"):
+    full_sizes({"fsdp": 4}, 8)
+
+
+@pytest.mark.parametrize(
+  ("mesh", "field"),
+  [
+    (dict(tensor=8), "model.num_kv_heads = 4"),
+    (dict(fsdp=128), "model.width = 64"),
+    (dict(data=32), "data.batch_size=16"),
+  ],
+)
+def test_what_does_not_divide_is_refused_by_name(mesh: dict[str, int], field: str):
+  with pytest.raises(ConfigError, match=field):
+    training_memory(CFG, full_sizes(mesh))
+
+
+def test_decoding_needs_weights_and_cache():
+  parts = decoding_memory(CFG, full_sizes(dict(tensor=2)), rows=8, context=100)
+  assert parts["kv_cache"] == 2 * 3 * 8 * 100 * 4 * 8 * 2 // 2
+  assert parts["parameters"] < 2 * sum(parameters(MODEL).values()) * 0.51

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`flaxlm plan`, as scripts and people call it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flaxlm.cli import main
+from flaxlm.configfile import load_config
+from flaxlm.planning.planner import resolve
+
+CONFIG = """
+from flaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
+config = Config(
+  model=ModelConfig(
+    depth=32, width=4096, num_heads=32, num_kv_heads=8, ffn_width=14_336,
+    vocab_size=128_256, context=8192, tied_embeddings=False,
+  ),
+  data=DataConfig(seq_len=2048, batch_size=16),
+  training=TrainingConfig(dtype="bfloat16", scanned=True),
+)
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+  path = tmp_path / "llama3_8b.py"
+  path.write_text(CONFIG)
+  return str(path)
+
+
+@pytest.fixture
+def plan(config: str, capsys: pytest.CaptureFixture):
+  def run(*arguments: str) -> dict:
+    code = main(["plan", config, *arguments, "--json"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return json.loads(out)
+
+  return run
+
+
+def test_the_contract_of_json(plan):
+  result = plan("--mesh", "fsdp=8", "--device", "h200", "--training.remat=full")
+  assert result["parameters"] == 8_030_261_248
+  parts = dict(result["bytes_per_device"])
+  assert parts.pop("total") == sum(parts.values())
+  assert {"parameters", "optimizer_state", "activations"} <= set(parts)
+  assert parts["parameters"] == 4 * 8_030_261_248 / 8 + 4 * (7 / 8) * 65 * 4096
+  assert result["fits"] is True
+  assert result["step_seconds"] > 0
+  assert result["tokens_per_second"] == pytest.approx(16 * 2048 / result["step_seconds"])
+  assert 0 < result["mfu"] < 1
+  assert result["limited_by"] == "compute"
+  assert result["chinchilla_tokens"] == 20 * result["parameters"]
+  assert "compiled" not in result and "search" not in result
+
+
+def test_what_does_not_fit_gets_a_cure(plan, config, capsys):
+  asked = ("--mesh", "data=2", "--device", "h200")
+  result = plan(*asked)
+  assert result["fits"] is False
+  assert result["cheapest_fit"]["fits"] is True
+  assert result["cheapest_fit"]["num_devices"] == 2  # another mesh is enough
+  assert main(["plan", config, *asked]) == 0
+  out = capsys.readouterr().out
+  assert "DOES NOT FIT" in out and result["cheapest_fit"]["flags"] in " ".join(out.split())
+  cure = result["cheapest_fit"]["flags"].split()
+  assert plan("--device", "h200", *cure)["fits"] is True
+
+
+def test_budget_and_price(plan):
+  asked = ("--mesh", "fsdp=8", "--device", "h200")
+  result = plan(*asked, "--tokens", "1e12", "--price", "3")
+  hours = 8 * 1e12 / result["tokens_per_second"] / 3600
+  assert result["budget"]["device_hours"] == pytest.approx(hours)
+  assert result["budget"]["cost"] == pytest.approx(3 * hours)
+  assert plan(*asked)["budget"]["cost"] is None
+
+
+def test_search_and_decoding(plan):
+  asked = ("--device", "v5p", "--devices", "4", "--search", "--decode", "--batch", "2")
+  result = plan(*asked, "--context", "100", "--context", "200")
+  best = result["search"][0]
+  assert best["step_seconds"] == result["step_seconds"] and best["fits"]
+  assert best["mesh"] == result["mesh"]
+  assert {(p["batch"], p["context"]) for p in result["decode"]} == {(2, 100), (2, 200)}
+
+
+def test_without_a_device_there_are_bytes_and_no_times(plan):
+  result = plan()
+  assert result["num_devices"] == 1
+  assert result["bytes_per_device"]["total"] > 16 * result["parameters"]
+  for name in ("fits", "step_seconds", "tokens_per_second", "mfu", "limited_by"):
+    assert result[name] is None
+
+
+def test_the_text_has_a_verdict(config, capsys, tmp_path):
+  output = tmp_path / "plan.txt"
+  arguments = ["--mesh", "fsdp=16", "--device", "v5p", "--output", str(output)]
+  assert main(["plan", config, *arguments]) == 0
+  assert capsys.readouterr().out == ""
+  text = output.read_text()
+  assert "FITS" in text and "8,030,261,248" in text and "MFU" in text
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--device", "h20"], "did you mean h200"),
+    (["--mesh", "fsdp=-1", "--device", "h200"], "--devices"),
+    (["--mesh", "fsdp=4", "--devices", "8"], "needs 4 devices, 8 present"),
+    (["--mesh", "tensor=16"], "model.num_kv_heads = 8"),
+    (["--mesh", "data=32"], "data.batch_size=16"),
+    (["--mesh", "pipe=2"], "unknown mesh axis"),
+    (["--devices", "0"], "more than 0"),
+    (["--model.dept=3"], "model.depth"),
+    (["--device", "h200", "--devices", "7", "--search"], "no mesh of 7 devices"),
+    (["--device", "l4", "--compile"], "use --compile with"),
+  ],
+)
+def test_mistakes_are_named(config: str, capsys, arguments: list[str], message: str):
+  assert main(["plan", config, *arguments]) == 2
+  captured = capsys.readouterr()
+  assert message in captured.err
+  assert captured.out == ""
+
+
+def test_an_untrained_tokenizer_counts_as_full():
+  cfg = load_config("stdlib_tiny")
+  assert resolve(cfg).model.vocab_size == 4096
+
+
+def test_no_backend_is_started(flaxlm):
+  """Planning for a GPU must not take three quarters of the one that is here."""
+  code = (
+    "import sys\nfrom flaxlm.cli import main\n"
+    "assert main(['plan', '--device', 'h200', '--model.dropout=0.1', '--json']) == 0\n"
+    "from jax._src import xla_bridge\n"
+    "assert not xla_bridge.backends_are_initialized()\n"
+  )
+  environment = os.environ | flaxlm.environment
+  run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+  assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
+def test_compile_on_simulated_devices(flaxlm):
+  """The whole way through the child process, with no extra installed."""
+  small = ["--model.depth=2", "--model.width=64", "--training.scanned=true"]
+  run = flaxlm(
+    "plan", *small, "--mesh=data=2,fsdp=2", "--device=cpu", "--compile", "--json"
+  )
+  assert run.returncode == 0, run.stderr
+  compiled = json.loads(run.stdout)["compiled"]
+  assert compiled["error"] is None
+  for name in ("argument_bytes", "output_bytes", "temp_bytes", "peak_bytes"):
+    assert compiled[name] > 0
+  assert {one["axes"] for one in compiled["collectives"]} & {"data", "fsdp"}

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times against hand-worked examples, and what they refuse to guess."""
+
+import dataclasses
+
+import pytest
+
+from flaxlm.config import Config, DataConfig, ModelConfig, MoEConfig, TrainingConfig
+from flaxlm.planning.devices import Device, find_device
+from flaxlm.planning.memory import full_sizes, state_bytes
+from flaxlm.planning.roofline import (
+  StepTimes,
+  axis_bandwidth,
+  network_bytes,
+  plan_decoding,
+  plan_training,
+  read_parameters,
+)
+
+LLAMA3_8B = ModelConfig(
+  depth=32,
+  width=4096,
+  num_heads=32,
+  num_kv_heads=8,
+  ffn_width=14_336,
+  vocab_size=128_256,
+  context=8192,
+  tied_embeddings=False,
+).resolve()
+N = 8_030_261_248
+CFG = Config(
+  model=LLAMA3_8B,
+  data=DataConfig(seq_len=4096, batch_size=16),
+  training=TrainingConfig(dtype="bfloat16", scanned=True, remat="full"),
+)
+
+
+def sent(mesh: dict[str, int], cfg: Config = CFG) -> dict[str, float]:
+  sizes = full_sizes(mesh)
+  state = state_bytes(cfg.model, cfg.training, cfg.optimizer, sizes)
+  return network_bytes(cfg, sizes, state)
+
+
+def test_fsdp_gathers_twice_and_reduces_once():
+  assert sent(dict(fsdp=8)) == {"fsdp": pytest.approx(3 * 2 * N * 7 / 8, rel=1e-3)}
+
+
+def test_data_sums_float32_gradients():
+  assert sent(dict(data=4)) == {"data": pytest.approx(2 * 4 * N * 3 / 4)}
+
+
+def test_tensor_sums_activations_six_times_a_layer_under_full_remat():
+  """Shoeybi et al. (2019): two sums forward, two backward; two more computed again."""
+  vectors = 16 * 4096 * 4096 * 2
+  assert sent(dict(tensor=8))["tensor"] == 2 * vectors * (32 * 6 + 2) * 7 / 8
+
+
+def test_accumulation_gathers_every_time():
+  training = dataclasses.replace(CFG.training, accumulation_steps=2)
+  twice = sent(dict(fsdp=8), dataclasses.replace(CFG, training=training))
+  assert twice["fsdp"] == 2 * sent(dict(fsdp=8))["fsdp"]
+
+
+def test_bandwidth_of_an_axis():
+  h100 = find_device("h100")
+  inside, across = full_sizes(dict(fsdp=8)), full_sizes(dict(data=4, fsdp=8))
+  assert axis_bandwidth(h100, inside, "fsdp") == 450e9
+  # Four nodes: eight GPUs each, so eight network cards side by side for `fsdp`'s 64, but
+  # one alone for each `data` group, whose members all sit in other nodes.
+  assert axis_bandwidth(h100, full_sizes(dict(fsdp=64)), "fsdp") == 400e9
+  assert axis_bandwidth(h100, across, "data") == 50e9
+  v5p = find_device("v5p")
+  assert axis_bandwidth(v5p, full_sizes(dict(fsdp=64)), "fsdp") == 3 * 180e9
+  assert axis_bandwidth(v5p, full_sizes(dict(data=8, fsdp=8)), "fsdp") == 180e9
+  assert axis_bandwidth(find_device("l4"), full_sizes(dict(data=16)), "data") is None
+
+
+def test_overlap_is_as_documented():
+  times = StepTimes(2.0, 1.0, {"fsdp": 4.0, "tensor": 0.5})
+  assert times.seconds == 4.5
+  assert times.limited_by == "network:fsdp"
+  hidden = StepTimes(2.0, 1.0, {"fsdp": 2.5, "data": 0.4})
+  assert hidden.seconds == 3.0
+  assert hidden.limited_by == "network:fsdp"
+  assert StepTimes(2.0, 1.0, {"fsdp": None}).seconds is None
+  assert StepTimes(None, 1.0, {}).limited_by is None
+
+
+def test_llama3_8b_on_eight_h200():
+  """Published: 49-51 % strict MFU in bfloat16 by three stacks (with fused attention)."""
+  plan = plan_training(CFG, full_sizes(dict(fsdp=8)), find_device("h200"))
+  assert plan.fits
+  assert plan.times.limited_by == "compute"
+  assert plan.mfu is not None and plan.tokens_per_second is not None
+  assert 0.35 < plan.mfu < 0.6
+  by_hand = plan.cost.strict_flops * plan.tokens_per_second / plan.cost.tokens
+  assert plan.mfu == pytest.approx(by_hand / (8 * 989.4e12))
+  assert plan.optimal_tokens == 20 * N
+  hours = plan.device_hours(1e9)
+  assert hours == pytest.approx(8 * 1e9 / plan.tokens_per_second / 3600)
+
+
+def test_what_is_not_known_is_not_timed():
+  plan = plan_training(CFG, full_sizes(dict(fsdp=8)), find_device("cpu"))
+  assert plan.times.seconds is plan.mfu is plan.fits is plan.tokens_per_second is None
+  assert plan.memory.total > 0
+  turing = plan_training(CFG, full_sizes(dict(fsdp=8)), find_device("t4"))
+  assert turing.times.compute is None  # no bfloat16 there
+  assert turing.fits is False
+
+
+@pytest.mark.parametrize(("fraction", "rate"), [(1.0, 320), (0.896, 286)])
+def test_decoding_llama3_8b_on_one_h200(fraction: float, rate: float):
+  """15.0 GB of weights without the input table: 320 tokens/s at 4.8 TB/s, 286 at 4.3."""
+  device = dataclasses.replace(find_device("h200"), bandwidth_fraction=fraction)
+  point = plan_decoding(CFG, full_sizes({}), device, batch=1, context=1)
+  assert point.tokens_per_second == pytest.approx(rate, rel=5e-3)
+  assert point.limited_by == "weights"
+  assert point.min_devices == 1
+
+
+def test_decoding_turns_from_weights_to_cache():
+  device = find_device("h200")
+  point = lambda batch, context: plan_decoding(CFG, full_sizes({}), device, batch, context)
+  few, many = point(1, 128), point(64, 8192)
+  assert few.limited_by == "weights" and many.limited_by == "cache"
+  assert few.seconds and many.seconds and few.seconds < many.seconds
+  cache = 64 * 8192 * 131_072
+  assert many.bytes_per_device == pytest.approx(2 * N + cache, rel=2e-3)
+  assert point(64, 8192 * 16).fits is False
+
+
+def test_decoding_on_a_mesh():
+  """`tensor` halves what is read; `fsdp` makes the weights travel instead."""
+  device = find_device("h200")
+  point = lambda **mesh: plan_decoding(CFG, full_sizes(mesh), device, 8, 1024)
+  one, tensor, fsdp = point(), point(tensor=2), point(fsdp=2)
+  assert one.seconds and tensor.seconds and fsdp.seconds
+  assert one.seconds / 2 < tensor.seconds < one.seconds < fsdp.seconds
+  assert fsdp.limited_by == "network"
+  assert tensor.bytes_per_device == pytest.approx(one.bytes_per_device / 2, rel=1e-3)
+
+
+def test_decoding_reads_the_experts_that_are_asked():
+  moe = MoEConfig(num_experts=8, experts_per_token=2)
+  model = dataclasses.replace(LLAMA3_8B, moe=moe).resolve()
+  cfg = dataclasses.replace(CFG, model=model)
+  one, many = read_parameters(cfg, 1), read_parameters(cfg, 1000)
+  expert = 32 * 3 * 4096 * 14_336
+  assert many - one == 6 * expert
+  assert many == read_parameters(CFG, 1) + 7 * expert + 32 * 4096 * 8
+
+
+def test_measured_limits_take_the_place_of_a_data_sheet():
+  cpu = Device(
+    name="cpu",
+    kind="cpu",
+    peak_flops={"float32": 200e9},
+    memory_bytes=None,
+    usable_bytes=None,
+    memory_bandwidth=20e9,
+  )
+  cfg = dataclasses.replace(CFG, training=TrainingConfig())
+  plan = plan_training(cfg, full_sizes({}), cpu)
+  assert plan.times.compute == pytest.approx(plan.cost.executed_flops / 200e9)
+  assert plan.mfu is not None and 0 < plan.mfu < 1

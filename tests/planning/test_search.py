@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The search sees every mesh, ranks what fits first, and mends what does not."""
+
+import dataclasses
+import math
+
+import pytest
+
+from flaxlm.config import Config, DataConfig, ModelConfig, MoEConfig, TrainingConfig
+from flaxlm.planning.devices import find_device
+from flaxlm.planning.memory import full_sizes
+from flaxlm.planning.roofline import plan_training
+from flaxlm.planning.search import cheapest_fit, meshes, search
+
+CFG = Config(
+  model=ModelConfig(
+    depth=4, width=256, num_heads=4, num_kv_heads=2, vocab_size=1024, context=256
+  ).resolve(),
+  data=DataConfig(seq_len=128, batch_size=16),
+  training=TrainingConfig(dtype="bfloat16"),
+)
+H200 = find_device("h200")
+
+
+def small(usable: float):
+  """An H200 with less memory."""
+  return dataclasses.replace(H200, usable_bytes=int(usable))
+
+
+def test_every_mesh_is_there_once():
+  found = list(meshes(CFG, 8))
+  assert all(math.prod(sizes.values()) == 8 for sizes in found)
+  assert len({tuple(sizes.values()) for sizes in found}) == len(found) == 10
+  moe = MoEConfig(num_experts=4)
+  cfg = dataclasses.replace(CFG, model=dataclasses.replace(CFG.model, moe=moe))
+  assert len(list(meshes(cfg, 8))) == 20
+
+
+def test_the_fastest_that_fits_comes_first():
+  device = small(60e6)
+  found = search(CFG, device, 8)
+  fits = [choice.plan.fits for choice in found]
+  assert fits == sorted(fits, reverse=True)
+  assert any(fits) and not all(fits)
+  seconds = [choice.plan.times.seconds for choice in found if choice.plan.fits]
+  assert seconds == sorted(seconds)
+  # Two heads for keys and values: tensor=4 and 8 cannot be laid out.
+  assert max(choice.plan.sizes["tensor"] for choice in found) == 2
+  for choice in found:
+    if choice.plan.fits and choice.cfg.training.accumulation_steps > 1:
+      fewer = dataclasses.replace(choice.cfg.training, accumulation_steps=1)
+      cfg = dataclasses.replace(CFG, training=fewer)
+      assert not plan_training(cfg, choice.plan.sizes, device).fits
+
+
+def test_the_cheapest_change_keeps_what_it_can():
+  sizes = full_sizes(dict(data=8))
+  totals = {
+    remat: plan_training(
+      dataclasses.replace(CFG, training=dataclasses.replace(CFG.training, remat=remat)),
+      sizes,
+      H200,
+    ).memory.total
+    for remat in ("none", "dots", "full")
+  }
+  less_kept = cheapest_fit(CFG, sizes, small(totals["dots"] + 1000))
+  assert less_kept is not None and less_kept.plan.sizes == sizes
+  assert less_kept.cfg.training.remat != "none" or (
+    less_kept.cfg.training.accumulation_steps > 1
+  )
+  assert f"--training.remat={less_kept.cfg.training.remat}" in less_kept.flags
+  state = plan_training(CFG, sizes, H200).memory.moments["update"]
+  sharded = cheapest_fit(CFG, sizes, small(0.8 * sum(state.values())))
+  assert sharded is not None and sharded.plan.num_devices == 8
+  assert sharded.plan.sizes["fsdp"] * sharded.plan.sizes["tensor"] > 1
+  one = full_sizes({})
+  more = cheapest_fit(CFG, one, small(0.8 * sum(state.values())))
+  assert more is not None and more.plan.num_devices == 2
+  assert more.plan.fits
+
+
+def test_nothing_may_fit():
+  assert cheapest_fit(CFG, full_sizes({}), small(1e5)) is None
+
+
+@pytest.mark.parametrize("number", [3, 5])
+def test_a_batch_that_no_mesh_divides_leaves_nothing(number: int):
+  assert search(CFG, H200, number) == []
