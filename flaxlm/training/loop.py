@@ -94,6 +94,7 @@ def train(cfg: Config) -> int:
       validation = split_batches(cfg, prepared.validation, shuffled=False)
       if first_step:
         check_same_experiment(cfg, prepared.fingerprint, first_step)
+      stop = stack.enter_context(stop_signals())
       future = early[0] if early and guess == cfg.model else compiling(cfg.model)
       writes = jax.process_index() == 0
       if writes:
@@ -122,8 +123,7 @@ def train(cfg: Config) -> int:
     run = Trainer(
       cfg, prepared.fingerprint, mesh, program.train_step, evaluator, store, reporter
     )
-    with stop_signals() as stop:
-      state, exit_code = run.steps(state, first_step, batches, stop)
+    state, exit_code = run.steps(state, first_step, batches, stop)
 
     # -- A word at the end.
     if exit_code == 0 and writes:
