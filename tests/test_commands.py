@@ -304,3 +304,59 @@ def test_doors_are_the_commands(tmp_path, flaxlm):
       check=True,
     )
     assert run.stdout.splitlines()[1:] == flaxlm(door, "--help").stdout.splitlines()[1:]
+
+
+def test_an_rnn_is_trained_and_continues(flaxlm, corpus, tmp_path):
+  run = flaxlm("train", "rnn_lstm", *tiny(corpus, training__num_steps=3, model__cell="gru"))
+  assert run.returncode == 0, run.stderr
+  run = flaxlm("infer", "--prompt", "3 t", "--max-new-tokens=4", "--beams=2", "--json")
+  assert run.returncode == 0, run.stderr
+  assert json.loads(run.stdout)["prompt"] == "3 t"
+
+
+def test_an_encoder_fills_and_embeds(flaxlm, corpus, tmp_path):
+  run = flaxlm(
+    "train", "bert_tiny", *tiny(corpus, training__num_steps=3, data__batch_size=8)
+  )
+  assert run.returncode == 0, run.stderr
+  (record,) = [m for m in metrics(tmp_path, "bert_tiny") if "eval/loss" in m]
+  assert 0 <= record["eval/accuracy"] <= 1
+  assert "eval/bits_per_byte" not in record, "it has seen the text around the masks"
+  run = flaxlm("infer", "--fill", "3 times [MASK] is", "--json")
+  assert run.returncode == 0, run.stderr
+  filled = json.loads(run.stdout)
+  assert filled["text"] == "3 times [MASK] is"
+  assert filled["filled"].startswith("3 times")
+  (candidates,) = filled["candidates"]
+  assert len(candidates) == 5
+  run = flaxlm("embed", "--text", "3 times", "--text", "4", "--normalise", "--json")
+  assert run.returncode == 0, run.stderr
+  first, second = (json.loads(line) for line in run.stdout.splitlines())
+  assert (first["text"], second["text"]) == ("3 times", "4")
+  assert len(first["embedding"]) == 16
+  assert sum(x * x for x in first["embedding"]) == pytest.approx(1, rel=1e-4)
+  for arguments, text in (
+    (["infer", "--fill", "no mask"], "has no [MASK]"),
+    (["infer", "--prompt", "a"], "does not continue"),
+    (["eval", "--bleu"], "does not translate"),
+  ):
+    run = flaxlm(*arguments)
+    assert run.returncode == 2
+    assert text in run.stderr
+
+
+def test_an_encoder_decoder_translates(flaxlm, tmp_path):
+  run = flaxlm(
+    "train",
+    "transformer_2017",
+    *tiny("gettext:de", training__num_steps=3, model__context=64),
+  )
+  assert run.returncode == 0, run.stderr
+  assert "eval/bits_per_byte" in metrics(tmp_path, "transformer_2017")[-1]
+  run = flaxlm("infer", "--prompt", "Save", "--max-new-tokens=6", "--beams=3", "--json")
+  assert run.returncode == 0, run.stderr
+  found = json.loads(run.stdout)
+  assert found["prompt"] == "Save"
+  assert 1 <= len(found["tokens"]) <= 6
+  plain = flaxlm("infer", "--prompt", "Save", "--max-new-tokens=6", "--temperature=0")
+  assert plain.returncode == 0, plain.stderr

@@ -14,7 +14,7 @@ import json
 import shutil
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -100,23 +100,25 @@ class Prepared:
 
 
 def prepare(
-  corpus: str | Corpus,
+  corpus: str,
   cfg: TokenizerConfig,
   log: Log = to_stderr,
   objective: str = "next_token",
+  meanwhile: Callable[[], object] = lambda: None,
 ) -> Prepared:
-  """The tokens of a corpus (found, or its name), from the store if they are there.
+  """The tokens of `corpus` (see `find_corpus`), from the store if they are there.
 
   The objective (see `DataConfig`) decides what is read: for seq2seq pairs, for which the
   stores are `PairStore`s, else documents; and for masked, that the tokenizer has `[MASK]`.
   Several processes may call this at once: one prepares, the others wait. `log` takes
-  lines about progress. Raises `DataError`.
+  lines about progress. `meanwhile` is called first if there is much to do: it may start
+  other work. Raises `DataError`.
   """
-  found = find_corpus(corpus, log) if isinstance(corpus, str) else corpus
-  plan = _Plan(found, cfg, objective, data_dir())
+  plan = _Plan(find_corpus(corpus, log), cfg, objective, data_dir())
   prepared = _find(plan)
   if prepared is not None:
     return prepared
+  meanwhile()
   with locked(plan.root, log):
     prepared = _find(plan)  # another process may have been faster
     if prepared is None:

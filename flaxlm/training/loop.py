@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from flaxlm.config import Config, ModelConfig, TokenizerConfig
 from flaxlm.configfile import difference, to_json
 from flaxlm.data.batches import Batches
 from flaxlm.data.prepare import Prepared, prepare
-from flaxlm.data.sources import data_dir, find_corpus
+from flaxlm.data.sources import data_dir
 from flaxlm.decoding.completions import complete, search
 from flaxlm.decoding.encoding import fill_masks
 from flaxlm.decoding.runs import CHECKPOINTS, CONFIG, TOKENIZER, Run, load_config_of
@@ -75,18 +75,26 @@ def train(cfg: Config) -> int:
     stack.enter_context(locked(cfg.run_dir))
     first_step = resume_step(cfg)
 
-    # -- Data: what there is to learn from decides the vocabulary. It is known before, in
-    # all but the smallest corpora, so the program compiles while the data are prepared.
-    corpus = find_corpus(cfg.data.corpus)
+    # -- Data: what there is to learn from decides the vocabulary. It is known before, but
+    # for the smallest corpora, so the program compiles while data are prepared.
     guess = cfg.model.resolve(expected_vocab_size(cfg.tokenizer))
     with ThreadPoolExecutor(1, "compile") as thread:
-      ahead = thread.submit(Program.compiled, guess, cfg, mesh, fresh=not first_step)
-      prepared = prepare(corpus, cfg.tokenizer, objective=cfg.data.objective)
+      compiling = lambda model_cfg: thread.submit(
+        Program.compiled, model_cfg, cfg, mesh, fresh=not first_step
+      )
+      early: list[Future[Program]] = []
+      prepared = prepare(
+        cfg.data.corpus,
+        cfg.tokenizer,
+        objective=cfg.data.objective,
+        meanwhile=lambda: early.append(compiling(guess)),
+      )
       cfg = dataclasses.replace(cfg, model=cfg.model.resolve(prepared.tokenizer.vocab_size))
       batches = split_batches(cfg, prepared.train, shuffled=True)
       validation = split_batches(cfg, prepared.validation, shuffled=False)
       if first_step:
         check_same_experiment(cfg, prepared.fingerprint, first_step)
+      future = early[0] if early and guess == cfg.model else compiling(cfg.model)
       writes = jax.process_index() == 0
       if writes:
         write_atomically(cfg.run_dir / CONFIG, to_json(cfg))
@@ -95,9 +103,7 @@ def train(cfg: Config) -> int:
       stack.callback(reporter.close)
       store = CheckpointStore(cfg.run_dir / CHECKPOINTS, cfg.checkpoint.keep)
       stack.callback(store.close)
-      program = ahead.result()
-    if program.model.cfg != cfg.model:
-      program = Program.compiled(cfg.model, cfg, mesh, fresh=not first_step)
+      program = future.result()
 
     # -- State: born sharded, or read back to where it was.
     model, state = program.model, program.state
