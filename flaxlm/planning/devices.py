@@ -39,6 +39,11 @@ class Device:
   bandwidth_fraction: float | None = None
   source: str = ""
 
+  @property
+  def lanes(self) -> int:
+    """Elements in a row of its memory's tiles."""
+    return 128 if self.kind == "tpu" else 1
+
   def flops(self, dtype: str) -> float | None:
     """Peak of dense matrix products in `dtype`, None if unknown or not supported."""
     return self.peak_flops.get(dtype)

@@ -77,12 +77,12 @@ def full_sizes(mesh: Mapping[str, int], num_devices: int | None = None) -> dict[
   return sizes
 
 
-def training_memory(cfg: Config, sizes: Sizes) -> Memory:
-  """The memory of one training step of a resolved config. Raises `ConfigError` when the
-  mesh cannot hold it: a dim or the batch does not divide.
+def training_memory(cfg: Config, sizes: Sizes, lanes: int = 1) -> Memory:
+  """The memory of one training step of a resolved config, on a device that stores rows of
+  `lanes` elements. Raises `ConfigError` when a dim or the batch does not divide.
   """
   model_cfg, training = cfg.model, cfg.training
-  state = state_bytes(model_cfg, training, cfg.optimizer, sizes)
+  state = state_bytes(model_cfg, training, cfg.optimizer, sizes, lanes)
   rows = local_rows(cfg, sizes)
   T = cfg.data.seq_len
   depth = sum(depth for depth, _ in stacks(model_cfg))
@@ -91,7 +91,7 @@ def training_memory(cfg: Config, sizes: Sizes) -> Memory:
   kept = kept_bytes(cfg, sizes["tensor"], training.remat)
   unsharded = dict.fromkeys(sizes, 1) | {"tensor": sizes["tensor"]}
   whole = state_bytes(model_cfg, training, cfg.optimizer, unsharded)
-  copies = kept.fixed * state.block_elements // whole.block_elements
+  copies = kept.fixed * state.stored_in_blocks // whole.stored_in_blocks
   activations = rows * kept.per_row
   # Computed again, or its gradients:
   one_layer = rows * kept_bytes(cfg, sizes["tensor"], "none").per_row // depth
@@ -136,16 +136,20 @@ class StateBytes:
   parameters: int
   optimizer_state: int
   elements: int  # of parameters, on this device
-  block_elements: int  # those in the blocks
+  stored_in_blocks: int  # elements of the blocks, padded as they are stored
   largest_layer: int  # of one whole layer's parameters, gathered over fsdp
   update_temporaries: int  # what the update rule makes on its way
 
 
 def state_bytes(
-  cfg: ModelConfig, training: TrainingConfig, optimizer: OptimizerConfig, sizes: Sizes
+  cfg: ModelConfig,
+  training: TrainingConfig,
+  optimizer: OptimizerConfig,
+  sizes: Sizes,
+  lanes: int = 1,
 ) -> StateBytes:
   """The training state on one device, by the rules that training itself lays it out by."""
-  return _state_bytes(cfg, _precision(training), optimizer, tuple(sizes.items()))
+  return _state_bytes(cfg, _precision(training), optimizer, tuple(sizes.items()), lanes)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -154,6 +158,7 @@ def _state_bytes(
   run: TrainingConfig,
   optimizer: OptimizerConfig,
   items: tuple[tuple[str, int], ...],
+  lanes: int,
 ) -> StateBytes:
   boxed, opt_state = _abstract_trees(cfg, run, optimizer)
   sizes = dict(items)
@@ -170,10 +175,10 @@ def _state_bytes(
     for leaf in blocks
   )
   return StateBytes(
-    parameters=tree_bytes(params),
-    optimizer_state=tree_bytes(moments),
+    parameters=tree_bytes(params, lanes),
+    optimizer_state=tree_bytes(moments, lanes),
     elements=sum(map(local_size, jax.tree.leaves(params))),
-    block_elements=sum(map(local_size, blocks)),
+    stored_in_blocks=sum(stored_size(leaf, lanes) for leaf in blocks),
     largest_layer=gathered,
     update_temporaries=_update_temporaries(params, blocks, cfg.width, optimizer.kind),
   )
@@ -218,8 +223,21 @@ def _precision(training: TrainingConfig) -> TrainingConfig:
   return TrainingConfig(dtype=training.dtype, param_dtype=training.param_dtype)
 
 
-def tree_bytes(tree: Any) -> int:
-  return sum(local_size(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def tree_bytes(tree: Any, lanes: int = 1) -> int:
+  leaves = jax.tree.leaves(tree)
+  return sum(stored_size(leaf, lanes) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def stored_size(leaf: jax.ShapeDtypeStruct, lanes: int) -> int:
+  """Elements that one device stores of an array: a TPU fills up rows of 128 lanes along
+  one dim, for which the compiler takes the one that wastes least.
+  """
+  assert leaf.sharding is not None
+  shape, size = leaf.sharding.shard_shape(leaf.shape), local_size(leaf)
+  dims = shape[1:] if len(shape) > 2 else shape  # never the layers'
+  if len(shape) < 2:
+    return size
+  return min(size // dim * lanes * math.ceil(dim / lanes) for dim in dims)
 
 
 def local_size(leaf: jax.ShapeDtypeStruct) -> int:

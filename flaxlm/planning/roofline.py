@@ -110,7 +110,7 @@ class StepTimes:
 
 def plan_training(cfg: Config, sizes: Sizes, device: Device) -> Plan:
   """The plan of a resolved config; raises `ConfigError` when it cannot be laid out."""
-  memory = training_memory(cfg, sizes)
+  memory = training_memory(cfg, sizes, device.lanes)
   cost = step_cost(cfg)
   times = step_times(cfg, sizes, device, cost)
   peak, mfu = device.flops(cfg.training.dtype), None

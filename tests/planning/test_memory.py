@@ -61,6 +61,17 @@ def test_the_state_is_that_of_training(kind: str, mesh: dict[str, int]):
   assert state.optimizer_state == local(real.opt_state)
 
 
+def test_a_tpu_fills_up_rows_of_128_lanes():
+  """Seen of libtpu: 12 heads of 64, width 768 over fsdp=8 take 4/3 of their size."""
+  model = ModelConfig(depth=2, width=768, num_heads=12, vocab_size=512).resolve()
+  size = lambda lanes: state_bytes(
+    model, CFG.training, OptimizerConfig(), full_sizes(dict(fsdp=8)), lanes
+  )
+  attention = 2 * 4 * 768 * 768 * 4 // 8
+  assert size(128).parameters - size(1).parameters == pytest.approx(attention / 3, rel=0.1)
+  assert size(128).elements == size(1).elements
+
+
 def test_moments_by_kind():
   one = full_sizes({})
   model = dataclasses.replace(MODEL, width=256)  # Adafactor factors from 128 on
