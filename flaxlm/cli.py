@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
   )
   for add in (
     *(add_train, add_infer, add_embed, add_eval),
-    *(add_plan, add_ckpt, add_bench),
+    *(add_plan, add_ckpt, add_bench, add_import, add_export),
   ):
     add(commands)
   return parser
@@ -181,7 +181,7 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--simulated-devices", type=int, help="CPU only")
 
 
-def open_run(args: argparse.Namespace) -> Any:
+def open_run(args: argparse.Namespace, needs_text: bool = True) -> Any:
   """The run that the command line names, on the devices that it names."""
   from flaxlm.configfile import parse_mesh
   from flaxlm.data.sources import data_dir
@@ -191,7 +191,7 @@ def open_run(args: argparse.Namespace) -> Any:
   path = find_run(args.path, args.runs_dir)
   start_jax(args.simulated_devices, data_dir() / "xla")
   warn = lambda line: print(line, file=sys.stderr)
-  return load_run(path, make_mesh(parse_mesh(args.mesh)), warn)
+  return load_run(path, make_mesh(parse_mesh(args.mesh)), warn, needs_text)
 
 
 def run_infer(args: argparse.Namespace, _: list[str]) -> int:
@@ -513,6 +513,70 @@ def run_bench(args: argparse.Namespace, _: list[str]) -> int:
   with open_output(args.output) as out:
     print_results(results, args.json, out)
   return 0
+
+
+# -- import, export ----------------------------------------------------------------------
+
+
+def add_import(commands: Any) -> None:
+  parser = commands.add_parser("import", help="a run from a Hugging Face checkpoint")
+  parser.add_argument("folder", metavar="DIR", help="config.json and safetensors")
+  parser.add_argument("path", metavar="RUN", help="the run directory to make")
+  add_dtype(parser, "default: the checkpoint's")
+  add_devices(parser)
+  parser.set_defaults(run=run_import)
+
+
+def add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
+  choices = ("float32", "bfloat16")
+  parser.add_argument("--dtype", choices=choices, help=f"of the parameters; {default}")
+
+
+def run_import(args: argparse.Namespace, _: list[str]) -> int:
+  from flaxlm.configfile import parse_mesh
+  from flaxlm.data.sources import data_dir
+  from flaxlm.interop.transfer import import_run
+  from flaxlm.sharding import make_mesh, start_jax
+
+  start_jax(args.simulated_devices, data_dir() / "xla")
+  mesh = make_mesh(parse_mesh(args.mesh))
+  loaded, notes = import_run(Path(args.folder), Path(args.path), mesh, args.dtype)
+  for note in notes:
+    print(note, file=sys.stderr)
+  family = loaded.family.model_type
+  print(f"{args.path}: {family}, {loaded.num_parameters:,} parameters in {loaded.dtype}")
+  return 0
+
+
+def add_export(commands: Any) -> None:
+  parser = commands.add_parser("export", help="a run as a Hugging Face checkpoint")
+  parser.add_argument("path", metavar="RUN")
+  parser.add_argument("folder", metavar="DIR", help="the directory to make")
+  add_dtype(parser, "default: the run's")
+  parser.add_argument("--shard-size", default="5GB", help="most of a file (default: 5GB)")
+  parser.add_argument("--runs-dir", default="runs")
+  add_devices(parser)
+  parser.set_defaults(run=run_export)
+
+
+def run_export(args: argparse.Namespace, _: list[str]) -> int:
+  most = parse_size(args.shard_size)
+  run = open_run(args, needs_text=False)
+
+  from flaxlm.interop.transfer import export_run
+
+  family = export_run(run, Path(args.folder), args.dtype, most)
+  print(f"{args.folder}: {family.model_type} ({family.architectures[0]})")
+  return 0
+
+
+def parse_size(text: str) -> int:
+  """`5GB` -> 5,000,000,000 bytes."""
+  units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+  number, unit = text[: -len(text.lstrip("0123456789"))] or text, text.lstrip("0123456789")
+  if not number.isdecimal() or (unit and unit.upper() not in units) or int(number) < 1:
+    raise ConfigError(f"shard-size is {text!r}", "as in 500MB, 5GB or 4GiB")
+  return int(number) * units.get(unit.upper(), 1)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tokenizers
@@ -24,6 +25,9 @@ from flaxlm.errors import DataError
 END_OF_TEXT = "<|endoftext|>"
 # Stands for a token to be guessed (Devlin et al., 2019).
 MASK = "[MASK]"
+
+# What a text is for: to be continued, to be read by an encoder, to be read and answered.
+Role = Literal["prompt", "text", "source"]
 
 MAX_FILE_BYTES = 64 * 2**20  # parsing a hostile tokenizer.json costs many times its size
 MAX_KNOWN_WORDS = 2**20
@@ -64,6 +68,7 @@ class Tokenizer:
     self._backend = backend
     self.bos_id: int = end
     self.eos_id: int = end
+    self.eos_ids = frozenset({end})
     added = backend.get_added_tokens_decoder().items()
     self._specials = {token.content: n for n, token in added if token.special}
     self.mask_id: int | None = self._specials.get(MASK)
@@ -85,6 +90,10 @@ class Tokenizer:
   def encode(self, text: str) -> list[int]:
     """The ids of `text`, no specials added. A lone surrogate becomes "?"."""
     return self.encode_batch([text])[0].tolist()
+
+  def framed(self, ids: Sequence[int], role: Role) -> list[int]:
+    """`ids` with the specials that a model is trained to see around a text."""
+    return [*ids, self.eos_id] if role == "source" else [self.bos_id, *ids]
 
   def encode_masked(self, text: str) -> list[int]:
     """The ids of `text`, in which each `[MASK]` is a token to be guessed: `mask_id`.

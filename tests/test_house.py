@@ -32,15 +32,16 @@ ROWS = [
   ["config"],
   ["configfile"],
   ["sharding", "tokenizers"],
+  ["foreign_tokenizers"],
   ["nn", "data", "checkpoint"],
   [
     *("training.losses", "training.optimizer", "training.step"),
-    *("decoding", "interop"),
+    "decoding",
   ],
   ["planning"],
   [
     *("training", "training.evaluation", "training.reporting", "training.loop"),
-    *("benchmark", "look"),
+    *("benchmark", "look", "interop"),
   ],
   ["cli"],
 ]

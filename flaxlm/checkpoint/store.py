@@ -46,15 +46,13 @@ class CheckpointStore:
   def save(self, step: int, params: Any, opt_state: Any, progress: dict) -> None:
     """Copies the arrays off the devices, then writes in the background.
 
+    Without `opt_state` (None) the step can be decoded from, not trained on.
     Raises `CheckpointError` if this or the previous save failed.
     """
     self.wait()
-    standard = ocp.args.StandardSave
-    arguments = ocp.args.Composite(
-      params=standard(params),
-      opt_state=standard(opt_state),
-      progress=ocp.args.JsonSave(progress),
-    )
+    arrays = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
+    items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+    arguments = ocp.args.Composite(**items, progress=ocp.args.JsonSave(progress))
     try:
       if not self._manager.save(step, args=arguments):
         raise CheckpointError(f"{self.directory}: step {step} is there already")

@@ -32,7 +32,8 @@ from flaxlm.data.sources import (
   to_stderr,
 )
 from flaxlm.errors import DataError
-from flaxlm.tokenizers import MASK, Tokenizer, train_tokenizer
+from flaxlm.foreign_tokenizers import AnyTokenizer, load_tokenizer
+from flaxlm.tokenizers import MASK, train_tokenizer
 
 # Enters the keys of all that is stored: raise it when this file stores anything else,
 # or `train_tokenizer` makes another tokenizer from the same texts.
@@ -93,7 +94,7 @@ Store = TokenStore | PairStore
 class Prepared:
   """A corpus ready to be cut into batches."""
 
-  tokenizer: Tokenizer
+  tokenizer: AnyTokenizer
   train: Store
   validation: Store
   fingerprint: str
@@ -151,7 +152,7 @@ class _Plan:
     key = _key(train, self.cfg.kind, self.cfg.vocab_size, *self.kind)
     return self.root / "tokenizers" / f"{key}.json"
 
-  def fingerprint(self, tokenizer: Tokenizer) -> str:
+  def fingerprint(self, tokenizer: AnyTokenizer) -> str:
     """Of the tokens."""
     pairs = self.kind if self.objective == "seq2seq" else ()
     return _key(self.corpus.fingerprint, tokenizer.fingerprint, *pairs)
@@ -168,7 +169,7 @@ class _Plan:
 def _find(plan: _Plan) -> Prepared | None:
   """What was prepared before, if it is there and whole."""
   try:
-    tokenizer = Tokenizer.load(plan.tokenizer_path)
+    tokenizer = load_tokenizer(plan.tokenizer_path)
   except DataError:
     if plan.cfg.path is not None:
       raise
@@ -191,13 +192,13 @@ def _find(plan: _Plan) -> Prepared | None:
 
 
 def _open_pairs(
-  folder: Path, meta: dict[str, Any], name: str, tokenizer: Tokenizer
+  folder: Path, meta: dict[str, Any], name: str, tokenizer: AnyTokenizer
 ) -> PairStore:
   return PairStore(*(_open(folder, meta, f"{name}.{side}", tokenizer) for side in SIDES))
 
 
 def _open(
-  folder: Path, meta: dict[str, Any], name: str, tokenizer: Tokenizer
+  folder: Path, meta: dict[str, Any], name: str, tokenizer: AnyTokenizer
 ) -> TokenStore:
   """A stored array. Raises `ValueError` unless it is as long as `meta` says."""
   about = meta[name]
@@ -240,11 +241,11 @@ def _build(plan: _Plan, log: Log) -> None:
     (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
-def _load_or_train(plan: _Plan, parts: Sequence[Sequence[str]], log: Log) -> Tokenizer:
+def _load_or_train(plan: _Plan, parts: Sequence[Sequence[str]], log: Log) -> AnyTokenizer:
   """The tokenizer of these texts: documents, or the sources and the targets of pairs."""
   path, cfg = plan.tokenizer_path, plan.cfg
   with contextlib.suppress(DataError):  # none yet, or damaged; a given one is whole
-    return Tokenizer.load(path)
+    return load_tokenizer(path)
   start = time.perf_counter()
   size = cfg.vocab_size * SAMPLE_CHARACTERS_PER_ID // len(parts)
   take = _sample_whole if plan.objective == "seq2seq" else _sample
@@ -281,7 +282,7 @@ def _num_characters(texts: Sequence[str]) -> int:
   return step * sum(len(texts[n]) for n in range(0, len(texts), step))
 
 
-def _tokenize(texts: Sequence[str], tokenizer: Tokenizer, path: Path) -> dict[str, Any]:
+def _tokenize(texts: Sequence[str], tokenizer: AnyTokenizer, path: Path) -> dict[str, Any]:
   """Writes the ids of all documents to a .npy file; returns the counts."""
   dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
   bos = np.array([tokenizer.bos_id], dtype)

@@ -9,7 +9,7 @@ from flaxlm.decoding.runs import Run
 from flaxlm.decoding.sampling import Sampling
 from flaxlm.decoding.search import beam_search
 from flaxlm.errors import ConfigError
-from flaxlm.tokenizers import Tokenizer
+from flaxlm.foreign_tokenizers import AnyTokenizer
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -96,20 +96,22 @@ def make_request(run: Run, prompts: Sequence[str], max_new_tokens: int | None) -
   encoded = [tokenizer.encode(prompt) for prompt in prompts]
   sources = None
   if run.cfg.model.family == "encoder_decoder":
-    sources = [[*ids, tokenizer.eos_id] for ids in encoded]
+    sources = [tokenizer.framed(ids, "source") for ids in encoded]
     encoded = [[] for _ in encoded]
-  starts = [[tokenizer.bos_id, *ids] for ids in encoded]
+  starts = [tokenizer.framed(ids, "prompt") for ids in encoded]
   if max_new_tokens is None:
     room = run.model.cfg.context - max(map(len, starts), default=0)
     max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
-  return Request(starts, max_new_tokens, tokenizer.vocab_size, sources)
+  assert run.model.cfg.vocab_size is not None
+  num_ids = min(tokenizer.vocab_size, run.model.cfg.vocab_size)
+  return Request(starts, max_new_tokens, num_ids, sources)
 
 
 class _Row:
   """A completion and its text so far; holds back what may begin a stop string."""
 
-  def __init__(self, result: Completion, tokenizer: Tokenizer, stop: Sequence[str]):
-    self.result, self.stop, self.eos_id = result, stop, tokenizer.eos_id
+  def __init__(self, result: Completion, tokenizer: AnyTokenizer, stop: Sequence[str]):
+    self.result, self.stop, self.eos_ids = result, stop, tokenizer.eos_ids
     self.stream = tokenizer.stream()
     self.held = max(map(len, stop), default=1) - 1
     self.shown = 0
@@ -122,7 +124,7 @@ class _Row:
         break
       result.tokens.append(token)
       result.logprobs.append(logprob)
-      if token == self.eos_id:
+      if token in self.eos_ids:
         self._end("stop", self.stream.flush())
       else:
         self._add(self.stream.push(token))

@@ -83,11 +83,12 @@ def encode_rows(run: Run, texts: Sequence[str], masked: bool = False) -> list[li
     ids = encode(text)
     if not ids:
       raise ConfigError("a text is empty", "give it a word")
-    if 1 + len(ids) > context:
+    row = run.tokenizer.framed(ids, "text")
+    if len(row) > context:
       raise ConfigError(
-        f"a text of {1 + len(ids)} tokens > model.context={context}", "shorten it"
+        f"a text of {len(row)} tokens > model.context={context}", "shorten it"
       )
-    rows.append([run.tokenizer.bos_id, *ids])
+    rows.append(row)
   return rows
 
 

@@ -11,9 +11,9 @@ from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import Config
 from flaxlm.configfile import from_json
 from flaxlm.errors import CheckpointError, ConfigError
+from flaxlm.foreign_tokenizers import AnyTokenizer, load_tokenizer
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import abstract_params, build_model
-from flaxlm.tokenizers import Tokenizer
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
 
@@ -23,7 +23,7 @@ class Run(NamedTuple):
 
   path: Path
   cfg: Config
-  tokenizer: Tokenizer
+  tokenizer: AnyTokenizer
   step: int
   model: LanguageModel
   params: Any
@@ -60,16 +60,19 @@ def load_config_of(path: Path) -> Config:
     raise CheckpointError(f"{path / CONFIG} cannot be read: {e}") from e
 
 
-def load_run(path: Path, mesh: Mesh, warn: Any = None) -> Run:
+def load_run(path: Path, mesh: Mesh, warn: Any = None, needs_text: bool = True) -> Run:
   """The newest whole checkpoint of a run, its parameters sharded over `mesh`.
 
+  Without `needs_text` it may lack a tokenizer, which then is None: an imported one can.
   Raises `CheckpointError` when there is none, or it does not fit its own config.
   """
   cfg = load_config_of(path)
   step = newest_whole_step(path / CHECKPOINTS, warn)
   if step is None:
     raise CheckpointError(f"{path} has no checkpoint yet", "train it first")
-  tokenizer = Tokenizer.load(path / TOKENIZER)
+  tokenizer: Any = None
+  if needs_text or (path / TOKENIZER).exists():
+    tokenizer = load_tokenizer(path / TOKENIZER)
   model = build_model(cfg.model, cfg.training)
   store = CheckpointStore(path / CHECKPOINTS)
   try:

@@ -15,8 +15,8 @@ from flaxlm.data.sources import data_dir, find_corpus
 from flaxlm.decoding.completions import search
 from flaxlm.decoding.runs import TOKENIZER, Run
 from flaxlm.errors import ConfigError
+from flaxlm.foreign_tokenizers import AnyTokenizer
 from flaxlm.nn.base import LanguageModel
-from flaxlm.tokenizers import Tokenizer
 from flaxlm.training.step import compile_eval_step, put_batch
 
 PAIRS_AT_A_TIME = 32
@@ -28,7 +28,7 @@ class Evaluator:
   def __init__(
     self,
     model: LanguageModel,
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     batches: Batches,
     num_batches: int | None,
     mesh: Mesh,
@@ -36,8 +36,9 @@ class Evaluator:
     """`num_batches` None evaluates on the whole split."""
     self.batches, self.num_batches, self.mesh = batches, num_batches, mesh
     assert model.cfg.vocab_size is not None
-    padding = model.cfg.vocab_size - tokenizer.vocab_size
-    self.token_bytes_V = np.pad(tokenizer.token_bytes(), (0, padding)).astype(np.float32)
+    sizes = tokenizer.token_bytes()[: model.cfg.vocab_size]
+    padding = model.cfg.vocab_size - len(sizes)
+    self.token_bytes_V = np.pad(sizes, (0, padding)).astype(np.float32)
     self.eval_step = compile_eval_step(model, mesh)
     self.fills = OBJECTIVES[model.cfg.family] == "masked"
 

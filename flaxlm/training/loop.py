@@ -38,10 +38,11 @@ from flaxlm.errors import (
   ConfigError,
   NonFiniteError,
 )
+from flaxlm.foreign_tokenizers import load_tokenizer
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import build_model
 from flaxlm.sharding import RULES, batch_shards, make_mesh, start_jax
-from flaxlm.tokenizers import MASK, Tokenizer
+from flaxlm.tokenizers import MASK
 from flaxlm.training.evaluation import Evaluator, describe_evaluation, split_batches
 from flaxlm.training.optimizer import Optimizer, build_optimizer
 from flaxlm.training.reporting import Reporter
@@ -158,7 +159,7 @@ class Program(NamedTuple):
 def expected_vocab_size(cfg: TokenizerConfig) -> int:
   """What the tokenizer will have, unless the text is too short for so many ids."""
   if cfg.path is not None:
-    return Tokenizer.load(cfg.path).vocab_size
+    return load_tokenizer(Path(cfg.path)).vocab_size
   return cfg.vocab_size if cfg.kind == "bpe" else 257
 
 

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenizers that came with an imported checkpoint: any tokenizer.json, used as it is.
+
+A `ForeignTokenizer` can do for a run what our own `Tokenizer` can. It reads text as
+Hugging Face's would: the name of a special token in it is that token.
+"""
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+
+from flaxlm.errors import DataError
+from flaxlm.tokenizers import MASK, MAX_FILE_BYTES, Role, Tokenizer, _rust_errors
+
+SPECIALS = "special_tokens.json"
+# Text before the first piece of a stream: alone, many decoders drop a piece's first blank.
+ANCHOR = "a"
+
+
+class Specials(NamedTuple):
+  """What tokenizer.json does not say, as it is stored beside it."""
+
+  bos_id: int | None = None  # begins a text, or what an encoder-decoder writes
+  eos_ids: tuple[int, ...] = ()  # end a completion
+  pad_id: int | None = None
+  mask_id: int | None = None
+  prefix: tuple[int, ...] = ()  # before and after every text that a model reads
+  suffix: tuple[int, ...] = ()
+
+  def save(self, path: Path) -> None:
+    path.write_text(json.dumps(self._asdict(), indent=2) + "\n", "utf-8")
+
+  @staticmethod
+  def load(path: Path) -> "Specials":
+    """Raises `DataError` for a file that `save` did not write."""
+    try:
+      values = json.loads(path.read_text("utf-8"))
+      values |= {name: tuple(values[name]) for name in ("eos_ids", "prefix", "suffix")}
+      specials = Specials(**values)
+      ids = [i for x in specials for i in (x if isinstance(x, tuple) else [x])]
+      if not all(i is None or (type(i) is int and 0 <= i < 2**31) for i in ids):
+        raise ValueError("ids are whole numbers")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+      raise DataError(f"{path} cannot be read: {e}", "import the checkpoint again") from e
+    return specials
+
+
+class ForeignTokenizer:
+  """Any tokenizer of the tokenizers library, with the specials of its checkpoint.
+
+  Attributes are those of `Tokenizer`. Without an end of text, `eos_id` is -1, which no
+  token is; without a beginning, the end begins, as in GPT-2.
+  """
+
+  def __init__(self, backend: tokenizers.Tokenizer, specials: Specials):
+    backend.no_truncation()
+    backend.no_padding()
+    self._backend, self._specials = backend, specials
+    vocab = backend.get_vocab(with_added_tokens=True)
+    self.vocab_size: int = 1 + max(vocab.values(), default=0)  # ids may leave gaps
+    self.eos_ids = frozenset(specials.eos_ids)
+    self.eos_id: int = next(iter(specials.eos_ids), -1)
+    starts = (specials.bos_id, *specials.eos_ids, specials.pad_id, 0)
+    self.bos_id: int = next(i for i in starts if i is not None)
+    self.mask_id = specials.mask_id
+    added = backend.get_added_tokens_decoder().items()
+    named = {n for n, token in added if token.special}
+    self.special_ids: tuple[int, ...] = tuple(sorted(named | self.eos_ids | {self.bos_id}))
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """SHA-256 of the tokenizer.json."""
+    return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+
+  def encode(self, text: str) -> list[int]:
+    """The ids of `text`, none added. A lone surrogate becomes "?"."""
+    return self.encode_batch([text])[0].tolist()
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """The ids (uint32) of each text."""
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]
+    with _rust_errors("cannot encode the text"):
+      batch = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array(encoding.ids, np.uint32) for encoding in batch]
+
+  def encode_masked(self, text: str) -> list[int]:
+    """The ids of `text`, in which each `[MASK]` is `mask_id`; `DataError` without one."""
+    if self.mask_id is None:
+      raise DataError(f"the tokenizer has no {MASK}", "only masked models fill in text")
+    return self.encode(text.replace(MASK, self._backend.id_to_token(self.mask_id) or MASK))
+
+  def framed(self, ids: Sequence[int], role: Role) -> list[int]:
+    """`ids` as the model was trained to see them; see `Tokenizer.framed`."""
+    prefix, suffix = self._specials.prefix, self._specials.suffix
+    if role != "prompt":
+      return [*prefix, *ids, *suffix]
+    return [*prefix, *ids] or [self.bos_id]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text of `ids`; specials have none, nor have ids past the vocabulary."""
+    known = [i for i in ids if 0 <= i < self.vocab_size]
+    with _rust_errors("cannot decode the ids"):
+      return self._backend.decode(known, skip_special_tokens=True)
+
+  def stream(self) -> "ForeignStream":
+    """A decoder for ids that come one by one."""
+    return ForeignStream(self)
+
+  def token_bytes(self) -> np.ndarray:
+    """How many bytes of text each id stands for (V,), int32; 0 for specials.
+
+    Exact for byte-level and SentencePiece vocabularies; of others, blanks do not count.
+    """
+    sizes = np.zeros(self.vocab_size, np.int32)
+    byte_level = "ByteLevel" in str(self._backend.decoder)
+    for token, token_id in self._backend.get_vocab(with_added_tokens=True).items():
+      one = byte_level or re.fullmatch("<0x[0-9A-F]{2}>", token)
+      text = token.removeprefix("##").replace("\u2581", " ")
+      sizes[token_id] = (len(token) if byte_level else 1) if one else len(text.encode())
+    sizes[[i for i in self.special_ids if i < self.vocab_size]] = 0
+    return sizes
+
+  def save(self, path: str | Path) -> None:
+    """Writes tokenizer.json, and the specials beside it."""
+    Path(path).write_text(self._backend.to_str(pretty=True), "utf-8")
+    self._specials.save(Path(path).with_name(SPECIALS))
+
+  @staticmethod
+  def load(path: Path) -> "ForeignTokenizer":
+    """A tokenizer.json with the specials beside it; `DataError` if one is damaged."""
+    specials = Specials.load(path.with_name(SPECIALS))
+    return ForeignTokenizer(load_backend(path), specials)
+
+
+AnyTokenizer = Tokenizer | ForeignTokenizer
+
+
+def load_tokenizer(path: Path) -> AnyTokenizer:
+  """A tokenizer.json of ours, or an imported one: that has specials beside it."""
+  if path.with_name(SPECIALS).is_file():
+    return ForeignTokenizer.load(path)
+  return Tokenizer.load(path)
+
+
+class ForeignStream:
+  """Ids in, text out as soon as it is certain; the pieces add up to the whole."""
+
+  def __init__(self, tokenizer: ForeignTokenizer):
+    self._decode = tokenizer.decode
+    self._ids = tokenizer.encode(ANCHOR)
+    self._shown = len(self._ids)  # ids whose text has been returned
+
+  def push(self, token_id: int) -> str:
+    """The characters that `token_id` completes."""
+    self._ids.append(token_id)
+    text = self._decode(self._ids)
+    if text.endswith("\ufffd"):  # a character that may be unfinished
+      return ""
+    piece = text[len(self._decode(self._ids[: self._shown])) :]
+    # The ids before the last ones that showed something no longer change anything.
+    self._ids = self._ids[self._shown :] if piece else self._ids
+    self._shown = len(self._ids)
+    return piece
+
+  def flush(self) -> str:
+    """What is left at the end: U+FFFD if a character was cut short."""
+    text = self._decode(self._ids)
+    piece = text[len(self._decode(self._ids[: self._shown])) :]
+    self._shown = len(self._ids)
+    return piece
+
+
+def load_backend(path: Path) -> tokenizers.Tokenizer:
+  """Any tokenizer.json. Raises `DataError` if it is missing, too large or damaged."""
+  try:
+    if path.stat().st_size > MAX_FILE_BYTES:
+      raise DataError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MB")
+    text = path.read_text("utf-8")
+  except (OSError, ValueError) as e:
+    raise DataError(f"cannot read the tokenizer {path}: {e}") from e
+  with _rust_errors(f"{path} is not a tokenizer.json"):
+    return tokenizers.Tokenizer.from_str(text)
+
+
+def frame(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """What the tokenizer puts before and after a text, by its own post-processor."""
+  with _rust_errors("cannot encode the text"):
+    bare = backend.encode(ANCHOR, add_special_tokens=False).ids
+    whole = backend.encode(ANCHOR, add_special_tokens=True).ids
+  for start in range(len(whole) - len(bare) + 1):
+    if bare and whole[start : start + len(bare)] == bare:
+      return tuple(whole[:start]), tuple(whole[start + len(bare) :])
+  return (), ()

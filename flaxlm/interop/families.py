@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every family that flaxlm reads and writes. docs/families.md adds one in 40 lines."""
+
+from typing import Any
+
+from flaxlm.errors import CheckpointError
+from flaxlm.interop import bert, gpt, llama
+from flaxlm.interop.family import Family
+
+FAMILIES = {
+  family.model_type: family for family in (*llama.FAMILIES, *gpt.FAMILIES, *bert.FAMILIES)
+}
+
+
+def find_family(model_type: Any, origin: str) -> Family:
+  """The family of a config.json's model_type. Raises `CheckpointError`."""
+  if not isinstance(model_type, str) or model_type not in FAMILIES:
+    known = ", ".join(sorted(FAMILIES))
+    raise CheckpointError(
+      f"{origin}: model_type {model_type!r} is not supported", f"flaxlm knows {known}"
+    )
+  return FAMILIES[model_type]

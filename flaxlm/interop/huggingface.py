@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints from and to Hugging Face's layout: config.json and safetensors.
+
+Tensors go one at a time, from the file to their shards and back; what is stacked over
+layers is filled on the devices, slice by slice, so that the host never holds more than
+one tensor. Nothing is guessed: a tensor too many, too few or of another shape is an error,
+and so is a config that the other side cannot express.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flaxlm.config import OBJECTIVES, Config, DataConfig, ModelConfig, TrainingConfig
+from flaxlm.errors import CheckpointError, ConfigError
+from flaxlm.interop.families import find_family
+from flaxlm.interop.family import Family
+from flaxlm.interop.layouts import Shape, Weight
+from flaxlm.interop.safetensors import MAX_TENSORS, Tensor, open_checkpoint, write_files
+from flaxlm.interop.settings import Settings, read_json
+from flaxlm.nn.models import abstract_params, build_model
+
+CONFIG = "config.json"
+MOST_LISTED = 8  # of each list of misfits
+
+
+class Loaded(NamedTuple):
+  """A checkpoint of Hugging Face's as a model of ours."""
+
+  cfg: ModelConfig
+  params: Any  # sharded over the mesh
+  dtype: str  # of the parameters
+  family: Family
+
+  @property
+  def num_parameters(self) -> int:
+    return sum(array.size for array in jax.tree.leaves(self.params))
+
+
+# -- From Hugging Face ---------------------------------------------------------------------
+
+
+def load_checkpoint(folder: Path, mesh: Mesh, dtype: str | None = None) -> Loaded:
+  """The model in `folder`, its parameters on `mesh`.
+
+  `dtype` of the parameters is float32 or bfloat16; None keeps the checkpoint's, and makes
+  float32 of any other (float16 has no place here; float32 holds all of it). Norms are
+  float32 always. Raises `CheckpointError` for whatever does not fit.
+  """
+  values = read_json(folder / CONFIG)
+  family = find_family(values.get("model_type"), str(folder / CONFIG))
+  if values.get("quantization_config") is not None:
+    raise CheckpointError(
+      f"{folder} is quantized", "import the weights as they were trained"
+    )
+  tensors = open_checkpoint(folder)
+  cfg = read_config(family, Settings(values, str(folder / CONFIG), tensors))
+  if dtype is None:
+    kinds = {t.dtype for name, t in tensors.items() if not family.ignores(name)}
+    dtype = "bfloat16" if kinds == {"BF16"} else "float32"
+  model = build_model(cfg, TrainingConfig(dtype=dtype, param_dtype=dtype))  # type: ignore[arg-type]
+  abstract = flatten_dict(abstract_params(model, mesh), sep="/")
+  shapes = {path: array.shape for path, array in abstract.items()}
+  expected = family.expected(model.cfg, shapes)
+  found = match(family, tensors, {name: shape for name, (_, _, shape) in expected.items()})
+  params: dict[str, jax.Array] = {}
+  for name, (row, place, _) in expected.items():
+    inner = [shapes[path][row.stacked :] for path in row.ours]
+    arrays = row.layout.to_ours(found[name].read(), inner)
+    for path, array in zip(row.ours, arrays, strict=True):
+      params[path] = put(params.get(path), abstract[path], array, place)
+  return Loaded(cfg, unflatten_dict(params, sep="/"), dtype, family)
+
+
+def read_config(family: Family, hf: Settings) -> ModelConfig:
+  """The model of a config.json, checked. Raises `CheckpointError`."""
+  cfg = family.read(hf)
+  try:
+    data = DataConfig(objective=OBJECTIVES[cfg.family], seq_len=1)  # type: ignore[arg-type]
+    Config(model=cfg, data=data).check()
+  except ConfigError as e:
+    raise CheckpointError(f"{hf.origin}: {e.cause}", e.cure) from e
+  count = cfg.depth * max(1, cfg.moe.num_experts)
+  if count > MAX_TENSORS:
+    raise CheckpointError(f"{hf.origin}: {count} feed-forwards", f"at most {MAX_TENSORS}")
+  return cfg
+
+
+def match(
+  family: Family, tensors: Mapping[str, Tensor], expected: Mapping[str, Shape]
+) -> dict[str, Tensor]:
+  """The tensor of each expected name. Raises `CheckpointError` with three lists."""
+  found: dict[str, Tensor] = {}
+  unexpected = []
+  twins = dict(family.tied)
+  for given, tensor in tensors.items():
+    name = given
+    for older, newer in family.renamed:
+      name = name.removesuffix(older) + newer if name.endswith(older) else name
+    for candidate in (name, family.prefix + name):
+      if candidate in expected or candidate in twins:
+        if candidate in found:
+          raise CheckpointError(f"{tensor.path}: {given} stands for {candidate}, twice")
+        found[candidate] = tensor
+        break
+    else:
+      if not family.ignores(name):
+        unexpected.append(given)
+  for twin, target in family.tied:
+    if twin in found and twin not in expected:
+      other = found.pop(twin)
+      same = found.setdefault(target, other)
+      if same.shape != other.shape or (same.read() != other.read()).any():
+        raise CheckpointError(
+          f"{other.path}: {twin} is not {target}, to which the config ties it",
+          "if it is meant to differ, config.json says tie_word_embeddings: false",
+        )
+  missing = [name for name in expected if name not in found]
+  misshaped = [
+    f"{name} is {list(found[name].shape)}, not {list(shape)}"
+    for name, shape in expected.items()
+    if name in found and found[name].shape != shape
+  ]
+  lists = {"missing": missing, "unexpected": unexpected, "wrong shape": misshaped}
+  if any(lists.values()):
+    text = "; ".join(f"{title}: {some(names)}" for title, names in lists.items() if names)
+    raise CheckpointError(f"the tensors are not those of its config: {text}")
+  return found
+
+
+def some(names: list[str]) -> str:
+  """The first names of a list, and how many more there are."""
+  more = len(names) - MOST_LISTED
+  return ", ".join(names[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def put(
+  whole: jax.Array | None,
+  target: jax.ShapeDtypeStruct,
+  part: np.ndarray,
+  place: tuple[int, ...],
+) -> jax.Array:
+  """`whole` (zeros if None) with `part` at `place` of its leading dims, on the devices."""
+  sharding = target.sharding
+  assert isinstance(sharding, NamedSharding)
+  stacked = len(place)
+  inner = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[stacked:]))
+  of_shard = lambda at: np.asarray(part[at], target.dtype, order="C")
+  array = jax.make_array_from_callback(part.shape, inner, of_shard)
+  if not stacked:
+    return array
+  if whole is None:
+    whole = _zeros(target.shape, target.dtype, sharding)
+  return _filler(sharding, stacked)(whole, array, np.array(place, np.int32))
+
+
+def _zeros(shape: Shape, dtype: Any, sharding: NamedSharding) -> jax.Array:
+  return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+
+
+@functools.cache
+def _filler(sharding: NamedSharding, stacked: int) -> Callable:
+  """Writes a slice where it belongs, in place."""
+
+  def fill(whole: jax.Array, part: jax.Array, place: jax.Array) -> jax.Array:
+    start = (*place, *[0] * part.ndim)
+    return jax.lax.dynamic_update_slice(whole, part[(None,) * stacked], start)
+
+  return jax.jit(fill, donate_argnums=0, out_shardings=sharding)
+
+
+# -- To Hugging Face -----------------------------------------------------------------------
+
+
+def save_checkpoint(
+  folder: Path, cfg: ModelConfig, params: Any, family: Family, dtype: str, most: int
+) -> dict[str, Any]:
+  """Writes safetensors of at most `most` bytes each; returns the keys of config.json.
+
+  Raises `CheckpointError` where `family` cannot express the model.
+  """
+  keys, expected = describe(cfg, params, family)
+  keys["torch_dtype"] = dtype
+  flat = flatten_dict(params, sep="/")
+
+  def values(name: str) -> np.ndarray:
+    row, place, _ = expected[name]
+    return row.layout.to_theirs([take(flat[path], place) for path in row.ours])
+
+  theirs = {name: shape for name, (_, _, shape) in expected.items()}
+  write_files(folder, theirs, jnp.dtype(dtype), most, values)
+  return keys
+
+
+def describe(
+  cfg: ModelConfig, params: Any, family: Family
+) -> tuple[dict[str, Any], dict[str, tuple[Weight, tuple[int, ...], Shape]]]:
+  """The config.json of a model in `family`, and its tensors as `Family.expected` has them.
+
+  Raises `CheckpointError` where `family` cannot express the model.
+  """
+  flat = flatten_dict(params, sep="/")
+  shapes = {path: array.shape for path, array in flat.items()}
+  expected = family.expected(cfg.resolve(), shapes)
+  keys = family.keys(cfg, tuple(expected))
+  headless = cfg.family == "encoder" and not cfg.head_transform
+  return keys | {"architectures": [family.architectures[headless]]}, expected
+
+
+def take(whole: jax.Array | np.ndarray, place: tuple[int, ...]) -> np.ndarray:
+  """What lies at `place` of the leading dims, on the host."""
+  if not place or isinstance(whole, np.ndarray):
+    return np.asarray(whole[place])
+  return np.asarray(_taker(len(place))(whole, np.array(place, np.int32)))
+
+
+@functools.cache
+def _taker(stacked: int) -> Callable:
+  def part(whole: jax.Array, place: jax.Array) -> jax.Array:
+    start = (*place, *[0] * (whole.ndim - stacked))
+    sizes = (*[1] * stacked, *whole.shape[stacked:])
+    return jax.lax.dynamic_slice(whole, start, sizes).reshape(whole.shape[stacked:])
+
+  return jax.jit(part)

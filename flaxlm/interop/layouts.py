@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a tensor of Hugging Face's relates to parameters of ours: a `Weight`, one table row.
+
+A row names their tensor, our parameters (several where theirs are fused) and a layout,
+which goes both ways. `{l}` and `{e}` in a name stand for the layer and the expert: ours
+are stacked along these, theirs lie apart. All of it is numpy, one tensor at a time.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+Shape = tuple[int, ...]
+
+STRIPE = 128  # rows; their part of a column fits a core's cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """The same array; also the base of the other layouts."""
+
+  def shape(self, ours: Sequence[Shape]) -> Shape:
+    """The shape of their tensor."""
+    return ours[0]
+
+  def to_ours(self, theirs: np.ndarray, ours: Sequence[Shape]) -> list[np.ndarray]:
+    return [theirs]
+
+  def to_theirs(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+    return ours[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense(Layout):
+  """A matrix or bias of one or more projections side by side, as (outputs, inputs).
+
+  `inputs` is how many of our leading dims are contracted, 0 for a bias. `transposed` is
+  False for (inputs, outputs), as GPT-2 has it. `interleaved`: the fused parts alternate
+  from head to head, as in GPT-NeoX, instead of following one another. `pairs` > 0: the
+  first so many dims of a head turn in neighbouring pairs, as in GPT-J, not in halves.
+  """
+
+  inputs: int = 1
+  transposed: bool = True
+  interleaved: bool = False
+  pairs: int = 0
+
+  def shape(self, ours: Sequence[Shape]) -> Shape:
+    rows = math.prod(ours[0][: self.inputs])
+    columns = sum(math.prod(shape[self.inputs :]) for shape in ours)
+    if self.inputs == 0:
+      return (columns,)
+    return (columns, rows) if self.transposed else (rows, columns)
+
+  def to_ours(self, theirs: np.ndarray, ours: Sequence[Shape]) -> list[np.ndarray]:
+    matrix = transpose(theirs) if self.transposed else theirs
+    if self.interleaved:
+      *leading, heads, head_dim = ours[0]
+      fused = matrix.reshape(*leading, heads, len(ours), head_dim)
+      return [fused[..., part, :] for part in range(len(ours))]
+    widths = [math.prod(shape[self.inputs :]) for shape in ours]
+    parts = np.split(matrix, np.cumsum(widths)[:-1], -1)
+    arrays = [part.reshape(shape) for part, shape in zip(parts, ours, strict=True)]
+    if self.pairs:
+      arrays = [array[..., self.halves(array.shape[-1])] for array in arrays]
+    return arrays
+
+  def to_theirs(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+    if self.pairs:
+      ours = [array[..., np.argsort(self.halves(array.shape[-1]))] for array in ours]
+    leading = ours[0].shape[: self.inputs]
+    if self.interleaved:
+      matrix = np.stack(ours, -2).reshape(*leading, -1)
+    else:
+      matrix = np.concatenate([array.reshape(*leading, -1) for array in ours], -1)
+    if self.inputs == 0:
+      return matrix
+    matrix = matrix.reshape(math.prod(leading), -1)
+    return transpose(matrix) if self.transposed else matrix
+
+  def halves(self, head_dim: int) -> np.ndarray:
+    """Which of their dims each of ours is: even ones, odd ones, those that do not turn."""
+    turning = np.arange(self.pairs)
+    return np.concatenate([turning[::2], turning[1::2], np.arange(self.pairs, head_dim)])
+
+
+def transpose(matrix: np.ndarray) -> np.ndarray:
+  """A copy of `matrix.T`, made in stripes: 9 times as fast as in one go (4096 x 14336)."""
+  result = np.empty(matrix.shape[::-1], matrix.dtype)
+  for start in range(0, len(matrix), STRIPE):
+    stripe = slice(start, start + STRIPE)
+    result[:, stripe] = matrix[stripe].T
+  return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads(Layout):
+  """A vector over all heads, ours cut into (heads, head dim)."""
+
+  def shape(self, ours: Sequence[Shape]) -> Shape:
+    return (math.prod(ours[0]),)
+
+  def to_ours(self, theirs: np.ndarray, ours: Sequence[Shape]) -> list[np.ndarray]:
+    return [theirs.reshape(ours[0])]
+
+  def to_theirs(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+    return ours[0].reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class FromOne(Layout):
+  """A norm's scale, stored as its distance from 1 (Gemma)."""
+
+  def to_ours(self, theirs: np.ndarray, ours: Sequence[Shape]) -> list[np.ndarray]:
+    return [1 + theirs.astype(np.float32)]
+
+  def to_theirs(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+    return ours[0].astype(np.float32) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows(Layout):
+  """A table behind so many rows that only padding reads (OPT's, RoBERTa's positions)."""
+
+  unused: int
+
+  def shape(self, ours: Sequence[Shape]) -> Shape:
+    return (self.unused + ours[0][0], *ours[0][1:])
+
+  def to_ours(self, theirs: np.ndarray, ours: Sequence[Shape]) -> list[np.ndarray]:
+    return [theirs[self.unused :]]
+
+  def to_theirs(self, ours: Sequence[np.ndarray]) -> np.ndarray:
+    return np.pad(ours[0], ((self.unused, 0), (0, 0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+  """One row of a family's table: their tensor, our parameters, and how they relate."""
+
+  theirs: str
+  ours: tuple[str, ...]
+  layout: Layout
+
+  @property
+  def stacked(self) -> int:
+    """How many leading dims of ours run over layers and experts."""
+    return self.theirs.count("{l}") + self.theirs.count("{e}")
+
+  def tensors(
+    self, shapes: Mapping[str, Shape]
+  ) -> Iterator[tuple[str, Shape, tuple[int, ...]]]:
+    """(name, shape, place in our stack) of every tensor of theirs that the row means.
+
+    `shapes` are our parameters'; a row for parameters that are not there means none.
+    """
+    present = [path in shapes for path in self.ours]
+    if not all(present):
+      assert not any(present), self.ours
+      return
+    stack = shapes[self.ours[0]][: self.stacked]
+    inner = self.layout.shape([shapes[path][self.stacked :] for path in self.ours])
+    for place in itertools.product(*map(range, stack)):
+      yield self.name(place), inner, place
+
+  def name(self, place: tuple[int, ...]) -> str:
+    numbers = dict(zip(("l", "e"), place, strict=False))
+    return self.theirs.format(**numbers)
+
+
+# -- Writing tables ------------------------------------------------------------------------
+
+
+def array(theirs: str, ours: str, layout: Layout = Layout()) -> Weight:
+  """Any other tensor; the same on both sides, if no layout is given."""
+  return Weight(theirs, (ours,), layout)
+
+
+def norm(theirs: str, ours: str, layout: Layout = Layout()) -> tuple[Weight, ...]:
+  """A norm's scale, and its bias where there is one."""
+  return (
+    array(f"{theirs}.weight", f"{ours}/scale", layout),
+    array(f"{theirs}.bias", f"{ours}/bias"),
+  )
+
+
+def linear(
+  theirs: str, ours: str | tuple[str, ...], inputs: int = 1, **layout: int
+) -> tuple[Weight, ...]:
+  """A projection (several, if fused) and its bias where there is one; see `Dense`."""
+  paths = (ours,) if isinstance(ours, str) else ours
+  matrix = Dense(inputs, **layout)  # type: ignore[arg-type]
+  bias = dataclasses.replace(matrix, inputs=0, transposed=False)
+  return (
+    Weight(f"{theirs}.weight", tuple(f"{path}/kernel" for path in paths), matrix),
+    Weight(f"{theirs}.bias", tuple(f"{path}/bias" for path in paths), bias),
+  )

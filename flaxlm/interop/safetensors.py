@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Safetensors files, read and written one tensor at a time.
+
+Eight bytes say how long a JSON header is; it says each tensor's dtype, shape and place in
+what follows. The header is capped before it is parsed and checked whole before a byte of
+data is read, so that nothing in it can ask for more than the file has. Plain reads, not a
+memory map: a map of a file that shrinks ends the process, and holds what it has read.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax.numpy as jnp
+import numpy as np
+
+from flaxlm.errors import CheckpointError
+from flaxlm.interop.layouts import Shape
+from flaxlm.interop.settings import parse_json, read_json
+
+MAX_HEADER_BYTES = 32 * 2**20
+MAX_TENSORS = 200_000
+MAX_RANK = 8
+
+DTYPES: Mapping[str, np.dtype] = {
+  "F32": np.dtype(np.float32),
+  "BF16": np.dtype(jnp.bfloat16),
+  "F16": np.dtype(np.float16),
+  "F64": np.dtype(np.float64),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# What buffers are made of, which are skipped: their sizes, to check where tensors lie.
+OTHER_SIZES = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2}
+OTHER_SIZES |= {"U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# How files begin that torch.save writes: a zip archive, a pickle, its legacy magic number.
+PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+PICKLE_NAMES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """Where a tensor lies: `start` counts bytes from the beginning of the file."""
+
+  path: Path
+  dtype: str
+  shape: Shape
+  start: int
+
+  def read(self) -> np.ndarray:
+    """Its values. Raises `CheckpointError` for a dtype that no parameter can have."""
+    if self.dtype not in DTYPES:
+      raise CheckpointError(
+        f"{self.path} has tensors of {self.dtype}", f"flaxlm reads {', '.join(DTYPES)}"
+      )
+    dtype, count = DTYPES[self.dtype], math.prod(self.shape)
+    try:
+      values = np.fromfile(self.path, dtype, count, offset=self.start)
+    except OSError as e:
+      raise CheckpointError(f"{self.path} cannot be read: {e}") from e
+    if values.size < count:
+      raise CheckpointError(f"{self.path} became shorter while it was read")
+    return values.reshape(self.shape)
+
+
+# -- Reading -------------------------------------------------------------------------------
+
+
+def open_checkpoint(folder: Path) -> dict[str, Tensor]:
+  """Every tensor of a directory, in one file or in those that its index names.
+
+  Raises `CheckpointError`, also where there are only pickles.
+  """
+  if not folder.is_dir():
+    raise CheckpointError(f"{folder} is not a directory")
+  if (folder / INDEX).exists():
+    return _open_index(folder)
+  if (folder / SINGLE).exists():
+    return read_header(folder / SINGLE)
+  pickles = sorted(path.name for name in PICKLE_NAMES for path in folder.glob(name))
+  if pickles:
+    raise _pickled(folder / pickles[0])
+  raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}")
+
+
+def _open_index(folder: Path) -> dict[str, Tensor]:
+  where = read_json(folder / INDEX).get("weight_map")
+  if not isinstance(where, dict) or not where:
+    raise CheckpointError(f"{folder / INDEX} has no weight_map")
+  files: dict[str, dict[str, Tensor]] = {}
+  for name, file in where.items():
+    if file not in files if isinstance(file, str) else True:
+      files[file] = read_header(_inside(folder, file))
+    if name not in files[file]:
+      raise CheckpointError(f"{folder / INDEX}: {name} is not in {file}")
+  for file, tensors in files.items():
+    stray = [name for name in tensors if where.get(name) != file]
+    if stray:
+      raise CheckpointError(f"{folder / INDEX} does not know of {stray[0]} in {file}")
+  return {name: files[file][name] for name, file in where.items()}
+
+
+def _inside(folder: Path, file: Any) -> Path:
+  """The file of an index entry, which must lie in `folder` itself."""
+  plain = isinstance(file, str) and file == Path(file).name and "\\" not in file
+  if not plain or "\0" in file or not file.endswith(".safetensors"):
+    if isinstance(file, str) and any(Path(file).match(name) for name in PICKLE_NAMES):
+      raise _pickled(folder / Path(file).name)
+    raise CheckpointError(
+      f"{folder / INDEX} names the file {file!r}",
+      "it can be the plain name of a .safetensors file beside the index",
+    )
+  return folder / file
+
+
+def _pickled(path: Path) -> CheckpointError:
+  return CheckpointError(
+    f"{path} is a pickle, which can run any code when it is opened; flaxlm never does",
+    "convert it to safetensors in a sandbox, or get the repository's safetensors files",
+  )
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+  """The tensors of one file. Raises `CheckpointError` unless all of it is in order."""
+  try:
+    if not path.is_file():
+      raise CheckpointError(f"{path} is not a file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+      start = file.read(8)
+      length = int.from_bytes(start, "little")
+      # A header of 640 bytes begins like a pickle, too; but then its brace follows.
+      if start.startswith(PICKLES) and file.read(1) != b"{":
+        raise _pickled(path)
+      file.seek(8)
+      if size < 8 or length > size - 8:
+        raise CheckpointError(f"{path} is cut short, or no safetensors file")
+      if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+          f"{path}: a header of {length} bytes", f"at most {MAX_HEADER_BYTES}"
+        )
+      header = file.read(length)
+  except (OSError, ValueError) as e:
+    raise CheckpointError(f"{path} cannot be read: {e}") from e
+  entries = parse_json(header, str(path))
+  entries.pop("__metadata__", None)
+  if len(entries) > MAX_TENSORS:
+    raise CheckpointError(f"{path}: {len(entries)} tensors", f"at most {MAX_TENSORS}")
+  end = 0
+  tensors, places = {}, []
+  for name, entry in entries.items():
+    tensors[name], first, last = _entry(path, name, entry, 8 + length)
+    places.append((first, last, name))
+  for first, last, name in sorted(places):
+    if first != end:
+      raise CheckpointError(f"{path}: {name} does not begin where the tensor before ends")
+    end = last
+  if end != size - 8 - length:
+    raise CheckpointError(f"{path}: {size - 8 - length} bytes of data, {end} in the header")
+  return tensors
+
+
+def _entry(path: Path, name: str, entry: Any, base: int) -> tuple[Tensor, int, int]:
+  """A tensor and the range of bytes that the header gives it."""
+  try:
+    dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    whole = all(type(number) is int and number >= 0 for number in (first, last, *shape))
+    if not whole or len(shape) > MAX_RANK or not isinstance(dtype, str):
+      raise ValueError("sizes")
+  except (KeyError, TypeError, ValueError) as e:
+    raise CheckpointError(f"{path}: the entry of {name} is not in order ({e})") from e
+  known = DTYPES[dtype].itemsize if dtype in DTYPES else OTHER_SIZES.get(dtype)
+  if known is None:
+    raise CheckpointError(f"{path}: {name} is of the unknown dtype {dtype[:20]!r}")
+  if last - first != known * math.prod(shape):
+    raise CheckpointError(f"{path}: {name} has {last - first} bytes for {dtype} {shape}")
+  return Tensor(path, dtype, tuple(shape), base + first), first, last
+
+
+# -- Writing -------------------------------------------------------------------------------
+
+
+def plan_files(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+  """Names in files of at most `most` bytes each; a larger tensor has one for itself."""
+  files: list[list[str]] = [[]]
+  filled = 0
+  for name, size in sizes.items():
+    if files[-1] and filled + size > most:
+      files.append([])
+      filled = 0
+    files[-1].append(name)
+    filled += size
+  return files
+
+
+def write_header(file: BinaryIO, shapes: Mapping[str, Shape], dtype: np.dtype) -> None:
+  """What comes before the tensors, which then follow in this order, as they are."""
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists
+  end = 0
+  for name, shape in shapes.items():
+    start, end = end, end + math.prod(shape) * dtype.itemsize
+    header[name] = {
+      "dtype": NAMES[dtype],
+      "shape": list(shape),
+      "data_offsets": [start, end],
+    }
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)  # so that data are aligned
+  file.write(len(text).to_bytes(8, "little") + text)
+
+
+def write_files(
+  folder: Path,
+  shapes: Mapping[str, Shape],
+  dtype: np.dtype,
+  most: int,
+  values: Any,
+) -> list[Path]:
+  """Writes `values(name)` of every name of `shapes`, and an index if it takes several
+  files; never more than one tensor is in memory. Returns the files."""
+  sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+  files = plan_files(sizes, most)
+  several = len(files) > 1
+  paths: list[Path] = []
+  where: dict[str, str] = {}
+  for number, names in enumerate(files, 1):
+    file = f"model-{number:05}-of-{len(files):05}.safetensors" if several else SINGLE
+    where |= dict.fromkeys(names, file)
+    paths.append(folder / file)
+    with paths[-1].open("wb") as out:
+      write_header(out, {name: shapes[name] for name in names}, dtype)
+      for name in names:
+        array = np.asarray(values(name), dtype, order="C")
+        assert array.shape == shapes[name], name
+        out.write(array.reshape(-1).view(np.uint8).data)
+      out.flush()
+      os.fsync(out.fileno())
+  if several:
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+  return paths

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole directories: a checkpoint of Hugging Face's becomes a run of ours, and back.
+
+What is not weights comes along: the tokenizer, which ids are special, and the files that
+only the other side reads, which lie untouched in the run's `huggingface/`.
+"""
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from jax.sharding import Mesh
+from tokenizers import processors
+
+from flaxlm.checkpoint.store import CheckpointStore
+from flaxlm.config import OBJECTIVES, Config, DataConfig, TrainingConfig
+from flaxlm.configfile import to_json
+from flaxlm.decoding.runs import CHECKPOINTS, CONFIG, TOKENIZER, Run
+from flaxlm.errors import CheckpointError
+from flaxlm.foreign_tokenizers import (
+  SPECIALS,
+  ForeignTokenizer,
+  Specials,
+  frame,
+  load_backend,
+)
+from flaxlm.interop.families import FAMILIES
+from flaxlm.interop.family import Family
+from flaxlm.interop.huggingface import Loaded, describe, load_checkpoint, save_checkpoint
+from flaxlm.interop.settings import Settings, read_json
+from flaxlm.tokenizers import MAX_FILE_BYTES
+
+KEPT = "huggingface"  # in the run directory
+GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
+# Files that come along as they are, if they are there: only the other side reads them.
+ALONG: tuple[str, ...] = (
+  *(GENERATION, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
+  *("chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt"),
+  *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+START = "decoder_start_token_id"
+TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", START)
+
+
+# -- Import --------------------------------------------------------------------------------
+
+
+def import_run(
+  folder: Path, run_dir: Path, mesh: Mesh, dtype: str | None = None
+) -> tuple[Loaded, list[str]]:
+  """Makes a run directory of `folder`; also returns what the user should know.
+
+  Raises `CheckpointError` (or `DataError`, for its tokenizer), and then leaves nothing.
+  """
+  notes = []
+  with new_folder(run_dir) as partial:
+    values = read_json(folder / CONFIG)
+    if (folder / TOKENIZER).is_file():
+      import_tokenizer(folder, partial, values)
+    else:
+      notes.append(f"{folder} has no {TOKENIZER}: text cannot be encoded (see README)")
+    loaded = load_checkpoint(folder, mesh, dtype)
+    store = CheckpointStore(partial / CHECKPOINTS)
+    try:
+      store.save(0, loaded.params, None, {"step": 0, "corpus": None})
+    finally:
+      store.close()
+    (partial / KEPT).mkdir()
+    for name in (CONFIG, *ALONG):
+      if (folder / name).is_file() and (folder / name).stat().st_size <= MAX_FILE_BYTES:
+        shutil.copyfile(folder / name, partial / KEPT / name)
+    (partial / CONFIG).write_text(to_json(run_config(loaded, run_dir)), "utf-8")
+  return loaded, notes
+
+
+def run_config(loaded: Loaded, run_dir: Path) -> Config:
+  """The config of the run: the model, and a data section that fits it."""
+  family = loaded.cfg.family
+  return Config(
+    name=run_dir.name,
+    runs_dir=str(run_dir.parent),
+    model=loaded.cfg.resolve(),
+    data=DataConfig(
+      objective=OBJECTIVES[family],  # type: ignore[arg-type]
+      seq_len=min(loaded.cfg.context, DataConfig().seq_len),
+    ),
+    training=TrainingConfig(dtype=loaded.dtype, param_dtype=loaded.dtype),  # type: ignore[arg-type]
+  )
+
+
+def import_tokenizer(folder: Path, run_dir: Path, config: dict[str, Any]) -> None:
+  """Copies tokenizer.json, and writes beside it what other files say of its specials."""
+  backend = load_backend(folder / TOKENIZER)
+  optional = lambda name: read_json(folder / name) if (folder / name).is_file() else {}
+  said = Settings(optional(TOKENIZER_CONFIG), str(folder / TOKENIZER_CONFIG))
+  ids = config | {k: v for k, v in optional(GENERATION).items() if v is not None}
+  specials = read_specials(backend, said, Settings(ids, str(folder / GENERATION)))
+  shutil.copyfile(folder / TOKENIZER, run_dir / TOKENIZER)
+  specials.save(run_dir / SPECIALS)
+
+
+def read_specials(backend: tokenizers.Tokenizer, said: Settings, ids: Settings) -> Specials:
+  """Special ids: by number in the model's files, else by name in the tokenizer's."""
+
+  def named(role: str) -> int | None:
+    token = said.values.get(f"{role}_token")
+    content = token.get("content") if isinstance(token, dict) else token
+    return backend.token_to_id(content) if isinstance(content, str) else None
+
+  def numbered(role: str) -> int | None:
+    number = ids.get(int, f"{role}_token_id", None)
+    return named(role) if number is None or number < 0 else number
+
+  ends = ids.values.get("eos_token_id")
+  if not isinstance(ends, list):
+    end = numbered("eos")
+    ends = [] if end is None else [end]
+  if not all(type(end) is int and 0 <= end < 2**31 for end in ends):
+    raise ids.refused("eos_token_id", "it is an id or a list of ids")
+  bos = numbered("bos")
+  if ids.values.get("is_encoder_decoder") is True:  # T5 starts with its padding
+    bos = ids.get(int, START, numbered("pad"))
+  prefix, suffix = frame(backend)
+  if said.get(bool, "add_bos_token", False) and bos is not None and bos not in prefix:
+    prefix = (bos, *prefix)
+  masks = (backend.token_to_id(name) for name in ("[MASK]", "<mask>"))
+  mask = next((mask for mask in (named("mask"), *masks) if mask is not None), None)
+  return Specials(bos, tuple(ends), numbered("pad"), mask, prefix, suffix)
+
+
+# -- Export --------------------------------------------------------------------------------
+
+
+def export_run(run: Run, folder: Path, dtype: str | None, most: int) -> Family:
+  """Writes a run so that `from_pretrained(folder)` opens it; returns as what.
+
+  `dtype` None is that of its parameters; `most` bytes go into a file. Raises
+  `CheckpointError` if no family of Hugging Face's is such a model.
+  """
+  kept = run.path / KEPT
+  origin = read_json(kept / CONFIG) if (kept / CONFIG).is_file() else {}
+  family = find_fitting(run, origin.get("model_type"))
+  cfg = run.cfg.model
+  with new_folder(folder) as partial:
+    dtype = dtype or run.cfg.training.param_dtype
+    keys = save_checkpoint(partial, cfg, run.params, family, dtype, most)
+    if origin:
+      ids = {key: origin.get(key) for key in TOKEN_KEYS}
+      copy_kept(run.path, partial)
+    else:
+      ids = export_tokenizer(run, partial)
+    if cfg.family == "encoder_decoder" and ids.get(START) is None:
+      ids[START] = ids.get("pad_token_id") or 0  # as T5 does
+    ids = {key: value for key, value in ids.items() if value is not None}
+    # An id that is not said is null: the defaults of some classes are out of range.
+    write_json(partial / CONFIG, dict.fromkeys(TOKEN_KEYS[:3]) | ids | keys)
+    if not (partial / GENERATION).exists() and cfg.family != "encoder":
+      write_json(partial / GENERATION, ids)
+  return family
+
+
+def find_fitting(run: Run, model_type: Any) -> Family:
+  """The family that the run came from, if it still is one, or the first that it is.
+
+  Raises `CheckpointError`, with what is in the way of the nearest one.
+  """
+  refusals: list[CheckpointError] = []
+  for family in sorted(FAMILIES.values(), key=lambda f: f.model_type != model_type):
+    try:
+      describe(run.cfg.model, run.params, family)
+      return family
+    except CheckpointError as e:
+      refusals.append(e)
+  raise min(refusals, key=lambda e: len(e.cause))
+
+
+def copy_kept(run_dir: Path, folder: Path) -> None:
+  """The other side's own files, as they came."""
+  for name in ALONG:
+    if (run_dir / KEPT / name).is_file():
+      shutil.copyfile(run_dir / KEPT / name, folder / name)
+  if (run_dir / TOKENIZER).is_file():
+    shutil.copyfile(run_dir / TOKENIZER, folder / TOKENIZER)
+
+
+def export_tokenizer(run: Run, folder: Path) -> dict[str, Any]:
+  """Writes a tokenizer of ours so that theirs frames a text as the model has seen it;
+  returns the special ids."""
+  tokenizer = run.tokenizer
+  assert not isinstance(tokenizer, ForeignTokenizer)
+  tokenizer.save(folder / TOKENIZER)
+  backend = load_backend(folder / TOKENIZER)
+  end = backend.id_to_token(tokenizer.eos_id)
+  reads = run.cfg.model.family == "encoder_decoder"
+  backend.post_processor = processors.TemplateProcessing(  # as in `Tokenizer.framed`
+    single=f"$A {end}" if reads else f"{end} $A", special_tokens=[(end, tokenizer.eos_id)]
+  )
+  (folder / TOKENIZER).write_text(backend.to_str(pretty=True), "utf-8")
+  said = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": end,
+    "eos_token": end,
+    "pad_token": end,
+    "model_max_length": run.cfg.model.context,
+    "clean_up_tokenization_spaces": False,
+  }
+  if tokenizer.mask_id is not None:
+    said["mask_token"] = backend.id_to_token(tokenizer.mask_id)
+  write_json(folder / TOKENIZER_CONFIG, said)
+  return dict.fromkeys(TOKEN_KEYS[: 4 if reads else 3], tokenizer.eos_id)
+
+
+# -- Files ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+  """A folder beside `path`, which becomes it when all has gone well.
+
+  Raises `CheckpointError` if there is something at `path` already.
+  """
+  try:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+      raise CheckpointError(f"{path} is there already", "choose another name, or remove it")
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+  except OSError as e:
+    raise CheckpointError(f"{path} cannot be written: {e}") from e
+  try:
+    yield partial
+    partial.chmod(0o755)
+    if path.exists():
+      path.rmdir()
+    partial.rename(path)
+  except OSError as e:
+    raise CheckpointError(f"{path} cannot be written: {e}") from e
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+  path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")

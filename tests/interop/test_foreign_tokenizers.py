@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Imported tokenizers of every kind: framed, streamed and stored as their models want."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_tokenizers import bert, gpt2, llama, t5
+
+from flaxlm.errors import CheckpointError, DataError
+from flaxlm.foreign_tokenizers import (
+  SPECIALS,
+  ForeignTokenizer,
+  Specials,
+  frame,
+  load_tokenizer,
+)
+from flaxlm.interop.settings import Settings
+from flaxlm.interop.transfer import read_specials
+from flaxlm.tokenizers import train_tokenizer
+
+MADE = {"llama": llama, "gpt2": gpt2, "bert": bert, "t5": t5}
+
+
+def opened(kind: str, **specials: Any) -> ForeignTokenizer:
+  backend = MADE[kind]()
+  prefix, suffix = frame(backend)
+  return ForeignTokenizer(backend, Specials(prefix=prefix, suffix=suffix, **specials))
+
+
+@pytest.mark.parametrize(
+  ("kind", "role", "expected"),
+  [
+    ("llama", "prompt", "<s> the cat"),
+    ("gpt2", "prompt", "the cat"),
+    ("bert", "text", "[CLS] the cat [SEP]"),
+    ("t5", "source", "the cat </s>"),
+  ],
+)
+def test_a_text_is_framed_as_its_post_processor_says(kind: str, role: Any, expected: str):
+  tokenizer, backend = opened(kind, bos_id=0), MADE[kind]()
+  found = tokenizer.framed(tokenizer.encode("the cat"), role)
+  assert found == backend.encode("the cat").ids
+  names = [backend.id_to_token(i) for i in found]
+  for word in expected.split():
+    if word.startswith(("<", "[")):
+      assert names.index(word) == (0 if expected.startswith(word) else len(names) - 1)
+
+
+def test_a_prompt_is_never_empty_and_never_ended():
+  assert opened("gpt2", eos_ids=(5,)).framed([], "prompt") == [5]
+  tokenizer = opened("t5", bos_id=0)
+  assert tokenizer.framed([], "prompt") == [0]
+  assert tokenizer.framed([7], "prompt") == [7]  # the end is for what an encoder reads
+
+
+TEXTS = ["the cat", " the  cats", "théâtre ☕ 漢字", "a\n\tb", "", "<s>the</s>"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_pieces_of_a_stream_add_up(kind: str, text: str):
+  """Behind a prompt: nothing of the text is lost, not even the first blank."""
+  tokenizer = opened(kind)
+  before = tokenizer.encode("ab")
+  whole = tokenizer.encode(f"ab{text}")
+  ids = whole[len(before) :]
+  if whole[: len(before)] != before:  # the text has merged with what was before it
+    return
+  stream = tokenizer.stream()
+  pieces = [stream.push(i) for i in ids]
+  assert "".join(pieces) + stream.flush() == tokenizer.decode(whole)[2:]
+
+
+@given(st.lists(st.integers(0, 300), max_size=12))
+def test_any_ids_stream_to_what_they_decode_to(ids: list[int]):
+  tokenizer = opened("llama")
+  whole = tokenizer.decode([*tokenizer.encode("a"), *ids])[1:]
+  stream = tokenizer.stream()
+  streamed = "".join(map(stream.push, ids)) + stream.flush()
+  # Bytes that are no UTF-8 spoil what stands beside them, if they are decoded together.
+  assert streamed == whole or "\ufffd" in whole
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_bytes_of_tokens_add_up_to_the_text(kind: str):
+  tokenizer = opened(kind)
+  for text in ("the cat sat", "théâtre ☕ 漢字"):
+    sizes = tokenizer.token_bytes()[tokenizer.encode(text)]
+    added = 0 if kind == "gpt2" else 1  # the blank before the first word
+    if kind != "t5" or text.isascii():  # what T5 does not know, it forgets
+      assert sizes.sum() == len(text.encode()) + added
+  assert len(sizes) and tokenizer.token_bytes().shape == (tokenizer.vocab_size,)
+
+
+def test_masks_are_found_by_our_name_or_theirs():
+  tokenizer = opened("bert", mask_id=MADE["bert"]().token_to_id("[MASK]"))
+  assert tokenizer.encode_masked("the [MASK] sat")[1] == tokenizer.mask_id
+  with pytest.raises(DataError, match="MASK"):
+    opened("gpt2").encode_masked("[MASK]")
+
+
+def test_ids_may_leave_gaps():
+  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 40}, "a"))
+  tokenizer = ForeignTokenizer(backend, Specials())
+  assert tokenizer.vocab_size == 41
+  assert tokenizer.decode([40, 41, -1, 7]) == "b"
+
+
+def test_what_is_stored_is_found_again(tmp_path: Path):
+  tokenizer = opened("llama", bos_id=1, eos_ids=(2, 3), pad_id=0)
+  tokenizer.save(tmp_path / "tokenizer.json")
+  again = load_tokenizer(tmp_path / "tokenizer.json")
+  assert isinstance(again, ForeignTokenizer)
+  assert (again.bos_id, again.eos_id, again.eos_ids) == (1, 2, {2, 3})
+  assert again.encode("the cat") == tokenizer.encode("the cat")
+  assert again.fingerprint == tokenizer.fingerprint
+  (tmp_path / SPECIALS).unlink()
+  with pytest.raises(DataError, match="byte-level"):
+    load_tokenizer(tmp_path / "tokenizer.json")
+  train_tokenizer("byte", [], 257).save(tmp_path / "tokenizer.json")
+  assert load_tokenizer(tmp_path / "tokenizer.json").encode("a") == [97]
+
+
+DAMAGED = [
+  "",
+  "[]",
+  "{}",
+  '{"eos_ids": 1}',
+  '{"eos_ids": ["2"], "prefix": [], "suffix": []}',
+]
+DAMAGED += [
+  '{"eos_ids": [-1], "prefix": [], "suffix": []}',
+  "\xff",
+  '{"eos_ids": [], "x": 1}',
+]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_damaged_specials_are_refused(tmp_path: Path, text: str):
+  (tmp_path / SPECIALS).write_text(text, "latin-1")
+  with pytest.raises(DataError, match="import the checkpoint again"):
+    Specials.load(tmp_path / SPECIALS)
+
+
+# -- Which ids are special -----------------------------------------------------------------
+
+
+def specials(said: dict[str, Any], ids: dict[str, Any], kind: str = "llama") -> Specials:
+  return read_specials(MADE[kind](), Settings(said, "said"), Settings(ids, "ids"))
+
+
+def test_numbers_come_before_names():
+  said = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "<unk>"}
+  by_name = specials(said, {})
+  assert (by_name.bos_id, by_name.eos_ids, by_name.pad_id) == (1, (2,), 0)
+  ids = {"bos_token_id": 9, "eos_token_id": [5, 6], "pad_token_id": -1}
+  by_number = specials(said, ids)
+  assert (by_number.bos_id, by_number.eos_ids, by_number.pad_id) == (9, (5, 6), 0)
+
+
+def test_an_encoder_decoder_starts_with_its_own_id():
+  ids = {"is_encoder_decoder": True, "decoder_start_token_id": 0, "eos_token_id": 1}
+  found = specials({}, ids, "t5")
+  assert (found.bos_id, found.eos_ids, found.suffix) == (0, (1,), (1,))
+
+
+def test_a_beginning_that_only_the_config_adds_is_added_once():
+  said = {"bos_token": "<s>", "add_bos_token": True}
+  assert specials(said, {}, "llama").prefix == (1,)
+  assert specials(said, {"bos_token_id": 5}, "gpt2").prefix == (5,)
+
+
+ODD = st.one_of(
+  st.none(), st.booleans(), st.integers(), st.text(max_size=3), st.just([1, 2])
+)
+
+
+@given(st.dictionaries(st.sampled_from(["bos_token", "mask_token", "add_bos_token"]), ODD),
+       st.dictionaries(st.sampled_from(["eos_token_id", "bos_token_id"]), ODD))  # fmt: skip
+def test_odd_settings_are_read_or_refused(said: dict, ids: dict):
+  try:
+    found = specials(said, ids)
+  except CheckpointError:
+    return
+  assert json.dumps(found._asdict())
+  assert np.all(np.array(found.eos_ids) >= 0)

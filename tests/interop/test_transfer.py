@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole directories: import makes a run that infers, export one that others open."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny_tokenizers
+from conftest import ROOT
+from flax.traverse_util import flatten_dict, unflatten_dict
+from test_huggingface import random_params, save
+
+from flaxlm.checkpoint.store import CheckpointStore
+from flaxlm.config import Config, ModelConfig
+from flaxlm.configfile import to_json
+from flaxlm.decoding.completions import complete
+from flaxlm.decoding.encoding import embed_texts, fill_masks
+from flaxlm.decoding.runs import load_run
+from flaxlm.decoding.sampling import make_sampling
+from flaxlm.errors import CheckpointError, DataError
+from flaxlm.foreign_tokenizers import load_backend
+from flaxlm.interop.families import FAMILIES
+from flaxlm.interop.safetensors import INDEX, open_checkpoint, write_files
+from flaxlm.interop.transfer import export_run, import_run, write_json
+from flaxlm.nn.models import abstract_params, build_model
+from flaxlm.sharding import make_mesh
+from flaxlm.tokenizers import train_tokenizer
+
+MOST = 10**9
+
+
+def checkpoint(folder: Path, variant: str, kind: str, **said: Any) -> Path:
+  """A checkpoint as it comes from a hub: weights, config and tokenizer."""
+  folder.mkdir()
+  save(folder, variant)
+  tokenizer = getattr(tiny_tokenizers, kind)()
+  config = json.loads((folder / "config.json").read_text())
+  tokenizer.save(str(folder / "tokenizer.json"))
+  (folder / "tokenizer_config.json").write_text(json.dumps(said))
+  (folder / "config.json").write_text(json.dumps(config | said.pop("ids", {})))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def mesh() -> jax.sharding.Mesh:
+  return make_mesh({"data": -1})
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, mesh: Any) -> Path:
+  """A GPT-2 whose tokenizer has more ids than the model: 67 of 301."""
+  root = tmp_path_factory.mktemp("transfer")
+  ids = {"bos_token_id": 66, "eos_token_id": 66}
+  source = checkpoint(root / "hub", "gpt2", "gpt2", eos_token="<|endoftext|>", ids=ids)
+  (source / "generation_config.json").write_text('{"eos_token_id": [66, 65]}')
+  import_run(source, root / "run", mesh)
+  return root / "run"
+
+
+def test_an_imported_run_infers(run_dir: Path, mesh: Any):
+  run = load_run(run_dir, mesh)
+  assert run.step == 0 and run.tokenizer.eos_ids == {65, 66}
+  prompt = "".join(run.tokenizer.decode([i]) for i in (40, 50, 60))
+  [answer] = complete(run, [prompt], make_sampling(1, temperature=0), 20)
+  assert answer.tokens and max(answer.tokens) < 67
+  assert not set(answer.tokens[:-1]) & {65, 66}
+  assert answer.completion == run.tokenizer.decode(
+    [i for i in answer.tokens if i not in (65, 66)]
+  )
+
+
+def test_what_goes_in_comes_out_again(run_dir: Path, mesh: Any, tmp_path: Path):
+  source, out = run_dir.parent / "hub", tmp_path / "out"
+  family = export_run(load_run(run_dir, mesh), out, None, 20_000)
+  assert family.model_type == "gpt2" and (out / INDEX).exists()
+  found, given = open_checkpoint(out), open_checkpoint(source)
+  assert found.keys() == given.keys()
+  for name, tensor in given.items():
+    np.testing.assert_array_equal(found[name].read(), tensor.read())
+  for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    assert (out / name).read_bytes() == (source / name).read_bytes()
+  config = json.loads((out / "config.json").read_text())
+  assert (config["bos_token_id"], config["pad_token_id"]) == (66, None)
+  assert config["architectures"] == ["GPT2LMHeadModel"]
+
+
+def test_nothing_is_overwritten_and_nothing_is_left_behind(
+  run_dir: Path, mesh: Any, tmp_path: Path
+):
+  source = run_dir.parent / "hub"
+  with pytest.raises(CheckpointError, match="there already"):
+    import_run(source, run_dir, mesh)
+  with pytest.raises(CheckpointError, match="there already"):
+    export_run(load_run(run_dir, mesh), source, None, MOST)
+  broken = tmp_path / "broken"
+  broken.mkdir()
+  (broken / "config.json").write_text((source / "config.json").read_text())
+  (broken / "tokenizer.json").write_text("{}")
+  with pytest.raises(DataError):
+    import_run(broken, tmp_path / "run", mesh)
+  (broken / "tokenizer.json").unlink()
+  with pytest.raises(CheckpointError, match="neither"):
+    import_run(broken, tmp_path / "run", mesh)
+  assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_without_a_tokenizer_the_user_is_told(mesh: Any, tmp_path: Path):
+  (tmp_path / "hub").mkdir()
+  save(tmp_path / "hub", "llama_3")
+  _, notes = import_run(tmp_path / "hub", tmp_path / "run", mesh)
+  assert "no tokenizer.json" in notes[0]
+  with pytest.raises(DataError, match=r"tokenizer\.json"):
+    load_run(tmp_path / "run", mesh)
+  run = load_run(tmp_path / "run", mesh, needs_text=False)
+  export_run(run, tmp_path / "out", None, MOST)
+  config = json.loads((tmp_path / "out/config.json").read_text())
+  assert {config[f"{role}_token_id"] for role in ("bos", "eos", "pad")} == {None}
+
+
+def test_an_imported_encoder_fills_masks_and_embeds(mesh: Any, tmp_path: Path):
+  source = checkpoint(tmp_path / "hub", "bert", "bert", mask_token="[MASK]")
+  import_run(source, tmp_path / "run", mesh)
+  run = load_run(tmp_path / "run", mesh)
+  [filled] = fill_masks(run, ["the [MASK] sat"])
+  assert filled.filled.startswith("the ") and len(filled.candidates[0]) == 5
+  assert embed_texts(run, ["the cat"])[0].shape == (32,)
+
+
+def test_an_imported_encoder_decoder_answers(mesh: Any, tmp_path: Path):
+  ids = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+  source = checkpoint(tmp_path / "hub", "t5", "t5", ids=ids)
+  import_run(source, tmp_path / "run", mesh)
+  run = load_run(tmp_path / "run", mesh)
+  [answer] = complete(run, ["the cat"], make_sampling(1, temperature=0), 1)
+  assert len(answer.tokens) == 1
+
+
+# -- Runs of our own -----------------------------------------------------------------------
+
+
+def own_run(folder: Path, model: ModelConfig) -> Path:
+  """A run as training leaves it, with random parameters."""
+  tokenizer = train_tokenizer("byte", [], 257)
+  cfg = Config(name="own", runs_dir=str(folder), model=model.resolve(tokenizer.vocab_size))
+  cfg.run_dir.mkdir()
+  tokenizer.save(cfg.run_dir / "tokenizer.json")
+  (cfg.run_dir / "config.json").write_text(to_json(cfg))
+  params = unflatten_dict(random_params(cfg.model), sep="/")
+  store = CheckpointStore(cfg.run_dir / "checkpoints")
+  store.save(7, jax.tree.map(jax.numpy.asarray, params), None, {"step": 7})
+  store.close()
+  return cfg.run_dir
+
+
+def test_a_run_of_ours_becomes_the_family_that_it_is(mesh: Any, tmp_path: Path):
+  run = load_run(own_run(tmp_path, ModelConfig(width=32, depth=2, context=64)), mesh)
+  assert export_run(run, tmp_path / "out", None, MOST).model_type == "llama"
+  config = json.loads((tmp_path / "out/config.json").read_text())
+  assert (config["vocab_size"], config["eos_token_id"]) == (320, 256)
+  backend = load_backend(tmp_path / "out/tokenizer.json")
+  prompt = run.tokenizer.framed(run.tokenizer.encode("def "), "prompt")
+  assert backend.encode("def ").ids == prompt
+  import_run(tmp_path / "out", tmp_path / "again", mesh)
+  again = load_run(tmp_path / "again", mesh)
+  jax.tree.map(np.testing.assert_array_equal, again.params, run.params)
+  sampling = make_sampling(1, temperature=0)
+  [mine], [other] = (complete(r, ["def "], sampling, 1) for r in (run, again))
+  assert (mine.tokens, mine.completion) == (other.tokens, other.completion)
+
+
+def test_a_model_that_no_family_is_is_refused(mesh: Any, tmp_path: Path):
+  model = ModelConfig(width=32, depth=2, context=64, learned_sinks=True)
+  run = load_run(own_run(tmp_path, model), mesh)
+  with pytest.raises(CheckpointError, match="no place for"):
+    export_run(run, tmp_path / "out", None, MOST)
+  assert not (tmp_path / "out").exists()
+
+
+# -- Commands ------------------------------------------------------------------------------
+
+
+def test_the_commands(flaxlm: Any, run_dir: Path, tmp_path: Path):
+  source = run_dir.parent / "hub"
+  done = flaxlm("import", source, tmp_path / "runs/mine")
+  assert done.returncode == 0, done.stderr
+  assert "gpt2" in done.stdout and "float32" in done.stdout
+  done = flaxlm("export", "mine", tmp_path / "out", "--shard-size=20KB", "--dtype=bfloat16")
+  assert done.returncode == 0, done.stderr
+  assert {t.dtype for t in open_checkpoint(tmp_path / "out").values()} == {"BF16"}
+  assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
+  done = flaxlm("import", tmp_path / "nowhere", tmp_path / "x")
+  assert done.returncode == 4 and "nowhere" in done.stderr
+  done = flaxlm("export", "mine", tmp_path / "y", "--shard-size=lots")
+  assert done.returncode == 2 and "shard-size" in done.stderr
+
+
+# -- Memory --------------------------------------------------------------------------------
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+import jax
+jax.config.update("jax_platforms", "cpu")
+from flaxlm.interop.huggingface import load_checkpoint
+from flaxlm.sharding import make_mesh
+
+mesh = make_mesh({"data": -1})
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+load_checkpoint(Path(sys.argv[1]), mesh)
+before = peak()
+params = load_checkpoint(Path(sys.argv[2]), mesh).params
+print(1024 * (peak() - before), sum(x.nbytes for x in jax.tree.leaves(params)))
+"""
+
+
+def test_the_host_holds_one_tensor_at_a_time(tmp_path: Path):
+  """On CPUs the devices' memory is the host's: parameters, and little more than one
+  tensor on top. A model read whole before it is placed would take twice its size."""
+  for name, depth in (("small", 1), ("large", 16)):
+    folder = tmp_path / name
+    folder.mkdir()
+    cfg = ModelConfig(width=256, depth=depth, vocab_size=4096, context=64).resolve()
+    family = FAMILIES["llama"]
+    abstract = abstract_params(build_model(cfg), make_mesh({"data": -1}))
+    flat = flatten_dict(abstract, sep="/")
+    expected = family.expected(cfg, {path: x.shape for path, x in flat.items()})
+    shapes = {name: shape for name, (_, _, shape) in expected.items()}
+    zeros = lambda name, shapes=shapes: np.zeros(shapes[name], np.float32)
+    write_files(folder, shapes, np.dtype(np.float32), MOST, zeros)
+    write_json(folder / "config.json", family.keys(cfg, tuple(expected)))
+  arguments = [sys.executable, "-c", MEASURE, tmp_path / "small", tmp_path / "large"]
+  done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=120)
+  assert done.returncode == 0, done.stderr
+  rise, size = map(int, done.stdout.split())
+  largest = max(4 * math.prod(shape) for shape in shapes.values())
+  assert size > 10 * largest
+  assert rise < size + 3 * largest, f"{rise / 1e6:.0f} MB for {size / 1e6:.0f} MB"
