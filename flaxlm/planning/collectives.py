@@ -168,9 +168,9 @@ def _runs(text: str) -> dict[str, int]:
     runs[name] += times
     for line in bodies.get(name, []):
       rounds = 1
-      loop = re.search(r" while\(.*condition=%?([\w.\-]+)", line)
+      loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
       if loop:
-        rounds = _rounds(line, bodies.get(loop[1], []))
+        rounds = _rounds(line, bodies.get(loop[1], []), bodies.get(loop[2], []))
       for called in re.findall(r"(?:calls|body|to_apply)=%?([\w.\-]+)", line):
         visit(called, times * rounds)
       for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
@@ -182,10 +182,38 @@ def _runs(text: str) -> dict[str, int]:
   return runs
 
 
-def _rounds(line: str, condition: Sequence[str]) -> int:
-  """How often a loop runs: as the compiler says, or up to the constant it compares with."""
+def _rounds(line: str, condition: Sequence[str], body: Sequence[str]) -> int:
+  """How often a loop runs: as the compiler says, or the constant that its counter is
+  compared with / the counter's step.
+  """
   known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
   if known:
     return int(known[1])
-  limits = [int(n) for n in re.findall(r"constant\((\d+)\)", "\n".join(condition))]
-  return max(limits, default=1)
+  text = "\n".join(condition)
+  limits = [int(n) for n in re.findall(r"constant\((\d+)\)", text)]
+  counter = re.search(r"get-tuple-element\(.*?\), index=(\d+)", text)
+  step = _step(body, int(counter[1])) if counter else 1
+  return max(1, -(-max(limits, default=1) // step))
+
+
+def _step(body: Sequence[str], place: int) -> int:
+  """What a loop adds to its counter, which has this place in the tuple that it carries."""
+  made = {}  # name: what makes it
+  for line in body:
+    found = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*)", line)
+    if found:
+      made[found[1]] = found[2]
+  root = next((line for line in body if line.lstrip().startswith("ROOT")), "")
+  carried = re.search(r" tuple\((.*?)\)", root)
+  names = re.findall(r"%([\w.\-]+)", carried[1]) if carried else []
+  step = 0
+  while place < len(names):
+    added = re.search(r" add\(%([\w.\-]+), %([\w.\-]+)\)", made.get(names[place], ""))
+    if not added:
+      break
+    constants = [
+      re.search(r" constant\((\d+)\)", made.get(name, "")) for name in added.groups()
+    ]
+    step += sum(int(constant[1]) for constant in constants if constant)
+    names[place] = added[1] if constants[1] else added[2]
+  return max(1, step)

@@ -67,3 +67,33 @@ def test_what_is_in_a_loop_counts_as_often_as_it_runs():
 def test_groups_are_told_by_mesh_axis(text: str, axes: str):
   groups = _groups(f"%x = f32[8]{{0}} all-gather(%y), {text}", SIZES)
   assert _axes_of(groups, SIZES)[0] == axes
+
+
+LOOP = """
+%body (p: (u32[], f32[8])) -> (u32[], f32[8]) {
+  %two = u32[] constant(2)
+  %i = u32[] get-tuple-element(%p), index=0
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %next = u32[] add(%i, %two), control-predecessors={%x}
+  %start = (f32[8], f32[8]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %done = f32[8]{0} collective-permute-done(%start)
+  ROOT %t = (u32[], f32[8]{0}) tuple(%next, %done)
+}
+
+%cond (p: (u32[], f32[8])) -> pred[] {
+  %limit = u32[] constant(8)
+  %i = u32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  ROOT %loop = (u32[], f32[8]{0}) while(%x), condition=%cond, body=%body
+}
+"""
+
+
+def test_a_loop_that_counts_in_twos():
+  """As libtpu writes a product whose operand travels while it is multiplied."""
+  assert find_collectives(LOOP, SIZES) == [
+    Collective("collective-permute", "fsdp", 4, 4 * 32)
+  ]
