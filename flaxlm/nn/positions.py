@@ -39,7 +39,6 @@ def inverse_wavelengths(num_dims: int, theta: float) -> list[float]:
 def stretched_frequencies(num_dims: int, rope: RopeConfig) -> tuple[list[float], float]:
   """Radians per position under `rope.scaling`, and the factor on cos and sin."""
   frequencies, factor = inverse_wavelengths(num_dims, rope.theta), rope.factor
-  assert rope.original_context is not None, "resolved"
   match rope.scaling:
     case "linear":  # Chen et al. (2023): positions are squeezed
       return [f / factor for f in frequencies], 1.0
@@ -55,6 +54,7 @@ def stretched_frequencies(num_dims: int, rope: RopeConfig) -> tuple[list[float],
       kept = [1 - (i - low) / max(high - low, 0.001) for i in range(num_dims // 2)]
       return stretch(frequencies, kept, factor), size
     case "llama3":  # Llama 3.1's own: a ramp over the number of turns
+      assert rope.original_context is not None, "resolved"
       turns = [rope.original_context * f / (2 * math.pi) for f in frequencies]
       span = rope.fast_turns - rope.slow_turns
       return stretch(

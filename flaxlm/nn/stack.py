@@ -210,7 +210,8 @@ class Stack(nn.Module):
     x_BTD = self.place(x_BTD, positions_BT)
     x_BTD = self.dropout(x_BTD, deterministic=deterministic)
     x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
-    where = Placement(slots_BT, segments_BT, segments_BT, positions_BT)
+    keys_at = positions_BT if cache is None else None  # a cached row is one document
+    where = Placement(slots_BT, segments_BT, segments_BT, keys_at)
     around = self.surroundings(where, positions_BT, cache, memory, num_new_B)
     layers: tuple | None = None
     if cache is not None:
