@@ -237,63 +237,60 @@ def mix_forward(
 ) -> tuple[jax.Array, tuple]:
   B, K, G, T, H = q_BKGTH.shape
   S = k_BKSH.shape[2]
-  q_XRH = q_BKGTH.reshape(B * K, G * T, H)
-  k_XSH, v_XSH = k_BKSH.reshape(B * K, S, H), v_BKSH.reshape(B * K, S, H)
-  scores = jnp.einsum("XRH,XSH->XRS", q_XRH, k_XSH, preferred_element_type=jnp.float32)
-  tanh_XRS = None
+  # The G heads of a kv head are rows of one matrix. B and K stay two dims: merged, they
+  # would lose the heads' cut over the mesh.
+  q_BKRH = q_BKGTH.reshape(B, K, G * T, H)
+  scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
+  tanh_BKRS = None
   if softcap is not None:
-    tanh_XRS = jnp.tanh(scores / softcap)
-    scores = softcap * tanh_XRS
+    tanh_BKRS = jnp.tanh(scores / softcap)
+    scores = softcap * tanh_BKRS
   scores = scores.reshape(B, K, G, T, S)
   if bias_XNTS is not None:
     scores += bias_XNTS.reshape(-1, K, G, T, S)
   if mask_BTS is not None:
     scores = jnp.where(mask_BTS[:, None, None], scores, LOWEST)
-  scores = scores.reshape(B * K, G * T, S)
-  max_XR1 = scores.max(-1, keepdims=True)
-  sinks_XR1 = None
+  scores = scores.reshape(B, K, G * T, S)
+  max_BKR1 = scores.max(-1, keepdims=True)
+  sinks_BKR1 = None
   if sinks_KG is not None:
-    sinks_XR1 = jnp.broadcast_to(sinks_KG[:, :, None], (B, K, G, T)).reshape(
-      B * K, G * T, 1
-    )
-    max_XR1 = jnp.maximum(max_XR1, sinks_XR1)
-    sinks_XR1 = jnp.exp(sinks_XR1 - max_XR1)
-  exp_XRS = jnp.exp(scores - max_XR1)
-  sum_XR1 = exp_XRS.sum(-1, keepdims=True)
-  if sinks_XR1 is not None:
-    sum_XR1 += sinks_XR1
-  exp_XRS = exp_XRS.astype(v_XSH.dtype)
-  out_XRH = jnp.einsum("XRS,XSH->XRH", exp_XRS, v_XSH) / sum_XR1.astype(v_XSH.dtype)
+    sinks_BKGT = jnp.broadcast_to(sinks_KG[:, :, None], (B, K, G, T))
+    sinks_BKR1 = sinks_BKGT.reshape(B, K, G * T, 1)
+    max_BKR1 = jnp.maximum(max_BKR1, sinks_BKR1)
+    sinks_BKR1 = jnp.exp(sinks_BKR1 - max_BKR1)
+  exp_BKRS = jnp.exp(scores - max_BKR1)
+  sum_BKR1 = exp_BKRS.sum(-1, keepdims=True)
+  if sinks_BKR1 is not None:
+    sum_BKR1 += sinks_BKR1
+  exp_BKRS = exp_BKRS.astype(v_BKSH.dtype)
+  out_BKRH = jnp.einsum("BKRS,BKSH->BKRH", exp_BKRS, v_BKSH) / sum_BKR1.astype(v_BKSH.dtype)
   bias_batch = None if bias_XNTS is None else bias_XNTS.shape[0]
-  residuals = (q_XRH, k_XSH, v_XSH, exp_XRS, sum_XR1, out_XRH, tanh_XRS, sinks_XR1)
-  return out_XRH.reshape(q_BKGTH.shape), (*residuals, bias_batch)
+  residuals = (q_BKRH, k_BKSH, v_BKSH, exp_BKRS, sum_BKR1, out_BKRH, tanh_BKRS, sinks_BKR1)
+  return out_BKRH.reshape(q_BKGTH.shape), (*residuals, bias_batch)
 
 
 def mix_backward(softcap: float | None, residuals: tuple, grad_BKGTH: jax.Array) -> tuple:
-  q_XRH, k_XSH, v_XSH, exp_XRS, sum_XR1, out_XRH, tanh_XRS, sinks_XR1, bias_batch = (
-    residuals
-  )
+  q_BKRH, k_BKSH, v_BKSH, exp_BKRS, sum_BKR1, out_BKRH, tanh_BKRS, *rest = residuals
+  sinks_BKR1, bias_batch = rest
   B, K, G, T, _ = grad_BKGTH.shape
-  S, dtype = k_XSH.shape[1], v_XSH.dtype
-  grad_XRH = grad_BKGTH.reshape(out_XRH.shape) / sum_XR1.astype(dtype)
-  grad_v_XSH = jnp.einsum("XRS,XRH->XSH", exp_XRS, grad_XRH)
-  grad_exp_XRS = jnp.einsum("XRH,XSH->XRS", grad_XRH, v_XSH)
-  along_XR1 = (grad_XRH * out_XRH).sum(-1, keepdims=True)
-  grad_scores_XRS = exp_XRS * (grad_exp_XRS - along_XR1)
+  S, dtype = k_BKSH.shape[2], v_BKSH.dtype
+  grad_BKRH = grad_BKGTH.reshape(out_BKRH.shape) / sum_BKR1.astype(dtype)
+  grad_v_BKSH = jnp.einsum("BKRS,BKRH->BKSH", exp_BKRS, grad_BKRH)
+  grad_exp_BKRS = jnp.einsum("BKRH,BKSH->BKRS", grad_BKRH, v_BKSH)
+  along_BKR1 = (grad_BKRH * out_BKRH).sum(-1, keepdims=True)
+  grad_scores_BKRS = exp_BKRS * (grad_exp_BKRS - along_BKR1)
   grad_bias = grad_sinks = None
   if bias_batch is not None:
-    grad_bias = grad_scores_XRS.astype(jnp.float32).reshape(B, K * G, T, S)
+    grad_bias = grad_scores_BKRS.astype(jnp.float32).reshape(B, K * G, T, S)
     if bias_batch == 1:
       grad_bias = grad_bias.sum(0, keepdims=True)
-  if sinks_XR1 is not None:  # as a key with a value of 0
-    grad_sinks = -(sinks_XR1 * along_XR1).reshape(B, K, G, T).sum((0, 3))
+  if sinks_BKR1 is not None:  # as a key with a value of 0
+    grad_sinks = -(sinks_BKR1 * along_BKR1).reshape(B, K, G, T).sum((0, 3))
   if softcap is not None:
-    grad_scores_XRS *= (1 - tanh_XRS * tanh_XRS).astype(dtype)
-  grad_q_XRH = jnp.einsum("XRS,XSH->XRH", grad_scores_XRS, k_XSH)
-  grad_k_XSH = jnp.einsum("XRS,XRH->XSH", grad_scores_XRS, q_XRH)
-  kv_shape = (B, K, *k_XSH.shape[1:])
-  grad_k_BKSH, grad_v_BKSH = grad_k_XSH.reshape(kv_shape), grad_v_XSH.reshape(kv_shape)
-  grad_q_BKGTH = grad_q_XRH.reshape(grad_BKGTH.shape)
+    grad_scores_BKRS *= (1 - tanh_BKRS * tanh_BKRS).astype(dtype)
+  grad_q_BKRH = jnp.einsum("BKRS,BKSH->BKRH", grad_scores_BKRS, k_BKSH)
+  grad_k_BKSH = jnp.einsum("BKRS,BKRH->BKSH", grad_scores_BKRS, q_BKRH)
+  grad_q_BKGTH = grad_q_BKRH.reshape(grad_BKGTH.shape)
   return grad_q_BKGTH, grad_k_BKSH, grad_v_BKSH, None, grad_bias, grad_sinks
 
 

@@ -377,6 +377,8 @@ def run_scanned(
   layers: list[Layer], period: int, x: jax.Array, stacked: Any
 ) -> tuple[jax.Array, Any]:
   """The same as a loop over periods of layers that differ; what is left over, unrolled."""
+  if period == 1:  # no slices in the loop: each is a copy that the backward pass keeps
+    return jax.lax.scan(layers[0], x, stacked)
   count = len(layers) // period
   looped = count * period
   in_loop = jax.tree.map(lambda s: s[:looped].reshape(count, period, *s.shape[1:]), stacked)

@@ -61,7 +61,8 @@ def train_step(
 
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  keep = functools.partial(jnp.where, finite)
+  # The gradient is float32; what is stored keeps its own dtype.
+  keep = lambda new, old: jnp.where(finite, new, old).astype(old.dtype)
   new_state = TrainState(
     step=state.step + 1,
     params=jax.tree.map(keep, params, state.params),

@@ -214,6 +214,18 @@ def test_a_step_that_is_not_finite_changes_nothing(one_device):
   assert metrics["finite"]
 
 
+def test_every_dtype_stays_what_it_is():
+  """Parameters and moments in bfloat16 are so after a step: nothing grows in silence."""
+  cfg, mesh = TrainingConfig(param_dtype="bfloat16", scanned=True), mesh_of()
+  model, optimizer = build_model(CFG, cfg), build_optimizer(OptimizerConfig(), 10)
+  state = init_state(model, optimizer, mesh, seed=0)
+  before = jax.tree.map(lambda x: x.dtype, state)
+  assert state.params["embedding"]["table"].dtype == jnp.bfloat16
+  step = compile_train_step(model, optimizer, cfg, mesh)
+  state, _ = step(state, put_batch(packed_batch(), mesh), jnp.uint32(0))
+  assert jax.tree.map(lambda x: x.dtype, state) == before
+
+
 def test_the_state_is_donated(one_device):
   """No second copy of the state: the step's input buffers are gone after it."""
   new_state, step, put = one_device
