@@ -58,7 +58,7 @@ def pairs(corpus: Corpus) -> list[tuple[str, str]]:
 def test_django_in_german():
   corpus = find_corpus("gettext:de")
   by_source = dict(pairs(corpus))
-  assert len(by_source) > 800
+  assert len(by_source) > 600
   assert by_source["Enter a valid value."] == "Bitte einen gültigen Wert eingeben."
   # Nothing in it but language: no header, no context, nothing that is left in English.
   assert not any("\4" in text or "\0" in text for pair in pairs(corpus) for text in pair)

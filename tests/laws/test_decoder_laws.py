@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of the decoder: causal, packed = alone, padding, cached = full, scan, remat."""
 
-import dataclasses
 import functools
 
 import flax.linen as nn
@@ -144,19 +143,17 @@ def test_how_it_runs_changes_nothing(decoder):
     return jax.jit(jax.value_and_grad(loss))(params)
 
   expected = loss_and_gradient(scanned=False, remat="none")
-  for knobs in (
-    dict(scanned=True),
-    dict(scanned=True, remat="dots"),
-    dict(scanned=False, remat="full"),
-  ):
+  ways = [dict(scanned=True, remat="dots"), dict(scanned=False, remat="full")]
+  if model.cfg.depth > SMALL["depth"] or model.cfg.moe.num_experts:
+    ways.pop()  # these take long to compile unrolled
+  for knobs in ways:
     compare = lambda a, e: np.testing.assert_allclose(a, e, atol=1e-5)
     jax.tree.map(compare, loss_and_gradient(**knobs), expected)
 
 
-def test_remat_keeps_less(decoder):
+def test_remat_keeps_less():
   """The knob is real: full remat needs less temporary memory for the gradient."""
-  model, _ = decoder
-  deep = dataclasses.replace(model.cfg, depth=6)
+  deep = ModelConfig(**SMALL | ARCHITECTURES["gpt2"] | dict(depth=6))
   tokens_BT = jax.ShapeDtypeStruct((8, 32), jnp.int32)
 
   def temporary_bytes(remat):

@@ -183,8 +183,7 @@ def test_accumulation_equals_one_batch(experts):
 
   expected = two_steps(1)
   compare = lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
-  for parts in (2, 4):
-    jax.tree.map(compare, two_steps(parts), expected)
+  jax.tree.map(compare, two_steps(4), expected)
 
 
 @pytest.fixture(scope="module")
