@@ -46,6 +46,6 @@ config = Config(
     weight_decay=0,
   ),
   training=TrainingConfig(
-    num_steps=1000, eval_every_steps=250, label_smoothing=0.1, sample_prompt="Save changes"
+    num_steps=700, eval_every_steps=350, label_smoothing=0.1, sample_prompt="Save changes"
   ),
 )
