@@ -5,7 +5,7 @@ What:     BERT's form (Devlin et al., 2019): post-norm, learned positions, GELU,
           norm after the embedding, dense head; 15% of the tokens are to be guessed.
           4 blocks, 128 wide.
 Cost:     about 3 minutes on 2 CPU cores; no account, no download.
-Expected: see the README's table.
+Expected: 12% of the held-out masks filled rightly, loss 5.85: it has only begun to learn.
 Command:  python train.py bert_tiny
           python infer.py runs/bert_tiny --fill "import [MASK]"
           flaxlm embed runs/bert_tiny --text "def open(path):"
