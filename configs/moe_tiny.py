@@ -4,7 +4,7 @@
 What:     stdlib_tiny with 8 experts of half its feed-forward's width in each block, of
           which a token visits 2: as much work a token, three times the parameters.
 Cost:     about 3 minutes on 2 CPU cores; no account, no download.
-Expected: see the README's table.
+Expected: 1.65 held-out bits per byte; stdlib_tiny has 1.69, gzip -9 1.93.
 Command:  python train.py moe_tiny
 """
 

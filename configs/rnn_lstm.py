@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What came before the transformer: an LSTM language model on Python's standard library.
 
-What:     3 LSTM layers (Hochreiter & Schmidhuber, 1997), 256 wide, each added to the
+What:     3 LSTM layers (Hochreiter & Schmidhuber, 1997), 128 wide, each added to the
           residual stream behind a norm; BPE of 4,096. --model.cell=gru for GRUs.
 Cost:     about 3 minutes on 2 CPU cores; no account, no download.
-Expected: see the README's table.
+Expected: not measured to its end; with 0.3 M tokens an LSTM of 1.3 M parameters has 5.38 nats.
 Command:  python train.py rnn_lstm
 """
 
