@@ -4,7 +4,7 @@
 What:     3 LSTM layers (Hochreiter & Schmidhuber, 1997), 128 wide, each added to the
           residual stream behind a norm; BPE of 4,096. --model.cell=gru for GRUs.
 Cost:     about 3 minutes on 2 CPU cores; no account, no download.
-Expected: not measured to its end; with 0.3 M tokens an LSTM of 1.3 M parameters has 5.38 nats.
+Expected: 5.38 nats after 0.3 M tokens at 1.3 M parameters; not measured to its end.
 Command:  python train.py rnn_lstm
 """
 
