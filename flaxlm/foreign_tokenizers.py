@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
+from flaxlm.config import TokenizerConfig
 from flaxlm.errors import DataError
 from flaxlm.tokenizers import MASK, MAX_FILE_BYTES, Role, Tokenizer, _rust_errors
 
@@ -198,3 +199,10 @@ def frame(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ..
     if bare and whole[start : start + len(bare)] == bare:
       return tuple(whole[:start]), tuple(whole[start + len(bare) :])
   return (), ()
+
+
+def expected_vocab_size(cfg: TokenizerConfig) -> int:
+  """What the tokenizer will have, unless the text is too short for so many ids."""
+  if cfg.path is not None:
+    return load_tokenizer(Path(cfg.path)).vocab_size
+  return cfg.vocab_size if cfg.kind == "bpe" else 257

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 
 from flaxlm.config import Config
 from flaxlm.errors import ConfigError
+from flaxlm.foreign_tokenizers import expected_vocab_size
 from flaxlm.planning.compile import compile_step
 from flaxlm.planning.devices import ANY, Device, find_device
 from flaxlm.planning.memory import full_sizes
 from flaxlm.planning.report import Report
 from flaxlm.planning.roofline import DecodePoint, plan_decoding, plan_training
 from flaxlm.planning.search import cheapest_fit, search
-from flaxlm.tokenizers import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,14 +65,7 @@ def resolve(cfg: Config) -> Config:
   """`cfg` with every number of the model known. A tokenizer that is yet to be trained
   counts as full.
   """
-  kind, path = cfg.tokenizer.kind, cfg.tokenizer.path
-  num_ids = cfg.tokenizer.vocab_size
-  if cfg.model.vocab_size is not None:
-    pass
-  elif path is not None:
-    num_ids = Tokenizer.load(path).vocab_size
-  elif kind == "byte":
-    num_ids = 257  # and the end of a text
+  num_ids = cfg.model.vocab_size or expected_vocab_size(cfg.tokenizer)
   return dataclasses.replace(cfg, model=cfg.model.resolve(num_ids))
 
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from flaxlm.checkpoint.manifest import newest_whole_step, saved_steps, write_atomically
 from flaxlm.checkpoint.store import CheckpointStore, make_room_after
-from flaxlm.config import Config, ModelConfig, TokenizerConfig
+from flaxlm.config import Config, ModelConfig
 from flaxlm.configfile import difference, to_json
 from flaxlm.data.batches import Batches
 from flaxlm.data.prepare import Prepared, prepare
@@ -38,7 +38,7 @@ from flaxlm.errors import (
   ConfigError,
   NonFiniteError,
 )
-from flaxlm.foreign_tokenizers import load_tokenizer
+from flaxlm.foreign_tokenizers import expected_vocab_size
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import build_model
 from flaxlm.sharding import RULES, batch_shards, make_mesh, start_jax
@@ -154,13 +154,6 @@ class Program(NamedTuple):
     batch = abstract_batch(cfg.data, mesh)
     train_step.lower(abstract_state(model, optimizer, mesh), batch, SEED).compile()
     return Program(model, optimizer, train_step, state)
-
-
-def expected_vocab_size(cfg: TokenizerConfig) -> int:
-  """What the tokenizer will have, unless the text is too short for so many ids."""
-  if cfg.path is not None:
-    return load_tokenizer(Path(cfg.path)).vocab_size
-  return cfg.vocab_size if cfg.kind == "bpe" else 257
 
 
 class Trainer:
