@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`flaxlm ckpt`, `flaxlm import` and `flaxlm export`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from flaxlm.commands.parsing import (
+  add_devices,
+  add_dtype,
+  open_run,
+)
+from flaxlm.errors import CheckpointError, ConfigError
+
+
+def add_ckpt(commands: Any) -> None:
+  parser = commands.add_parser("ckpt", help="what is stored, and whether it is whole")
+  parser.add_argument("action", choices=("list", "verify"))
+  parser.add_argument("path", nargs="?", metavar="RUN", help="default: the newest run")
+  parser.add_argument("--json", action="store_true")
+  parser.add_argument("--runs-dir", default="runs")
+  parser.set_defaults(run=run_ckpt)
+
+
+def run_ckpt(args: argparse.Namespace, _: list[str]) -> int:
+  from flaxlm.checkpoint.manifest import damage, saved_steps
+  from flaxlm.decoding.runs import CHECKPOINTS, find_run
+
+  directory = find_run(args.path, args.runs_dir) / CHECKPOINTS
+  whole = True
+  for step in saved_steps(directory):
+    files = [path for path in (directory / str(step)).rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    problems = damage(directory / str(step)) if args.action == "verify" else []
+    whole &= not problems
+    if args.json:
+      print(json.dumps({"step": step, "bytes": size, "problems": problems}))
+    else:
+      verdict = {"list": "", "verify": "  whole"}[args.action]
+      print(f"step {step:>8}  {size / 1e6:10.1f} MB{'' if problems else verdict}")
+      for problem in problems:
+        print(f"  {problem}")
+  return 0 if whole else CheckpointError.exit_code
+
+
+def add_import(commands: Any) -> None:
+  parser = commands.add_parser("import", help="a run from a Hugging Face checkpoint")
+  parser.add_argument("folder", metavar="DIR", help="config.json and safetensors")
+  parser.add_argument("path", metavar="RUN", help="the run directory to make")
+  add_dtype(parser, "default: the checkpoint's")
+  add_devices(parser)
+  parser.set_defaults(run=run_import)
+
+
+def run_import(args: argparse.Namespace, _: list[str]) -> int:
+  from flaxlm.configfile import parse_mesh
+  from flaxlm.data.sources import data_dir
+  from flaxlm.interop.transfer import import_run
+  from flaxlm.sharding import make_mesh, start_jax
+
+  start_jax(args.simulated_devices, data_dir() / "xla")
+  mesh = make_mesh(parse_mesh(args.mesh))
+  loaded, notes = import_run(Path(args.folder), Path(args.path), mesh, args.dtype)
+  for note in notes:
+    print(note, file=sys.stderr)
+  family = loaded.family.model_type
+  print(f"{args.path}: {family}, {loaded.num_parameters:,} parameters in {loaded.dtype}")
+  return 0
+
+
+def add_export(commands: Any) -> None:
+  parser = commands.add_parser("export", help="a run as a Hugging Face checkpoint")
+  parser.add_argument("path", metavar="RUN")
+  parser.add_argument("folder", metavar="DIR", help="the directory to make")
+  add_dtype(parser, "default: the run's")
+  parser.add_argument("--shard-size", default="5GB", help="most of a file (default: 5GB)")
+  parser.add_argument("--runs-dir", default="runs")
+  add_devices(parser)
+  parser.set_defaults(run=run_export)
+
+
+def run_export(args: argparse.Namespace, _: list[str]) -> int:
+  most = parse_size(args.shard_size)
+  run = open_run(args, needs_text=False)
+
+  from flaxlm.interop.transfer import export_run
+
+  family = export_run(run, Path(args.folder), args.dtype, most)
+  print(f"{args.folder}: {family.model_type} ({family.architectures[0]})")
+  return 0
+
+
+def parse_size(text: str) -> int:
+  """`5GB` -> 5,000,000,000 bytes."""
+  units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+  number, unit = text[: -len(text.lstrip("0123456789"))] or text, text.lstrip("0123456789")
+  if not number.isdecimal() or (unit and unit.upper() not in units) or int(number) < 1:
+    raise ConfigError(f"shard-size is {text!r}", "as in 500MB, 5GB or 4GiB")
+  return int(number) * units.get(unit.upper(), 1)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands share: the parser, the config, the run, files to read and write."""
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+from flaxlm.configfile import load_config, override
+from flaxlm.errors import ConfigError
+
+DEFAULT_CONFIG = "stdlib_tiny"
+
+
+class Parser(argparse.ArgumentParser):
+  """argparse whose errors are ours: one line of cause, one of cure, exit code 2."""
+
+  def __init__(self, *args: Any, **kwargs: Any):
+    super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+    self.set_defaults(takes_overrides=False)
+
+  def error(self, message: str) -> typing.NoReturn:
+    raise ConfigError(message, f"{self.prog} --help")
+
+
+def read_config(arguments: list[str]) -> Any:
+  """The config of `[CONFIG] [--section.field=value ...]`, checked."""
+  named = bool(arguments) and not arguments[0].startswith("--")
+  base = load_config(arguments[0] if named else DEFAULT_CONFIG)
+  cfg = override(base, arguments[1:] if named else arguments)
+  cfg = dataclasses.replace(cfg, name=base.name if cfg.name is None else cfg.name)
+  cfg.check()
+  return cfg
+
+
+def add_devices(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("--mesh", default="data=-1", help="as in data=2,tensor=4")
+  parser.add_argument("--simulated-devices", type=int, help="CPU only")
+
+
+def open_run(args: argparse.Namespace, needs_text: bool = True) -> Any:
+  """The run that the command line names, on the devices that it names."""
+  from flaxlm.configfile import parse_mesh
+  from flaxlm.data.sources import data_dir
+  from flaxlm.decoding.runs import find_run, load_run
+  from flaxlm.sharding import make_mesh, start_jax
+
+  path = find_run(args.path, args.runs_dir)
+  start_jax(args.simulated_devices, data_dir() / "xla")
+  warn = lambda line: print(line, file=sys.stderr)
+  return load_run(path, make_mesh(parse_mesh(args.mesh)), warn, needs_text)
+
+
+def add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
+  choices = ("float32", "bfloat16")
+  parser.add_argument("--dtype", choices=choices, help=f"of the parameters; {default}")
+
+
+def open_output(path: str | None) -> Any:
+  """The file to write to, or stdout left open."""
+  if path is None:
+    return contextlib.nullcontext(sys.stdout)
+  try:
+    return Path(path).open("w", encoding="utf-8")
+  except OSError as e:
+    raise ConfigError(f"{path} cannot be written: {e}") from e
+
+
+def read_text(path: str) -> str:
+  """A file's text, or all of standard input for "-"."""
+  try:
+    return sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
+  except (OSError, UnicodeDecodeError) as e:
+    raise ConfigError(f"{path} cannot be read: {e}") from e

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`flaxlm plan`."""
+
+import argparse
+import json
+from typing import Any
+
+from flaxlm.commands.parsing import (
+  open_output,
+  read_config,
+)
+from flaxlm.errors import ConfigError
+
+
+def add_plan(commands: Any) -> None:
+  parser = commands.add_parser(
+    "plan",
+    help="memory, time and cost of a config on a mesh of chips that you need not have",
+    usage="flaxlm plan [CONFIG] [--mesh AXIS=SIZE,...] [--device NAME] [options] "
+    "[--section.field=value ...]",
+    description="CONFIG and its overrides are those of `flaxlm train`.",
+  )
+  parser.add_argument("--mesh", help="as in fsdp=8; an axis may be -1 with --devices")
+  parser.add_argument("--device", help="as in h200 or v5e; none = no times, no verdict")
+  parser.add_argument("--devices", type=int, metavar="N", help="how many there are")
+  parser.add_argument("--compile", action="store_true", help="ask the real compiler too")
+  parser.add_argument(
+    "--search", action="store_true", help="every mesh, remat and accumulation, ranked"
+  )
+  parser.add_argument("--decode", action="store_true", help="speed of decoding as well")
+  parser.add_argument("--batch", action="append", type=int, help="rows; may be repeated")
+  parser.add_argument("--context", action="append", type=int, help="may be repeated")
+  parser.add_argument("--tokens", type=float, help="to train on; none = 20 per parameter")
+  parser.add_argument("--price", type=float, help="of one device for one hour")
+  parser.add_argument("--json", action="store_true", help="one JSON object")
+  parser.add_argument("--output", help="write to this file instead of stdout")
+  parser.set_defaults(run=run_plan, takes_overrides=True)
+
+
+def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
+  from flaxlm.configfile import parse_mesh
+  from flaxlm.planning.planner import Questions, plan
+  from flaxlm.planning.report import print_report, to_json
+
+  cfg = read_config(arguments)
+  for name in ("devices", "tokens", "price", "batch", "context"):
+    given = getattr(args, name)
+    for value in given if isinstance(given, list) else [given]:
+      if value is not None and value <= 0:
+        raise ConfigError(f"{name} is {value}", "it is more than 0")
+  questions = Questions(
+    mesh=cfg.mesh if args.mesh is None else parse_mesh(args.mesh),
+    device=args.device,
+    num_devices=args.devices,
+    compiled=args.compile,
+    searched=args.search,
+    batches=(args.batch or [1, 8, 64]) if args.decode else [],
+    contexts=args.context,
+    tokens=args.tokens,
+    price=args.price,
+  )
+  report = plan(cfg, questions)
+  with open_output(args.output) as out:
+    if args.json:
+      print(json.dumps(to_json(report)), file=out)
+    else:
+      print_report(report, out)
+  return 0
