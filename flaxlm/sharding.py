@@ -204,12 +204,16 @@ def keep_freed_memory() -> None:
   By default every large buffer of every step is mapped from the kernel anew, page by
   page: a sixth to a third of the time of a training step on two cores (docs/LOG.md).
   What the user has set in the environment stands; other C libraries are left alone.
+
+  Only the main thread's arena can keep blocks above 64 MiB, so a program runs in the
+  thread that calls it. One arena for all threads would do too, but then they wait for
+  each other: compiling took up to twice as long.
   """
   libc = ctypes.CDLL(None)
   user_set = any(name.startswith("MALLOC_") for name in os.environ)
   if user_set or not hasattr(libc, "gnu_get_libc_version"):
     return
-  arena_max, mmap_threshold, trim_threshold = -8, -3, -1  # malloc.h
-  libc.mallopt(arena_max, 1)  # other arenas cannot hold blocks above 64 MiB
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
+  mmap_threshold, trim_threshold = -3, -1  # malloc.h
   libc.mallopt(mmap_threshold, 2**31 - 1)
   libc.mallopt(trim_threshold, -1)  # never

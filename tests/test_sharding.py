@@ -2,6 +2,9 @@
 """Where arrays live: strict specs, whole meshes, moments beside their parameters."""
 
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -244,3 +247,26 @@ def test_a_batch_is_cut_by_rows_over_every_data_parallel_axis(mesh: Mesh):
   with jax.set_mesh(mesh):
     spec = partition_spec(["batch", "length"], x.shape, dict(mesh.shape))
   assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+
+
+def test_a_program_keeps_the_memory_that_it_has_used():
+  """On glibc: a step that needs 256 MB faults no page in once it has run."""
+  code = """
+import resource
+from flaxlm.sharding import start_jax
+start_jax()
+import jax, jax.numpy as jnp
+work = jax.jit(lambda x: jax.lax.optimization_barrier(jnp.outer(x, x)).sum())
+faults = []
+for _ in range(4):
+  work(jnp.ones(8192)).block_until_ready()
+  faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[3] - faults[1])
+"""
+  environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+  environment["JAX_PLATFORMS"] = "cpu"
+  command = [sys.executable, "-c", code]
+  done = subprocess.run(
+    command, env=environment, capture_output=True, text=True, check=True
+  )
+  assert int(done.stdout) < 4096, "a block of 256 MB has 65,536 pages"

@@ -196,8 +196,12 @@ def init_state(
     params = nn.unbox(init_params(model, seed))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
+  # It runs once, and on a CPU LLVM would take longer over it than it takes to run.
+  on_cpu = jax.default_backend() == "cpu"
+  options = {"xla_backend_optimization_level": 1} if on_cpu else None
   # No mesh is set: activations, of one dummy row here, have no layout to keep.
-  return jax.jit(init, out_shardings=shardings_of(abstract))(jnp.uint32(seed))
+  jitted = jax.jit(init, out_shardings=shardings_of(abstract), compiler_options=options)
+  return jitted(jnp.uint32(seed))
 
 
 class TrainStep:
