@@ -12,7 +12,7 @@ from flaxlm.commands.bench import add_bench
 from flaxlm.commands.checkpoints import add_ckpt, add_export, add_import
 from flaxlm.commands.infer import add_embed, add_infer
 from flaxlm.commands.parsing import Parser
-from flaxlm.commands.plan import add_plan
+from flaxlm.commands.plan import add_plan, add_shard
 from flaxlm.commands.train import add_eval, add_train
 from flaxlm.errors import (
   INTERRUPTED,
@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
   )
   for add in (
     *(add_train, add_infer, add_embed, add_eval),
-    *(add_plan, add_ckpt, add_bench, add_import, add_export),
+    *(add_plan, add_shard, add_ckpt, add_bench, add_import, add_export),
   ):
     add(commands)
   return parser

@@ -264,6 +264,9 @@ class TrainingConfig:
   scanned: bool = knob(
     False, "one compiled block looped over (compiles faster, runs slower)"
   )
+  replication_tolerance: float = knob(
+    0.1, "most of the parameters' bytes that a mesh may leave whole on every device", 0, 1
+  )
   sample_prompt: str = knob("", "continued for you when training ends")
 
 

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -94,6 +94,11 @@ def partition_spec(
   return PartitionSpec(*entries)
 
 
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """The mesh axes that cut a dim; a spec writes a single one without its tuple."""
+  return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
 def constrain(x: jax.Array, *names: str) -> jax.Array:
   """Pins an activation to the layout of its logical names; no mesh set, no effect."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -134,6 +139,39 @@ def like_parameters(tree: Any, params: Any, mesh: Mesh) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
   return jax.tree_util.tree_map_with_path(place, tree)
+
+
+class Replication(NamedTuple):
+  """Parameters that the mesh could cut, but every device has whole."""
+
+  fraction: float  # of all parameters' bytes
+  largest: str  # the largest of them; "" if there is none
+
+
+def find_replication(params: Any, sizes: Mapping[str, int]) -> Replication:
+  """What `fsdp`, `tensor` and `expert` leave whole of an abstract tree, if in use."""
+  whole, total = {}, 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    size = leaf.size * leaf.dtype.itemsize
+    total += size
+    cut = {axis for entry in leaf.sharding.spec for axis in axes_of(entry)}
+    if not any(sizes[axis] > 1 for axis in cut):
+      whole["/".join(str(getattr(key, "key", key)) for key in path)] = size
+  if all(sizes[axis] == 1 for axis in ("fsdp", "tensor", "expert")):
+    whole = {}
+  largest = max(whole, key=lambda name: whole[name], default="")
+  return Replication(sum(whole.values()) / total, largest)
+
+
+def check_replication(params: Any, sizes: Mapping[str, int], tolerance: float) -> None:
+  """Raises `ConfigError` when more than `tolerance` of the bytes is left whole."""
+  found = find_replication(params, sizes)
+  if found.fraction > tolerance:
+    raise ConfigError(
+      f"{found.fraction:.1%} of the parameters' bytes lie whole on every device, above "
+      f"training.replication_tolerance={tolerance:g}; the largest is {found.largest}",
+      "use an axis that cuts it (`flaxlm shard` says which), or raise the tolerance",
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

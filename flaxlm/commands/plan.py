@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flaxlm plan`."""
+"""`flaxlm plan` and `flaxlm shard`."""
 
 import argparse
 import json
@@ -65,4 +65,45 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
       print(json.dumps(to_json(report)), file=out)
     else:
       print_report(report, out)
+  return 0
+
+
+# -- shard -------------------------------------------------------------------------------
+
+
+def add_shard(commands: Any) -> None:
+  parser = commands.add_parser(
+    "shard",
+    help="where each parameter lies on a mesh, why, and what a step sends",
+    usage="flaxlm shard [CONFIG] [--mesh AXIS=SIZE,...] [--device NAME] [options] "
+    "[--section.field=value ...]",
+    description="CONFIG and its overrides are those of `flaxlm train`. The step compiles "
+    "for simulated CPU devices, or with --device for real ones that need not be here.",
+  )
+  parser.add_argument("--mesh", help="as in fsdp=4,tensor=2")
+  parser.add_argument("--device", help="to compile for, as in v5e (with the extra [tpu])")
+  parser.add_argument("--compile", action="store_true", help="the default")
+  parser.add_argument("--no-compile", action="store_true", help="the parameters only")
+  parser.add_argument("--json", action="store_true", help="one JSON object")
+  parser.add_argument("--output", help="write to this file instead of stdout")
+  parser.set_defaults(run=run_shard, takes_overrides=True)
+
+
+def run_shard(args: argparse.Namespace, arguments: list[str]) -> int:
+  from flaxlm.configfile import parse_mesh
+  from flaxlm.planning.layout import lay_out, print_layout, to_json
+  from flaxlm.planning.planner import resolve
+
+  if args.compile and args.no_compile:
+    raise ConfigError("--compile and --no-compile", "choose one")
+  cfg = resolve(read_config(arguments))
+  mesh = cfg.mesh if args.mesh is None else parse_mesh(args.mesh)
+  if args.mesh is None and dict(mesh) == {"data": -1}:
+    mesh = {"data": 1}  # nobody said anything about devices
+  layout = lay_out(cfg, mesh, args.device, compiled=not args.no_compile)
+  with open_output(args.output) as out:
+    if args.json:
+      print(json.dumps(to_json(layout)), file=out)
+    else:
+      print_layout(layout, out)
   return 0

@@ -23,7 +23,7 @@ from flaxlm.config import MESH_AXES, Config
 from flaxlm.configfile import from_json, to_json
 from flaxlm.errors import ConfigError, FlaxLMError
 from flaxlm.planning.collectives import Collective, find_collectives
-from flaxlm.planning.devices import Device, find_device
+from flaxlm.planning.devices import ANY, Device, find_device
 from flaxlm.planning.memory import Sizes
 
 # Quiet, no question to a metadata server, and more than one compiler at a time.
@@ -91,7 +91,8 @@ def compile_step(cfg: Config, sizes: Sizes, device: Device) -> Compiled:
       f"nothing compiles for {device.name} without one",
       f"use --compile with {', '.join(known)}",
     )
-  request = {"config": to_json(cfg), "sizes": dict(sizes), "device": device.name}
+  name = "cpu" if device is ANY else device.name
+  request = {"config": to_json(cfg), "sizes": dict(sizes), "device": name}
   package = str(Path(__file__).parents[2])
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
   environment["PYTHONPATH"] = os.pathsep.join(

@@ -24,7 +24,7 @@ from flaxlm.data.objectives import Batch
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import build_model, init_params
 from flaxlm.planning.cost import kv_cache_bytes, stacks
-from flaxlm.sharding import RULES, batch_shards, like_parameters, with_shardings
+from flaxlm.sharding import RULES, axes_of, batch_shards, like_parameters, with_shardings
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import SEED, forward
 
@@ -160,9 +160,9 @@ def _state_bytes(
   items: tuple[tuple[str, int], ...],
   lanes: int,
 ) -> StateBytes:
-  boxed, opt_state = _abstract_trees(cfg, run, optimizer)
+  boxed, opt_state = abstract_trees(cfg, run, optimizer)
   sizes = dict(items)
-  mesh = _abstract_mesh(sizes)
+  mesh = abstract_mesh(sizes)
   params = with_shardings(boxed, mesh)
   moments = like_parameters(opt_state, params, mesh)
   blocks = [
@@ -201,20 +201,20 @@ def _update_temporaries(params: Any, blocks: Sequence[Any], width: int, kind: st
   return updates + most
 
 
-def _abstract_mesh(sizes: Sizes) -> Any:
+def abstract_mesh(sizes: Sizes) -> Any:
   """A mesh without devices: all that the rules need."""
   types = (AxisType.Auto,) * len(sizes)
   return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
 
 
 @functools.lru_cache(maxsize=8)
-def _abstract_trees(
+def abstract_trees(
   cfg: ModelConfig, training: TrainingConfig, optimizer: OptimizerConfig
 ) -> tuple[Any, Any]:
   """Named shapes of the parameters, and shapes of the optimizer's state."""
   model = build_model(cfg, training)
   boxed = jax.eval_shape(functools.partial(init_params, model), SEED)
-  plain = with_shardings(boxed, _abstract_mesh(dict.fromkeys(MESH_AXES, 1)))
+  plain = with_shardings(boxed, abstract_mesh(dict.fromkeys(MESH_AXES, 1)))
   return boxed, jax.eval_shape(build_optimizer(optimizer, 1000).init, plain)
 
 
@@ -247,7 +247,7 @@ def local_size(leaf: jax.ShapeDtypeStruct) -> int:
 
 
 def _split_over(leaf: Any, axis: str) -> bool:
-  return any(axis in (entry or ()) for entry in leaf.sharding.spec)
+  return any(axis in axes_of(entry) for entry in leaf.sharding.spec)
 
 
 # -- What the layers keep ----------------------------------------------------------------

@@ -188,9 +188,13 @@ def network_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> dict[str, flo
   vector_bytes = tokens * model.width * item
   num_layers = sum(depth * (2 + reads_source) for depth, reads_source in stacks(model)) / 2
   again = training.remat == "full"
+  # A tied table has two gradients, of the lookup and of the logits: each is summed.
+  table = parameters(model)["embedding"] * model.tied_embeddings
+  twice = table * jnp.dtype(training.param_dtype).itemsize
+  gradients = state.parameters + twice // (sizes["tensor"] * sizes["fsdp"])
   sent = {
     # Gradients, summed: reduced and gathered again.
-    "data": 2 * state.parameters * share("data"),
+    "data": 2 * gradients * share("data"),
     # Weights gathered forward and backward, gradients reduced to their owner.
     "fsdp": 3 * parts * gathered_elements(state, sizes) * item * share("fsdp"),
     # Two sums per layer forward and backward (Shoeybi et al., 2019), embedding and head.
@@ -204,7 +208,7 @@ def network_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> dict[str, flo
   if sizes["expert"] > 1:
     # Tokens to their experts and back, forward and backward; the rest as along `data`.
     moved = (4 + 2 * again) * parts * vector_bytes * model.moe.experts_per_token
-    dense = 2 * state.parameters
+    dense = 2 * gradients
     sent["expert"] = (moved * model.depth + dense) * share("expert")
   return {axis: sent[axis] for axis in MESH_AXES if sizes[axis] > 1}
 

@@ -41,7 +41,7 @@ from flaxlm.errors import (
 from flaxlm.foreign_tokenizers import expected_vocab_size
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import build_model
-from flaxlm.sharding import RULES, batch_shards, make_mesh, start_jax
+from flaxlm.sharding import RULES, batch_shards, check_replication, make_mesh, start_jax
 from flaxlm.tokenizers import MASK
 from flaxlm.training.evaluation import Evaluator, describe_evaluation, split_batches
 from flaxlm.training.optimizer import Optimizer, build_optimizer
@@ -149,6 +149,8 @@ class Program(NamedTuple):
     """The program of a config, ready to run; `fresh` makes the state of step 0 too."""
     model = build_model(model_cfg, cfg.training)
     optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
+    params = abstract_state(model, optimizer, mesh).params
+    check_replication(params, mesh.shape, cfg.training.replication_tolerance)
     state = init_state(model, optimizer, mesh, cfg.seed) if fresh else None
     train_step = compile_train_step(model, optimizer, cfg.training, mesh)
     batch = abstract_batch(cfg.data, mesh)

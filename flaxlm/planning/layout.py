@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`flaxlm shard`: where each parameter lies and why, and what a step sends for it."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+import flax.linen as nn
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from flaxlm.config import Config
+from flaxlm.planning.collectives import Collective
+from flaxlm.planning.compile import Compiled, compile_step
+from flaxlm.planning.devices import ANY, Device, find_device
+from flaxlm.planning.memory import (
+  Sizes,
+  abstract_mesh,
+  abstract_trees,
+  full_sizes,
+  local_size,
+  state_bytes,
+)
+from flaxlm.planning.report import size
+from flaxlm.planning.roofline import network_bytes
+from flaxlm.planning.search import describe_mesh
+from flaxlm.sharding import RULES, Replication, axes_of, find_replication, with_shardings
+
+# Why a rule of `sharding.RULES` is as it is, by logical name.
+REASONS: Mapping[str, str] = {
+  "embed": "every kernel's model width is cut, and gathered for its layer only (ZeRO-3)",
+  "heads": "whole query heads: attention needs no exchange, its output one sum (Megatron)",
+  "kv_heads": "with the query heads that read them",
+  "ffn": "columns of up and gate, rows of down: one sum per layer (Megatron)",
+  "vocab": "rows of the table, columns of the logits: the softmax sums over them",
+  "hidden": "gates and state of the recurrent cells",
+  "experts": "whole experts; tokens travel to them",
+  "expert_ffn": "each expert cut as a feed-forward is",
+  "layers": "stacked: whole on every device, so that each layer is there in turn",
+  "head_dim": "within a head everything meets everything",
+  "norm": "a vector; cutting it would cost more than it saves",
+  "router": "every token scores every expert",
+  "slots": "looked up by position",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParameterLayout:
+  """One parameter: its logical names by dim, the mesh axes that cut each, and why."""
+
+  name: str
+  shape: tuple[int, ...]
+  dtype: str
+  logical: tuple[str, ...]
+  spec: tuple[tuple[str, ...] | None, ...]
+  bytes_per_device: int
+  reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+  """All parameters of a config on a mesh; bytes are of one device."""
+
+  name: str
+  sizes: Sizes
+  parameters: Sequence[ParameterLayout]
+  parameter_bytes: int
+  optimizer_bytes: int
+  whole_bytes: int  # of the parameters, unsharded
+  replication: Replication
+  analytic: Mapping[str, float]  # bytes that one device sends in a step, by mesh axis
+  compiled: Compiled | None
+
+  @property
+  def collectives(self) -> Sequence[Collective]:
+    return [] if self.compiled is None else self.compiled.collectives
+
+
+def lay_out(
+  cfg: Config, mesh: Mapping[str, int], device: str | None, compiled: bool
+) -> Layout:
+  """The layout of a resolved config's parameters and, if `compiled`, the collectives of
+  its training step, compiled for `device` (None: for simulated CPU devices).
+
+  Raises `ConfigError` for a mesh that the config does not divide over.
+  """
+  sizes = full_sizes(mesh)
+  target: Device = ANY if device is None else find_device(device)
+  boxed, _ = abstract_trees(cfg.model, cfg.training, cfg.optimizer)
+  params = with_shardings(boxed, abstract_mesh(sizes))
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+  boxes = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)
+  parameters = [
+    describe_parameter(path, box.names, leaf, sizes)
+    for (path, box), leaf in zip(boxes, jax.tree.leaves(params), strict=True)
+  ]
+  state = state_bytes(cfg.model, cfg.training, cfg.optimizer, sizes)
+  return Layout(
+    name=cfg.name or "config",
+    sizes=sizes,
+    parameters=parameters,
+    parameter_bytes=state.parameters,
+    optimizer_bytes=state.optimizer_state,
+    whole_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)),
+    replication=find_replication(params, sizes),
+    analytic=network_bytes(cfg, sizes, state),
+    compiled=compile_step(cfg, sizes, target) if compiled else None,
+  )
+
+
+def describe_parameter(
+  path: tuple, names: tuple[str, ...], leaf: jax.ShapeDtypeStruct, sizes: Sizes
+) -> ParameterLayout:
+  assert isinstance(leaf.sharding, jax.sharding.NamedSharding)
+  return ParameterLayout(
+    name="/".join(str(getattr(key, "key", key)) for key in path),
+    shape=leaf.shape,
+    dtype=str(leaf.dtype),
+    logical=names,
+    spec=tuple(
+      tuple(axis for axis in axes_of(entry) if sizes[axis] > 1) or None
+      for entry in leaf.sharding.spec
+    ),
+    bytes_per_device=local_size(leaf) * leaf.dtype.itemsize,
+    reason=explain(names, sizes),
+  )
+
+
+def explain(names: Sequence[str], sizes: Sizes) -> str:
+  """Why an array with these names is cut as it is, or is not."""
+  cuts, idle = [], []
+  for name in names:
+    for axis in RULES[name]:
+      if sizes[axis] > 1:
+        cuts.append(f"{name} over {axis}={sizes[axis]}: {REASONS[name]}")
+      else:
+        idle.append(f"{axis} would cut {name}")
+  if cuts:
+    return "; ".join(cuts)
+  if idle:
+    return f"whole: {', '.join(idle)}, but has one device"
+  return "whole: " + "; ".join(f"{name}: {REASONS[name]}" for name in names[-1:])
+
+
+# -- For scripts and people ----------------------------------------------------------------
+
+
+def to_json(layout: Layout) -> dict[str, Any]:
+  """The schema that scripts rely on (DESIGN, section 2)."""
+  return {
+    "name": layout.name,
+    "mesh": {axis: n for axis, n in layout.sizes.items() if n > 1},
+    "parameters": [dataclasses.asdict(one) for one in layout.parameters],
+    "collectives": [dataclasses.asdict(one) for one in layout.collectives],
+    "bytes_per_device": {
+      "parameters": layout.parameter_bytes,
+      "optimizer_state": layout.optimizer_bytes,
+    },
+    "whole_bytes": layout.whole_bytes,
+    "replicated_fraction": layout.replication.fraction,
+    "analytic_bytes": dict(layout.analytic),
+    "compiled_for": layout.compiled and layout.compiled.target,
+    "error": layout.compiled and layout.compiled.error,
+  }
+
+
+def print_layout(layout: Layout, out: TextIO) -> None:
+  """The same as tables."""
+  console = Console(file=out, highlight=False, width=None if out.isatty() else 120)
+  devices = math.prod(layout.sizes.values())
+  console.print(f"{layout.name} on {describe_mesh(layout.sizes)}: {devices} devices", "")
+  table = Table(title="Parameters", title_justify="left", box=None, padding=(0, 2, 0, 0))
+  for title in ("", "parameter", "shape", "dims:axes", "per device"):
+    justify: Any = "right" if title == "per device" else "left"
+    table.add_column(title, justify=justify, overflow="fold")
+  notes: dict[str, int] = {}
+  for one in layout.parameters:
+    note = notes.setdefault(one.reason, len(notes) + 1)
+    dims = [
+      f"{name}:{'+'.join(axes)}" if axes else name
+      for name, axes in zip(one.logical, one.spec, strict=True)
+    ]
+    shape = "x".join(map(str, one.shape))
+    cells = (f"({note})", one.name, shape, " ".join(dims), size(one.bytes_per_device))
+    table.add_row(*cells)
+  console.print(table, "")
+  for reason, note in notes.items():
+    console.print(f"({note}) {reason}")
+  share = layout.parameter_bytes / layout.whole_bytes
+  console.print(
+    "",
+    f"parameters per device       {size(layout.parameter_bytes)} "
+    f"({share:.2%} of {size(layout.whole_bytes)})",
+    f"optimizer state per device  {size(layout.optimizer_bytes)}",
+    f"left whole                  {layout.replication.fraction:.3%} of the bytes that "
+    "the mesh could cut",
+    "",
+    sep="\n",
+  )
+  if layout.compiled is not None:
+    print_collectives(layout, layout.compiled, console)
+
+
+def print_collectives(layout: Layout, compiled: Compiled, console: Console) -> None:
+  title = f"Collectives of one step, compiled for {compiled.target}; bytes that one sends"
+  if compiled.error is not None:
+    console.print(f"{title}: {compiled.error}")
+    return
+  table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+  for title in ("kind", "axes", "count", "bytes"):
+    table.add_column(title, justify="left" if title in ("kind", "axes") else "right")
+  for one in layout.collectives:
+    table.add_row(one.kind, one.axes, str(one.count), size(one.bytes))
+  console.print(table, "")
+  sent: dict[str, int] = {}
+  for one in layout.collectives:
+    sent[one.axes] = sent.get(one.axes, 0) + one.bytes
+  for axis, expected in layout.analytic.items():
+    found = sum(n for axes, n in sent.items() if axis in axes.split("+"))
+    console.print(f"{axis}: {size(found)} compiled, {size(round(expected))} by the formula")

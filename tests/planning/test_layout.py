@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`flaxlm shard`: the layout that training really has, and what really travels."""
+
+import json
+
+import jax
+import pytest
+
+from flaxlm.cli import main
+from flaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from flaxlm.errors import ConfigError
+from flaxlm.nn.models import build_model
+from flaxlm.planning.compile import compile_step
+from flaxlm.planning.devices import ANY
+from flaxlm.planning.layout import explain, lay_out
+from flaxlm.planning.memory import full_sizes, state_bytes
+from flaxlm.planning.planner import resolve
+from flaxlm.planning.roofline import network_bytes
+from flaxlm.sharding import axes_of, check_replication, find_replication, make_mesh
+from flaxlm.training.step import abstract_params
+
+TINY = resolve(
+  Config(
+    name="tiny",
+    model=ModelConfig(depth=2, width=32, num_heads=4, vocab_size=512, context=64),
+    data=DataConfig(seq_len=64, batch_size=8),
+    optimizer=OptimizerConfig(kind="adamw"),
+  )
+)
+
+
+def test_it_is_the_layout_that_training_has():
+  sizes = {"data": 2, "fsdp": 2, "tensor": 2}
+  params = abstract_params(build_model(TINY.model, TINY.training), make_mesh(sizes))
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  layout = lay_out(TINY, sizes, None, compiled=False)
+  assert len(leaves) == len(layout.parameters)
+  for one, (path, leaf) in zip(layout.parameters, leaves, strict=True):
+    assert one.name == "/".join(key.key for key in path)
+    in_use = [
+      tuple(a for a in axes_of(e) if sizes.get(a, 1) > 1) for e in leaf.sharding.spec
+    ]
+    assert [entry or () for entry in one.spec] == in_use
+    shard = leaf.sharding.shard_shape(leaf.shape)
+    assert one.bytes_per_device == leaf.dtype.itemsize * jax.numpy.prod(
+      jax.numpy.array(shard)
+    )
+  assert layout.parameter_bytes == sum(one.bytes_per_device for one in layout.parameters)
+
+
+def test_the_contract_of_json(capsys: pytest.CaptureFixture):
+  assert main(["shard", "gpt2_124m", "--mesh", "fsdp=8", "--no-compile", "--json"]) == 0
+  result = json.loads(capsys.readouterr().out)
+  table = next(one for one in result["parameters"] if one["name"] == "embedding/table")
+  assert table["logical"] == ["vocab", "embed"]
+  assert table["spec"] == [None, ["fsdp"]]
+  assert table["bytes_per_device"] * 8 == 4 * table["shape"][0] * 768
+  assert result["collectives"] == []
+  assert set(table) >= {"name", "shape", "logical", "spec", "bytes_per_device", "reason"}
+
+
+def test_people_read_why(capsys: pytest.CaptureFixture):
+  assert main(["shard", "llama3_8b", "--mesh", "tensor=4", "--no-compile"]) == 0
+  text = capsys.readouterr().out
+  assert "kv_heads:tensor" in text and "rows of the table" in text
+  sizes = full_sizes({"tensor": 4})
+  assert explain(("layers", "norm"), sizes).startswith("whole: norm")
+  assert "fsdp would cut embed" in explain(("slots", "embed"), sizes)
+
+
+@pytest.mark.parametrize(
+  "mesh, extra",
+  [
+    ({"data": 4}, 0),
+    ({"fsdp": 4}, 0),
+    # Of q, k and v, and of up and gate, XLA's CPU compiler sums each gradient on its own,
+    # where the TPU's adds them up first: 3 vectors more in each of 2 layers.
+    ({"tensor": 2}, 6),
+  ],
+  ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_travels_is_what_the_formula_says(mesh: dict, extra: int):
+  sizes = full_sizes(mesh)
+  axis = next(iter(mesh))
+  compiled = compile_step(TINY, sizes, ANY)
+  assert compiled.error is None
+  state = state_bytes(TINY.model, TINY.training, TINY.optimizer, sizes)
+  formula = network_bytes(TINY, sizes, state)[axis]
+  vector = 2 * (8 * 64 * 32 * 4) * (1 - 1 / sizes[axis])
+  # Not in the formula: looked-up rows of the table that change places (all-to-all).
+  found = sum(one.bytes for one in compiled.collectives if one.kind != "all-to-all")
+  assert found == pytest.approx(formula + extra * vector, rel=0.02)
+  assert all(one.axes == axis for one in compiled.collectives)
+  counts = {one.kind: one.count for one in compiled.collectives}
+  if axis == "tensor":  # two a layer, forward and backward; embedding, head, softmax
+    assert counts == {"all-reduce": 4 * 2 + 5}
+  if axis == "fsdp":  # on a TPU: gathered twice, and the gradients reduce-scattered
+    assert set(counts) == {"all-gather", "all-reduce", "all-to-all"}
+  if axis == "data":  # all gradients in one
+    assert set(counts) == {"all-reduce"} and counts["all-reduce"] <= 2
+
+
+def test_what_is_left_whole_by_accident_is_refused():
+  mesh = make_mesh({"fsdp": 8})
+  params = abstract_params(build_model(TINY.model, TINY.training), mesh)
+  found = find_replication(params, mesh.shape)
+  norms = 4 * (2 * 2 + 1) * 32
+  total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+  assert found.fraction == norms / total
+  check_replication(params, mesh.shape, found.fraction)
+  with pytest.raises(ConfigError, match=r"blocks/(attention|ffn)_norm"):
+    check_replication(params, mesh.shape, found.fraction * 0.99)
+  copies = find_replication(params, full_sizes({"data": 8}))
+  assert copies.fraction == 0, "copies are what `data` is for"
+
+
+@pytest.mark.parametrize(
+  "arguments, cause",
+  [
+    (["--mesh", "tensor=5"], "cannot be split"),
+    (["--mesh", "tensr=2"], "tensr"),
+    (["--mesh", "fsdp=-1"], "leaves a size open"),
+    (["--compile", "--no-compile"], "choose one"),
+    (["--mesh", "fsdp=8", "--device", "v99"], "v99"),
+  ],
+)
+def test_mistakes(arguments: list[str], cause: str, capsys: pytest.CaptureFixture):
+  assert main(["shard", "gpt2_124m", *arguments]) == 2
+  assert cause in capsys.readouterr().err
