@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small encoder on Python's standard library: it guesses masked tokens from both sides.
 
-What:     BERT's form (Devlin et al., 2019): post-norm, learned positions, GELU, biases,
-          norm after the embedding, dense head; 15% of the tokens are to be guessed.
-          4 blocks, 128 wide.
+What:     BERT (Devlin et al., 2019) with 15% of the tokens to be guessed, in the form of
+          ModernBERT (Warner et al., 2024): pre-norm, rotary positions; 4 blocks, 128 wide.
+          With learned positions and post-norm, as in bert_base, three minutes are over
+          before it has left the plateau where it guesses what is common (12% instead).
 Cost:     about 3 minutes on 2 CPU cores; no account, no download.
 Expected: 12% of the held-out masks filled rightly, loss 5.85: it has only begun to learn.
 Command:  python train.py bert_tiny
@@ -20,9 +21,7 @@ config = Config(
     width=128,
     num_heads=4,
     context=128,
-    positions="learned",
     norm="layernorm",
-    norm_placement="post",
     norm_epsilon=1e-12,
     embedding_norm=True,
     activation="gelu",

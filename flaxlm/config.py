@@ -244,6 +244,9 @@ class OptimizerConfig:
   clip_norm: float | None = knob(1.0, "global gradient norm; none = no clipping", 0)
 
 
+Remat = Literal["none", "dots", "attention", "full", "offload"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
   """How long, how often, and how the model runs; never what its parameters are."""
@@ -258,9 +261,12 @@ class TrainingConfig:
   )
   dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype of the computation")
   param_dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype of parameters")
-  remat: Literal["none", "dots", "full"] = knob(
-    "none", "kept for the backward pass: all, matmul results, or only block inputs"
+  remat: Remat = knob(  # noqa: RUF009 - as frozen as the others
+    "none",
+    "kept of a block for the backward pass besides its input: all; dots: products with "
+    "weights; attention: its output; full: nothing; offload: attention's, in host memory",
   )
+  loss_chunks: int = knob(1, "parts of a row whose logits are computed one by one", 1)
   scanned: bool = knob(
     False, "one compiled block looped over (compiles faster, runs slower)"
   )
@@ -382,6 +388,12 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
     yield (
       f"data.batch_size={cfg.data.batch_size} is not a multiple of "
       f"training.accumulation_steps={cfg.training.accumulation_steps}",
+      "",
+    )
+  if cfg.training.loss_chunks > 0 and cfg.data.seq_len % cfg.training.loss_chunks:
+    yield (
+      f"data.seq_len={cfg.data.seq_len} is not a multiple of "
+      f"training.loss_chunks={cfg.training.loss_chunks}",
       "",
     )
   if cfg.name is not None and (

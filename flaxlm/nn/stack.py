@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from flaxlm.config import ModelConfig
 from flaxlm.nn.attention import (
@@ -31,9 +32,18 @@ from flaxlm.nn.moe import MoE
 from flaxlm.nn.positions import alibi_bias, relative_buckets, rotation, sinusoids
 from flaxlm.sharding import constrain
 
+# What is kept of a block besides its input, by `training.remat`.
+ATTENTION = "attention"  # the name of attention's output
 REMAT_POLICIES = {
-  "full": None,  # keep the block's input only
+  "full": None,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
+  "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[ATTENTION],
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
 }
 
 
@@ -104,7 +114,7 @@ class Block(nn.Module):
       out, maps = self.attention(x_BTD, around.sight, kv, around.reach, whole)
       if capture:
         attention["self"] = maps
-      return out
+      return checkpoint_name(out, ATTENTION)
 
     def attend_source(x_BTD: jax.Array) -> jax.Array:
       kv = source_cache or self.cross_attention.keys_values(around.memory_BSD)

@@ -16,7 +16,7 @@ and the forward pass again under remat. Time follows from it, MFU does not.
 
 import dataclasses
 
-from flaxlm.config import Config, ModelConfig
+from flaxlm.config import Config, ModelConfig, TrainingConfig
 from flaxlm.nn.attention import query_blocks
 
 TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al., 2022)
@@ -140,13 +140,15 @@ class Work:
   def loose(self) -> float:
     return self.matmul + self.head + self.attention_loose
 
-  def step(self, remat: str) -> float:
-    """FLOPs that one training step executes: forward, twice that backward, and remat."""
-    again = {
-      "none": 0.0,
-      "dots": self.attention_executed,
-      "full": self.matmul + self.attention_executed,
-    }[remat]
+  def step(self, training: TrainingConfig) -> float:
+    """FLOPs that one training step executes: forward, twice that backward, and again what
+    was not kept; of attention, whose output alone is no help, only its last product is.
+    """
+    again = self.head * (training.loss_chunks > 1)
+    if training.remat != "none":
+      again += self.attention_executed
+    if training.remat not in ("none", "dots"):
+      again += self.matmul
     return 3 * (self.matmul + self.head + self.attention_executed) + again
 
 
@@ -228,7 +230,7 @@ def step_cost(cfg: Config) -> StepCost:
   data = cfg.data
   source = data.source_len or data.seq_len
   work = forward_work(cfg.model, data.batch_size, data.seq_len, source)
-  executed = work.step(cfg.training.remat)
+  executed = work.step(cfg.training)
   tokens = data.batch_size * data.seq_len
   return StepCost(tokens, 3 * work.strict, 3 * work.loose, executed)
 

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,14 @@ import jax.extend.core
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
-from flaxlm.config import MESH_AXES, Config, ModelConfig, OptimizerConfig, TrainingConfig
+from flaxlm.config import (
+  MESH_AXES,
+  Config,
+  ModelConfig,
+  OptimizerConfig,
+  Remat,
+  TrainingConfig,
+)
 from flaxlm.data.objectives import Batch
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import build_model, init_params
@@ -29,7 +36,6 @@ from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import SEED, forward
 
 Sizes = Mapping[str, int]
-Remat = Literal["none", "dots", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +111,7 @@ def training_memory(cfg: Config, sizes: Sizes, lanes: int = 1) -> Memory:
     always["gradient_sums"] = state.elements * 4
   V = model_cfg.vocab_size
   assert V is not None, "resolved"
-  logits = rows * T * (V // sizes["tensor"]) * 4
+  logits = rows * T // training.loss_chunks * (V // sizes["tensor"]) * 4
   head = model_cfg.width * (V // sizes["tensor"])
   gathered = sizes["fsdp"] > 1
   gradients = {"gradients": state.parameters}
@@ -276,6 +282,7 @@ class Kept(NamedTuple):
 
 def kept_bytes(cfg: Config, parts: int, remat: Remat) -> Kept:
   """What one of `parts` members of a `tensor` axis keeps. Parameters are not among it."""
+  remat = "full" if remat == "offload" else remat  # the rest is in the host's memory
   run = dataclasses.replace(_precision(cfg.training), remat=remat, scanned=True)
   lengths = (cfg.data.seq_len, source_len(cfg))
   return _kept_bytes(_local_model(cfg.model, parts), run, lengths)

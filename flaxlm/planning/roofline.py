@@ -165,7 +165,8 @@ def traffic_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> float:
   assert model.vocab_size is not None
   logits = rows * T * (model.vocab_size // sizes["tensor"]) * 4
   weights = 3 * gathered_elements(state, sizes) * jnp.dtype(training.dtype).itemsize
-  one_part = activations + LOGIT_PASSES * logits + weights
+  logit_passes = LOGIT_PASSES + (training.loss_chunks > 1)  # computed again
+  one_part = activations + logit_passes * logits + weights
   update = 2 * (state.parameters + state.optimizer_state) + 2 * state.parameters
   return training.accumulation_steps * one_part + update
 

@@ -6,10 +6,10 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from flaxlm.config import MESH_AXES, Config
+from flaxlm.config import MESH_AXES, Config, Remat
 from flaxlm.errors import ConfigError
 from flaxlm.planning.devices import Device
-from flaxlm.planning.memory import Remat, Sizes, full_sizes, state_bytes
+from flaxlm.planning.memory import Sizes, full_sizes, state_bytes
 from flaxlm.planning.roofline import Plan, plan_training
 from flaxlm.sharding import batch_shards
 

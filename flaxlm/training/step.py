@@ -48,7 +48,7 @@ def train_step(
   key = jax.random.fold_in(jax.random.key(seed), state.step)
   num_targets = jnp.maximum(batch.weights_BT.sum(), 1.0)
   loss_sum, gradient = accumulate(
-    functools.partial(loss_and_gradient, model, cfg.label_smoothing),
+    functools.partial(loss_and_gradient, model, cfg),
     cfg.accumulation_steps,
     state.params,
     batch,
@@ -87,7 +87,7 @@ def tokens_read(batch: Batch) -> jax.Array:
 
 
 def loss_and_gradient(
-  model: LanguageModel, smoothing: float, params: Any, batch: Batch, key: jax.Array
+  model: LanguageModel, cfg: TrainingConfig, params: Any, batch: Batch, key: jax.Array
 ) -> tuple[jax.Array, Any]:
   """The summed loss over a batch's weighted tokens, and the gradient of what is minimised.
 
@@ -97,12 +97,9 @@ def loss_and_gradient(
   def minimised(params: Any) -> tuple[jax.Array, jax.Array]:
     dropout = model.cfg.dropout > 0
     rngs = {"dropout": key} if dropout else {}
-    output = forward(model, params, batch, deterministic=not dropout, rngs=rngs)
-    of_tokens = lambda nats_BT: (nats_BT * batch.weights_BT).sum()
-    loss_sum = of_tokens(cross_entropy(output.value, batch.targets_BT))
-    total = loss_sum
-    if smoothing:
-      total = of_tokens(cross_entropy(output.value, batch.targets_BT, smoothing))
+    options = dict(deterministic=not dropout, rngs=rngs, method="hidden")
+    output = forward(model, params, batch, **options)
+    loss_sum, total = losses_of(model, cfg, params, output.value, batch)
     moe = model.cfg.moe
     weights = {"load_balance": moe.load_balance_weight, "router_z": moe.router_z_weight}
     for name, loss in output.losses.items():
@@ -111,6 +108,41 @@ def loss_and_gradient(
 
   (_, loss_sum), gradient = jax.value_and_grad(minimised, has_aux=True)(params)
   return loss_sum, gradient
+
+
+def losses_of(
+  model: LanguageModel, cfg: TrainingConfig, params: Any, x_BTD: jax.Array, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+  """(the summed loss, the same smoothed) of what `hidden` returned.
+
+  With `loss_chunks` above 1 the logits (B, T, V), the largest array of a step, are never
+  all there: a chunk of each row at a time, and again in the backward pass.
+  """
+
+  def of_chunk(
+    params: Any, x_BTD: ArrayLike, targets_BT: ArrayLike, weights_BT: ArrayLike
+  ) -> tuple[jax.Array, jax.Array]:
+    logits_BTV = model.apply({"params": params}, x_BTD, method="logits")
+    loss_sum = (cross_entropy(logits_BTV, targets_BT) * weights_BT).sum()
+    if not cfg.label_smoothing:
+      return loss_sum, loss_sum
+    smoothed_BT = cross_entropy(logits_BTV, targets_BT, cfg.label_smoothing)
+    return loss_sum, (smoothed_BT * weights_BT).sum()
+
+  if cfg.loss_chunks == 1:
+    return of_chunk(params, x_BTD, batch.targets_BT, batch.weights_BT)
+
+  def cut(x: ArrayLike) -> jax.Array:
+    B, T, *rest = jnp.shape(x)
+    chunks = jnp.reshape(x, (B, cfg.loss_chunks, T // cfg.loss_chunks, *rest))
+    return jnp.moveaxis(chunks, 1, 0)
+
+  def add(sums: tuple, chunk: tuple) -> tuple[tuple, None]:
+    return jax.tree.map(jnp.add, sums, jax.checkpoint(of_chunk)(params, *chunk)), None
+
+  chunks = cut(x_BTD), cut(batch.targets_BT), cut(batch.weights_BT)
+  sums, _ = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), chunks)
+  return sums
 
 
 def forward(model: LanguageModel, params: Any, batch: Batch, **options: Any) -> Output:

@@ -2,6 +2,7 @@
 """Laws of the training step: sharded = one device, accumulation = one batch, and guards."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,12 @@ from flaxlm.config import (
   TrainingConfig,
 )
 from flaxlm.data.objectives import next_token
-from flaxlm.nn.models import build_model
-from flaxlm.sharding import make_mesh
+from flaxlm.nn.models import abstract_params, build_model
+from flaxlm.sharding import batch_shards, make_mesh
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
   abstract_state,
+  accumulate,
   compile_train_step,
   init_state,
   loss_and_gradient,
@@ -46,6 +48,15 @@ MESHES = [
   dict(fsdp=4, tensor=2),
   dict(data=2, fsdp=4),
   dict(data=2, fsdp=2, tensor=2),
+]
+
+MORE_MESHES = [
+  dict(tensor=2, expert=4),
+  dict(data=4, fsdp=2),
+  dict(data=2, expert=4),
+  dict(fsdp=2, tensor=2, expert=2),
+  dict(fsdp=4, expert=2),
+  dict(data=2, fsdp=2, expert=2),
 ]
 
 
@@ -80,12 +91,15 @@ def batch_of(cfg: ModelConfig):
   )
 
 
-def loss_and_gradient_on(mesh, cfg=CFG):
-  model = build_model(cfg, FAST)
+def loss_and_gradient_on(mesh, cfg=CFG, run=FAST):
+  """Summed over `run.accumulation_steps` parts of the batch, as a training step does."""
+  model = build_model(cfg, run)
   state = init_state(model, build_optimizer(OptimizerConfig(), 10), mesh, seed=3)
-  step = under_mesh(jax.jit(loss_and_gradient, static_argnums=(0, 1)), mesh)
+  part = functools.partial(loss_and_gradient, model, run)
+  whole = functools.partial(accumulate, part, run.accumulation_steps)
+  step = under_mesh(jax.jit(whole), mesh)
   batch = put_batch(batch_of(cfg), mesh)
-  return jax.device_get(step(model, 0.0, state.params, batch, jax.random.key(0)))
+  return jax.device_get(step(state.params, batch, jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +111,47 @@ def on_one_device():
 def test_sharded_equals_one_device(on_one_device, sizes):
   """The same seed, parameters and batch: loss to 1e-5, gradients to 1e-4."""
   assert_same(loss_and_gradient_on(make_mesh(sizes)), on_one_device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [*MESHES, *MORE_MESHES], ids=str)
+@pytest.mark.parametrize("name", ["dense", "experts"])
+def test_sharded_equals_one_device_however_it_runs(name, sizes):
+  """Every mesh with every remat policy that differs and every accumulation."""
+  cfg, mesh = dataclasses.replace(CFG, **OTHERS.get(name, {})), make_mesh(sizes)
+  for remat in ("none", "full"):
+    for steps in (1, 2, 4):
+      if 16 % (steps * batch_shards(mesh.shape)):
+        continue  # of the 16 rows
+      run = dataclasses.replace(FAST, remat=remat, accumulation_steps=steps)
+      expected = loss_and_gradient_on(mesh_of(), cfg, run)
+      assert_same(loss_and_gradient_on(mesh, cfg, run), expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_loss_in_chunks_equals_the_loss(on_one_device, smoothing):
+  run = dataclasses.replace(FAST, label_smoothing=smoothing)
+  expected = loss_and_gradient_on(mesh_of(), run=run)
+  chunked = dataclasses.replace(run, loss_chunks=4)
+  mesh = make_mesh(dict(fsdp=4, tensor=2))
+  assert_same(loss_and_gradient_on(mesh, run=chunked), expected)
+  assert expected[0] == on_one_device[0], "what is reported is not smoothed"
+
+
+def test_a_loss_in_chunks_never_has_all_logits():
+  wide = dataclasses.replace(CFG, vocab_size=8192)
+  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), packed_batch())
+
+  def temporary_bytes(chunks):
+    run = dataclasses.replace(FAST, loss_chunks=chunks)
+    model = build_model(wide, run)
+    params = abstract_params(model, mesh_of())
+    part = functools.partial(loss_and_gradient, model, run)
+    lowered = jax.jit(part).lower(params, batch, jax.random.key(0))
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  logits = 16 * 16 * 8192 * 4
+  assert temporary_bytes(1) - temporary_bytes(8) > 0.8 * logits
 
 
 def assert_same(actual, expected):

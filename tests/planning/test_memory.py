@@ -10,6 +10,7 @@ import pytest
 from flaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import build_model
+from flaxlm.nn.stack import REMAT_POLICIES
 from flaxlm.planning.compile import compile_here
 from flaxlm.planning.cost import parameters
 from flaxlm.planning.devices import find_device
@@ -88,7 +89,8 @@ def test_moments_by_kind():
 
 def test_what_the_layers_keep():
   """With full remat each block's input, in bfloat16; with less of it, more."""
-  kept = {remat: kept_bytes(CFG, 1, remat).per_row for remat in ("none", "dots", "full")}
+  remats = ("none", *REMAT_POLICIES)
+  kept = {remat: kept_bytes(CFG, 1, remat).per_row for remat in remats}
   inputs = MODEL.depth * 64 * MODEL.width * 2
   final_norm = 64 * MODEL.width * 8  # in float32, twice; the embedding keeps ids alone
   assert inputs < kept["full"] < inputs + final_norm + 64 * 1024
@@ -98,6 +100,8 @@ def test_what_the_layers_keep():
   dots = MODEL.depth * 64 * 2 * (N * H + 2 * K * H + D + 2 * F)
   assert kept["full"] + 0.95 * dots < kept["dots"] < kept["full"] + 1.3 * dots
   assert kept["none"] > 1.5 * kept["dots"]
+  assert kept["attention"] == kept["full"] + MODEL.depth * 64 * 2 * D
+  assert kept["offload"] == kept["full"]  # of the device's memory
 
 
 def test_tensor_members_keep_less():
