@@ -128,6 +128,10 @@ class ForeignTokenizer:
     sizes[[i for i in self.special_ids if i < self.vocab_size]] = 0
     return sizes
 
+  def to_json(self) -> str:
+    """What stands in its tokenizer.json."""
+    return self._backend.to_str()
+
   def save(self, path: str | Path) -> None:
     """Writes tokenizer.json, and the specials beside it."""
     Path(path).write_text(self._backend.to_str(pretty=True), "utf-8")

@@ -146,6 +146,10 @@ class Tokenizer:
     """How many bytes of text each id stands for (V,), int32; 0 for specials."""
     return np.array([len(piece) for piece in self._pieces], np.int32)
 
+  def to_json(self) -> str:
+    """What stands in its tokenizer.json."""
+    return self._backend.to_str()
+
   def save(self, path: str | Path) -> None:
     Path(path).write_text(self._backend.to_str(pretty=True), "utf-8")
 

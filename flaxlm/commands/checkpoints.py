@@ -73,7 +73,13 @@ def run_import(args: argparse.Namespace, _: list[str]) -> int:
 def add_export(commands: Any) -> None:
   parser = commands.add_parser("export", help="a run as a Hugging Face checkpoint")
   parser.add_argument("path", metavar="RUN")
-  parser.add_argument("folder", metavar="DIR", help="the directory to make")
+  parser.add_argument("folder", metavar="DIR", help="the directory (gguf: file) to make")
+  parser.add_argument(
+    "--format",
+    choices=("safetensors", "gguf"),
+    default="safetensors",
+    help="default: safetensors; gguf is llama.cpp's",
+  )
   add_dtype(parser, "default: the run's")
   parser.add_argument("--shard-size", default="5GB", help="most of a file (default: 5GB)")
   parser.add_argument("--runs-dir", default="runs")
@@ -83,9 +89,14 @@ def add_export(commands: Any) -> None:
 
 def run_export(args: argparse.Namespace, _: list[str]) -> int:
   most = parse_size(args.shard_size)
-  run = open_run(args, needs_text=False)
+  run = open_run(args, needs_text=args.format == "gguf")
 
+  from flaxlm.interop.gguf import export_gguf
   from flaxlm.interop.transfer import export_run
+
+  if args.format == "gguf":
+    print(f"{args.folder}: {export_gguf(run, Path(args.folder), args.dtype)}")
+    return 0
 
   family = export_run(run, Path(args.folder), args.dtype, most)
   print(f"{args.folder}: {family.model_type} ({family.architectures[0]})")

@@ -188,15 +188,20 @@ def save_checkpoint(
   """
   keys, expected = describe(cfg, params, family)
   keys["torch_dtype"] = dtype
+  theirs = {name: shape for name, (_, _, shape) in expected.items()}
+  write_files(folder, theirs, jnp.dtype(dtype), most, reader(params, expected))
+  return keys
+
+
+def reader(params: Any, expected: Mapping[str, Any]) -> Callable[[str], np.ndarray]:
+  """Their tensor of a name in `expected`, on the host."""
   flat = flatten_dict(params, sep="/")
 
-  def values(name: str) -> np.ndarray:
+  def read(name: str) -> np.ndarray:
     row, place, _ = expected[name]
     return row.layout.to_theirs([take(flat[path], place) for path in row.ours])
 
-  theirs = {name: shape for name, (_, _, shape) in expected.items()}
-  write_files(folder, theirs, jnp.dtype(dtype), most, values)
-  return keys
+  return read
 
 
 def describe(

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One GGUF file, for llama.cpp, of a run that is a LLaMA, Mistral, Qwen 2 or Qwen 3.
+
+Its tensors are those of the Hugging Face export, which go through one at a time; their
+names in llama.cpp, and the format, are the business of the `gguf` package.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from flaxlm.config import ModelConfig
+from flaxlm.decoding.runs import Run
+from flaxlm.errors import CheckpointError, ConfigError
+from flaxlm.interop.families import FAMILIES
+from flaxlm.interop.huggingface import describe, reader
+from flaxlm.interop.layouts import Shape
+from flaxlm.nn.positions import inverse_wavelengths, stretched_frequencies
+
+
+class Architecture(NamedTuple):
+  """llama.cpp's name of a family, and whether the dims that turn together are neighbours
+  there, as in LLaMA's own weights, instead of half a head apart."""
+
+  name: str
+  neighbours: bool
+
+
+ARCHITECTURES = {
+  "llama": Architecture("llama", True),
+  "mistral": Architecture("llama", True),
+  "qwen2": Architecture("qwen2", False),
+  "qwen3": Architecture("qwen3", False),
+}
+
+# llama.cpp knows a fixed list of ways to cut a text before the merges; what a
+# tokenizer.json says, by how its pattern begins. Ours is nearest to Llama 3's.
+CUTS = {
+  "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|": "llama-bpe",
+  "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}|": "qwen2",
+  "[ !-/:-@\\[-`{-~]?[A-Za-z": "llama-bpe",
+}
+
+
+def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
+  """Writes the file; returns the architecture's name. Matrices are of `dtype`, float32 or
+  bfloat16 (None: as the run's parameters), vectors float32.
+
+  Raises `CheckpointError` if llama.cpp has no place for the model or its tokenizer,
+  `ConfigError` without the gguf package.
+  """
+  try:
+    import gguf
+  except ImportError as e:
+    raise ConfigError("GGUF needs the gguf package", "pip install 'flaxlm[gguf]'") from e
+  if path.exists():
+    raise CheckpointError(f"{path} is there already", "choose another name, or remove it")
+  cfg = run.cfg.model
+  family, architecture = find_architecture(run)
+  if cfg.window is not None and cfg.window < cfg.context:
+    raise CheckpointError(
+      f"GGUF: llama.cpp has no window in {architecture.name}", "export to safetensors"
+    )
+  _, expected = describe(cfg, run.params, FAMILIES[family])
+  read = reader(run.params, expected)
+  narrow = (dtype or run.cfg.training.param_dtype) == "bfloat16"
+  factors = frequency_factors(cfg, architecture)
+  known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+  names = gguf.get_tensor_name_map(known[architecture.name], cfg.depth)
+  partial = path.with_name(f".{path.name}.partial")
+  writer = gguf.GGUFWriter(partial, architecture.name)
+  add_settings(writer, cfg, run.cfg.name or path.stem)
+  add_tokenizer(writer, run)
+
+  def is_narrow(shape: Shape) -> bool:
+    return narrow and len(shape) > 1
+
+  for theirs, (_, _, shape) in expected.items():
+    name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
+    assert name is not None, theirs
+    kind = gguf.GGMLQuantizationType["BF16" if is_narrow(shape) else "F32"]
+    size = math.prod(shape) * (2 if is_narrow(shape) else 4)
+    writer.add_tensor_info(name, shape, np.dtype(np.float32), size, kind)
+  if factors is not None:
+    kind, size = gguf.GGMLQuantizationType.F32, factors.nbytes
+    writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, size, kind)
+  try:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for theirs, (_, _, shape) in expected.items():
+      array = read(theirs).astype(jnp.bfloat16 if is_narrow(shape) else np.float32)
+      if architecture.neighbours:
+        array = as_neighbours(theirs, array, cfg)
+      array = array.view(np.uint16) if is_narrow(shape) else array
+      writer.write_tensor_data(np.ascontiguousarray(array))
+    if factors is not None:
+      writer.write_tensor_data(factors)
+    writer.close()
+    partial.rename(path)
+  except OSError as e:
+    raise CheckpointError(f"{path} cannot be written: {e}") from e
+  finally:
+    partial.unlink(missing_ok=True)
+  return architecture.name
+
+
+def find_architecture(run: Run) -> tuple[str, Architecture]:
+  """The first family here that the run's model is. Raises `CheckpointError`."""
+  refusals: list[CheckpointError] = []
+  for family, architecture in ARCHITECTURES.items():
+    try:
+      describe(run.cfg.model, run.params, FAMILIES[family])
+      return family, architecture
+    except CheckpointError as e:
+      refusals.append(e)
+  nearest = min(refusals, key=lambda e: len(e.cause))
+  known = ", ".join(ARCHITECTURES)
+  raise CheckpointError(nearest.cause, f"GGUF is for the families {known}")
+
+
+def as_neighbours(name: str, array: np.ndarray, cfg: ModelConfig) -> np.ndarray:
+  """Queries' and keys' rows, from halves of a head to neighbours."""
+  for part, heads in (("q_proj", cfg.num_heads), ("k_proj", cfg.num_kv_heads)):
+    if f".{part}." in name:
+      assert heads is not None
+      halves = array.reshape(heads, 2, -1, *array.shape[1:])
+      return halves.swapaxes(1, 2).reshape(array.shape)
+  return array
+
+
+def frequency_factors(cfg: ModelConfig, architecture: Architecture) -> np.ndarray | None:
+  """By how much scaling slows each pair down; None without. Raises `CheckpointError` for
+  scaling that changes more than that, or that the architecture does not read.
+  """
+  rope = cfg.rope
+  if rope.scaling == "none":
+    return None
+  assert cfg.head_dim is not None
+  scaled, size = stretched_frequencies(cfg.head_dim, rope)
+  if size != 1 or architecture.name != "llama":
+    raise CheckpointError(f"GGUF: no place for rope.scaling={rope.scaling} in this family")
+  plain = inverse_wavelengths(cfg.head_dim, rope.theta)
+  return np.array([a / b for a, b in zip(plain, scaled, strict=True)], np.float32)
+
+
+def add_settings(writer: Any, cfg: ModelConfig, name: str) -> None:
+  writer.add_name(name)
+  writer.add_block_count(cfg.depth)
+  writer.add_context_length(cfg.context)
+  writer.add_embedding_length(cfg.width)
+  writer.add_feed_forward_length(cfg.ffn_width)
+  writer.add_head_count(cfg.num_heads)
+  writer.add_head_count_kv(cfg.num_kv_heads)
+  writer.add_key_length(cfg.head_dim)
+  writer.add_value_length(cfg.head_dim)
+  writer.add_rope_dimension_count(cfg.head_dim)
+  writer.add_rope_freq_base(cfg.rope.theta)
+  writer.add_layer_norm_rms_eps(cfg.norm_epsilon)
+  writer.add_vocab_size(cfg.vocab_size)
+
+
+def add_tokenizer(writer: Any, run: Run) -> None:
+  """The merges and ids of a byte-level BPE. Raises `CheckpointError` for any other."""
+  import gguf
+
+  said = json.loads(run.tokenizer.to_json())
+  model, added = said["model"], {one["id"]: one for one in said["added_tokens"]}
+  if model["type"] != "BPE" or model.get("byte_fallback"):
+    raise CheckpointError("GGUF: only byte-level BPE tokenizers have a place here")
+  words = {number: word for word, number in model["vocab"].items()}
+  words |= {number: one["content"] for number, one in added.items()}
+  assert run.cfg.model.vocab_size is not None
+  numbers = range(run.cfg.model.vocab_size)
+  types = gguf.TokenType
+  kind = lambda n: (
+    (types.CONTROL if added[n]["special"] else types.USER_DEFINED)
+    if n in added
+    else (types.NORMAL if n in words else types.UNUSED)
+  )
+  merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+  writer.add_tokenizer_model("gpt2")
+  writer.add_tokenizer_pre(find_cut(json.dumps(said["pre_tokenizer"])))
+  writer.add_token_list([words.get(number, f"[PAD{number}]") for number in numbers])
+  writer.add_token_types([kind(number) for number in numbers])
+  writer.add_token_merges(merges)
+  writer.add_eos_token_id(min(run.tokenizer.eos_ids, default=run.tokenizer.bos_id))
+  writer.add_bos_token_id(run.tokenizer.bos_id)
+  starts = run.tokenizer.framed([], "prompt") == [run.tokenizer.bos_id]
+  writer.add_add_bos_token(starts)
+
+
+def find_cut(pre_tokenizer: str) -> str:
+  """llama.cpp's name of a way to cut texts. Raises `CheckpointError` if it has none."""
+  for start, name in CUTS.items():
+    if json.dumps(start)[1:-1] in pre_tokenizer:
+      return name
+  if '"use_regex": true' in pre_tokenizer and '"Split"' not in pre_tokenizer:
+    return "gpt-2"
+  raise CheckpointError(
+    "GGUF: llama.cpp does not cut texts as this tokenizer does", "export to safetensors"
+  )
