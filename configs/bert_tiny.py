@@ -6,7 +6,7 @@ What:     BERT (Devlin et al., 2019) with 15% of the tokens to be guessed, in th
           With learned positions and post-norm, as in bert_base, three minutes are over
           before it has left the plateau where it guesses what is common (12% instead).
 Cost:     about 3 minutes on 2 CPU cores; no account, no download.
-Expected: 12% of the held-out masks filled rightly, loss 5.85: it has only begun to learn.
+Expected: 35% of the held-out masks filled rightly, loss 3.87 (900 steps).
 Command:  python train.py bert_tiny
           python infer.py runs/bert_tiny --fill "import [MASK]"
           flaxlm embed runs/bert_tiny --text "def open(path):"
