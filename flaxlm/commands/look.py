@@ -174,8 +174,8 @@ def finish(args: argparse.Namespace, view: Any, path: Path | None, name: str = "
   where = path / "look" / f"{args.subject}.html" if path is not None else Path(name)
   where = Path(args.output) if args.output is not None else where
   size = save_view(view, where)
-  for note in view.notes:
-    print(note, file=sys.stderr)
+  for cut in view.cuts:
+    print(cut, file=sys.stderr)
   if args.json:
     figures = {"output": str(where), "bytes": size, **view.figures}
     print(json.dumps(figures, allow_nan=False))

@@ -16,9 +16,9 @@ from flaxlm.nn.base import LanguageModel
 
 MOST_TOKENS = 256
 MOST_WEIGHTS = 1 << 25  # two bytes each, before they are deflated: 67 MB
-# From which share of its weight on a head is said to look at one thing, and how much of
-# the entropy of an even spread counts as even.
-MOSTLY, EVENLY = 0.5, 0.9
+# From which share of its weight on a head is said to look at one thing, mostly or partly,
+# and how much of the entropy of an even spread counts as even.
+MOSTLY, PARTLY, EVENLY = 0.5, 0.25, 0.9
 
 TITLES = {
   "self": "self-attention",
@@ -45,52 +45,40 @@ def look_attention(
 ) -> View:
   """Every head's map for one text, or those of one layer, or one head of each layer."""
   cfg = run.model.cfg
-  ids, notes = complete_reading(run, reading, most)
+  ids, cuts = complete_reading(run, reading, most)
   check_size(cfg, len(ids), len(reading.source_ids or []), layer, head)
   captured = apply_to_row(run, capture, ids, reading.source_ids, layer, head)
   row = describe(run.tokenizer, ids)
   source = describe(run.tokenizer, reading.source_ids or [])
   figures, maps = [], []
-  for name in ("self", "cross", "encoder_self"):  # the order of the page
-    weights_LNTS = captured.get(name)
-    if weights_LNTS is None or not weights_LNTS.size:
-      continue
-    layers, heads = [*range(len(weights_LNTS))], [*range(weights_LNTS.shape[1])]
-    layers, heads = (
-      ([layer] if layer is not None else layers),
-      ([head] if head is not None else heads),
-    )
-    kind = {"kind": name, "layers": layers, "heads": heads}
-    causal = name == "self" and cfg.family != "encoder"
-    figures.append(kind | {"per_head": head_figures(weights_LNTS, name, causal, kind)})
-    queries, keys = (
-      (source if name == "encoder_self" else row),
-      (row if name == "self" else source),
-    )
-    maps.append(
-      kind
-      | {
-        "title": TITLES[name],
-        "queries": [piece._asdict() for piece in queries],
-        "keys": [piece._asdict() for piece in keys],
-        "weights": Shares(weights_LNTS),
-        "layer_kinds": [layer_kind(cfg, n) for n in layers],
-        "causal": causal,
-      }
-    )
-  notes = [*notes, f"{run.path} at step {run.step}, model.family={cfg.family}"]
+  for name in (name for name in TITLES if name in captured and captured[name].size):
+    weights_LNTS = captured[name]
+    L, N = weights_LNTS.shape[:2]
+    layers = [*range(L)] if layer is None else [layer]
+    shown = {
+      "kind": name,
+      "layers": layers,
+      "heads": [*range(N)] if head is None else [head],
+      "causal": name == "self" and cfg.family != "encoder",
+    }
+    queries = source if name == "encoder_self" else row
+    keys = row if name == "self" else source
+    figures.append(shown | {"per_head": head_figures(weights_LNTS, shown)})
+    drawn = {
+      "title": TITLES[name],
+      "queries": [piece._asdict() for piece in queries],
+      "keys": [piece._asdict() for piece in keys],
+      "weights": Shares(weights_LNTS),
+      "layer_kinds": ["" if name == "cross" else layer_kind(cfg, n) for n in layers],
+    }
+    maps.append(shown | drawn)
+  notes = [f"{run.path} at step {run.step}, model.family={cfg.family}"]
   if cfg.num_kv_heads != cfg.num_heads:
     assert cfg.num_kv_heads is not None
-    notes.append(
-      f"{cfg.num_heads // cfg.num_kv_heads} query heads share one key/value head."
-    )
-  return View(
-    "attention",
-    f"What the heads of {run.cfg.name} attend to",
-    notes,
-    {"maps": figures},
-    {"maps": maps},
-  )
+    group = cfg.num_heads // cfg.num_kv_heads
+    notes.append(f"{group} query heads share each key/value head.")
+  title = f"What the heads of {run.cfg.name} attend to"
+  return View("attention", title, cuts, notes, {"maps": figures}, {"maps": maps})
 
 
 @functools.partial(jax.jit, static_argnames=("model", "layer", "head"))
@@ -139,15 +127,14 @@ def layer_kind(cfg: ModelConfig, layer: int) -> str:
 # -- Figures -------------------------------------------------------------------------------
 
 
-def head_figures(
-  weights_LNTS: np.ndarray, name: str, causal: bool, kind: dict[str, Any]
-) -> list[dict[str, Any]]:
+def head_figures(weights_LNTS: np.ndarray, shown: dict[str, Any]) -> list[dict[str, Any]]:
   """What tells the heads of one kind of map apart, one entry a head.
 
   Means over the queries; of causal maps the first one, which sees itself alone, is left
   out if there are others. `entropy` is in bits, `distance` in tokens, the rest are shares
   of the weight. Weight that goes to learned sinks is one more outcome of the entropy.
   """
+  name, causal = shown["kind"], shown["causal"]
   weights = weights_LNTS.astype(np.float64)
   T, S = weights.shape[-2:]
   start = 1 if causal and T > 1 else 0
@@ -168,8 +155,8 @@ def head_figures(
     if not causal:
       shares["next"] = diagonal(1, slice(None))
   result = []
-  for i, layer in enumerate(kind["layers"]):
-    for j, head in enumerate(kind["heads"]):
+  for i, layer in enumerate(shown["layers"]):
+    for j, head in enumerate(shown["heads"]):
       of_head = {key: float(value[i, j]) for key, value in shares.items()}
       entry = {"layer": layer, "head": head, "entropy": float(entropies_LN[i, j])}
       if name != "cross":
@@ -190,8 +177,10 @@ def entropy_bits(weights: np.ndarray) -> np.ndarray:
 def looks_at(shares: dict[str, float], even: bool, name: str) -> str:
   """A head in words: one thing that has most of its weight, or how it is spread."""
   of = "source token" if name == "cross" else "token"
-  words = {"itself": "itself"}
   best = max(shares, key=lambda key: shares[key])
+  thing = "itself" if best == "itself" else f"the {best} {of}"
   if shares[best] >= MOSTLY:
-    return words.get(best, f"the {best} {of}")
-  return "all evenly" if even else "a mixture"
+    return thing
+  if even:
+    return "all evenly"
+  return f"partly {thing}" if shares[best] >= PARTLY else "a mixture"

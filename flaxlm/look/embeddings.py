@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedding table as a map: its two widest directions, and each token's neighbours."""
 
-from typing import Any
 
 import numpy as np
 
@@ -28,20 +27,20 @@ def look_embeddings(run: Run, num_tokens: int | None = None) -> View:
   nearest_NC, cosines_NC = nearest(table_ND)
   pieces = describe(run.tokenizer, range(count))
   norms_N = np.linalg.norm(table_ND, axis=1)
-  notes = [f"{run.path} at step {run.step}, model.family={run.cfg.model.family}"]
+  cuts = []
   if count < size:
-    notes.append(
-      f"The first {count:,} of {size:,} ids (--tokens), and neighbours of these."
-    )
+    cuts.append(f"The first {count:,} of {size:,} ids (--tokens), and neighbours of these.")
   x, y = (f"{share:.1%}" for share in explained_C)
-  notes.append(
+  notes = [
+    f"{run.path} at step {run.step}, model.family={run.cfg.model.family}",
     f"Each token is a vector of {table_ND.shape[1]} numbers; across lie {x} of their "
     f"variance, upwards {y}. What is near here may be far in the other directions: the "
-    f"neighbours listed are by the cosine of the whole vectors."
-  )
+    f"neighbours listed are by the cosine of the whole vectors.",
+  ]
   return View(
     "embeddings",
     f"The embedding table of {run.cfg.name}",
+    cuts,
     notes,
     figures={
       "num_tokens": count,
@@ -107,15 +106,3 @@ def sort_of(tokenizer: AnyTokenizer, id_: int) -> str:
   if not any(character.isalpha() for character in word):
     return "punctuation"
   return "word's beginning" if text[0].isspace() else "inside of a word"
-
-
-def figures_of(view: View) -> dict[str, Any]:
-  """The figures with every token's neighbours."""
-  return view.figures | {
-    "tokens": [
-      {"id": token["id"], "label": token["label"], "point": point, "nearest": ids}
-      for token, point, ids in zip(
-        view.data["tokens"], view.data["points"].tolist(), view.data["nearest"], strict=True
-      )
-    ]
-  }

@@ -33,6 +33,7 @@ class View(NamedTuple):
 
   kind: str  # the script that draws it
   title: str
+  cuts: list[str]  # what was left out or made up, told on the terminal too
   notes: list[str]
   figures: dict[str, Any]
   data: dict[str, Any]

@@ -69,7 +69,7 @@ class Reading(NamedTuple):
 
   ids: list[int] | None
   source_ids: list[int] | None
-  notes: list[str]
+  cuts: list[str]
 
 
 def make_reading(
@@ -93,13 +93,13 @@ def make_reading(
     )
   if text is None and not pairs:
     raise ConfigError("there is no text", 'give --text "..."')
-  notes: list[str] = []
+  cuts: list[str] = []
   most = min(most, cfg.context)
 
   def cut(ids: list[int], what: str) -> list[int]:
     if len(ids) > most:
       limit = f"model.context={most}" if most == cfg.context else f"--max-tokens {most}"
-      notes.append(f"The {what} has {len(ids)} tokens, of which the first {most}: {limit}.")
+      cuts.append(f"The {what} has {len(ids)} tokens, of which the first {most}: {limit}.")
     return ids[:most]
 
   ids = source_ids = None
@@ -115,13 +115,13 @@ def make_reading(
       raise ConfigError("the text is empty", "give it a word")
     role: Role = "text" if cfg.family == "encoder" else "prompt"
     ids = cut(tokenizer.framed(ids, role), "text")
-  return Reading(ids, source_ids, notes)
+  return Reading(ids, source_ids, cuts)
 
 
 def complete_reading(run: Run, reading: Reading, most: int) -> tuple[list[int], list[str]]:
-  """The ids of the row, the model's own greedy answer if there was no text; and notes."""
+  """The ids of the row, the model's own greedy answer if there was no text; and cuts."""
   if reading.ids is not None:
-    return reading.ids, reading.notes
+    return reading.ids, reading.cuts
   from flaxlm.decoding.generate import Request, generate
   from flaxlm.decoding.sampling import make_sampling
 
@@ -137,9 +137,9 @@ def complete_reading(run: Run, reading: Reading, most: int) -> tuple[list[int], 
     for id_ in block.tokens_BT[0].tolist():
       ids.append(id_)
       if id_ in run.tokenizer.eos_ids:
-        return ids, [*reading.notes, "The text is the model's own answer (greedy)."]
+        return ids, [*reading.cuts, "The text is the model's own answer (greedy)."]
   note = f"The text is the model's own answer (greedy), cut at {len(ids)} tokens."
-  return ids, [*reading.notes, note]
+  return ids, [*reading.cuts, note]
 
 
 def apply_to_row(

@@ -79,7 +79,7 @@ def look_positions(
     positions = shown(cfg.context, MOST_ROWS)
     for stack, table_TD in learned_tables(cfg, params):
       figures[stack or "table"] = add_vectors(positions, table_TD[positions], stack, charts)
-  return View("positions", f"Positions of {name}", notes, figures, {"charts": charts})
+  return View("positions", f"Positions of {name}", [], notes, figures, {"charts": charts})
 
 
 def shown(count: int, most: int) -> np.ndarray:

@@ -66,7 +66,7 @@ def look_run(path: Path) -> View:
   }
   notes = [f"{path}, step {last_step:,} of {cfg.training.num_steps:,}"]
   data = {"charts": charts, "config": config_rows(cfg), "log": read_log(path / LOG)}
-  return View("run", f"The run {cfg.name}", notes, figures, data)
+  return View("run", f"The run {cfg.name}", [], notes, figures, data)
 
 
 def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float | None]]]:

@@ -40,13 +40,13 @@ class Scores(NamedTuple):
 def look_tokens(run: Run, reading: Reading, most: int) -> View:
   """The tokens of one text, each with its probability and the likeliest ones."""
   family, tokenizer = run.cfg.model.family, run.tokenizer
-  ids, notes = complete_reading(run, reading, most)
+  ids, cuts = complete_reading(run, reading, most)
   if family == "encoder":
     places, scores, after = score_masked(run, ids)
   else:
     places, scores, after = score_following(run, ids, reading.source_ids)
   if not places:
-    notes = [*notes, "The tokenizer has no mask: the model cannot be asked."]
+    cuts = [*cuts, "The tokenizer has no mask: the model was not asked."]
   pieces = describe(tokenizer, ids)
   tokens: list[dict[str, Any]] = [piece._asdict() for piece in pieces]
   for at, score in zip(places, scores, strict=True):
@@ -58,13 +58,12 @@ def look_tokens(run: Run, reading: Reading, most: int) -> View:
   figures["source"] = [p._asdict() for p in describe(tokenizer, reading.source_ids or [])]
   assert run.model.cfg.vocab_size is not None
   notes = [
-    *notes,
     f"{run.path} at step {run.step}, model.family={family}: each token's probability is "
     f"asked {ASKED[family]}. A guess among all {run.model.cfg.vocab_size:,} ids would take "
     f"{math.log2(run.model.cfg.vocab_size):.1f} bits.",
   ]
   title = f"A text as {run.cfg.name} reads it"
-  return View("tokens", title, notes, figures, {})
+  return View("tokens", title, cuts, notes, figures, {})
 
 
 def text_figures(pieces: Sequence[Piece], tokens: Sequence[dict]) -> dict[str, Any]:

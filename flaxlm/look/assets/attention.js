@@ -26,8 +26,8 @@ async function drawView(view, page) {
     body.replaceChildren();
     redraws.length = 0;
     body.append(el("h2", { textContent: "All heads" }), el("p", { class: "says",
-      textContent: `One map a head, a row a layer. Down: the ${map.kind === "cross" ? "text's" : "reading"} tokens; `
-        + "across: the tokens that they attend to. Choose one; arrow keys walk." }));
+      textContent: "One map a head, a row a layer. Down: the token that looks; across: the tokens that it looks at. "
+        + "Choose one; arrow keys walk." }));
     const grid = el("div", { class: "grid", role: "group", "aria-label": "heads" });
     grid.style.gridTemplateColumns = `repeat(${map.N}, minmax(58px, ${map.N > 6 ? "1fr" : "150px"}))`;
     const buttons = [];

@@ -213,9 +213,11 @@ async function heatMap(chart) {
 }
 
 async function addCharts(charts, page) {
+  const box = el("div", { class: "charts" });
+  page.append(box);
   for (const chart of charts) {
     const made = chart.form === "lines" ? lineChart(chart) : await heatMap(chart);
-    page.append(made.section);
+    box.append(made.section);
     drawn(made.draw);
   }
 }

@@ -75,10 +75,12 @@ async function drawView(view, page) {
       const taken = new Set();
       for (const n of visible) {
         const [x, y] = toScreen(n);
-        const cells = [0, 1].map((i) => `${Math.floor(x / 56) + i},${Math.floor(y / 16)}`);
+        const cells = []; // of 8 by 9 pixels, under the name and around it
+        for (let i = 0; i <= Math.min(24, tokens[n].label.length) + 1; i++) {
+          for (const j of [-1, 0, 1]) cells.push(`${Math.floor(x / 8) + i},${Math.floor(y / 9) + j}`);
+        }
         if (cells.some((cell) => taken.has(cell))) continue;
         cells.forEach((cell) => taken.add(cell));
-        if (taken.size > 400) break;
         written(n, false);
       }
     }
