@@ -12,13 +12,14 @@ def line_chart(
   title: str,
   series: Sequence[dict[str, Any]],
   labels: tuple[str, str],
-  log_x: bool = False,
-  log_y: bool = False,
+  log: str = "",
   marks: Sequence[tuple[str, float, str]] = (),
   says: str = "",
 ) -> dict[str, Any]:
-  """Curves; a mark is (what, where, along which axis). What is not finite is a gap."""
-  plain = lambda y: [float(x) if x is not None and math.isfinite(x) else None for x in y]
+  """Curves. `log` names axes, a mark is (what, where, along which); NaN makes a gap."""
+  plain = lambda y: [
+    float(f"{x:.9g}") if x is not None and math.isfinite(x) else None for x in y
+  ]
   return {
     "form": "lines",
     "title": title,
@@ -26,8 +27,8 @@ def line_chart(
     "series": [one | {"y": plain(one["y"])} for one in series],
     "x_label": labels[0],
     "y_label": labels[1],
-    "log_x": log_x,
-    "log_y": log_y,
+    "log_x": "x" in log,
+    "log_y": "y" in log,
     "marks": [{"name": name, "at": at, "axis": axis} for name, at, axis in marks],
   }
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedding table as a map: its two widest directions, and each token's neighbours."""
 
-
 import numpy as np
 
 from flaxlm.decoding.runs import Run
@@ -105,4 +104,4 @@ def sort_of(tokenizer: AnyTokenizer, id_: int) -> str:
     return "number"
   if not any(character.isalpha() for character in word):
     return "punctuation"
-  return "word's beginning" if text[0].isspace() else "inside of a word"
+  return "word after a blank" if text[0].isspace() else "word without a blank"

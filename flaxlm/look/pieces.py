@@ -100,7 +100,13 @@ def make_reading(
     if len(ids) > most:
       limit = f"model.context={most}" if most == cfg.context else f"--max-tokens {most}"
       cuts.append(f"The {what} has {len(ids)} tokens, of which the first {most}: {limit}.")
-    return ids[:most]
+    ids = ids[:most]
+    if cfg.vocab_size is not None and max(ids) >= cfg.vocab_size:
+      raise ConfigError(
+        f"the {what} has the id {max(ids)}, the model ids below {cfg.vocab_size}",
+        "the tokenizer knows more than the model: choose another text",
+      )
+    return ids
 
   ids = source_ids = None
   if source is not None:

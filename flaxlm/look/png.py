@@ -2,6 +2,7 @@
 """The same pictures as still images, drawn by matplotlib (the extra `look`)."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from flaxlm.look.page import View
 
 MOST_NAMED = 40  # tokens whose names fit along a map
 MOST_HEADS = 16  # of a row and of a column of small maps
-WRAP = 92  # characters of a line of tokens
+WRAP = 118  # characters of a line of tokens
+MOST_LETTERS = 40  # of a token
 
 
 def draw(view: View, path: Path) -> None:
@@ -19,12 +21,13 @@ def draw(view: View, path: Path) -> None:
   import matplotlib.style
   from matplotlib.figure import Figure
 
-  with matplotlib.style.context("default"):  # not what the user's matplotlibrc says
+  # Not what the user's matplotlibrc says; and a token may spell $x$.
+  styles = ["default", {"text.parse_math": view.kind in ("positions", "run")}]
+  with matplotlib.style.context(styles), warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # drawn as a box
     figure = Figure(layout="constrained", dpi=120)
     DRAW[view.kind](figure, view)
-    title = figure.suptitle(view.title, fontsize=13)
-    for text in [title, *figure.findobj(lambda artist: hasattr(artist, "set_parse_math"))]:
-      text.set_parse_math(False)  # a token may spell $x$
+    figure.suptitle(view.title, fontsize=13, parse_math=False)
     figure.savefig(path)
 
 
@@ -77,7 +80,7 @@ def draw_embeddings(figure: Any, view: View) -> None:
     cell = tuple((np.array([16, 40]) * (point - low) / span).astype(int).tolist())
     if cell not in taken:  # names where there is room for them
       taken.add(cell)
-      ax.annotate(token["label"], point, fontsize=7, family="monospace")
+      ax.annotate(token["label"][:16], point, fontsize=7, family="monospace")
   x, y = view.figures["explained"]
   ax.set_xlabel(f"{x:.1%} of the variance")
   ax.set_ylabel(f"{y:.1%}")
@@ -90,7 +93,7 @@ def draw_tokens(figure: Any, view: View) -> None:
   lines: list[list[tuple[int, dict[str, Any]]]] = [[]]
   at = 0
   for token in view.figures["tokens"]:
-    size = len(token["label"]) + 1
+    size = min(MOST_LETTERS, len(token["label"])) + 2
     if at + size > WRAP and lines[-1]:
       lines.append([])
       at = 0
@@ -121,7 +124,7 @@ def draw_tokens(figure: Any, view: View) -> None:
       text = dict(family="monospace", fontsize=9, transform=figure.transFigure)
       x = 0.03 + 0.94 * at / WRAP
       figure.text(
-        *(x, y, token["label"]),
+        *(x, y, token["label"][:MOST_LETTERS]),
         color="white" if share > 0.55 else "black",
         bbox=dict(facecolor=colours(0.9 * share), edgecolor="0.85", pad=1.5),
         **text,

@@ -27,6 +27,8 @@ from flaxlm.nn.positions import (
 
 MOST_ROWS = 256  # positions of a heat map
 MOST_POINTS = 512  # distances of a curve
+MOST_CURVES = 16  # heads of one chart; of more a heat map is made
+TURNED, UNSTRETCHED = "as the model turns", "before stretching"
 
 SAYS = {
   "rope": "Queries and keys are turned, pair of dims by pair, by an angle that grows with "
@@ -101,78 +103,69 @@ def spread(most: int) -> np.ndarray:
 
 def add_rope(cfg: ModelConfig, kind: str, charts: list[dict[str, Any]]) -> dict[str, Any]:
   """The speed of each pair, what is turned where, and how a score fades."""
-  assert cfg.head_dim is not None
   rope, local = cfg.rope, kind == "L"
   own_theta = local and rope.local_theta is not None
   theta = rope.local_theta if own_theta else rope.theta
-  assert theta is not None
+  assert theta is not None and cfg.head_dim is not None
+  head_dim = cfg.head_dim
   stretched = rope.scaling != "none" and not own_theta
-  of_kind = (
-    f" of {'local' if local else 'global'} layers" if len(set(cfg.period)) > 1 else ""
-  )
-  cos_sin = lambda positions: rotation(
-    jnp.asarray(positions)[None], cfg.head_dim, rope, local
-  )
+  which = ""
+  if len(set(cfg.period)) > 1:
+    which = " (local layers)" if local else " (global layers)"
+  cos_sin = lambda at: rotation(jnp.asarray(at)[None], head_dim, rope, local)
 
-  # The angle at position 1 is the speed; the model's own function says it, in radians.
-  cos_P, sin_P = (np.asarray(part)[0, 0] for part in cos_sin(np.array([1])))
-  speeds = np.arctan2(sin_P, cos_P).astype(np.float64)
-  num_dims = 2 * len(speeds)
-  if not num_dims:
-    return {"theta": theta, "rotated_dims": 0}
-  plain = np.array(inverse_wavelengths(num_dims, theta))
-  wavelengths = 2 * np.pi / np.maximum(speeds, 1e-300)
-  series = [{"name": "as the model turns", "x": [*range(len(speeds))], "y": wavelengths}]
+  # The angle at position 1 is the speed, in radians, as the model's own function has it.
+  cos_P, sin_P = (np.asarray(part)[0, 0] for part in cos_sin([1]))
+  speeds_P = np.arctan2(sin_P, cos_P).astype(np.float64)
+  pairs = [*range(len(speeds_P))]
+  figures = {"theta": theta, "head_dim": head_dim, "rotated_dims": 2 * len(pairs)}
+  if not pairs:
+    return figures
+  wavelengths_P = 2 * np.pi / np.maximum(speeds_P, 1e-300)
+  plain_P = np.array(inverse_wavelengths(2 * len(pairs), theta))
+  turns = [{"name": TURNED, "x": pairs, "y": wavelengths_P}]
+  positions_T = shown(min(cfg.context, 4 * MOST_ROWS), MOST_ROWS)
+  cosines_TP = np.asarray(cos_sin(positions_T)[0])[0]
+  distances_T = spread(cfg.context - 1)
+  at = distances_T.tolist()
+  scores_T = fade(cos_sin(distances_T), cos_sin([0]))
+  scores = [{"name": TURNED, "x": at, "y": scores_T}]
+  marks = []
   if stretched:
-    before = 2 * np.pi / plain
-    series.append({"name": "before stretching", "x": [*range(len(plain))], "y": before})
-  charts.append(
+    turns.append({"name": UNSTRETCHED, "x": pairs, "y": 2 * np.pi / plain_P})
+    angles_TP = distances_T[:, None] * plain_P
+    before_T = fade((np.cos(angles_TP)[None], np.sin(angles_TP)[None]), cos_sin([0]))
+    scores.append({"name": UNSTRETCHED, "x": at, "y": before_T})
+    marks = [("original context", float(rope.original_context or 0), "x")]
+  charts += [
     line_chart(
-      f"Tokens for one whole turn, by pair of dims{of_kind}",
-      series,
+      f"Tokens for one whole turn, by pair of dims{which}",
+      turns,
       ("pair of dims", "tokens"),
-      log_y=True,
+      log="y",
       marks=[("context", float(cfg.context), "y")],
       says="The first pairs turn within a few tokens and tell neighbours apart; those "
       "that take longer than the context never come round, and tell far from near.",
-    )
-  )
-  positions = shown(min(cfg.context, 4 * MOST_ROWS), MOST_ROWS)
-  cos_TP = np.asarray(cos_sin(positions)[0])[0]
-  charts.append(
+    ),
     heat_map(
-      f"The cosine of each pair's angle{of_kind}",
-      cos_TP.T,
-      (("position", positions.tolist()), ("pair of dims", [*range(len(speeds))])),
-    )
-  )
-  distances = spread(cfg.context - 1)
-  series = [{"name": "as the model turns", "x": distances.tolist()}]
-  series[0]["y"] = fade(cos_sin(distances), cos_sin(np.array([0])))
-  if stretched:
-    angles = distances[:, None] * plain
-    unscaled = (np.cos(angles)[None], np.sin(angles)[None])
-    series.append({"name": "before stretching", "x": distances.tolist()})
-    series[1]["y"] = fade(unscaled, cos_sin(np.array([0])))
-  original = rope.original_context if stretched else None
-  charts.append(
+      f"The cosine of each pair's angle{which}",
+      cosines_TP.T,
+      (("position", positions_T.tolist()), ("pair of dims", pairs)),
+    ),
     line_chart(
-      f"Score of equal queries and keys, by distance{of_kind}",
-      series,
+      f"Score of equal queries and keys, by distance{which}",
+      scores,
       ("distance in tokens", "score / score at distance 0"),
-      log_x=True,
-      marks=[("original context", float(original), "x")] if original else [],
+      log="x",
+      marks=marks,
       says="Query and key are the same vector of ones before they are turned.",
-    )
-  )
-  return {
-    "theta": theta,
+    ),
+  ]
+  return figures | {
     "scaling": rope.scaling if stretched else "none",
-    "rotated_dims": num_dims,
-    "head_dim": cfg.head_dim,
-    "wavelengths": wavelengths.tolist(),
-    "distances": distances.tolist(),
-    "scores": np.asarray(series[0]["y"]).tolist(),
+    "wavelengths": wavelengths_P.tolist(),
+    "distances": at,
+    "scores": scores_T.tolist(),
   }
 
 
@@ -212,7 +205,7 @@ def add_vectors(
   positions: np.ndarray, table_TD: np.ndarray, stack: str, charts: list[dict[str, Any]]
 ) -> dict[str, Any]:
   """The table, and how alike the vectors of two positions are."""
-  of_stack = f" of the {stack}" if stack else ""
+  of_stack = f" ({stack})" if stack else ""
   at = positions.tolist()
   dims = shown(table_TD.shape[1], 2 * MOST_ROWS)
   charts.append(
@@ -254,14 +247,15 @@ def add_vectors(
 
 def add_alibi(cfg: ModelConfig, charts: list[dict[str, Any]]) -> dict[str, Any]:
   causal = cfg.family != "encoder"
-  keys = spread(cfg.context - 1)
-  most = int(keys[-1])
+  distances = spread(cfg.context - 1)
+  last = cfg.context - 1
   # The last query of the context, and the keys at these distances before it.
-  bias_NS = np.asarray(alibi_bias(jnp.array([[most]]), most + 1, cfg.num_heads, causal))
-  bias_NS = bias_NS[0, :, 0, most - keys]
-  slopes = np.asarray(alibi_slopes(cfg.num_heads)).tolist()
-  charts.append(bias_chart("The bias of each head, by distance", keys, bias_NS.T))
-  return {"slopes": slopes, "distances": keys.tolist(), "bias": bias_NS.T.tolist()}
+  bias_1N1S = np.asarray(alibi_bias(jnp.array([[last]]), last + 1, cfg.num_heads, causal))
+  bias_NS = bias_1N1S[0, :, 0][:, last - distances]
+  charts.append(
+    bias_chart("The bias of each head, by distance", distances, bias_NS, "distance")
+  )
+  return {"slopes": np.asarray(alibi_slopes(cfg.num_heads)).tolist()}
 
 
 def relative_tables(cfg: ModelConfig, params: Any | None) -> list[tuple[str, np.ndarray]]:
@@ -281,25 +275,28 @@ def add_relative(
       jnp.asarray(distances), cfg.relative_buckets, cfg.relative_distance, causal
     )
   )
-  of_stack = f" of the {stack}" if stack else ""
-  bias_NS = table[buckets].T
-  charts.append(
-    bias_chart(f"The bias of each head{of_stack}, by key - query", distances, bias_NS)
-  )
-  charts.append(
+  of_stack = f" ({stack})" if stack else ""
+  apart = "key - query"
+  charts += [
+    bias_chart(f"The bias of each head{of_stack}", distances, table[buckets].T, apart),
     line_chart(
       f"The bucket of each distance{of_stack}",
       [{"name": "bucket", "x": distances.tolist(), "y": buckets.tolist()}],
-      ("key - query, in tokens", "bucket"),
+      (f"{apart}, in tokens", "bucket"),
       says=f"From {cfg.relative_distance} tokens on all distances are one.",
-    )
-  )
-  return {"distances": distances.tolist(), "bias": bias_NS.tolist()}
-
-
-def bias_chart(title: str, distances: np.ndarray, bias_NS: np.ndarray) -> dict[str, Any]:
-  series = [
-    {"name": f"head {n}", "x": distances.tolist(), "y": bias_S}
-    for n, bias_S in enumerate(bias_NS)
+    ),
   ]
-  return line_chart(title, series, ("distance in tokens", "added to the score"))
+  return {"bias_of_buckets": table.tolist()}
+
+
+def bias_chart(
+  title: str, distances: np.ndarray, bias_NS: np.ndarray, apart: str
+) -> dict[str, Any]:
+  """Added to the scores by each head: curves, or a map if the heads are many."""
+  label, at = f"{apart}, in tokens", distances.tolist()
+  if len(bias_NS) > MOST_CURVES:
+    return heat_map(title, bias_NS, ((label, at), ("head", [*range(len(bias_NS))])))
+  series = [
+    {"name": f"head {n}", "x": at, "y": of_head} for n, of_head in enumerate(bias_NS)
+  ]
+  return line_chart(title, series, (label, "added to the score"))

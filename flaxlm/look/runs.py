@@ -15,18 +15,17 @@ from flaxlm.look.charts import line_chart
 from flaxlm.look.page import View
 from flaxlm.training.reporting import LOG, METRICS
 
-# (title, y label, {metric: name}, log y at first). What is not here is drawn after these.
-CHARTS: list[tuple[str, str, dict[str, str], bool]] = [
-  ("Loss", "nats per token", {"train/loss": "training", "eval/loss": "held out"}, False),
+# (title, y label, {metric: name}). What is not here is drawn after these.
+CHARTS = [
+  ("Loss", "nats per token", {"train/loss": "training", "eval/loss": "held out"}),
   (
     "Bits per byte",
     "bits",
     {"eval/bits_per_byte": "held out", "eval/gzip_bits_per_byte": "gzip -9"},
-    False,
   ),
-  ("Learning rate", "", {"train/learning_rate": "learning rate"}, False),
-  ("Speed", "tokens per second", {"perf/tokens_per_sec": "tokens/s"}, False),
-  ("Gradient norm", "", {"train/gradient_norm": "gradient norm"}, False),
+  ("Learning rate", "", {"train/learning_rate": "learning rate"}),
+  ("Speed", "tokens per second", {"perf/tokens_per_sec": "tokens/s"}),
+  ("Gradient norm", "", {"train/gradient_norm": "gradient norm"}),
 ]
 UNDRAWN = {"train/tokens"}
 LOG_LINES = 40
@@ -40,7 +39,7 @@ def look_run(path: Path) -> View:
     raise CheckpointError(f"{path} has no metrics yet", "train it first")
   charts = []
   drawn = set(UNDRAWN)
-  for title, label, names, log in CHARTS:
+  for title, label, names in CHARTS:
     drawn |= set(names)
     series = [
       {"name": names[name], "x": curves[name][0], "y": curves[name][1]}
@@ -48,7 +47,7 @@ def look_run(path: Path) -> View:
       if name in curves
     ]
     if series:
-      charts.append(line_chart(title, series, ("step", label), log_y=log))
+      charts.append(line_chart(title, series, ("step", label)))
   for name in sorted(set(curves) - drawn):
     steps, values = curves[name]
     series = [{"name": name, "x": steps, "y": values}]

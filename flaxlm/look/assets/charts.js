@@ -215,9 +215,10 @@ async function heatMap(chart) {
 async function addCharts(charts, page) {
   const box = el("div", { class: "charts" });
   page.append(box);
+  const made = [];
   for (const chart of charts) {
-    const made = chart.form === "lines" ? lineChart(chart) : await heatMap(chart);
-    box.append(made.section);
-    drawn(made.draw);
+    made.push(chart.form === "lines" ? lineChart(chart) : await heatMap(chart));
+    box.append(made.at(-1).section);
   }
+  made.forEach((one) => drawn(one.draw)); // when all have their places, and so their widths
 }
