@@ -84,8 +84,11 @@ def nearest(table_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     cosines_RN = units_ND[rows] @ units_ND.T
     own = np.arange(len(cosines_RN))
     cosines_RN[own, start + own] = -np.inf
-    ids_NC[rows] = np.argsort(-cosines_RN, -1, kind="stable")[:, :count]
-    cosines_NC[rows] = np.take_along_axis(cosines_RN, ids_NC[rows], -1)
+    some_RC = np.argpartition(-cosines_RN, count - 1, -1)[:, :count]
+    of_some_RC = np.take_along_axis(cosines_RN, some_RC, -1)
+    order_RC = np.argsort(-of_some_RC, -1)
+    ids_NC[rows] = np.take_along_axis(some_RC, order_RC, -1)
+    cosines_NC[rows] = np.take_along_axis(of_some_RC, order_RC, -1)
   return ids_NC, cosines_NC
 
 

@@ -128,7 +128,7 @@ def pack(value: Any) -> dict[str, Any]:
     array = np.rint(value.values.astype(np.float64) * 65535).astype("<u2")
   else:
     array = np.asarray(value).astype("<f4")
-  text = base64.b64encode(zlib.compress(array.tobytes(), 9)).decode()
+  text = base64.b64encode(zlib.compress(array.tobytes(), 6)).decode()
   return {"shape": array.shape, "type": array.dtype.name, "deflated": text}
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 from flaxlm.config import Config
 from flaxlm.configfile import difference, knobs
-from flaxlm.decoding.runs import load_config_of
+from flaxlm.decoding.runs import LOG, METRICS, SAMPLE, load_config_of
 from flaxlm.errors import CheckpointError
 from flaxlm.look.charts import line_chart
 from flaxlm.look.page import View
-from flaxlm.training.reporting import LOG, METRICS
 
 # (title, y label, {metric: name}). What is not here is drawn after these.
 CHARTS = [
@@ -28,7 +27,7 @@ CHARTS = [
   ("Gradient norm", "", {"train/gradient_norm": "gradient norm"}),
 ]
 UNDRAWN = {"train/tokens"}
-LOG_LINES = 40
+MOST_LINES = 40
 
 
 def look_run(path: Path) -> View:
@@ -64,7 +63,12 @@ def look_run(path: Path) -> View:
     },
   }
   notes = [f"{path}, step {last_step:,} of {cfg.training.num_steps:,}"]
-  data = {"charts": charts, "config": config_rows(cfg), "log": read_log(path / LOG)}
+  data = {
+    "charts": charts,
+    "sample": "\n".join(last_lines(path / SAMPLE)),
+    "config": config_rows(cfg),
+    "log": last_lines(path / LOG),
+  }
   return View("run", f"The run {cfg.name}", [], notes, figures, data)
 
 
@@ -111,9 +115,9 @@ def config_rows(cfg: Config) -> list[dict[str, Any]]:
   return rows
 
 
-def read_log(path: Path) -> list[str]:
-  """The last lines of the log."""
+def last_lines(path: Path) -> list[str]:
+  """Of a text that the run has written, if it has."""
   try:
-    return path.read_text("utf-8", "replace").splitlines()[-LOG_LINES:]
+    return path.read_text("utf-8", "replace").splitlines()[-MOST_LINES:]
   except OSError:
     return []

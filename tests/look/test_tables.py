@@ -234,6 +234,7 @@ def test_a_runs_curves_are_its_metrics(tmp_path: Path):
   text = "".join(f"{json.dumps(line)}\n" for line in lines)
   (tmp_path / "metrics.jsonl").write_text(text + '{"step": 4, "train/lo')
   (tmp_path / "log.txt").write_text("a line\nthe last </script>\n")
+  (tmp_path / "sample.txt").write_text("def f():\n  pass\n")
   page = page_of(look_run(tmp_path)).view
   charts = {chart["title"]: chart["series"] for chart in page["data"]["charts"]}
   training, held_out = charts["Loss"]
@@ -246,4 +247,5 @@ def test_a_runs_curves_are_its_metrics(tmp_path: Path):
   fields = {row["name"]: row for row in page["data"]["config"]}
   assert fields["seed"]["value"] == "5" and fields["seed"]["changed"]
   assert fields["model.gated"]["value"] == "true" and not fields["model.gated"]["changed"]
+  assert page["data"]["sample"] == "def f():\n  pass"
   assert page["data"]["log"][-1] == "the last </script>"

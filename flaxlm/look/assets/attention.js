@@ -3,7 +3,7 @@ async function drawView(view, page) {
   for (const [number, map] of view.data.maps.entries()) {
     const { shape: [L, N, T, S], values } = await unpack(map.weights);
     const weight = (l, n, t, s) => values[((l * N + n) * T + t) * S + s];
-    maps.push({ ...map, L, N, T, S, weight, perHead: view.figures.maps[number].per_head });
+    maps.push({ ...map, L, N, T, S, values, weight, perHead: view.figures.maps[number].per_head });
   }
   const state = { map: 0, layer: 0, head: 0, token: 0, backwards: false, root: true, looks: null };
   const now = () => maps[state.map];
@@ -30,7 +30,7 @@ async function drawView(view, page) {
         + "Choose one; arrow keys walk." }));
     const grid = el("div", { class: "grid", role: "group", "aria-label": "heads" });
     grid.style.gridTemplateColumns = `repeat(${map.N}, minmax(58px, ${map.N > 6 ? "1fr" : "150px"}))`;
-    const buttons = [];
+    const [buttons, pictures] = [[], []];
     for (let l = 0; l < map.L; l++) {
       for (let n = 0; n < map.N; n++) {
         const canvas = el("canvas", { width: map.S, height: map.T });
@@ -41,6 +41,7 @@ async function drawView(view, page) {
           canvas, `L${map.layers[l]} H${map.heads[n]}`, el("br"), facts.looks_at);
         if (map.layer_kinds[l]) button.title = map.layer_kinds[l];
         buttons.push(button);
+        pictures.push(canvas);
         grid.append(button);
         drawn(() => fill(canvas, l, n));
       }
@@ -120,15 +121,8 @@ async function drawView(view, page) {
       return found.sort((a, b) => b.weight - a.weight);
     }
     function fill(canvas, l, n) {
-      const pen = canvas.getContext("2d");
-      const image = pen.createImageData(map.S, map.T);
-      const shade = shades();
-      for (let t = 0; t < map.T; t++) {
-        for (let s = 0; s < map.S; s++) {
-          image.data.set([...shade(shadeOf(map.weight(l, n, t, s))), 255], 4 * (t * map.S + s));
-        }
-      }
-      pen.putImageData(image, 0, 0);
+      const from = (l * map.N + n) * map.T * map.S;
+      shadePicture(canvas, (i) => shadeOf(map.values[from + i]));
     }
     // The chosen map with its tokens written along the sides, where there is room.
     let frame = { margin: 0, cell: 1 };
@@ -140,13 +134,8 @@ async function drawView(view, page) {
       if (!named) { margin = 0; cell = width / map.S; }
       const { pen } = canvasOf(big, margin + map.T * cell);
       frame = { margin, cell };
-      const shade = shades();
-      for (let t = 0; t < map.T; t++) {
-        for (let s = 0; s < map.S; s++) {
-          pen.fillStyle = `rgb(${shade(shadeOf(map.weight(state.layer, state.head, t, s)))})`;
-          pen.fillRect(margin + s * cell, margin + t * cell, cell + 0.3, cell + 0.3);
-        }
-      }
+      pen.imageSmoothingEnabled = false;
+      pen.drawImage(pictures[state.layer * map.N + state.head], margin, margin, map.S * cell, map.T * cell);
       const looks = state.looks ?? { token: state.token, backwards: !cross && state.backwards };
       pen.strokeStyle = css("--accent");
       pen.lineWidth = 1.5;

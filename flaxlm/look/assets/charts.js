@@ -183,11 +183,7 @@ async function heatMap(chart) {
     const width = canvas.clientWidth;
     canvas.style.height = `${Math.max(120, Math.min(square ? width : 420, square ? 480 : 420))}px`;
     if (square) canvas.style.maxWidth = "480px";
-    const pen = canvas.getContext("2d");
-    const image = pen.createImageData(columns, rows);
-    const shade = shades();
-    values.forEach((v, i) => image.data.set([...shade(v / most), 255], 4 * i));
-    pen.putImageData(image, 0, 0);
+    shadePicture(canvas, (i) => values[i] / most);
   }
   const at = { row: 0, column: 0 };
   const tell = () => {

@@ -38,6 +38,7 @@ function show(x, digits = 3) {
 }
 
 function percent(x) {
+  if (x === 0) return "0";
   return x < 0.00095 ? "<0.1%" : `${(100 * x).toFixed(x < 0.0995 ? 1 : 0)}%`;
 }
 
@@ -72,6 +73,21 @@ function shades() { // 0..1 to a colour; below 0 another hue
     const share = Math.min(1, Math.abs(x));
     return low.map((c, i) => Math.round(c + share * (end[i] - c)));
   };
+}
+
+function shadePicture(canvas, shadeAt) { // a pixel a cell, of numbers from -1 to 1
+  const pen = canvas.getContext("2d");
+  const image = pen.createImageData(canvas.width, canvas.height);
+  const shade = shades();
+  const table = Array.from({ length: 511 }, (_, i) => shade((i - 255) / 255));
+  for (let i = 0; i < canvas.width * canvas.height; i++) {
+    const colour = table[Math.round(255 * Math.max(-1, Math.min(1, shadeAt(i)))) + 255];
+    image.data[4 * i] = colour[0];
+    image.data[4 * i + 1] = colour[1];
+    image.data[4 * i + 2] = colour[2];
+    image.data[4 * i + 3] = 255;
+  }
+  pen.putImageData(image, 0, 0);
 }
 
 function paint(element, share) { // a token's background, and ink that can be read on it

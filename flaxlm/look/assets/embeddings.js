@@ -31,7 +31,7 @@ async function drawView(view, page) {
     legend.append(button);
   });
   page.append(legend);
-  const canvas = el("canvas", { class: "wide", tabIndex: 0, role: "img",
+  const canvas = el("canvas", { class: "wide movable", tabIndex: 0, role: "img",
     "aria-label": "map of the tokens; arrow keys move, plus and minus zoom" });
   const [side, found] = [el("div", { class: "panel", "aria-live": "polite" }), el("div", { class: "strip" })];
   page.append(found, canvas, el("p", { class: "note",
@@ -42,7 +42,7 @@ async function drawView(view, page) {
   const toScreen = (n) => [size.width / 2 + (px[n] - state.x) * unit(), size.height / 2 - (py[n] - state.y) * unit()];
   const inside = ([x, y]) => x > -20 && y > -20 && x < size.width + 20 && y < size.height + 20;
   function draw() {
-    const made = canvasOf(canvas, Math.max(320, Math.min(620, innerHeight * 0.7)));
+    const made = canvasOf(canvas, Math.max(320, Math.min(620, innerHeight * 0.7, canvas.clientWidth)));
     size = made;
     const { pen } = made;
     pen.fillStyle = css("--panel");

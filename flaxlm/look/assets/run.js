@@ -12,6 +12,9 @@ async function drawView(view, page) {
   page.append(figures);
   await addCharts(view.data.charts, page);
 
+  if (view.data.sample) {
+    page.append(el("h2", { textContent: "What it wrote when training ended" }), el("pre", { textContent: view.data.sample }));
+  }
   page.append(el("h2", { textContent: "Config" }));
   const changedOnly = el("input", { type: "checkbox" });
   const search = el("input", { type: "search", placeholder: "find a field", "aria-label": "find a field" });
