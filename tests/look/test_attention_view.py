@@ -76,7 +76,7 @@ def test_a_layer_and_a_head_are_those_of_the_whole():
 
 
 def test_without_a_text_an_encoder_decoder_answers():
-  run = make_run("encoder_decoder")
+  run = make_run("encoder_decoder", depth=1)
   reading = make_reading(run.model.cfg, run.tokenizer, None, "to read", 12)
   view = look_attention(run, reading, 12)
   assert "own answer" in view.cuts[-1]
