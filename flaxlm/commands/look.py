@@ -46,7 +46,7 @@ def add_look(commands: Any) -> None:
   add_run(tokens)
   add_text(tokens, 1024)
 
-  add_run(add("run", "a run's curves and config", run_run))
+  add_path(add("run", "a run's curves and config", run_run))
 
 
 def add_subject(subjects: Any, name: str, text: str, run: Any) -> Any:
@@ -57,9 +57,13 @@ def add_subject(subjects: Any, name: str, text: str, run: Any) -> Any:
   return parser
 
 
-def add_run(parser: Any) -> None:
+def add_path(parser: Any) -> None:
   parser.add_argument("path", nargs="?", metavar="RUN", help="default: the newest run")
   parser.add_argument("--runs-dir", default="runs")
+
+
+def add_run(parser: Any) -> None:
+  add_path(parser)
   add_devices(parser)
 
 
@@ -110,7 +114,8 @@ def run_positions(args: argparse.Namespace, arguments: list[str]) -> int:
     view = look_positions(cfg.model, str(cfg.name), f"config {cfg.name}")
     return finish(args, view, None, f"{cfg.name}_positions.html")
   if arguments[1:]:
-    raise ConfigError(f"{named} is a run: its config stands", f"leave out {arguments[1]}")
+    cure = f"leave out {arguments[1]}, or name the config's file, as configs/NAME.py"
+    raise ConfigError(f"{named} is a run: its config stands", cure)
   args.path = named
   path = find(args)
   model_cfg = load_config_of(path).model
