@@ -18,7 +18,14 @@ import tokenizers
 
 from flaxlm.config import TokenizerConfig
 from flaxlm.errors import DataError
-from flaxlm.tokenizers import MASK, MAX_FILE_BYTES, Role, Tokenizer, _rust_errors
+from flaxlm.tokenizers import (
+  MASK,
+  MAX_FILE_BYTES,
+  Role,
+  Tokenizer,
+  _byte_alphabet,
+  _rust_errors,
+)
 
 SPECIALS = "special_tokens.json"
 # Text before the first piece of a stream: alone, many decoders drop a piece's first blank.
@@ -119,14 +126,33 @@ class ForeignTokenizer:
 
     Exact for byte-level and SentencePiece vocabularies; of others, blanks do not count.
     """
-    sizes = np.zeros(self.vocab_size, np.int32)
+    return np.array([len(piece) for piece in self._pieces], np.int32)
+
+  def bytes_of(self, token_id: int) -> bytes:
+    """The bytes of text that an id stands for, as `token_bytes` counts them."""
+    return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else b""
+
+  def name_of(self, token_id: int) -> str | None:
+    """What the vocabulary calls an id; None where it leaves a gap."""
+    return self._backend.id_to_token(token_id)
+
+  @functools.cached_property
+  def _pieces(self) -> list[bytes]:
+    """The bytes that each id stands for."""
+    pieces = [b""] * self.vocab_size
     byte_level = "ByteLevel" in str(self._backend.decoder)
+    byte_of = {character: byte for byte, character in enumerate(_byte_alphabet())}
     for token, token_id in self._backend.get_vocab(with_added_tokens=True).items():
-      one = byte_level or re.fullmatch("<0x[0-9A-F]{2}>", token)
-      text = token.removeprefix("##").replace("\u2581", " ")
-      sizes[token_id] = (len(token) if byte_level else 1) if one else len(text.encode())
-    sizes[[i for i in self.special_ids if i < self.vocab_size]] = 0
-    return sizes
+      if byte_level and all(character in byte_of for character in token):
+        pieces[token_id] = bytes(byte_of[character] for character in token)
+      elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+        pieces[token_id] = bytes.fromhex(token[3:5])
+      else:
+        pieces[token_id] = token.removeprefix("##").replace("\u2581", " ").encode()
+    for token_id in self.special_ids:
+      if token_id < self.vocab_size:
+        pieces[token_id] = b""
+    return pieces
 
   def to_json(self) -> str:
     """What stands in its tokenizer.json."""

@@ -136,7 +136,7 @@ class Tokenizer:
 
     Specials have no text, nor have ids past the vocabulary (of a padded embedding).
     """
-    return b"".join(map(self._bytes_of, ids)).decode("utf-8", "replace")
+    return b"".join(map(self.bytes_of, ids)).decode("utf-8", "replace")
 
   def stream(self) -> "TextStream":
     """A decoder for ids that come one by one."""
@@ -171,8 +171,13 @@ class Tokenizer:
     except DataError as e:
       raise DataError(f"{path}: {e.cause}", e.cure) from e
 
-  def _bytes_of(self, token_id: int) -> bytes:
+  def bytes_of(self, token_id: int) -> bytes:
+    """The bytes of text that an id stands for; none for specials, and past the last id."""
     return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else b""
+
+  def name_of(self, token_id: int) -> str | None:
+    """What the vocabulary calls an id; None past the last id."""
+    return self._backend.id_to_token(token_id)
 
   @functools.cached_property
   def _pieces(self) -> list[bytes]:
@@ -190,7 +195,7 @@ class TextStream:
   """Ids in, whole characters out, which add up to `decode`'s text."""
 
   def __init__(self, tokenizer: Tokenizer):
-    self._bytes_of = tokenizer._bytes_of
+    self._bytes_of = tokenizer.bytes_of
     self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
   def push(self, token_id: int) -> str:

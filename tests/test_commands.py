@@ -67,7 +67,7 @@ def test_train_infer_eval_ckpt(flaxlm, corpus, tmp_path):
   )
   folder = tmp_path / "runs" / "stdlib_tiny"
   left = {path.name for path in folder.iterdir()}
-  assert {"config.json", "tokenizer.json", "checkpoints", "log.txt"} <= left
+  assert {"config.json", "tokenizer.json", "checkpoints", "log.txt", "sample.txt"} <= left
   assert list(folder.glob("events.out.tfevents.*"))
 
   run = flaxlm(

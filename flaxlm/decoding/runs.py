@@ -16,6 +16,7 @@ from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import abstract_params, build_model
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
+METRICS, LOG, SAMPLE = "metrics.jsonl", "log.txt", "sample.txt"
 
 
 class Run(NamedTuple):

@@ -29,7 +29,7 @@ from flaxlm.data.prepare import Prepared, prepare
 from flaxlm.data.sources import data_dir
 from flaxlm.decoding.completions import complete, search
 from flaxlm.decoding.encoding import fill_masks
-from flaxlm.decoding.runs import CHECKPOINTS, CONFIG, TOKENIZER, Run, load_config_of
+from flaxlm.decoding.runs import CHECKPOINTS, CONFIG, SAMPLE, TOKENIZER, Run, load_config_of
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.errors import (
   INTERRUPTED,
@@ -446,6 +446,7 @@ def show_sample(run: Run, reporter: Reporter) -> None:
   reporter.end_progress()
   reporter.log("a sample:")
   print(text, flush=True)
+  (run.path / SAMPLE).write_text(f"{text}\n", "utf-8")
   tries.append(f"python train.py --name=longer --training.num_steps={2 * run.step}")
   tries.append(f"tensorboard --logdir {run.cfg.runs_dir}   (pip install tensorboard)")
   reporter.log("next, try:\n" + "\n".join(f"  {line}" for line in tries))

@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flaxlm.checkpoint.manifest import write_atomically
-
-METRICS, LOG = "metrics.jsonl", "log.txt"
+from flaxlm.decoding.runs import LOG, METRICS
 
 
 class Reporter:

@@ -91,7 +91,12 @@ def test_any_ids_stream_to_what_they_decode_to(ids: list[int]):
 def test_bytes_of_tokens_add_up_to_the_text(kind: str):
   tokenizer = opened(kind)
   for text in ("the cat sat", "théâtre ☕ 漢字"):
-    sizes = tokenizer.token_bytes()[tokenizer.encode(text)]
+    ids = tokenizer.encode(text)
+    sizes = tokenizer.token_bytes()[ids]
+    assert [len(tokenizer.bytes_of(i)) for i in ids] == sizes.tolist()
+    if kind != "t5":
+      assert b"".join(map(tokenizer.bytes_of, ids)).decode().lstrip() == text
+    assert all(tokenizer.name_of(i) for i in ids)
     added = 0 if kind == "gpt2" else 1  # the blank before the first word
     if kind != "t5" or text.isascii():  # what T5 does not know, it forgets
       assert sizes.sum() == len(text.encode()) + added

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`flaxlm look`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from flaxlm.commands.parsing import (
+  Parser,
+  add_devices,
+  open_run,
+  read_config,
+  read_text,
+)
+from flaxlm.errors import ConfigError
+
+
+def add_look(commands: Any) -> None:
+  parser = commands.add_parser("look", help="pictures of a model's parts, as pages or PNGs")
+  subjects = parser.add_subparsers(
+    dest="subject", required=True, metavar="SUBJECT", parser_class=Parser
+  )
+  add = lambda name, text, run: add_subject(subjects, name, text, run)
+
+  attention = add("attention", "what each head of each layer attends to", run_attention)
+  add_run(attention)
+  add_text(attention, 256)
+  attention.add_argument("--layer", type=int, help="only this one, from 0 on")
+  attention.add_argument("--head", type=int, help="only this one of each layer")
+
+  embeddings = add("embeddings", "the embedding table as a map", run_embeddings)
+  add_run(embeddings)
+  embeddings.add_argument("--tokens", type=int, metavar="N", help="ids (default: 4096)")
+
+  positions = add("positions", "what the model's positions do", run_positions)
+  positions.usage = (
+    "flaxlm look positions [RUN | CONFIG [--section.field=value ...]] [options]"
+  )
+  positions.add_argument("--runs-dir", default="runs")
+  add_devices(positions)
+  positions.set_defaults(takes_overrides=True)
+
+  tokens = add("tokens", "a text in tokens, and how likely each was", run_tokens)
+  add_run(tokens)
+  add_text(tokens, 1024)
+
+  add_path(add("run", "a run's curves and config", run_run))
+
+
+def add_subject(subjects: Any, name: str, text: str, run: Any) -> Any:
+  parser = subjects.add_parser(name, help=text, description=text)
+  parser.add_argument("--output", help="a .html or .png; default: look/ in the run")
+  parser.add_argument("--json", action="store_true", help="print the figures too")
+  parser.set_defaults(run=run)
+  return parser
+
+
+def add_path(parser: Any) -> None:
+  parser.add_argument("path", nargs="?", metavar="RUN", help="default: the newest run")
+  parser.add_argument("--runs-dir", default="runs")
+
+
+def add_run(parser: Any) -> None:
+  add_path(parser)
+  add_devices(parser)
+
+
+def add_text(parser: Any, most: int) -> None:
+  parser.add_argument("--text", help="what the model reads (encoder_decoder: writes)")
+  parser.add_argument("--text-file", help="a file with it, or - for stdin")
+  parser.add_argument("--source", help="encoder_decoder: what it reads")
+  parser.add_argument(
+    "--max-tokens", type=int, default=most, help=f"the text is cut there (default: {most})"
+  )
+
+
+def run_attention(args: argparse.Namespace, _: list[str]) -> int:
+  from flaxlm.look.attention import check_attention, look_attention
+
+  path, reading = open_text(args, lambda cfg: check_attention(cfg, args.layer, args.head))
+  run = open_run(args)
+  view = look_attention(run, reading, args.max_tokens, args.layer, args.head)
+  return finish(args, view, path)
+
+
+def run_tokens(args: argparse.Namespace, _: list[str]) -> int:
+  from flaxlm.look.tokens import look_tokens
+
+  path, reading = open_text(args, lambda cfg: None)
+  return finish(args, look_tokens(open_run(args), reading, args.max_tokens), path)
+
+
+def run_embeddings(args: argparse.Namespace, _: list[str]) -> int:
+  from flaxlm.look.embeddings import look_embeddings
+
+  if args.tokens is not None and args.tokens < 2:
+    raise ConfigError(f"tokens is {args.tokens}", "it is at least 2")
+  path = find(args)
+  return finish(args, look_embeddings(open_run(args), args.tokens), path)
+
+
+def run_positions(args: argparse.Namespace, arguments: list[str]) -> int:
+  from flaxlm.decoding.runs import CONFIG, load_config_of
+  from flaxlm.look.positions import check_positions, look_positions
+
+  named = arguments[0] if arguments and not arguments[0].startswith("--") else None
+  candidates = [Path(named), Path(args.runs_dir) / named] if named else []
+  of_run = named is None and not arguments
+  if not of_run and not any((path / CONFIG).is_file() for path in candidates):
+    check_output(args)
+    cfg = read_config(arguments)
+    view = look_positions(cfg.model, str(cfg.name), f"config {cfg.name}")
+    return finish(args, view, None, f"{cfg.name}_positions.html")
+  if arguments[1:]:
+    cure = f"leave out {arguments[1]}, or name the config's file, as configs/NAME.py"
+    raise ConfigError(f"{named} is a run: its config stands", cure)
+  args.path = named
+  path = find(args)
+  model_cfg = load_config_of(path).model
+  check_positions(model_cfg)
+  params = None
+  if model_cfg.positions in ("learned", "relative"):
+    params = open_run(args, needs_text=False).params
+  view = look_positions(model_cfg, path.name, str(path), params)
+  return finish(args, view, path)
+
+
+def run_run(args: argparse.Namespace, _: list[str]) -> int:
+  from flaxlm.look.runs import look_run
+
+  path = find(args)
+  return finish(args, look_run(path), path)
+
+
+def find(args: argparse.Namespace) -> Path:
+  """The run's directory, once it is known that the picture can be written."""
+  from flaxlm.decoding.runs import find_run
+
+  check_output(args)
+  return find_run(args.path, args.runs_dir)
+
+
+def open_text(args: argparse.Namespace, check: Any) -> tuple[Path, Any]:
+  """The run's directory, and the text as its family reads it.
+
+  What is wrong with the arguments shows here, before the checkpoint is read.
+  """
+  from flaxlm.decoding.runs import TOKENIZER, load_config_of
+  from flaxlm.foreign_tokenizers import load_tokenizer
+  from flaxlm.look.pieces import make_reading
+
+  if args.max_tokens < 2:
+    raise ConfigError(f"max-tokens is {args.max_tokens}", "it is at least 2")
+  if args.text is not None and args.text_file is not None:
+    raise ConfigError("--text and --text-file", "give one of them")
+  path = find(args)
+  cfg = load_config_of(path)
+  check(cfg.model.resolve())
+  text = read_text(args.text_file) if args.text_file else args.text
+  tokenizer = load_tokenizer(path / TOKENIZER)
+  reading = make_reading(cfg.model, tokenizer, text, args.source, args.max_tokens)
+  args.path = str(path)  # the newest run, if none was named, stays the one
+  return path, reading
+
+
+def check_output(args: argparse.Namespace) -> None:
+  from flaxlm.look import page
+
+  if args.output is not None:
+    page.check_output(Path(args.output))
+
+
+def finish(args: argparse.Namespace, view: Any, path: Path | None, name: str = "") -> int:
+  """Writes the picture, and says where; the figures go to stdout if asked for."""
+  from flaxlm.look.page import save_view
+
+  where = path / "look" / f"{args.subject}.html" if path is not None else Path(name)
+  where = Path(args.output) if args.output is not None else where
+  size = save_view(view, where)
+  for cut in view.cuts:
+    print(cut, file=sys.stderr)
+  if args.json:
+    figures = {"output": str(where), "bytes": size, **view.figures}
+    print(json.dumps(figures, allow_nan=False))
+  else:
+    print(f"{where} ({size / 1e3:,.0f} kB)")
+  return 0

@@ -1,0 +1,3 @@
+async function drawView(view, page) {
+  await addCharts(view.data.charts, page);
+}

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each head of each layer attends to, and what tells the heads apart."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxlm.config import ModelConfig
+from flaxlm.decoding.runs import Run
+from flaxlm.errors import ConfigError
+from flaxlm.look.page import Shares, View
+from flaxlm.look.pieces import Reading, apply_to_row, complete_reading, describe
+from flaxlm.nn.base import LanguageModel
+
+MOST_TOKENS = 256
+MOST_WEIGHTS = 1 << 25  # two bytes each, before they are deflated: 67 MB
+# From which share of its weight on a head is said to look at one thing, mostly or partly,
+# and how much of the entropy of an even spread counts as even.
+MOSTLY, PARTLY, EVENLY = 0.5, 0.25, 0.9
+
+TITLES = {
+  "self": "self-attention",
+  "cross": "cross-attention",
+  "encoder_self": "self-attention of the encoder",
+}
+
+
+def check_attention(cfg: ModelConfig, layer: int | None, head: int | None) -> None:
+  """Raises `ConfigError` if the model has no such layer or head, or no attention."""
+  if cfg.family == "rnn":
+    raise ConfigError(
+      "model.family=rnn has no attention: what it has read is one state",
+      "look at a decoder, encoder or encoder_decoder; look tokens takes an rnn",
+    )
+  depth = max(cfg.depth, (cfg.encoder_depth or 0) if cfg.family == "encoder_decoder" else 0)
+  for name, value, count in (("layer", layer, depth), ("head", head, cfg.num_heads)):
+    if value is not None and not 0 <= value < count:
+      raise ConfigError(f"{name} is {value}", f"{name}s are 0 to {count - 1}")
+
+
+def look_attention(
+  run: Run, reading: Reading, most: int, layer: int | None = None, head: int | None = None
+) -> View:
+  """Every head's map for one text, or those of one layer, or one head of each layer."""
+  cfg = run.model.cfg
+  ids, cuts = complete_reading(run, reading, most)
+  check_size(cfg, len(ids), len(reading.source_ids or []), layer, head)
+  captured = apply_to_row(run, capture, ids, reading.source_ids, layer, head)
+  row = describe(run.tokenizer, ids)
+  source = describe(run.tokenizer, reading.source_ids or [])
+  figures, maps = [], []
+  for name in (name for name in TITLES if name in captured and captured[name].size):
+    weights_LNTS = captured[name]
+    L, N = weights_LNTS.shape[:2]
+    layers = [*range(L)] if layer is None else [layer]
+    shown = {
+      "kind": name,
+      "layers": layers,
+      "heads": [*range(N)] if head is None else [head],
+      "causal": name == "self" and cfg.family != "encoder",
+    }
+    queries = source if name == "encoder_self" else row
+    keys = row if name == "self" else source
+    figures.append(shown | {"per_head": head_figures(weights_LNTS, shown)})
+    drawn = {
+      "title": TITLES[name],
+      "queries": [piece._asdict() for piece in queries],
+      "keys": [piece._asdict() for piece in keys],
+      "weights": Shares(weights_LNTS),
+      "layer_kinds": ["" if name == "cross" else layer_kind(cfg, n) for n in layers],
+    }
+    maps.append(shown | drawn)
+  notes = [f"{run.path} at step {run.step}, model.family={cfg.family}"]
+  if cfg.num_kv_heads != cfg.num_heads:
+    assert cfg.num_kv_heads is not None
+    group = cfg.num_heads // cfg.num_kv_heads
+    notes.append(f"{group} query heads share each key/value head.")
+  title = f"What the heads of {run.cfg.name} attend to"
+  return View("attention", title, cuts, notes, {"maps": figures}, {"maps": maps})
+
+
+@functools.partial(jax.jit, static_argnames=("model", "layer", "head"))
+def capture(
+  model: LanguageModel,
+  params: Any,
+  tokens_BT: jax.Array,
+  source: Any,
+  layer: int | None,
+  head: int | None,
+) -> dict[str, jax.Array]:
+  """The maps (L, N, T, S) of the first row, by name; of one layer or head if so asked.
+
+  Encoder and decoder may differ in depth: one that has no such layer has no map.
+  """
+  options = {} if source is None else {"source": source}
+  output = model.apply({"params": params}, tokens_BT, capture=True, **options)
+  pick = lambda number: slice(None) if number is None else slice(number, number + 1)
+  return {
+    name: maps_LBNTS[pick(layer), 0, pick(head)]
+    for name, maps_LBNTS in output.attention.items()
+  }
+
+
+def check_size(
+  cfg: ModelConfig, num_tokens: int, num_source: int, layer: int | None, head: int | None
+) -> None:
+  """Raises `ConfigError` if the maps would make a page that no browser opens."""
+  depth = 1 if layer is not None else cfg.depth
+  encoder = 1 if layer is not None else (cfg.encoder_depth or 0)
+  of_decoder = depth * num_tokens * (num_tokens + num_source)
+  of_encoder = encoder * num_source * num_source
+  count = (of_decoder + of_encoder) * (cfg.num_heads if head is None else 1)
+  if count > MOST_WEIGHTS:
+    raise ConfigError(
+      f"{count:,} weights would be {2 * count / 1e6:,.0f} MB",
+      "choose one with --layer or --head, or shorten the text with --max-tokens",
+    )
+
+
+def layer_kind(cfg: ModelConfig, layer: int) -> str:
+  local = cfg.period[layer % len(cfg.period)] == "L"
+  return f"local, {cfg.window} tokens" if local else ""
+
+
+# -- Figures -------------------------------------------------------------------------------
+
+
+def head_figures(weights_LNTS: np.ndarray, shown: dict[str, Any]) -> list[dict[str, Any]]:
+  """What tells the heads of one kind of map apart, one entry a head.
+
+  Means over the queries; of causal maps the first one, which sees itself alone, is left
+  out if there are others. `entropy` is in bits, `distance` in tokens, the rest are shares
+  of the weight. Weight that goes to learned sinks is one more outcome of the entropy.
+  """
+  name, causal = shown["kind"], shown["causal"]
+  weights = weights_LNTS.astype(np.float64)
+  T, S = weights.shape[-2:]
+  start = 1 if causal and T > 1 else 0
+  positions_T, positions_S = np.arange(T)[:, None], np.arange(S)
+  seen = weights[..., start:, :]
+  entropies_LN = entropy_bits(seen).mean(-1)
+  even_LN = np.log2(np.maximum((seen > 0).sum(-1), 1)).mean(-1)
+  shares = {"first": weights[..., start:, 0].mean(-1)}
+  if name == "cross":
+    shares["last"] = weights[..., start:, -1].mean(-1)
+  else:
+    distance_LN = (seen * np.abs(positions_T - positions_S)[start:]).sum(-1).mean(-1)
+    diagonal = lambda by, rows: (
+      np.diagonal(weights, by, -2, -1)[..., rows].mean(-1) if T > 1 else 0 * entropies_LN
+    )
+    shares["previous"] = diagonal(-1, slice(None))
+    shares["itself"] = np.diagonal(weights, 0, -2, -1)[..., start:].mean(-1)
+    if not causal:
+      shares["next"] = diagonal(1, slice(None))
+  result = []
+  for i, layer in enumerate(shown["layers"]):
+    for j, head in enumerate(shown["heads"]):
+      of_head = {key: float(value[i, j]) for key, value in shares.items()}
+      entry = {"layer": layer, "head": head, "entropy": float(entropies_LN[i, j])}
+      if name != "cross":
+        entry["distance"] = float(distance_LN[i, j])
+      even = bool(entropies_LN[i, j] >= EVENLY * even_LN[i, j])
+      result.append(entry | of_head | {"looks_at": looks_at(of_head, even, name)})
+  return result
+
+
+def entropy_bits(weights: np.ndarray) -> np.ndarray:
+  """Of each distribution along the last dim, and what it lacks to 1."""
+  rest = np.maximum(1 - weights.sum(-1, keepdims=True), 0)
+  rest[rest < 1e-4] = 0  # rounding, not a sink
+  whole = np.concatenate([weights, rest], -1)
+  return -(whole * np.log2(np.where(whole > 0, whole, 1))).sum(-1)
+
+
+def looks_at(shares: dict[str, float], even: bool, name: str) -> str:
+  """A head in words: one thing that has most of its weight, or how it is spread."""
+  of = "source token" if name == "cross" else "token"
+  best = max(shares, key=lambda key: shares[key])
+  thing = "itself" if best == "itself" else f"the {best} {of}"
+  if shares[best] >= MOSTLY:
+    return thing
+  if even:
+    return "all evenly"
+  return f"partly {thing}" if shares[best] >= PARTLY else "a mixture"

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedding table as a map: its two widest directions, and each token's neighbours."""
+
+import numpy as np
+
+from flaxlm.decoding.runs import Run
+from flaxlm.errors import ConfigError
+from flaxlm.foreign_tokenizers import AnyTokenizer
+from flaxlm.look.page import View
+from flaxlm.look.pieces import describe
+
+MOST_TOKENS = 4096
+NUM_NEAREST = 10
+ROWS_AT_A_TIME = 1024
+
+
+def look_embeddings(run: Run, num_tokens: int | None = None) -> View:
+  """The first `num_tokens` ids (of a BPE: the commonest) on a plane."""
+  size = run.tokenizer.vocab_size
+  if num_tokens is not None and num_tokens > size:
+    raise ConfigError(f"tokens is {num_tokens}", f"the tokenizer has {size}")
+  assert run.model.cfg.vocab_size is not None
+  count = min(num_tokens or MOST_TOKENS, size, run.model.cfg.vocab_size)
+  table_ND = np.asarray(run.params["embedding"]["table"])[:count].astype(np.float64)
+  points_NC, explained_C = principal(table_ND)
+  nearest_NC, cosines_NC = nearest(table_ND)
+  pieces = describe(run.tokenizer, range(count))
+  norms_N = np.linalg.norm(table_ND, axis=1)
+  cuts = []
+  if count < size:
+    cuts.append(f"The first {count:,} of {size:,} ids (--tokens), and neighbours of these.")
+  x, y = (f"{share:.1%}" for share in explained_C)
+  notes = [
+    f"{run.path} at step {run.step}, model.family={run.cfg.model.family}",
+    f"Each token is a vector of {table_ND.shape[1]} numbers; across lie {x} of their "
+    f"variance, upwards {y}. What is near here may be far in the other directions: the "
+    f"neighbours listed are by the cosine of the whole vectors.",
+  ]
+  return View(
+    "embeddings",
+    f"The embedding table of {run.cfg.name}",
+    cuts,
+    notes,
+    figures={
+      "num_tokens": count,
+      "width": table_ND.shape[1],
+      "explained": explained_C.tolist(),
+      "mean_norm": float(norms_N.mean()),
+    },
+    data={
+      "tokens": [
+        piece._asdict() | {"sort": sort_of(run.tokenizer, piece.id)} for piece in pieces
+      ],
+      "points": points_NC,
+      "norms": norms_N,
+      "nearest": nearest_NC.tolist(),
+      "cosines": cosines_NC,
+    },
+  )
+
+
+def principal(table_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Each row along the two directions of most variance, (N, 2), and their shares of it."""
+  centred_ND = table_ND - table_ND.mean(0)
+  # The singular vectors of the table are those of this D x D matrix, whatever N is.
+  _, squares_D, directions_DD = np.linalg.svd(centred_ND.T @ centred_ND, hermitian=True)
+  points_NC = np.zeros((len(table_ND), 2))
+  some = centred_ND @ directions_DD[:2].T
+  points_NC[:, : some.shape[1]] = some
+  shares_C = np.zeros(2)
+  shares_C[: some.shape[1]] = squares_D[:2] / max(squares_D.sum(), 1e-300)
+  return points_NC, shares_C
+
+
+def nearest(table_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The rows nearest to each row by cosine, itself apart, and the cosines, best first."""
+  N = len(table_ND)
+  count = min(NUM_NEAREST, N - 1)
+  norms_N1 = np.linalg.norm(table_ND, axis=1, keepdims=True)
+  units_ND = table_ND / np.maximum(norms_N1, 1e-300)
+  ids_NC, cosines_NC = np.zeros((N, count), np.int64), np.zeros((N, count))
+  for start in range(0, N, ROWS_AT_A_TIME):
+    rows = slice(start, start + ROWS_AT_A_TIME)
+    cosines_RN = units_ND[rows] @ units_ND.T
+    own = np.arange(len(cosines_RN))
+    cosines_RN[own, start + own] = -np.inf
+    some_RC = np.argpartition(-cosines_RN, count - 1, -1)[:, :count]
+    of_some_RC = np.take_along_axis(cosines_RN, some_RC, -1)
+    order_RC = np.argsort(-of_some_RC, -1)
+    ids_NC[rows] = np.take_along_axis(some_RC, order_RC, -1)
+    cosines_NC[rows] = np.take_along_axis(of_some_RC, order_RC, -1)
+  return ids_NC, cosines_NC
+
+
+def sort_of(tokenizer: AnyTokenizer, id_: int) -> str:
+  """What a token looks like: the colours of the map."""
+  if id_ in tokenizer.special_ids or id_ == tokenizer.mask_id:
+    return "special"
+  try:
+    text = tokenizer.bytes_of(id_).decode()
+  except UnicodeDecodeError:
+    return "part of a character"
+  word = text.strip()
+  if not word:
+    return "blank"
+  if word.isdecimal():
+    return "number"
+  if not any(character.isalpha() for character in word):
+    return "punctuation"
+  return "word after a blank" if text[0].isspace() else "word without a blank"

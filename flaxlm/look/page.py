@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One picture as one file: HTML that needs nothing else, or a PNG.
+
+A page is a fixed frame, style and script, and the data as JSON. The script writes text
+only as text, and a policy in the page forbids everything else: no network, and no script
+but ours, whatever a token spells.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import html
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flaxlm.errors import ConfigError
+
+ASSETS = Path(__file__).parent / "assets"
+SUFFIXES = (".html", ".png")
+
+
+class View(NamedTuple):
+  """What one picture shows.
+
+  `figures` are the numbers of it that can be printed; `data` is what is drawn besides, in
+  which float32 arrays stay arrays, `Shares` too, and everything else is JSON's.
+  """
+
+  kind: str  # the script that draws it
+  title: str
+  cuts: list[str]  # what was left out or made up, told on the terminal too
+  notes: list[str]
+  figures: dict[str, Any]
+  data: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+  """An array of numbers from 0 to 1, stored to the nearest 1/65535."""
+
+  values: np.ndarray
+
+
+def check_output(path: Path) -> None:
+  """Raises `ConfigError` unless `path` can be written, as far as can be told early."""
+  if path.suffix not in SUFFIXES:
+    raise ConfigError(f"{path} is neither .html nor .png", "as in --output picture.html")
+  if path.is_dir():
+    raise ConfigError(f"{path} is a directory", "give --output a file")
+  if path.suffix == ".png":
+    try:
+      import matplotlib  # noqa: F401
+    except ImportError as e:
+      raise ConfigError(
+        "a PNG needs matplotlib", "pip install 'flaxlm[look]', or write .html"
+      ) from e
+
+
+def save_view(view: View, path: Path) -> int:
+  """Writes the picture, by the suffix of `path`; returns the number of bytes."""
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".png":
+      from flaxlm.look.png import draw
+
+      draw(view, path)
+    else:
+      path.write_text(to_html(view), "utf-8")
+  except OSError as e:
+    raise ConfigError(f"{path} cannot be written: {e}") from e
+  return path.stat().st_size
+
+
+def to_html(view: View) -> str:
+  """The whole page."""
+  style = read_asset("page.css")
+  scripts = ("common.js", "charts.js", f"{view.kind}.js", "start.js")
+  script = "\n".join(map(read_asset, scripts))
+  policy = (
+    f"default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
+    f"style-src '{digest(style)}'; script-src '{digest(script)}'"
+  )
+  return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{html.escape(view.title)}</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+</head>
+<body>
+<main id="page"><noscript>This page draws its data with JavaScript.</noscript></main>
+<script type="application/json" id="view">{to_json(view._asdict())}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def read_asset(name: str) -> str:
+  return (ASSETS / name).read_text("utf-8")
+
+
+def digest(text: str) -> str:
+  """What a content security policy knows an inline element by."""
+  return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def to_json(values: Mapping[str, Any]) -> str:
+  """JSON that can stand inside a script element: no `<`, no `&`, ASCII only."""
+  text = json.dumps(values, default=pack, allow_nan=False, separators=(",", ":"))
+  for character in "<>&":  # outside of strings JSON has none of them
+    text = text.replace(character, f"\\u{ord(character):04x}")
+  return text
+
+
+def pack(value: Any) -> dict[str, Any]:
+  """An array for the page: little-endian, deflated, base64."""
+  if isinstance(value, Shares):
+    array = np.rint(value.values.astype(np.float64) * 65535).astype("<u2")
+  else:
+    array = np.asarray(value).astype("<f4")
+  text = base64.b64encode(zlib.compress(array.tobytes(), 6)).decode()
+  return {"shape": array.shape, "type": array.dtype.name, "deflated": text}
+
+
+def unpack(packed: Mapping[str, Any]) -> np.ndarray:
+  """The numbers of `pack`, as the page reads them."""
+  data = zlib.decompress(base64.b64decode(packed["deflated"]))
+  array = np.frombuffer(data, np.dtype(packed["type"]).newbyteorder("<"))
+  values = array.astype(np.float64).reshape(packed["shape"])
+  return values / 65535 if packed["type"] == "uint16" else values

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a picture shows of a text: its tokens, legible, and the rows that a model reads."""
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from flaxlm.config import ModelConfig
+from flaxlm.decoding.generate import mesh_scope
+from flaxlm.decoding.runs import Run
+from flaxlm.errors import ConfigError
+from flaxlm.foreign_tokenizers import AnyTokenizer
+from flaxlm.nn.base import Source
+from flaxlm.sharding import batch_shards
+from flaxlm.tokenizers import MASK, Role
+
+# How what has no shape of its own is drawn.
+DRAWN = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍"}
+
+
+class Piece(NamedTuple):
+  """A token as it is shown. `label` is legible whatever the bytes are."""
+
+  id: int
+  label: str
+  hex: str  # its bytes of text, none for a special
+  name: str  # what the vocabulary calls it
+  special: bool
+
+
+def describe(tokenizer: AnyTokenizer, ids: Sequence[int]) -> list[Piece]:
+  """The tokens of some ids, with what the padding of a vocabulary stands for."""
+  return [_describe(tokenizer, int(id_)) for id_ in ids]
+
+
+def _describe(tokenizer: AnyTokenizer, id_: int) -> Piece:
+  name = tokenizer.name_of(id_) if 0 <= id_ < tokenizer.vocab_size else None
+  special = id_ in tokenizer.special_ids or id_ == tokenizer.mask_id
+  data = b"" if special else tokenizer.bytes_of(id_)
+  if name is None:
+    return Piece(id_, f"(unused {id_})", "", "", True)
+  return Piece(id_, legible(data) if data else name, data.hex(" "), name, special)
+
+
+def legible(data: bytes) -> str:
+  """Bytes as text of which every character can be seen; `\\xe6` for half a character."""
+  text = data.decode("utf-8", "backslashreplace")
+  return "".join(map(_legible, text))
+
+
+def _legible(character: str) -> str:
+  if character in DRAWN:
+    return DRAWN[character]
+  # What turns, joins or hides its neighbours is spelled out (as U+202E), and so is what
+  # belongs on top of the character before, which may be another token's.
+  if character.isprintable() and not unicodedata.combining(character):
+    return character
+  return character.encode("unicode_escape").decode()
+
+
+class Reading(NamedTuple):
+  """What a model is to read: the ids of a row and, for an encoder-decoder, of a source.
+
+  `ids` is None where the model is to answer the source by itself.
+  """
+
+  ids: list[int] | None
+  source_ids: list[int] | None
+  cuts: list[str]
+
+
+def make_reading(
+  cfg: ModelConfig,
+  tokenizer: AnyTokenizer,
+  text: str | None,
+  source: str | None,
+  most: int,
+) -> Reading:
+  """A text as the model's family reads it, cut to `most` tokens and to its context.
+
+  Raises `ConfigError` for a text that is missing, empty, or not for this family.
+  """
+  pairs = cfg.family == "encoder_decoder"
+  if not pairs and source is not None:
+    raise ConfigError(f"model.family={cfg.family} reads no source", "leave --source out")
+  if pairs and source is None:
+    raise ConfigError(
+      "an encoder-decoder reads a source, and there is none",
+      'give --source "..."; without --text the model answers it by itself',
+    )
+  if text is None and not pairs:
+    raise ConfigError("there is no text", 'give --text "..."')
+  cuts: list[str] = []
+  most = min(most, cfg.context)
+
+  def cut(ids: list[int], what: str) -> list[int]:
+    if len(ids) > most:
+      limit = f"model.context={most}" if most == cfg.context else f"--max-tokens {most}"
+      cuts.append(f"The {what} has {len(ids)} tokens, of which the first {most}: {limit}.")
+    ids = ids[:most]
+    if cfg.vocab_size is not None and max(ids) >= cfg.vocab_size:
+      raise ConfigError(
+        f"the {what} has the id {max(ids)}, the model ids below {cfg.vocab_size}",
+        "the tokenizer knows more than the model: choose another text",
+      )
+    return ids
+
+  ids = source_ids = None
+  if source is not None:
+    source_ids = tokenizer.encode(source)
+    if not source_ids:
+      raise ConfigError("the source is empty", "give it a word")
+    source_ids = cut(tokenizer.framed(source_ids, "source"), "source")
+  if text is not None:
+    masked = cfg.family == "encoder" and MASK in text and tokenizer.mask_id is not None
+    ids = (tokenizer.encode_masked if masked else tokenizer.encode)(text)
+    if not ids:
+      raise ConfigError("the text is empty", "give it a word")
+    role: Role = "text" if cfg.family == "encoder" else "prompt"
+    ids = cut(tokenizer.framed(ids, role), "text")
+  return Reading(ids, source_ids, cuts)
+
+
+def complete_reading(run: Run, reading: Reading, most: int) -> tuple[list[int], list[str]]:
+  """The ids of the row, the model's own greedy answer if there was no text; and cuts."""
+  if reading.ids is not None:
+    return reading.ids, reading.cuts
+  from flaxlm.decoding.generate import Request, generate
+  from flaxlm.decoding.sampling import make_sampling
+
+  start = run.tokenizer.framed([], "prompt")
+  num_new = max(1, min(most, run.model.cfg.context) - len(start))
+  assert run.model.cfg.vocab_size is not None and reading.source_ids is not None
+  num_ids = min(run.tokenizer.vocab_size, run.model.cfg.vocab_size)
+  request = Request([start], num_new, num_ids, [reading.source_ids])
+  ids = list(start)
+  for block in generate(
+    run.model, run.params, request, make_sampling(1, temperature=0.0), run.mesh
+  ):
+    for id_ in block.tokens_BT[0].tolist():
+      ids.append(id_)
+      if id_ in run.tokenizer.eos_ids:
+        return ids, [*reading.cuts, "The text is the model's own answer (greedy)."]
+  note = f"The text is the model's own answer (greedy), cut at {len(ids)} tokens."
+  return ids, [*reading.cuts, note]
+
+
+def apply_to_row(
+  run: Run, function: Any, ids: Sequence[int], source_ids: Sequence[int] | None, *args: Any
+) -> Any:
+  """`function(model, params, tokens_BT, source, *args)` of one row, on the run's mesh.
+
+  The row is repeated until every device has one; the function returns no batch dim.
+  """
+  copies = batch_shards(run.mesh.shape)
+  repeat = lambda row: np.tile(np.array(row, np.int32), (copies, 1))
+  source = None if source_ids is None else Source(repeat(source_ids))
+  with mesh_scope(run.mesh):
+    out = function(run.model, run.params, repeat(ids), source, *args)
+  return jax.tree.map(np.asarray, out)

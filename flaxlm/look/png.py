@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same pictures as still images, drawn by matplotlib (the extra `look`)."""
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flaxlm.look.page import View
+
+MOST_NAMED = 40  # tokens whose names fit along a map
+MOST_HEADS = 16  # of a row and of a column of small maps
+WRAP = 118  # characters of a line of tokens
+MOST_LETTERS = 40  # of a token
+
+
+def draw(view: View, path: Path) -> None:
+  """Draws a view into a PNG."""
+  import matplotlib.style
+  from matplotlib.figure import Figure
+
+  # Not what the user's matplotlibrc says; and a token may spell $x$.
+  styles = ["default", {"text.parse_math": view.kind in ("positions", "run")}]
+  with matplotlib.style.context(styles), warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # drawn as a box
+    figure = Figure(layout="constrained", dpi=120)
+    DRAW[view.kind](figure, view)
+    figure.suptitle(view.title, fontsize=13, parse_math=False)
+    figure.savefig(path)
+
+
+def draw_attention(figure: Any, view: View) -> None:
+  """Every head's map, a row a layer; one head alone with its tokens."""
+  maps = view.data["maps"]
+  blocks = []  # (title, weights, map) of each small picture, row by row
+  for one, figures in zip(maps, view.figures["maps"], strict=True):
+    weights_LNTS = one["weights"].values
+    facts = iter(figures["per_head"])
+    for l, layer in enumerate(one["layers"]):
+      row = []
+      for n, head in enumerate(one["heads"]):
+        title = f"{one['kind']} L{layer} H{head}\n{next(facts)['looks_at']}"
+        if n < MOST_HEADS:
+          row.append((title, weights_LNTS[l, n], one))
+      blocks.append(row)
+  blocks = blocks[: 3 * MOST_HEADS]
+  columns = max(map(len, blocks))
+  alone = len(blocks) == columns == 1
+  side = 8.0 if alone else 1.9
+  figure.set_size_inches(max(6.0, side * columns), max(3.0, 1.15 * side * len(blocks)))
+  axes = figure.subplots(len(blocks), columns, squeeze=False)
+  for axes_row, row in zip(axes, blocks, strict=True):
+    for ax in axes_row[len(row) :]:
+      ax.axis("off")
+    for ax, (title, weights_TS, one) in zip(axes_row, row, strict=False):
+      ax.imshow(np.sqrt(weights_TS), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+      ax.set_title(title, fontsize=10 if alone else 7)
+      ax.set_xticks([])
+      ax.set_yticks([])
+      if alone and max(weights_TS.shape) <= MOST_NAMED:
+        for set_ticks, pieces in ((ax.set_xticks, "keys"), (ax.set_yticks, "queries")):
+          names = [piece["label"] for piece in one[pieces]]
+          turn = {"rotation": 90} if pieces == "keys" else {}
+          set_ticks(range(len(names)), names, family="monospace", fontsize=8, **turn)
+
+
+def draw_embeddings(figure: Any, view: View) -> None:
+  figure.set_size_inches(10, 8)
+  ax = figure.subplots()
+  tokens, points = view.data["tokens"], view.data["points"]
+  sorts = sorted({token["sort"] for token in tokens})
+  for number, sort in enumerate(sorts):
+    some = [n for n, token in enumerate(tokens) if token["sort"] == sort]
+    ax.scatter(*points[some].T, s=5, color=f"C{number}", label=sort)
+  taken: set[tuple[int, int]] = set()
+  low, span = points.min(0), np.maximum(np.ptp(points, 0), 1e-12)
+  for token, point in zip(tokens, points, strict=True):
+    cell = tuple((np.array([16, 40]) * (point - low) / span).astype(int).tolist())
+    if cell not in taken:  # names where there is room for them
+      taken.add(cell)
+      ax.annotate(token["label"][:16], point, fontsize=7, family="monospace")
+  x, y = view.figures["explained"]
+  ax.set_xlabel(f"{x:.1%} of the variance")
+  ax.set_ylabel(f"{y:.1%}")
+  ax.legend(fontsize=8)
+
+
+def draw_tokens(figure: Any, view: View) -> None:
+  """The text, each token on the colour of its surprise, its bits below."""
+  figure.set_layout_engine("none")
+  lines: list[list[tuple[int, dict[str, Any]]]] = [[]]
+  at = 0
+  for token in view.figures["tokens"]:
+    size = min(MOST_LETTERS, len(token["label"])) + 2
+    if at + size > WRAP and lines[-1]:
+      lines.append([])
+      at = 0
+    lines[-1].append((at, token))
+    at += size
+    if "↵" in token["label"]:
+      lines.append([])
+      at = 0
+  lines = [line for line in lines if line]
+  height = 1.2 + 0.42 * len(lines)
+  figure.set_size_inches(11, height)
+  facts = {
+    "num_tokens": "tokens",
+    "num_bytes": "bytes",
+    "bytes_per_token": "bytes per token",
+  }
+  facts |= {"bits_per_byte": "bits per byte", "perplexity": "perplexity"}
+  known = {name: view.figures.get(key) for key, name in facts.items()}
+  words = [f"{value:.4g} {name}" for name, value in known.items() if value is not None]
+  figure.text(0.03, 1 - 0.75 / height, ", ".join(words), fontsize=9, color="0.4")
+  import matplotlib
+
+  colours = matplotlib.colormaps["Blues"]
+  for number, line in enumerate(lines):
+    y = 1 - (1.05 + 0.42 * number) / height
+    for at, token in line:
+      share = min(1.0, token.get("bits", 0) / 16)
+      text = dict(family="monospace", fontsize=9, transform=figure.transFigure)
+      x = 0.03 + 0.94 * at / WRAP
+      figure.text(
+        *(x, y, token["label"][:MOST_LETTERS]),
+        color="white" if share > 0.55 else "black",
+        bbox=dict(facecolor=colours(0.9 * share), edgecolor="0.85", pad=1.5),
+        **text,
+      )
+      if "bits" in token:
+        y_below = y - 0.16 / height
+        figure.text(x, y_below, f"{token['bits']:.1f}", **text | {"fontsize": 6})
+
+
+def draw_charts(figure: Any, view: View) -> None:
+  """Curves and heat maps, two a row."""
+  charts = view.data["charts"]
+  figure.set_size_inches(12, 1 + 3.4 * max(1, math.ceil(len(charts) / 2)))
+  axes = figure.subplots(max(1, math.ceil(len(charts) / 2)), 2, squeeze=False).ravel()
+  for ax in axes[len(charts) :]:
+    ax.axis("off")
+  if not charts:
+    axes[0].text(0, 0.5, "\n".join(view.notes), wrap=True)
+  for ax, chart in zip(axes, charts, strict=False):
+    ax.set_title(chart["title"], fontsize=10)
+    ax.set_xlabel(chart["x_label"])
+    ax.set_ylabel(chart["y_label"])
+    if chart["form"] == "map":
+      values, columns, rows = (chart[key] for key in ("values", "columns", "rows"))
+      most = max(float(np.abs(values).max()), 1e-12)
+      extent = (columns[0] - 0.5, columns[-1] + 0.5, rows[-1] + 0.5, rows[0] - 0.5)
+      options = dict(cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto", extent=extent)
+      figure.colorbar(ax.imshow(values, interpolation="nearest", **options))
+      continue
+    for one in chart["series"]:
+      y = [math.nan if v is None else v for v in one["y"]]
+      ax.plot(one["x"], y, label=one["name"], marker="." if len(y) < 40 else None)
+    for mark in chart["marks"]:
+      line = ax.axvline if mark["axis"] == "x" else ax.axhline
+      line(mark["at"], color="0.5", linestyle="--", linewidth=1, label=mark["name"])
+    if chart["log_x"]:
+      ax.set_xscale("symlog", linthresh=1)
+    if chart["log_y"]:
+      ax.set_yscale("log")
+    if 1 < len(chart["series"]) + len(chart["marks"]) <= 10:
+      ax.legend(fontsize=8)
+
+
+DRAW = {
+  "attention": draw_attention,
+  "embeddings": draw_embeddings,
+  "tokens": draw_tokens,
+  "positions": draw_charts,
+  "run": draw_charts,
+}

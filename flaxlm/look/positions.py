@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model's positions do: added vectors, rotations, or biases of the scores.
+
+Everything is computed by the functions that the model itself calls.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxlm.config import ModelConfig
+from flaxlm.errors import ConfigError
+from flaxlm.look.charts import heat_map, line_chart
+from flaxlm.look.page import View
+from flaxlm.nn.layers import Embedding
+from flaxlm.nn.positions import (
+  alibi_bias,
+  alibi_slopes,
+  inverse_wavelengths,
+  relative_buckets,
+  rotate,
+  rotation,
+  sinusoids,
+)
+
+MOST_ROWS = 256  # positions of a heat map
+MOST_POINTS = 512  # distances of a curve
+MOST_CURVES = 16  # heads of one chart; of more a heat map is made
+TURNED, UNSTRETCHED = "as the model turns", "before stretching"
+
+SAYS = {
+  "rope": "Queries and keys are turned, pair of dims by pair, by an angle that grows with "
+  "the position: a score depends on the distance alone (Su et al., 2021).",
+  "learned": "A trained vector for each position is added to the embedded token.",
+  "sinusoidal": "A fixed vector of sines and cosines for each position is added to the "
+  "embedded token (Vaswani et al., 2017).",
+  "alibi": "Each head subtracts its slope times the distance from its scores "
+  "(Press et al., 2022).",
+  "relative": "Each head adds a trained number to its scores, by the bucket of the "
+  "distance (Raffel et al., 2020).",
+  "none": "The model has no positions (model.positions=none): it tells the order of tokens "
+  "only by what its causal mask hides.",
+}
+
+
+def check_positions(cfg: ModelConfig) -> None:
+  """Raises `ConfigError` for a family that has none."""
+  if cfg.family == "rnn":
+    raise ConfigError(
+      "model.family=rnn has no positions: it reads one token after the other",
+      "look at a decoder, encoder or encoder_decoder",
+    )
+
+
+def look_positions(
+  cfg: ModelConfig, name: str, origin: str, params: Any | None = None
+) -> View:
+  """The positions of a model; `params` None shows trained ones as they are born."""
+  cfg = cfg.resolve()
+  check_positions(cfg)
+  notes = [f"{origin}, model.positions={cfg.positions}", SAYS[cfg.positions]]
+  if cfg.positions in ("learned", "relative") and params is None:
+    notes.append("Untrained: what is drawn is noise. Give a run to see what it has learnt.")
+  charts: list[dict[str, Any]] = []
+  figures: dict[str, Any] = {"positions": cfg.positions}
+  if cfg.positions == "rope":
+    for kind in sorted(set(cfg.period)):
+      figures[kind] = add_rope(cfg, kind, charts)
+  elif cfg.positions == "alibi":
+    figures |= add_alibi(cfg, charts)
+  elif cfg.positions == "relative":
+    for stack, table in relative_tables(cfg, params):
+      figures[stack] = add_relative(cfg, stack, table, charts)
+  elif cfg.positions == "sinusoidal":
+    positions = shown(cfg.context, MOST_ROWS)
+    table_TD = np.asarray(sinusoids(jnp.asarray(positions)[None], cfg.width))[0]
+    figures |= add_vectors(positions, table_TD, "", charts)
+  elif cfg.positions == "learned":
+    positions = shown(cfg.context, MOST_ROWS)
+    for stack, table_TD in learned_tables(cfg, params):
+      figures[stack or "table"] = add_vectors(positions, table_TD[positions], stack, charts)
+  return View("positions", f"Positions of {name}", [], notes, figures, {"charts": charts})
+
+
+def shown(count: int, most: int) -> np.ndarray:
+  """0, 1, ... below `count`; if these are more than `most`, every second, third, ..."""
+  return np.arange(0, count, -(-count // most), dtype=np.int32)
+
+
+def spread(most: int) -> np.ndarray:
+  """Distances 0, 1, ... `most`, all of the short ones and fewer of the long ones."""
+  if most < MOST_POINTS:
+    return np.arange(most + 1, dtype=np.int32)
+  near = np.arange(MOST_POINTS // 4)
+  far = np.geomspace(MOST_POINTS // 4, most, 3 * MOST_POINTS // 4)
+  return np.unique(np.concatenate([near, far]).round().astype(np.int32))
+
+
+# -- Rotations -----------------------------------------------------------------------------
+
+
+def add_rope(cfg: ModelConfig, kind: str, charts: list[dict[str, Any]]) -> dict[str, Any]:
+  """The speed of each pair, what is turned where, and how a score fades."""
+  rope, local = cfg.rope, kind == "L"
+  own_theta = local and rope.local_theta is not None
+  theta = rope.local_theta if own_theta else rope.theta
+  assert theta is not None and cfg.head_dim is not None
+  head_dim = cfg.head_dim
+  stretched = rope.scaling != "none" and not own_theta
+  which = ""
+  if len(set(cfg.period)) > 1:
+    which = " (local layers)" if local else " (global layers)"
+  cos_sin = lambda at: rotation(jnp.asarray(at)[None], head_dim, rope, local)
+
+  # The angle at position 1 is the speed, in radians, as the model's own function has it.
+  cos_P, sin_P = (np.asarray(part)[0, 0] for part in cos_sin([1]))
+  speeds_P = np.arctan2(sin_P, cos_P).astype(np.float64)
+  pairs = [*range(len(speeds_P))]
+  figures = {"theta": theta, "head_dim": head_dim, "rotated_dims": 2 * len(pairs)}
+  if not pairs:
+    return figures
+  wavelengths_P = 2 * np.pi / np.maximum(speeds_P, 1e-300)
+  plain_P = np.array(inverse_wavelengths(2 * len(pairs), theta))
+  turns = [{"name": TURNED, "x": pairs, "y": wavelengths_P}]
+  positions_T = shown(min(cfg.context, 4 * MOST_ROWS), MOST_ROWS)
+  cosines_TP = np.asarray(cos_sin(positions_T)[0])[0]
+  distances_T = spread(cfg.context - 1)
+  at = distances_T.tolist()
+  scores_T = fade(cos_sin(distances_T), cos_sin([0]))
+  scores = [{"name": TURNED, "x": at, "y": scores_T}]
+  marks = []
+  if stretched:
+    turns.append({"name": UNSTRETCHED, "x": pairs, "y": 2 * np.pi / plain_P})
+    angles_TP = distances_T[:, None] * plain_P
+    before_T = fade((np.cos(angles_TP)[None], np.sin(angles_TP)[None]), cos_sin([0]))
+    scores.append({"name": UNSTRETCHED, "x": at, "y": before_T})
+    marks = [("original context", float(rope.original_context or 0), "x")]
+  charts += [
+    line_chart(
+      f"Tokens for one whole turn, by pair of dims{which}",
+      turns,
+      ("pair of dims", "tokens"),
+      log="y",
+      marks=[("context", float(cfg.context), "y")],
+      says="The first pairs turn within a few tokens and tell neighbours apart; those "
+      "that take longer than the context never come round, and tell far from near.",
+    ),
+    heat_map(
+      f"The cosine of each pair's angle{which}",
+      cosines_TP.T,
+      (("position", positions_T.tolist()), ("pair of dims", pairs)),
+    ),
+    line_chart(
+      f"Score of equal queries and keys, by distance{which}",
+      scores,
+      ("distance in tokens", "score / score at distance 0"),
+      log="x",
+      marks=marks,
+      says="Query and key are the same vector of ones before they are turned.",
+    ),
+  ]
+  return figures | {
+    "scaling": rope.scaling if stretched else "none",
+    "wavelengths": wavelengths_P.tolist(),
+    "distances": at,
+    "scores": scores_T.tolist(),
+  }
+
+
+def fade(cos_sin: Any, at_zero: Any) -> np.ndarray:
+  """q . k of vectors of ones, the key at 0, the query turned; over that at distance 0."""
+  cos_sin = tuple(jnp.asarray(part, jnp.float32) for part in cos_sin)
+  num_dims = 2 * cos_sin[0].shape[-1]
+  ones = lambda count: jnp.ones((1, count, 1, num_dims))
+  q_TH = rotate(ones(cos_sin[0].shape[1]), cos_sin)[0, :, 0]
+  k_H = rotate(ones(1), at_zero)[0, 0, 0]
+  scores_T = np.asarray(q_TH @ k_H, np.float64)
+  return scores_T / max(float(scores_T[0]), 1e-300)
+
+
+# -- Added vectors -------------------------------------------------------------------------
+
+
+def learned_tables(cfg: ModelConfig, params: Any | None) -> list[tuple[str, np.ndarray]]:
+  """(stack, table) of every stack with positions of its own."""
+  names = ["encoder", "decoder"] if cfg.family == "encoder_decoder" else [""]
+  return [(n, table_of(params, n, "positions", (cfg.context, cfg.width))) for n in names]
+
+
+def table_of(
+  params: Any | None, stack: str, name: str, shape: tuple[int, int]
+) -> np.ndarray:
+  """A trained table, or one as it is born."""
+  if params is None:
+    module = Embedding(shape, ("slots", "embed"))
+    born = module.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    return np.asarray(born["params"]["table"].value)
+  stack_params = params[stack] if stack else params
+  return np.asarray(stack_params[name]["table"]).astype(np.float32)
+
+
+def add_vectors(
+  positions: np.ndarray, table_TD: np.ndarray, stack: str, charts: list[dict[str, Any]]
+) -> dict[str, Any]:
+  """The table, and how alike the vectors of two positions are."""
+  of_stack = f" ({stack})" if stack else ""
+  at = positions.tolist()
+  dims = shown(table_TD.shape[1], 2 * MOST_ROWS)
+  charts.append(
+    heat_map(
+      f"The vector of each position{of_stack}",
+      table_TD[:, dims],
+      (("dim", dims.tolist()), ("position", at)),
+    )
+  )
+  norms_T = np.linalg.norm(table_TD.astype(np.float64), axis=1)
+  units_TD = table_TD / np.maximum(norms_T, 1e-300)[:, None]
+  cosines_TT = units_TD @ units_TD.T
+  charts.append(
+    heat_map(
+      f"Cosine of the vectors of two positions{of_stack}",
+      cosines_TT,
+      (("position", at), ("position", at)),
+    )
+  )
+  step = at[1] - at[0] if len(at) > 1 else 1
+  steps = [*range(len(at))]
+  means = [float(np.diagonal(cosines_TT, by).mean()) for by in steps]
+  charts.append(
+    line_chart(
+      f"Mean cosine by distance{of_stack}",
+      [{"name": "cosine", "x": [by * step for by in steps], "y": means}],
+      ("distance in tokens", "cosine"),
+    )
+  )
+  return {
+    "distances": [by * step for by in steps],
+    "cosines": means,
+    "mean_norm": float(norms_T.mean()),
+  }
+
+
+# -- Biases of scores ----------------------------------------------------------------------
+
+
+def add_alibi(cfg: ModelConfig, charts: list[dict[str, Any]]) -> dict[str, Any]:
+  causal = cfg.family != "encoder"
+  distances = spread(cfg.context - 1)
+  last = cfg.context - 1
+  # The last query of the context, and the keys at these distances before it.
+  bias_1N1S = np.asarray(alibi_bias(jnp.array([[last]]), last + 1, cfg.num_heads, causal))
+  bias_NS = bias_1N1S[0, :, 0][:, last - distances]
+  charts.append(
+    bias_chart("The bias of each head, by distance", distances, bias_NS, "distance")
+  )
+  return {"slopes": np.asarray(alibi_slopes(cfg.num_heads)).tolist()}
+
+
+def relative_tables(cfg: ModelConfig, params: Any | None) -> list[tuple[str, np.ndarray]]:
+  stacks = ["encoder", "decoder"] if cfg.family == "encoder_decoder" else [""]
+  shape = (cfg.relative_buckets, cfg.num_heads)
+  return [(stack, table_of(params, stack, "relative_bias", shape)) for stack in stacks]
+
+
+def add_relative(
+  cfg: ModelConfig, stack: str, table: np.ndarray, charts: list[dict[str, Any]]
+) -> dict[str, Any]:
+  causal = cfg.family != "encoder" and stack != "encoder"
+  reach = min(cfg.context - 1, 2 * cfg.relative_distance)
+  distances = np.arange(-reach, 1 if causal else reach + 1)
+  buckets = np.asarray(
+    relative_buckets(
+      jnp.asarray(distances), cfg.relative_buckets, cfg.relative_distance, causal
+    )
+  )
+  of_stack = f" ({stack})" if stack else ""
+  apart = "key - query"
+  charts += [
+    bias_chart(f"The bias of each head{of_stack}", distances, table[buckets].T, apart),
+    line_chart(
+      f"The bucket of each distance{of_stack}",
+      [{"name": "bucket", "x": distances.tolist(), "y": buckets.tolist()}],
+      (f"{apart}, in tokens", "bucket"),
+      says=f"From {cfg.relative_distance} tokens on all distances are one.",
+    ),
+  ]
+  return {"bias_of_buckets": table.tolist()}
+
+
+def bias_chart(
+  title: str, distances: np.ndarray, bias_NS: np.ndarray, apart: str
+) -> dict[str, Any]:
+  """Added to the scores by each head: curves, or a map if the heads are many."""
+  label, at = f"{apart}, in tokens", distances.tolist()
+  if len(bias_NS) > MOST_CURVES:
+    return heat_map(title, bias_NS, ((label, at), ("head", [*range(len(bias_NS))])))
+  series = [
+    {"name": f"head {n}", "x": at, "y": of_head} for n, of_head in enumerate(bias_NS)
+  ]
+  return line_chart(title, series, (label, "added to the score"))

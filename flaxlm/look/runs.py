@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's curves and its config: what metrics.jsonl and config.json hold."""
+
+import contextlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from flaxlm.config import Config
+from flaxlm.configfile import difference, knobs
+from flaxlm.decoding.runs import LOG, METRICS, SAMPLE, load_config_of
+from flaxlm.errors import CheckpointError
+from flaxlm.look.charts import line_chart
+from flaxlm.look.page import View
+
+# (title, y label, {metric: name}). What is not here is drawn after these.
+CHARTS = [
+  ("Loss", "nats per token", {"train/loss": "training", "eval/loss": "held out"}),
+  (
+    "Bits per byte",
+    "bits",
+    {"eval/bits_per_byte": "held out", "eval/gzip_bits_per_byte": "gzip -9"},
+  ),
+  ("Learning rate", "", {"train/learning_rate": "learning rate"}),
+  ("Speed", "tokens per second", {"perf/tokens_per_sec": "tokens/s"}),
+  ("Gradient norm", "", {"train/gradient_norm": "gradient norm"}),
+]
+UNDRAWN = {"train/tokens"}
+MOST_LINES = 40
+
+
+def look_run(path: Path) -> View:
+  """The curves of a run. Raises `CheckpointError` if it has not written any."""
+  cfg = load_config_of(path)
+  curves = read_metrics(path / METRICS)
+  if not curves:
+    raise CheckpointError(f"{path} has no metrics yet", "train it first")
+  charts = []
+  drawn = set(UNDRAWN)
+  for title, label, names in CHARTS:
+    drawn |= set(names)
+    series = [
+      {"name": names[name], "x": curves[name][0], "y": curves[name][1]}
+      for name in names
+      if name in curves
+    ]
+    if series:
+      charts.append(line_chart(title, series, ("step", label)))
+  for name in sorted(set(curves) - drawn):
+    steps, values = curves[name]
+    series = [{"name": name, "x": steps, "y": values}]
+    charts.append(line_chart(name, series, ("step", "")))
+  last_step = max(steps[-1] for steps, _ in curves.values())
+  figures = {
+    "last_step": last_step,
+    "num_steps": cfg.training.num_steps,
+    "last": {name: values[-1] for name, (_, values) in curves.items()},
+    "best": {
+      name: min(finite)
+      for name in ("train/loss", "eval/loss", "eval/bits_per_byte")
+      if name in curves and (finite := [y for y in curves[name][1] if y is not None])
+    },
+  }
+  notes = [f"{path}, step {last_step:,} of {cfg.training.num_steps:,}"]
+  data = {
+    "charts": charts,
+    "sample": "\n".join(last_lines(path / SAMPLE)),
+    "config": config_rows(cfg),
+    "log": last_lines(path / LOG),
+  }
+  return View("run", f"The run {cfg.name}", [], notes, figures, data)
+
+
+def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float | None]]]:
+  """{metric: (steps, values)}; None where a value is not finite."""
+  curves: dict[str, tuple[list[int], list[float | None]]] = {}
+  try:
+    lines = path.read_text("utf-8", "replace").splitlines()
+  except OSError:
+    return {}
+  for line in lines:
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+      record = json.loads(line)  # a line cut by a kill is none
+      step = int(record.pop("step"))
+      for name, value in record.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+          steps, values = curves.setdefault(name, ([], []))
+          steps.append(step)
+          values.append(value if math.isfinite(value) else None)
+  return curves
+
+
+def config_rows(cfg: Config) -> list[dict[str, Any]]:
+  """Every field of the config, with what it means and whether it is not the default."""
+  changed = difference(Config(), cfg)
+  rows = []
+  for name, _, field in knobs():
+    value: Any = cfg
+    for part in name.split("."):
+      value = getattr(value, part)
+    if isinstance(value, dict):
+      value = ",".join(f"{axis}={size}" for axis, size in value.items())
+    text = (
+      "none" if value is None else str(value).lower() if value in (True, False) else value
+    )
+    rows.append(
+      {
+        "name": name,
+        "value": str(text),
+        "changed": name in changed,
+        "help": field.metadata["help"],
+      }
+    )
+  return rows
+
+
+def last_lines(path: Path) -> list[str]:
+  """Of a text that the run has written, if it has."""
+  try:
+    return path.read_text("utf-8", "replace").splitlines()[-MOST_LINES:]
+  except OSError:
+    return []

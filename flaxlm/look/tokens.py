@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A text in tokens, and how likely the model thought each of them."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxlm.decoding.runs import Run
+from flaxlm.look.page import View
+from flaxlm.look.pieces import Piece, Reading, apply_to_row, complete_reading, describe
+from flaxlm.nn.base import LanguageModel
+
+MOST_TOKENS = 1024
+NUM_BEST = 5
+ROWS_AT_A_TIME = 32
+
+ASKED = {
+  "decoder": "given the tokens before it",
+  "rnn": "given the tokens before it",
+  "encoder": "with it masked, given all others",
+  "encoder_decoder": "given the source and the tokens before it",
+}
+
+
+class Scores(NamedTuple):
+  """What the model thought at each place: of the token there, and of the best ones."""
+
+  logprobs_T: Any  # nats
+  ranks_T: Any  # 1 = the likeliest
+  entropies_T: Any  # nats
+  best_ids_TC: Any
+  best_logprobs_TC: Any
+
+
+def look_tokens(run: Run, reading: Reading, most: int) -> View:
+  """The tokens of one text, each with its probability and the likeliest ones."""
+  family, tokenizer = run.cfg.model.family, run.tokenizer
+  ids, cuts = complete_reading(run, reading, most)
+  if family == "encoder":
+    places, scores, after = score_masked(run, ids)
+  else:
+    places, scores, after = score_following(run, ids, reading.source_ids)
+  if not places:
+    cuts = [*cuts, "The tokenizer has no mask: the model was not asked."]
+  pieces = describe(tokenizer, ids)
+  tokens: list[dict[str, Any]] = [piece._asdict() for piece in pieces]
+  for at, score in zip(places, scores, strict=True):
+    known = ids[at] != tokenizer.mask_id
+    tokens[at] |= to_entry(run, score, known)
+  figures = text_figures(pieces, tokens) | {"tokens": tokens}
+  if after is not None:
+    figures["after"] = to_entry(run, after, False)
+  figures["source"] = [p._asdict() for p in describe(tokenizer, reading.source_ids or [])]
+  assert run.model.cfg.vocab_size is not None
+  notes = [
+    f"{run.path} at step {run.step}, model.family={family}: each token's probability is "
+    f"asked {ASKED[family]}. A guess among all {run.model.cfg.vocab_size:,} ids would take "
+    f"{math.log2(run.model.cfg.vocab_size):.1f} bits.",
+  ]
+  title = f"A text as {run.cfg.name} reads it"
+  return View("tokens", title, cuts, notes, figures, {})
+
+
+def text_figures(pieces: Sequence[Piece], tokens: Sequence[dict]) -> dict[str, Any]:
+  """Of the whole text: its sizes, and its surprisal where the model was asked."""
+  num_bytes = sum(len(piece.hex.split()) for piece in pieces)
+  own = [piece for piece in pieces if not piece.special]
+  asked = [token["bits"] for token in tokens if token.get("bits") is not None]
+  figures = {
+    "num_tokens": len(own),
+    "num_bytes": num_bytes,
+    "bytes_per_token": num_bytes / len(own) if own else None,
+  }
+  if asked:
+    figures |= {"bits": sum(asked), "bits_per_token": sum(asked) / len(asked)}
+    figures["bits_per_byte"] = sum(asked) / num_bytes if num_bytes else None
+    figures["perplexity"] = 2 ** min(sum(asked) / len(asked), 1000)
+  return figures
+
+
+def to_entry(run: Run, score: Scores, known: bool) -> dict[str, Any]:
+  """A place's scores for the page; `known`: a token stands there, not a question."""
+  best = describe(run.tokenizer, score.best_ids_TC.tolist())
+  chances = np.exp(score.best_logprobs_TC.astype(np.float64)).tolist()
+  entry: dict[str, Any] = {
+    "entropy": float(score.entropies_T) / math.log(2),
+    "best": [
+      {"id": piece.id, "label": piece.label, "chance": chance}
+      for piece, chance in zip(best, chances, strict=True)
+    ],
+  }
+  if known:
+    logprob = float(score.logprobs_T)
+    entry |= {"chance": math.exp(logprob), "bits": -logprob / math.log(2)}
+    entry["rank"] = int(score.ranks_T)
+  return entry
+
+
+def score_following(
+  run: Run, ids: Sequence[int], source_ids: Sequence[int] | None
+) -> tuple[list[int], list[Scores], Scores]:
+  """Places asked (all but the first), their scores, and those of what would come next."""
+  scores = apply_to_row(run, next_scores, ids, source_ids)
+  of_place = [Scores(*(part[at] for part in scores)) for at in range(len(ids))]
+  return [*range(1, len(ids))], of_place[:-1], of_place[-1]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def next_scores(
+  model: LanguageModel, params: Any, tokens_BT: jax.Array, source: Any
+) -> Scores:
+  """The scores of each token's successor in the first row."""
+  options = {} if source is None else {"source": source}
+  logits_TV = model.apply({"params": params}, tokens_BT, **options).value[0]
+  return score(logits_TV, jnp.roll(tokens_BT[0], -1))
+
+
+def score(logits_TV: jax.Array, targets_T: jax.Array) -> Scores:
+  logprobs_TV = jax.nn.log_softmax(logits_TV.astype(jnp.float32), -1)
+  own_T1 = jnp.take_along_axis(logprobs_TV, targets_T[:, None], -1)
+  best_logprobs_TC, best_ids_TC = jax.lax.top_k(logprobs_TV, NUM_BEST)
+  return Scores(
+    logprobs_T=own_T1[:, 0],
+    ranks_T=1 + (logprobs_TV > own_T1).sum(-1),
+    entropies_T=-(jnp.exp(logprobs_TV) * logprobs_TV).sum(-1),
+    best_ids_TC=best_ids_TC,
+    best_logprobs_TC=best_logprobs_TC,
+  )
+
+
+def score_masked(run: Run, ids: Sequence[int]) -> tuple[list[int], list[Scores], None]:
+  """Each place's scores when it alone is masked (Salazar et al., 2020), specials apart."""
+  mask_id = run.tokenizer.mask_id
+  if mask_id is None:
+    return [], [], None
+  asked = lambda id_: id_ == mask_id or id_ not in run.tokenizer.special_ids
+  places = [at for at, id_ in enumerate(ids) if asked(id_)]
+  found: list[Scores] = []
+  for start in range(0, len(places), ROWS_AT_A_TIME):
+    some = places[start : start + ROWS_AT_A_TIME]
+    rows_R = np.resize(np.array(some, np.int32), ROWS_AT_A_TIME)  # one shape, one program
+    scores = apply_to_row(run, masked_scores, ids, None, rows_R, np.int32(mask_id))
+    found += [Scores(*(part[n] for part in scores)) for n in range(len(some))]
+  return places, found, None
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def masked_scores(
+  model: LanguageModel,
+  params: Any,
+  tokens_BT: jax.Array,
+  _: Any,
+  places_R: jax.Array,
+  mask_id: jax.Array,
+) -> Scores:
+  """The scores of each place's own token in the first row, read with it masked."""
+  tokens_T = tokens_BT[0]
+  rows_RT = jnp.where(jnp.arange(len(tokens_T)) == places_R[:, None], mask_id, tokens_T)
+  variables = {"params": params}
+  x_RTD = model.apply(variables, rows_RT, method="hidden").value
+  x_R1D = jnp.take_along_axis(x_RTD, places_R[:, None, None], 1)
+  logits_RV = model.apply(variables, x_R1D, method="logits")[:, 0]
+  return score(logits_RV, tokens_T[places_R])
