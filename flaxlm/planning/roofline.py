@@ -293,11 +293,8 @@ def _decode_times(
   rows = math.ceil(batch / batch_shards(sizes))
   peak = attainable_flops(device, cfg.training.dtype)
   rate = attainable_bandwidth(device)
-  work = forward_work(model, rows, 1)
-  attention = 4.0 * rows * model.depth * model.num_heads * (model.head_dim or 0) * context
-  flops = work.matmul + work.head + attention * (model.family != "rnn")
-  weights = read_parameters(cfg, rows) * item / tensor / sizes["expert"]
-  cache = kv_cache_bytes(model, rows, context, item) / tensor
+  flops, weights, cache = decode_work(cfg, rows, context)
+  weights, cache = weights / tensor / sizes["expert"], cache / tensor
   vectors = rows * model.width * item * model.depth
   exchanges = {  # bytes, and how many there are
     "fsdp": (weights, model.depth),
@@ -316,6 +313,16 @@ def _decode_times(
     "cache": cache / rate if rate else None,
     "network": network,
   }
+
+
+def decode_work(cfg: Config, rows: int, context: int) -> tuple[float, float, float]:
+  """One step of `rows` rows, whole: FLOPs, bytes of weights, bytes of cache."""
+  model, item = cfg.model, jnp.dtype(cfg.training.dtype).itemsize
+  work = forward_work(model, rows, 1)
+  attention = 4.0 * rows * model.depth * model.num_heads * (model.head_dim or 0) * context
+  flops = work.matmul + work.head + attention * (model.family != "rnn")
+  weights = read_parameters(cfg, rows) * item
+  return flops, weights, kv_cache_bytes(model, rows, context, item)
 
 
 def read_parameters(cfg: Config, rows: int) -> int:
