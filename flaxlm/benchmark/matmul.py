@@ -4,38 +4,13 @@
 A product of (M, K) and (K, N) is 2 M K N FLOPs, a batch of G of them G times that.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.benchmark.measure import Setting, Side, against, agree, measure, timed
 from flaxlm.benchmark.report import Result, Work
-
-
-class Product(NamedTuple):
-  """`batch` products of (rows, inner) and (inner, columns)."""
-
-  rows: int
-  inner: int
-  columns: int
-  batch: int = 1
-
-  @property
-  def flops(self) -> float:
-    return 2.0 * self.batch * self.rows * self.inner * self.columns
-
-  def elements(self) -> int:
-    """Of both operands and the result."""
-    M, K, N, G = self
-    return G * (M * K + K * N + M * N)
-
-  @property
-  def text(self) -> str:
-    M, K, N, G = self
-    return (f"{G} x " if G > 1 else "") + f"{M}x{K}x{N}"
-
+from flaxlm.planning.products import Product
 
 # Relative to the largest value, of sums of `inner` products of normal numbers.
 TOLERANCES = {"float32": 2e-3, "bfloat16": 2e-2, "int8": 0.0}  # float32: TF32 on GPUs
@@ -82,9 +57,7 @@ def bench_product(product: Product, dtype: str, setting: Setting) -> list[Result
   ours = timings["flaxlm"]
   case = f"{product.text} {dtype}"
   item = jnp.dtype(dtype).itemsize
-  work = Work(
-    product.flops, product.elements() * item, dtype, float(product.elements() * item)
-  )
+  work = Work(product.flops, product.elements * item, dtype, float(product.elements * item))
   result = timed(("matmul", case), ours, "GFLOP/s", product.flops, work)
   result.correct = agree(
     "a sample of rows in float64", *sample(a, b, ours.result), TOLERANCES[dtype]

@@ -32,6 +32,7 @@ from flaxlm.benchmark.matmul import bench_matmul
 from flaxlm.benchmark.measure import Setting
 from flaxlm.benchmark.memory import bench_memory
 from flaxlm.benchmark.optimizer import bench_optimizer
+from flaxlm.benchmark.predictions import bench_predictions
 from flaxlm.benchmark.report import Result
 from flaxlm.benchmark.train import bench_train
 from flaxlm.errors import ConfigError, FlaxLMError
@@ -49,6 +50,7 @@ SUITES: dict[str, Suite] = {
   "decode": bench_decode,
   "data": bench_data,
   "compile": bench_compile,
+  "predictions": bench_predictions,
   "families": bench_families,
 }
 APART = ("families",)  # not part of `all`: it trains for minutes

@@ -113,7 +113,8 @@ def summarise_sides(
     )
     result.first_seconds = statistics.median(run["first_seconds"] for run in ours)
     result.seconds = case.tokens / result.median
-    result.flops, result.bytes, result.dtype = work.flops, work.bytes, work.dtype
+    result.flops = work.flops / ours[0]["devices"]
+    result.bytes, result.dtype = work.bytes / ours[0]["devices"], work.dtype
     result.correct = falls(ours[0]["losses"])
     if peer:
       tolerance = LOSS_TOLERANCES[case.dtype]
@@ -251,7 +252,8 @@ def flaxlm_side(case: Case, work: Any) -> dict[str, Any]:
     state, metrics = train_step(state, batch, seed)
     return metrics["loss"]
 
-  return time_steps(case, work["windows"], step, jax.block_until_ready)
+  found = time_steps(case, work["windows"], step, jax.block_until_ready)
+  return found | {"devices": mesh.size}
 
 
 def find_case(name: str) -> Case:

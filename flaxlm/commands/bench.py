@@ -21,6 +21,7 @@ SUITES = {
   "decode": "prompts and answers, by batch",
   "data": "tokenizers and Grain's batches, on the host",
   "compile": "a fresh process's way to its first step, cold and from the compile cache",
+  "predictions": "what the planner predicts from this run's ceilings, and the clock",
   "families": "decoder, RNN, encoder, encoder-decoder trained and compared (minutes)",
 }
 DESCRIPTION = """Measures what this machine achieves, of its published peak and of its own

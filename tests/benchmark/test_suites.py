@@ -27,7 +27,18 @@ def test_the_command_knows_every_suite():
 
 
 @pytest.mark.parametrize(
-  "name", ["matmul", "memory", "attention", "loss", "optimizer", "train", "decode", "data"]
+  "name",
+  [
+    "matmul",
+    "memory",
+    "attention",
+    "loss",
+    "optimizer",
+    "train",
+    "decode",
+    "data",
+    "predictions",
+  ],
 )
 def test_a_suite_runs_and_its_gates_hold(name: str):
   results = suites.SUITES[name](TINY)
@@ -107,7 +118,7 @@ def test_one_device_has_no_collectives(flaxlm):
 
 def test_flops_of_a_product():
   assert matmul.Product(2, 3, 4, batch=5).flops == 240
-  assert matmul.Product(2, 3, 4, batch=5).elements() == 5 * (6 + 12 + 8)
+  assert matmul.Product(2, 3, 4, batch=5).elements == 5 * (6 + 12 + 8)
 
 
 def test_a_wrong_product_is_not_timed(monkeypatch):
