@@ -174,7 +174,9 @@ def table_row(result: Result) -> tuple[str, ...]:
 def ratio_text(result: Result) -> str:
   if result.ratio is None:
     return ""
-  spread = f" ({result.ratio_low:.2f}-{result.ratio_high:.2f})" if result.rounds > 1 else ""
+  spread = ""
+  if result.ratio_low is not None and result.rounds > 1:
+    spread = f" ({result.ratio_low:.2f}-{result.ratio_high:.2f})"
   return f"{result.ratio:.2f}x {result.peer}{spread}"
 
 

@@ -65,8 +65,8 @@ NEEDS_CEILINGS = ("attention", "loss", "optimizer", "train", "decode")
 
 def run_suites(
   names: Sequence[str], setting: Setting, log: Callable[[str], None]
-) -> list[Result]:
-  """The results of all, in order, judged.
+) -> tuple[list[Result], Ceilings]:
+  """The results of all, in order, judged, and the ceilings that they were held against.
 
   Raises `ConfigError` for a peer that no suite of these knows, or that is not installed.
   """
@@ -80,8 +80,9 @@ def run_suites(
       results += collectives_apart(mine, log)
     else:
       results += SUITES[name](mine)
-  judge(results, find_ceilings(results, names, setting, log), this_device())
-  return results
+  ceilings = find_ceilings(results, names, setting, log)
+  judge(results, ceilings, this_device())
+  return results, ceilings
 
 
 def find_ceilings(

@@ -99,16 +99,19 @@ def run_bench(args: argparse.Namespace, _: list[str]) -> int:
   )
   log = lambda line: print(line, file=sys.stderr)
   with open_output(args.output) as out:  # before minutes of work
-    results = run_suites(what, setting, log)
-    write(results, args, out)
+    write(*run_suites(what, setting, log), args, out)
   return 0
 
 
-def write(results: Any, args: argparse.Namespace, out: Any) -> None:
+def write(results: Any, ceilings: Any, args: argparse.Namespace, out: Any) -> None:
+  from flaxlm.benchmark.ceilings import this_device
+  from flaxlm.benchmark.page import render
   from flaxlm.benchmark.report import print_json, print_results
 
   suffix = Path(args.output or "").suffix
-  if args.json or suffix in (".json", ".jsonl"):
+  if suffix in (".html", ".htm"):
+    out.write(render(results, ceilings, this_device()))
+  elif args.json or suffix in (".json", ".jsonl"):
     print_json(results, out)
   else:
     print_results(results, out)

@@ -59,13 +59,13 @@ Products = Counter[Product]
 
 def is_listed(cfg: Config) -> bool:
   """Whether this module knows the products of a resolved config: dense decoders without
-  remat or accumulation."""
+  remat, accumulation or a loss in chunks."""
   model, training = cfg.model, cfg.training
   return (
     model.family == "decoder"
     and not model.moe.num_experts
     and training.remat == "none"
-    and training.accumulation_steps == 1
+    and training.accumulation_steps == training.loss_chunks == 1
   )
 
 

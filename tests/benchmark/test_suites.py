@@ -60,6 +60,16 @@ def test_lines_of_a_run(capsys):
     assert line["peak_fraction"] is None  # a CPU's is not published
 
 
+def test_the_suffix_decides_what_is_written(tmp_path):
+  lines, page = tmp_path / "a.jsonl", tmp_path / "a.html"
+  for path in (lines, page):
+    assert (
+      cli.main(["bench", "matmul", "--size=tiny", "--rounds=1", f"--output={path}"]) == 0
+    )
+  assert json.loads(lines.read_text("utf-8").splitlines()[0])["suite"] == "matmul"
+  assert page.read_text("utf-8").startswith("<!doctype html>")
+
+
 @pytest.mark.parametrize(
   ("arguments", "error"),
   [
