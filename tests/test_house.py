@@ -38,10 +38,10 @@ ROWS = [
     *("training.losses", "training.optimizer", "training.step"),
     "decoding",
   ],
-  ["planning"],
+  ["planning", "interop"],
   [
     *("training", "training.evaluation", "training.reporting", "training.loop"),
-    *("benchmark", "look", "interop"),
+    *("benchmark", "look"),
   ],
   ["commands"],
   ["cli"],

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 
+from flaxlm.benchmark.measure import Setting
 from flaxlm.benchmark.report import Result, summarise
 from flaxlm.configfile import load_config, override
 from flaxlm.decoding.completions import complete, search
@@ -22,7 +23,7 @@ from flaxlm.decoding.encoding import fill_masks
 from flaxlm.decoding.runs import Run, load_run
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.errors import FlaxLMError
-from flaxlm.sharding import make_mesh, start_jax
+from flaxlm.sharding import make_mesh
 
 # 1.3 million parameters and 0.3 million tokens each.
 OVERRIDES = {
@@ -52,10 +53,9 @@ NEW_TOKENS = 65  # the prefill's, and four blocks
 ROUNDS = 5
 
 
-def bench_families() -> list[Result]:
+def bench_families(_: Setting) -> list[Result]:
   """Of each family its parameters, held-out loss, training speed, and time per token."""
   results = []
-  start_jax()
   for name, (config, *changes) in OVERRIDES.items():
     cfg = override(load_config(config), [*changes, *OPTIMIZER])
     with tempfile.TemporaryDirectory() as folder:

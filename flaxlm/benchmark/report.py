@@ -3,14 +3,55 @@
 
 import dataclasses
 import json
-import os
-import platform
+import math
 import statistics
-import subprocess
-from collections.abc import Sequence
-from importlib import metadata
-from pathlib import Path
-from typing import TextIO
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TextIO
+
+from flaxlm.benchmark.provenance import commit, device, flags, versions
+from flaxlm.errors import FlaxLMError
+
+
+class Unit(NamedTuple):
+  """How a unit reads: which way is better (0: neither), and what one of it is."""
+
+  better: int
+  scale: float = 1.0  # of seconds, or of an amount per second
+
+
+UNITS = {
+  "GFLOP/s": Unit(1, 1e-9),
+  "GB/s": Unit(1, 1e-9),
+  "MB/s": Unit(1, 1e-6),
+  "tokens/s": Unit(1),
+  "batches/s": Unit(1),
+  "s": Unit(-1),
+  "ms": Unit(-1, 1e3),
+  "ms per token": Unit(-1, 1e3),
+  "us per operation": Unit(-1, 1e6),
+  "nats per token": Unit(-1),
+  "parameters": Unit(0),
+  "tokens": Unit(0),
+  "predicted / measured": Unit(0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What one call has to do at least, by formula: operations, and bytes to and fro.
+
+  `footprint` is how many different bytes it touches: what decides which memory serves it.
+  """
+
+  flops: float
+  bytes: float
+  dtype: str = "float32"
+  footprint: float | None = None
+
+  @property
+  def intensity(self) -> float | None:
+    """FLOPs per byte; None for what does not compute, or does not touch memory."""
+    return self.flops / self.bytes if self.flops and self.bytes else None
 
 
 @dataclasses.dataclass
@@ -26,13 +67,27 @@ class Result:
   peak_fraction: float | None = None
   measured_limit_fraction: float | None = None
   peer: str | None = None
-  ratio: float | None = None  # ours / peer's, the median of paired rounds
+  ratio: float | None = None  # speed of ours / of the peer's, the median of paired rounds
   ratio_low: float | None = None
   ratio_high: float | None = None
   correct: str | None = None  # what the correctness gate saw
+  rounds: int = 1
+  first_seconds: float | None = None  # of the first call: compiling, above all
+  seconds: float | None = None  # of one call, once warm: the median
+  flops: float | None = None
+  bytes: float | None = None
+  footprint: float | None = None
+  dtype: str | None = None
   versions: dict[str, str] = dataclasses.field(default_factory=dict)
+  flags: dict[str, str] = dataclasses.field(default_factory=dict)
   device: str = ""
   commit: str | None = None
+
+  @property
+  def work(self) -> Work | None:
+    if self.flops is None or self.bytes is None:
+      return None
+    return Work(self.flops, self.bytes, self.dtype or "float32", self.footprint)
 
 
 def summarise(
@@ -43,63 +98,120 @@ def summarise(
   peer_rounds: Sequence[float] = (),
 ) -> Result:
   """Median and range over rounds; ratios are taken round by round, since machines drift."""
+  if not all(map(math.isfinite, rounds)):
+    raise FlaxLMError(f"{suite} {case}: a round has no figure: {rounds}")
   result = Result(suite, case, statistics.median(rounds), min(rounds), max(rounds), unit)
-  result.versions, result.device, result.commit = versions(), device(), commit()
+  result.rounds = len(rounds)
+  result.versions, result.flags = versions(), flags()
+  result.device, result.commit = device(), commit()
   if peer_rounds:
-    ratios = [ours / theirs for ours, theirs in zip(rounds, peer_rounds, strict=True)]
+    pairs = list(zip(rounds, peer_rounds, strict=True))
+    faster = UNITS[unit].better >= 0
+    ratios = [ours / theirs if faster else theirs / ours for ours, theirs in pairs]
     result.ratio = statistics.median(ratios)
     result.ratio_low, result.ratio_high = min(ratios), max(ratios)
   return result
 
 
-def versions() -> dict[str, str]:
-  found = {"python": platform.python_version()}
-  for package in ("flaxlm", "jax", "jaxlib", "flax", "optax", "torch"):
-    try:
-      found[package] = metadata.version(package)
-    except metadata.PackageNotFoundError:
-      continue
-  return found
+def figures(seconds: Sequence[float], unit: str, amount: float = 1.0) -> list[float]:
+  """Seconds per call in a unit: `amount` per second, or time, of `amount` each."""
+  better, scale = UNITS[unit]
+  if better > 0:
+    return [scale * amount / one for one in seconds]
+  return [scale * one / amount for one in seconds]
 
 
-def device() -> str:
-  """The processor's own name and the number of cores that this process may use."""
-  name = platform.processor() or platform.machine()
-  try:
-    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    name = next(
-      line.split(":")[1].strip() for line in lines if line.startswith("model name")
-    )
-  except (OSError, StopIteration):
-    pass
-  return f"{name}, {len(os.sched_getaffinity(0))} cores"
+def as_json(result: Result) -> str:
+  return json.dumps(dataclasses.asdict(result))
 
 
-def commit() -> str | None:
-  """The commit of the checkout that runs, if it is one."""
-  command = ["git", "rev-parse", "--short", "HEAD"]
-  try:
-    result = subprocess.run(
-      command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-    )
-  except (OSError, subprocess.CalledProcessError):
-    return None
-  return result.stdout.strip()
-
-
-def print_results(results: Sequence[Result], as_json: bool, out: TextIO) -> None:
+def print_json(results: Sequence[Result], out: TextIO) -> None:
   for result in results:
-    if as_json:
-      print(json.dumps(dataclasses.asdict(result)), file=out)
-      continue
-    print(
-      f"{result.suite} {result.case}: {result.median:,.0f} {result.unit} "
-      f"({result.low:,.0f}-{result.high:,.0f})",
-      file=out,
-    )
-    if result.ratio is not None:
-      print(
-        f"  {result.ratio:.2f}x {result.peer} "
-        f"({result.ratio_low:.2f}-{result.ratio_high:.2f}); {result.correct}",
-        file=out,
-      )
+    print(as_json(result), file=out)
+
+
+# -- For people ----------------------------------------------------------------------------
+
+HEADINGS = ("suite", "case", "median", "range", "unit", "of peak", "of limit", "ratio")
+
+
+def print_results(results: Sequence[Result], out: TextIO) -> None:
+  """A table; below it what was compared, and what the correctness gates saw."""
+  if not results:
+    return
+  rows = [HEADINGS, *(table_row(result) for result in results)]
+  widths = [max(len(row[n]) for row in rows) for n in range(len(HEADINGS))]
+  for row in rows:
+    cells = [
+      cell.rjust(width) if HEADINGS[n] in RIGHT else cell.ljust(width)
+      for n, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    print("  ".join(cells).rstrip(), file=out)
+  print(file=out)
+  for line in gates(results):
+    print(line, file=out)
+  print(origin(results[0]), file=out)
+
+
+RIGHT = {"median", "range", "of peak", "of limit"}
+
+
+def table_row(result: Result) -> tuple[str, ...]:
+  percent = lambda fraction: "" if fraction is None else f"{fraction:.0%}"
+  spread = f"{number(result.low)}-{number(result.high)}" if result.rounds > 1 else ""
+  return (
+    result.suite,
+    result.case,
+    number(result.median),
+    spread,
+    result.unit,
+    percent(result.peak_fraction),
+    percent(result.measured_limit_fraction),
+    ratio_text(result),
+  )
+
+
+def ratio_text(result: Result) -> str:
+  if result.ratio is None:
+    return ""
+  spread = ""
+  if result.ratio_low is not None and result.rounds > 1:
+    spread = f" ({result.ratio_low:.2f}-{result.ratio_high:.2f})"
+  return f"{result.ratio:.2f}x {result.peer}{spread}"
+
+
+def gates(results: Sequence[Result]) -> list[str]:
+  """What was checked before a figure counted: of every ratio, and a suite's others."""
+  lines, others = [], dict[str, list[Result]]()
+  for result in results:
+    if result.correct and result.peer:
+      name = f"{result.suite} {result.case} vs {result.peer}"
+      lines.append(f"checked: {name}: {result.correct}")
+    elif result.correct:
+      others.setdefault(result.suite, []).append(result)
+  for suite, group in others.items():
+    count = f", {len(group)} cases, the first" if len(group) > 1 else ""
+    lines.append(f"checked: {suite}{count}: {group[0].correct}")
+  return lines
+
+
+def origin(result: Result) -> str:
+  """One line: on what, with what, of which commit."""
+  packages = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+  flags_text = " ".join(f"{name}={value}" for name, value in result.flags.items())
+  parts = [result.device, packages, flags_text, f"commit {result.commit or 'unknown'}"]
+  return "; ".join(part for part in parts if part)
+
+
+def number(value: float) -> str:
+  """Three or more significant digits, without exponents."""
+  if value == 0:
+    return "0"
+  decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+  return f"{value:,.{min(decimals, 6)}f}"
+
+
+def from_mapping(values: Mapping[str, Any]) -> Result:
+  """A result of a line's values; keys that we do not know are left out."""
+  known = {field.name for field in dataclasses.fields(Result)}
+  return Result(**{key: value for key, value in values.items() if key in known})

@@ -44,7 +44,8 @@ class GPT(nn.Module):
     self.final_norm = nn.LayerNorm(cfg.width)
 
   def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    x = self.embedding(tokens) + self.positions(torch.arange(tokens.shape[1]))
+    slots = torch.arange(tokens.shape[1], device=tokens.device)
+    x = self.embedding(tokens) + self.positions(slots)
     for block in self.blocks:
       x = block(x)
     logits = self.final_norm(x) @ self.embedding.weight.T
@@ -72,10 +73,16 @@ class GPT(nn.Module):
         put(norm.bias, of(f"{name}/bias"))
 
 
-def torch_side(case: Case, work: dict[str, np.ndarray]) -> dict[str, Any]:
-  """Eager PyTorch on the same work."""
+def torch_side(
+  case: Case, work: dict[str, np.ndarray], compiled: bool = False
+) -> dict[str, Any]:
+  """PyTorch on the same work, eager or compiled, on the device that it has."""
+  device = "cuda" if torch.cuda.is_available() else "cpu"
   model = GPT(case.model)
   model.load(work)
+  model.to(device)
+  forward = torch.compile(model) if compiled else model
+  half = torch.autocast(device, torch.bfloat16, enabled=case.dtype == "bfloat16")
   decayed = [p for p in model.parameters() if p.ndim >= 2]
   others = [p for p in model.parameters() if p.ndim < 2]
   optimizer = torch.optim.AdamW(
@@ -90,8 +97,9 @@ def torch_side(case: Case, work: dict[str, np.ndarray]) -> dict[str, Any]:
   )
 
   def step(window: np.ndarray) -> torch.Tensor:
-    tokens = torch.from_numpy(window)
-    loss = model(tokens[:, :-1], tokens[:, 1:])
+    tokens = torch.from_numpy(window).to(device)
+    with half:
+      loss = forward(tokens[:, :-1], tokens[:, 1:])
     loss.backward()
     if OPTIMIZER.clip_norm is not None:
       nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)

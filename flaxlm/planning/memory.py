@@ -323,18 +323,25 @@ def _residual_bytes(model: Any, params: Any, rows: int, lengths: tuple[int, int]
   )
   batch: Any = Batch(*[target] * 5, *[source] * 3)  # type: ignore[arg-type]
 
-  def residuals(params: Any, batch: Batch) -> list[jax.Array]:
+  def hidden(params: Any, batch: Batch) -> Any:
     dropout = model.cfg.dropout > 0
     options = dict(
       method="hidden",
       deterministic=not dropout,
       rngs={"dropout": jax.random.key(0)} if dropout else {},
     )
-    return jax.tree.leaves(
-      jax.vjp(lambda params: forward(model, params, batch, **options), params)[1]
-    )
+    return forward(model, params, batch, **options)
 
-  jaxpr = jax.make_jaxpr(residuals)(params, batch).jaxpr
+  return residual_bytes(hidden, params, batch)
+
+
+def residual_bytes(function: Callable, differentiated: Any, *others: Any) -> int:
+  """Bytes that the backward pass of `function` needs, besides its arguments."""
+
+  def residuals(differentiated: Any, *others: Any) -> list[jax.Array]:
+    return jax.tree.leaves(jax.vjp(lambda x: function(x, *others), differentiated)[1])
+
+  jaxpr = jax.make_jaxpr(residuals)(differentiated, *others).jaxpr
   origins = _origins(jaxpr)
   given = set(jaxpr.invars)
   kept = {}

@@ -36,12 +36,21 @@ from flaxlm.planning.memory import (
   state_bytes,
   training_memory,
 )
+from flaxlm.planning.products import (
+  Products,
+  decoding_products,
+  is_listed,
+  training_products,
+)
 from flaxlm.sharding import batch_shards
 
 COLLECTIVE_SECONDS = 1e-6  # no exchange is faster, however small (scaling book)
 # Passes over an array that a layer keeps: written, read, and its gradient likewise; an
 # array computed again is written once more.
 PASSES, PASSES_AGAIN = 4, 5
+# Kernels besides matrix products that XLA makes of a decoding step: those of a layer, and
+# those around the layers (counted in the HLO of LLaMA shapes: 25.3 and 39).
+LAYER_OPERATIONS, STEP_OPERATIONS = 25, 40
 LOGIT_PASSES = 6  # logits: written, read for the maximum, the sum and the gradient; it too
 
 
@@ -131,17 +140,49 @@ def plan_training(cfg: Config, sizes: Sizes, device: Device) -> Plan:
 
 def step_times(cfg: Config, sizes: Sizes, device: Device, cost: StepCost) -> StepTimes:
   state = state_bytes(cfg.model, cfg.training, cfg.optimizer, sizes)
-  compute = None
-  peak = attainable_flops(device, cfg.training.dtype)
-  if peak:
-    compute = cost.executed_flops / math.prod(sizes.values()) / peak
-  bandwidth = attainable_bandwidth(device)
-  memory = traffic_bytes(cfg, sizes, state) / bandwidth if bandwidth else None
+  compute = compute_seconds(cfg, sizes, device, cost)
+  memory = memory_seconds(traffic_parts(cfg, sizes, state), device)
   network = {}
   for axis, sent in network_bytes(cfg, sizes, state).items():
     rate = axis_bandwidth(device, sizes, axis)
     network[axis] = sent / rate if rate else None
   return StepTimes(compute, memory, network)
+
+
+def compute_seconds(
+  cfg: Config, sizes: Sizes, device: Device, cost: StepCost
+) -> float | None:
+  """FLOPs at the attainable rate, or product by product where their rates were measured."""
+  num_devices = math.prod(sizes.values())
+  if device.product_rates and num_devices == 1 and is_listed(cfg):
+    return product_seconds(training_products(cfg), device, cfg.training.dtype)
+  peak = attainable_flops(device, cfg.training.dtype)
+  return cost.executed_flops / num_devices / peak if peak else None
+
+
+def product_seconds(products: Products, device: Device, dtype: str) -> float | None:
+  seconds, rest = 0.0, 0.0
+  for product, count in products.items():
+    rate = device.product_rates.get(product)
+    if rate:
+      seconds += count * product.flops / rate
+    else:
+      rest += count * product.flops
+  peak = attainable_flops(device, dtype)
+  if rest and not peak:
+    return None
+  return seconds + (rest / peak if peak else 0.0)
+
+
+def memory_seconds(parts: Mapping[str, float], device: Device) -> float | None:
+  """Bytes by part, each at its own measured bandwidth, else at the memory's."""
+  general, seconds = attainable_bandwidth(device), 0.0
+  for part, num_bytes in parts.items():
+    rate = device.pass_bandwidths.get(part, general)
+    if not rate:
+      return None
+    seconds += num_bytes / rate
+  return seconds
 
 
 def attainable_flops(device: Device, dtype: str) -> float | None:
@@ -157,6 +198,11 @@ def attainable_bandwidth(device: Device) -> float | None:
 
 def traffic_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> float:
   """Bytes that one device reads and writes in a step, besides operands in its caches."""
+  return sum(traffic_parts(cfg, sizes, state).values())
+
+
+def traffic_parts(cfg: Config, sizes: Sizes, state: StateBytes) -> dict[str, float]:
+  """`traffic_bytes` by what is read and written."""
   training, model = cfg.training, cfg.model
   rows = local_rows(cfg, sizes)
   passes = PASSES if training.remat == "none" else PASSES_AGAIN
@@ -166,9 +212,13 @@ def traffic_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> float:
   logits = rows * T * (model.vocab_size // sizes["tensor"]) * 4
   weights = 3 * gathered_elements(state, sizes) * jnp.dtype(training.dtype).itemsize
   logit_passes = LOGIT_PASSES + (training.loss_chunks > 1)  # computed again
-  one_part = activations + logit_passes * logits + weights
-  update = 2 * (state.parameters + state.optimizer_state) + 2 * state.parameters
-  return training.accumulation_steps * one_part + update
+  times = training.accumulation_steps
+  return {
+    "activations": times * activations,
+    "logits": times * logit_passes * logits,
+    "weights": times * weights,
+    "update": 2 * (state.parameters + state.optimizer_state) + 2 * state.parameters,
+  }
 
 
 def gathered_elements(state: StateBytes, sizes: Sizes) -> int:
@@ -269,8 +319,8 @@ def plan_decoding(
   times = _decode_times(cfg, sizes, device, batch, context)
   seconds = None
   if all(time is not None for time in times.values()):
-    compute, weight_time, cache_time, network = (time or 0.0 for time in times.values())
-    seconds = max(compute, weight_time) + cache_time + network
+    compute, weight_time, *others = (time or 0.0 for time in times.values())
+    seconds = max(compute, weight_time) + sum(others)
   slowest = max(times, key=lambda name: times[name] or 0.0)
   return DecodePoint(
     batch=batch,
@@ -287,17 +337,14 @@ def plan_decoding(
 def _decode_times(
   cfg: Config, sizes: Sizes, device: Device, batch: int, context: int
 ) -> dict[str, float | None]:
-  """Seconds of one step by what takes them: compute, weights, cache, network."""
+  """Seconds of one step by what takes them; compute and weights come first."""
   model, tensor = cfg.model, sizes["tensor"]
   item = jnp.dtype(cfg.training.dtype).itemsize
   rows = math.ceil(batch / batch_shards(sizes))
   peak = attainable_flops(device, cfg.training.dtype)
   rate = attainable_bandwidth(device)
-  work = forward_work(model, rows, 1)
-  attention = 4.0 * rows * model.depth * model.num_heads * (model.head_dim or 0) * context
-  flops = work.matmul + work.head + attention * (model.family != "rnn")
-  weights = read_parameters(cfg, rows) * item / tensor / sizes["expert"]
-  cache = kv_cache_bytes(model, rows, context, item) / tensor
+  flops, weights, cache = decode_work(cfg, rows, context)
+  weights, cache = weights / tensor / sizes["expert"], cache / tensor
   vectors = rows * model.width * item * model.depth
   exchanges = {  # bytes, and how many there are
     "fsdp": (weights, model.depth),
@@ -310,12 +357,30 @@ def _decode_times(
       speed, share = axis_bandwidth(device, sizes, axis), 1 - 1 / sizes[axis]
       time = speed and max(whole * share / speed, count * COLLECTIVE_SECONDS)
       network = None if time is None else network + time
+  compute = flops / tensor / peak if peak else None
+  if device.product_rates and math.prod(sizes.values()) == 1 and is_listed(cfg):
+    # Measured with their weights, and with a cache's keys and values.
+    products = decoding_products(model, rows, context)
+    compute = product_seconds(products, device, cfg.training.dtype)
+    cache = 0.0
+  operations = LAYER_OPERATIONS * model.depth + STEP_OPERATIONS
   return {
-    "compute": flops / tensor / peak if peak else None,
+    "compute": compute,
     "weights": weights / rate if rate else None,
     "cache": cache / rate if rate else None,
     "network": network,
+    "overhead": operations * device.operation_seconds,
   }
+
+
+def decode_work(cfg: Config, rows: int, context: int) -> tuple[float, float, float]:
+  """One step of `rows` rows, whole: FLOPs, bytes of weights, bytes of cache."""
+  model, item = cfg.model, jnp.dtype(cfg.training.dtype).itemsize
+  work = forward_work(model, rows, 1)
+  attention = 4.0 * rows * model.depth * model.num_heads * (model.head_dim or 0) * context
+  flops = work.matmul + work.head + attention * (model.family != "rnn")
+  weights = read_parameters(cfg, rows) * item
+  return flops, weights, kv_cache_bytes(model, rows, context, item)
 
 
 def read_parameters(cfg: Config, rows: int) -> int:

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collectives along each axis of a mesh, by size.
+
+The bandwidth is the bus bandwidth of nccl-tests: bytes that cross the busiest link in the
+best algorithm, so that it compares with the link's own rate whatever the number of devices
+n. With b bytes in the larger of what goes in and what comes out of one device, in time t:
+
+  all_reduce      2 b (n - 1) / n / t
+  all_gather        b (n - 1) / n / t       b: what comes out
+  reduce_scatter    b (n - 1) / n / t       b: what goes in
+  all_to_all        b (n - 1) / n / t
+  permute           b / t                   each sends all to its neighbour
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flaxlm.benchmark.measure import Setting, Side, agree, measure, timed
+from flaxlm.benchmark.report import Result
+from flaxlm.errors import ConfigError
+from flaxlm.sharding import make_mesh
+
+KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute")
+
+
+def bench_collectives(setting: Setting) -> list[Result]:
+  """GB/s of bus bandwidth. Raises `ConfigError` with a single device."""
+  mesh = make_mesh(setting.mesh)
+  axes = [axis for axis, size in mesh.shape.items() if size > 1]
+  if not axes:
+    raise ConfigError(
+      "collectives need more than one device", "on a CPU: --simulated-devices 8"
+    )
+  results = []
+  for axis in axes:
+    for kind in KINDS:
+      for size in setting.pick((2**12,), (2**16, 2**20, 2**24), (2**20, 2**24, 2**28)):
+        results.append(bench_collective(kind, axis, size, mesh, setting))
+  return results
+
+
+def bench_collective(
+  kind: str, axis: str, num_bytes: int, mesh: Mesh, setting: Setting
+) -> Result:
+  """One collective of float32 numbers, `num_bytes` in the larger of its two sides."""
+  n = mesh.shape[axis]
+  length = num_bytes // 4 // n * n
+  local = length // n if kind == "all_gather" else length
+  whole = np.arange(mesh.size * local, dtype=np.float32).reshape(mesh.size, local) % 1009
+  spec = PartitionSpec(mesh.axis_names)
+  x = jax.device_put(whole, NamedSharding(mesh, spec))
+  function = jax.shard_map(
+    lambda x_1N: exchange(kind, axis, n)(x_1N[0])[None],
+    mesh=mesh,
+    in_specs=spec,
+    out_specs=spec,
+  )
+  timing = measure({kind: Side(jax.jit(function), lambda: (x,))}, setting)[kind]
+  bus = bus_bytes(kind, 4 * length, n)
+  case = f"{kind} {axis}={n} {megabytes(4 * length)}"
+  result = timed(("collectives", case), timing, "GB/s", bus)
+  expected = reference(kind, whole, mesh, axis)
+  result.correct = agree("every device", timing.result, expected, 1e-6)
+  return result
+
+
+def exchange(kind: str, axis: str, n: int) -> Callable[[jax.Array], jax.Array]:
+  match kind:
+    case "all_gather":
+      return functools.partial(jax.lax.all_gather, axis_name=axis, tiled=True)
+    case "reduce_scatter":
+      return functools.partial(jax.lax.psum_scatter, axis_name=axis, tiled=True)
+    case "all_reduce":
+      return functools.partial(jax.lax.psum, axis_name=axis)
+    case "all_to_all":
+      return lambda x: jax.lax.all_to_all(x, axis, 0, 0, tiled=True)
+    case "permute":
+      ring = [(place, (place + 1) % n) for place in range(n)]
+      return lambda x: jax.lax.ppermute(x, axis, ring)
+  raise ValueError(kind)
+
+
+def bus_bytes(kind: str, num_bytes: float, n: int) -> float:
+  """Bytes over the busiest link, by the formulas above."""
+  share = (n - 1) / n
+  return num_bytes * {"all_reduce": 2 * share, "permute": 1.0}.get(kind, share)
+
+
+def reference(kind: str, whole: np.ndarray, mesh: Mesh, axis: str) -> np.ndarray:
+  """What every device should hold, by numpy: whole is (devices, values)."""
+  place, n = mesh.axis_names.index(axis), mesh.shape[axis]
+  grid = np.moveaxis(whole.reshape(*mesh.devices.shape, -1), place, 0)  # (n, ..., values)
+  parts = np.stack(np.split(grid, n, -1)) if grid.shape[-1] >= n else grid
+  match kind:
+    case "all_gather":
+      out = np.broadcast_to(
+        np.concatenate(list(grid), -1), (n, *grid.shape[1:-1], n * grid.shape[-1])
+      )
+    case "all_reduce":
+      out = np.broadcast_to(grid.sum(0), grid.shape)
+    case "reduce_scatter":
+      out = parts.sum(1)
+    case "all_to_all":
+      out = np.concatenate(list(np.moveaxis(parts, 1, 0)), -1)
+    case "permute":
+      out = np.roll(grid, 1, 0)
+  return np.moveaxis(out, 0, place).reshape(mesh.size, -1)
+
+
+def megabytes(num_bytes: int) -> str:
+  return f"{num_bytes / 2**20:.3g} MiB"

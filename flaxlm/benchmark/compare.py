@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two files of results, line by line: what became faster or slower beyond the noise.
+
+A figure's range over its rounds is its noise band. Two figures differ only if their bands
+do not touch, and their medians differ by more than a threshold (5 % unless told): three
+to five rounds of one process do not see what differs from one process to the next. A
+figure of one round has no band, and the threshold is all there is.
+"""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from flaxlm.benchmark.report import UNITS, Result, from_mapping, number
+from flaxlm.errors import ConfigError, DataError
+
+Key = tuple[str, str]
+THRESHOLD = 0.05
+REQUIRED = {"suite": str, "case": str, "unit": str, "device": str}
+FIGURES = ("median", "low", "high")
+SLOWER = 1  # the exit status
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """What became of one case; `change` is the new speed / the old one."""
+
+  suite: str
+  case: str
+  word: str  # faster, slower, same, noise, changed, missing, new
+  before: Result | None = None
+  after: Result | None = None
+  change: float | None = None
+
+
+def compare_files(
+  before: Path, after: Path, threshold: float = THRESHOLD, any_device: bool = False
+) -> list[Verdict]:
+  """A verdict for every case of either file.
+
+  Raises `DataError` for a file that is not made of results, `ConfigError` if they come
+  from different devices, or have no case in common.
+  """
+  old, new = merged(read_lines(before)), merged(read_lines(after))
+  if not any_device:
+    check_devices(old, new, before, after)
+  if not old.keys() & new.keys():
+    raise ConfigError(
+      f"{before} and {after} have no case in common", "were the same suites run?"
+    )
+  verdicts = []
+  for suite, case in {**old, **new}:
+    a, b = old.get((suite, case)), new.get((suite, case))
+    verdicts.append(judge_pair(suite, case, a, b, threshold))
+  return verdicts
+
+
+def judge_pair(
+  suite: str, case: str, a: Result | None, b: Result | None, threshold: float
+) -> Verdict:
+  if a is None or b is None:
+    return Verdict(suite, case, "new" if a is None else "missing", a, b)
+  if a.unit != b.unit:
+    raise DataError(
+      f"{suite} {case} is in {a.unit} in one file and in {b.unit} in the other",
+      "they come from different versions of the benchmark",
+    )
+  better = UNITS[a.unit].better
+  if not better:
+    word = "same" if a.median == b.median else "changed"
+    return Verdict(suite, case, word, a, b)
+  change = b.median / a.median if better > 0 else a.median / b.median
+  apart = b.low > a.high or b.high < a.low
+  if not apart:
+    word = "same" if abs(change - 1) <= threshold else "noise"
+  elif change > 1 + threshold:
+    word = "faster"
+  elif change < 1 - threshold:
+    word = "slower"
+  else:
+    word = "same"
+  return Verdict(suite, case, word, a, b, change)
+
+
+# -- Files ---------------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> list[Result]:
+  """The results in a file of JSON lines. Raises `DataError` with the line's number."""
+  try:
+    text = path.read_text("utf-8")
+  except (OSError, UnicodeDecodeError) as e:
+    raise DataError(f"{path} cannot be read: {e}") from e
+  results = []
+  for place, line in enumerate(text.splitlines(), 1):
+    if line.strip():
+      results.append(parse_line(line, f"{path}:{place}"))
+  if not results:
+    raise DataError(f"{path} has no results", "flaxlm bench --json --output FILE makes one")
+  return results
+
+
+def parse_line(line: str, where: str) -> Result:
+  try:
+    values: Any = json.loads(line)
+  except (json.JSONDecodeError, RecursionError) as e:
+    raise DataError(f"{where} is not JSON: {e}", "flaxlm bench --json makes it") from e
+  if not isinstance(values, dict):
+    raise DataError(f"{where} is not a JSON object")
+  for name, kind in REQUIRED.items():
+    if not isinstance(values.get(name), kind):
+      raise DataError(f"{where} has no {name}", "a line of flaxlm bench --json does")
+  for name in FIGURES:
+    value: Any = values.get(name)
+    if type(value) not in (int, float) or not 0 <= value < float("inf"):
+      raise DataError(f"{where}: {name} is {value!r}", "it is a number, 0 or more")
+  if not values["low"] <= values["median"] <= values["high"]:
+    raise DataError(f"{where}: low <= median <= high does not hold")
+  if values["unit"] not in UNITS:
+    raise DataError(f"{where}: unit {values['unit']!r} is not known", ", ".join(UNITS))
+  if UNITS[values["unit"]].better and not values["low"] > 0:
+    raise DataError(f"{where}: low is {values['low']}", "speeds and times are above 0")
+  return from_mapping(values)
+
+
+def merged(results: Sequence[Result]) -> dict[Key, Result]:
+  """By suite and case. Repeated lines (other peers, other runs) make one wider band."""
+  groups: dict[Key, list[Result]] = {}
+  for result in results:
+    groups.setdefault((result.suite, result.case), []).append(result)
+  found = {}
+  for key, group in groups.items():
+    found[key] = dataclasses.replace(
+      group[0],
+      median=statistics.median(result.median for result in group),
+      low=min(result.low for result in group),
+      high=max(result.high for result in group),
+    )
+  return found
+
+
+def check_devices(
+  old: dict[Key, Result], new: dict[Key, Result], before: Path, after: Path
+) -> None:
+  for key in old.keys() & new.keys():
+    if old[key].device != new[key].device:
+      raise ConfigError(
+        f"{before} is of {old[key].device}, {after} of {new[key].device}",
+        "--any-device compares them nevertheless",
+      )
+
+
+# -- For people ----------------------------------------------------------------------------
+
+NOTES = {
+  "noise": "the medians differ, the ranges overlap",
+  "missing": "only in the first file",
+  "new": "only in the second file",
+}
+
+
+def print_verdicts(verdicts: Sequence[Verdict], out: TextIO) -> None:
+  """The worst first; then how many there are of each."""
+  order = ("slower", "faster", "noise", "changed", "missing", "new", "same")
+  ranked = sorted(verdicts, key=lambda v: (order.index(v.word), v.change or 1.0))
+  width = max(len(f"{v.suite} {v.case}") for v in verdicts)
+  for v in ranked:
+    figures = " -> ".join(figure(result) for result in (v.before, v.after) if result)
+    unit = " or ".join({result.unit for result in (v.before, v.after) if result})
+    change = "" if v.change is None else f"{v.change:.2f}x"
+    note = f"  ({NOTES[v.word]})" if v.word in NOTES else ""
+    name = f"{v.suite} {v.case}".ljust(width)
+    print(f"{v.word:8}{change:>6}  {name}  {figures} {unit}{note}", file=out)
+  counts = [(word, sum(v.word == word for v in verdicts)) for word in order]
+  print("; ".join(f"{count} {word}" for word, count in counts if count), file=out)
+
+
+def figure(result: Result) -> str:
+  if result.low == result.high:
+    return number(result.median)
+  return f"{number(result.median)} ({number(result.low)}-{number(result.high)})"
+
+
+def as_values(verdict: Verdict) -> dict[str, Any]:
+  """For `--json`."""
+  median = lambda result: None if result is None else result.median
+  return {
+    "suite": verdict.suite,
+    "case": verdict.case,
+    "verdict": verdict.word,
+    "change": verdict.change,
+    "before": median(verdict.before),
+    "after": median(verdict.after),
+  }

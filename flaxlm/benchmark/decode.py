@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding by batch: reading the prompts, and then token after token, both through
+`decoding.generate`, greedily.
+
+A step reads every weight and the cache (`planning.roofline.decode_work`); reading a
+prompt is a forward pass of which the head sees the last token only. Against a peer whole
+answers are timed, prompt and all: others do not tell the two apart.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxlm.benchmark.measure import Setting, Side, Timing, against, measure, timed
+from flaxlm.benchmark.report import Result, Work
+from flaxlm.config import Config, ModelConfig, TrainingConfig
+from flaxlm.decoding.generate import Request, generate
+from flaxlm.decoding.sampling import make_sampling
+from flaxlm.errors import ConfigError, FlaxLMError
+from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.models import build_model, init_params
+from flaxlm.planning.cost import forward_work
+from flaxlm.planning.roofline import decode_work, read_parameters
+
+CHECKED_TOKENS = 8
+# A token counts as the likeliest if its logit is this close to the highest: / their range.
+LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+
+
+def shape_of(setting: Setting) -> tuple[Config, int, int]:
+  """A LLaMA shape, the prompt's length, and the number of new tokens."""
+  depth, width, heads, vocab, prompt, new = setting.pick(
+    (1, 16, 2, 64, 4, 9), (6, 384, 6, 8192, 64, 65), (16, 2048, 16, 32_000, 512, 129)
+  )
+  model = ModelConfig(
+    depth=depth,
+    width=width,
+    num_heads=heads,
+    num_kv_heads=heads // 2,
+    vocab_size=vocab,
+    context=max(64, 2 * (prompt + new)),
+  ).resolve()
+  dtype = setting.pick("float32", "float32", "bfloat16")
+  return (
+    Config(model=model, training=TrainingConfig(dtype=dtype, param_dtype=dtype)),
+    prompt,
+    new,
+  )
+
+
+def bench_decode(setting: Setting) -> list[Result]:
+  """Tokens per second of prompts and of answers, by batch."""
+  cfg, prompt, new = shape_of(setting)
+  model, params = random_model(cfg)
+  results = []
+  for batch in setting.pick((2,), (1, 4, 16), (1, 8, 64)):
+    results += bench_batch(cfg, model, params, (batch, prompt, new), setting)
+  if setting.peer == "torch":
+    from flaxlm.benchmark.transformers_peer import bench_against_transformers
+
+    results += bench_against_transformers(cfg, model, params, (prompt, new), setting)
+  elif setting.peer == "llama.cpp":
+    raise ConfigError(
+      "llama.cpp reads GGUF, which flaxlm does not write yet", "leave --vs out"
+    )
+  return results
+
+
+def random_model(cfg: Config) -> tuple[LanguageModel, Any]:
+  import flax.linen as nn
+
+  model = build_model(cfg.model, cfg.training)
+  init = jax.jit(lambda seed: nn.unbox(init_params(model, seed)))
+  return model, init(jnp.uint32(0))
+
+
+def random_request(cfg: Config, batch: int, prompt: int, new: int) -> Request:
+  V = cfg.model.vocab_size
+  assert V is not None
+  prompts = np.random.default_rng(0).integers(0, V, (batch, prompt)).tolist()
+  return Request(prompts, new, num_ids=V)
+
+
+def bench_batch(
+  cfg: Config,
+  model: LanguageModel,
+  params: Any,
+  lengths: tuple[int, int, int],
+  setting: Setting,
+) -> list[Result]:
+  """Prompts and answers of one batch, checked against a forward pass without a cache."""
+  batch, prompt, new = lengths
+  request = random_request(cfg, *lengths)
+  greedy = make_sampling(batch, temperature=0.0)
+  start = functools.partial(generate, model, params, request, greedy)
+
+  def started() -> tuple[Any, Callable[[], list]]:
+    answer = start()
+    return next(answer), lambda: list(answer)
+
+  sides = {
+    "prefill": Side(lambda: next(start())),
+    "decode": Side(lambda first, rest: [first, *rest()], started),
+  }
+  timings = {name: measure({name: side}, setting)[name] for name, side in sides.items()}
+  tokens = np.concatenate([block.tokens_BT for block in timings["decode"].result], 1)
+  gate = check(model, params, request, tokens)
+  shape = f"{cfg.model.depth}x{cfg.model.width} B{batch}"
+  amounts = {"prefill": batch * prompt, "decode": batch * (new - 1)}
+  works = {
+    "prefill": prefill_work(cfg, batch, prompt),
+    "decode": answer_work(cfg, batch, prompt, new),
+  }
+  results = []
+  for name, amount in amounts.items():
+    case = f"{name} {shape} {prompt if name == 'prefill' else f'{prompt}+{new - 1}'}"
+    result = timed(("decode", case), timings[name], "tokens/s", amount, works[name])
+    result.correct = gate
+    results.append(result)
+  return results
+
+
+def check(model: LanguageModel, params: Any, request: Request, tokens: np.ndarray) -> str:
+  """The first tokens of each answer are the likeliest of a forward pass over all."""
+  count = min(CHECKED_TOKENS, tokens.shape[1])
+  rows = np.concatenate([np.asarray(request.prompts), tokens[:, :count]], 1)
+  apply = jax.jit(lambda params, rows: model.apply({"params": params}, rows).value)
+  logits = np.asarray(apply(params, rows), np.float32)[:, -count - 1 : -1]
+  chosen = np.take_along_axis(logits, tokens[:, :count, None], -1)[..., 0]
+  behind = (logits.max(-1) - chosen) / (logits.max(-1) - logits.min(-1))
+  text = f"{count} tokens of each answer are the likeliest of an uncached forward pass"
+  allowed = LOGIT_TOLERANCE[jnp.dtype(model.run.dtype).name]
+  if not behind.max() <= allowed:
+    raise FlaxLMError(f"a speed without a result: it is not so that {text}")
+  return text
+
+
+def prefill_work(cfg: Config, batch: int, prompt: int) -> Work:
+  work = forward_work(cfg.model, batch, prompt)
+  dtype = cfg.training.dtype
+  weights = float(read_parameters(cfg, batch * prompt) * jnp.dtype(dtype).itemsize)
+  return Work(work.matmul + work.head / prompt + work.attention, weights, dtype, weights)
+
+
+def answer_work(cfg: Config, batch: int, prompt: int, new: int) -> Work:
+  """All steps of an answer; the cache at its mean length."""
+  steps = new - 1
+  flops, weights, cache = decode_work(cfg, batch, prompt + new // 2)
+  touched = weights + cache
+  return Work(steps * flops, steps * touched, cfg.training.dtype, touched)
+
+
+def compared(
+  cfg: Config,
+  sides: tuple[Side, dict[str, Side]],
+  lengths: tuple[int, int, int],
+  gate: Any,
+  setting: Setting,
+) -> list[Result]:
+  """Whole answers of ours and of each peer, in turn; `gate(ours, theirs)` compares them."""
+  ours, peers = sides
+  batch, prompt, new = lengths
+  timings: dict[str, Timing] = measure({"flaxlm": ours, **peers}, setting)
+  case = f"answer {cfg.model.depth}x{cfg.model.width} B{batch} {prompt}+{new}"
+  result = timed(("decode", case), timings["flaxlm"], "tokens/s", batch * new)
+  found = []
+  for peer in peers:
+    text = gate(timings["flaxlm"].result, timings[peer].result)
+    found.append(against(result, peer, timings[peer], timings["flaxlm"], text))
+  return found

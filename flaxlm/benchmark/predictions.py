@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The planner against the clock: step times that `planning.roofline` predicts from ceilings
+of this run, for five small models, training and decoding one row.
+
+A `Device` is built from what this machine reaches at the shapes at hand: every matrix
+product of the model, alone; norms, activations and softmax, forward and backward; the
+cross-entropy; an update; an operation that does nothing. Then the planner's formulas say
+how long a step takes, and the step itself is timed in the same rounds. Nothing is fitted,
+and no model has a factor of its own.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh
+
+from flaxlm.benchmark.decode import random_model, random_request
+from flaxlm.benchmark.matmul import multiply
+from flaxlm.benchmark.measure import Setting, Side, Timing, measure
+from flaxlm.benchmark.report import Result, summarise
+from flaxlm.config import MESH_AXES, Config, DataConfig, ModelConfig, OptimizerConfig
+from flaxlm.data.objectives import next_token
+from flaxlm.decoding.generate import generate
+from flaxlm.decoding.sampling import make_sampling
+from flaxlm.errors import FlaxLMError
+from flaxlm.nn.layers import activate, build_norm
+from flaxlm.nn.models import build_model
+from flaxlm.planning.devices import ANY, Device
+from flaxlm.planning.memory import full_sizes, residual_bytes, state_bytes
+from flaxlm.planning.products import (
+  Product,
+  decoding_products,
+  training_products,
+  weight_products,
+)
+from flaxlm.planning.roofline import (
+  LOGIT_PASSES,
+  PASSES,
+  plan_decoding,
+  plan_training,
+  read_parameters,
+  traffic_parts,
+)
+from flaxlm.training.losses import cross_entropy
+from flaxlm.training.optimizer import build_optimizer
+from flaxlm.training.step import compile_train_step, init_state, put_batch
+
+PROMPT, NEW = 32, 65  # at most
+CHAIN = 32  # sums
+ROUND_SECONDS = 0.05  # there are some thirty figures a model
+
+
+def models(setting: Setting) -> dict[str, Config]:
+  """Five shapes, no two alike: width, depth, heads, vocabulary, rows."""
+  if setting.size == "tiny":
+    return {"tiny": gpt(1, 16, 2, context=48, vocab_size=64, batch_size=2)}
+  muon = OptimizerConfig(kind="muon", learning_rate=1e-2)
+  llama = functools.partial(shape, num_kv_heads=2)
+  found = {
+    "nanogpt 4x128": gpt(4, 128, 4, context=128, vocab_size=256, batch_size=8),
+    "stdlib_tiny 4x128": shape(4, 128, 4, context=256, vocab_size=4096, batch_size=8),
+    "wide 2x768": gpt(2, 768, 12, context=128, vocab_size=8192, batch_size=4),
+    "llama 4x384": llama(4, 384, 6, context=256, vocab_size=4096, batch_size=4),
+    "deep 16x96": shape(16, 96, 3, context=128, vocab_size=512, batch_size=8),
+  }
+  found["stdlib_tiny 4x128"] = dataclasses.replace(
+    found["stdlib_tiny 4x128"], optimizer=muon
+  )
+  return found
+
+
+def shape(
+  depth: int, width: int, heads: int, *, vocab_size: int, batch_size: int, **model: Any
+) -> Config:
+  """A LLaMA-like one, rows as long as its context."""
+  resolved = ModelConfig(
+    depth=depth, width=width, num_heads=heads, vocab_size=vocab_size, **model
+  ).resolve()
+  data = DataConfig(seq_len=resolved.context, batch_size=batch_size)
+  return Config(model=resolved, data=data)
+
+
+gpt = functools.partial(
+  shape, positions="learned", norm="layernorm", activation="gelu", gated=False
+)
+
+
+def bench_predictions(setting: Setting) -> list[Result]:
+  """Predicted / measured time of each model's training step, and of a decoded token."""
+  short = dataclasses.replace(
+    setting,
+    round_seconds=min(ROUND_SECONDS, setting.round_seconds),
+  )
+  results = []
+  for name, cfg in models(setting).items():
+    results.append(predict_training(name, cfg, short))
+    results.append(predict_decoding(name, cfg, short))
+  return results
+
+
+# -- Training ------------------------------------------------------------------------------
+
+
+def predict_training(name: str, cfg: Config, setting: Setting) -> Result:
+  products = training_products(cfg)
+  passes = traffic_pieces(cfg)
+  pieces = {part: side for part, (side, _) in passes.items()}
+  sides = {**product_sides(products), **pieces, "step": training_side(cfg)}
+  timings = measure(sides, setting)
+  loss = float(timings["step"].result)
+  if not np.isfinite(loss):
+    raise FlaxLMError(f"a speed without a result: the loss of {name} is {loss}")
+  sizes = full_sizes({})
+  predicted = []
+  for number in range(setting.rounds):
+    device = device_of_round(timings, number, products)
+    rates = {
+      part: num_bytes / timings[part].rounds[number]
+      for part, (_, num_bytes) in passes.items()
+    }
+    device = dataclasses.replace(
+      device, pass_bandwidths=rates, memory_bandwidth=rates["update"]
+    )
+    seconds = plan_training(cfg, sizes, device).times.seconds
+    assert seconds is not None
+    predicted.append(seconds)
+  return ratio(f"train {name}", predicted, timings["step"])
+
+
+def device_of_round(
+  timings: Mapping[Any, Timing], number: int, products: Mapping[Product, int]
+) -> Device:
+  """What a round found of the products."""
+  rates = {p: p.flops / timings[p].rounds[number] for p in products}
+  return dataclasses.replace(
+    ANY, peak_flops={"float32": max(rates.values())}, product_rates=rates
+  )
+
+
+def product_sides(products: Mapping[Product, int]) -> dict[Any, Side]:
+  """Each product alone, on numbers of its own."""
+  sides: dict[Any, Side] = {}
+  for product in products:
+    M, K, N, G = product
+    lead = (G,) if G > 1 else ()
+    operands = jnp.ones((*lead, M, K)), jnp.ones((*lead, K, N))
+    sides[product] = Side(jax.jit(multiply), functools.partial(tuple, operands))
+  return sides
+
+
+def traffic_pieces(cfg: Config) -> dict[str, tuple[Side, float]]:
+  """By part of a step's traffic: something that does nothing else, and its bytes as the
+  planner counts them."""
+  model, R = cfg.model, cfg.data.batch_size * cfg.data.seq_len
+  assert model.vocab_size and model.ffn_width
+  blocks, ids = block_passes(model), jnp.zeros(R, jnp.int32)
+  inputs = (
+    jnp.ones((R, model.width)),
+    jnp.ones((R, model.ffn_width)),
+    jnp.ones(
+      (cfg.data.batch_size, model.num_heads, cfg.data.seq_len, cfg.data.seq_len // 2)
+    ),
+  )
+  activations = PASSES * residual_bytes(blocks, inputs)
+  logits = jnp.ones((R, model.vocab_size))
+  loss = jax.value_and_grad(lambda x: cross_entropy(x, ids).mean())
+  # The rule's own sums; Muon's matrix products are counted as such.
+  rule = OptimizerConfig(kind="adamw", warmup_steps=0)
+  optimizer = build_optimizer(rule, 1000)
+  mesh = one_device()
+  state = init_state(build_model(model), optimizer, mesh, seed=0)
+
+  def update(state: Any, gradient: Any) -> Any:
+    updates, new = optimizer.update(gradient, state.opt_state, state.params)
+    return optax.apply_updates(state.params, updates), new
+
+  adamw = dataclasses.replace(cfg, optimizer=rule)
+  sizes = full_sizes({})
+  held = state_bytes(model, cfg.training, rule, sizes)
+  update_bytes = traffic_parts(adamw, sizes, held)["update"]
+  return {
+    "activations": (Side(jax.jit(with_gradient(blocks)), lambda: inputs), activations),
+    "logits": (Side(jax.jit(loss), lambda: (logits,)), LOGIT_PASSES * logits.nbytes),
+    "update": (Side(jax.jit(update), lambda: (state, state.params)), update_bytes),
+  }
+
+
+def block_passes(cfg: ModelConfig) -> Callable:
+  """What a block does between its products: a norm, an activation, a softmax."""
+  norm = build_norm(cfg)
+  variables = nn.unbox(norm.init(jax.random.key(0), jnp.ones((1, cfg.width))))
+
+  def passes(inputs: tuple) -> tuple:
+    x_RD, h_RF, scores = inputs
+    out = activate(h_RF, cfg.activation) * (h_RF if cfg.gated else 1.0)
+    exp = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    return norm.apply(variables, x_RD), out, (exp, exp.sum(-1))
+
+  return passes
+
+
+def with_gradient(function: Callable) -> Callable:
+  def run(*inputs: Any) -> Any:
+    out, pull = jax.vjp(function, inputs)
+    return out, pull(out)
+
+  return run
+
+
+def training_side(cfg: Config) -> Side:
+  """The step of `flaxlm train`, on one batch over and over; it returns the loss."""
+  mesh = one_device()
+  model = build_model(cfg.model, cfg.training)
+  optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
+  step = compile_train_step(model, optimizer, cfg.training, mesh)
+  B, T = cfg.data.batch_size, cfg.data.seq_len
+  assert cfg.model.vocab_size
+  window = np.random.default_rng(0).integers(1, cfg.model.vocab_size, (B, T + 1))
+  batch = put_batch(next_token(window, np.full(B, T + 1), bos_id=0), mesh)
+  state, seed = init_state(model, optimizer, mesh, seed=0), jnp.uint32(0)
+
+  def call() -> jax.Array:
+    nonlocal state
+    state, metrics = step(state, batch, seed)
+    jax.block_until_ready(state)
+    return metrics["loss"]
+
+  return Side(call)
+
+
+# -- Decoding ------------------------------------------------------------------------------
+
+
+def predict_decoding(name: str, cfg: Config, setting: Setting) -> Result:
+  """Of one row, greedily, the prompt apart. A product alone finds its weights in a cache,
+  where a step has to fetch them: so all of them are streamed once, too."""
+  model, params = random_model(cfg)
+  new = min(NEW, cfg.model.context - PROMPT)
+  request = random_request(cfg, 1, PROMPT, new)
+  greedy = make_sampling(1, temperature=0.0)
+  slots = 1 << (PROMPT + new - 1).bit_length()  # the cache has room for whole buckets
+
+  def started() -> tuple[Any, Callable[[], list]]:
+    answer = generate(model, params, request, greedy)
+    return next(answer), lambda: list(answer)
+
+  products = decoding_products(cfg.model, 1, slots)
+  sides = product_sides(products)
+  weights = weight_arrays(cfg.model)
+  sides["stream"] = Side(jax.jit(stream), lambda: (weights,))
+  x_1D = jnp.ones((1, cfg.model.width))
+  compiled = jax.jit(chain).lower(x_1D).compile()
+  sides["operation"] = Side(compiled, lambda: (x_1D,))
+  num_kernels = max(1, (compiled.as_text() or "").count(" fusion("))
+  sides["decode"] = Side(lambda _, rest: rest(), started)
+  timings = measure(sides, setting)
+  predicted, num_bytes = [], read_parameters(cfg, 1) * 4
+  for number in range(setting.rounds):
+    operation = timings["operation"].rounds[number] / num_kernels
+    device = dataclasses.replace(
+      device_of_round(timings, number, products),
+      operation_seconds=operation,
+      memory_bandwidth=num_bytes / timings["stream"].rounds[number],
+    )
+    seconds = plan_decoding(cfg, full_sizes({}), device, 1, slots).seconds
+    assert seconds is not None
+    predicted.append(seconds)
+  token = timings["decode"]
+  per_token = [seconds / (new - 1) for seconds in token.rounds]
+  return ratio(f"decode {name}", predicted, dataclasses.replace(token, rounds=per_token))
+
+
+def weight_arrays(model: ModelConfig) -> list[jax.Array]:
+  """One of each matrix that a decoding step reads."""
+  products = weight_products(model, 1)
+  shapes = [(p.inner, p.columns) for p, count in products.items() for _ in range(count)]
+  return [jnp.ones(shape) for shape in shapes]
+
+
+def stream(weights: list[jax.Array]) -> jax.Array:
+  """A vector times each matrix, one after the other: each waits for the one before."""
+  seen = jnp.float32(0.0)
+  for matrix in weights:
+    vector = jnp.full((1, matrix.shape[0]), 1e-30 * seen)
+    seen = (vector @ matrix)[0, 0]
+  return seen
+
+
+def chain(x_1D: jax.Array) -> jax.Array:
+  """Kernels that wait for each other and do next to nothing: sums, and the arithmetic
+  between them."""
+  for _ in range(CHAIN):
+    x_1D = x_1D * 0.5 + x_1D.sum()
+  return x_1D
+
+
+def one_device() -> Mesh:
+  """The rates are those of one device, so the models run on one."""
+  axes = (1,) * len(MESH_AXES)
+  types = (AxisType.Auto,) * len(MESH_AXES)
+  return jax.make_mesh(axes, MESH_AXES, axis_types=types, devices=jax.devices()[:1])
+
+
+def ratio(case: str, predicted: list[float], measured: Timing) -> Result:
+  ratios = [p / m for p, m in zip(predicted, measured.rounds, strict=True)]
+  result = summarise("predictions", case, ratios, "predicted / measured")
+  result.seconds = measured.median
+  milliseconds = 1e3 * float(np.median(predicted)), 1e3 * measured.median
+  result.correct = "predicted {:.4g} ms, measured {:.4g} ms".format(*milliseconds)
+  return result

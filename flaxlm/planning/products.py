@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matrix products of a training step and of a decoding step, one by one.
+
+FLOPs alone say what a step costs where every product runs at the same rate. On a CPU a
+small product, or a batch of them, runs at a third of the rate of a large one; whoever has
+measured the shapes at hand predicts with those rates (`Device.product_rates`).
+"""
+
+import functools
+import math
+from collections import Counter
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+
+from flaxlm.config import Config, ModelConfig
+from flaxlm.nn.attention import query_blocks
+from flaxlm.nn.models import build_model, init_params
+from flaxlm.planning.cost import layer_kinds
+from flaxlm.training.optimizer import matrix_dims
+from flaxlm.training.step import SEED
+
+NEWTON_SCHULZ_STEPS = 5  # optax's muon
+
+
+class Product(NamedTuple):
+  """`batch` products of (rows, inner) and (inner, columns)."""
+
+  rows: int
+  inner: int
+  columns: int
+  batch: int = 1
+
+  @property
+  def flops(self) -> float:
+    return 2.0 * self.batch * self.rows * self.inner * self.columns
+
+  @property
+  def elements(self) -> int:
+    """Of both operands and the result."""
+    M, K, N, G = self
+    return G * (M * K + K * N + M * N)
+
+  @property
+  def text(self) -> str:
+    M, K, N, G = self
+    return (f"{G} x " if G > 1 else "") + f"{M}x{K}x{N}"
+
+  @property
+  def gradients(self) -> tuple["Product", "Product"]:
+    """Those of the backward pass: the left operand's gradient, and the right one's."""
+    M, K, N, G = self
+    return Product(M, N, K, G), Product(K, M, N, G)
+
+
+Products = Counter[Product]
+
+
+def is_listed(cfg: Config) -> bool:
+  """Whether this module knows the products of a resolved config: dense decoders without
+  remat, accumulation or a loss in chunks."""
+  model, training = cfg.model, cfg.training
+  return (
+    model.family == "decoder"
+    and not model.moe.num_experts
+    and training.remat == "none"
+    and training.accumulation_steps == training.loss_chunks == 1
+  )
+
+
+def training_products(cfg: Config) -> Products:
+  """How often each product occurs in a step on one device, forward, backward, update."""
+  model = cfg.model
+  B, T = cfg.data.batch_size, cfg.data.seq_len
+  assert model.num_kv_heads and model.head_dim and model.vocab_size
+  K, H, G = model.num_kv_heads, model.head_dim, model.num_heads // model.num_kv_heads
+  forward = weight_products(model, B * T)
+  for kind in layer_kinds(model, model.depth):
+    window = model.window if kind == "L" else None
+    for start, end in query_blocks(T):
+      seen = end if window is None else end - max(0, start - window + 1)
+      rows = G * (end - start)
+      forward[Product(rows, H, seen, B * K)] += 1
+      forward[Product(rows, seen, H, B * K)] += 1
+  found = Counter(forward)
+  for product, count in forward.items():
+    for gradient in product.gradients:
+      found[gradient] += count
+  if cfg.optimizer.kind == "muon":
+    found.update(muon_products(model))
+  return found
+
+
+def decoding_products(model: ModelConfig, rows: int, slots: int) -> Products:
+  """Those of one step of `rows` rows over a cache of `slots`."""
+  assert model.num_kv_heads and model.head_dim
+  K, H, G = model.num_kv_heads, model.head_dim, model.num_heads // model.num_kv_heads
+  found = weight_products(model, rows)
+  found[Product(G, H, slots, rows * K)] += model.depth
+  found[Product(G, slots, H, rows * K)] += model.depth
+  return found
+
+
+def weight_products(model: ModelConfig, rows: int) -> Products:
+  """Tokens times weights, forward, of `rows` tokens: all layers, and the head."""
+  assert model.num_kv_heads and model.head_dim and model.ffn_width and model.vocab_size
+  D, F, L = model.width, model.ffn_width, model.depth
+  queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+  found = Counter[Product]()
+  for inner, columns, count in (
+    (D, queries, L),
+    (D, keys, 2 * L),
+    (queries, D, L),
+    (D, F, L * (2 if model.gated else 1)),
+    (F, D, L),
+    (D, model.vocab_size, 1),
+  ):
+    found[Product(rows, inner, columns)] += count
+  return found
+
+
+def muon_products(model: ModelConfig) -> Products:
+  """Newton-Schulz on every kernel of the blocks as (n, m), n <= m, a layer a matrix:
+  X X^T, its square, and that times X, in each iteration (Jordan, 2024)."""
+  found = Counter[Product]()
+  for n, m, layers in _kernels(model):
+    found[Product(n, m, n, layers)] += NEWTON_SCHULZ_STEPS
+    found[Product(n, n, n, layers)] += NEWTON_SCHULZ_STEPS
+    found[Product(n, n, m, layers)] += NEWTON_SCHULZ_STEPS
+  return found
+
+
+@functools.lru_cache(maxsize=8)
+def _kernels(model: ModelConfig) -> list[tuple[int, int, int]]:
+  """(n, m, matrices) of every kernel that Muon updates, by its own view of them."""
+  boxed = jax.eval_shape(functools.partial(init_params, build_model(model)), SEED)
+  params = nn.unbox(boxed)
+  is_view = lambda x: x is None or hasattr(x, "reduction_axis")
+  views = jax.tree.leaves(matrix_dims(params), is_leaf=is_view)
+  found = []
+  for leaf, view in zip(jax.tree.leaves(params), views, strict=True):
+    if view is not None:
+      inner = math.prod(leaf.shape[axis] for axis in view.reduction_axis)
+      outer = math.prod(leaf.shape[axis] for axis in view.output_axis)
+      n, m = sorted((inner, outer))
+      found.append((n, m, leaf.size // (n * m)))
+  return found
