@@ -69,8 +69,8 @@ def run_infer(args: argparse.Namespace, _: list[str]) -> int:
   from flaxlm.decoding.sampling import make_sampling
 
   def sampling(num_rows: int) -> Any:
-    rules = (args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
-    return make_sampling(num_rows, *rules)
+    names = ("temperature", "top_k", "top_p", "min_p", "seed")
+    return make_sampling(num_rows, **{name: getattr(args, name) for name in names})
 
   sampling(1)  # a mistake here should not wait for the checkpoint
   run = open_run(args)

@@ -4,7 +4,8 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from flaxlm.decoding.generate import Request, generate
+from flaxlm.decoding.generate import generate
+from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.runs import Run
 from flaxlm.decoding.sampling import Sampling
 from flaxlm.decoding.search import beam_search

@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 
 from flaxlm.config import MESH_AXES, Config, ModelConfig
 from flaxlm.decoding.completions import DEFAULT_NEW_TOKENS, Completion, _Row, complete
-from flaxlm.decoding.generate import BLOCK_STEPS
+from flaxlm.decoding.prefill import BLOCK_STEPS
 from flaxlm.decoding.runs import Run
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.errors import ConfigError
