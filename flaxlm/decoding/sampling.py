@@ -309,8 +309,8 @@ def first_highest(logits_BV: jax.Array) -> jax.Array:
 def draw(weights_BV: jax.Array, uniforms_B2: jax.Array) -> jax.Array:
   """Token ids (B,), each as likely as its weight says: the distribution, inverted.
 
-  Twice, for a block of tokens and for one in it, since a float32 has 24 bits, and rarer
-  tokens than that would never be drawn. Gumbel noise needs V random numbers for these 2.
+  Twice, for a block of tokens and for one in it: short sums, and finer steps than the 24
+  bits of one float32. Gumbel noise would need V random numbers for these two.
   """
   B, V = weights_BV.shape
   padded_BV = jnp.pad(weights_BV, ((0, 0), (0, -V % BLOCK)))
