@@ -5,6 +5,7 @@ The loop runs in blocks of a fixed number of steps, since an early exit would ma
 accelerator wait for the host at every token; the host looks between blocks.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -59,6 +60,16 @@ class Chosen(NamedTuple):
     return changed._replace(finite_B=self.finite_B)
 
 
+@dataclasses.dataclass
+class Memory:
+  """What the last call of `generate` has read, for a next one that begins with it.
+
+  Of the first row only. A call that is broken off in the middle of a block forgets all.
+  """
+
+  past: Past | None = None
+
+
 class How(NamedTuple):
   """What of choosing tokens is compiled in: the rules in use, and how many are told."""
 
@@ -72,7 +83,7 @@ def generate(
   request: Request,
   sampling: Sampling,
   mesh: Mesh | None = None,
-  past: Past | None = None,
+  memory: Memory | None = None,
 ) -> Iterator[Chosen]:
   """Yields the rows' next tokens, a block at a time, as host arrays.
 
@@ -83,7 +94,7 @@ def generate(
     request: the prompts; `max_new_tokens` is the length of what is yielded, per row.
     sampling: settings for as many rows as there are prompts.
     mesh: where `params` live; None for a single device.
-    past: what an earlier call has read, for prompts that begin with it.
+    memory: of an earlier call, for prompts that begin with the same tokens; kept up.
 
   The caller stops by not asking for more. Raises `ConfigError` when a row would outgrow
   the model's context, `NonFiniteError` when logits are NaN or infinite.
@@ -93,6 +104,7 @@ def generate(
   how = How(rules_in_use(sampling), request.num_top)
   with mesh_scope(mesh):
     params = prepare_params(params, model.cfg)
+    past = None if memory is None else memory.past
     logits_BV, cache = prefill_logits(model, params, request, mesh, past)
     batch = logits_BV.shape[0]
     sampling = Sampling(*(np.resize(x, (batch, *x.shape[1:])) for x in sampling))
@@ -101,11 +113,19 @@ def generate(
       seen = first_seen(request, logits_BV.shape)
     state = DecodeState(cache, jnp.zeros(batch, jnp.int32), seen)
     state, chosen = choose(logits_BV, state, sampling, ids, how)
-  yield to_host(chosen, num_rows, request.max_new_tokens)
-  for block in range(request.num_blocks):
-    with mesh_scope(mesh):
-      state, chosen = decode_block(model, params, state, sampling, ids, BLOCK_STEPS, how)
-    yield to_host(chosen, num_rows, request.max_new_tokens - 1 - block * BLOCK_STEPS)
+  tokens = [*request.prompts[0]]
+  for block in range(request.num_blocks + 1):
+    on_host = to_host(chosen, num_rows)
+    if memory is not None:
+      tokens += on_host.tokens_BT[0].tolist()
+      memory.past = Past(tuple(tokens[:-1]), state.cache)  # the last is not in it yet
+    most = request.max_new_tokens - (1 + (block - 1) * BLOCK_STEPS if block else 0)
+    yield on_host.each(functools.partial(first_tokens, most=most))
+    if block < request.num_blocks:
+      if memory is not None:
+        memory.past = None  # its cache is given away
+      with mesh_scope(mesh):
+        state, chosen = decode_block(model, params, state, sampling, ids, BLOCK_STEPS, how)
 
 
 @functools.partial(
@@ -163,12 +183,16 @@ def first_seen(request: Request, shape: tuple[int, ...]) -> Seen:
   return Seen(jnp.asarray(in_prompt_BV), jnp.zeros(shape, jnp.int32))
 
 
-def to_host(chosen: Chosen, num_rows: int, most: int) -> Chosen:
-  """The real rows of a block, cut to `most` tokens. Raises `NonFiniteError`."""
+def first_tokens(x_BT: np.ndarray, most: int) -> np.ndarray:
+  return x_BT[:, :most]
+
+
+def to_host(chosen: Chosen, num_rows: int) -> Chosen:
+  """The real rows of a block. Raises `NonFiniteError`."""
   chosen = jax.tree.map(lambda x: np.asarray(x)[:num_rows], chosen)
   if not chosen.finite_B.all():
     row = int(np.argmin(chosen.finite_B))
     raise NonFiniteError(
       f"the logits of row {row} are NaN or infinite", "the parameters are damaged"
     )
-  return chosen.each(lambda x_BT: x_BT[:, :most])
+  return chosen
