@@ -371,35 +371,65 @@ def learning_rate(schedule, step, peak, warmup_steps, num_steps=None, final_frac
 # -- Sampling --------------------------------------------------------------------------
 
 
-def filtered_distribution(logits_V, temperature=None, top_k=None, top_p=None, min_p=None):
+def filtered_distribution(
+  logits_V, temperature=None, top_k=None, top_p=None, min_p=None, typical_p=None
+):
   """The probabilities (V,) that a sampler must draw from; none = that filter is off.
 
   After the temperature (0 = the likeliest token alone), in this order and renormalised
   after each: the `top_k` likeliest tokens (Fan et al., 2018), the smallest set whose
-  mass reaches `top_p` (Holtzman et al., 2020), and the tokens at least `min_p` times as
-  likely as the likeliest (Nguyen et al., 2024). Of equals, the lower id is likelier.
+  mass reaches `top_p` (Holtzman et al., 2020), the tokens at least `min_p` times as
+  likely as the likeliest (Nguyen et al., 2024), and the smallest set of mass `typical_p`
+  whose surprise is nearest the entropy (Meister et al., 2023). Equals stay together.
   """
   logits_V = np.asarray(logits_V, dtype=np.float64)
   if temperature == 0:
     return _keep(np.ones(len(logits_V)), [int(np.argmax(logits_V))])
   p_V = softmax(logits_V / (1.0 if temperature is None else temperature))
   if top_k is not None:
-    p_V = _keep(p_V, _likeliest_first(p_V)[:top_k])
+    p_V = _keep(p_V, _foremost(p_V, np.ones_like(p_V), top_k))
   if top_p is not None and top_p < 1:
-    nucleus = []
-    for token in _likeliest_first(p_V):
-      nucleus.append(token)
-      if math.fsum(p_V[nucleus]) >= top_p:
-        break
-    p_V = _keep(p_V, nucleus)
+    p_V = _keep(p_V, _foremost(p_V, p_V, top_p))
   if min_p is not None:
     threshold = min_p * np.max(p_V)
     p_V = _keep(p_V, [token for token in range(len(p_V)) if p_V[token] >= threshold])
+  if typical_p is not None and typical_p < 1:
+    possible = np.flatnonzero(p_V)
+    surprise_V = np.full(len(p_V), np.inf)
+    surprise_V[possible] = -np.log(p_V[possible])
+    entropy = math.fsum(p_V[possible] * surprise_V[possible])
+    p_V = _keep(p_V, _foremost(-np.abs(surprise_V - entropy), p_V, typical_p))
   return p_V
 
 
-def _likeliest_first(p_V):
-  return sorted(range(len(p_V)), key=lambda token: (-p_V[token], token))
+def adjusted_logits(
+  logits_V,
+  prompt,
+  answer,
+  repetition_penalty=1.0,
+  presence_penalty=0.0,
+  frequency_penalty=0.0,
+  logit_bias=(),
+):
+  """Logits with a bias per token, CTRL's penalty (Keskar et al., 2019) for what occurred
+  in prompt or answer, and OpenAI's two for what occurred in the answer, token by token."""
+  adjusted = [float(x) for x in logits_V]
+  for token, bias in dict(logit_bias).items():
+    adjusted[token] += bias
+  for token in {*prompt, *answer}:
+    x = adjusted[token]
+    adjusted[token] = x / repetition_penalty if x > 0 else x * repetition_penalty
+  for token in answer:
+    adjusted[token] -= frequency_penalty
+  for token in {*answer}:
+    adjusted[token] -= presence_penalty
+  return np.array(adjusted)
+
+
+def _foremost(keys_V, weights_V, budget):
+  """The tokens whose betters weigh less than the budget."""
+  betters = (weights_V[keys_V > key] for key in keys_V)
+  return [token for token, weights in enumerate(betters) if math.fsum(weights) < budget]
 
 
 def _keep(p_V, tokens):

@@ -2,10 +2,11 @@
 """`flaxlm infer` and `flaxlm embed`."""
 
 import argparse
-import dataclasses
+import contextlib
 import json
 import sys
 import typing
+from pathlib import Path
 from typing import Any
 
 from flaxlm.commands.parsing import (
@@ -15,6 +16,19 @@ from flaxlm.commands.parsing import (
   read_text,
 )
 from flaxlm.errors import ConfigError
+
+# Flags that are a row's settings: kind and help.
+SETTINGS: dict[str, tuple[type, str]] = {
+  "temperature": (float, "0 is greedy"),
+  "top_k": (int, "draw from the k likeliest tokens"),
+  "top_p": (float, "draw from the likeliest tokens of this mass"),
+  "min_p": (float, "draw from tokens at least so likely, next to the likeliest"),
+  "typical_p": (float, "draw from tokens of this mass whose surprise is nearest the mean"),
+  "repetition_penalty": (float, "above 1: less of what prompt and answer hold"),
+  "presence_penalty": (float, "taken from logits of tokens in the answer, once"),
+  "frequency_penalty": (float, "taken from them for each time"),
+  "seed": (int, "sample n draws with seed + n"),
+}
 
 
 def add_infer(commands: Any) -> None:
@@ -26,37 +40,94 @@ def add_infer(commands: Any) -> None:
   parser.add_argument(
     "--fill", action="append", default=[], help="a text with [MASK]s for an encoder"
   )
-  parser.add_argument("--prompt-file", help="a file with one prompt, or - for stdin")
-  parser.add_argument("--output", help="write to this file instead of stdout")
   parser.add_argument(
-    "--interactive", action="store_true", help="read prompts line by line"
+    "--prompt-file", help="one prompt, or - for stdin; FILE.jsonl: a prompt a line"
+  )
+  parser.add_argument("--output", help="write to this file instead of stdout")
+  parser.add_argument("--interactive", action="store_true", help="a turn per line")
+  parser.add_argument(
+    "--no-chat", action="store_true", help="interactive: without the run's chat template"
   )
   parser.add_argument("--max-new-tokens", type=int)
-  parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
-  parser.add_argument("--top-k", type=int)
-  parser.add_argument("--top-p", type=float)
-  parser.add_argument("--min-p", type=float)
-  parser.add_argument("--seed", type=int, default=0)
+  for name, (kind, text) in SETTINGS.items():
+    default = {"temperature": 0.8, "seed": 0}.get(name)
+    parser.add_argument(flag(name), type=kind, default=default, help=text)
+  parser.add_argument(
+    "--logit-bias", action="append", default=[], metavar="ID=X", help="may be repeated"
+  )
+  parser.add_argument(
+    "--ban", action="append", default=[], type=int, metavar="ID", help="may be repeated"
+  )
   parser.add_argument("--stop", action="append", default=[], help="may be repeated")
+  parser.add_argument(
+    "--stop-token",
+    action="append",
+    default=[],
+    type=int,
+    metavar="ID",
+    help="may be repeated",
+  )
+  parser.add_argument("--max-seconds", type=float, help="for each batch of prompts")
   parser.add_argument("--num-samples", type=int, default=1, help="completions per prompt")
   parser.add_argument("--beams", type=int, help="search for the likeliest, with so many")
   parser.add_argument(
     "--length-penalty", type=float, help="beams: 0 prefers short texts (default: 0.6)"
   )
+  parser.add_argument(
+    "--batch-size", type=int, default=16, help="rows of FILE.jsonl at a time"
+  )
+  parser.add_argument(
+    "--top-logprobs", type=int, default=0, metavar="N", help="json: tell the N likeliest"
+  )
   parser.add_argument("--json", action="store_true", help="one JSON object per sample")
+  parser.add_argument("--verbose", action="store_true", help="tell what was compiled")
   parser.add_argument("--runs-dir", default="runs")
   add_devices(parser)
   parser.set_defaults(run=run_infer)
 
 
+def flag(name: str) -> str:
+  return "--" + name.replace("_", "-")
+
+
 def run_infer(args: argparse.Namespace, _: list[str]) -> int:
+  check(args)
+  from flaxlm.decoding.completions import Stopping
+  from flaxlm.decoding.sampling import Settings
+
+  given = {name: getattr(args, name) for name in SETTINGS}
+  settings = Settings(
+    **{name: value for name, value in given.items() if value is not None},
+    logit_bias=dict(map(read_bias, args.logit_bias)),
+    banned_tokens=args.ban,
+  )
+  settings.check()  # a mistake here should not wait for the checkpoint
+  stop = Stopping(strings=args.stop, tokens=args.stop_token, max_seconds=args.max_seconds)
+  stop.check()
+  if args.prompt_file and args.prompt_file.endswith(".jsonl"):
+    run_file(args, settings, stop)
+    return 0
   prompts = [*args.prompt]
   if args.prompt_file:
     prompts.append(read_text(args.prompt_file))
-  if not prompts and not args.interactive and not args.fill:
+  run = open_decoder(args)
+  with open_output(args.output) as out, told(args.verbose):
+    if args.fill:
+      fill(run, args, out)
+    if prompts:
+      answer(run, prompts, settings, stop, args, out)
+    if args.interactive:
+      converse(run, settings, stop, args, out)
+  return 0
+
+
+def check(args: argparse.Namespace) -> None:
+  """Refuses flags that do not go together, before anything is loaded."""
+  if not (args.prompt or args.prompt_file or args.interactive or args.fill):
     raise ConfigError("there is no prompt", 'give --prompt "..." or --interactive')
-  if args.num_samples < 1:
-    raise ConfigError(f"num-samples is {args.num_samples}", "it is at least 1")
+  for name in ("num_samples", "batch_size"):
+    if getattr(args, name) < 1:
+      raise ConfigError(f"{flag(name)[2:]} is {getattr(args, name)}", "it is at least 1")
   if args.beams is None and args.length_penalty is not None:
     raise ConfigError("--length-penalty without --beams", "add --beams 4")
   if args.length_penalty is not None and args.length_penalty < 0:
@@ -66,23 +137,54 @@ def run_infer(args: argparse.Namespace, _: list[str]) -> int:
       f"{args.num_samples} samples of {args.beams} beams", f"--beams {args.num_samples}"
     )
 
-  from flaxlm.decoding.sampling import make_sampling
 
-  def sampling(num_rows: int) -> Any:
-    rules = (args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
-    return make_sampling(num_rows, *rules)
+def read_bias(text: str) -> tuple[int, float]:
+  token, _, bias = text.partition("=")
+  try:
+    return int(token), float(bias)
+  except ValueError as e:
+    raise ConfigError(f"logit-bias is {text!r}", "as in 50256=-5") from e
 
-  sampling(1)  # a mistake here should not wait for the checkpoint
+
+def open_decoder(args: argparse.Namespace) -> Any:
+  from flaxlm.decoding.runs import ready
+
   run = open_run(args)
-  with open_output(args.output) as out:
-    if args.fill:
-      fill(run, args, out)
-    if prompts:
-      answer(run, prompts, sampling, args, out)
-    if args.interactive:
-      for line in read_lines():
-        answer(run, [line], sampling, args, out)
-  return 0
+  return run if run.cfg.model.family == "encoder" else ready(run)
+
+
+@contextlib.contextmanager
+def told(verbose: bool) -> typing.Iterator[None]:
+  """Tells what was compiled meanwhile, if somebody wants to know."""
+  if not verbose:
+    yield
+    return
+  from flaxlm.decoding.compiled import count_compiled
+
+  with count_compiled() as compiled:
+    yield
+  print(compiled, file=sys.stderr)
+
+
+def run_file(args: argparse.Namespace, settings: Any, stop: Any) -> None:
+  """A job from a JSON-lines file, with a progress bar on stderr."""
+  if not args.output or args.prompt or args.interactive or args.beams or args.fill:
+    raise ConfigError(
+      "prompts from a .jsonl file go to a file, alone, without beams", "--output out.jsonl"
+    )
+  from flaxlm.decoding.jobs import Job, read_jobs, run_jobs
+
+  defaults = Job("", settings, stop, args.max_new_tokens, args.num_samples)
+  jobs = read_jobs(read_text(args.prompt_file), defaults)
+  run = open_decoder(args)
+  from rich.console import Console
+  from rich.progress import Progress
+
+  with told(args.verbose), Progress(console=Console(stderr=True)) as progress:
+    task = progress.add_task("prompts", total=len(jobs))
+    advance = lambda count: progress.advance(task, count)
+    output = Path(args.output)
+    run_jobs(run, jobs, output, args.batch_size, args.top_logprobs, advance)
 
 
 def fill(run: Any, args: argparse.Namespace, out: typing.TextIO) -> None:
@@ -100,17 +202,23 @@ def fill(run: Any, args: argparse.Namespace, out: typing.TextIO) -> None:
 
 
 def answer(
-  run: Any, prompts: list[str], sampling: Any, args: argparse.Namespace, out: typing.TextIO
+  run: Any,
+  prompts: list[str],
+  settings: Any,
+  stop: Any,
+  args: argparse.Namespace,
+  out: typing.TextIO,
 ) -> None:
   """Writes the completions of some prompts; a single one as it grows."""
   from flaxlm.decoding.completions import complete, search
+  from flaxlm.decoding.sampling import make_sampling
 
   rows = [prompt for prompt in prompts for _ in range(args.num_samples)]
   streams = len(rows) == 1 and not args.json
   show = lambda _, piece: print(piece, end="", file=out, flush=True)
-  lead = "" if run.cfg.model.family == "encoder_decoder" else rows[0]
-  if streams:
-    show(0, lead)
+  reads = run.cfg.model.family == "encoder_decoder"
+  if streams and not reads:
+    show(0, rows[0])
   if args.beams is not None:
     alpha = 0.6 if args.length_penalty is None else args.length_penalty
     results = search(run, prompts, args.beams, alpha, args.max_new_tokens, args.num_samples)
@@ -120,20 +228,53 @@ def answer(
     results = complete(
       run,
       rows,
-      sampling(len(rows)),
+      make_sampling(len(rows), **vars(settings)),
       args.max_new_tokens,
-      args.stop,
+      stop,
       on_text=show if streams else None,
+      num_top=args.top_logprobs,
     )
   for number, result in enumerate(results, 1):
     if args.json:
-      print(json.dumps(dataclasses.asdict(result)), file=out)
+      print(json.dumps(result.as_json()), file=out)
     elif streams:
       print(file=out)
-    elif run.cfg.model.family == "encoder_decoder":
+    elif reads:
       print(f"--- {number}\n{result.prompt}\n=> {result.completion}", file=out)
     else:
       print(f"--- {number}\n{result.prompt}{result.completion}", file=out)
+
+
+def converse(
+  run: Any, settings: Any, stop: Any, args: argparse.Namespace, out: typing.TextIO
+) -> None:
+  """A turn for each line; Ctrl-C ends the turn. With a chat template the whole
+  conversation is the prompt, of which only what is new is read."""
+  from flaxlm.decoding.chat import load_chat
+  from flaxlm.decoding.completions import complete
+  from flaxlm.decoding.generate import Memory
+  from flaxlm.decoding.sampling import make_sampling
+
+  chat = None if args.no_chat else load_chat(run.path)
+  memory, messages = Memory(), []
+  for line in read_lines():
+    if chat is None:
+      with contextlib.suppress(KeyboardInterrupt):
+        answer(run, [line], settings, stop, args, out)
+      continue
+    pieces: list[str] = []
+
+    def show(_: int, piece: str, pieces: list[str] = pieces) -> None:
+      pieces.append(piece)
+      print(piece, end="", file=out, flush=True)
+
+    messages.append({"role": "user", "content": line})
+    sampling = make_sampling(1, **vars(settings))
+    with contextlib.suppress(KeyboardInterrupt):
+      rest = (args.max_new_tokens, stop, show, 0, memory)
+      complete(run, [chat(messages)], sampling, *rest)
+    print(file=out, flush=True)
+    messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
 def read_lines() -> typing.Iterator[str]:

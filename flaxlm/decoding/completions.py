@@ -2,9 +2,11 @@
 """Text in, text out: prompts are encoded, continued, and decoded as they grow."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 
-from flaxlm.decoding.generate import Request, generate
+from flaxlm.decoding.generate import Memory, generate
+from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.runs import Run
 from flaxlm.decoding.sampling import Sampling
 from flaxlm.decoding.search import beam_search
@@ -22,7 +24,31 @@ class Completion:
   completion: str = ""
   tokens: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
-  finish_reason: str | None = None  # "stop": end of text or a stop string; "length"
+  # "stop": end of text, a stop string or token; "length"; "time"
+  finish_reason: str | None = None
+  # The likeliest tokens at each step with their log-probabilities, if they were asked for.
+  top_logprobs: list[list[tuple[int, float]]] | None = None
+
+  def as_json(self) -> dict:
+    """The fields that have a value, in their order."""
+    fields = dataclasses.asdict(self)
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stopping:
+  """What ends a completion besides its length and the end of the text."""
+
+  strings: Sequence[str] = ()
+  tokens: Sequence[int] = ()
+  max_seconds: float | None = None  # looked at between blocks of tokens
+  max_tokens: int | None = None  # of a row that shares its batch with longer ones
+
+  def check(self) -> None:
+    if any(not text for text in self.strings):
+      raise ConfigError("a stop string is empty", "leave --stop out to have none")
+    if self.max_seconds is not None and not self.max_seconds > 0:
+      raise ConfigError(f"max-seconds is {self.max_seconds}", "it is above 0")
 
 
 def complete(
@@ -30,30 +56,63 @@ def complete(
   prompts: Sequence[str],
   sampling: Sampling,
   max_new_tokens: int | None = None,
-  stop: Sequence[str] = (),
+  stop: Sequence[str] | Stopping | Sequence[Stopping] = (),
   on_text: Callable[[int, str], None] | None = None,
+  num_top: int = 0,
+  memory: Memory | None = None,
 ) -> list[Completion]:
-  """Continues each prompt until the end of text, a stop string, or the length.
+  """Continues each prompt until the end of text, a stop, or the length.
 
   `on_text(row, piece)` is called with the text that has become certain, as soon as it
-  has; the pieces of a row add up to its completion.
+  has; the pieces of a row add up to its completion. `stop` is stop strings, or all that
+  stops, for every row or one for each. `memory` keeps what was read for the next call.
   """
-  if any(not text for text in stop):
-    raise ConfigError("a stop string is empty", "leave --stop out to have none")
-  request = make_request(run, prompts, max_new_tokens)
-  rows = [_Row(Completion(prompt), run.tokenizer, stop) for prompt in prompts]
-  for block in generate(run.model, run.params, request, sampling, run.mesh):
+  started = time.monotonic()
+  stops = stops_of(stop, len(prompts))
+  request = make_request(run, prompts, max_new_tokens, num_top)
+  rows = [
+    _Row(Completion(prompt), run.tokenizer, of_row)
+    for prompt, of_row in zip(prompts, stops, strict=True)
+  ]
+  for block in generate(run.model, run.params, request, sampling, run.mesh, memory):
+    late = time.monotonic() - started
     for i, row in enumerate(rows):
-      piece = row.extend(block.tokens_BT[i].tolist(), block.logprobs_BT[i].tolist())
+      tops: list = []
+      if num_top:
+        tops = [
+          [*zip(ids, logprobs, strict=True)]
+          for ids, logprobs in zip(
+            block.top_tokens_BTX[i].tolist(),
+            block.top_logprobs_BTX[i].tolist(),
+            strict=True,
+          )
+        ]
+      tokens, logprobs = block.tokens_BT[i].tolist(), block.logprobs_BT[i].tolist()
+      piece = row.extend(tokens, logprobs, tops)
+      if row.stop.max_seconds is not None and late >= row.stop.max_seconds:
+        piece += row.finish("time")
       if piece and on_text is not None:
         on_text(i, piece)
     if all(row.result.finish_reason for row in rows):
       break
   for i, row in enumerate(rows):
-    piece = row.finish()
+    piece = row.finish("length")
     if piece and on_text is not None:
       on_text(i, piece)
   return [row.result for row in rows]
+
+
+def stops_of(stop: Sequence[str] | Stopping | Sequence[Stopping], count: int) -> list:
+  """A checked `Stopping` for each row."""
+  if isinstance(stop, Stopping):
+    stops = [stop] * count
+  elif stop and all(isinstance(of_row, Stopping) for of_row in stop):
+    stops = [*stop]
+  else:
+    stops = [Stopping(strings=[*stop])] * count
+  for of_row in stops:
+    of_row.check()
+  return stops
 
 
 def search(
@@ -87,7 +146,9 @@ def search(
   ]
 
 
-def make_request(run: Run, prompts: Sequence[str], max_new_tokens: int | None) -> Request:
+def make_request(
+  run: Run, prompts: Sequence[str], max_new_tokens: int | None, num_top: int = 0
+) -> Request:
   """The prompts as ids; for an encoder-decoder they are what is read, not continued.
 
   Without `max_new_tokens` it asks for as many as fit, at most `DEFAULT_NEW_TOKENS`.
@@ -104,50 +165,57 @@ def make_request(run: Run, prompts: Sequence[str], max_new_tokens: int | None) -
     max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
   assert run.model.cfg.vocab_size is not None
   num_ids = min(tokenizer.vocab_size, run.model.cfg.vocab_size)
-  return Request(starts, max_new_tokens, num_ids, sources)
+  return Request(starts, max_new_tokens, num_ids, sources, num_top)
 
 
 class _Row:
   """A completion and its text so far; holds back what may begin a stop string."""
 
-  def __init__(self, result: Completion, tokenizer: AnyTokenizer, stop: Sequence[str]):
-    self.result, self.stop, self.eos_ids = result, stop, tokenizer.eos_ids
+  def __init__(self, result: Completion, tokenizer: AnyTokenizer, stop: Stopping):
+    self.result, self.stop = result, stop
+    self.ends = {*tokenizer.eos_ids, *stop.tokens}
     self.stream = tokenizer.stream()
-    self.held = max(map(len, stop), default=1) - 1
+    self.held = max(map(len, stop.strings), default=1) - 1
     self.shown = 0
 
-  def extend(self, tokens: list[int], logprobs: list[float]) -> str:
+  def extend(self, tokens: list[int], logprobs: list[float], tops: list = ()) -> str:  # type: ignore[assignment]
     """Takes a block's tokens; returns the text that has become certain."""
     result = self.result
-    for token, logprob in zip(tokens, logprobs, strict=True):
+    for at, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
       if result.finish_reason is not None:
         break
       result.tokens.append(token)
       result.logprobs.append(logprob)
-      if token in self.eos_ids:
-        self._end("stop", self.stream.flush())
+      if tops:
+        result.top_logprobs = [*(result.top_logprobs or []), tops[at]]
+      if token in self.ends:
+        self.end("stop")
       else:
         self._add(self.stream.push(token))
+      if len(result.tokens) == self.stop.max_tokens:
+        self.end("length")
     certain = len(result.completion)
     if result.finish_reason is None:
       certain = max(self.shown, certain - self.held)
     return self._show(certain)
 
-  def finish(self) -> str:
-    """Ends a row that used up its length; returns the rest of its text."""
-    if self.result.finish_reason is None:
-      self._end("length", self.stream.flush())
+  def finish(self, reason: str = "length") -> str:
+    """Ends a row that used up its length or time; returns the rest of its text."""
+    self.end(reason)
     return self._show(len(self.result.completion))
 
-  def _end(self, reason: str, rest: str) -> None:
-    self._add(rest)
-    self.result.finish_reason = self.result.finish_reason or reason
+  def end(self, reason: str) -> None:
+    if self.result.finish_reason is None:
+      self._add(self.stream.flush())
+      self.result.finish_reason = self.result.finish_reason or reason
 
   def _add(self, piece: str) -> None:
     result = self.result
     start = max(0, len(result.completion) - self.held)
     result.completion += piece
-    found = [at for text in self.stop if (at := result.completion.find(text, start)) >= 0]
+    found = [
+      at for text in self.stop.strings if (at := result.completion.find(text, start)) >= 0
+    ]
     if found:
       result.completion = result.completion[: min(found)]
       result.finish_reason = "stop"

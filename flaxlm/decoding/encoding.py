@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxlm.decoding.generate import mesh_scope, padded
+from flaxlm.decoding.prefill import mesh_scope, padded
 from flaxlm.decoding.runs import Run
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel

@@ -4,12 +4,14 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
 from flaxlm.checkpoint.manifest import newest_whole_step, saved_steps
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import Config
 from flaxlm.configfile import from_json
+from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.foreign_tokenizers import AnyTokenizer, load_tokenizer
 from flaxlm.nn.base import LanguageModel
@@ -17,6 +19,7 @@ from flaxlm.nn.models import abstract_params, build_model
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
 METRICS, LOG, SAMPLE = "metrics.jsonl", "log.txt", "sample.txt"
+KEPT = "huggingface"  # an imported run's folder of the files that came along
 
 
 class Run(NamedTuple):
@@ -29,6 +32,12 @@ class Run(NamedTuple):
   model: LanguageModel
   params: Any
   mesh: Mesh
+
+
+def ready(run: Run) -> Run:
+  """The run with its parameters as decoding reads them fastest, for many calls."""
+  with jax.set_mesh(run.mesh):
+    return run._replace(params=prepare_params(run.params, run.model.cfg))
 
 
 def find_run(path: str | None, runs_dir: str = "runs") -> Path:

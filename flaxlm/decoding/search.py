@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxlm.decoding.generate import BLOCK_STEPS, Request, mesh_scope, prefill_logits
+from flaxlm.decoding.prefill import BLOCK_STEPS, Request, mesh_scope, prefill_logits
+from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import ConfigError, NonFiniteError
 from flaxlm.nn.base import LanguageModel
 
@@ -63,6 +64,7 @@ def beam_search(
   request.check(model.cfg)
   num_steps = request.max_new_tokens
   with mesh_scope(mesh):
+    params = prepare_params(params, model.cfg)
     logits_BV, cache = prefill_logits(model, params, request, mesh)
     ids = jnp.int32(request.num_ids)
     beams = start(logits_BV, cache, ids, num_beams, num_steps, eos_id, alpha)

@@ -20,7 +20,7 @@ from tokenizers import processors
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import OBJECTIVES, Config, DataConfig, TrainingConfig
 from flaxlm.configfile import to_json
-from flaxlm.decoding.runs import CHECKPOINTS, CONFIG, TOKENIZER, Run
+from flaxlm.decoding.runs import CHECKPOINTS, CONFIG, KEPT, TOKENIZER, Run
 from flaxlm.errors import CheckpointError
 from flaxlm.foreign_tokenizers import (
   SPECIALS,
@@ -35,7 +35,6 @@ from flaxlm.interop.huggingface import Loaded, describe, load_checkpoint, save_c
 from flaxlm.interop.settings import Settings, read_json
 from flaxlm.tokenizers import MAX_FILE_BYTES
 
-KEPT = "huggingface"  # in the run directory
 GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 # Files that come along as they are, if they are there: only the other side reads them.
 ALONG: tuple[str, ...] = (

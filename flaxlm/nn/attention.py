@@ -23,34 +23,43 @@ from flaxlm.sharding import constrain
 LOWEST = jnp.finfo(jnp.float32).min  # a masked score; -inf would make NaN of an empty row
 
 
+MOST_WRITES = 16  # rows whose writes to the cache are written out, as they stay in place
+
+
 class KVCache(NamedTuple):
   """Keys and values of the tokens so far: a value that goes in and comes out.
 
-  Row b's token number s lies in slot s; slots from `lengths_B[b]` on hold nothing. A
-  decoder with an encoder also has the keys and values of each layer for the source.
+  Each layer has arrays of its own, (k_BKSH, v_BKSH): one stacked array would be copied
+  at every token. Row b's token number s lies in slot s; slots from `lengths_B[b]` on hold
+  nothing. A decoder with an encoder also has each layer's keys and values of the source.
   """
 
-  k_LBSKH: jax.Array
-  v_LBSKH: jax.Array
+  layers: tuple[tuple[jax.Array, jax.Array], ...]
   lengths_B: jax.Array
   source: "SourceCache | None" = None
 
   def take(self, rows_R: jax.Array) -> "KVCache":
     """The cache of these rows, in this order."""
-    source = self.source
-    if source is not None:
-      k_LBSKH, v_LBSKH, segments_BS = source
-      source = SourceCache(k_LBSKH[:, rows_R], v_LBSKH[:, rows_R], segments_BS[rows_R])
-    return KVCache(
-      self.k_LBSKH[:, rows_R], self.v_LBSKH[:, rows_R], self.lengths_B[rows_R], source
-    )
+    return jax.tree.map(lambda x: x[rows_R], self)
+
+  def resized(self, slots: int) -> "KVCache":
+    """The same tokens with room for `slots` of them, which are enough."""
+
+    def resize(x_BKSH: jax.Array) -> jax.Array:
+      more = max(0, slots - x_BKSH.shape[2])
+      return jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, more), (0, 0)))[:, :, :slots]
+
+    return self._replace(layers=jax.tree.map(resize, self.layers))
+
+  def can_return(self, num_tokens: int) -> bool:
+    """Whether the state `num_tokens` ago can be had by a smaller length alone."""
+    return True
 
 
 class SourceCache(NamedTuple):
   """What the decoder's layers see of the source: made once, never written again."""
 
-  k_LBSKH: jax.Array
-  v_LBSKH: jax.Array
+  layers: tuple[tuple[jax.Array, jax.Array], ...]  # (k_BSKH, v_BSKH) each
   segments_BS: jax.Array
 
 
@@ -58,9 +67,12 @@ def empty_cache(
   cfg: ModelConfig, batch: int, slots: int, dtype: jnp.dtype = jnp.float32
 ) -> KVCache:
   """An empty cache for `batch` rows of up to `slots` tokens."""
-  shape = (cfg.depth, batch, slots, cfg.num_kv_heads, cfg.head_dim)
-  empty = jnp.zeros(shape, dtype)
-  return KVCache(empty, empty.copy(), jnp.zeros((batch,), jnp.int32))
+  assert cfg.num_kv_heads is not None and cfg.head_dim is not None, "resolved"
+  shape = (batch, cfg.num_kv_heads, slots, cfg.head_dim)
+  names = ("batch", "act_kv_heads", "length", "head_dim")
+  empty = lambda: constrain(jnp.zeros(shape, dtype), *names)
+  layers = tuple((empty(), empty()) for _ in range(cfg.depth))
+  return KVCache(layers, jnp.zeros((batch,), jnp.int32))
 
 
 class Placement(NamedTuple):
@@ -193,6 +205,59 @@ def attend_blocked(
     )
   out_BKGTH = jnp.concatenate(blocks, 3)
   return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def attend_cached(
+  q_BTNH: jax.Array,
+  k_BKSH: jax.Array,
+  v_BKSH: jax.Array,
+  sight: Sight,
+  scoring: Scoring,
+  sinks_N: jax.Array | None = None,
+) -> jax.Array:
+  """The values of `attend` for keys and values that lie as a cache has them."""
+  B, T, N, H = q_BTNH.shape
+  K = k_BKSH.shape[1]
+  q_BKGTH = (q_BTNH * scoring.scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+  sinks_KG = None if sinks_N is None else sinks_N.reshape(K, N // K)
+  if B == 1 and T == 1:
+    return mix_one(q_BKGTH, k_BKSH, v_BKSH, sight, scoring, sinks_KG)
+  seen = (sight.mask_BTS, sight.bias_XNTS, sinks_KG)
+  out_BKGTH, _ = mix_forward(scoring.softcap, q_BKGTH, k_BKSH, v_BKSH, *seen)
+  return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def mix_one(
+  q_BKGTH: jax.Array,
+  k_BKSH: jax.Array,
+  v_BKSH: jax.Array,
+  sight: Sight,
+  scoring: Scoring,
+  sinks_KG: jax.Array | None,
+) -> jax.Array:
+  """`attend_cached` for one query of one row, as sums of products.
+
+  XLA would fuse a matrix product of one row with the write to the cache before it, and so
+  compute that write twice, which takes a copy of the whole cache at every token.
+  """
+  _, K, G, _, H = q_BKGTH.shape
+  q_KG1H, k_K1SH, v_K1SH = q_BKGTH[0], k_BKSH[0][:, None], v_BKSH[0][:, None]
+  scores_KGS = (q_KG1H * k_K1SH).astype(jnp.float32).sum(-1)
+  if scoring.softcap is not None:
+    scores_KGS = scoring.softcap * jnp.tanh(scores_KGS / scoring.softcap)
+  if sight.bias_XNTS is not None:
+    scores_KGS += sight.bias_XNTS.reshape(K, G, -1)
+  if sight.mask_BTS is not None:
+    scores_KGS = jnp.where(sight.mask_BTS[0], scores_KGS, LOWEST)
+  most_KG1 = scores_KGS.max(-1, keepdims=True)
+  if sinks_KG is not None:
+    most_KG1 = jnp.maximum(most_KG1, sinks_KG[:, :, None])
+  exp_KGS = jnp.exp(scores_KGS - most_KG1)
+  sum_KG1 = exp_KGS.sum(-1, keepdims=True)
+  if sinks_KG is not None:
+    sum_KG1 += jnp.exp(sinks_KG[:, :, None] - most_KG1)
+  out_KGH = (exp_KGS[..., None] * v_K1SH).sum(2) / sum_KG1
+  return out_KGH.reshape(1, 1, K * G, H).astype(v_BKSH.dtype)
 
 
 class Reach(NamedTuple):
@@ -347,12 +412,13 @@ class Attention(nn.Module):
     sight: Sight,
     keys_values: tuple[jax.Array, jax.Array],
     reach: Reach | None = None,
-    whole: bool = True,
+    cached: bool = False,
+    capture: bool = False,
   ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns (B, T, D), and the weights (B, N, T, S) unless rows are read `whole`.
+    """Returns (B, T, D), and if `capture` the weights (B, N, T, S).
 
-    Whole rows, as in training, go through `attend_blocked`; a cache, and whoever wants to
-    see the weights, through `attend`.
+    Keys and values are (B, S, K, H), or as a cache has them, (B, K, S, H). Whole rows, as
+    in training, go through `attend_blocked`; who wants to see the weights, `attend`.
     """
     q_BTNH = self.q(x_BTD)
     if self.cfg.qk_norm != "none":
@@ -360,15 +426,18 @@ class Attention(nn.Module):
     if sight.cos_sin is not None:
       q_BTNH = rotate(q_BTNH, sight.cos_sin)
     q_BTNH = constrain(q_BTNH, "batch", "length", "act_heads", "head_dim")
-    k_BSKH, v_BSKH = (x.astype(self.dtype) for x in keys_values)
+    k, v = (x.astype(self.dtype) for x in keys_values)
     assert self.cfg.attention_scale is not None, "resolved"
     scoring = Scoring(self.cfg.attention_scale, self.cfg.attention_softcap)
     sinks_N = self.sinks if self.cfg.learned_sinks else None
     weights_BNTS = None
-    if whole:
-      out_BTNH = attend_blocked(q_BTNH, k_BSKH, v_BSKH, sight, scoring, sinks_N, reach)
+    if capture:
+      k, v = (x.swapaxes(1, 2) if cached else x for x in (k, v))
+      out_BTNH, weights_BNTS = attend(q_BTNH, k, v, sight, scoring, sinks_N)
+    elif cached:
+      out_BTNH = attend_cached(q_BTNH, k, v, sight, scoring, sinks_N)
     else:
-      out_BTNH, weights_BNTS = attend(q_BTNH, k_BSKH, v_BSKH, sight, scoring, sinks_N)
+      out_BTNH = attend_blocked(q_BTNH, k, v, sight, scoring, sinks_N, reach)
     return self.o(out_BTNH), weights_BNTS
 
 
@@ -399,6 +468,17 @@ def write_slots(cache: Any, new: Any, first_slots_B: jax.Array) -> Any:
 
   The caller sees to it that they fit: JAX would shift a write past the end back.
   """
-  write = lambda row, entries, at: jax.lax.dynamic_update_slice(row, entries, (at, 0, 0))
-  put = lambda old, entries: jax.vmap(write)(old, entries.astype(old.dtype), first_slots_B)
+  write = lambda row, entries, at: jax.lax.dynamic_update_slice(row, entries, (0, at, 0))
+  on_mesh = jax.sharding.get_abstract_mesh().size > 1
+
+  def put(old_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+    new_BKTH = new_BTKH.swapaxes(1, 2).astype(old_BKSH.dtype)
+    batch = old_BKSH.shape[0]
+    if batch > MOST_WRITES or on_mesh:
+      return jax.vmap(write)(old_BKSH, new_BKTH, first_slots_B)
+    for row in range(batch):
+      at = (row, 0, first_slots_B[row], 0)
+      old_BKSH = jax.lax.dynamic_update_slice(old_BKSH, new_BKTH[row : row + 1], at)
+    return old_BKSH
+
   return jax.tree.map(put, cache, new)

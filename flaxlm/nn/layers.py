@@ -2,6 +2,7 @@
 """The layers that are not attention: projections, norms, embeddings, feed-forward."""
 
 import math
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -34,6 +35,10 @@ class Einsum(nn.Module):
     kept = len(outputs) - (len(weights) - contracted)
     assert inputs == outputs[:kept] + weights[:contracted], self.equation
     assert outputs == inputs[:kept] + weights[contracted:], self.equation
+    if self.has_variable("params", "matrix"):  # laid out for decoding: decoding/weights.py
+      y = matrix_dot(x.astype(self.dtype), self.variables["params"])
+      y = y.astype(self.output_dtype or self.dtype)
+      return y.reshape(x.shape[:kept] + self.shape[contracted:])
     init = nn.initializers.variance_scaling(
       self.init_scale**2,
       "fan_in",
@@ -67,6 +72,19 @@ def rows_dot(
   size = math.prod(kernel.shape[:contracted])
   y = jnp.dot(x.reshape(-1, size), kernel.reshape(size, -1), preferred_element_type=dtype)
   return y.reshape(x.shape[: x.ndim - contracted] + kernel.shape[contracted:])
+
+
+def matrix_dot(x: jax.Array, params: Mapping[str, jax.Array]) -> jax.Array:
+  """x . matrix (+ bias), (R, outputs), for parameters laid out for decoding."""
+  matrix = params["matrix"]
+  y = jnp.dot(
+    x.reshape(-1, matrix.shape[0]),
+    matrix.astype(x.dtype),
+    preferred_element_type=jnp.float32,
+  )
+  if "bias" in params:
+    y += params["bias"].reshape(-1)
+  return y
 
 
 class RMSNorm(nn.Module):
@@ -119,15 +137,23 @@ class Embedding(nn.Module):
   param_dtype: jnp.dtype = jnp.float32
 
   def setup(self):
+    if self.has_variable("params", "matrix"):  # laid out for decoding: the transpose
+      return
     init = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.names)
     self.table = self.param("table", init, self.shape, self.param_dtype)
 
   def __call__(self, ids_BT: jax.Array) -> jax.Array:
     """Vectors (B, T, D). Ids must be in range: JAX clamps what is not."""
+    if self.has_variable("params", "matrix"):
+      x_DBT = self.variables["params"]["matrix"][:, ids_BT]
+      return jnp.moveaxis(x_DBT, 0, -1).astype(self.dtype)
     return self.table.astype(self.dtype)[ids_BT]
 
   def logits(self, x_BTD: jax.Array) -> jax.Array:
     """x . table^T, (B, T, V) in float32 (Press & Wolf, 2017)."""
+    if self.has_variable("params", "matrix"):
+      logits_RV = matrix_dot(x_BTD, self.variables["params"])
+      return logits_RV.reshape(*x_BTD.shape[:2], -1)
     return rows_dot(x_BTD, self.table.astype(self.dtype).T, 1, jnp.float32)
 
 

@@ -17,7 +17,16 @@ from jax.sharding import PartitionSpec
 from flaxlm.config import ModelConfig
 from flaxlm.nn.base import Execution, LanguageModel, Output
 from flaxlm.nn.layers import build_norm
-from flaxlm.nn.stack import REMAT_POLICIES, Layer, run_scanned, run_unrolled
+from flaxlm.nn.stack import (
+  REMAT_POLICIES,
+  Layer,
+  is_split,
+  run_scanned,
+  run_unrolled,
+  split_blocks,
+  stack_trees,
+  unstack,
+)
 from flaxlm.sharding import RULES, constrain, partition_spec
 
 
@@ -35,6 +44,12 @@ class RNNCache(NamedTuple):
     """The state of these rows, in this order."""
     state = jax.tree.map(lambda x_LBD: x_LBD[:, rows_R], self.state)
     return RNNCache(state, self.lengths_B[rows_R])
+
+  def resized(self, _: int) -> "RNNCache":
+    return self
+
+  def can_return(self, num_tokens: int) -> bool:
+    return num_tokens == 0
 
 
 def init_rnn_cache(cfg: ModelConfig, batch: int) -> RNNCache:
@@ -117,11 +132,13 @@ class RNN(LanguageModel):
     if self.run.remat != "none":
       policy = REMAT_POLICIES[self.run.remat]
       layer = jax.checkpoint(layer, policy=policy, prevent_cse=not self.run.scanned)
-    of_layers = (self.blocks.variables["params"], state, keys_L)
-    layers: list[Layer] = [layer] * self.cfg.depth
-    if not self.run.scanned:
-      return run_unrolled(layers, x_BTD, of_layers)
-    return run_scanned(layers, 1, x_BTD, of_layers)
+    params, depth = self.blocks.variables["params"], self.cfg.depth
+    layers: list[Layer] = [layer] * depth
+    if self.run.scanned and not is_split(params):
+      return run_scanned(layers, 1, x_BTD, (params, state, keys_L))
+    own = (split_blocks(params, depth), unstack(state, depth), unstack(keys_L, depth))
+    x_BTD, states = run_unrolled(layers, x_BTD, list(zip(*own, strict=True)))
+    return x_BTD, stack_trees(states)
 
 
 class RecurrentBlock(nn.Module):

@@ -98,28 +98,30 @@ class Block(nn.Module):
     deterministic: bool = True,
     capture: bool = False,
   ) -> tuple[jax.Array, LayerOutput]:
-    """The layer's output, and its new cache: (k, v), (k, v, source k, source v) or None."""
+    """The layer's output, and its new cache: (k, v) or None.
+
+    A cache is (k, v), or (k, v, source k, source v).
+    """
     attention: dict[str, Any] = {}
     losses: dict[str, Any] = {}
     source_cache = () if cache is None else cache[2:]
+    cached = cache is not None
     dropout = lambda branch: self.dropout(branch, deterministic=deterministic)
 
     def attend(x_BTD: jax.Array) -> jax.Array:
       nonlocal cache
       kv = self.attention.keys_values(x_BTD, around.sight.cos_sin)
-      if cache is not None:
-        kv = write_slots(cache[:2], kv, around.first_slots_B)
-        cache = (*kv, *source_cache)
-      whole = cache is None and not capture
-      out, maps = self.attention(x_BTD, around.sight, kv, around.reach, whole)
+      if cached:
+        cache = kv = write_slots(cache[:2], kv, around.first_slots_B)
+      out, maps = self.attention(x_BTD, around.sight, kv, around.reach, cached, capture)
       if capture:
         attention["self"] = maps
       return checkpoint_name(out, ATTENTION)
 
     def attend_source(x_BTD: jax.Array) -> jax.Array:
       kv = source_cache or self.cross_attention.keys_values(around.memory_BSD)
-      whole = cache is None and not capture
-      out, maps = self.cross_attention(x_BTD, around.source_sight, kv, None, whole)
+      sight = around.source_sight
+      out, maps = self.cross_attention(x_BTD, sight, kv, None, cached, capture)
       if capture:
         attention["cross"] = maps
       return out
@@ -128,7 +130,7 @@ class Block(nn.Module):
       if not self.cfg.moe.num_experts:
         return self.ffn(x_BTD)
       # Decoding serves every choice: nothing may depend on what else is in the batch.
-      out, router = self.ffn(x_BTD, around.real_BT, dropping=cache is None)
+      out, router = self.ffn(x_BTD, around.real_BT, dropping=not cached)
       losses.update(router)
       return out
 
@@ -223,18 +225,17 @@ class Stack(nn.Module):
     keys_at = positions_BT if cache is None else None  # a cached row is one document
     where = Placement(slots_BT, segments_BT, segments_BT, keys_at)
     around = self.surroundings(where, positions_BT, cache, memory, num_new_B)
-    layers: tuple | None = None
+    layers: list | None = None
     if cache is not None:
-      layers = (cache.k_LBSKH, cache.v_LBSKH)
+      layers = [*cache.layers]
       if cache.source is not None:
-        layers = (*layers, *cache.source[:2])
+        layers = [(*own, *of) for own, of in zip(layers, cache.source.layers, strict=True)]
     x_BTD, output = self.run_blocks(x_BTD, layers, around, deterministic, capture)
     if self.cfg.norm_placement != "post":
       x_BTD = self.final_norm(x_BTD)
     if cache is not None:
-      k_LBSKH, v_LBSKH, *_ = output.cache
       lengths_B = cache.lengths_B + (T if num_new_B is None else num_new_B)
-      cache = cache._replace(k_LBSKH=k_LBSKH, v_LBSKH=v_LBSKH, lengths_B=lengths_B)
+      cache = cache._replace(layers=tuple(output.cache), lengths_B=lengths_B)
     losses = jax.tree.map(lambda loss_L: loss_L.sum(), output.losses)
     return x_BTD, cache, losses, output.attention
 
@@ -256,7 +257,7 @@ class Stack(nn.Module):
   ) -> dict[str, Surroundings]:
     """What the layers of each kind, L and G, have around them."""
     cfg, causal = self.cfg, self.causal
-    num_keys = positions_BT.shape[1] if cache is None else cache.k_LBSKH.shape[2]
+    num_keys = positions_BT.shape[1] if cache is None else cache.layers[0][0].shape[2]
     first_slots_B = None if cache is None else where.query_slots_BT[:, 0]
     real_BT = None
     if where.query_segments_BT is not None:
@@ -323,12 +324,12 @@ class Stack(nn.Module):
   def run_blocks(
     self,
     x_BTD: jax.Array,
-    caches: Any,
+    caches: list | None,
     around: dict[str, Surroundings],
     deterministic: bool,
     capture: bool,
   ) -> tuple[jax.Array, LayerOutput]:
-    """All layers; what each returns besides its output is stacked along L."""
+    """All layers. Losses and maps come stacked along L, caches as a list."""
     pattern = self.cfg.period
     if self.is_initializing():  # kinds have the same parameters, and caches have none
       x_BTD, output = self.blocks(x_BTD, None, around[pattern[0]])
@@ -339,7 +340,7 @@ class Stack(nn.Module):
       keys_L = jax.random.split(self.make_rng("dropout"), self.depth)
 
     def layer(kind: str, x_BTD: jax.Array, of_layer: Any) -> tuple[jax.Array, LayerOutput]:
-      params, cache, key = of_layer
+      params, key, cache = of_layer
       rngs = {} if key is None else {"dropout": key}
       return block.apply(
         {"params": params}, x_BTD, cache, around[kind], deterministic, capture, rngs=rngs
@@ -353,20 +354,30 @@ class Stack(nn.Module):
       return jax.checkpoint(run, policy=policy, prevent_cse=not self.run.scanned)
 
     layers = {kind: kept(kind) for kind in around}
-    of_layers = (self.blocks.variables["params"], caches, keys_L)
     order = [layers[pattern[n % len(pattern)]] for n in range(self.depth)]
-    if not self.run.scanned:
-      return run_unrolled(order, x_BTD, of_layers)
-    return run_scanned(order, len(pattern), x_BTD, of_layers)
+    params = self.blocks.variables["params"]
+    if caches is None and self.run.scanned and not is_split(params):
+      return run_scanned(order, len(pattern), x_BTD, (params, keys_L, None))
+    # With a cache always: a loop over layers would copy each layer's at every token.
+    of_layers = zip(
+      split_blocks(params, self.depth),
+      unstack(keys_L, self.depth),
+      caches or [None] * self.depth,
+      strict=True,
+    )
+    x_BTD, outputs = run_unrolled(order, x_BTD, list(of_layers))
+    stacked = stack_trees([output._replace(cache=None) for output in outputs])
+    return x_BTD, stacked._replace(cache=[output.cache for output in outputs])
 
   def source_cache(self, memory_BSD: jax.Array, segments_BS: jax.Array) -> SourceCache:
     """Every layer's keys and values of the encoder's output."""
     block = Block(self.cfg, self.run, self.reads_source, parent=None)
-    of = lambda params: block.apply(
-      {"params": params}, memory_BSD, method="source_keys_values"
-    )
-    k_LBSKH, v_LBSKH = jax.lax.map(of, self.blocks.variables["params"])
-    return SourceCache(k_LBSKH, v_LBSKH, segments_BS)
+    layers = []
+    for params in split_blocks(self.blocks.variables["params"], self.depth):
+      variables = {"params": params}
+      kv = block.apply(variables, memory_BSD, method="source_keys_values")
+      layers.append(tuple(x.swapaxes(1, 2) for x in kv))
+    return SourceCache(tuple(layers), segments_BS)
 
 
 # -- Running layers ------------------------------------------------------------------------
@@ -374,13 +385,17 @@ class Stack(nn.Module):
 Layer = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 
 
-def run_unrolled(layers: list[Layer], x: jax.Array, stacked: Any) -> tuple[jax.Array, Any]:
-  """`layers` one after the other, each with its slice of `stacked`."""
+def run_unrolled(layers: list[Layer], x: jax.Array, of_layers: list) -> tuple[Any, list]:
+  """`layers` one after the other, each with what is its own; the outputs as a list."""
   outputs = []
-  for layer, of_layer in zip(layers, unstack(stacked, len(layers)), strict=True):
+  for layer, of_layer in zip(layers, of_layers, strict=True):
     x, output = layer(x, of_layer)
     outputs.append(output)
-  return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+  return x, outputs
+
+
+def stack_trees(trees: list) -> Any:
+  return jax.tree.map(lambda *parts: jnp.stack(parts), *trees)
 
 
 def run_scanned(
@@ -392,14 +407,35 @@ def run_scanned(
   count = len(layers) // period
   looped = count * period
   in_loop = jax.tree.map(lambda s: s[:looped].reshape(count, period, *s.shape[1:]), stacked)
-  run_period = lambda x, of_period: run_unrolled(layers[:period], x, of_period)
+
+  def run_period(x: jax.Array, of_period: Any) -> tuple[jax.Array, Any]:
+    x, outputs = run_unrolled(layers[:period], x, unstack(of_period, period))
+    return x, stack_trees(outputs)
+
   x, outputs = jax.lax.scan(run_period, x, in_loop)
   outputs = jax.tree.map(lambda s: s.reshape(looped, *s.shape[2:]), outputs)
   if looped < len(layers):
     rest = jax.tree.map(lambda s: s[looped:], stacked)
+    rest = unstack(rest, len(layers) - looped)
     x, more = run_unrolled(layers[looped:], x, rest)
-    outputs = jax.tree.map(lambda *parts: jnp.concatenate(parts), outputs, more)
+    join = lambda *parts: jnp.concatenate(parts)
+    outputs = jax.tree.map(join, outputs, stack_trees(more))
   return x, outputs
+
+
+def is_split(params: Any) -> bool:
+  """Whether each layer's parameters are a dict of their own, {"0": ..., "1": ...}.
+
+  Decoding has them so: a slice of a stacked array would be a copy, at every token.
+  """
+  return "0" in params
+
+
+def split_blocks(params: Any, depth: int) -> list[Any]:
+  """The parameters of each layer, whether they come stacked or not."""
+  if is_split(params):
+    return [params[str(n)] for n in range(depth)]
+  return unstack(params, depth)
 
 
 def unstack(stacked: Any, count: int) -> list[Any]:

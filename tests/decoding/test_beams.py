@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from flaxlm.config import ModelConfig
-from flaxlm.decoding.generate import Request, generate
+from flaxlm.decoding.generate import generate
+from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.decoding.search import beam_search, length_penalty
 from flaxlm.errors import ConfigError

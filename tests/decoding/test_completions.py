@@ -13,8 +13,14 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 
 from flaxlm.config import MESH_AXES, Config, ModelConfig
-from flaxlm.decoding.completions import DEFAULT_NEW_TOKENS, Completion, _Row, complete
-from flaxlm.decoding.generate import BLOCK_STEPS
+from flaxlm.decoding.completions import (
+  DEFAULT_NEW_TOKENS,
+  Completion,
+  Stopping,
+  _Row,
+  complete,
+)
+from flaxlm.decoding.prefill import BLOCK_STEPS
 from flaxlm.decoding.runs import Run
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.errors import ConfigError
@@ -244,7 +250,7 @@ def test_wherever_the_blocks_end(tokens: list[int], stops: list[str], cuts: list
   if found:
     text, reason = text[: min(found)], "stop"
 
-  row = _Row(Completion("prompt"), BYTES, stops)
+  row = _Row(Completion("prompt"), BYTES, Stopping(strings=stops))
   shown = ""
   borders = [0, *sorted(min(cut, len(tokens)) for cut in cuts), len(tokens)]
   for start, end in itertools.pairwise(borders):

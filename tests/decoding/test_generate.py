@@ -14,15 +14,18 @@ from jax.sharding import Mesh
 
 from flaxlm.config import ModelConfig
 from flaxlm.decoding.generate import (
-  BLOCK_STEPS,
-  SMALLEST_BUCKET,
   DecodeState,
-  Request,
-  bucket,
+  How,
   choose,
   decode_block,
   generate,
-  prefill,
+)
+from flaxlm.decoding.prefill import (
+  BLOCK_STEPS,
+  SMALLEST_BUCKET,
+  Request,
+  bucket,
+  extend,
 )
 from flaxlm.decoding.sampling import Sampling, make_sampling
 from flaxlm.errors import ConfigError, NonFiniteError
@@ -234,12 +237,12 @@ def test_ids_that_only_pad_the_vocabulary_are_never_drawn(rules: dict[str, Any])
 def test_requests_of_many_lengths_share_the_compiled_programs():
   model, params = model_of("gqa")
   run(model, params, PROMPTS, make_sampling(4, 0.7), SMALLEST_BUCKET - 8)
-  before = prefill._cache_size(), decode_block._cache_size()
+  before = extend._cache_size(), decode_block._cache_size()
   for length in (1, 5, 8):
     for rules in ({"temperature": 0.0}, {"temperature": 1.3, "seed": length}):
-      prompts = [[1] * length] * 3 + [[2]]
+      prompts = [[token] * length for token in (1, 2, 3, 4)]
       run(model, params, prompts, make_sampling(4, **rules), SMALLEST_BUCKET - 8)
-  assert (prefill._cache_size(), decode_block._cache_size()) == before
+  assert (extend._cache_size(), decode_block._cache_size()) == before
 
 
 @pytest.mark.parametrize("size", [1, 2, 31, 32, 33, 64, 65, 1000])
@@ -255,13 +258,14 @@ def test_the_cache_is_donated():
   model, params = model_of("gqa")
   sampling, ids = greedy(4), jnp.int32(64)
   tokens_BT = np.zeros((4, SMALLEST_BUCKET), np.int32)
-  empty = init_cache(model, 4, SMALLEST_BUCKET)
-  logits_BV, cache = prefill(model, params, tokens_BT, np.ones(4, np.int32), empty)
-  state, _ = choose(logits_BV, cache, sampling, ids, False)
-  assert cache.k_LBSKH.is_deleted()
-  assert empty.k_LBSKH.is_deleted()
-  assert empty.v_LBSKH.is_deleted()
-  again, _ = decode_block(model, params, state, sampling, ids, BLOCK_STEPS, False)
+  cache = init_cache(model, 4, SMALLEST_BUCKET)
+  num_new_B, last_BD = np.ones(4, np.int32), np.zeros((4, 16), np.float32)
+  _, read = extend(model, params, tokens_BT, num_new_B, cache, last_BD)
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
+  state = DecodeState(read, jnp.zeros(4, jnp.int32), None)
+  state, _ = choose(jnp.zeros((4, 64)), state, sampling, ids, How())
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(read))
+  again, _ = decode_block(model, params, state, sampling, ids, BLOCK_STEPS, How())
   assert isinstance(again, DecodeState)
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(again))

@@ -12,18 +12,24 @@ import references
 from scipy import stats
 
 from flaxlm.decoding.sampling import (
+  RULES,
   Sampling,
-  candidates,
-  is_filtered,
+  Seen,
+  Settings,
+  draw,
   make_sampling,
+  rules_in_use,
   sample,
+  stack_settings,
 )
 from flaxlm.errors import ConfigError
 
 VOCAB = 24
 NUM_DRAWS = 4096
 
-jitted = jax.jit(sample, static_argnames="filtered")
+jitted = jax.jit(sample, static_argnames=("rules", "num_top"))
+CUTS = ("top_k", "top_p", "min_p", "typical")
+EVERY_RULE = tuple(RULES)
 
 
 def logits_of(seed: int, rows: int = 1, spread: float = 2.0) -> np.ndarray:
@@ -42,15 +48,21 @@ def random_rules(seed: int) -> dict[str, Any]:
     "top_k": int(rng.integers(1, VOCAB + 5)) if rng.random() < 0.5 else None,
     "top_p": float(rng.uniform(0.05, 1)) if rng.random() < 0.5 else None,
     "min_p": float(rng.uniform(0, 0.5)) if rng.random() < 0.5 else None,
+    "typical_p": float(rng.uniform(0.05, 1)) if rng.random() < 0.3 else None,
   }
 
 
-def draw(logits_V: np.ndarray, rules: dict[str, Any], seed: int) -> np.ndarray:
+def chosen(logits_BV: Any, lengths_B: Any, sampling: Sampling) -> tuple[Any, Any]:
+  """Tokens and log-probabilities, with every cut compiled in: one program for all."""
+  return jitted(logits_BV, lengths_B, sampling, CUTS)[:2]
+
+
+def draw_many(logits_V: np.ndarray, rules: dict[str, Any], seed: int) -> np.ndarray:
   """Many independent draws: the rows of a batch, alike but for their seeds."""
   sampling = make_sampling(NUM_DRAWS, **rules, seed=seed)
   logits_BV = np.tile(logits_V, (NUM_DRAWS, 1))
   lengths_B = np.full(NUM_DRAWS, 7)
-  return np.asarray(jitted(logits_BV, lengths_B, sampling, is_filtered(sampling))[0])
+  return np.asarray(chosen(logits_BV, lengths_B, sampling)[0])
 
 
 def p_value(counts_V: np.ndarray, p_V: np.ndarray) -> float:
@@ -73,7 +85,7 @@ def test_draws_follow_the_filtered_distribution(seed: int):
   rules = random_rules(seed)
   (logits_V,) = logits_of(seed)
   p_V = references.filtered_distribution(logits_V, **rules)
-  counts_V = np.bincount(draw(logits_V, rules, seed * 10_000), minlength=VOCAB)
+  counts_V = np.bincount(draw_many(logits_V, rules, seed * 10_000), minlength=VOCAB)
   assert set(np.flatnonzero(counts_V)) <= set(np.flatnonzero(p_V)), rules
   assert p_value(counts_V, p_V) > 1e-4, rules
 
@@ -81,28 +93,135 @@ def test_draws_follow_the_filtered_distribution(seed: int):
 def test_the_chi_square_test_sees_a_wrong_temperature():
   """The test above can fail: 1.2 in place of 1 is enough."""
   (logits_V,) = logits_of(0)
-  counts_V = np.bincount(draw(logits_V, {"temperature": 1.2}, 0), minlength=VOCAB)
+  counts_V = np.bincount(draw_many(logits_V, {"temperature": 1.2}, 0), minlength=VOCAB)
   assert p_value(counts_V, references.filtered_distribution(logits_V)) < 1e-4
 
 
+@functools.partial(jax.jit, static_argnames="rules")
+def cut(logits_BV: Any, sampling: Sampling, rules: tuple[str, ...] = CUTS) -> Any:
+  for name in rules:
+    logits_BV = RULES[name].apply(logits_BV, sampling, None)
+  return logits_BV
+
+
 @pytest.mark.parametrize("seed", range(100))
-def test_candidates_are_the_support_of_the_filtered_distribution(seed: int):
+def test_what_is_kept_is_the_support_of_the_filtered_distribution(seed: int):
   rules = random_rules(seed)
   (logits_V,) = logits_of(seed, spread=float(1 + seed % 5))
   p_V = references.filtered_distribution(logits_V, **rules)
-  scaled_V = logits_V / np.float32(rules["temperature"])
-  order_V = np.argsort(-scaled_V, stable=True)
-  allowed_BV = candidates(jnp.asarray(scaled_V[order_V])[None], make_sampling(1, **rules))
-  assert set(order_V[np.asarray(allowed_BV[0])]) == set(np.flatnonzero(p_V)), rules
+  scaled_BV = (logits_V / np.float32(rules["temperature"]))[None]
+  kept_V = np.isfinite(cut(scaled_BV, make_sampling(1, **rules))[0])
+  assert set(np.flatnonzero(kept_V)) == set(np.flatnonzero(p_V)), rules
 
 
-def test_top_p_of_one_is_off_however_unlikely_the_tail():
+@pytest.mark.parametrize("rule", CUTS)
+def test_a_cut_that_is_off_cuts_nothing(rule: str):
   """Sums of probabilities round up to 1 long before the last token."""
-  logits_V = np.array([0.0, -20.0, -21.0, -22.0], np.float32)
-  p_V = references.filtered_distribution(logits_V, top_k=3, top_p=1.0)
-  sampling = make_sampling(1, top_k=3, top_p=1.0)
-  allowed_V = np.asarray(candidates(jnp.asarray(logits_V)[None], sampling))[0]
-  assert allowed_V.tolist() == (p_V > 0).tolist()
+  logits_BV = np.array([[0.0, -20.0, -21.0, -22.0, -80.0]], np.float32)
+  assert np.isfinite(cut(logits_BV, make_sampling(1), (rule,))).all()
+
+
+def test_a_large_vocabulary_is_cut_as_a_small_one():
+  """The search over thresholds against sorting, on what GPT-2 has."""
+  logits_BV = np.random.default_rng(0).normal(size=(2, 50257)).astype(np.float32) * 3
+  for rules in ({"top_k": 40}, {"top_p": 0.9}, {"top_k": 50000}):
+    kept_BV = np.isfinite(cut(logits_BV, make_sampling(2, **rules), (*rules,)))
+    for logits_V, kept_V in zip(logits_BV, kept_BV, strict=True):
+      order_V = np.argsort(-logits_V)
+      p_V = references.softmax(logits_V[order_V].astype(float))
+      before_V = np.cumsum(p_V) - p_V
+      expected = (before_V < rules["top_p"]).sum() if "top_p" in rules else rules["top_k"]
+      # float32 sums of so many probabilities are right to 1e-6: 0 or 1 tokens.
+      assert abs(int(kept_V.sum()) - expected) <= ("top_p" in rules)
+      assert kept_V[order_V[: kept_V.sum()]].all()
+
+
+def test_draws_from_several_blocks_are_as_likely_as_their_weights():
+  """Tokens of three blocks, the last one not full, each in its turn and within."""
+  rng = np.random.default_rng(0)
+  weights_V = rng.exponential(size=700).astype(np.float32) ** 2
+  uniforms = rng.random((20_000, 2)).astype(np.float32)
+  tile = lambda weights_V: np.tile(weights_V, (len(uniforms), 1))
+  token_B = np.asarray(jax.jit(draw)(tile(weights_V), uniforms))
+  counts_V = np.bincount(token_B, minlength=700)
+  assert p_value(counts_V, weights_V / weights_V.sum()) > 1e-4
+  other_V = np.roll(weights_V, 1)
+  assert p_value(counts_V, other_V / other_V.sum()) < 1e-4
+
+
+def test_what_has_no_weight_is_never_drawn():
+  rng = np.random.default_rng(1)
+  weights_BV = (rng.random((4096, 700)) * (rng.random((4096, 700)) < 0.02)).astype(
+    "float32"
+  )
+  weights_BV[:, 3] = 1e-30
+  uniforms = rng.choice([0.0, 0.5, 1 - 2.0**-24], (4096, 2)).astype(np.float32)
+  token_B = np.asarray(jax.jit(draw)(weights_BV, uniforms))
+  assert (weights_BV[np.arange(4096), token_B] > 0).all()
+
+
+# -- Rules that change logits --------------------------------------------------------------
+
+
+def random_adjustments(seed: int) -> dict[str, Any]:
+  rng = np.random.default_rng(seed)
+  biased = rng.choice(VOCAB, 3, replace=False).tolist()
+  return {
+    "repetition_penalty": float(rng.uniform(0.5, 2)),
+    "presence_penalty": float(rng.uniform(-2, 2)),
+    "frequency_penalty": float(rng.uniform(-1, 1)),
+    "logit_bias": dict(zip(biased, rng.normal(size=3).tolist(), strict=True)),
+    "banned_tokens": rng.choice(VOCAB, seed % 3, replace=False).tolist(),
+  }
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_penalties_and_biases_follow_their_definitions(seed: int):
+  """Against the definitions, token by token, and greedy is what they leave on top."""
+  rules = random_adjustments(seed)
+  (logits_V,) = logits_of(seed)
+  rng = np.random.default_rng(seed)
+  prompt, answer = rng.integers(0, VOCAB, 6).tolist(), rng.integers(0, VOCAB, 9).tolist()
+  in_prompt_V = np.isin(np.arange(VOCAB), prompt)
+  counts_V = np.bincount(answer, minlength=VOCAB)
+  seen = Seen(jnp.asarray(in_prompt_V)[None], jnp.asarray(counts_V)[None])
+  banned = {token: -np.inf for token in rules.pop("banned_tokens")}
+  sampling = make_sampling(1, 0.0, **rules, banned_tokens=[*banned])
+  names = rules_in_use(sampling)
+  assert set(names) == {"bias", "repetition", "presence"}
+  adjusted_BV = jnp.asarray(logits_V)[None]
+  for name in names:
+    adjusted_BV = RULES[name].apply(
+      adjusted_BV, Sampling(*map(jnp.asarray, sampling)), seen
+    )
+  rules["logit_bias"] = rules["logit_bias"] | banned
+  expected_V = references.adjusted_logits(logits_V, prompt, answer, **rules)
+  np.testing.assert_allclose(adjusted_BV[0], expected_V, rtol=1e-5, atol=1e-5)
+  drawn = jitted(logits_V[None], np.array([15]), sampling, EVERY_RULE, seen)
+  assert drawn.token_B[0] == np.argmax(expected_V)
+  logprobs_V = np.log(references.softmax(logits_V.astype(float)))
+  np.testing.assert_allclose(drawn.logprob_B[0], logprobs_V[drawn.token_B[0]], atol=1e-5)
+
+
+def test_what_was_drawn_is_seen():
+  seen = Seen(jnp.zeros((2, 4), bool), jnp.zeros((2, 4), jnp.int32))
+  seen = seen.add(jnp.array([1, 3])).add(jnp.array([1, 0]))
+  assert seen.counts_BV.tolist() == [[0, 2, 0, 0], [1, 0, 0, 1]]
+
+
+def test_the_likeliest_tokens_are_told():
+  """Under the model itself, best first, whatever is drawn."""
+  logits_BV = logits_of(9, rows=5)
+  logits_BV[:, 5] -= 0.1  # no ties
+  drawn = jitted(logits_BV, np.arange(5), make_sampling(5, top_k=2), CUTS, None, 4)
+  logprobs_BV = np.log([references.softmax(row.astype(float)) for row in logits_BV])
+  order_BV = np.argsort(-logprobs_BV, -1)[:, :4]
+  assert drawn.top_tokens_BX.tolist() == order_BV.tolist()
+  expected = np.take_along_axis(logprobs_BV, order_BV, -1)
+  np.testing.assert_allclose(drawn.top_logprobs_BX, expected, atol=1e-5)
+
+
+# -- Temperature ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rules", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
@@ -110,7 +229,7 @@ def test_temperature_zero_is_the_argmax(rules: dict[str, Any]):
   logits_BV = logits_of(1, rows=64)
   logits_BV[:8] = 0.0  # all alike: the first wins
   sampling = make_sampling(64, 0.0, **rules, seed=3)
-  token_B, _ = jitted(logits_BV, np.arange(64), sampling, is_filtered(sampling))
+  token_B, _ = chosen(logits_BV, np.arange(64), sampling)
   assert token_B.tolist() == logits_BV.argmax(-1).tolist()
 
 
@@ -119,14 +238,14 @@ def test_a_temperature_near_zero_is_nearly_the_argmax(temperature: float):
   logits_BV = logits_of(2, rows=64, spread=50.0)
   logits_BV[:, 5] -= 1  # no ties
   sampling = make_sampling(64, temperature)
-  token_B, logprob_B = jitted(logits_BV, np.arange(64), sampling, False)
+  token_B, logprob_B = chosen(logits_BV, np.arange(64), sampling)
   assert token_B.tolist() == logits_BV.argmax(-1).tolist()
   assert np.isfinite(logprob_B).all()
 
 
 def test_a_very_high_temperature_is_uniform():
   (logits_V,) = logits_of(3)
-  counts_V = np.bincount(draw(logits_V, {"temperature": 1e30}, 5), minlength=VOCAB)
+  counts_V = np.bincount(draw_many(logits_V, {"temperature": 1e30}, 5), minlength=VOCAB)
   assert p_value(counts_V, np.full(VOCAB, 1 / VOCAB)) > 1e-4
 
 
@@ -137,7 +256,7 @@ def test_logprobs_are_the_models_own(rules: dict[str, Any]):
   """Whatever the rules: log softmax of the logits as they came."""
   logits_BV = logits_of(4, rows=64)
   sampling = make_sampling(64, **rules, seed=3)
-  token_B, logprob_B = jitted(logits_BV, np.arange(64), sampling, is_filtered(sampling))
+  token_B, logprob_B = chosen(logits_BV, np.arange(64), sampling)
   expected_BV = np.log([references.softmax(row.astype(float)) for row in logits_BV])
   np.testing.assert_allclose(logprob_B, expected_BV[np.arange(64), token_B], atol=1e-5)
 
@@ -146,7 +265,7 @@ def test_tokens_of_no_probability_are_never_drawn():
   (logits_V,) = logits_of(5)
   logits_V[10:] = -np.inf
   for rules in ({}, {"top_k": 20}, {"temperature": 50.0, "min_p": 0.0}):
-    assert draw(logits_V, rules, 11).max() < 10
+    assert draw_many(logits_V, rules, 11).max() < 10
 
 
 # -- A row is its own ----------------------------------------------------------------------
@@ -155,8 +274,8 @@ def test_tokens_of_no_probability_are_never_drawn():
 def mixed(batch: int, seed: int = 0) -> Sampling:
   """Rows with different rules: greedy, plain, and each of the filters."""
   kinds = [{"temperature": 0.0}, {}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}]
-  rows = [make_sampling(1, **kinds[i % len(kinds)], seed=seed + i) for i in range(batch)]
-  return Sampling(*(np.concatenate(rule) for rule in zip(*rows, strict=True)))
+  rows = [Settings(**kinds[i % len(kinds)], seed=seed + i) for i in range(batch)]
+  return stack_settings(rows)
 
 
 def take(sampling: Sampling, rows: Any) -> Sampling:
@@ -166,15 +285,14 @@ def take(sampling: Sampling, rows: Any) -> Sampling:
 def test_a_rows_draw_depends_on_no_other_row():
   """Alone, or in any order: the filters of others play no part either."""
   logits_BV, sampling, lengths_B = logits_of(6, rows=50), mixed(50), np.arange(50)
-  together_B, logprobs_B = jitted(logits_BV, lengths_B, sampling, True)
+  together_B, logprobs_B = chosen(logits_BV, lengths_B, sampling)
   order = np.random.default_rng(0).permutation(50)
-  shuffled_B, _ = jitted(logits_BV[order], lengths_B[order], take(sampling, order), True)
+  shuffled_B, _ = chosen(logits_BV[order], lengths_B[order], take(sampling, order))
   assert shuffled_B.tolist() == np.asarray(together_B)[order].tolist()
   for row in range(50):
     alone = take(sampling, [row])
-    token_B, logprob_B = jitted(
-      logits_BV[[row]], lengths_B[[row]], alone, is_filtered(alone)
-    )
+    own = rules_in_use(alone)  # only those that this row uses
+    token_B, logprob_B, *_ = jitted(logits_BV[[row]], lengths_B[[row]], alone, own)
     assert token_B[0] == together_B[row], row
     np.testing.assert_allclose(logprob_B[0], logprobs_B[row], atol=1e-6)
 
@@ -185,7 +303,7 @@ def test_a_draw_depends_on_the_seed_and_on_the_length():
   def tokens(seeds: Any, lengths: Any) -> list[int]:
     rule = make_sampling(64)._replace(seeds_B=np.broadcast_to(seeds, 64).astype(np.uint32))
     logits_BV = np.tile(logits_V, (64, 1))
-    return jitted(logits_BV, np.broadcast_to(lengths, 64), rule, False)[0].tolist()
+    return jitted(logits_BV, np.broadcast_to(lengths, 64), rule)[0].tolist()
 
   assert tokens(3, 5) == tokens(3, 5)
   assert len(set(tokens(3, 5))) == 1  # the same row, 64 times
@@ -202,32 +320,37 @@ def test_make_sampling_gives_each_row_its_own_seed():
 # -- Rules are values ----------------------------------------------------------------------
 
 
-def test_changing_rules_recompiles_nothing():
-  fresh = jax.jit(functools.partial(sample), static_argnames="filtered")
+def test_changing_values_recompiles_nothing():
+  fresh = jax.jit(functools.partial(sample), static_argnames="rules")
   logits_BV, lengths_B = logits_of(8, rows=4), np.arange(4)
   for seed in range(8):
     sampling = make_sampling(4, **random_rules(seed), seed=seed)
-    fresh(logits_BV, lengths_B, sampling, True)
+    fresh(logits_BV, lengths_B, sampling, CUTS)
   assert fresh._cache_size() == 1
   for temperature in (0.0, 0.5, 2.0):
-    fresh(logits_BV, lengths_B, make_sampling(4, temperature), False)
+    fresh(logits_BV, lengths_B, make_sampling(4, temperature), ())
   assert fresh._cache_size() == 2
 
 
 @pytest.mark.parametrize(
-  ("rules", "filtered"),
+  ("rules", "names"),
   [
-    ({}, False),
-    ({"temperature": 0.0}, False),
-    ({"top_p": 1.0, "min_p": 0.0}, False),
-    ({"top_k": 10**12}, False),
-    ({"top_k": 1}, True),
-    ({"top_p": 0.999}, True),
-    ({"min_p": 0.001}, True),
+    ({}, ()),
+    ({"temperature": 0.0}, ()),
+    ({"top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}, ()),
+    ({"top_k": 10**12}, ()),
+    ({"repetition_penalty": 1.0, "logit_bias": {}, "banned_tokens": ()}, ()),
+    ({"top_k": 1}, ("top_k",)),
+    ({"top_p": 0.999}, ("top_p",)),
+    ({"min_p": 0.001}, ("min_p",)),
+    ({"frequency_penalty": -0.1}, ("presence",)),
+    ({"banned_tokens": [0]}, ("bias",)),
+    ({"typical_p": 0.9, "repetition_penalty": 1.1}, ("repetition", "typical")),
   ],
 )
-def test_only_rules_that_cut_are_sorted_for(rules: dict[str, Any], filtered: bool):
-  assert is_filtered(make_sampling(2, **rules)) is filtered
+def test_only_rules_that_some_row_uses_are_compiled(rules: dict[str, Any], names: tuple):
+  rows = [Settings(), Settings(**rules)]
+  assert rules_in_use(stack_settings(rows)) == names
 
 
 @pytest.mark.parametrize(
@@ -239,6 +362,12 @@ def test_only_rules_that_cut_are_sorted_for(rules: dict[str, Any], filtered: boo
     ({"top_k": 0}, "top-k is 0"),
     ({"top_k": -1}, "top-k is -1"),
     ({"top_p": 0.0}, "top-p is 0.0"),
+    ({"typical_p": 0.0}, "typical-p is 0.0"),
+    ({"repetition_penalty": 0.0}, "repetition-penalty is 0.0"),
+    ({"presence_penalty": float("nan")}, "presence-penalty is nan"),
+    ({"frequency_penalty": 101}, "frequency-penalty is 101"),
+    ({"logit_bias": {3: float("inf")}}, "logit-bias of token 3 is inf"),
+    ({"banned_tokens": [-1]}, "logit-bias of token -1 is -inf"),
     ({"top_p": 1.1}, "top-p is 1.1"),
     ({"top_p": float("nan")}, "top-p is nan"),
     ({"min_p": -0.1}, "min-p is -0.1"),

@@ -8,7 +8,8 @@ import pytest
 from test_parity import load, pytestmark, rows  # noqa: F401 - the mark is for this file too
 from tiny_models import VARIANTS, tiny
 
-from flaxlm.decoding.generate import Request, generate
+from flaxlm.decoding.generate import generate
+from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.nn.models import build_model
 

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations with an imported run, by the template that came with its tokenizer."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flaxlm.decoding.runs import KEPT
+from flaxlm.errors import ConfigError, DataError
+
+TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
+Message = dict[str, str]  # "role" (system, user, assistant) and "content"
+
+
+def load_chat(run_dir: Path) -> Callable[[Sequence[Message]], str] | None:
+  """What turns messages into a prompt for the next answer; None for a run without it.
+
+  The start of the text is left to the tokenizer. Raises `ConfigError` if the template
+  cannot be used, `DataError` if it fails.
+  """
+  said: dict[str, Any] = {}
+  folder = run_dir / KEPT
+  try:
+    if (folder / TOKENIZER_CONFIG).is_file():
+      said = json.loads((folder / TOKENIZER_CONFIG).read_text("utf-8"))
+    text = said.get("chat_template")
+    if (folder / TEMPLATE).is_file():
+      text = (folder / TEMPLATE).read_text("utf-8")
+  except (OSError, ValueError, AttributeError) as e:
+    raise DataError(f"the chat template in {folder} cannot be read: {e}") from e
+  if not isinstance(text, str):
+    return None
+  try:
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+  except ImportError as e:
+    raise ConfigError(
+      f"the chat template of {run_dir} needs jinja2", "pip install jinja2, or --no-chat"
+    ) from e
+
+  def refuse(message: str) -> None:
+    raise TemplateError(message)
+
+  environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+  environment.globals["raise_exception"] = refuse
+  end = said.get("eos_token")
+  end = end.get("content") if isinstance(end, dict) else end
+
+  def prompt(messages: Sequence[Message]) -> str:
+    values = {"bos_token": "", "eos_token": end or "", "add_generation_prompt": True}
+    try:
+      return environment.from_string(text).render(messages=[*messages], **values)
+    except (TemplateError, TypeError, ValueError) as e:
+      raise DataError(f"the chat template of {run_dir} fails: {e}", "--no-chat") from e
+
+  return prompt

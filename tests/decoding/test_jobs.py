@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs: results in order, as each prompt alone, through kills and whatever the batches."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_completions import make_run
+
+from flaxlm.decoding import jobs as jobs_module
+from flaxlm.decoding.chat import load_chat
+from flaxlm.decoding.completions import Stopping, complete
+from flaxlm.decoding.jobs import Job, batches, read_jobs, run_jobs, size
+from flaxlm.decoding.runs import KEPT, Run
+from flaxlm.decoding.sampling import Settings, make_sampling
+from flaxlm.errors import ConfigError, DataError
+
+DEFAULTS = Job("", Settings(temperature=1.0, seed=5), Stopping(), 6)
+LINES = [
+  {"prompt": "a"},
+  {"prompt": "b é and more", "max_new_tokens": 3, "seed": 77, "id": "mine"},
+  {"prompt": "a b", "temperature": 0, "num_samples": 2},
+  {"prompt": "é", "top_p": 0.7, "stop": " "},
+  {"prompt": "ab", "banned_tokens": [97], "stop_tokens": [32]},
+]
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+  return make_run(-30.0)
+
+
+def as_text(lines: list[dict]) -> str:
+  return "\n".join(map(json.dumps, lines)) + "\n\n"
+
+
+def written(path: Path) -> list[dict]:
+  return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_each_prompt_is_answered_as_if_alone(run, tmp_path):
+  jobs, done = read_jobs(as_text(LINES), DEFAULTS), []
+  run_jobs(run, jobs, tmp_path / "out.jsonl", 3, on_done=done.append)
+  found = written(tmp_path / "out.jsonl")
+  assert [answer["prompt"] for answer in found] == [
+    "a",
+    "b é and more",
+    "a b",
+    "a b",
+    "é",
+    "ab",
+  ]
+  assert sum(done) == len(LINES)
+  assert [*tmp_path.iterdir()] == [tmp_path / "out.jsonl"], "nothing else is left"
+  settings = [
+    dict(seed=5),
+    dict(seed=77),
+    dict(seed=7, temperature=0),
+    dict(seed=8, temperature=0),
+    dict(seed=8, top_p=0.7),
+    dict(seed=9, banned_tokens=[97]),
+  ]
+  stops = [Stopping()] * 4 + [Stopping(strings=[" "]), Stopping(tokens=[32])]
+  for answer, of_row, stop in zip(found, settings, stops, strict=True):
+    sampling = make_sampling(1, **{"temperature": 1.0} | of_row)
+    number = 3 if of_row["seed"] == 77 else 6
+    (alone,) = complete(run, [answer["prompt"]], sampling, number, stop)
+    expected = alone.as_json()
+    assert [answer[key] for key in ("completion", "tokens", "finish_reason")] == [
+      expected[key] for key in ("completion", "tokens", "finish_reason")
+    ]
+
+
+def test_a_killed_job_goes_on(run, tmp_path, monkeypatch):
+  jobs = read_jobs(as_text(LINES), DEFAULTS)
+  run_jobs(run, jobs, tmp_path / "whole.jsonl", 2)
+  batch, calls = jobs_module.run_batch, []
+
+  def killed(*arguments: Any) -> Any:
+    calls.append([of.place for of in arguments[1]])
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+    return batch(*arguments)
+
+  monkeypatch.setattr(jobs_module, "run_batch", killed)
+  output, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+  with pytest.raises(KeyboardInterrupt):
+    run_jobs(run, jobs, output, 2)
+  assert not output.exists()
+  with partial.open("a") as file:
+    file.write('{"index": 3, "sam')  # killed in the middle of a line
+  with pytest.raises(ConfigError, match="is of another job"):
+    run_jobs(run, jobs[1:], output, 2)
+  run_jobs(run, jobs, output, 2)
+  assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+  assert not partial.exists()
+  assert sorted(calls[0] + [place for call in calls[2:] for place in call]) == [*range(5)]
+
+
+def test_batches_are_of_like_length_and_fit(run):
+  jobs = [Job("a" * length, Settings(), Stopping(), 20) for length in (5, 90, 7, 80, 100)]
+  jobs[0] = jobs[0]._replace(max_new_tokens=140)
+  sized = [size(run, place, job) for place, job in enumerate(jobs)]
+  found = [[of.place for of in batch] for batch in batches(sized, 2, 160)]
+  assert found == [[2, 3], [1, 4], [0]]
+  assert all(len(batch) == 1 for batch in batches(sized, 1, 160))
+
+
+@pytest.mark.parametrize(
+  ("line", "complaint"),
+  [
+    ("{", "line 1 of the prompts"),
+    ("[]", "line 1 of the prompts"),
+    ('{"text": "a"}', "'text' is not one of"),
+    ('{"prompt": 3}', "there is no prompt"),
+    ('{"prompt": "a", "top_k": 0}', "top-k is 0"),
+    ('{"prompt": "a", "top_k": "many"}', "line 1 of the prompts"),
+    ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens is 0"),
+    ('{"prompt": "a", "num_samples": "2"}', "num_samples is '2'"),
+    ('{"prompt": "a", "stop": [""]}', "a stop string is empty"),
+    ('{"prompt": "a", "logit_bias": [3]}', "line 1 of the prompts"),
+  ],
+)
+def test_what_is_no_job_is_refused_by_its_line(line: str, complaint: str):
+  with pytest.raises(ConfigError, match=complaint.replace("[", r"\[")):
+    read_jobs(line, DEFAULTS)
+
+
+def test_a_prompt_that_is_too_long_is_named(run, tmp_path):
+  jobs = read_jobs(as_text([{"prompt": "a"}, {"prompt": "a" * 170}]), DEFAULTS)
+  with pytest.raises(ConfigError, match="prompt 2: prompt of 171 tokens"):
+    run_jobs(run, jobs, tmp_path / "out.jsonl", 2)
+
+
+def test_time_and_tokens_end_an_answer(run):
+  sampling = make_sampling(2, 1.0)
+  stops = [Stopping(max_tokens=4), Stopping(max_seconds=1e-9)]
+  few, late = complete(run, ["a", "b"], sampling, 40, stops)
+  assert (len(few.tokens), few.finish_reason) == (4, "length")
+  assert (len(late.tokens), late.finish_reason) == (1, "time")
+  (whole,) = complete(run, ["a"], make_sampling(1, 1.0), 40)
+  token = whole.tokens[5]
+  (ended,) = complete(run, ["a"], make_sampling(1, 1.0), 40, Stopping(tokens=[token]))
+  assert ended.tokens == whole.tokens[: whole.tokens.index(token) + 1]
+  assert ended.finish_reason == "stop"
+
+
+def test_top_logprobs_are_told_when_asked_for(run):
+  (answer,) = complete(run, ["a"], make_sampling(1, 0.0), 20, num_top=2)
+  assert len(answer.top_logprobs) == len(answer.tokens) == 20
+  for token, logprob, tops in zip(
+    answer.tokens, answer.logprobs, answer.top_logprobs, strict=True
+  ):
+    assert len(tops) == 2
+    assert tops[0] == (token, pytest.approx(logprob, abs=1e-5))
+  assert "top_logprobs" not in complete(run, ["a"], make_sampling(1), 2)[0].as_json()
+
+
+# -- Chat ----------------------------------------------------------------------------------
+
+TEMPLATE = (
+  "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}"
+  "{{ raise_exception('no tools') }}{% endif %}<{{ m.role }}>{{ m.content }}{{ eos_token }}"
+  "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_run_without_a_template_has_no_chat(tmp_path):
+  assert load_chat(tmp_path) is None
+  (tmp_path / KEPT).mkdir()
+  (tmp_path / KEPT / "tokenizer_config.json").write_text("{}")
+  assert load_chat(tmp_path) is None
+  (tmp_path / KEPT / "tokenizer_config.json").write_text("[")
+  with pytest.raises(DataError, match="cannot be read"):
+    load_chat(tmp_path)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_messages_become_a_prompt(tmp_path, separate: bool):
+  pytest.importorskip("jinja2")
+  (tmp_path / KEPT).mkdir()
+  said: dict[str, Any] = {"eos_token": {"content": "</s>"}}
+  if separate:
+    (tmp_path / KEPT / "chat_template.jinja").write_text(TEMPLATE)
+  else:
+    said["chat_template"] = TEMPLATE
+  (tmp_path / KEPT / "tokenizer_config.json").write_text(json.dumps(said))
+  chat = load_chat(tmp_path)
+  assert chat is not None
+  messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+  assert chat(messages) == "<user>hi</s><assistant>yes</s><assistant>"
+  with pytest.raises(DataError, match="no tools"):
+    chat([{"role": "tool", "content": ""}])

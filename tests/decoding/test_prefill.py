@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefill: in chunks, once for what is shared, and from what an earlier call has read."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_generate import model_of
+
+from flaxlm.config import ModelConfig
+from flaxlm.decoding import prefill
+from flaxlm.decoding.generate import Memory, generate
+from flaxlm.decoding.prefill import (
+  CHUNK,
+  SMALLEST_PREFIX,
+  Request,
+  bucket,
+  common_length,
+  padded_length,
+  prefill_logits,
+)
+from flaxlm.decoding.sampling import make_sampling, stack_settings
+from flaxlm.decoding.weights import is_prepared, prepare_params
+from flaxlm.nn.models import build_model, init_params
+
+NUM_NEW = 20
+
+
+def tokens_of(*arguments: Any, **options: Any) -> list[list[int]]:
+  blocks = [block.tokens_BT for block in generate(*arguments, **options)]
+  return np.concatenate(blocks, 1).tolist()
+
+
+def read_count(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+  """Grows by the number of tokens that each pass of the prefill reads."""
+  counts: list[int] = []
+  extend = prefill.extend
+
+  def counting(model, params, tokens_BT, num_new_B, cache, last_BD):
+    counts.append(int(num_new_B.sum()))
+    return extend(model, params, tokens_BT, num_new_B, cache, last_BD)
+
+  monkeypatch.setattr(prefill, "extend", counting)
+  return counts
+
+
+@pytest.fixture(params=["gqa", "window, mqa, untied"])
+def model(request):
+  return model_of(request.param)
+
+
+def test_chunks_read_what_one_pass_reads(model, monkeypatch):
+  """Rows end in different chunks; one of them where a chunk ends."""
+  model, params = model
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(0, 64, length).tolist() for length in (3, 32, 41, 16)]
+  request, greedy = Request(prompts, 9, 64), make_sampling(4, 0.0)
+  whole = tokens_of(model, params, request, greedy)
+  monkeypatch.setattr(prefill, "CHUNK", 16)
+  counts = read_count(monkeypatch)
+  assert tokens_of(model, params, request, greedy) == whole
+  assert counts == [3 + 16 + 16 + 16, 16 + 16, 9]
+
+
+@given(st.integers(1, 3000), st.integers(0, 3000), st.integers(1, 300))
+def test_what_is_written_fits(length: int, shared: int, new: int):
+  """The padding of the last chunk too, behind whatever prefix."""
+  shared = min(shared, length - 1)
+  slots = Request([[1] * length], new, 2).slots(shared)
+  assert slots >= max(length + new - 1, shared + padded_length(length - shared))
+  assert padded_length(length) >= length
+  assert padded_length(length) - length < CHUNK
+  assert slots == bucket(slots, fine=True), "few sizes"
+  assert slots <= 3 * (length + new + 32)
+
+
+def test_samples_of_a_prompt_are_read_once(monkeypatch):
+  """And each draws what it would have drawn alone."""
+  model, params = model_of("gqa")
+  counts = read_count(monkeypatch)
+  prompts = [[1, 2, 3], [4, 5], [1, 2, 3], [1, 2, 3]]
+  sampling = make_sampling(4, 1.0, seed=3)
+  together = tokens_of(model, params, Request(prompts, NUM_NEW, 64), sampling)
+  assert counts == [3 + 2]
+  for row, prompt in enumerate(prompts):
+    one = make_sampling(1, 1.0, seed=3 + row)
+    assert tokens_of(model, params, Request([prompt], NUM_NEW, 64), one) == [together[row]]
+
+
+@pytest.mark.parametrize("name", ["gqa", "gpt2", "window, mqa, untied"])
+def test_a_shared_prefix_is_read_once(name, monkeypatch):
+  model, params = model_of(name)
+  monkeypatch.setattr(prefill, "SMALLEST_PREFIX", 8)
+  prefix, ends = [*range(20, 31)], [[1], [2, 3, 4], [5, 6]]
+  prompts = [prefix + end for end in ends]
+  greedy = make_sampling(3, 0.0)
+  counts = read_count(monkeypatch)
+  together = tokens_of(model, params, Request(prompts, NUM_NEW, 64), greedy)
+  assert counts == [11, 6 + 1], "a row that fills up the batch reads one token"
+  monkeypatch.setattr(prefill, "SMALLEST_PREFIX", SMALLEST_PREFIX)
+  assert tokens_of(model, params, Request(prompts, NUM_NEW, 64), greedy) == together
+  assert len({tuple(row) for row in together}) > 1
+
+
+@pytest.mark.parametrize("name", ["gqa", "gpt2"])
+def test_a_conversation_reads_only_what_is_new(name, monkeypatch):
+  """A turn ends in the middle of a block, the next goes on from there or takes it back."""
+  model, params = model_of(name)
+  greedy, memory = make_sampling(1, 0.0), Memory()
+  prompt = [3, 1, 4]
+  answer = tokens_of(model, params, Request([prompt], 6, 64), greedy, memory=memory)[0]
+  counts = read_count(monkeypatch)
+  for cut, more in ((6, [9, 2]), (4, [8])):
+    turn = [*prompt, *answer[:cut], *more]
+    with_memory = tokens_of(model, params, Request([turn], 7, 64), greedy, memory=memory)
+    assert counts == [len(more)]
+    assert with_memory == tokens_of(model, params, Request([turn], 7, 64), greedy)
+    counts.clear()
+  other = Request([[7, 7, 7]], 7, 64)
+  assert tokens_of(model, params, other, greedy, memory=memory) == tokens_of(
+    model, params, other, greedy
+  )
+
+
+def test_an_rnn_remembers_its_end_alone():
+  model = build_model(ModelConfig(family="rnn", depth=2, width=16, vocab_size=64))
+  params = jax.jit(lambda seed: init_params(model, seed))(np.uint32(0))
+  import flax.linen as nn
+
+  params = jax.tree.map(lambda x: x * 3, nn.unbox(params))
+  greedy, memory = make_sampling(1, 0.0), Memory()
+  (answer,) = tokens_of(model, params, Request([[3, 1]], 6, 64), greedy, memory=memory)
+  for turn in ([3, 1, *answer[:2], 5], [3, 1, *answer, 5]):
+    request = Request([turn], 5, 64)
+    plain = tokens_of(model, params, request, greedy)
+    assert tokens_of(model, params, request, greedy, memory=memory) == plain
+
+
+def test_a_call_that_is_broken_off_forgets():
+  model, params = model_of("gqa")
+  memory = Memory()
+  blocks = generate(
+    model, params, Request([[1, 2]], 40, 64), make_sampling(1, 0.0), memory=memory
+  )
+  next(blocks)
+  assert memory.past is not None
+  assert memory.past.tokens == (1, 2)
+  next(blocks)
+  assert len(memory.past.tokens) == 2 + 16
+  assert memory.past.cache.lengths_B.tolist() == [2 + 16]
+
+
+def test_rules_that_ask_what_was_seen_hold_over_blocks():
+  """A huge frequency penalty: no token twice, until all were there."""
+  model, params = model_of("gqa")
+  sampling = make_sampling(2, 0.0, frequency_penalty=100.0)
+  rows = tokens_of(model, params, Request([[1, 2], [3]], 40, 64), sampling)
+  assert all(len(set(row)) == 40 for row in rows)
+  never = make_sampling(2, 0.0, repetition_penalty=1000.0)
+  rows = tokens_of(model, params, Request([[1, 2], [3]], 20, 64), never)
+  assert not {1, 2} & set(rows[0])
+  banned = make_sampling(1, 1.0, banned_tokens=range(60))
+  assert min(tokens_of(model, params, Request([[1]], 20, 64), banned)[0]) >= 60
+
+
+def test_the_likeliest_tokens_come_with_each_step():
+  model, params = model_of("gqa")
+  request = Request([[1, 2], [3]], 20, 64, num_top=3)
+  blocks = [*generate(model, params, request, make_sampling(2, 0.0))]
+  for block in blocks:
+    assert block.top_tokens_BTX.shape == (*block.tokens_BT.shape, 3)
+    np.testing.assert_array_equal(block.top_tokens_BTX[:, :, 0], block.tokens_BT)
+    np.testing.assert_allclose(
+      block.top_logprobs_BTX[:, :, 0], block.logprobs_BT, atol=1e-6
+    )
+
+
+def test_prepared_parameters_are_the_same_numbers():
+  model, params = model_of("gqa")
+  prepared = prepare_params(params, model.cfg)
+  assert is_prepared(prepared)
+  assert not is_prepared(params)
+  assert prepare_params(prepared, model.cfg) is prepared
+  tokens_BT = np.arange(12).reshape(2, 6)
+  apply = jax.jit(lambda params: model.apply({"params": params}, tokens_BT).value)
+  np.testing.assert_allclose(apply(prepared), apply(params), atol=1e-4)
+  count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  assert count(prepared) == count(params)
+
+
+def test_nothing_of_the_loop_copies_a_weight_or_a_cache():
+  """In the compiled program of one row and of several: no copy as large as a layer's."""
+  from flaxlm.decoding.generate import DecodeState, How, decode_block
+  from flaxlm.nn.models import init_cache
+
+  jax.config.update("jax_disable_most_optimizations", False)
+  try:
+    model = build_model(ModelConfig(depth=2, width=64, num_heads=2, vocab_size=512))
+    params = jax.tree.map(
+      lambda x: np.zeros(x.shape, np.float32),
+      jax.eval_shape(lambda: prepare_params(_unboxed(model), model.cfg)),
+    )
+    for batch in (1, 4):
+      state = DecodeState(init_cache(model, batch, 64), np.zeros(batch, np.int32), None)
+      rules = (make_sampling(batch, 0.0), np.int32(512), 16, How())
+      text = decode_block.lower(model, params, state, *rules).compile().as_text()
+      for shape in (f"{batch},2,64,32", "64,64", "64,512", "512,64", "64,192", "192,64"):
+        copies = [
+          line
+          for line in text.splitlines()
+          if f"f32[{shape}]" in line.split(" copy(")[0] and " copy(" in line
+        ]
+        assert not copies, copies[0]
+  finally:
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def _unboxed(model: Any) -> Any:
+  import flax.linen as nn
+
+  return nn.unbox(init_params(model, np.uint32(0)))
+
+
+def test_common_length():
+  assert common_length([1, 2, 3], [1, 2, 4], 9) == 2
+  assert common_length([1, 2, 3], [1, 2, 3, 4], 9) == 3
+  assert common_length([1, 2, 3], [1, 2, 3], 2) == 2
+  assert common_length([], [1], 2) == 0
+
+
+def test_beams_of_a_long_prompt():
+  """Search reads through the same prefill: rows of one program whatever they share."""
+  model, params = model_of("gqa")
+  request = Request([[1, 2, 3], [1, 2, 3]], 4, 64)
+  logits_BV, cache = prefill_logits(model, prepare_params(params, model.cfg), request, None)
+  assert logits_BV.shape[0] == cache.lengths_B.shape[0] == 2
+  assert stack_settings([]).seeds_B.shape == (0,)
