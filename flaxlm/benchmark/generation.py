@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxlm.benchmark.report import Result, print_results, summarise
+from flaxlm.benchmark.report import Result, print_json, print_results, summarise
 from flaxlm.config import ModelConfig
 from flaxlm.errors import ConfigError, FlaxLMError
 
@@ -216,7 +216,8 @@ def main() -> None:
   parser.add_argument("--json", action="store_true")
   args = parser.parse_args()
   if args.side is None:
-    print_results(bench_generation(args.vs, args.rounds), args.json, sys.stdout)
+    write = print_json if args.json else print_results
+    write(bench_generation(args.vs, args.rounds), sys.stdout)
   elif args.side == "flaxlm":
     serve(flaxlm_side(args.batch))
   else:
