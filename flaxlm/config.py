@@ -241,6 +241,7 @@ class OptimizerConfig:
   beta1: float = knob(0.9, "decay of the first moment (sgd: momentum)", 0, 1)
   beta2: float = knob(0.95, "decay of the second moment", 0, 1)
   epsilon: float = knob(1e-8, "added to the denominator", 0)
+  sharded: bool = knob(False, "cut moments over mesh axis data too (ZeRO-1)")
   clip_norm: float | None = knob(1.0, "global gradient norm; none = no clipping", 0)
 
 

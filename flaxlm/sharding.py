@@ -122,8 +122,11 @@ def with_shardings(boxed: Any, mesh: Mesh) -> Any:
   return jax.tree.map(place, boxed, is_leaf=is_box)
 
 
-def like_parameters(tree: Any, params: Any, mesh: Mesh) -> Any:
+def like_parameters(tree: Any, params: Any, mesh: Mesh, over_data: bool = False) -> Any:
   """An abstract optimizer state, each leaf sharded as the parameter it belongs to.
+
+  With `over_data` also over the copies of the parameter, where a dim divides: each copy
+  updates its share (ZeRO-1; Rajbhandari et al., 2020, section 5.1).
 
   It belongs to the parameter with the same end of the path and the same shape; what has
   no such parameter (counters, factored moments) is replicated. Optax's and Flax's own
@@ -136,6 +139,8 @@ def like_parameters(tree: Any, params: Any, mesh: Mesh) -> Any:
     twins = (table.get(path[start:]) for start in range(len(path)))
     shardings = [twin.sharding for twin in twins if twin and twin.shape == leaf.shape]
     sharding = shardings[0] if shardings else replicated
+    if shardings and over_data:
+      sharding = NamedSharding(mesh, cut_further(sharding.spec, leaf.shape, mesh, "data"))
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
   return jax.tree_util.tree_map_with_path(place, tree)
@@ -172,6 +177,21 @@ def check_replication(params: Any, sizes: Mapping[str, int], tolerance: float) -
       f"training.replication_tolerance={tolerance:g}; the largest is {found.largest}",
       "use an axis that cuts it (`flaxlm shard` says which), or raise the tolerance",
     )
+
+
+def cut_further(
+  spec: PartitionSpec, shape: Sequence[int], mesh: Any, axis: str
+) -> PartitionSpec:
+  """`spec` with the largest shard that `axis` divides cut by it; as it is if none is."""
+  cuts = [axes_of(entry) for entry in spec]
+  parts = [math.prod(mesh.shape[a] for a in cut) for cut in cuts]
+  sizes = [dim // n for dim, n in zip(shape, parts, strict=True)]
+  dims = [n for n, size in enumerate(sizes) if size % mesh.shape[axis] == 0]
+  if not dims:
+    return spec
+  dim = max(dims, key=lambda n: sizes[n])
+  cuts[dim] = (*cuts[dim], axis)
+  return PartitionSpec(*(cut or None for cut in cuts))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -170,7 +170,7 @@ def _state_bytes(
   sizes = dict(items)
   mesh = abstract_mesh(sizes)
   params = with_shardings(boxed, mesh)
-  moments = like_parameters(opt_state, params, mesh)
+  moments = like_parameters(opt_state, params, mesh, optimizer.sharded)
   blocks = [
     leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)

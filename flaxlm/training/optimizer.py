@@ -19,6 +19,7 @@ class Optimizer(NamedTuple):
   init: Callable[[Any], Any]
   update: Callable[[Any, Any, Any], tuple[Any, Any]]
   learning_rate: optax.Schedule
+  sharded: bool = False  # its moments are cut over `data` too
 
 
 def build_optimizer(cfg: OptimizerConfig, num_steps: int) -> Optimizer:
@@ -27,7 +28,7 @@ def build_optimizer(cfg: OptimizerConfig, num_steps: int) -> Optimizer:
   rule = build_rule(cfg, schedule)
   if cfg.clip_norm is not None:
     rule = optax.chain(optax.clip_by_global_norm(cfg.clip_norm), rule)
-  return Optimizer(rule.init, rule.update, schedule)
+  return Optimizer(rule.init, rule.update, schedule, cfg.sharded)
 
 
 def build_schedule(cfg: OptimizerConfig, num_steps: int) -> optax.Schedule:

@@ -212,7 +212,8 @@ def eval_step(
 def abstract_state(model: LanguageModel, optimizer: Optimizer, mesh: Mesh) -> TrainState:
   """Shapes, dtypes and shardings of the state; computes and allocates nothing."""
   params = abstract_params(model, mesh)
-  opt_state = like_parameters(jax.eval_shape(optimizer.init, params), params, mesh)
+  moments = jax.eval_shape(optimizer.init, params)
+  opt_state = like_parameters(moments, params, mesh, optimizer.sharded)
   replicated = NamedSharding(mesh, PartitionSpec())
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
   return TrainState(step, params, opt_state)

@@ -310,3 +310,24 @@ def test_bfloat16_trains_close_to_float32(one_device):
   narrow = losses(narrow_step)
   np.testing.assert_allclose(narrow, losses(float32_step), rtol=0.02)
   assert narrow[-1] < narrow[0]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_moments_cut_over_copies_change_nothing(kind):
+  """ZeRO-1: the same parameters after two steps, and a share of the moments per device."""
+  sizes = dict(data=4, tensor=2)
+  after, held = {}, {}
+  for sharded in (False, True):
+    rule = OptimizerConfig(kind=kind, sharded=sharded, warmup_steps=0)
+    model, optimizer = build_model(CFG, FAST), build_optimizer(rule, 10)
+    mesh = make_mesh(sizes)
+    state = init_state(model, optimizer, mesh, seed=0)
+    step = compile_train_step(model, optimizer, FAST, mesh)
+    for n in range(2):
+      state, _ = step(state, put_batch(packed_batch(seed=n), mesh), jnp.uint32(0))
+    shards = [leaf.addressable_shards[0].data for leaf in jax.tree.leaves(state.opt_state)]
+    held[sharded] = sum(shard.nbytes for shard in shards)
+    after[sharded] = jax.device_get(state.params)
+  compare = lambda a, e: np.testing.assert_allclose(a, e, atol=1e-5)
+  jax.tree.map(compare, after[True], after[False])
+  assert held[True] < 0.3 * held[False]
