@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from flaxlm.errors import ConfigError
 
-MESH_AXES = ("data", "fsdp", "tensor", "expert")
+MESH_AXES = ("data", "fsdp", "context", "tensor", "expert")
 
 # What each family of models is trained to predict.
 OBJECTIVES = {
@@ -397,6 +397,8 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
       f"training.loss_chunks={cfg.training.loss_chunks}",
       "",
     )
+  if cfg.mesh.get("context", 1) != 1 and cfg.model.family == "rnn":
+    yield "an RNN reads its row in order: mesh axis context has no use", "leave it out"
   if cfg.name is not None and (
     Path(cfg.name).name != cfg.name or cfg.name in ("", ".", "..")
   ):

@@ -39,7 +39,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
   "norm": (),
   # activations
   "batch": ("data", "fsdp", "expert"),  # tokens travel to the experts and back
-  "length": (),
+  "length": ("context",),  # each device has its share of every row
+  "key_length": (),  # of which all queries see all
   "act_embed": (),
   "act_heads": ("tensor",),
   "act_kv_heads": ("tensor",),
@@ -61,6 +62,7 @@ FIELDS = {
   "experts": "model.moe.num_experts",
   "expert_ffn": "model.moe.expert_width",
   "act_ffn": "model.ffn_width",
+  "length": "data.seq_len (and data.source_len)",
   "batch": "data.batch_size / training.accumulation_steps",
 }
 
@@ -100,12 +102,26 @@ def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def constrain(x: jax.Array, *names: str) -> jax.Array:
-  """Pins an activation to the layout of its logical names; no mesh set, no effect."""
+  """Pins an activation to the layout of its logical names; no mesh set, no effect.
+
+  Rows that `context` does not divide, such as a token that is being decoded, stay whole:
+  training refuses them before it starts.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return x
-  spec = partition_spec(names, x.shape, dict(mesh.shape))
+  sizes = dict(mesh.shape)
+  parts = math.prod(sizes[axis] for axis in RULES["length"])
+  whole = lambda name, dim: name == "length" and dim % parts
+  kept = [None if whole(*pair) else pair[0] for pair in zip(names, x.shape, strict=True)]
+  spec = partition_spec(kept, x.shape, sizes)
   return jax.lax.with_sharding_constraint(x, spec)
+
+
+def is_cut(name: str) -> bool:
+  """Whether the mesh that is set cuts dims of this logical name."""
+  shape = jax.sharding.get_abstract_mesh().shape
+  return any(shape.get(axis, 1) > 1 for axis in RULES[name])
 
 
 def with_shardings(boxed: Any, mesh: Mesh) -> Any:
@@ -195,8 +211,8 @@ def cut_further(
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows over every data-parallel axis; the layout of each leaf of a `Batch`."""
-  return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+  """Rows over every data-parallel axis, cut over `context`: each leaf of a `Batch`."""
+  return NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["length"]))
 
 
 def batch_shards(axis_sizes: Mapping[str, int]) -> int:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flaxlm.config import ModelConfig
 from flaxlm.nn.layers import Einsum, residual_scale
 from flaxlm.nn.positions import CosSin, rotate
-from flaxlm.sharding import constrain
+from flaxlm.sharding import constrain, is_cut
 
 LOWEST = jnp.finfo(jnp.float32).min  # a masked score; -inf would make NaN of an empty row
 
@@ -69,7 +69,7 @@ def empty_cache(
   """An empty cache for `batch` rows of up to `slots` tokens."""
   assert cfg.num_kv_heads is not None and cfg.head_dim is not None, "resolved"
   shape = (batch, cfg.num_kv_heads, slots, cfg.head_dim)
-  names = ("batch", "act_kv_heads", "length", "head_dim")
+  names = ("batch", "act_kv_heads", "key_length", "head_dim")
   empty = lambda: constrain(jnp.zeros(shape, dtype), *names)
   layers = tuple((empty(), empty()) for _ in range(cfg.depth))
   return KVCache(layers, jnp.zeros((batch,), jnp.int32))
@@ -178,6 +178,9 @@ def attend_blocked(
   A block reads only the keys within `reach`: for causal attention that saves up to half
   of the work, for a window more. One array of the scores' size is kept for the backward
   pass instead of three. `reach` None: every query may see every key.
+
+  On a mesh with `context` every device takes its share of each block, so that all have
+  as much to do, although later queries see more.
   """
   B, T, N, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
@@ -195,7 +198,7 @@ def attend_blocked(
     blocks.append(
       mix(
         scoring.softcap,
-        q_BKGTH[:, :, :, start:end],
+        share_out(q_BKGTH[:, :, :, start:end]),
         k_BKSH[:, :, first:last],
         v_BKSH[:, :, first:last],
         part(sight.mask_BTS),
@@ -205,6 +208,13 @@ def attend_blocked(
     )
   out_BKGTH = jnp.concatenate(blocks, 3)
   return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def share_out(q_BKGTH: jax.Array) -> jax.Array:
+  """Cuts a block of queries over `context`; without that axis it stays as it is."""
+  if not is_cut("length"):
+    return q_BKGTH
+  return constrain(q_BKGTH, "batch", "act_kv_heads", "head_dim", "length", "head_dim")
 
 
 def attend_cached(
@@ -403,7 +413,7 @@ class Attention(nn.Module):
       k_BSKH = self.k_norm(k_BSKH)
     if cos_sin is not None:
       k_BSKH = rotate(k_BSKH, cos_sin)
-    names = ("batch", "length", "act_kv_heads", "head_dim")
+    names = ("batch", "key_length", "act_kv_heads", "head_dim")
     return constrain(k_BSKH, *names), constrain(v_BSKH, *names)
 
   def __call__(

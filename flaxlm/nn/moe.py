@@ -191,7 +191,9 @@ def over_mesh(
 
   axes = lambda name: tuple(axis for axis in RULES[name] if axis in sizes)
   embed, ffn, expert = axes("embed"), axes("expert_ffn"), axes("experts")
-  rest = tuple(axis for axis in axes("batch") if axis not in embed + expert)
+  # A capacity is of a whole row: every member of `context` serves all of it.
+  length = "length" if cfg.moe.capacity_factor is None else "key_length"
+  rest = tuple(axis for axis in axes("batch") + axes(length) if axis not in embed + expert)
 
   def on_device(x_BTD, logits_BTE, real_BT, kernels):
     vary = functools.partial(jax.lax.pcast, to="varying")
@@ -207,7 +209,7 @@ def over_mesh(
     return y_BTD, experts_BTA
 
   spec = lambda x, *names: partition_spec(names, x.shape, sizes)
-  row = spec(real_BT, "batch", "length")
+  row = spec(real_BT, "batch", length)
   cut = {name: spec(kernel, *names_of(name)) for name, kernel in kernels.items()}
   on_mesh = jax.shard_map(on_device, in_specs=(row, row, row, cut), out_specs=(row, row))
   return on_mesh(x_BTD, logits_BTE, real_BT, kernels)

@@ -98,9 +98,12 @@ def training_memory(cfg: Config, sizes: Sizes, lanes: int = 1) -> Memory:
   unsharded = dict.fromkeys(sizes, 1) | {"tensor": sizes["tensor"]}
   whole = state_bytes(model_cfg, training, cfg.optimizer, unsharded)
   copies = kept.fixed * state.stored_in_blocks // whole.stored_in_blocks
-  activations = rows * kept.per_row
+  keys = gathered_keys(cfg, sizes) * rows
+  kept_keys = keys * (depth if training.remat == "none" else 1)
+  activations = rows * kept.per_row // sizes["context"] + kept_keys
   # Computed again, or its gradients:
   one_layer = rows * kept_bytes(cfg, sizes["tensor"], "none").per_row // depth
+  one_layer = one_layer // sizes["context"] + keys
 
   always = {
     "parameters": state.parameters,
@@ -111,7 +114,7 @@ def training_memory(cfg: Config, sizes: Sizes, lanes: int = 1) -> Memory:
     always["gradient_sums"] = state.elements * 4
   V = model_cfg.vocab_size
   assert V is not None, "resolved"
-  logits = rows * T // training.loss_chunks * (V // sizes["tensor"]) * 4
+  logits = rows * T // training.loss_chunks // sizes["context"] * (V // sizes["tensor"]) * 4
   head = model_cfg.width * (V // sizes["tensor"])
   gathered = sizes["fsdp"] > 1
   gradients = {"gradients": state.parameters}
@@ -263,6 +266,12 @@ def local_rows(cfg: Config, sizes: Sizes) -> int:
   """Rows of one micro-batch on one device; raises `ConfigError` if they do not divide."""
   accumulation, size = cfg.training.accumulation_steps, cfg.data.batch_size
   shards = batch_shards(sizes) * accumulation
+  if cfg.data.seq_len % sizes["context"]:
+    raise ConfigError(
+      f"data.seq_len={cfg.data.seq_len} cannot be split over mesh "
+      f"context={sizes['context']}",
+      f"make it a multiple of {sizes['context']}, or change --mesh",
+    )
   if size % shards:
     axes = " x ".join(f"{axis}={sizes[axis]}" for axis in RULES["batch"])
     raise ConfigError(
@@ -271,6 +280,16 @@ def local_rows(cfg: Config, sizes: Sizes) -> int:
       f"nearest: {max(1, round(size / shards)) * shards}",
     )
   return size // shards
+
+
+def gathered_keys(cfg: Config, sizes: Sizes) -> int:
+  """Bytes of one row's keys and values, of one layer, that the other members of
+  `context` have made."""
+  model, others = cfg.model, sizes["context"] - 1
+  assert model.num_kv_heads and model.head_dim
+  width = 2 * model.num_kv_heads // sizes["tensor"] * model.head_dim
+  item = jnp.dtype(cfg.training.dtype).itemsize
+  return cfg.data.seq_len * width * item * others // sizes["context"]
 
 
 class Kept(NamedTuple):

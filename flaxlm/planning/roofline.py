@@ -3,7 +3,7 @@
 
 What overlaps is an assumption, and this is ours: on one device matrix products and passes
 over memory take turns; the weights and gradients of `data` and `fsdp` travel meanwhile;
-what `tensor` and `expert` exchange is needed at once, so everybody waits for it.
+what `tensor`, `context` and `expert` exchange is needed at once, so everybody waits for it.
 Formulas are those of the scaling book (jax-ml.github.io/scaling-book): a gathered array
 of b bytes takes b (n - 1) / n / W on an axis of n, its reduction the same, both twice that.
 """
@@ -31,6 +31,7 @@ from flaxlm.planning.memory import (
   Sizes,
   StateBytes,
   decoding_memory,
+  gathered_keys,
   kept_bytes,
   local_rows,
   state_bytes,
@@ -105,7 +106,8 @@ class StepTimes:
       return None
     assert self.compute is not None and self.memory is not None
     wait = lambda *axes: sum(self.network.get(axis) or 0.0 for axis in axes)
-    return max(self.compute + self.memory, wait("data", "fsdp")) + wait("tensor", "expert")
+    at_once = wait("tensor", "context", "expert")
+    return max(self.compute + self.memory, wait("data", "fsdp")) + at_once
 
   @property
   def limited_by(self) -> str | None:
@@ -207,9 +209,10 @@ def traffic_parts(cfg: Config, sizes: Sizes, state: StateBytes) -> dict[str, flo
   rows = local_rows(cfg, sizes)
   passes = PASSES if training.remat == "none" else PASSES_AGAIN
   T = cfg.data.seq_len
-  activations = passes * rows * kept_bytes(cfg, sizes["tensor"], "none").per_row
+  kept = kept_bytes(cfg, sizes["tensor"], "none").per_row
+  activations = passes * rows * kept / sizes["context"]
   assert model.vocab_size is not None
-  logits = rows * T * (model.vocab_size // sizes["tensor"]) * 4
+  logits = rows * T / sizes["context"] * (model.vocab_size // sizes["tensor"]) * 4
   weights = 3 * gathered_elements(state, sizes) * jnp.dtype(training.dtype).itemsize
   logit_passes = LOGIT_PASSES + (training.loss_chunks > 1)  # computed again
   times = training.accumulation_steps
@@ -235,7 +238,7 @@ def network_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> dict[str, flo
   item = jnp.dtype(training.dtype).itemsize
   parts, rows = training.accumulation_steps, local_rows(cfg, sizes)
   share = lambda axis: (sizes[axis] - 1) / sizes[axis]
-  tokens = rows * cfg.data.seq_len
+  tokens = rows * cfg.data.seq_len / sizes["context"]
   vector_bytes = tokens * model.width * item
   num_layers = sum(depth * (2 + reads_source) for depth, reads_source in stacks(model)) / 2
   again = training.remat == "full"
@@ -254,6 +257,9 @@ def network_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> dict[str, flo
     * vector_bytes
     * (num_layers * (4 + 2 * again) + 2)
     * share("tensor"),
+    # Keys and values, gathered in each layer; their gradients, scattered; the rest as data.
+    "context": (2 + again) * parts * rows * num_layers * gathered_keys(cfg, sizes)
+    + 2 * gradients * share("context"),
     "expert": 0.0,
   }
   if sizes["expert"] > 1:

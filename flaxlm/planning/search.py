@@ -60,7 +60,8 @@ def meshes(cfg: Config, num_devices: int) -> Iterator[dict[str, int]]:
   for fsdp, tensor, expert in itertools.product(divisors, divisors, divisors):
     if num_devices % (fsdp * tensor * expert) == 0 and (expert == 1 or experts):
       data = num_devices // (fsdp * tensor * expert)
-      yield dict(zip(MESH_AXES, (data, fsdp, tensor, expert), strict=True))
+      used = {"data": data, "fsdp": fsdp, "tensor": tensor, "expert": expert}
+      yield {axis: used.get(axis, 1) for axis in MESH_AXES}
 
 
 def _best_accumulation(

@@ -307,6 +307,14 @@ def check_batch(cfg: Config, mesh: Mesh) -> None:
       f"nearest: {max(1, round(size / shards)) * shards}",
     )
 
+  for name in ("seq_len", "source_len"):
+    length, parts = getattr(cfg.data, name), mesh.shape["context"]
+    if length is not None and length % parts:
+      raise ConfigError(
+        f"data.{name}={length} is not a multiple of mesh context={parts}",
+        f"nearest: {max(1, round(length / parts)) * parts}",
+      )
+
 
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:

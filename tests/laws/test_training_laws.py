@@ -57,6 +57,9 @@ MORE_MESHES = [
   dict(fsdp=2, tensor=2, expert=2),
   dict(fsdp=4, expert=2),
   dict(data=2, fsdp=2, expert=2),
+  dict(data=2, context=4),
+  dict(fsdp=2, context=2, tensor=2),
+  dict(context=2, expert=4),
 ]
 
 
@@ -167,6 +170,9 @@ def assert_same(actual, expected):
 
 
 OTHERS = {
+  "dense": dict(),
+  "windows": dict(window=5, layer_pattern="LG", qk_norm="head", attention_softcap=20.0),
+  "capacity": dict(moe=MoEConfig(num_experts=4, expert_width=32, capacity_factor=1.0)),
   "experts": dict(moe=MoEConfig(num_experts=4, expert_width=32)),
   "encoder": dict(
     family="encoder",
@@ -190,6 +196,11 @@ OTHERS = {
     ("experts", dict(fsdp=2, tensor=2, expert=2)),
     ("encoder", dict(data=2, fsdp=2, tensor=2)),
     ("encoder_decoder", dict(data=2, fsdp=2, tensor=2)),
+    ("dense", dict(context=4, tensor=2)),
+    ("windows", dict(data=2, context=4)),
+    ("experts", dict(context=2, expert=4)),
+    ("capacity", dict(context=2, expert=4)),
+    ("encoder_decoder", dict(fsdp=2, context=4)),
   ],
   ids=str,
 )

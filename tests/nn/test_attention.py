@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from flaxlm.config import MESH_AXES
 from flaxlm.nn.attention import (
   Placement,
   Reach,
@@ -16,6 +18,7 @@ from flaxlm.nn.attention import (
   query_blocks,
   visible,
 )
+from flaxlm.sharding import make_mesh
 
 WAYS = {
   "causal": dict(),
@@ -86,3 +89,31 @@ def test_bfloat16_stays_close_to_float32():
   )
   assert narrow.dtype == jnp.bfloat16
   np.testing.assert_allclose(narrow.astype(jnp.float32), exact, atol=0.03)
+
+
+def test_members_of_context_share_every_block_of_queries():
+  """The same values and gradients, and a quarter of the work each, blocks and all."""
+  rng = np.random.default_rng(0)
+  B, T, N, H = 2, 256, 2, 8
+  q, k, v = (rng.standard_normal((B, T, N, H), np.float32) for _ in range(3))
+  mask_BTS = np.tril(np.ones((T, T), bool))[None].repeat(B, 0)
+  mesh = make_mesh({"context": 4, "data": 2})
+
+  def loss(q, k, v):
+    out = attend_blocked(q, k, v, Sight(mask_BTS), Scoring(0.3), reach=Reach())
+    return (out**2).sum()
+
+  def run(mesh):
+    where = NamedSharding(mesh, PartitionSpec("data", "context"))
+    with jax.set_mesh(mesh):
+      jitted = jax.jit(jax.value_and_grad(loss, (0, 1, 2)), in_shardings=where)
+      compiled = jitted.lower(q, k, v).compile()
+    return compiled(*jax.device_put((q, k, v), where)), compiled.cost_analysis()["flops"]
+
+  types = (AxisType.Auto,) * len(MESH_AXES)
+  shape, device = (1,) * len(MESH_AXES), jax.devices()[:1]
+  one = jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=device)
+  (expected, all_flops), (actual, flops) = run(one), run(mesh)
+  compare = lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4)
+  jax.tree.map(compare, actual, expected)
+  assert flops < 1.1 * all_flops / 8
