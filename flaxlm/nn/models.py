@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from flaxlm.config import ModelConfig, TrainingConfig
-from flaxlm.nn.attention import KVCache, empty_cache
 from flaxlm.nn.base import Execution, LanguageModel, Output, Source, dense
+from flaxlm.nn.cache import KVCache, empty_cache
 from flaxlm.nn.rnn import RNN, init_rnn_cache
 from flaxlm.nn.stack import Stack
 from flaxlm.sharding import with_shardings
