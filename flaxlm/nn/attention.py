@@ -9,13 +9,14 @@ a token lies in its row), never from positions (which restart with every packed 
 
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from flaxlm.config import ModelConfig
+from flaxlm.nn.cache import widened
 from flaxlm.nn.layers import Einsum, residual_scale
 from flaxlm.nn.positions import CosSin, rotate
 from flaxlm.sharding import constrain
@@ -362,7 +363,7 @@ class Attention(nn.Module):
     self,
     x_BTD: jax.Array,
     sight: Sight,
-    keys_values: tuple[jax.Array, jax.Array],
+    keys_values: tuple[Any, Any],
     reach: Reach | None = None,
     cached: bool = False,
     capture: bool = False,
@@ -378,7 +379,7 @@ class Attention(nn.Module):
     if sight.cos_sin is not None:
       q_BTNH = rotate(q_BTNH, sight.cos_sin)
     q_BTNH = constrain(q_BTNH, "batch", "length", "act_heads", "head_dim")
-    k, v = (x.astype(self.dtype) for x in keys_values)
+    k, v = (widened(x, self.dtype) for x in keys_values)
     assert self.cfg.attention_scale is not None, "resolved"
     scoring = Scoring(self.cfg.attention_scale, self.cfg.attention_softcap)
     sinks_N = self.sinks if self.cfg.learned_sinks else None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The key/value cache: what a decoder remembers, layer by layer, and how it is written."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,30 @@ MOST_NEW = 512  # tokens that may be added to a ring at a time
 MOST_BACK = 64  # tokens that may be taken back from it
 
 
+class Narrow(NamedTuple):
+  """Vectors in int8, each with a scale: the largest of its numbers is 127 of it."""
+
+  values: jax.Array  # (..., H)
+  scales: jax.Array  # (..., 1), float32
+
+
+def narrowed(x: jax.Array) -> Narrow:
+  x = x.astype(jnp.float32)
+  scales = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), 1e-30) / 127
+  return Narrow(jnp.round(x / scales).astype(jnp.int8), scales)
+
+
+def widened(x: jax.Array | Narrow, dtype: jnp.dtype) -> jax.Array:
+  if isinstance(x, Narrow):
+    return (x.values.astype(jnp.float32) * x.scales).astype(dtype)
+  return x.astype(dtype)
+
+
+def num_slots(kv: Any) -> int:
+  """Slots of one layer's keys and values."""
+  return jax.tree.leaves(kv)[0].shape[2]
+
+
 class KVCache(NamedTuple):
   """Keys and values of the tokens so far: a value that goes in and comes out.
 
@@ -24,7 +49,7 @@ class KVCache(NamedTuple):
   with an encoder also has each layer's keys and values of the source.
   """
 
-  layers: tuple[tuple[jax.Array, jax.Array], ...]
+  layers: tuple[tuple[Any, Any], ...]  # arrays, or Narrow
   lengths_B: jax.Array
   source: "SourceCache | None" = None
 
@@ -43,8 +68,8 @@ class KVCache(NamedTuple):
     layers = []
     for kv, kind in zip(self.layers, layer_kinds(cfg), strict=True):
       size, keeps = slots_of(cfg, kind, slots), kind == "L" and ring_slots(cfg) is not None
-      k_BKSH, v_BKSH = (resize(x, size, keeps) for x in kv)
-      layers.append((k_BKSH, v_BKSH))
+      change = functools.partial(resize, size=size, keeps=keeps)
+      layers.append(jax.tree.map(change, kv))
     return self._replace(layers=tuple(layers))
 
   def can_return(self, cfg: ModelConfig, num_tokens: int) -> bool:
@@ -67,11 +92,14 @@ def empty_cache(
 ) -> KVCache:
   """An empty cache for `batch` rows of up to `slots` tokens."""
   assert cfg.num_kv_heads is not None and cfg.head_dim is not None, "resolved"
-  layers = []
+  layers: list[tuple[Any, Any]] = []
   for kind in layer_kinds(cfg):
     shape = (batch, cfg.num_kv_heads, slots_of(cfg, kind, slots), cfg.head_dim)
-    empty = constrain(jnp.zeros(shape, dtype), *CACHE_NAMES)
-    layers.append((empty, empty.copy()))
+    empty = lambda shape=shape: constrain(jnp.zeros(shape, jnp.float32), *CACHE_NAMES)
+    if dtype == jnp.int8:
+      layers.append((narrowed(empty()), narrowed(empty())))
+    else:
+      layers.append((empty().astype(dtype), empty().astype(dtype)))
   return KVCache(tuple(layers), jnp.zeros((batch,), jnp.int32))
 
 
@@ -140,7 +168,13 @@ def write_slots(cache: Any, new: Any, first_slots_B: jax.Array) -> Any:
       old_BKSH = jax.lax.dynamic_update_slice(old_BKSH, new_BKTH[row : row + 1], at)
     return old_BKSH
 
-  return jax.tree.map(put, cache, new)
+  return jax.tree.map(put, cache, like(cache, new))
+
+
+def like(cache: Any, new: Any) -> Any:
+  """New entries as the cache holds them."""
+  pairs = zip(cache, new, strict=True)
+  return tuple(narrowed(x) if isinstance(old, Narrow) else x for old, x in pairs)
 
 
 def write_ring(cache: Any, new: Any, first_slots_B: jax.Array, tokens_BS: jax.Array) -> Any:
@@ -154,4 +188,4 @@ def write_ring(cache: Any, new: Any, first_slots_B: jax.Array, tokens_BS: jax.Ar
     spread_BKSH = jnp.take_along_axis(new_BKTH, index_BS[:, None, :, None], 2)
     return jnp.where(is_new_BS[:, None, :, None], spread_BKSH, old_BKSH)
 
-  return jax.tree.map(put, cache, new)
+  return jax.tree.map(put, cache, like(cache, new))

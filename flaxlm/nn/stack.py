@@ -23,6 +23,7 @@ from flaxlm.nn.cache import (
   KVCache,
   SourceCache,
   layer_kinds,
+  num_slots,
   ring_slots,
   slot_in_ring,
   tokens_in_ring,
@@ -264,7 +265,7 @@ class Stack(nn.Module):
     cfg, causal = self.cfg, self.causal
     num_new = num_keys = positions_BT.shape[1]
     if cache is not None:
-      num_keys = max(k_BKSH.shape[2] for k_BKSH, _ in cache.layers)
+      num_keys = max(map(num_slots, cache.layers))
     real_BT = None
     if where.query_segments_BT is not None:
       real_BT = where.query_segments_BT > 0
@@ -283,7 +284,7 @@ class Stack(nn.Module):
       placed, first_slots_B, ring_BS = where, None, None
       if cache is not None:
         first_slots_B = where.query_slots_BT[:, 0]
-        num_keys = cache.layers[layer_kinds(cfg).index(kind)][0].shape[2]
+        num_keys = num_slots(cache.layers[layer_kinds(cfg).index(kind)])
         most = ring_slots(cfg)
         if kind == "L" and most is not None:
           ring = (num_keys, cfg.sink_tokens)
