@@ -48,7 +48,7 @@ ROWS = [
 ]
 # Inside nn there are rows too.
 NN_ROWS = [
-  ["layers", "positions"],
+  ["cache", "layers", "positions"],
   ["base"],
   ["attention", "moe"],
   ["stack"],

@@ -45,43 +45,39 @@ MODEL = ModelConfig(
 ).resolve()
 
 
-def bench_generation(peer: str | None = None, rounds: int = ROUNDS) -> list[Result]:
-  """Tokens per second at each batch, the share of the bandwidth, the ratio to `peer`.
+def bench_generation(batch: int, peer: str | None, rounds: int = ROUNDS) -> list[Result]:
+  """Tokens per second, their share of the bandwidth, the ratio to `peer`; the bandwidth.
 
   Raises `ConfigError` if the peer is not installed, `FlaxLMError` if tokens disagree.
   """
-  results = []
-  for batch in BATCHES:
-    sides = {side: Side(side, batch) for side in ("flaxlm", peer) if side is not None}
-    try:
-      for side in sides.values():
-        side.round()  # compiles
-      found: dict[str, list] = {side: [] for side in (*sides, "bandwidth")}
-      for number in range(rounds):
-        found["bandwidth"].append(read_bandwidth())
-        for name in [*sides][:: 1 if number % 2 else -1]:
-          found[name].append(sides[name].round())
-    finally:
-      for side in sides.values():
-        side.close()
-    rates = {
-      side: [batch * NEW_TOKENS / of["seconds"] for of in found[side]] for side in sides
-    }
-    case = f"124M batch {batch}, {PROMPT} + {NEW_TOKENS} tokens"
-    peer_rates = rates[peer] if peer else ()
-    result = summarise("generation", case, rates["flaxlm"], "tokens/s", peer_rates)
-    shares = [
-      rate / batch * bytes_per_step(batch) / bandwidth
-      for rate, bandwidth in zip(rates["flaxlm"], found["bandwidth"], strict=True)
-    ]
-    result.measured_limit_fraction = float(np.median(shares))
-    if peer:
-      result.peer = peer
-      result.correct = compare(found["flaxlm"][-1]["tokens"], found[peer][-1]["tokens"])
-    results.append(result)
-    limit = [bandwidth / 1e9 for bandwidth in found["bandwidth"]]
-    results.append(summarise("generation", f"read bandwidth, {case}", limit, "GB/s"))
-  return results
+  sides = {side: Side(side, batch) for side in ("flaxlm", peer) if side is not None}
+  try:
+    for side in sides.values():
+      side.round()  # compiles
+    found: dict[str, list] = {side: [] for side in (*sides, "bandwidth")}
+    for number in range(rounds):
+      found["bandwidth"].append(read_bandwidth())
+      for name in [*sides][:: 1 if number % 2 else -1]:
+        found[name].append(sides[name].round())
+  finally:
+    for side in sides.values():
+      side.close()
+  rates = {
+    side: [batch * NEW_TOKENS / of["seconds"] for of in found[side]] for side in sides
+  }
+  case = f"124M batch {batch}, {PROMPT} + {NEW_TOKENS} tokens"
+  peer_rates = rates[peer] if peer else ()
+  result = summarise("generation", case, rates["flaxlm"], "tokens/s", peer_rates)
+  shares = [
+    rate / batch * bytes_per_step(batch) / bandwidth
+    for rate, bandwidth in zip(rates["flaxlm"], found["bandwidth"], strict=True)
+  ]
+  result.measured_limit_fraction = float(np.median(shares))
+  if peer:
+    result.peer = peer
+    result.correct = compare(found["flaxlm"][-1]["tokens"], found[peer][-1]["tokens"])
+  limit = [bandwidth / 1e9 for bandwidth in found["bandwidth"]]
+  return [result, summarise("generation", f"read bandwidth, {case}", limit, "GB/s")]
 
 
 def compare(ours: list[list[int]], theirs: list[list[int]]) -> str:
@@ -210,14 +206,15 @@ def flaxlm_side(batch: int) -> Callable[[], list[list[int]]]:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--side", choices=("flaxlm", *PEERS), help=argparse.SUPPRESS)
-  parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
+  parser.add_argument("--batch", type=int, help="one alone")
   parser.add_argument("--vs", choices=PEERS)
   parser.add_argument("--rounds", type=int, default=ROUNDS)
   parser.add_argument("--json", action="store_true")
   args = parser.parse_args()
   if args.side is None:
     write = print_json if args.json else print_results
-    write(bench_generation(args.vs, args.rounds), sys.stdout)
+    for batch in BATCHES if args.batch is None else (args.batch,):
+      write(bench_generation(batch, args.vs, args.rounds), sys.stdout)
   elif args.side == "flaxlm":
     serve(flaxlm_side(args.batch))
   else:

@@ -30,6 +30,7 @@ UNITS = {
   "ms per token": Unit(-1, 1e3),
   "us per operation": Unit(-1, 1e6),
   "nats per token": Unit(-1),
+  "perplexity": Unit(-1),
   "parameters": Unit(0),
   "tokens": Unit(0),
   "predicted / measured": Unit(0),

@@ -79,6 +79,10 @@ def add_infer(commands: Any) -> None:
   parser.add_argument(
     "--top-logprobs", type=int, default=0, metavar="N", help="json: tell the N likeliest"
   )
+  parser.add_argument(
+    "--weights", choices=("float32", "bfloat16", "int8"), help="default: as in the run"
+  )
+  parser.add_argument("--cache", choices=("int8",), help="keys and values in a quarter")
   parser.add_argument("--json", action="store_true", help="one JSON object per sample")
   parser.add_argument("--verbose", action="store_true", help="tell what was compiled")
   parser.add_argument("--runs-dir", default="runs")
@@ -150,7 +154,9 @@ def open_decoder(args: argparse.Namespace) -> Any:
   from flaxlm.decoding.runs import ready
 
   run = open_run(args)
-  return run if run.cfg.model.family == "encoder" else ready(run)
+  if run.cfg.model.family == "encoder":
+    return run
+  return ready(run, args.weights, args.cache == "int8")
 
 
 @contextlib.contextmanager

@@ -21,12 +21,13 @@ from jax.sharding import Mesh
 from flaxlm.config import ModelConfig
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel, Source
+from flaxlm.nn.cache import MOST_NEW
 from flaxlm.nn.models import init_cache
 from flaxlm.sharding import batch_shards
 
 BLOCK_STEPS = 16
 SMALLEST_BUCKET = 32
-CHUNK = 512  # tokens of a prompt that are read at a time
+CHUNK = MOST_NEW  # tokens of a prompt that are read at a time
 SMALLEST_PREFIX = 64  # shared by all prompts, and worth a pass of its own
 
 
@@ -113,9 +114,9 @@ class Past(NamedTuple):
   tokens: tuple[int, ...]
   cache: Any
 
-  def usable(self, common: int) -> int:
+  def usable(self, cfg: ModelConfig, common: int) -> int:
     """How much of `common` first tokens the cache still has: an RNN keeps its end only."""
-    return common if self.cache.can_return(len(self.tokens) - common) else 0
+    return common if self.cache.can_return(cfg, len(self.tokens) - common) else 0
 
 
 def prefill_logits(
@@ -134,7 +135,7 @@ def prefill_logits(
   prompts, sources = ([*of] for of in zip(*unique, strict=True))
   batch, shared = fill(len(prompts)), 0
   if request.sources is None:
-    shared = shared_prefix(prompts, past)
+    shared = shared_prefix(model.cfg, prompts, past)
   slots = request.slots(shared)
   if request.sources is not None:
     source_BS, source_lengths_B = padded(sources, batch)
@@ -145,7 +146,7 @@ def prefill_logits(
       _, cache = read(model, params, [prompts[0][:shared]], start)
     else:
       cache = past.cache
-    cache = spread(cache, np.zeros(batch, np.int32), np.int32(shared), slots)
+    cache = spread(model.cfg, cache, np.zeros(batch, np.int32), np.int32(shared), slots)
   else:
     cache = empty(model, batch, slots)
   logits_BV, cache = read(model, params, [prompt[shared:] for prompt in prompts], cache)
@@ -156,7 +157,9 @@ def prefill_logits(
   return logits_BV, cache
 
 
-def shared_prefix(prompts: Sequence[Sequence[int]], past: Past | None) -> int:
+def shared_prefix(
+  cfg: ModelConfig, prompts: Sequence[Sequence[int]], past: Past | None
+) -> int:
   """How many first tokens need not be read row by row; one of each prompt is, always.
 
   What all prompts share is worth a pass of its own only where there are several.
@@ -166,7 +169,7 @@ def shared_prefix(prompts: Sequence[Sequence[int]], past: Past | None) -> int:
   among = common_length(first, last, most)
   of_past = 0
   if past is not None:
-    of_past = past.usable(common_length(past.tokens, first, among))
+    of_past = past.usable(cfg, common_length(past.tokens, first, among))
   alone = len(prompts) == 1 or among < SMALLEST_PREFIX or among <= of_past
   return of_past if alone else among
 
@@ -242,12 +245,14 @@ def take(logits_BV: jax.Array, cache: Any, rows_B: jax.Array) -> tuple[jax.Array
   return logits_BV[rows_B], cache.take(rows_B)
 
 
-@functools.partial(jax.jit, static_argnames="slots")
-def spread(cache: Any, rows_B: jax.Array, length: jax.Array, slots: int) -> Any:
+@functools.partial(jax.jit, static_argnames=("cfg", "slots"))
+def spread(
+  cfg: ModelConfig, cache: Any, rows_B: jax.Array, length: jax.Array, slots: int
+) -> Any:
   """The first `length` tokens of some rows, with room for `slots` of them."""
   cache = cache.take(rows_B)
   lengths_B = jnp.full_like(cache.lengths_B, length)
-  return cache._replace(lengths_B=lengths_B).resized(slots)
+  return cache._replace(lengths_B=lengths_B).resized(cfg, slots)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots"))

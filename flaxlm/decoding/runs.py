@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opening a run directory: its config, tokenizer and parameters, ready to use."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from flaxlm.checkpoint.manifest import newest_whole_step, saved_steps
@@ -34,10 +36,21 @@ class Run(NamedTuple):
   mesh: Mesh
 
 
-def ready(run: Run) -> Run:
-  """The run with its parameters as decoding reads them fastest, for many calls."""
+def ready(run: Run, weights: str | None = None, narrow_cache: bool = False) -> Run:
+  """The run with its parameters as decoding reads them fastest, for many calls.
+
+  `weights` is what its matrices are kept as: bfloat16 is also computed in, int8 is not.
+  Raises `ConfigError` for what an RNN has not.
+  """
+  model = run.model
+  if run.cfg.model.family == "rnn" and (weights or narrow_cache):
+    raise ConfigError("an RNN has no narrow weights or cache", "leave the flags out")
+  execution = dataclasses.replace(model.run, narrow_cache=narrow_cache)
+  if weights == "bfloat16":
+    execution = dataclasses.replace(execution, dtype=jnp.dtype("bfloat16"))
   with jax.set_mesh(run.mesh):
-    return run._replace(params=prepare_params(run.params, run.model.cfg))
+    params = prepare_params(run.params, model.cfg, weights)
+  return run._replace(params=params, model=model.clone(run=execution))
 
 
 def find_run(path: str | None, runs_dir: str = "runs") -> Path:

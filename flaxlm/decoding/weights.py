@@ -20,8 +20,16 @@ from flaxlm.config import ModelConfig
 PROJECTIONS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
 
 
-def prepare_params(params: Any, cfg: ModelConfig) -> Any:
-  """The parameters as `generate` reads them fastest; a copy, made leaf by leaf."""
+KINDS = ("float32", "bfloat16", "int8")
+
+
+def prepare_params(params: Any, cfg: ModelConfig, kind: str | None = None) -> Any:
+  """The parameters as `generate` reads them fastest; a copy, made leaf by leaf.
+
+  `kind` is what matrices are kept as, None for what they are. int8 has a scale for each
+  output, and experts are not matrices: they stay. Norms and biases always do.
+  """
+  assert kind is None or kind in KINDS
   if is_prepared(params):
     return params
   prepared = {}
@@ -41,7 +49,20 @@ def prepare_params(params: Any, cfg: ModelConfig) -> Any:
       prepared["embedding", "matrix"] = transpose(leaf)
     else:
       prepared[path] = leaf.reshape(shape)
+  for path in [path for path in prepared if path[-1] == "matrix"]:
+    if kind == "int8":
+      prepared[path], prepared[(*path[:-1], "scale")] = quantise(prepared[path])
+    elif kind is not None:
+      prepared[path] = prepared[path].astype(kind)
   return unflatten_dict(prepared)
+
+
+@jax.jit
+def quantise(matrix_IO: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """int8 of each output's own scale: its largest weight is 127 of it."""
+  matrix_IO = matrix_IO.astype(jnp.float32)
+  scale_O = jnp.maximum(jnp.abs(matrix_IO).max(0), 1e-30) / 127
+  return jnp.round(matrix_IO / scale_O).astype(jnp.int8), scale_O
 
 
 def is_prepared(params: Any) -> bool:

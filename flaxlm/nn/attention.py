@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Multi-head attention (Vaswani et al., 2017, section 3.2), multi-query and grouped
-(Shazeer, 2019; Ainslie et al., 2023), what each query sees, and the key/value cache.
+(Shazeer, 2019; Ainslie et al., 2023), and what each query sees.
 
 `attend` says what attention is; `attend_blocked` computes the same over whole rows, for
 training. Which query sees which key is decided in one place, `visible`, from slots (where
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxlm.config import ModelConfig
+from flaxlm.nn.cache import widened
 from flaxlm.nn.layers import Einsum, residual_scale
 from flaxlm.nn.positions import CosSin, rotate
 from flaxlm.sharding import constrain, is_cut
@@ -23,68 +24,18 @@ from flaxlm.sharding import constrain, is_cut
 LOWEST = jnp.finfo(jnp.float32).min  # a masked score; -inf would make NaN of an empty row
 
 
-MOST_WRITES = 16  # rows whose writes to the cache are written out, as they stay in place
-
-
-class KVCache(NamedTuple):
-  """Keys and values of the tokens so far: a value that goes in and comes out.
-
-  Each layer has arrays of its own, (k_BKSH, v_BKSH): one stacked array would be copied
-  at every token. Row b's token number s lies in slot s; slots from `lengths_B[b]` on hold
-  nothing. A decoder with an encoder also has each layer's keys and values of the source.
-  """
-
-  layers: tuple[tuple[jax.Array, jax.Array], ...]
-  lengths_B: jax.Array
-  source: "SourceCache | None" = None
-
-  def take(self, rows_R: jax.Array) -> "KVCache":
-    """The cache of these rows, in this order."""
-    return jax.tree.map(lambda x: x[rows_R], self)
-
-  def resized(self, slots: int) -> "KVCache":
-    """The same tokens with room for `slots` of them, which are enough."""
-
-    def resize(x_BKSH: jax.Array) -> jax.Array:
-      more = max(0, slots - x_BKSH.shape[2])
-      return jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, more), (0, 0)))[:, :, :slots]
-
-    return self._replace(layers=jax.tree.map(resize, self.layers))
-
-  def can_return(self, num_tokens: int) -> bool:
-    """Whether the state `num_tokens` ago can be had by a smaller length alone."""
-    return True
-
-
-class SourceCache(NamedTuple):
-  """What the decoder's layers see of the source: made once, never written again."""
-
-  layers: tuple[tuple[jax.Array, jax.Array], ...]  # (k_BSKH, v_BSKH) each
-  segments_BS: jax.Array
-
-
-def empty_cache(
-  cfg: ModelConfig, batch: int, slots: int, dtype: jnp.dtype = jnp.float32
-) -> KVCache:
-  """An empty cache for `batch` rows of up to `slots` tokens."""
-  assert cfg.num_kv_heads is not None and cfg.head_dim is not None, "resolved"
-  shape = (batch, cfg.num_kv_heads, slots, cfg.head_dim)
-  names = ("batch", "act_kv_heads", "key_length", "head_dim")
-  empty = lambda: constrain(jnp.zeros(shape, dtype), *names)
-  layers = tuple((empty(), empty()) for _ in range(cfg.depth))
-  return KVCache(layers, jnp.zeros((batch,), jnp.int32))
-
-
 class Placement(NamedTuple):
   """Where queries and keys stand, from which `visible` makes the mask.
 
-  Segments are None when every row is one document; key positions when they are slots.
+  Segments are None when every row is one document; key positions when they are slots;
+  key slots when key s stands in slot s.
   """
 
   query_slots_BT: jax.Array
   query_segments_BT: jax.Array | None = None
   key_segments_BS: jax.Array | None = None
   key_positions_BS: jax.Array | None = None
+  key_slots_BS: jax.Array | None = None
 
 
 class Sight(NamedTuple):
@@ -107,6 +58,8 @@ def visible(
   None: everything is visible."""
   masks = []
   query, key = where.query_slots_BT[:, :, None], jnp.arange(num_keys)[None, None, :]
+  if where.key_slots_BS is not None:
+    key = where.key_slots_BS[:, None]
   if window is not None:
     near = key > query - window
     if not causal:
@@ -420,7 +373,7 @@ class Attention(nn.Module):
     self,
     x_BTD: jax.Array,
     sight: Sight,
-    keys_values: tuple[jax.Array, jax.Array],
+    keys_values: tuple[Any, Any],
     reach: Reach | None = None,
     cached: bool = False,
     capture: bool = False,
@@ -436,7 +389,7 @@ class Attention(nn.Module):
     if sight.cos_sin is not None:
       q_BTNH = rotate(q_BTNH, sight.cos_sin)
     q_BTNH = constrain(q_BTNH, "batch", "length", "act_heads", "head_dim")
-    k, v = (x.astype(self.dtype) for x in keys_values)
+    k, v = (widened(x, self.dtype) for x in keys_values)
     assert self.cfg.attention_scale is not None, "resolved"
     scoring = Scoring(self.cfg.attention_scale, self.cfg.attention_softcap)
     sinks_N = self.sinks if self.cfg.learned_sinks else None
@@ -471,24 +424,3 @@ class HeadNorm(nn.Module):
     dims = (-2, -1) if self.over_width else -1
     x *= jax.lax.rsqrt(jnp.mean(x * x, dims, keepdims=True) + self.epsilon)
     return (x * scale).astype(x_BTNH.dtype)
-
-
-def write_slots(cache: Any, new: Any, first_slots_B: jax.Array) -> Any:
-  """Writes T new entries (B, T, K, H) of each row from its own first slot on.
-
-  The caller sees to it that they fit: JAX would shift a write past the end back.
-  """
-  write = lambda row, entries, at: jax.lax.dynamic_update_slice(row, entries, (0, at, 0))
-  on_mesh = jax.sharding.get_abstract_mesh().size > 1
-
-  def put(old_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
-    new_BKTH = new_BTKH.swapaxes(1, 2).astype(old_BKSH.dtype)
-    batch = old_BKSH.shape[0]
-    if batch > MOST_WRITES or on_mesh:
-      return jax.vmap(write)(old_BKSH, new_BKTH, first_slots_B)
-    for row in range(batch):
-      at = (row, 0, first_slots_B[row], 0)
-      old_BKSH = jax.lax.dynamic_update_slice(old_BKSH, new_BKTH[row : row + 1], at)
-    return old_BKSH
-
-  return jax.tree.map(put, cache, new)

@@ -21,6 +21,7 @@ class Execution:
   param_dtype: jnp.dtype = jnp.float32
   remat: str = "none"
   scanned: bool = False
+  narrow_cache: bool = False  # keys and values in int8
 
   @property
   def dtypes(self) -> dict[str, jnp.dtype]:

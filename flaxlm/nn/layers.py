@@ -78,16 +78,36 @@ def rows_dot(
 
 
 def matrix_dot(x: jax.Array, params: Mapping[str, jax.Array]) -> jax.Array:
-  """x . matrix (+ bias), (R, outputs), for parameters laid out for decoding."""
+  """x . matrix (+ bias), (R, outputs), for parameters laid out for decoding.
+
+  An int8 matrix has a scale per output, which is applied to the result.
+  """
   matrix = params["matrix"]
-  y = jnp.dot(
-    x.reshape(-1, matrix.shape[0]),
-    matrix.astype(x.dtype),
-    preferred_element_type=jnp.float32,
-  )
+  x_RI = x.reshape(-1, matrix.shape[0])
+  if matrix.dtype != x.dtype:
+    matrix = tied_to(x_RI, matrix).astype(x.dtype)
+  y = jnp.dot(x_RI, matrix, preferred_element_type=jnp.float32)
+  if "scale" in params:
+    y *= params["scale"]
   if "bias" in params:
     y += params["bias"].reshape(-1)
   return y
+
+
+def tied_to(x: jax.Array, matrix: jax.Array) -> jax.Array:
+  """The matrix, as a value that a compiler cannot know before it knows x.
+
+  Else XLA widens narrow matrices once, before a loop over tokens, and the loop reads them
+  wide. A barrier says so to compilers of accelerators; the CPU's drops it too early.
+  """
+  if x.size == 0:
+    return matrix
+  is_number = x[(0,) * x.ndim] == x[(0,) * x.ndim]
+  return jax.lax.platform_dependent(
+    matrix,
+    cpu=lambda matrix: jnp.where(is_number, matrix, 0).astype(matrix.dtype),
+    default=lambda matrix: jax.lax.optimization_barrier((matrix, x))[0],
+  )
 
 
 class RMSNorm(nn.Module):
@@ -148,14 +168,15 @@ class Embedding(nn.Module):
   def __call__(self, ids_BT: jax.Array) -> jax.Array:
     """Vectors (B, T, D). Ids must be in range: JAX clamps what is not."""
     if self.has_variable("params", "matrix"):
-      x_DBT = self.variables["params"]["matrix"][:, ids_BT]
-      return jnp.moveaxis(x_DBT, 0, -1).astype(self.dtype)
+      params = self.variables["params"]
+      x_BTD = jnp.moveaxis(params["matrix"][:, ids_BT], 0, -1).astype(self.dtype)
+      return x_BTD * params["scale"][ids_BT][..., None] if "scale" in params else x_BTD
     return self.table.astype(self.dtype)[ids_BT]
 
   def logits(self, x_BTD: jax.Array) -> jax.Array:
     """x . table^T, (B, T, V) in float32 (Press & Wolf, 2017)."""
     if self.has_variable("params", "matrix"):
-      logits_RV = matrix_dot(x_BTD, self.variables["params"])
+      logits_RV = matrix_dot(x_BTD.astype(self.dtype), self.variables["params"])
       return logits_RV.reshape(*x_BTD.shape[:2], -1)
     return rows_dot(x_BTD, self.table.astype(self.dtype).T, 1, jnp.float32)
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from flaxlm.config import ModelConfig, TrainingConfig
-from flaxlm.nn.attention import KVCache, empty_cache
 from flaxlm.nn.base import Execution, LanguageModel, Output, Source, dense
+from flaxlm.nn.cache import KVCache, empty_cache
 from flaxlm.nn.rnn import RNN, init_rnn_cache
 from flaxlm.nn.stack import Stack
 from flaxlm.sharding import with_shardings
@@ -54,7 +54,11 @@ def init_cache(model: LanguageModel, batch: int, slots: int) -> Any:
   """
   if model.cfg.family == "rnn":
     return init_rnn_cache(model.cfg, batch)
-  return empty_cache(model.cfg, batch, slots, model.run.dtype)
+  return empty_cache(model.cfg, batch, slots, cache_dtype(model.run))
+
+
+def cache_dtype(run: Execution) -> jnp.dtype:
+  return jnp.dtype(jnp.int8) if run.narrow_cache else run.dtype
 
 
 class Decoder(LanguageModel):
@@ -160,7 +164,8 @@ class EncoderDecoder(LanguageModel):
       segments_BS = jnp.ones_like(source.tokens_BS)
     memory_BSD = self.encode(source._replace(segments_BS=segments_BS)).value
     known = self.decoder.source_cache(memory_BSD, segments_BS)
-    return empty_cache(self.cfg, batch, slots, self.run.dtype)._replace(source=known)
+    empty = empty_cache(self.cfg, batch, slots, cache_dtype(self.run))
+    return empty._replace(source=known)
 
 
 FAMILIES = {

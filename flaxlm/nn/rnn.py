@@ -45,10 +45,10 @@ class RNNCache(NamedTuple):
     state = jax.tree.map(lambda x_LBD: x_LBD[:, rows_R], self.state)
     return RNNCache(state, self.lengths_B[rows_R])
 
-  def resized(self, _: int) -> "RNNCache":
+  def resized(self, *_: Any) -> "RNNCache":
     return self
 
-  def can_return(self, num_tokens: int) -> bool:
+  def can_return(self, _: ModelConfig, num_tokens: int) -> bool:
     return num_tokens == 0
 
 

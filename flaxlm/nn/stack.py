@@ -16,17 +16,20 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from flaxlm.config import ModelConfig
-from flaxlm.nn.attention import (
-  Attention,
+from flaxlm.nn.attention import Attention, Placement, Reach, Sight, visible
+from flaxlm.nn.base import Execution
+from flaxlm.nn.cache import (
+  MOST_NEW,
   KVCache,
-  Placement,
-  Reach,
-  Sight,
   SourceCache,
-  visible,
+  layer_kinds,
+  num_slots,
+  ring_slots,
+  slot_in_ring,
+  tokens_in_ring,
+  write_ring,
   write_slots,
 )
-from flaxlm.nn.base import Execution
 from flaxlm.nn.layers import Embedding, FeedForward, build_norm
 from flaxlm.nn.moe import MoE
 from flaxlm.nn.positions import alibi_bias, relative_buckets, rotation, sinusoids
@@ -53,6 +56,7 @@ class Surroundings(NamedTuple):
   sight: Sight
   reach: Reach | None
   first_slots_B: Any  # where new tokens go in the cache; None without one
+  ring_BS: Any  # the token in each slot of a ring that takes several new ones, else None
   memory_BSD: Any  # the encoder's output; None if there is no encoder, or it is cached
   source_sight: Any
   real_BT: Any  # False on padding; None if there is none
@@ -111,7 +115,9 @@ class Block(nn.Module):
     def attend(x_BTD: jax.Array) -> jax.Array:
       nonlocal cache
       kv = self.attention.keys_values(x_BTD, around.sight.cos_sin)
-      if cached:
+      if cached and around.ring_BS is not None:
+        cache = kv = write_ring(cache[:2], kv, around.first_slots_B, around.ring_BS)
+      elif cached:
         cache = kv = write_slots(cache[:2], kv, around.first_slots_B)
       out, maps = self.attention(x_BTD, around.sight, kv, around.reach, cached, capture)
       if capture:
@@ -257,8 +263,9 @@ class Stack(nn.Module):
   ) -> dict[str, Surroundings]:
     """What the layers of each kind, L and G, have around them."""
     cfg, causal = self.cfg, self.causal
-    num_keys = positions_BT.shape[1] if cache is None else cache.layers[0][0].shape[2]
-    first_slots_B = None if cache is None else where.query_slots_BT[:, 0]
+    num_new = num_keys = positions_BT.shape[1]
+    if cache is not None:
+      num_keys = max(map(num_slots, cache.layers))
     real_BT = None
     if where.query_segments_BT is not None:
       real_BT = where.query_segments_BT > 0
@@ -274,7 +281,21 @@ class Stack(nn.Module):
     found = {}
     for kind in sorted(set(cfg.period)):
       window = cfg.window if kind == "L" else None
-      mask_BTS = visible(where, num_keys, causal, window, cfg.sink_tokens)
+      placed, first_slots_B, ring_BS = where, None, None
+      if cache is not None:
+        first_slots_B = where.query_slots_BT[:, 0]
+        num_keys = num_slots(cache.layers[layer_kinds(cfg).index(kind)])
+        most = ring_slots(cfg)
+        if kind == "L" and most is not None:
+          ring = (num_keys, cfg.sink_tokens)
+          tokens_BS = tokens_in_ring(first_slots_B + num_new, *ring)
+          placed = where._replace(key_slots_BS=tokens_BS)
+          if num_new == 1:
+            first_slots_B = slot_in_ring(first_slots_B, *ring)
+          else:
+            assert num_keys < most or num_new <= MOST_NEW, "in chunks"
+            ring_BS = tokens_BS
+      mask_BTS = visible(placed, num_keys, causal, window, cfg.sink_tokens)
       cos_sin = None
       if cfg.positions == "rope":
         assert cfg.head_dim is not None
@@ -283,6 +304,7 @@ class Stack(nn.Module):
         sight=Sight(mask_BTS, bias_XNTS, cos_sin),
         reach=Reach(None if cfg.sink_tokens else window) if causal else None,
         first_slots_B=first_slots_B,
+        ring_BS=ring_BS,
         memory_BSD=memory_BSD,
         source_sight=source_sight,
         real_BT=real_BT,

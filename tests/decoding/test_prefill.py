@@ -3,6 +3,7 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from flaxlm.decoding.prefill import (
   prefill_logits,
 )
 from flaxlm.decoding.sampling import make_sampling, stack_settings
-from flaxlm.decoding.weights import is_prepared, prepare_params
+from flaxlm.decoding.weights import prepare_params
 from flaxlm.nn.models import build_model, init_params
 
 NUM_NEW = 20
@@ -128,8 +129,6 @@ def test_a_conversation_reads_only_what_is_new(name, monkeypatch):
 def test_an_rnn_remembers_its_end_alone():
   model = build_model(ModelConfig(family="rnn", depth=2, width=16, vocab_size=64))
   params = jax.jit(lambda seed: init_params(model, seed))(np.uint32(0))
-  import flax.linen as nn
-
   params = jax.tree.map(lambda x: x * 3, nn.unbox(params))
   greedy, memory = make_sampling(1, 0.0), Memory()
   (answer,) = tokens_of(model, params, Request([[3, 1]], 6, 64), greedy, memory=memory)
@@ -176,52 +175,6 @@ def test_the_likeliest_tokens_come_with_each_step():
     np.testing.assert_allclose(
       block.top_logprobs_BTX[:, :, 0], block.logprobs_BT, atol=1e-6
     )
-
-
-def test_prepared_parameters_are_the_same_numbers():
-  model, params = model_of("gqa")
-  prepared = prepare_params(params, model.cfg)
-  assert is_prepared(prepared)
-  assert not is_prepared(params)
-  assert prepare_params(prepared, model.cfg) is prepared
-  tokens_BT = np.arange(12).reshape(2, 6)
-  apply = jax.jit(lambda params: model.apply({"params": params}, tokens_BT).value)
-  np.testing.assert_allclose(apply(prepared), apply(params), atol=1e-4)
-  count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-  assert count(prepared) == count(params)
-
-
-def test_nothing_of_the_loop_copies_a_weight_or_a_cache():
-  """In the compiled program of one row and of several: no copy as large as a layer's."""
-  from flaxlm.decoding.generate import DecodeState, How, decode_block
-  from flaxlm.nn.models import init_cache
-
-  jax.config.update("jax_disable_most_optimizations", False)
-  try:
-    model = build_model(ModelConfig(depth=2, width=64, num_heads=2, vocab_size=512))
-    params = jax.tree.map(
-      lambda x: np.zeros(x.shape, np.float32),
-      jax.eval_shape(lambda: prepare_params(_unboxed(model), model.cfg)),
-    )
-    for batch in (1, 4):
-      state = DecodeState(init_cache(model, batch, 64), np.zeros(batch, np.int32), None)
-      rules = (make_sampling(batch, 0.0), np.int32(512), 16, How())
-      text = decode_block.lower(model, params, state, *rules).compile().as_text()
-      for shape in (f"{batch},2,64,32", "64,64", "64,512", "512,64", "64,192", "192,64"):
-        copies = [
-          line
-          for line in text.splitlines()
-          if f"f32[{shape}]" in line.split(" copy(")[0] and " copy(" in line
-        ]
-        assert not copies, copies[0]
-  finally:
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
-def _unboxed(model: Any) -> Any:
-  import flax.linen as nn
-
-  return nn.unbox(init_params(model, np.uint32(0)))
 
 
 def test_common_length():

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What narrow weights and a narrow cache cost: perplexity of a text under a trained run.
+
+    python -m flaxlm.benchmark.quality RUN TEXT...
+
+Every choice reads the same windows of the same text through a cache, as decoding does.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxlm.benchmark.report import Result, print_json, print_results, summarise
+from flaxlm.decoding.runs import Run, load_run, ready
+from flaxlm.errors import ConfigError
+from flaxlm.nn.models import init_cache
+from flaxlm.sharding import make_mesh, start_jax
+
+# Name: how matrices are kept, and whether the cache is int8.
+CHOICES: dict[str, tuple[str | None, bool]] = {
+  "as stored": (None, False),
+  "bfloat16 weights and computation": ("bfloat16", False),
+  "int8 weights": ("int8", False),
+  "int8 cache": (None, True),
+  "int8 weights and cache": ("int8", True),
+}
+ROWS = 8
+
+
+def bench_quality(
+  run: Run, texts: Sequence[str], most_tokens: int = 100_000
+) -> list[Result]:
+  """Perplexity of each choice. Raises `ConfigError` if the text is too short."""
+  ids = [id_ for text in texts for id_ in run.tokenizer.encode(text)][:most_tokens]
+  window = min(run.model.cfg.context, 512)
+  count = len(ids) // window // ROWS * ROWS
+  if not count:
+    raise ConfigError(f"a text of {len(ids)} tokens", f"give {ROWS * window} or more")
+  windows = np.array(ids[: count * window], np.int32).reshape(-1, ROWS, window)
+  return [
+    summarise("quality", name, [perplexity(ready(run, *choice), windows)], "perplexity")
+    for name, choice in CHOICES.items()
+  ]
+
+
+def perplexity(run: Run, windows: np.ndarray) -> float:
+  """exp of the mean negative log-probability of each token but the first of a window."""
+  model = run.model
+
+  @jax.jit
+  def loss(params: dict, tokens_BT: jax.Array) -> jax.Array:
+    cache = init_cache(model, *tokens_BT.shape)
+    logits_BTV = model.apply({"params": params}, tokens_BT, cache=cache).value
+    logprobs_BTV = jax.nn.log_softmax(logits_BTV[:, :-1].astype(jnp.float32), -1)
+    return -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], -1).mean()
+
+  with jax.set_mesh(run.mesh):
+    losses = [float(loss(run.params, tokens_BT)) for tokens_BT in windows]
+  return float(np.exp(np.mean(losses)))
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("run", type=Path)
+  parser.add_argument("texts", type=Path, nargs="+")
+  parser.add_argument("--json", action="store_true")
+  args = parser.parse_args()
+  start_jax()
+  run = load_run(args.run, make_mesh({"data": -1}))
+  texts = [path.read_text("utf-8") for path in args.texts]
+  write = print_json if args.json else print_results
+  write(bench_quality(run, texts), sys.stdout)
+
+
+if __name__ == "__main__":
+  main()

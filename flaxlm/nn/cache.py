@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The key/value cache: what a decoder remembers, layer by layer, and how it is written."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from flaxlm.config import ModelConfig
+from flaxlm.sharding import constrain
+
+MOST_WRITES = 16  # rows whose writes to the cache are written out, as they stay in place
+CACHE_NAMES = ("batch", "act_kv_heads", "key_length", "head_dim")
+MOST_NEW = 512  # tokens that may be added to a ring at a time
+MOST_BACK = 64  # tokens that may be taken back from it
+
+
+class Narrow(NamedTuple):
+  """Vectors in int8, each with a scale: the largest of its numbers is 127 of it."""
+
+  values: jax.Array  # (..., H)
+  scales: jax.Array  # (..., 1), float32
+
+
+def narrowed(x: jax.Array) -> Narrow:
+  x = x.astype(jnp.float32)
+  scales = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), 1e-30) / 127
+  return Narrow(jnp.round(x / scales).astype(jnp.int8), scales)
+
+
+def widened(x: jax.Array | Narrow, dtype: jnp.dtype) -> jax.Array:
+  if isinstance(x, Narrow):
+    return (x.values.astype(jnp.float32) * x.scales).astype(dtype)
+  return x.astype(dtype)
+
+
+def num_slots(kv: Any) -> int:
+  """Slots of one layer's keys and values."""
+  return jax.tree.leaves(kv)[0].shape[2]
+
+
+class KVCache(NamedTuple):
+  """Keys and values of the tokens so far: a value that goes in and comes out.
+
+  Each layer has arrays of its own, (k_BKSH, v_BKSH): one stacked array would be copied
+  at every token. Row b's token number s lies in slot s; slots from `lengths_B[b]` on hold
+  nothing. A local layer's slots are a ring that holds the window and no more. A decoder
+  with an encoder also has each layer's keys and values of the source.
+  """
+
+  layers: tuple[tuple[Any, Any], ...]  # arrays, or Narrow
+  lengths_B: jax.Array
+  source: "SourceCache | None" = None
+
+  def take(self, rows_R: jax.Array) -> "KVCache":
+    """The cache of these rows, in this order."""
+    return jax.tree.map(lambda x: x[rows_R], self)
+
+  def resized(self, cfg: ModelConfig, slots: int) -> "KVCache":
+    """The same tokens with room for `slots` of them, which are enough."""
+
+    def resize(x_BKSH: jax.Array, size: int, keeps: bool) -> jax.Array:
+      more = max(0, size - x_BKSH.shape[2])
+      x_BKSH = jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, more), (0, 0)))
+      return x_BKSH if keeps else x_BKSH[:, :, :size]
+
+    layers = []
+    for kv, kind in zip(self.layers, layer_kinds(cfg), strict=True):
+      size, keeps = slots_of(cfg, kind, slots), kind == "L" and ring_slots(cfg) is not None
+      change = functools.partial(resize, size=size, keeps=keeps)
+      layers.append(jax.tree.map(change, kv))
+    return self._replace(layers=tuple(layers))
+
+  def can_return(self, cfg: ModelConfig, num_tokens: int) -> bool:
+    """Whether the state `num_tokens` ago can be had by a smaller length alone."""
+    ring = ring_slots(cfg)
+    if num_tokens <= MOST_BACK or ring is None or "L" not in cfg.period:
+      return True
+    return int(self.lengths_B.max()) + MOST_NEW <= ring - cfg.sink_tokens
+
+
+class SourceCache(NamedTuple):
+  """What the decoder's layers see of the source: made once, never written again."""
+
+  layers: tuple[tuple[jax.Array, jax.Array], ...]  # (k_BSKH, v_BSKH) each
+  segments_BS: jax.Array
+
+
+def empty_cache(
+  cfg: ModelConfig, batch: int, slots: int, dtype: jnp.dtype = jnp.float32
+) -> KVCache:
+  """An empty cache for `batch` rows of up to `slots` tokens."""
+  assert cfg.num_kv_heads is not None and cfg.head_dim is not None, "resolved"
+  layers: list[tuple[Any, Any]] = []
+  for kind in layer_kinds(cfg):
+    shape = (batch, cfg.num_kv_heads, slots_of(cfg, kind, slots), cfg.head_dim)
+    empty = lambda shape=shape: constrain(jnp.zeros(shape, jnp.float32), *CACHE_NAMES)
+    if dtype == jnp.int8:
+      layers.append((narrowed(empty()), narrowed(empty())))
+    else:
+      layers.append((empty().astype(dtype), empty().astype(dtype)))
+  return KVCache(tuple(layers), jnp.zeros((batch,), jnp.int32))
+
+
+# -- Rings: what local layers keep ---------------------------------------------------------
+
+
+def layer_kinds(cfg: ModelConfig) -> str:
+  """L or G of each layer."""
+  return (cfg.period * cfg.depth)[: cfg.depth]
+
+
+def ring_slots(cfg: ModelConfig) -> int | None:
+  """Slots that a local layer needs for a text of any length: sinks, then a ring.
+
+  The ring holds the window of the first of `MOST_NEW` new tokens besides themselves, and
+  as much again as may be taken back. None: its scores have a bias by slot.
+  """
+  if cfg.window is None or cfg.positions in {"alibi", "relative"}:
+    return None
+  return cfg.sink_tokens + cfg.window + MOST_NEW + MOST_BACK - 1
+
+
+def slots_of(cfg: ModelConfig, kind: str, slots: int) -> int:
+  """Slots that a layer has in a cache for `slots` tokens."""
+  ring = ring_slots(cfg)
+  return slots if kind != "L" or ring is None else min(slots, ring)
+
+
+def slot_in_ring(tokens: jax.Array, num_slots: int, sink_tokens: int) -> jax.Array:
+  """Where token number n lies: the first ones to stay, the others in turn."""
+  turn = sink_tokens + (tokens - sink_tokens) % (num_slots - sink_tokens)
+  return jnp.where(tokens < sink_tokens, tokens, turn)
+
+
+def tokens_in_ring(ends_B: jax.Array, num_slots: int, sink_tokens: int) -> jax.Array:
+  """(B, S): the number of the last token before `ends_B` that lies in each slot.
+
+  A slot that has none yet is said to hold one far in the future, which nobody sees.
+  """
+  slots_S = jnp.arange(num_slots)
+  newest_B1 = ends_B[:, None] - 1 - sink_tokens
+  turns_BS = newest_B1 - (newest_B1 - (slots_S - sink_tokens)) % (num_slots - sink_tokens)
+  never = jnp.iinfo(jnp.int32).max // 2
+  turns_BS = jnp.where(turns_BS < 0, never, turns_BS + sink_tokens)
+  return jnp.where(slots_S < sink_tokens, slots_S, turns_BS)
+
+
+# -- Writing ------------------------------------------------------------------------------
+
+
+def write_slots(cache: Any, new: Any, first_slots_B: jax.Array) -> Any:
+  """Writes T new entries (B, T, K, H) of each row from its own first slot on.
+
+  The caller sees to it that they fit: JAX would shift a write past the end back.
+  """
+  write = lambda row, entries, at: jax.lax.dynamic_update_slice(row, entries, (0, at, 0))
+  on_mesh = jax.sharding.get_abstract_mesh().size > 1
+
+  def put(old_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+    new_BKTH = new_BTKH.swapaxes(1, 2).astype(old_BKSH.dtype)
+    batch = old_BKSH.shape[0]
+    if batch > MOST_WRITES or on_mesh:
+      return jax.vmap(write)(old_BKSH, new_BKTH, first_slots_B)
+    for row in range(batch):
+      at = (row, 0, first_slots_B[row], 0)
+      old_BKSH = jax.lax.dynamic_update_slice(old_BKSH, new_BKTH[row : row + 1], at)
+    return old_BKSH
+
+  return jax.tree.map(put, cache, like(cache, new))
+
+
+def like(cache: Any, new: Any) -> Any:
+  """New entries as the cache holds them."""
+  pairs = zip(cache, new, strict=True)
+  return tuple(narrowed(x) if isinstance(old, Narrow) else x for old, x in pairs)
+
+
+def write_ring(cache: Any, new: Any, first_slots_B: jax.Array, tokens_BS: jax.Array) -> Any:
+  """Writes T new entries (B, T, K, H), which may go over the ring's end."""
+
+  def put(old_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+    new_BKTH = new_BTKH.swapaxes(1, 2).astype(old_BKSH.dtype)
+    index_BS = tokens_BS - first_slots_B[:, None]
+    is_new_BS = (index_BS >= 0) & (index_BS < new_BTKH.shape[1])
+    index_BS = jnp.where(is_new_BS, index_BS, 0)
+    spread_BKSH = jnp.take_along_axis(new_BKTH, index_BS[:, None, :, None], 2)
+    return jnp.where(is_new_BS[:, None, :, None], spread_BKSH, old_BKSH)
+
+  return jax.tree.map(put, cache, like(cache, new))

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Narrow weights and caches: within their stated bounds, and never wide in the loop."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from test_generate import model_of
+from test_prefill import tokens_of
+
+from flaxlm.config import ModelConfig
+from flaxlm.decoding.generate import DecodeState, How, decode_block
+from flaxlm.decoding.prefill import Request
+from flaxlm.decoding.sampling import make_sampling
+from flaxlm.decoding.weights import is_prepared, prepare_params
+from flaxlm.nn.base import Execution
+from flaxlm.nn.cache import Narrow, narrowed, widened
+from flaxlm.nn.models import build_model, init_cache, init_params
+
+
+def unboxed(model: Any) -> Any:
+  return nn.unbox(init_params(model, np.uint32(0)))
+
+
+@pytest.mark.parametrize("name", ["gqa", "gpt2"])
+def test_prepared_parameters_are_the_same_numbers(name: str):
+  model, params = model_of(name)
+  prepared = prepare_params(params, model.cfg)
+  assert is_prepared(prepared)
+  assert not is_prepared(params)
+  assert prepare_params(prepared, model.cfg) is prepared
+  tokens_BT = np.arange(12).reshape(2, 6)
+  apply = jax.jit(lambda params: model.apply({"params": params}, tokens_BT).value)
+  np.testing.assert_allclose(apply(prepared), apply(params), atol=1e-4)
+  count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  assert count(prepared) == count(params)
+
+
+@pytest.mark.parametrize("name", ["gqa", "gpt2", "window, mqa, untied"])
+def test_int8_weights_are_off_by_half_a_step_at_most(name: str):
+  """A step is 1/127 of the output's largest weight."""
+  model, params = model_of(name)
+  exact = flatten_dict(prepare_params(params, model.cfg))
+  narrow = flatten_dict(prepare_params(params, model.cfg, "int8"))
+  matrices = [path for path in exact if path[-1] == "matrix"]
+  assert len(matrices) >= 2 * 6
+  for path in matrices:
+    assert narrow[path].dtype == jnp.int8
+    scale_O = np.asarray(narrow[(*path[:-1], "scale")])
+    error = np.abs(narrow[path] * scale_O - np.asarray(exact[path]))
+    assert (error <= 0.501 * np.abs(exact[path]).max(0) / 127).all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+def test_narrow_weights_decode_as_the_full_forward_pass(kind: str):
+  """Cached = full holds for what the narrow parameters say."""
+  model, params = model_of("gpt2")
+  prepared = prepare_params(params, model.cfg, kind)
+  prompts = [[1, 2, 3], [4]]
+  tokens = tokens_of(model, prepared, Request(prompts, 20, 64), make_sampling(2, 0.0))
+  for prompt, answer in zip(prompts, tokens, strict=True):
+    whole = np.array([[*prompt, *answer]])
+    logits_TV = model.apply({"params": prepared}, whole).value[0]
+    assert np.argmax(logits_TV[len(prompt) - 1 : -1], -1).tolist() == answer
+
+
+def error_of(model: Any, params: Any, narrow_model: Any, narrow_params: Any) -> float:
+  """The largest change of a log-probability at a step, over their spread."""
+  tokens_BT = np.random.default_rng(0).integers(0, 64, (4, 24))
+
+  def logprobs(model: Any, params: Any) -> np.ndarray:
+    cache = init_cache(model, 4, 32)
+    step = jax.jit(
+      lambda token_B1, cache: model.apply({"params": params}, token_B1, cache=cache)[:2]
+    )
+    found = []
+    for at in range(24):
+      logits, cache = step(tokens_BT[:, at : at + 1], cache)
+      found.append(jax.nn.log_softmax(logits, -1))
+    return np.concatenate(found, 1)
+
+  exact = logprobs(model, params)
+  change = np.abs(logprobs(narrow_model, narrow_params) - exact)
+  return float(change.mean() / exact.std())
+
+
+def test_narrow_numbers_are_near():
+  """int8 weights, the int8 cache and bfloat16 change log-probabilities by 6 % of their
+  spread in the mean, and by more than nothing."""
+  cfg = ModelConfig(
+    depth=2, width=64, num_heads=4, num_kv_heads=2, vocab_size=64, context=64
+  )
+  model = build_model(cfg)
+  params = jax.tree.map(lambda x: x * 2, unboxed(model))
+  small = model.clone(run=Execution(narrow_cache=True))
+  for kind, narrow_model in ((None, small), ("int8", model), ("bfloat16", model)):
+    narrow = prepare_params(params, model.cfg, kind)
+    assert 1e-5 < error_of(model, params, narrow_model, narrow) < 0.06, kind
+
+
+def test_an_int8_vector_is_off_by_half_a_step_at_most():
+  x = np.random.default_rng(0).normal(size=(3, 2, 5, 8)).astype(np.float32)
+  x[0, 0, 0] = 0.0
+  narrow = narrowed(jnp.asarray(x))
+  assert narrow.values.dtype == jnp.int8
+  error = np.abs(np.asarray(widened(narrow, jnp.float32)) - x)
+  assert (error <= 0.501 * np.abs(x).max(-1, keepdims=True) / 127 + 1e-7).all()
+
+
+@pytest.mark.parametrize("name", ["gqa", "window, mqa, untied"])
+def test_an_int8_cache_is_a_cache(name: str):
+  """A quarter of the bytes and the scales; a row alone is the row in a batch."""
+  model, params = model_of(name)
+  model = model.clone(run=Execution(narrow_cache=True))
+  cache = init_cache(model, 4, 32)
+  assert all(isinstance(x, Narrow) for kv in cache.layers for x in kv)
+  prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
+  greedy = make_sampling(4, 0.0)
+  together = tokens_of(model, params, Request(prompts, 20, 64), greedy)
+  for row, prompt in enumerate(prompts):
+    alone = tokens_of(model, params, Request([prompt], 20, 64), make_sampling(1, 0.0))
+    assert alone == [together[row]]
+
+
+# -- What is compiled ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def optimized():
+  """As a user's program is compiled: tests leave most of it out."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
+
+
+def compiled(batch: int, kind: str | None) -> Any:
+  model = build_model(ModelConfig(depth=2, width=128, num_heads=2, vocab_size=512))
+  params = jax.eval_shape(lambda: prepare_params(unboxed(model), model.cfg, kind))
+  state = DecodeState(init_cache(model, batch, 64), np.zeros(batch, np.int32), None)
+  rules = (make_sampling(batch, 0.0), np.int32(512), 16, How())
+  return decode_block.lower(model, params, state, *rules).compile()
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_loop_copies_no_weight_and_no_cache(optimized, batch: int):
+  copies = [
+    line
+    for line in compiled(batch, None).as_text().splitlines()
+    if " copy(" in line
+    for shape in (f"{batch},2,64,64", "128,128", "128,512", "128,352", "352,128")
+    if f"= f32[{shape}]" in line
+  ]
+  assert not copies
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_narrow_weights_are_never_wide_together(optimized, batch: int):
+  """One at a time at most: the compiler does not widen them all before the loop."""
+  memory = compiled(batch, "int8").memory_analysis()
+  largest, whole = 4 * 128 * 512, 4 * (2 * (4 * 128 * 128 + 3 * 128 * 352) + 128 * 512)
+  assert memory.temp_size_in_bytes < 1.5 * largest + 100_000 < whole / 2
