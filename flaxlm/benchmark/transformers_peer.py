@@ -10,19 +10,15 @@ import numpy as np
 import torch
 import transformers
 
-from flaxlm.benchmark.decode import compared, random_request
+from flaxlm.benchmark.decode import compared, random_request, same_tokens
 from flaxlm.benchmark.measure import Setting, Side
 from flaxlm.benchmark.report import Result
 from flaxlm.config import Config
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.sampling import make_sampling
-from flaxlm.errors import FlaxLMError
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.huggingface import save_checkpoint
 from flaxlm.nn.base import LanguageModel
-
-# The share of tokens that may differ: a near tie falls either way, and what follows too.
-DIFFERENT = 0.1
 
 
 def bench_against_transformers(
@@ -67,11 +63,3 @@ def answer(peer: Any, ids: torch.Tensor, new: int) -> np.ndarray:
   with torch.inference_mode():
     out = peer.generate(ids, attention_mask=torch.ones_like(ids), **options)
   return out[:, ids.shape[1] :].cpu().numpy()
-
-
-def same_tokens(ours: np.ndarray, theirs: np.ndarray) -> str:
-  different = float((ours != theirs).mean())
-  text = f"{1 - different:.1%} of the greedy tokens are the same"
-  if different > DIFFERENT:
-    raise FlaxLMError(f"a speed without a result: only {text}")
-  return text
