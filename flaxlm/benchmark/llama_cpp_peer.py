@@ -19,6 +19,7 @@ from flaxlm.config import Config
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.runs import Run
 from flaxlm.decoding.sampling import make_sampling
+from flaxlm.decoding.weights import prepare_params
 from flaxlm.interop.gguf import export_gguf
 from flaxlm.nn.base import LanguageModel
 from flaxlm.sharding import make_mesh
@@ -30,12 +31,13 @@ def bench_against_llama_cpp(
 ) -> list[Result]:
   """Whole answers of one row, the weights in our dtype, on as many threads as cores."""
   prompt, new = lengths
+  prepared = prepare_params(params, cfg.model)
   peer = load_peer(cfg, model, params)
   request = random_request(cfg, 1, prompt, new)
   greedy = make_sampling(1, temperature=0.0)
   ours = Side(
     lambda: np.concatenate(
-      [block.tokens_BT for block in generate(model, params, request, greedy)], 1
+      [block.tokens_BT for block in generate(model, prepared, request, greedy)], 1
     )
   )
   theirs = Side(lambda: answer(peer, [*request.prompts[0]], new))

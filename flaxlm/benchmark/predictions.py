@@ -29,6 +29,7 @@ from flaxlm.config import MESH_AXES, Config, DataConfig, ModelConfig, OptimizerC
 from flaxlm.data.objectives import next_token
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.sampling import make_sampling
+from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import FlaxLMError
 from flaxlm.nn.layers import activate, build_norm
 from flaxlm.nn.models import build_model
@@ -242,6 +243,7 @@ def predict_decoding(name: str, cfg: Config, setting: Setting) -> Result:
   """Of one row, greedily, the prompt apart. A product alone finds its weights in a cache,
   where a step has to fetch them: so all of them are streamed once, too."""
   model, params = random_model(cfg)
+  params = prepare_params(params, cfg.model)
   new = min(NEW, cfg.model.context - PROMPT)
   request = random_request(cfg, 1, PROMPT, new)
   greedy = make_sampling(1, temperature=0.0)

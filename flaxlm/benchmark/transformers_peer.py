@@ -16,6 +16,7 @@ from flaxlm.benchmark.report import Result
 from flaxlm.config import Config
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.sampling import make_sampling
+from flaxlm.decoding.weights import prepare_params
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.huggingface import save_checkpoint
 from flaxlm.nn.base import LanguageModel
@@ -26,6 +27,7 @@ def bench_against_transformers(
 ) -> list[Result]:
   """Whole answers, by batch, against `generate` with PyTorch's best attention."""
   prompt, new = lengths
+  prepared = prepare_params(params, cfg.model)
   peer = load_peer(cfg, params)
   results = []
   for batch in setting.pick((2,), (1, 4), (1, 8)):
@@ -33,7 +35,7 @@ def bench_against_transformers(
     greedy = make_sampling(batch, temperature=0.0)
     ours = Side(
       lambda request=request, greedy=greedy: np.concatenate(
-        [block.tokens_BT for block in generate(model, params, request, greedy)], 1
+        [block.tokens_BT for block in generate(model, prepared, request, greedy)], 1
       )
     )
     ids = torch.tensor(request.prompts, device=peer.device)
