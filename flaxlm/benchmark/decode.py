@@ -18,15 +18,20 @@ import numpy as np
 from flaxlm.benchmark.measure import Setting, Side, Timing, against, measure, timed
 from flaxlm.benchmark.report import Result, Work
 from flaxlm.config import Config, ModelConfig, TrainingConfig
-from flaxlm.decoding.generate import Request, generate
+from flaxlm.decoding.generate import generate
+from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import make_sampling
-from flaxlm.errors import ConfigError, FlaxLMError
+from flaxlm.decoding.weights import prepare_params
+from flaxlm.errors import FlaxLMError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import build_model, init_params
 from flaxlm.planning.cost import forward_work
 from flaxlm.planning.roofline import decode_work, read_parameters
 
 CHECKED_TOKENS = 8
+# The share of tokens in which peers may differ: a near tie falls either way, and what
+# follows with it.
+DIFFERENT = 0.1
 # A token counts as the likeliest if its logit is this close to the highest: / their range.
 LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 
@@ -64,9 +69,9 @@ def bench_decode(setting: Setting) -> list[Result]:
 
     results += bench_against_transformers(cfg, model, params, (prompt, new), setting)
   elif setting.peer == "llama.cpp":
-    raise ConfigError(
-      "llama.cpp reads GGUF, which flaxlm does not write yet", "leave --vs out"
-    )
+    from flaxlm.benchmark.llama_cpp_peer import bench_against_llama_cpp
+
+    results += bench_against_llama_cpp(cfg, model, params, (prompt, new), setting)
   return results
 
 
@@ -96,7 +101,8 @@ def bench_batch(
   batch, prompt, new = lengths
   request = random_request(cfg, *lengths)
   greedy = make_sampling(batch, temperature=0.0)
-  start = functools.partial(generate, model, params, request, greedy)
+  prepared = prepare_params(params, cfg.model)  # once for many calls
+  start = functools.partial(generate, model, prepared, request, greedy)
 
   def started() -> tuple[Any, Callable[[], list]]:
     answer = start()
@@ -172,3 +178,11 @@ def compared(
     text = gate(timings["flaxlm"].result, timings[peer].result)
     found.append(against(result, peer, timings[peer], timings["flaxlm"], text))
   return found
+
+
+def same_tokens(ours: np.ndarray, theirs: np.ndarray) -> str:
+  different = float((ours != theirs).mean())
+  text = f"{1 - different:.1%} of the greedy tokens are the same"
+  if different > DIFFERENT:
+    raise FlaxLMError(f"a speed without a result: only {text}")
+  return text

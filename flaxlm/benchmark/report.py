@@ -2,6 +2,7 @@
 """A benchmark's results: what was measured, with its spread, where, and against whom."""
 
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -103,8 +104,7 @@ def summarise(
     raise FlaxLMError(f"{suite} {case}: a round has no figure: {rounds}")
   result = Result(suite, case, statistics.median(rounds), min(rounds), max(rounds), unit)
   result.rounds = len(rounds)
-  result.versions, result.flags = versions(), flags()
-  result.device, result.commit = device(), commit()
+  result.versions, result.flags, result.device, result.commit = origin_of_run()
   if peer_rounds:
     pairs = list(zip(rounds, peer_rounds, strict=True))
     faster = UNITS[unit].better >= 0
@@ -112,6 +112,12 @@ def summarise(
     result.ratio = statistics.median(ratios)
     result.ratio_low, result.ratio_high = min(ratios), max(ratios)
   return result
+
+
+@functools.cache
+def origin_of_run() -> tuple[dict[str, str], dict[str, str], str, str | None]:
+  """Asked once: what runs is what was loaded, whatever is committed meanwhile."""
+  return versions(), flags(), device(), commit()
 
 
 def figures(seconds: Sequence[float], unit: str, amount: float = 1.0) -> list[float]:

@@ -59,7 +59,7 @@ PEERS = {
   "torch": ("matmul", "attention", "train", "decode"),
   "llama.cpp": ("decode",),
 }
-MODULES = {"torch": ("torch",), "llama.cpp": ("llama_cpp",)}
+MODULES = {"torch": ("torch",), "llama.cpp": ("llama_cpp", "gguf")}
 NEEDS_CEILINGS = ("attention", "loss", "optimizer", "train", "decode")
 
 
@@ -109,7 +109,7 @@ def check_peer(names: Sequence[str], peer: str | None) -> None:
     )
   for module in MODULES[peer]:
     if importlib.util.find_spec(module) is None:
-      package = {"torch": "'flaxlm[parity]'", "llama.cpp": "llama-cpp-python"}[peer]
+      package = {"torch": "'flaxlm[parity]'", "llama.cpp": "llama-cpp-python gguf"}[peer]
       raise ConfigError(f"{peer} is not installed", f"pip install {package}")
 
 

@@ -10,19 +10,16 @@ import numpy as np
 import torch
 import transformers
 
-from flaxlm.benchmark.decode import compared, random_request
+from flaxlm.benchmark.decode import compared, random_request, same_tokens
 from flaxlm.benchmark.measure import Setting, Side
 from flaxlm.benchmark.report import Result
 from flaxlm.config import Config
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.sampling import make_sampling
-from flaxlm.errors import FlaxLMError
+from flaxlm.decoding.weights import prepare_params
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.huggingface import save_checkpoint
 from flaxlm.nn.base import LanguageModel
-
-# The share of tokens that may differ: a near tie falls either way, and what follows too.
-DIFFERENT = 0.1
 
 
 def bench_against_transformers(
@@ -30,6 +27,7 @@ def bench_against_transformers(
 ) -> list[Result]:
   """Whole answers, by batch, against `generate` with PyTorch's best attention."""
   prompt, new = lengths
+  prepared = prepare_params(params, cfg.model)
   peer = load_peer(cfg, params)
   results = []
   for batch in setting.pick((2,), (1, 4), (1, 8)):
@@ -37,7 +35,7 @@ def bench_against_transformers(
     greedy = make_sampling(batch, temperature=0.0)
     ours = Side(
       lambda request=request, greedy=greedy: np.concatenate(
-        [block.tokens_BT for block in generate(model, params, request, greedy)], 1
+        [block.tokens_BT for block in generate(model, prepared, request, greedy)], 1
       )
     )
     ids = torch.tensor(request.prompts, device=peer.device)
@@ -67,11 +65,3 @@ def answer(peer: Any, ids: torch.Tensor, new: int) -> np.ndarray:
   with torch.inference_mode():
     out = peer.generate(ids, attention_mask=torch.ones_like(ids), **options)
   return out[:, ids.shape[1] :].cpu().numpy()
-
-
-def same_tokens(ours: np.ndarray, theirs: np.ndarray) -> str:
-  different = float((ours != theirs).mean())
-  text = f"{1 - different:.1%} of the greedy tokens are the same"
-  if different > DIFFERENT:
-    raise FlaxLMError(f"a speed without a result: only {text}")
-  return text

@@ -196,3 +196,15 @@ def test_peers_do_the_same(name: str):
   assert compared
   for result in compared:
     assert result.ratio and result.correct
+
+
+@pytest.mark.parity
+@pytest.mark.skipif(
+  not all(map(importlib.util.find_spec, ("llama_cpp", "gguf")))
+  and "FLAXLM_REQUIRE_PARITY" not in os.environ,
+  reason="needs llama-cpp-python and gguf",
+)
+def test_llama_cpp_does_the_same():
+  results = suites.SUITES["decode"](Setting("tiny", 1, 0.0, peer="llama.cpp"))
+  (compared,) = (result for result in results if result.peer)
+  assert compared.peer == "llama.cpp" and compared.ratio and compared.correct
