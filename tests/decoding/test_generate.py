@@ -265,7 +265,7 @@ def test_the_cache_is_donated():
   state = DecodeState(read, jnp.zeros(4, jnp.int32), None)
   state, _ = choose(jnp.zeros((4, 64)), state, sampling, ids, How())
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(read))
-  again, _ = decode_block(model, params, state, sampling, ids, BLOCK_STEPS, How())
+  again, _ = decode_block(model, params, state, sampling, ids, How())
   assert isinstance(again, DecodeState)
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(again))

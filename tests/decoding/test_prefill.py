@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from test_generate import model_of
 
 from flaxlm.config import ModelConfig
+from flaxlm.decoding import generate as generate_module
 from flaxlm.decoding import prefill
-from flaxlm.decoding.generate import Memory, generate
+from flaxlm.decoding.generate import Memory, decode_block, generate
 from flaxlm.decoding.prefill import (
   CHUNK,
   SMALLEST_PREFIX,
@@ -106,10 +107,15 @@ def test_a_shared_prefix_is_read_once(name, monkeypatch):
   assert len({tuple(row) for row in together}) > 1
 
 
-@pytest.mark.parametrize("name", ["gqa", "gpt2"])
-def test_a_conversation_reads_only_what_is_new(name, monkeypatch):
-  """A turn ends in the middle of a block, the next goes on from there or takes it back."""
+@pytest.mark.parametrize(("name", "ahead"), [("gqa", False), ("gpt2", True)])
+def test_a_conversation_reads_only_what_is_new(name, ahead, monkeypatch):
+  """A turn ends in the middle of a block, the next goes on from there or takes it back.
+
+  Also where the device is a block ahead of the host, as it is not by itself on a CPU.
+  """
   model, params = model_of(name)
+  assert not generate_module.runs_ahead(model, None)
+  monkeypatch.setattr(generate_module, "runs_ahead", lambda *_: ahead)
   greedy, memory = make_sampling(1, 0.0), Memory()
   prompt = [3, 1, 4]
   answer = tokens_of(model, params, Request([prompt], 6, 64), greedy, memory=memory)[0]
@@ -175,6 +181,31 @@ def test_the_likeliest_tokens_come_with_each_step():
     np.testing.assert_allclose(
       block.top_logprobs_BTX[:, :, 0], block.logprobs_BT, atol=1e-6
     )
+
+
+def test_random_requests_compile_once_a_bucket():
+  """Hundreds of lengths and settings: the programs are known by their buckets."""
+  model, params = model_of("gqa")
+  params = prepare_params(params, model.cfg)
+  rng, functions = np.random.default_rng(0), (prefill.extend, decode_block)
+  before, buckets = [f._cache_size() for f in functions], (set(), set())
+  for number in range(40):
+    rows, length = int(rng.integers(1, 5)), int(rng.integers(1, 30))
+    prompts = [
+      rng.integers(0, 64, rng.integers(1, length + 1)).tolist() for _ in range(rows)
+    ]
+    prompts = [[number % 60, row, *prompt] for row, prompt in enumerate(prompts)]
+    request = Request(prompts, int(rng.integers(1, 64 - max(map(len, prompts)))), 64)
+    sampling = make_sampling(rows, float(rng.uniform(0, 2)), seed=number)
+    next(blocks := generate(model, params, request, sampling))
+    next(blocks, None)
+    key = (bucket(rows, smallest=1), request.slots(0))
+    buckets[0].add((*key, padded_length(max(map(len, prompts)))))
+    if request.num_blocks:
+      buckets[1].add(key)
+  for f, count, of_function in zip(functions, before, buckets, strict=True):
+    assert f._cache_size() - count <= len(of_function)
+  assert len(buckets[1]) < 12
 
 
 def test_common_length():

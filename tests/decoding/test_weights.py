@@ -141,7 +141,7 @@ def compiled(batch: int, kind: str | None) -> Any:
   model = build_model(ModelConfig(depth=2, width=128, num_heads=2, vocab_size=512))
   params = jax.eval_shape(lambda: prepare_params(unboxed(model), model.cfg, kind))
   state = DecodeState(init_cache(model, batch, 64), np.zeros(batch, np.int32), None)
-  rules = (make_sampling(batch, 0.0), np.int32(512), 16, How())
+  rules = (make_sampling(batch, 0.0), np.int32(512), How())
   return decode_block.lower(model, params, state, *rules).compile()
 
 
