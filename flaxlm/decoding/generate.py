@@ -23,7 +23,7 @@ from flaxlm.decoding.sampling import Sampling, is_filtered, sample
 from flaxlm.errors import ConfigError, NonFiniteError
 from flaxlm.nn.base import LanguageModel, Source
 from flaxlm.nn.models import init_cache
-from flaxlm.sharding import batch_shards
+from flaxlm.sharding import batch_shards, on_host
 
 BLOCK_STEPS = 16
 SMALLEST_BUCKET = 32
@@ -255,7 +255,7 @@ def mesh_scope(mesh: Mesh | None) -> contextlib.AbstractContextManager:
 
 def to_host(chosen: Chosen, num_rows: int, most: int) -> Chosen:
   """The real rows of a block, cut to `most` tokens. Raises `NonFiniteError`."""
-  chosen = Chosen(*(np.asarray(x)[:num_rows] for x in chosen))
+  chosen = Chosen(*(on_host(x)[:num_rows] for x in chosen))
   if not chosen.finite_B.all():
     row = int(np.argmin(chosen.finite_B))
     raise NonFiniteError(
