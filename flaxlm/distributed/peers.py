@@ -30,6 +30,7 @@ from flaxlm.errors import (
 
 T = TypeVar("T")
 
+EXPLAIN = 1.0  # seconds; the kernel tells of a death within milliseconds
 CURE = "its own log says why; the same command resumes from the last checkpoint"
 
 
@@ -159,7 +160,7 @@ class Peers(Alone):
         line.socket.shutdown(socket.SHUT_WR)
 
   def explain(self) -> None:
-    time.sleep(min(5.0, self._heartbeat))  # the watch ends the process if a peer is gone
+    time.sleep(EXPLAIN)  # the watch ends the process if a peer is gone
 
   def _tell(self, message: dict[str, Any]) -> None:
     """Process 0 to all, the others to process 0."""

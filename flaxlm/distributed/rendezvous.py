@@ -312,6 +312,7 @@ def _ask(line: Line, hello: dict[str, Any]) -> dict[str, Any] | None:
 
 def _welcomed(job: Job, line: Line, answer: dict[str, Any]) -> Meeting:
   if "refused" in answer:
+    line.close()
     kind = PeerLostError if answer.get("code") == PeerLostError.exit_code else ConfigError
     raise kind(str(answer["refused"]), str(answer.get("cure", "")))
   cards = {card.process: card for card in map(_hear, answer["cards"])}

@@ -51,8 +51,7 @@ def joined(cfg: Config) -> Iterator[Alone]:
       yield peers
       peers.agree("the end")
   except BaseException as e:
-    if isinstance(e, RuntimeError):  # so a collective with the dead ends
-      peers.explain()
+    peers.explain()  # collectives and saves fail, too, when another has died
     peers.leave(e)
     # JAX's goodbye would wait for the others, for minutes.
     code = exit_code_of(e)
