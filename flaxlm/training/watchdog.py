@@ -86,7 +86,7 @@ class Watchdog:
       else:
         return
     error = HangError(
-      f"no progress for {self.seconds:.0f} s; where every thread stands is above",
+      f"no progress for {self.seconds:g} s; where every thread stands is above",
       "a longer --training.hang_seconds, or none, waits longer",
     )
     faulthandler.dump_traceback(all_threads=True)
