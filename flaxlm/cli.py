@@ -11,6 +11,7 @@ from flaxlm import __version__
 from flaxlm.commands.bench import add_bench
 from flaxlm.commands.checkpoints import add_ckpt, add_export, add_import
 from flaxlm.commands.infer import add_embed, add_infer
+from flaxlm.commands.launch import add_launch
 from flaxlm.commands.look import add_look
 from flaxlm.commands.parsing import Parser
 from flaxlm.commands.plan import add_plan, add_shard
@@ -64,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     dest="command", required=True, metavar="COMMAND", parser_class=Parser
   )
   for add in (
-    *(add_train, add_infer, add_embed, add_eval, add_look),
+    *(add_train, add_launch, add_infer, add_embed, add_eval, add_look),
     *(add_plan, add_shard, add_ckpt, add_bench, add_import, add_export),
   ):
     add(commands)

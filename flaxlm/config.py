@@ -275,6 +275,9 @@ class TrainingConfig:
     0.1, "most of the parameters' bytes that a mesh may leave whole on every device", 0, 1
   )
   sample_prompt: str = knob("", "continued for you when training ends")
+  hang_seconds: float | None = knob(
+    600.0, "a step that takes longer ends the run, with a stack; none = never", 0.1
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -286,6 +289,14 @@ class CheckpointConfig:
   resume: Literal["auto", "must", "never"] = knob(
     "auto", "auto: go on if there is a checkpoint; must: or fail; never: start over"
   )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobConfig:
+  """Several processes that train together; who they are, the environment says."""
+
+  start_seconds: float = knob(300.0, "wait so long for all processes at the start", 0.1)
+  heartbeat_seconds: float = knob(60.0, "a process silent for so long is lost", 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -301,6 +312,7 @@ class Config:
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+  job: JobConfig = dataclasses.field(default_factory=JobConfig)
   mesh: Mapping[str, int] = knob(
     {"data": -1}, "devices per mesh axis, as data=2,fsdp=4; one may be -1 (the rest)"
   )

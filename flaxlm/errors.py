@@ -36,6 +36,18 @@ class NonFiniteError(FlaxLMError):
   exit_code = 5
 
 
+class HangError(FlaxLMError):
+  """A step made no progress for `training.hang_seconds`."""
+
+  exit_code = 6
+
+
+class PeerLostError(FlaxLMError):
+  """Another process of the job did not come, went away, or fell silent."""
+
+  exit_code = 7
+
+
 class OutOfMemoryError(FlaxLMError):
   """The accelerator's memory does not hold the program."""
 
@@ -44,3 +56,14 @@ class OutOfMemoryError(FlaxLMError):
 
 PREEMPTED = 75  # EX_TEMPFAIL: the run was told to stop, saved its state, and can resume
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def exit_code_of(error: BaseException) -> int:
+  """With what a process ends that does not catch `error`."""
+  if isinstance(error, FlaxLMError):
+    return error.exit_code
+  if isinstance(error, KeyboardInterrupt):
+    return INTERRUPTED
+  if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+    return OutOfMemoryError.exit_code  # how XLA says it
+  return 1

@@ -7,6 +7,7 @@ an unknown name, two dims on one mesh axis and an indivisible dim are errors.
 """
 
 import ctypes
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,13 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flaxlm.config import MESH_AXES
 from flaxlm.errors import ConfigError
+from flaxlm.xla_flags import Flag, flags_for, set_flags
 
 # Logical name -> mesh axes. Parameters: `embed` over fsdp is ZeRO-3 (Rajbhandari et al.,
 # 2020), `heads`, `ffn` and `vocab` over tensor are Megatron's cuts (Shoeybi et al., 2019).
@@ -220,6 +224,45 @@ def batch_shards(axis_sizes: Mapping[str, int]) -> int:
   return math.prod(axis_sizes[axis] for axis in RULES["batch"])
 
 
+def on_host(x: jax.Array) -> np.ndarray:
+  """The whole of an array; every process has to ask, if some of it is on other hosts."""
+  if x.is_fully_addressable or x.is_fully_replicated:
+    return np.asarray(x)
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+@functools.lru_cache(maxsize=8)
+def batch_parts(mesh: Mesh, process: int) -> tuple[tuple[int, ...], int]:
+  """Which parts of a batch a process needs, and how many parts there are.
+
+  A process that has devices of several parts gets them all; processes between which only
+  other axes are cut need the same. Parts that lie side by side count as one, as far as
+  all processes have them so.
+  """
+  shards = batch_shards(mesh.shape)
+  rows = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+  slices = rows.devices_indices_map((shards,))
+  owned: dict[int, set[int]] = {}
+  for device in mesh.devices.flat:
+    (part,) = slices[device]
+    owned.setdefault(device.process_index, set()).add(part.indices(shards)[0])
+  return merged(owned, process, shards)
+
+
+def merged(
+  owned: Mapping[int, set[int]], process: int, shards: int
+) -> tuple[tuple[int, ...], int]:
+  """`batch_parts` of what each process owns of so many shards."""
+  size = min(map(len, owned.values()))
+  aligned = all(
+    len(mine) == size and min(mine) % size == 0 and max(mine) - min(mine) == size - 1
+    for mine in owned.values()
+  )
+  if aligned:
+    return (min(owned[process]) // size,), shards // size
+  return tuple(sorted(owned[process])), shards
+
+
 def make_mesh(sizes: Mapping[str, int]) -> Mesh:
   """The mesh of all devices; axes not named have size 1, one size may be -1 (the rest).
 
@@ -247,12 +290,18 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
   return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=types)
 
 
-def start_jax(simulated_devices: int | None = None, cache_dir: Path | None = None) -> None:
+def start_jax(
+  simulated_devices: int | None = None, cache_dir: Path | None = None
+) -> tuple[Flag, ...]:
   """Sets JAX up, once, from a door: devices, memory, and the persistent compile cache.
 
-  Raises `ConfigError` when the devices cannot be had.
+  Returns the flags of XLA that it set. Raises `ConfigError` when the devices cannot be
+  had.
   """
   keep_freed_memory()
+  flags: tuple[Flag, ...] = ()
+  if simulated_devices is None:
+    flags = set_flags(os.environ, flags_for(os.environ))
   if simulated_devices is not None:
     if os.environ.get("JAX_PLATFORMS", "cpu") != "cpu":
       raise ConfigError("simulated_devices works on the CPU only", "set JAX_PLATFORMS=cpu")
@@ -270,6 +319,7 @@ def start_jax(simulated_devices: int | None = None, cache_dir: Path | None = Non
     cache_dir.chmod(0o700)  # what lies here is executed: nobody else may write it
     jax.config.update("jax_compilation_cache_dir", str(cache_dir))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  return flags
 
 
 def keep_freed_memory() -> None:

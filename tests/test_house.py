@@ -30,8 +30,8 @@ EVERY_FILE = [
 ROWS = [
   ["", "errors"],
   ["config"],
-  ["configfile"],
-  ["sharding", "tokenizers"],
+  ["configfile", "xla_flags"],
+  ["sharding", "tokenizers", "distributed"],
   ["foreign_tokenizers"],
   ["nn", "data", "checkpoint"],
   [

@@ -19,9 +19,11 @@ from flaxlm.nn.models import build_model
 from flaxlm.sharding import (
   FIELDS,
   RULES,
+  batch_parts,
   batch_sharding,
   constrain,
   make_mesh,
+  merged,
   partition_spec,
 )
 from flaxlm.training.optimizer import build_optimizer
@@ -270,3 +272,35 @@ print(faults[3] - faults[1])
     command, env=environment, capture_output=True, text=True, check=True
   )
   assert int(done.stdout) < 4096, "a block of 256 MB has 65,536 pages"
+
+
+# -- Which rows a process needs ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("owned", "expected"),
+  [
+    # two processes, data over both
+    ([{0, 1}, {2, 3}], [((0,), 2), ((1,), 2)]),
+    # tensor over both: the same rows for both
+    ([{0, 1}, {0, 1}], [((0,), 1), ((0,), 1)]),
+    # two pairs, tensor over each pair
+    ([{0}, {0}, {1}, {1}], [((0,), 2), ((0,), 2), ((1,), 2), ((1,), 2)]),
+    # parts that lie apart, as on a torus of TPUs
+    ([{0, 2}, {1, 3}], [((0, 2), 4), ((1, 3), 4)]),
+    # processes of different sizes
+    ([{0}, {1, 2, 3}], [((0,), 4), ((1, 2, 3), 4)]),
+  ],
+)
+def test_every_process_sees_its_own_rows_and_all_see_every_row(owned, expected):
+  table = dict(enumerate(owned))
+  shards = len(set().union(*owned))
+  parts = [merged(table, process, shards) for process in table]
+  assert parts == expected
+  for (mine, num_parts), wanted in zip(parts, owned, strict=True):
+    size = shards // num_parts
+    assert {part * size + n for part in mine for n in range(size)} == wanted
+
+
+def test_one_process_needs_everything(mesh: Mesh):
+  assert batch_parts(mesh, 0) == ((0,), 1)

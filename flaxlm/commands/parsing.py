@@ -49,8 +49,9 @@ def open_run(args: argparse.Namespace, needs_text: bool = True) -> Any:
   from flaxlm.sharding import make_mesh, start_jax
 
   path = find_run(args.path, args.runs_dir)
-  start_jax(args.simulated_devices, data_dir() / "xla")
   warn = lambda line: print(line, file=sys.stderr)
+  for flag in start_jax(args.simulated_devices, data_dir() / "xla"):
+    warn(flag.line)
   return load_run(path, make_mesh(parse_mesh(args.mesh)), warn, needs_text)
 
 

@@ -7,7 +7,7 @@ run resumes at any batch, on any number of processes.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -24,8 +24,9 @@ PREFETCHED_BATCHES = 4
 class Batches:
   """The batches of a split, for one process of several: `batches[n]`, `iterate(start)`.
 
-  `cfg.batch_size` counts rows over all processes. Process p has the p-th part of each
-  batch: the parts side by side are the same batch for any number of processes.
+  `cfg.batch_size` counts rows over all processes. A batch is cut into `num_parts`, of
+  which this process has `parts`: all of them side by side are the same batch, however
+  many there are.
   """
 
   def __init__(
@@ -36,8 +37,8 @@ class Batches:
     vocab_size: int,
     seed: int | None = None,
     num_epochs: int | None = 1,
-    process: int = 0,
-    num_processes: int = 1,
+    parts: Sequence[int] = (0,),
+    num_parts: int = 1,
   ):
     """With a `seed` each epoch has an order of its own; without, rows stay in order.
 
@@ -60,8 +61,8 @@ class Batches:
         f"fewer than data.batch_size={batch_size}",
         f"set --data.batch_size={max(1, num_rows)} or less, or add text",
       )
-    if batch_size % num_processes:
-      raise ValueError(f"batch_size={batch_size} does not divide by {num_processes}")
+    if batch_size % num_parts:
+      raise ValueError(f"batch_size={batch_size} does not divide by {num_parts}")
     self.num_batches: int | None = None
     rows = grain.MapDataset.range(num_rows)
     if seed is not None:
@@ -74,10 +75,11 @@ class Batches:
         [rows, grain.MapDataset.source([PADDING] * missing)]
       )
     self.store = store
-    self._part = batch_size // num_processes
-    self._process, self._num_processes = process, num_processes
-    parts = rows.batch(self._part, drop_remainder=True)
-    self._dataset = parts[process::num_processes].map_with_index(self._assemble)
+    self._size = batch_size // num_parts
+    self._mine, self._num_parts = tuple(parts), num_parts
+    self._parts = rows.batch(self._size, drop_remainder=True)
+    first = self._parts[self._mine[0] :: num_parts]
+    self._dataset = first.map_with_index(self._assemble)
 
   def __getitem__(self, n: int) -> Batch:
     if n < 0 or (self.num_batches is not None and n >= self.num_batches):
@@ -94,7 +96,9 @@ class Batches:
     finally:
       iterator.close()
 
-  def _assemble(self, n: int, rows: np.ndarray) -> Batch:
-    """This process's part of batch n, which has these rows."""
-    before = (n * self._num_processes + self._process) * self._part
-    return self._rows.batch(rows, before + np.arange(self._part))
+  def _assemble(self, n: int, first: np.ndarray) -> Batch:
+    """This process's parts of batch n, of which the first has these rows."""
+    starts = [n * self._num_parts + part for part in self._mine]
+    rows = [first, *(self._parts[start] for start in starts[1:])]
+    places = [start * self._size + np.arange(self._size) for start in starts]
+    return self._rows.batch(np.concatenate(rows), np.concatenate(places))

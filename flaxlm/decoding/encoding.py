@@ -13,7 +13,7 @@ from flaxlm.decoding.prefill import mesh_scope, padded
 from flaxlm.decoding.runs import Run
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
-from flaxlm.sharding import batch_shards
+from flaxlm.sharding import batch_shards, on_host
 from flaxlm.tokenizers import MASK
 
 ROWS_AT_A_TIME = 64
@@ -101,7 +101,7 @@ def in_batches(run: Run, rows: Sequence[Sequence[int]], function: Any) -> list[n
     tokens_BT, lengths_B = padded(some, multiple * -(-len(some) // multiple))
     with mesh_scope(run.mesh):
       values = function(run.model, run.params, tokens_BT, lengths_B)
-    results += list(np.asarray(values)[: len(some)])
+    results += list(on_host(values)[: len(some)])
   return results
 
 

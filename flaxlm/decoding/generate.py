@@ -32,6 +32,7 @@ from flaxlm.decoding.sampling import (
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import NonFiniteError
 from flaxlm.nn.base import LanguageModel
+from flaxlm.sharding import on_host
 
 
 class DecodeState(NamedTuple):
@@ -203,7 +204,7 @@ def first_tokens(x_BT: np.ndarray, most: int) -> np.ndarray:
 
 def to_host(chosen: Chosen, num_rows: int) -> Chosen:
   """The real rows of a block. Raises `NonFiniteError`."""
-  chosen = jax.tree.map(lambda x: np.asarray(x)[:num_rows], chosen)
+  chosen = jax.tree.map(lambda x: on_host(x)[:num_rows], chosen)
   if not chosen.finite_B.all():
     row = int(np.argmin(chosen.finite_B))
     raise NonFiniteError(

@@ -19,6 +19,7 @@ from flaxlm.decoding.prefill import BLOCK_STEPS, Request, mesh_scope, prefill_lo
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import ConfigError, NonFiniteError
 from flaxlm.nn.base import LanguageModel
+from flaxlm.sharding import on_host
 
 NEVER = -1e9  # the score of what does not exist; infinities would make NaN when scaled
 MOST_BEAMS = 256
@@ -72,7 +73,8 @@ def beam_search(
       beams, done = search_block(model, params, beams, ids, eos_id, alpha)
       if bool(done):
         break
-  if not np.isfinite(np.asarray(beams.scores_BW)).all():
+  beams = jax.tree.map(on_host, beams._replace(cache=None))
+  if not np.isfinite(beams.scores_BW).all():
     raise NonFiniteError("logits are NaN or infinite", "the parameters are damaged")
   return [_ranked(beams, row, alpha) for row in range(len(request.prompts))]
 
@@ -85,11 +87,11 @@ def _ranked(beams: Beams, row: int, alpha: float) -> list[Hypothesis]:
     score = float(beams.ended_scores_BW[row, beam])
     if score > NEVER / 2:
       length = int(beams.lengths_BW[row, beam])
-      tokens = np.asarray(beams.ended_BWT[row, beam, :length]).tolist()
+      tokens = beams.ended_BWT[row, beam, :length].tolist()
       found.append(Hypothesis(tokens, score, True))
   for beam in range(num_beams - len(found)):
     score = float(beams.scores_BW[row, beam]) / float(length_penalty(step, alpha))
-    tokens = np.asarray(beams.tokens_BWT[row, beam, :step]).tolist()
+    tokens = beams.tokens_BWT[row, beam, :step].tolist()
     found.append(Hypothesis(tokens, score, False))
   return found
 

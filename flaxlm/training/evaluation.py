@@ -2,6 +2,7 @@
 """How good a model is on held-out text: loss, bits per byte, filled masks, BLEU."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from flaxlm.decoding.runs import TOKENIZER, Run
 from flaxlm.errors import ConfigError
 from flaxlm.foreign_tokenizers import AnyTokenizer
 from flaxlm.nn.base import LanguageModel
+from flaxlm.sharding import batch_parts
 from flaxlm.training.step import compile_eval_step, put_batch
 
 PAIRS_AT_A_TIME = 32
@@ -42,8 +44,11 @@ class Evaluator:
     self.eval_step = compile_eval_step(model, mesh)
     self.fills = OBJECTIVES[model.cfg.family] == "masked"
 
-  def __call__(self, params: Any) -> dict[str, float]:
+  def __call__(
+    self, params: Any, progress: Callable[[], None] = lambda: None
+  ) -> dict[str, float]:
     """Averages over the split's tokens, end-of-text included; bytes are those of text.
+    `progress` is called after each batch.
 
     A model that fills masks has seen the text around them: instead of bits per byte, which
     compare with a compressor, it has the share of masks that it fills rightly.
@@ -55,6 +60,7 @@ class Evaluator:
       batch = put_batch(self.batches[n], self.mesh)
       for name, value in self.eval_step(params, batch, self.token_bytes_V).items():
         sums[name] = sums.get(name, 0.0) + float(value)
+      progress()
     loss = sums["nats"] / sums["tokens"]
     values = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
     if self.fills:
@@ -71,7 +77,7 @@ def evaluate_run(
 ) -> dict[str, float]:
   """The evaluation of a stored run on a split of a corpus, with the run's tokenizer."""
   store = prepare_for(run, corpus, split)
-  batches = split_batches(run.cfg, store, shuffled=False)
+  batches = split_batches(run.cfg, store, run.mesh, shuffled=False)
   return Evaluator(run.model, run.tokenizer, batches, num_batches, run.mesh)(run.params)
 
 
@@ -130,15 +136,16 @@ def translate_run(
   return Translation(score, copied, len(pairs), str(metric.get_signature()), examples[:5])
 
 
-def split_batches(cfg: Config, store: Store, shuffled: bool) -> Batches:
+def split_batches(cfg: Config, store: Store, mesh: Mesh, shuffled: bool) -> Batches:
   """This process's share of a split: shuffled to train on, in order to evaluate."""
   assert cfg.model.vocab_size is not None, "resolved"
+  parts, num_parts = batch_parts(mesh, jax.process_index())
   return Batches(
     store,
     cfg.data,
     vocab_size=cfg.model.vocab_size,
     seed=cfg.seed if shuffled else None,
     num_epochs=cfg.data.num_epochs if shuffled else 1,
-    process=jax.process_index(),
-    num_processes=jax.process_count(),
+    parts=parts,
+    num_parts=num_parts,
   )

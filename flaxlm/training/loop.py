@@ -8,6 +8,7 @@ so that most mistakes show within seconds.
 import contextlib
 import dataclasses
 import fcntl
+import secrets
 import signal
 import sys
 import time
@@ -26,11 +27,13 @@ from flaxlm.config import Config, ModelConfig
 from flaxlm.configfile import difference, to_json
 from flaxlm.data.batches import Batches
 from flaxlm.data.prepare import Prepared, prepare
-from flaxlm.data.sources import data_dir
+from flaxlm.data.sources import data_dir, to_stderr
 from flaxlm.decoding.completions import complete, search
 from flaxlm.decoding.encoding import fill_masks
 from flaxlm.decoding.runs import CHECKPOINTS, CONFIG, SAMPLE, TOKENIZER, Run, load_config_of
 from flaxlm.decoding.sampling import make_sampling
+from flaxlm.distributed.peers import Alone
+from flaxlm.distributed.start import joined
 from flaxlm.errors import (
   INTERRUPTED,
   PREEMPTED,
@@ -57,6 +60,7 @@ from flaxlm.training.step import (
   init_state,
   put_batch,
 )
+from flaxlm.training.watchdog import Watchdog
 
 MOST_SKIPPED_STEPS = 3  # in a row, before a run that keeps diverging is stopped
 
@@ -64,17 +68,21 @@ MOST_SKIPPED_STEPS = 3  # in a row, before a run that keeps diverging is stopped
 FIXED_FIELDS = ("model.", "tokenizer.", "data.", "seed", "optimizer.kind")
 FREE_FIELDS = ("data.num_epochs", "model.dropout")
 
+# Process 0 leaves it in the run directory, where network file systems show it soon.
+MARK, MARK_SECONDS = ".job", 30.0
+
 
 def train(cfg: Config) -> int:
   """Trains `cfg` into its run directory, resuming what is there; returns the exit code."""
   cfg.check()
-  start_jax(cfg.simulated_devices, data_dir() / "xla")
-  mesh = make_mesh(cfg.mesh)
-  check_batch(cfg, mesh)
-  with contextlib.ExitStack() as stack:
+  flags = start_jax(cfg.simulated_devices, data_dir() / "xla")
+  with joined(cfg) as peers, contextlib.ExitStack() as stack:
+    mesh = make_mesh(cfg.mesh)
+    check_batch(cfg, mesh)
     # -- Run directory: ours alone from here on.
     stack.enter_context(locked(cfg.run_dir))
-    first_step = resume_step(cfg)
+    check_shared(cfg.run_dir, peers)
+    first_step = peers.decide(lambda: resume_step(cfg))
 
     # -- Data: what there is to learn from decides the vocabulary. It is known before, but
     # for the smallest corpora, so the program compiles while data are prepared.
@@ -84,20 +92,25 @@ def train(cfg: Config) -> int:
         Program.compiled, model_cfg, cfg, mesh, fresh=not first_step
       )
       early: list[Future[Program]] = []
+      writes = peers.process == 0
       prepared = prepare(
         cfg.data.corpus,
         cfg.tokenizer,
+        log=to_stderr if writes else lambda line: None,
         objective=cfg.data.objective,
-        meanwhile=lambda: early.append(compiling(guess)),
+        # Of several processes some may find their data prepared: none runs ahead.
+        meanwhile=lambda: (
+          early.append(compiling(guess)) if peers.num_processes == 1 else None
+        ),
       )
+      peers.agree(f"the text of {cfg.data.corpus}", prepared.fingerprint)
       cfg = dataclasses.replace(cfg, model=cfg.model.resolve(prepared.tokenizer.vocab_size))
-      batches = split_batches(cfg, prepared.train, shuffled=True)
-      validation = split_batches(cfg, prepared.validation, shuffled=False)
+      batches = split_batches(cfg, prepared.train, mesh, shuffled=True)
+      validation = split_batches(cfg, prepared.validation, mesh, shuffled=False)
       if first_step:
-        check_same_experiment(cfg, prepared.fingerprint, first_step)
-      stop = stack.enter_context(stop_signals())
+        check_same_experiment(cfg, prepared.fingerprint, first_step, peers)
+      stop = stack.enter_context(stop_signals(peers))
       future = early[0] if early and guess == cfg.model else compiling(cfg.model)
-      writes = jax.process_index() == 0
       if writes:
         write_atomically(cfg.run_dir / CONFIG, to_json(cfg))
         prepared.tokenizer.save(cfg.run_dir / TOKENIZER)
@@ -115,19 +128,29 @@ def train(cfg: Config) -> int:
       step = jax.device_put(np.int32(first_step), target.step.sharding)
       state = TrainState(step, items["params"], items["opt_state"])
       reporter.log(f"resuming {cfg.run_dir} at step {first_step}")
+    for flag in flags:
+      reporter.log(flag.line)
     reporter.log(describe(cfg, state, prepared, mesh))
 
     # -- Steps.
     evaluator = Evaluator(
       model, prepared.tokenizer, validation, cfg.training.eval_batches, mesh
     )
-    run = Trainer(
-      cfg, prepared.fingerprint, mesh, program.train_step, evaluator, store, reporter
-    )
-    state, exit_code = run.steps(state, first_step, batches, stop)
+    with Watchdog(cfg.training.hang_seconds, peers.leave) as watchdog:
+      run = Trainer(
+        cfg,
+        prepared.fingerprint,
+        mesh,
+        program.train_step,
+        evaluator,
+        store,
+        reporter,
+        watchdog,
+      )
+      state, exit_code = run.steps(state, first_step, batches, stop)
 
     # -- A word at the end.
-    if exit_code == 0 and writes:
+    if exit_code == 0:
       step = int(state.step)
       show_sample(
         Run(cfg.run_dir, cfg, prepared.tokenizer, step, model, state.params, mesh),
@@ -170,12 +193,14 @@ class Trainer:
     evaluator: "Evaluator",
     store: CheckpointStore,
     reporter: Reporter,
+    watchdog: Watchdog,
   ):
     self.cfg, self.fingerprint, self.mesh = cfg, fingerprint, mesh
     self.train_step, self.evaluator = train_step, evaluator
-    self.store, self.reporter = store, reporter
+    self.store, self.reporter, self.watchdog = store, reporter, watchdog
     self.clock = Clock()
     self.skipped = 0
+    self.evaluated = False
 
   def steps(
     self, state: TrainState, first_step: int, batches: Batches, stop: "Stop"
@@ -184,10 +209,13 @@ class Trainer:
 
     While the devices work on step n, the host reads the metrics of step n - 1.
     """
-    training, seed = self.cfg.training, jax.numpy.uint32(self.cfg.seed)
-    step, saved, pending = first_step, first_step, None
+    training, seed = self.cfg.training, np.uint32(self.cfg.seed)
+    step, saved, pending, stopped = first_step, first_step, None, 0
     with batches.iterate(first_step) as rows:
-      while step < training.num_steps and not stop.requested:
+      while step < training.num_steps:
+        stopped = stop.at(step)
+        if stopped:
+          break
         with self.clock.waiting_for_data():
           batch = next(rows, None)
         if batch is None:
@@ -209,15 +237,17 @@ class Trainer:
             saved = step
           self.clock.restart()
     self.report(pending)
-    if stop.requested:
-      self.reporter.log(f"{signal.Signals(stop.requested).name}: saving step {step}")
+    stopped = stopped or stop.at(step)
+    if stopped:
+      self.reporter.log(f"{signal.Signals(stopped).name}: saving step {step}")
     elif step > first_step and step % training.eval_every_steps:
       self.evaluate(step, state)
     if step > saved:
       self.save(step, state)
-    self.store.wait()
-    if stop.requested:
-      return state, INTERRUPTED if stop.requested == signal.SIGINT else PREEMPTED
+    with self.watchdog.resting():  # a large checkpoint takes its time
+      self.store.wait()
+    if stopped:
+      return state, INTERRUPTED if stopped == signal.SIGINT else PREEMPTED
     return state, 0
 
   def report(self, pending: tuple[int, Metrics] | None) -> None:
@@ -226,6 +256,7 @@ class Trainer:
       return
     step, metrics = pending
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    self.watchdog.progress()
     self.reporter.advance(step)
     if not self.clock.first_step_done:
       seconds = time.perf_counter() - self.clock.started
@@ -246,13 +277,19 @@ class Trainer:
       self.reporter.metrics(step, named | self.clock.rates())
 
   def evaluate(self, step: int, state: TrainState) -> None:
-    values = self.evaluator(state.params)
+    # The first evaluation compiles.
+    with contextlib.nullcontext() if self.evaluated else self.watchdog.resting():
+      values = self.evaluator(
+        state.params, self.watchdog.progress if self.evaluated else lambda: None
+      )
+    self.evaluated = True
     self.reporter.metrics(step, values)
     self.reporter.log(f"step {step:>6}  held-out: {describe_evaluation(values)}")
 
   def save(self, step: int, state: TrainState) -> None:
     # The next batch has the step's number: nothing else is needed to go on with the data.
     progress = {"step": step, "corpus": self.fingerprint}
+    self.watchdog.progress()
     self.store.save(step, state.params, state.opt_state, progress)
 
 
@@ -306,7 +343,6 @@ def check_batch(cfg: Config, mesh: Mesh) -> None:
       f"accumulation_steps={accumulation}",
       f"nearest: {max(1, round(size / shards)) * shards}",
     )
-
   for name in ("seq_len", "source_len"):
     length, parts = getattr(cfg.data, name), mesh.shape["context"]
     if length is not None and length % parts:
@@ -354,7 +390,26 @@ def resume_step(cfg: Config) -> int:
   return step
 
 
-def check_same_experiment(cfg: Config, fingerprint: str, step: int) -> None:
+def check_shared(run_dir: Path, peers: Alone) -> None:
+  """Refuses to train into a directory that not all processes see."""
+  if peers.num_processes == 1:
+    return
+
+  def leave_mark() -> str:
+    mark = secrets.token_hex(8)
+    write_atomically(run_dir / MARK, mark)
+    return mark
+
+  mark = peers.decide(leave_mark)
+  seen, deadline = "", time.monotonic() + MARK_SECONDS
+  while seen != mark and time.monotonic() < deadline:
+    with contextlib.suppress(OSError):
+      seen = (run_dir / MARK).read_text("utf-8")
+    time.sleep(0.0 if seen == mark else 0.2)
+  peers.agree(f"what is in {run_dir}", seen)
+
+
+def check_same_experiment(cfg: Config, fingerprint: str, step: int, peers: Alone) -> None:
   """Refuses to go on from a step of other data or another model. Clears the way if not."""
   cure = "choose another --name, or start over with --checkpoint.resume=never"
   before = load_config_of(cfg.run_dir)
@@ -377,7 +432,7 @@ def check_same_experiment(cfg: Config, fingerprint: str, step: int) -> None:
     raise CheckpointError(
       f"the text of {cfg.data.corpus} is not what {cfg.run_dir} was trained on", cure
     )
-  make_room_after(directory, step)
+  peers.decide(lambda: make_room_after(directory, step))
 
 
 def set_aside(directory: Path) -> None:
@@ -404,15 +459,20 @@ def describe(cfg: Config, state: TrainState, prepared: Prepared, mesh: Mesh) -> 
 
 @dataclasses.dataclass
 class Stop:
-  """The signal that asked the run to save and end, if one did."""
+  """The signal that asked this process to save and end, if one did."""
 
+  peers: Alone
   requested: int = 0
+
+  def at(self, step: int) -> int:
+    """The signal because of which all processes stop after this step, or 0."""
+    return self.peers.stop_at(step, self.requested)
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Stop]:
+def stop_signals(peers: Alone) -> Iterator[Stop]:
   """SIGTERM and Ctrl-C ask once; the second time they act at once."""
-  stop = Stop()
+  stop = Stop(peers)
 
   def request(number: int, _: Any) -> None:
     stop.requested = number
@@ -433,7 +493,10 @@ def stop_signals() -> Iterator[Stop]:
 
 
 def show_sample(run: Run, reporter: Reporter) -> None:
-  """Prints what the model makes of `sample_prompt`, and what to try next."""
+  """Prints what the model makes of `sample_prompt`, and what to try next.
+
+  Every process computes it, for the model may lie on all of them.
+  """
   family, prompt = run.cfg.model.family, run.cfg.training.sample_prompt
   infer, text = f"python infer.py {run.path}", ""
   if family == "encoder":
@@ -453,8 +516,9 @@ def show_sample(run: Run, reporter: Reporter) -> None:
     tries = [f'{infer} --prompt "{prompt or "Once"}"']
   reporter.end_progress()
   reporter.log("a sample:")
-  print(text, flush=True)
-  (run.path / SAMPLE).write_text(f"{text}\n", "utf-8")
+  if reporter.writes:
+    print(text, flush=True)
+    (run.path / SAMPLE).write_text(f"{text}\n", "utf-8")
   tries.append(f"python train.py --name=longer --training.num_steps={2 * run.step}")
   tries.append(f"tensorboard --logdir {run.cfg.runs_dir}   (pip install tensorboard)")
   reporter.log("next, try:\n" + "\n".join(f"  {line}" for line in tries))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
@@ -16,7 +17,7 @@ from flaxlm.config import DataConfig, TrainingConfig
 from flaxlm.data.objectives import Batch
 from flaxlm.nn.base import LanguageModel, Output, Source
 from flaxlm.nn.models import abstract_params, init_params
-from flaxlm.sharding import batch_sharding, like_parameters
+from flaxlm.sharding import batch_parts, batch_sharding, like_parameters
 from flaxlm.training.losses import cross_entropy
 from flaxlm.training.optimizer import Optimizer
 
@@ -234,7 +235,7 @@ def init_state(
   options = {"xla_backend_optimization_level": 1} if on_cpu else None
   # No mesh is set: activations, of one dummy row here, have no layout to keep.
   jitted = jax.jit(init, out_shardings=shardings_of(abstract), compiler_options=options)
-  return jitted(jnp.uint32(seed))
+  return jitted(np.uint32(seed))
 
 
 class TrainStep:
@@ -244,7 +245,7 @@ class TrainStep:
     self._jitted, self._mesh = jitted, mesh
 
   def __call__(
-    self, state: TrainState, batch: Batch, seed: jax.Array
+    self, state: TrainState, batch: Batch, seed: ArrayLike
   ) -> tuple[TrainState, Metrics]:
     with jax.set_mesh(self._mesh):
       return self._jitted(state, batch, seed)
@@ -292,7 +293,10 @@ def compile_eval_step(
   model: LanguageModel, mesh: Mesh
 ) -> Callable[[Any, Batch, ArrayLike], Metrics]:
   """`eval_step` under `jit`."""
-  return under_mesh(jax.jit(functools.partial(eval_step, model)), mesh)
+  step = functools.partial(eval_step, model)
+  # Every process reads the sums.
+  jitted = jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+  return under_mesh(jitted, mesh)
 
 
 def under_mesh(function: Callable, mesh: Mesh) -> Callable:
@@ -311,7 +315,20 @@ def shardings_of(tree: Any) -> Any:
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-  """This process's rows of a global batch, on its devices."""
+  """This process's rows of a global batch, in the order of its parts, on its devices."""
   sharding = batch_sharding(mesh)
-  put = functools.partial(jax.make_array_from_process_local_data, sharding)
+  parts, num_parts = batch_parts(mesh, jax.process_index())
+
+  def put(rows: np.ndarray) -> jax.Array:
+    size = len(rows) // len(parts)
+    shape = (num_parts * size, *rows.shape[1:])
+    places = {part: n for n, part in enumerate(parts)}
+
+    def shard(index: Any) -> np.ndarray:
+      start, stop, _ = index[0].indices(shape[0])
+      mine = places[start // size] * size + start % size
+      return rows[slice(mine, mine + stop - start), *index[1:]]
+
+    return jax.make_array_from_callback(shape, sharding, shard)
+
   return jax.tree.map(put, batch)

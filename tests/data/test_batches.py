@@ -120,7 +120,7 @@ def test_processes_share_out_each_batch(
   same: dict[str, Any] = {"batch_size": 12, "seed": seed, "objective": objective}
   whole = make_batches(**same)
   parts = [
-    make_batches(**same, process=process, num_processes=num_processes)
+    make_batches(**same, parts=[process], num_parts=num_processes)
     for process in range(num_processes)
   ]
   assert {part.num_batches for part in parts} == {whole.num_batches} == {3}
@@ -135,12 +135,23 @@ def test_processes_share_out_each_batch(
     assert equal(together, whole[n])
 
 
+def test_a_process_may_have_parts_that_lie_apart():
+  whole = make_batches(batch_size=12, seed=7, objective="masked")
+  some = make_batches(
+    batch_size=12, seed=7, objective="masked", parts=[0, 2, 3], num_parts=4
+  )
+  mine = [0, 1, 2, 6, 7, 8, 9, 10, 11]
+  for n in range(3):
+    assert np.array_equal(some[n].tokens_BT, whole[n].tokens_BT[mine])
+    assert np.array_equal(some[n].weights_BT, whole[n].weights_BT[mine])
+
+
 @EVERY_OBJECTIVE
 @settings(deadline=None, max_examples=10)
 @given(start=st.integers(0, 10**12), process=st.integers(0, 1))
 def test_iterating_from_anywhere_is_indexing(objective: str, start: int, process: int):
   batches = make_batches(
-    seed=3, num_epochs=None, process=process, num_processes=2, objective=objective
+    seed=3, num_epochs=None, parts=[process], num_parts=2, objective=objective
   )
   with batches.iterate(start) as iterator:
     for n, batch in enumerate(itertools.islice(iterator, 5)):

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`flaxlm launch`."""
+
+import argparse
+import sys
+from typing import Any
+
+from flaxlm.errors import ConfigError
+
+
+def add_launch(commands: Any) -> None:
+  parser = commands.add_parser(
+    "launch",
+    help="train with several processes on this machine",
+    usage="flaxlm launch --processes N -- train [CONFIG] [--section.field=value ...]",
+    description="Starts N processes of one job, which share this machine's GPUs; with "
+    "--simulated_devices=M each has M devices. If one fails, all end. For several "
+    "machines see docs/launch/.",
+  )
+  parser.add_argument("--processes", type=int, required=True, metavar="N")
+  parser.add_argument(
+    "--grace-seconds", type=float, default=10.0, help="from SIGTERM to SIGKILL"
+  )
+  parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- train ...")
+  parser.set_defaults(run=run_launch)
+
+
+def run_launch(args: argparse.Namespace, _: list[str]) -> int:
+  from flaxlm.distributed.launcher import launch
+
+  arguments = args.arguments[args.arguments[:1] == ["--"] :]
+  if args.processes < 1:
+    raise ConfigError(f"processes is {args.processes}", "it is at least 1")
+  if not args.grace_seconds >= 0:
+    raise ConfigError(f"grace-seconds is {args.grace_seconds}", "it is at least 0")
+  if not arguments or arguments[0] != "train":
+    what = f"{arguments[0]} does not" if arguments else "nothing to"
+    raise ConfigError(
+      f"{what} run as several processes",
+      f"flaxlm launch --processes {args.processes} -- train ...",
+    )
+  command = [sys.executable, "-m", "flaxlm.cli", *arguments]
+  return launch(command, args.processes, args.grace_seconds)

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes of one job on this machine: started, listened to, ended together."""
+
+import contextlib
+import ctypes
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any
+
+from flaxlm.distributed.detect import ADDRESS, COUNT, LOCAL, LOOPBACK, PROCESS
+from flaxlm.errors import INTERRUPTED, PREEMPTED, PeerLostError
+
+GOOD_ENDS = (0, PREEMPTED, INTERRUPTED)
+# A process that fails takes others along, within milliseconds: so long all are looked at
+# before one is called the first.
+LOOK_AROUND = 0.5
+TOKEN = "FLAXLM_JOB_TOKEN"
+
+
+def launch(command: Sequence[str], num_processes: int, grace_seconds: float = 10.0) -> int:
+  """Runs `command` as processes 0 to N - 1 of one job; returns the exit code of the job.
+
+  Output comes line by line behind `[n] `, but for what process 0 prints on stdout, which
+  is the job's result. Signals go to all. If one fails the others are ended: by SIGTERM,
+  and after `grace_seconds` by SIGKILL; the one that failed first decides the exit code,
+  128 + n after signal n.
+  """
+  shared = {
+    ADDRESS: f"{LOOPBACK}:{free_port()}",
+    COUNT: str(num_processes),
+    LOCAL: str(num_processes),
+    TOKEN: os.environ.get(TOKEN) or secrets.token_hex(16),
+  }
+  children: list[subprocess.Popen[bytes]] = []
+  try:
+    with forwarded_signals(children):
+      for number in range(num_processes):
+        environment = os.environ | shared | {PROCESS: str(number)}
+        children.append(start(command, environment))
+      threads = [thread for n, child in enumerate(children) for thread in relays(n, child)]
+      code = wait(children, grace_seconds)
+      for thread in threads:
+        thread.join(timeout=2.0)  # a grandchild may hold the pipe open
+    return code
+  finally:
+    for child in children:
+      if child.poll() is None:
+        child.kill()
+
+
+def start(command: Sequence[str], environment: Mapping[str, str]) -> Any:
+  """One process, in a session of its own: Ctrl-C reaches it through us, once."""
+  return subprocess.Popen(
+    command,
+    env=environment,
+    stdin=subprocess.DEVNULL,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    start_new_session=True,
+    preexec_fn=end_with_parent if sys.platform == "linux" else None,
+  )
+
+
+def end_with_parent() -> None:
+  """Asks the kernel for a SIGTERM when the launcher dies, however it dies."""
+  pr_set_pdeathsig = 1  # linux/prctl.h
+  ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def wait(children: Sequence[Any], grace_seconds: float) -> int:
+  """Until all have ended, by themselves or because one failed."""
+  while True:
+    codes = [child.poll() for child in children]
+    if all(code in GOOD_ENDS for code in codes):
+      return max(codes, key=GOOD_ENDS.index)
+    if any(code is not None and code not in GOOD_ENDS for code in codes):
+      break
+    time.sleep(0.05)
+  end = time.monotonic() + LOOK_AROUND
+  while time.monotonic() < end and any(child.poll() is None for child in children):
+    time.sleep(0.05)
+  codes = [child.poll() for child in children]
+  first = first_to_fail(codes)
+  code = codes[first]
+  assert code is not None, "it has failed"
+  print(
+    f"flaxlm launch: process {first} {describe(code)}; ending the others",
+    file=sys.stderr,
+    flush=True,
+  )
+  for child in children:
+    if child.poll() is None:
+      child.terminate()
+  deadline = time.monotonic() + grace_seconds
+  while time.monotonic() < deadline and any(child.poll() is None for child in children):
+    time.sleep(0.05)
+  for child in children:
+    if child.poll() is None:
+      child.kill()
+    child.wait()
+  return exit_code(code)
+
+
+def first_to_fail(codes: Sequence[int | None]) -> int:
+  """Whose end explains the others': a signal's before an error's before a lost peer's.
+
+  An abort comes last: that is how JAX ends a process when another has gone.
+  """
+
+  def rank(number: int) -> int:
+    code = codes[number]
+    if code is None or code in GOOD_ENDS:
+      return 4
+    if code == -signal.SIGABRT:
+      return 3
+    if code == PeerLostError.exit_code:
+      return 2
+    return 0 if code < 0 else 1
+
+  return min(range(len(codes)), key=rank)
+
+
+def describe(code: int) -> str:
+  if code < 0:
+    return f"died of {signal.Signals(-code).name} (exit code {exit_code(code)})"
+  return f"ended with exit code {code}"
+
+
+def exit_code(code: int) -> int:
+  """A shell's: 128 + n after signal n."""
+  return 128 - code if code < 0 else code
+
+
+# -- Output and signals --------------------------------------------------------------------
+
+
+def relays(number: int, child: Any) -> list[threading.Thread]:
+  """Threads that pass a child's output on, line by line."""
+  prefix = f"[{number}] ".encode()
+  plain = b"" if number == 0 else prefix
+  pairs = [
+    (child.stdout, sys.stdout.buffer, plain),
+    (child.stderr, sys.stderr.buffer, prefix),
+  ]
+  threads = [threading.Thread(target=relay, args=pair, daemon=True) for pair in pairs]
+  for thread in threads:
+    thread.start()
+  return threads
+
+
+def relay(source: IO[bytes], target: IO[bytes], prefix: bytes) -> None:
+  for line in source:
+    whole = line if line.endswith(b"\n") else line + b"\n"
+    with contextlib.suppress(BrokenPipeError, ValueError):  # keep the child's pipe empty
+      target.write(prefix + whole)  # one write: lines of two processes do not mix
+      target.flush()
+
+
+@contextlib.contextmanager
+def forwarded_signals(children: Sequence[Any]) -> Iterator[None]:
+  """SIGTERM and Ctrl-C go to every child, each time that they come."""
+
+  def forward(number: int, _: Any) -> None:
+    for child in children:
+      if child.poll() is None:
+        child.send_signal(number)
+
+  numbers = (signal.SIGTERM, signal.SIGINT)
+  before = {number: signal.signal(number, forward) for number in numbers}
+  try:
+    yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def free_port() -> int:
+  """A port of loopback that nobody uses, and most likely nobody will in a moment."""
+  with socket.socket() as sock:
+    sock.bind((LOOPBACK, 0))
+    return int(sock.getsockname()[1])

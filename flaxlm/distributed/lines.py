@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One JSON object a line over a socket: no pickle, no line longer than the cap."""
+
+import json
+import socket
+from typing import Any
+
+MOST_BYTES = 64 * 1024  # of a line; a whole config is a tenth of it
+
+
+class Garbage(Exception):
+  """What came is not ours: too long, not JSON, or no object."""
+
+
+class Line:
+  """A connection; the kernel closes it when the process behind it ends, however."""
+
+  def __init__(self, sock: socket.socket):
+    self.socket = sock
+    self._rest = b""
+
+  def send(self, message: dict[str, Any]) -> None:
+    """Raises `OSError` when the other side is gone."""
+    self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+  def receive(self) -> list[dict[str, Any]] | None:
+    """The messages that one read completes, perhaps none; None at the end.
+
+    Raises `Garbage`, and `TimeoutError` if the socket has a timeout.
+    """
+    try:
+      data = self.socket.recv(MOST_BYTES)
+    except (ConnectionError, BlockingIOError) as e:
+      if isinstance(e, BlockingIOError):
+        return []
+      return None
+    if not data:
+      return None
+    *lines, self._rest = (self._rest + data).split(b"\n")
+    if max(map(len, [*lines, self._rest])) > MOST_BYTES:
+      raise Garbage(f"a line of more than {MOST_BYTES} bytes")
+    return [_parse(line) for line in lines]
+
+  def close(self) -> None:
+    self.socket.close()
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+  try:
+    message = json.loads(line)
+  except (ValueError, RecursionError) as e:
+    raise Garbage(str(e)) from e
+  if not isinstance(message, dict):
+    raise Garbage("no object")
+  return message

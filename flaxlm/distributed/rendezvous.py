@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All processes of a job meet before JAX starts, and compare what has to be the same.
+
+JAX itself aborts with a C++ stack when a process is missing, and trains on when counts or
+configs differ. Here process 0 listens, every other one says who it is, and all get the
+same verdict: welcome, or one line that names who is missing or differs.
+"""
+
+import contextlib
+import hmac
+import os
+import selectors
+import socket
+import struct
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flaxlm.distributed.detect import Job, is_loopback
+from flaxlm.distributed.lines import Garbage, Line
+from flaxlm.errors import ConfigError, FlaxLMError, PeerLostError
+
+VERSION = 1  # of what is said
+ODD_ONES_OUT = 5.0  # seconds to see the others once something differs
+STRANGER = 10.0  # seconds that a connection may take to say who it is
+REPORT = 30.0  # seconds between lines about who is missing
+MOST_DIFFERENCES = 3  # in one line
+
+Claims = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Card:
+  """Who a process is, for messages about it."""
+
+  process: int
+  host: str
+  pid: int
+
+  def __str__(self) -> str:
+    return f"process {self.process} ({self.host}, pid {self.pid})"
+
+
+@dataclass(frozen=True)
+class Meeting:
+  """What the processes go on with: connections that stay open, and JAX's coordinator."""
+
+  lines: dict[int, Line]  # of process 0 to all others; of those to process 0
+  cards: dict[int, Card]
+  coordinator: str
+  bind: str
+
+
+@dataclass
+class _Guests:
+  """Those who came, in process 0's eyes."""
+
+  claims: dict[int, Claims] = field(default_factory=dict)
+  cards: dict[int, Card] = field(default_factory=dict)
+  lines: dict[int, Line] = field(default_factory=dict)
+  twice: list[tuple[Card, Card]] = field(default_factory=list)
+  turned_away: list[Line] = field(default_factory=list)
+
+
+def meet(
+  job: Job,
+  claims: Claims,
+  seconds: float,
+  bind: str | None = None,
+  token: str = "",
+  log: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> Meeting:
+  """Returns when all processes are there and claim the same.
+
+  `bind` is the address or the interface on which process 0 listens; None is loopback on
+  one host, and else the address that the job's `host` stands for. Processes without
+  `token` are not listened to. Raises `PeerLostError` if after `seconds` somebody is
+  missing, `ConfigError` if somebody claims something else.
+  """
+  claims = {"number of processes": str(job.num_processes), **claims}
+  card = Card(job.process, socket.gethostname(), os.getpid())
+  deadline = time.monotonic() + seconds
+  if job.process == 0:
+    return _host(job, card, claims, deadline, bind, token, log)
+  return _join(job, card, claims, seconds, token)
+
+
+# -- Process 0 ---------------------------------------------------------------------------
+
+
+def _host(
+  job: Job,
+  card: Card,
+  claims: Claims,
+  deadline: float,
+  bind: str | None,
+  token: str,
+  log: Callable[[str], None],
+) -> Meeting:
+  address = listen_address(job, bind)
+  started = time.monotonic()
+  with _listener(job, address) as listener:
+    guests = _Guests({0: claims}, {0: card})
+    _wait_for_guests(job, guests, listener, deadline, token, log)
+    error = verdict(job, guests.claims, guests.cards, guests.twice)
+    if error is None and len(guests.claims) < job.num_processes:
+      error = missing(job, guests.cards, time.monotonic() - started)
+    if error is not None:
+      refusal = {"refused": error.cause, "cure": error.cure, "code": error.exit_code}
+      for line in [*guests.lines.values(), *guests.turned_away]:
+        with contextlib.suppress(OSError):
+          line.send(refusal)
+        line.close()
+      raise error
+    port = _free_port(address, job.port + 1)
+  # Others reach process 0 by the name that they used; JAX listens where we did.
+  welcome = {"port": port, "cards": [_say(guests.cards[n]) for n in sorted(guests.cards)]}
+  for number, line in guests.lines.items():
+    try:
+      line.send(welcome)
+    except OSError as e:
+      raise PeerLostError(f"{guests.cards[number]} left before the start: {e}") from e
+  where = _join_address(address, port)
+  return Meeting(guests.lines, guests.cards, where, where)
+
+
+def _wait_for_guests(
+  job: Job,
+  guests: _Guests,
+  listener: socket.socket,
+  deadline: float,
+  token: str,
+  log: Callable[[str], None],
+) -> None:
+  """Until all have come, or the deadline; a little longer once something differs."""
+  arrived: dict[Line, float] = {}
+  report = time.monotonic() + REPORT
+  with selectors.DefaultSelector() as selector:
+    selector.register(listener, selectors.EVENT_READ)
+    while len(guests.claims) < job.num_processes and time.monotonic() < deadline:
+      for key, _ in selector.select(min(0.5, max(0.0, deadline - time.monotonic()))):
+        if key.fileobj is listener:
+          line = Line(listener.accept()[0])
+          line.socket.setblocking(False)
+          arrived[line] = time.monotonic()
+          selector.register(line.socket, selectors.EVENT_READ, line)
+          continue
+        line = key.data
+        try:
+          messages = line.receive()
+        except Garbage:
+          messages = None
+        if messages == []:
+          continue
+        selector.unregister(line.socket)
+        arrived.pop(line)
+        if not messages or not _admit(guests, line, messages[0], token):
+          line.close()
+      for line in [x for x, at in arrived.items() if time.monotonic() - at > STRANGER]:
+        selector.unregister(line.socket)
+        arrived.pop(line)
+        line.close()
+      if verdict(job, guests.claims, guests.cards, guests.twice) is not None:
+        deadline = min(deadline, time.monotonic() + ODD_ONES_OUT)
+        # From here on nothing is waited for but the others' claims.
+        if len(guests.claims) + len(guests.twice) >= job.num_processes:
+          deadline = 0.0
+      if time.monotonic() > report:
+        report += REPORT
+        log(f"waiting for {missing(job, guests.cards, 0).cause}")
+  for line in arrived:
+    line.close()
+
+
+def _admit(guests: _Guests, line: Line, message: dict[str, Any], token: str) -> bool:
+  """Whether this is a process of our job, which then is among the guests."""
+  try:
+    if message["rendezvous"] != VERSION or not _same(message["token"], token):
+      return False
+    card = _hear(message["card"])
+    claims = {str(key): str(value) for key, value in message["claims"].items()}
+  except (KeyError, TypeError, ValueError, AttributeError):
+    return False
+  line.socket.setblocking(True)
+  if card.process in guests.cards:
+    guests.twice.append((guests.cards[card.process], card))
+    guests.turned_away.append(line)
+  else:
+    guests.claims[card.process], guests.cards[card.process] = claims, card
+    guests.lines[card.process] = line
+  return True
+
+
+def _same(given: Any, token: str) -> bool:
+  return hmac.compare_digest(str(given).encode(), token.encode())
+
+
+def verdict(
+  job: Job,
+  claims: Mapping[int, Claims],
+  cards: Mapping[int, Card],
+  twice: list[tuple[Card, Card]],
+) -> FlaxLMError | None:
+  """What is wrong with those who came, in one line, or None."""
+  if twice:
+    return ConfigError(
+      " and ".join(f"{first} and {second}" for first, second in twice[:MOST_DIFFERENCES])
+      + " say that they are the same process",
+      "give each process a number of its own",
+    )
+  lines = []
+  for key in sorted({key for said in claims.values() for key in said}):
+    sayings = defaultdict(list)
+    for process, said in sorted(claims.items()):
+      sayings[said.get(key, "nothing")].append(process)
+    if len(sayings) > 1:
+      lines.append(f"{key} is {_who_says_what(sayings, cards)}")
+  outside = [card for process, card in cards.items() if process >= job.num_processes]
+  if not lines and outside:
+    lines = [f"{outside[0]} is one too many: there are {job.num_processes}"]
+  if not lines:
+    return None
+  if len(lines) > MOST_DIFFERENCES:
+    lines[MOST_DIFFERENCES:] = [f"{len(lines) - MOST_DIFFERENCES} more"]
+  return ConfigError(
+    "the processes differ: " + "; ".join(lines),
+    "start all of them with the same command, code and packages",
+  )
+
+
+def _who_says_what(sayings: Mapping[str, list[int]], cards: Mapping[int, Card]) -> str:
+  """`16 on process 1 (host, pid 7), 32 on processes 0, 2, 3`: the fewest first."""
+  parts = []
+  for value, processes in sorted(sayings.items(), key=lambda item: len(item[1])):
+    who = f"processes {_ranges(processes)}"
+    parts.append(f"{value} on {cards[processes[0]] if len(processes) == 1 else who}")
+  return ", ".join(parts)
+
+
+def missing(job: Job, cards: Mapping[int, Card], seconds: float) -> PeerLostError:
+  absent = [n for n in range(job.num_processes) if n not in cards]
+  who = f"process{'es' * (len(absent) > 1)} {_ranges(absent)} of {job.num_processes}"
+  return PeerLostError(
+    f"{who}" if not seconds else f"waited {seconds:.0f} s: {who} did not come",
+    "see their own logs; --job.start_seconds waits longer",
+  )
+
+
+def _ranges(numbers: list[int]) -> str:
+  """`0-2, 5` of 0, 1, 2, 5."""
+  parts: list[list[int]] = []
+  for number in numbers:
+    if parts and number == parts[-1][-1] + 1:
+      parts[-1] = [parts[-1][0], number]
+    else:
+      parts.append([number])
+  return ", ".join("-".join(map(str, part)) for part in parts)
+
+
+# -- The other processes -----------------------------------------------------------------
+
+
+def _join(job: Job, card: Card, claims: Claims, seconds: float, token: str) -> Meeting:
+  deadline = time.monotonic() + seconds
+  hello = {
+    "rendezvous": VERSION,
+    "token": token,
+    "card": _say(card),
+    "claims": dict(claims),
+  }
+  reason, pause = "", 0.1
+  while True:
+    left = deadline - time.monotonic()
+    if left <= 0:
+      raise PeerLostError(
+        f"process 0 of {job.num_processes} did not answer at {job.host}:{job.port}: "
+        f"{reason}",
+        f"see its log; {job.source} says that it is there",
+      )
+    try:
+      sock = socket.create_connection((job.host, job.port), timeout=min(left, 10.0))
+    except OSError as e:
+      reason = str(e)
+    else:
+      # Process 0 listened before this, and gives up after as many seconds.
+      sock.settimeout(seconds + 2 * ODD_ONES_OUT)
+      line = Line(sock)
+      answer = _ask(line, hello)
+      if answer is not None:
+        sock.settimeout(None)
+        return _welcomed(job, line, answer)
+      reason = "it hung up without a word; is FLAXLM_JOB_TOKEN the same on all?"
+      line.close()
+    time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+    pause = min(2 * pause, 2.0)
+
+
+def _ask(line: Line, hello: dict[str, Any]) -> dict[str, Any] | None:
+  """The verdict, for which process 0 may take its time; None if it hangs up."""
+  try:
+    line.send(hello)
+    messages: list[dict[str, Any]] | None = []
+    while messages == []:
+      messages = line.receive()
+    return messages[0] if messages else None
+  except (OSError, Garbage):
+    return None
+
+
+def _welcomed(job: Job, line: Line, answer: dict[str, Any]) -> Meeting:
+  if "refused" in answer:
+    line.close()
+    kind = PeerLostError if answer.get("code") == PeerLostError.exit_code else ConfigError
+    raise kind(str(answer["refused"]), str(answer.get("cure", "")))
+  cards = {card.process: card for card in map(_hear, answer["cards"])}
+  # The address that answered, not the name, which may have several.
+  host = line.socket.getpeername()[0]
+  return Meeting({0: line}, cards, _join_address(host, int(answer["port"])), "")
+
+
+def _say(card: Card) -> list[Any]:
+  return [card.process, card.host, card.pid]
+
+
+def _hear(said: Any) -> Card:
+  process, host, pid = said
+  if not (isinstance(process, int) and 0 <= process < 10**9 and isinstance(pid, int)):
+    raise ValueError("no card")
+  return Card(process, str(host)[:255], pid)
+
+
+# -- Where to listen -----------------------------------------------------------------------
+
+
+def listen_address(job: Job, bind: str | None) -> str:
+  """The one address on which process 0 listens. Raises `ConfigError`."""
+  if bind is not None:
+    return interface_address(bind) or _resolve(bind, "FLAXLM_BIND")
+  address = _resolve(job.host, f"process 0, by {job.source},")
+  if is_loopback(address) and not job.one_host:
+    raise ConfigError(
+      f"{job.host} is {address} on this machine: other hosts could not reach it",
+      "set FLAXLM_BIND to the address or the interface of the cluster's network",
+    )
+  return address
+
+
+def _resolve(host: str, what: str) -> str:
+  try:
+    return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+  except OSError as e:
+    raise ConfigError(f"{what} is {host!r}: {e}", "name an address of this machine") from e
+
+
+def interface_address(name: str) -> str | None:
+  """The IPv4 address of a network interface, as of eth0; None if there is no such one."""
+  if sys.platform != "linux" or len(name) > 15 or "/" in name:
+    return None
+  import fcntl
+
+  siocgifaddr = 0x8915  # linux/sockios.h
+  with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    request = struct.pack("256s", name.encode())
+    try:
+      reply = fcntl.ioctl(sock.fileno(), siocgifaddr, request)
+    except OSError:
+      return None
+  return socket.inet_ntoa(reply[20:24])
+
+
+@contextlib.contextmanager
+def _listener(job: Job, address: str) -> Iterator[socket.socket]:
+  family = socket.AF_INET6 if ":" in address else socket.AF_INET
+  with socket.socket(family, socket.SOCK_STREAM) as sock:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+      sock.bind((address, job.port))
+    except OSError as e:
+      raise ConfigError(
+        f"process 0 cannot listen at {_join_address(address, job.port)}: {e.strerror}",
+        "another job uses the port, or a process 0 runs already: choose another "
+        "JAX_COORDINATOR_PORT; or the address is another machine's: set FLAXLM_BIND",
+      ) from e
+    sock.listen(job.num_processes)
+    yield sock
+
+
+def _free_port(address: str, wanted: int) -> int:
+  """`wanted` if it is free, else any that is."""
+  family = socket.AF_INET6 if ":" in address else socket.AF_INET
+  for port in (wanted, 0):
+    with socket.socket(family, socket.SOCK_STREAM) as sock, contextlib.suppress(OSError):
+      sock.bind((address, port))
+      return int(sock.getsockname()[1])
+  return wanted
+
+
+def _join_address(host: str, port: int) -> str:
+  return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting JAX as one of several processes, and leaving it again.
+
+First the rendezvous, then `jax.distributed.initialize` with all that it would otherwise
+guess. A process that is alone starts nothing here.
+"""
+
+import atexit
+import contextlib
+import operator
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+
+from flaxlm import __version__
+from flaxlm.config import Config
+from flaxlm.configfile import knobs
+from flaxlm.distributed.detect import Job, detect, metadata_of
+from flaxlm.distributed.peers import Alone, Peers
+from flaxlm.distributed.rendezvous import meet
+from flaxlm.errors import ConfigError, exit_code_of
+
+BIND, TOKEN = "FLAXLM_BIND", "FLAXLM_JOB_TOKEN"
+DEVICES = "JAX_LOCAL_DEVICE_IDS"
+# JAX's own watch is the second to notice, and aborts with a C++ stack.
+JAX_HEARTBEATS = 3
+
+
+@contextlib.contextmanager
+def joined(cfg: Config) -> Iterator[Alone]:
+  """The other processes of this job, after they have all met and JAX has started.
+
+  An error that leaves the block is told to the others, which then end too.
+  """
+  job = detect(os.environ, metadata_of(os.environ))
+  if job is None:
+    yield Alone()
+    return
+  bind, token = os.environ.get(BIND), os.environ.get(TOKEN, "")
+  meeting = meet(job, claims(cfg), cfg.job.start_seconds, bind, token)
+  peers = Peers(job.process, meeting, cfg.job.heartbeat_seconds)
+  try:
+    with only_ours_on_stdout():
+      start_runtime(job, meeting.coordinator, meeting.bind, cfg.job.heartbeat_seconds)
+      yield peers
+      peers.agree("the end")
+  except BaseException as e:
+    peers.explain()  # collectives and saves fail, too, when another has died
+    peers.leave(e)
+    # JAX's goodbye would wait for the others, for minutes.
+    code = exit_code_of(e)
+    atexit.register(lambda: (sys.stderr.flush(), os._exit(code)))
+    raise
+  peers.leave()
+  jax.distributed.shutdown()
+
+
+def claims(cfg: Config) -> dict[str, str]:
+  """What has to be the same on all processes: versions, and every field of the config."""
+  fields = {name: str(operator.attrgetter(name)(cfg)) for name, _, _ in knobs()}
+  versions = {
+    "flaxlm": __version__,
+    "jax": jax.__version__,
+    "jaxlib": jaxlib.__version__,
+    "Python": platform.python_version(),
+  }
+  return versions | fields
+
+
+def start_runtime(job: Job, coordinator: str, bind: str, heartbeat: float) -> None:
+  """`jax.distributed.initialize`; nothing that it could detect is left to it."""
+  # We agree on the last step ourselves, and handle SIGTERM ourselves.
+  jax.config.update("jax_enable_preemption_service", False)
+  try:
+    jax.distributed.initialize(
+      coordinator_address=coordinator,
+      num_processes=job.num_processes,
+      process_id=job.process,
+      local_device_ids=device_ids(job, os.environ),
+      cluster_detection_method="deactivate",
+      heartbeat_timeout_seconds=max(100, int(JAX_HEARTBEATS * heartbeat)),
+      coordinator_bind_address=bind or None,
+    )
+  except RuntimeError as e:
+    first_line = next(iter(str(e).splitlines()), "")
+    raise ConfigError(
+      f"JAX cannot start as process {job.process}: {first_line}",
+      "start JAX in no other way in this process",
+    ) from e
+
+
+def device_ids(job: Job, environment: Mapping[str, str]) -> list[int] | None:
+  """This process's share of the machine's GPUs; None = all that it sees.
+
+  Starters that bind a GPU to each process show it just that one.
+  """
+  if DEVICES in environment:  # JAX reads it
+    return None
+  count = num_gpus(environment)
+  if job.local_processes == 1 or count < job.local_processes:
+    return None
+  if count % job.local_processes:
+    raise ConfigError(
+      f"{count} GPUs for {job.local_processes} processes on this machine",
+      f"start as many as divide {count}, or set CUDA_VISIBLE_DEVICES",
+    )
+  each = count // job.local_processes
+  return [*range(each * job.local_process, each * (job.local_process + 1))]
+
+
+def num_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int:
+  """NVIDIA GPUs that a process sees, without starting CUDA."""
+  if environment.get("JAX_PLATFORMS", "cuda") not in ("cuda", "gpu"):
+    return 0
+  visible = environment.get("CUDA_VISIBLE_DEVICES")
+  if visible is not None:
+    return len([part for part in visible.split(",") if part.strip()])
+  return len(list(devices.glob("nvidia[0-9]*")))
+
+
+@contextlib.contextmanager
+def only_ours_on_stdout() -> Iterator[None]:
+  """Sends what libraries print (Gloo does) to stderr: stdout is for results."""
+  try:
+    target = sys.stdout.fileno()
+  except (OSError, ValueError, AttributeError):  # captured: nothing to keep clean
+    yield
+    return
+  sys.stdout.flush()
+  ours = os.fdopen(os.dup(target), "w", encoding="utf-8")
+  os.dup2(sys.stderr.fileno(), target)
+  before: Any = sys.stdout
+  sys.stdout = ours
+  try:
+    yield
+  finally:
+    ours.flush()
+    os.dup2(ours.fileno(), target)
+    sys.stdout = before
+    ours.close()

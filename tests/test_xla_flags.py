@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flags of XLA: known to it, never the user's, only where they belong."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from flaxlm.xla_flags import GPU, TPU_SLICES, VARIABLES, flags_for, set_flags
+
+
+def test_jaxlib_knows_the_gpu_flags():
+  """It aborts at others, as it should: else this would prove nothing."""
+
+  def run(flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+      [sys.executable, "-c", "import jax; jax.jit(lambda x: x + 1)(1)"],
+      env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+      capture_output=True,
+      check=False,
+    )
+
+  environment: dict[str, str] = {}
+  assert set_flags(environment, GPU) == GPU
+  assert run(environment["XLA_FLAGS"]).returncode == 0
+  assert run("--xla_gpu_no_such_flag=true").returncode != 0
+
+
+@pytest.mark.parametrize("flags", [GPU, TPU_SLICES])
+def test_what_the_user_set_stands(flags):
+  variable = VARIABLES[flags]
+  mine = f"--{flags[0].name}=false --something=else"
+  environment = {variable: mine}
+  added = set_flags(environment, flags)
+  assert added == flags[1:]
+  assert environment[variable].startswith(mine)
+  assert environment[variable].count(flags[0].name) == 1
+  assert all(flag.name in environment[variable] for flag in added)
+  again = dict(environment)
+  assert set_flags(again, flags) == ()
+  assert again == environment
+
+
+def test_every_flag_has_a_reason_and_is_printed_with_it():
+  for flag in (*GPU, *TPU_SLICES):
+    assert len(flag.reason) > 20
+    assert f"--{flag.name}={flag.value}: {flag.reason}" in flag.line
+
+
+def test_flags_go_to_their_platform(tmp_path):
+  assert flags_for({"JAX_PLATFORMS": "cpu", "MEGASCALE_NUM_SLICES": "2"}, tmp_path) == ()
+  assert flags_for({}, tmp_path) == (), "no GPU, no slices"
+  assert flags_for({"MEGASCALE_NUM_SLICES": "1"}, tmp_path) == ()
+  assert flags_for({"MEGASCALE_NUM_SLICES": "2"}, tmp_path) == TPU_SLICES
+
+
+def test_importing_sets_nothing():
+  code = "import os, flaxlm.sharding; print(os.environ.get('XLA_FLAGS'))"
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  run = subprocess.run(
+    [sys.executable, "-c", code],
+    env=environment | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert run.stdout.strip() == "None"
