@@ -66,7 +66,7 @@ FIELDS = {
   "experts": "model.moe.num_experts",
   "expert_ffn": "model.moe.expert_width",
   "act_ffn": "model.ffn_width",
-  "length": "data.seq_len (and data.source_len)",
+  "length": "data.seq_len",
   "batch": "data.batch_size / training.accumulation_steps",
 }
 
