@@ -394,7 +394,11 @@ def loaded_by(statement: str, then: str = "") -> set[str]:
 
 
 @pytest.mark.parametrize(
-  "module", ["flaxlm", "flaxlm.config", "flaxlm.errors", "flaxlm.cli"]
+  "module",
+  [
+    *("flaxlm", "flaxlm.config", "flaxlm.errors", "flaxlm.cli"),
+    *("flaxlm.distributed.peers", "flaxlm.distributed.launcher"),
+  ],
 )
 def test_the_door_opens_without_jax_or_numpy(module: str):
   loaded = loaded_by(f"import {module}")
