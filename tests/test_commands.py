@@ -88,6 +88,15 @@ def test_train_infer_eval_ckpt(flaxlm, corpus, tmp_path):
   assert run.stdout.startswith("1 t")
   assert "\n2 t" in run.stdout
 
+  (tmp_path / "in.jsonl").write_text('{"prompt": "2 t"}\n{"prompt": "1 times"}\n')
+  job = ("--prompt-file=in.jsonl", "--output=out.jsonl", "--draft=ngram", "--verbose")
+  run = flaxlm("infer", *job, "--max-new-tokens=4", "--weights=int8", "--top-logprobs=2")
+  assert run.returncode == 0, run.stderr
+  assert "programs compiled" in run.stderr
+  answers = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
+  assert [answer["prompt"] for answer in answers] == ["2 t", "1 times"]
+  assert all(len(step) == 2 for step in answers[0]["top_logprobs"])
+
   run = flaxlm("eval", "--json")
   assert run.returncode == 0, run.stderr
   value = json.loads(run.stdout)["eval/bits_per_byte"]
@@ -265,6 +274,8 @@ BAD_INPUTS = {
   "top-k": (["infer", "--prompt=a", "--top-k=0"], 2, "at least 1"),
   "samples": (["infer", "--prompt=a", "--num-samples=0"], 2, "at least 1"),
   "prompt file": (["infer", "--prompt-file=nowhere"], 2, "cannot be read"),
+  "job": (["infer", "--prompt-file=in.jsonl"], 2, "--output out.jsonl"),
+  "logit bias": (["infer", "--prompt=a", "--logit-bias=7"], 2, "50256=-5"),
   "unknown flag": (["infer", "--prompt=a", "--tempreture=1"], 2, "--tempreture"),
   "unknown command": (["trian"], 2, "train"),
   "no command": ([], 2, "COMMAND"),

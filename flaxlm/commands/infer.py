@@ -83,6 +83,10 @@ def add_infer(commands: Any) -> None:
     "--weights", choices=("float32", "bfloat16", "int8"), help="default: as in the run"
   )
   parser.add_argument("--cache", choices=("int8",), help="keys and values in a quarter")
+  parser.add_argument(
+    "--draft", metavar="RUN", help="a smaller run that guesses ahead, or ngram: the text"
+  )
+  parser.add_argument("--draft-tokens", type=int, default=4, help="guesses at a time")
   parser.add_argument("--json", action="store_true", help="one JSON object per sample")
   parser.add_argument("--verbose", action="store_true", help="tell what was compiled")
   parser.add_argument("--runs-dir", default="runs")
@@ -134,6 +138,8 @@ def check(args: argparse.Namespace) -> None:
       raise ConfigError(f"{flag(name)[2:]} is {getattr(args, name)}", "it is at least 1")
   if args.beams is None and args.length_penalty is not None:
     raise ConfigError("--length-penalty without --beams", "add --beams 4")
+  if args.beams is not None and args.draft is not None:
+    raise ConfigError("--draft with --beams", "leave one of them out")
   if args.length_penalty is not None and args.length_penalty < 0:
     raise ConfigError(f"length-penalty is {args.length_penalty}", "it is at least 0")
   if args.beams is not None and args.beams < args.num_samples:
@@ -156,7 +162,24 @@ def open_decoder(args: argparse.Namespace) -> Any:
   run = open_run(args)
   if run.cfg.model.family == "encoder":
     return run
-  return ready(run, args.weights, args.cache == "int8")
+  run = ready(run, args.weights, args.cache == "int8")
+  return run if args.draft is None else with_draft(run, args)
+
+
+def with_draft(run: Any, args: argparse.Namespace) -> Any:
+  """The run with who guesses for it: another run, or the text itself."""
+  from flaxlm.decoding.runs import find_run, load_run, ready
+  from flaxlm.decoding.speculative import Draft
+
+  draft = Draft(num_tokens=args.draft_tokens)
+  if args.draft != "ngram":
+    small = ready(load_run(find_run(args.draft, args.runs_dir), run.mesh))
+    if small.tokenizer.fingerprint != run.tokenizer.fingerprint:
+      raise ConfigError(
+        f"{args.draft} has another tokenizer", "draft with one that shares it"
+      )
+    draft = Draft(small.model, small.params, args.draft_tokens)
+  return run._replace(draft=draft)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.runs import Run
 from flaxlm.decoding.sampling import Sampling
 from flaxlm.decoding.search import beam_search
+from flaxlm.decoding.speculative import speculate
 from flaxlm.errors import ConfigError
 from flaxlm.foreign_tokenizers import AnyTokenizer
 
@@ -74,7 +75,12 @@ def complete(
     _Row(Completion(prompt), run.tokenizer, of_row)
     for prompt, of_row in zip(prompts, stops, strict=True)
   ]
-  for block in generate(run.model, run.params, request, sampling, run.mesh, memory):
+  whole = (run.model, run.params, request, sampling)
+  if run.draft is None:
+    blocks = generate(*whole, run.mesh, memory)
+  else:
+    blocks = speculate(*whole, run.draft, run.mesh)
+  for block in blocks:
     late = time.monotonic() - started
     for i, row in enumerate(rows):
       tops: list = []

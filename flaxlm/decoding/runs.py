@@ -34,6 +34,7 @@ class Run(NamedTuple):
   model: LanguageModel
   params: Any
   mesh: Mesh
+  draft: Any = None  # a `Draft`, who guesses for this run
 
 
 def ready(run: Run, weights: str | None = None, narrow_cache: bool = False) -> Run:
