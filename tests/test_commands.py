@@ -93,7 +93,7 @@ def test_train_infer_eval_ckpt(flaxlm, corpus, tmp_path):
   run = flaxlm("infer", *job, "--max-new-tokens=4", "--weights=int8", "--top-logprobs=2")
   assert run.returncode == 0, run.stderr
   assert "programs compiled" in run.stderr
-  answers = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
+  answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
   assert [answer["prompt"] for answer in answers] == ["2 t", "1 times"]
   assert all(len(step) == 2 for step in answers[0]["top_logprobs"])
 
