@@ -115,7 +115,7 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
   if mesh.empty or mesh.size == 1:
     return x
   sizes = dict(mesh.shape)
-  parts = math.prod(sizes[axis] for axis in RULES["length"])
+  parts = math.prod(sizes.get(axis, 1) for axis in RULES["length"])
   whole = lambda name, dim: name == "length" and dim % parts
   kept = [None if whole(*pair) else pair[0] for pair in zip(names, x.shape, strict=True)]
   spec = partition_spec(kept, x.shape, sizes)
