@@ -97,10 +97,13 @@ def test_a_job_of_any_size_goes_on(flaxlm, arguments, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["fsdp=4,tensor=2", "tensor=2,expert=4"])
-def test_four_processes_on_any_mesh(flaxlm, arguments, tmp_path, mesh):
+@pytest.mark.parametrize(
+  ("mesh", "num_experts"),
+  [("fsdp=4,tensor=2", 0), ("tensor=2,expert=4", 4), ("data=2,context=4", 0)],
+)
+def test_four_processes_on_any_mesh(flaxlm, arguments, tmp_path, mesh, num_experts):
   """Also where an axis that does not cut the batch lies across processes."""
-  same = dict(mesh=mesh, model__num_heads=8, model__moe__num_experts=4)
+  same = dict(mesh=mesh, model__num_heads=8, model__moe__num_experts=num_experts)
   run = flaxlm(*arguments(name="one", simulated_devices=8, **same))
   assert run.returncode == 0, run.stderr
   run = flaxlm(
