@@ -191,8 +191,11 @@ def over_mesh(
 
   axes = lambda name: tuple(axis for axis in RULES[name] if axis in sizes)
   embed, ffn, expert = axes("embed"), axes("expert_ffn"), axes("experts")
-  # A capacity is of a whole row: every member of `context` serves all of it.
-  length = "length" if cfg.moe.capacity_factor is None else "key_length"
+  # A capacity is of a whole row, and a token to decode cannot be cut: then every member of
+  # `context` serves all of it.
+  parts = math.prod(sizes[axis] for axis in axes("length"))
+  cut_rows = cfg.moe.capacity_factor is None and x_BTD.shape[1] % parts == 0
+  length = "length" if cut_rows else "key_length"
   rest = tuple(axis for axis in axes("batch") + axes(length) if axis not in embed + expert)
 
   def on_device(x_BTD, logits_BTE, real_BT, kernels):
