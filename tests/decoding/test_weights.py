@@ -55,30 +55,29 @@ def test_int8_weights_are_off_by_half_a_step_at_most(name: str):
     assert (error <= 0.501 * np.abs(exact[path]).max(0) / 127).all()
 
 
-@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
-def test_narrow_weights_decode_as_the_full_forward_pass(kind: str):
+def test_narrow_weights_decode_as_the_full_forward_pass():
   """Cached = full holds for what the narrow parameters say."""
   model, params = model_of("gpt2")
-  prepared = prepare_params(params, model.cfg, kind)
+  prepared = prepare_params(params, model.cfg, "int8")
   prompts = [[1, 2, 3], [4]]
   tokens = tokens_of(model, prepared, Request(prompts, 20, 64), make_sampling(2, 0.0))
   for prompt, answer in zip(prompts, tokens, strict=True):
     whole = np.array([[*prompt, *answer]])
-    logits_TV = model.apply({"params": prepared}, whole).value[0]
+    logits_TV = jax.jit(model.apply)({"params": prepared}, whole).value[0]
     assert np.argmax(logits_TV[len(prompt) - 1 : -1], -1).tolist() == answer
 
 
 def error_of(model: Any, params: Any, narrow_model: Any, narrow_params: Any) -> float:
   """The largest change of a log-probability at a step, over their spread."""
-  tokens_BT = np.random.default_rng(0).integers(0, 64, (4, 24))
+  tokens_BT = np.random.default_rng(0).integers(0, 64, (4, 12))
 
   def logprobs(model: Any, params: Any) -> np.ndarray:
-    cache = init_cache(model, 4, 32)
+    cache = init_cache(model, 4, 12)
     step = jax.jit(
       lambda token_B1, cache: model.apply({"params": params}, token_B1, cache=cache)[:2]
     )
     found = []
-    for at in range(24):
+    for at in range(12):
       logits, cache = step(tokens_BT[:, at : at + 1], cache)
       found.append(jax.nn.log_softmax(logits, -1))
     return np.concatenate(found, 1)
@@ -95,7 +94,7 @@ def test_narrow_numbers_are_near():
     depth=2, width=64, num_heads=4, num_kv_heads=2, vocab_size=64, context=64
   )
   model = build_model(cfg)
-  params = jax.tree.map(lambda x: x * 2, unboxed(model))
+  params = jax.tree.map(lambda x: x * 2, jax.jit(lambda: unboxed(model))())
   small = model.clone(run=Execution(narrow_cache=True))
   for kind, narrow_model in ((None, small), ("int8", model), ("bfloat16", model)):
     narrow = prepare_params(params, model.cfg, kind)
@@ -111,10 +110,9 @@ def test_an_int8_vector_is_off_by_half_a_step_at_most():
   assert (error <= 0.501 * np.abs(x).max(-1, keepdims=True) / 127 + 1e-7).all()
 
 
-@pytest.mark.parametrize("name", ["gqa", "window, mqa, untied"])
-def test_an_int8_cache_is_a_cache(name: str):
+def test_an_int8_cache_is_a_cache():
   """A quarter of the bytes and the scales; a row alone is the row in a batch."""
-  model, params = model_of(name)
+  model, params = model_of("window, mqa, untied")
   model = model.clone(run=Execution(narrow_cache=True))
   cache = init_cache(model, 4, 32)
   assert all(isinstance(x, Narrow) for kv in cache.layers for x in kv)
