@@ -257,7 +257,7 @@ BAD_INPUTS = {
   "heads": (["train", "--model.num_kv_heads=3"], 2, "1, 2, 4"),
   "seq_len": (["train", "--data.seq_len=512"], 2, "--model.context=512"),
   "unknown config": (["train", "stdlib_tinny"], 2, "did you mean stdlib_tiny"),
-  "mesh axis": (["train", "--mesh=foo=2"], 2, "data, fsdp, tensor"),
+  "mesh axis": (["train", "--mesh=foo=2"], 2, "data, fsdp, context"),
   "mesh size": (["train", "--mesh=data=2,fsdp=2"], 2, "1 present"),
   "idle devices": (["train", "--mesh=data=2", "--simulated_devices=8"], 2, "8 present"),
   "batch": (["train", "--data.batch_size=16", "--simulated_devices=3"], 2, "nearest: 15"),
