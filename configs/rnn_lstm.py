@@ -4,7 +4,7 @@
 What:     3 LSTM layers (Hochreiter & Schmidhuber, 1997), 128 wide, each added to the
           residual stream behind a norm; BPE of 4,096. --model.cell=gru for GRUs.
 Cost:     about 3 minutes on 2 CPU cores; no account, no download.
-Expected: 5.38 nats after 0.3 M tokens at 1.3 M parameters; not measured to its end.
+Expected: 1.736 held-out bits per byte (gzip -9: 1.926), loss 4.151, after 500 steps.
 Command:  python train.py rnn_lstm
 """
 

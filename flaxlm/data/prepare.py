@@ -119,6 +119,10 @@ def prepare(
   prepared = _find(plan)
   if prepared is not None:
     return prepared
+  # TFDS replaces Python's import while it is imported itself: no other thread may import
+  # anything then, as compiling does.
+  from flaxlm.data import builders  # noqa: F401
+
   meanwhile()
   with locked(plan.root, log):
     prepared = _find(plan)  # another process may have been faster
