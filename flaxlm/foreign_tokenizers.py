@@ -6,14 +6,12 @@ Hugging Face's would: the name of a special token in it is that token.
 """
 
 import functools
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import tokenizers
 
 from flaxlm.config import TokenizerConfig
@@ -23,6 +21,7 @@ from flaxlm.tokenizers import (
   MAX_FILE_BYTES,
   Role,
   Tokenizer,
+  Vocabulary,
   _byte_alphabet,
   _rust_errors,
 )
@@ -60,7 +59,7 @@ class Specials(NamedTuple):
     return specials
 
 
-class ForeignTokenizer:
+class ForeignTokenizer(Vocabulary):
   """Any tokenizer of the tokenizers library, with the specials of its checkpoint.
 
   Attributes are those of `Tokenizer`. Without an end of text, `eos_id` is -1, which no
@@ -81,22 +80,6 @@ class ForeignTokenizer:
     added = backend.get_added_tokens_decoder().items()
     named = {n for n, token in added if token.special}
     self.special_ids: tuple[int, ...] = tuple(sorted(named | self.eos_ids | {self.bos_id}))
-
-  @functools.cached_property
-  def fingerprint(self) -> str:
-    """SHA-256 of the tokenizer.json."""
-    return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
-
-  def encode(self, text: str) -> list[int]:
-    """The ids of `text`, none added. A lone surrogate becomes "?"."""
-    return self.encode_batch([text])[0].tolist()
-
-  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """The ids (uint32) of each text."""
-    texts = [text.encode("utf-8", "replace").decode() for text in texts]
-    with _rust_errors("cannot encode the text"):
-      batch = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-    return [np.array(encoding.ids, np.uint32) for encoding in batch]
 
   def encode_masked(self, text: str) -> list[int]:
     """The ids of `text`, in which each `[MASK]` is `mask_id`; `DataError` without one."""
@@ -121,24 +104,12 @@ class ForeignTokenizer:
     """A decoder for ids that come one by one."""
     return ForeignStream(self)
 
-  def token_bytes(self) -> np.ndarray:
-    """How many bytes of text each id stands for (V,), int32; 0 for specials.
+  @functools.cached_property
+  def _pieces(self) -> list[bytes]:
+    """The bytes that each id stands for.
 
     Exact for byte-level and SentencePiece vocabularies; of others, blanks do not count.
     """
-    return np.array([len(piece) for piece in self._pieces], np.int32)
-
-  def bytes_of(self, token_id: int) -> bytes:
-    """The bytes of text that an id stands for, as `token_bytes` counts them."""
-    return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else b""
-
-  def name_of(self, token_id: int) -> str | None:
-    """What the vocabulary calls an id; None where it leaves a gap."""
-    return self._backend.id_to_token(token_id)
-
-  @functools.cached_property
-  def _pieces(self) -> list[bytes]:
-    """The bytes that each id stands for."""
     pieces = [b""] * self.vocab_size
     byte_level = "ByteLevel" in str(self._backend.decoder)
     byte_of = {character: byte for byte, character in enumerate(_byte_alphabet())}
@@ -153,10 +124,6 @@ class ForeignTokenizer:
       if token_id < self.vocab_size:
         pieces[token_id] = b""
     return pieces
-
-  def to_json(self) -> str:
-    """What stands in its tokenizer.json."""
-    return self._backend.to_str()
 
   def save(self, path: str | Path) -> None:
     """Writes tokenizer.json, and the specials beside it."""

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flaxlm.config import MESH_AXES
+from flaxlm.config import MESH_AXES, Config
 from flaxlm.errors import ConfigError
 from flaxlm.xla_flags import Flag, flags_for, set_flags
 
@@ -181,11 +181,16 @@ def find_replication(params: Any, sizes: Mapping[str, int]) -> Replication:
     total += size
     cut = {axis for entry in leaf.sharding.spec for axis in axes_of(entry)}
     if not any(sizes[axis] > 1 for axis in cut):
-      whole["/".join(str(getattr(key, "key", key)) for key in path)] = size
+      whole[name_of(path)] = size
   if all(sizes[axis] == 1 for axis in ("fsdp", "tensor", "expert")):
     whole = {}
   largest = max(whole, key=lambda name: whole[name], default="")
   return Replication(sum(whole.values()) / total, largest)
+
+
+def name_of(path: tuple) -> str:
+  """`blocks/ffn/up/kernel` for a leaf's path in a tree of parameters."""
+  return "/".join(key.key for key in path)
 
 
 def check_replication(params: Any, sizes: Mapping[str, int], tolerance: float) -> None:
@@ -261,6 +266,26 @@ def merged(
   if aligned:
     return (min(owned[process]) // size,), shards // size
   return tuple(sorted(owned[process])), shards
+
+
+def check_batch(cfg: Config, sizes: Mapping[str, int]) -> None:
+  """Refuses, by `ConfigError`, a batch or rows that a mesh cannot share out evenly."""
+  accumulation, size = cfg.training.accumulation_steps, cfg.data.batch_size
+  shards = batch_shards(sizes) * accumulation
+  if size % shards:
+    axes = " x ".join(f"{axis}={sizes[axis]}" for axis in RULES["batch"])
+    raise ConfigError(
+      f"data.batch_size={size} is not a multiple of {axes} x "
+      f"accumulation_steps={accumulation}",
+      f"nearest: {max(1, round(size / shards)) * shards}",
+    )
+  for name in ("seq_len", "source_len"):
+    length, parts = getattr(cfg.data, name), sizes["context"]
+    if length is not None and length % parts:
+      raise ConfigError(
+        f"data.{name}={length} is not a multiple of mesh context={parts}",
+        f"nearest: {max(1, round(length / parts)) * parts}",
+      )
 
 
 def make_mesh(sizes: Mapping[str, int]) -> Mesh:

@@ -48,7 +48,54 @@ _WORDS = "|".join(
 )
 
 
-class Tokenizer:
+class Vocabulary:
+  """What our tokenizers and imported ones have in common: ids, and what they stand for."""
+
+  _backend: tokenizers.Tokenizer
+
+  @functools.cached_property
+  def _pieces(self) -> list[bytes]:
+    """The bytes that each id stands for; none for specials."""
+    raise NotImplementedError
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """SHA-256 of the tokenizer.json."""
+    return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+  def to_json(self) -> str:
+    """What stands in its tokenizer.json."""
+    return self._backend.to_str()
+
+  def encode(self, text: str) -> list[int]:
+    """The ids of `text`, no specials added. A lone surrogate becomes "?"."""
+    return self.encode_batch([text])[0].tolist()
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """The ids (uint32) of each text, as `encode` gives them."""
+    return self._encode_with_backend(
+      [text.encode("utf-8", "replace").decode() for text in texts]
+    )
+
+  def _encode_with_backend(self, texts: Sequence[str]) -> list[np.ndarray]:
+    with _rust_errors("cannot encode the text"):
+      batch = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array(encoding.ids, np.uint32) for encoding in batch]
+
+  def token_bytes(self) -> np.ndarray:
+    """How many bytes of text each id stands for (V,), int32; 0 for specials."""
+    return np.array([len(piece) for piece in self._pieces], np.int32)
+
+  def bytes_of(self, token_id: int) -> bytes:
+    """The bytes of text that an id stands for; none for specials, and past the last id."""
+    return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else b""
+
+  def name_of(self, token_id: int) -> str | None:
+    """What the vocabulary calls an id; None past the last id, and where it has a gap."""
+    return self._backend.id_to_token(token_id)
+
+
+class Tokenizer(Vocabulary):
   """A byte-level BPE tokenizer with a special token, `<|endoftext|>`.
 
   `bos_id` begins a document and `eos_id` ends one; in ours they are the same id. One for
@@ -82,15 +129,6 @@ class Tokenizer:
       and backend.pre_tokenizer.__getstate__() == ours
     )
 
-  @functools.cached_property
-  def fingerprint(self) -> str:
-    """SHA-256 of the tokenizer.json."""
-    return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
-
-  def encode(self, text: str) -> list[int]:
-    """The ids of `text`, no specials added. A lone surrogate becomes "?"."""
-    return self.encode_batch([text])[0].tolist()
-
   def framed(self, ids: Sequence[int], role: Role) -> list[int]:
     """`ids` with the specials that a model is trained to see around a text."""
     return [*ids, self.eos_id] if role == "source" else [self.bos_id, *ids]
@@ -112,9 +150,9 @@ class Tokenizer:
     The Rust library tracks the offsets of every character and reaches 2 MB/s. Splitting
     with `re` and remembering the ids of each word is five times faster, and the same.
     """
-    texts = [text.encode("utf-8", "replace").decode() for text in texts]
     if not self._splits_as_ours:
-      return self._encode_with_backend(texts)
+      return super().encode_batch(texts)
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]
     if len(self._known_words) > MAX_KNOWN_WORDS:
       self._known_words = {}
     known = self._known_words
@@ -126,11 +164,6 @@ class Tokenizer:
       np.frombuffer(b"".join(map(known.__getitem__, words)), np.uint32) for words in split
     ]
 
-  def _encode_with_backend(self, texts: Sequence[str]) -> list[np.ndarray]:
-    with _rust_errors("cannot encode the text"):
-      batch = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-    return [np.array(encoding.ids, np.uint32) for encoding in batch]
-
   def decode(self, ids: Iterable[int]) -> str:
     """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
 
@@ -141,14 +174,6 @@ class Tokenizer:
   def stream(self) -> "TextStream":
     """A decoder for ids that come one by one."""
     return TextStream(self)
-
-  def token_bytes(self) -> np.ndarray:
-    """How many bytes of text each id stands for (V,), int32; 0 for specials."""
-    return np.array([len(piece) for piece in self._pieces], np.int32)
-
-  def to_json(self) -> str:
-    """What stands in its tokenizer.json."""
-    return self._backend.to_str()
 
   def save(self, path: str | Path) -> None:
     Path(path).write_text(self._backend.to_str(pretty=True), "utf-8")
@@ -170,14 +195,6 @@ class Tokenizer:
       return Tokenizer(backend)
     except DataError as e:
       raise DataError(f"{path}: {e.cause}", e.cure) from e
-
-  def bytes_of(self, token_id: int) -> bytes:
-    """The bytes of text that an id stands for; none for specials, and past the last id."""
-    return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else b""
-
-  def name_of(self, token_id: int) -> str | None:
-    """What the vocabulary calls an id; None past the last id."""
-    return self._backend.id_to_token(token_id)
 
   @functools.cached_property
   def _pieces(self) -> list[bytes]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from flaxlm.benchmark.report import Result, print_json, print_results, summarise
-from flaxlm.config import ModelConfig
+from flaxlm.configfile import load_config
 from flaxlm.errors import ConfigError, FlaxLMError
 
 MODULE = "flaxlm.benchmark.generation"  # also when it runs as __main__
@@ -30,19 +30,7 @@ ROUNDS = 5
 PROMPT, NEW_TOKENS = 32, 128
 BATCHES = (1, 8)
 PEERS = ("transformers",)
-MODEL = ModelConfig(
-  depth=12,
-  width=768,
-  num_heads=12,
-  context=1024,
-  vocab_size=50257,
-  positions="learned",
-  norm="layernorm",
-  norm_epsilon=1e-5,
-  activation="gelu_tanh",
-  gated=False,
-  biased=True,
-).resolve()
+MODEL = load_config("gpt2_124m").model.resolve()
 
 
 def bench_generation(batch: int, peer: str | None, rounds: int = ROUNDS) -> list[Result]:

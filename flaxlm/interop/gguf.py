@@ -19,6 +19,7 @@ from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.huggingface import describe, reader
 from flaxlm.interop.layouts import Shape
+from flaxlm.interop.transfer import find_fitting
 from flaxlm.nn.positions import inverse_wavelengths, stretched_frequencies
 
 
@@ -60,12 +61,17 @@ def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
   if path.exists():
     raise CheckpointError(f"{path} is there already", "choose another name, or remove it")
   cfg = run.cfg.model
-  family, architecture = find_architecture(run)
+  try:
+    family = find_fitting(run, [FAMILIES[name] for name in ARCHITECTURES])
+  except CheckpointError as e:
+    cure = f"GGUF is for the families {', '.join(ARCHITECTURES)}"
+    raise CheckpointError(e.cause, cure) from e
+  architecture = ARCHITECTURES[family.model_type]
   if cfg.window is not None and cfg.window < cfg.context:
     raise CheckpointError(
       f"GGUF: llama.cpp has no window in {architecture.name}", "export to safetensors"
     )
-  _, expected = describe(cfg, run.params, FAMILIES[family])
+  _, expected = describe(cfg, run.params, family)
   read = reader(run.params, expected)
   narrow = (dtype or run.cfg.training.param_dtype) == "bfloat16"
   factors = frequency_factors(cfg, architecture)
@@ -107,20 +113,6 @@ def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
   finally:
     partial.unlink(missing_ok=True)
   return architecture.name
-
-
-def find_architecture(run: Run) -> tuple[str, Architecture]:
-  """The first family here that the run's model is. Raises `CheckpointError`."""
-  refusals: list[CheckpointError] = []
-  for family, architecture in ARCHITECTURES.items():
-    try:
-      describe(run.cfg.model, run.params, FAMILIES[family])
-      return family, architecture
-    except CheckpointError as e:
-      refusals.append(e)
-  nearest = min(refusals, key=lambda e: len(e.cause))
-  known = ", ".join(ARCHITECTURES)
-  raise CheckpointError(nearest.cause, f"GGUF is for the families {known}")
 
 
 def as_neighbours(name: str, array: np.ndarray, cfg: ModelConfig) -> np.ndarray:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,10 @@ def export_run(run: Run, folder: Path, dtype: str | None, most: int) -> Family:
   """
   kept = run.path / KEPT
   origin = read_json(kept / CONFIG) if (kept / CONFIG).is_file() else {}
-  family = find_fitting(run, origin.get("model_type"))
+  came_from = origin.get("model_type")
+  family = find_fitting(
+    run, sorted(FAMILIES.values(), key=lambda f: f.model_type != came_from)
+  )
   cfg = run.cfg.model
   with new_folder(folder) as partial:
     dtype = dtype or run.cfg.training.param_dtype
@@ -163,13 +166,13 @@ def export_run(run: Run, folder: Path, dtype: str | None, most: int) -> Family:
   return family
 
 
-def find_fitting(run: Run, model_type: Any) -> Family:
-  """The family that the run came from, if it still is one, or the first that it is.
+def find_fitting(run: Run, families: Iterable[Family]) -> Family:
+  """The first of `families` that the run's model is.
 
   Raises `CheckpointError`, with what is in the way of the nearest one.
   """
   refusals: list[CheckpointError] = []
-  for family in sorted(FAMILIES.values(), key=lambda f: f.model_type != model_type):
+  for family in families:
     try:
       describe(run.cfg.model, run.params, family)
       return family

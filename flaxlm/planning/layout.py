@@ -26,7 +26,14 @@ from flaxlm.planning.memory import (
 from flaxlm.planning.report import size
 from flaxlm.planning.roofline import network_bytes
 from flaxlm.planning.search import describe_mesh
-from flaxlm.sharding import RULES, Replication, axes_of, find_replication, with_shardings
+from flaxlm.sharding import (
+  RULES,
+  Replication,
+  axes_of,
+  find_replication,
+  name_of,
+  with_shardings,
+)
 
 # Why a rule of `sharding.RULES` is as it is, by logical name.
 REASONS: Mapping[str, str] = {
@@ -115,7 +122,7 @@ def describe_parameter(
 ) -> ParameterLayout:
   assert isinstance(leaf.sharding, jax.sharding.NamedSharding)
   return ParameterLayout(
-    name="/".join(str(getattr(key, "key", key)) for key in path),
+    name=name_of(path),
     shape=leaf.shape,
     dtype=str(leaf.dtype),
     logical=names,

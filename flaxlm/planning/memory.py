@@ -31,7 +31,13 @@ from flaxlm.data.objectives import Batch
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import build_model, init_params
 from flaxlm.planning.cost import kv_cache_bytes, stacks
-from flaxlm.sharding import RULES, axes_of, batch_shards, like_parameters, with_shardings
+from flaxlm.sharding import (
+  axes_of,
+  batch_shards,
+  check_batch,
+  like_parameters,
+  with_shardings,
+)
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import SEED, forward
 
@@ -264,22 +270,8 @@ def _split_over(leaf: Any, axis: str) -> bool:
 
 def local_rows(cfg: Config, sizes: Sizes) -> int:
   """Rows of one micro-batch on one device; raises `ConfigError` if they do not divide."""
-  accumulation, size = cfg.training.accumulation_steps, cfg.data.batch_size
-  shards = batch_shards(sizes) * accumulation
-  if cfg.data.seq_len % sizes["context"]:
-    raise ConfigError(
-      f"data.seq_len={cfg.data.seq_len} cannot be split over mesh "
-      f"context={sizes['context']}",
-      f"make it a multiple of {sizes['context']}, or change --mesh",
-    )
-  if size % shards:
-    axes = " x ".join(f"{axis}={sizes[axis]}" for axis in RULES["batch"])
-    raise ConfigError(
-      f"data.batch_size={size} is not a multiple of {axes} x "
-      f"accumulation_steps={accumulation}",
-      f"nearest: {max(1, round(size / shards)) * shards}",
-    )
-  return size // shards
+  check_batch(cfg, sizes)
+  return cfg.data.batch_size // (batch_shards(sizes) * cfg.training.accumulation_steps)
 
 
 def gathered_keys(cfg: Config, sizes: Sizes) -> int:

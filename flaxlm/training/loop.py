@@ -38,13 +38,12 @@ from flaxlm.errors import (
   INTERRUPTED,
   PREEMPTED,
   CheckpointError,
-  ConfigError,
   NonFiniteError,
 )
 from flaxlm.foreign_tokenizers import expected_vocab_size
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import build_model
-from flaxlm.sharding import RULES, batch_shards, check_replication, make_mesh, start_jax
+from flaxlm.sharding import check_batch, check_replication, make_mesh, start_jax
 from flaxlm.tokenizers import MASK
 from flaxlm.training.evaluation import Evaluator, describe_evaluation, split_batches
 from flaxlm.training.optimizer import Optimizer, build_optimizer
@@ -78,7 +77,7 @@ def train(cfg: Config) -> int:
   flags = start_jax(cfg.simulated_devices, data_dir() / "xla")
   with joined(cfg) as peers, contextlib.ExitStack() as stack:
     mesh = make_mesh(cfg.mesh)
-    check_batch(cfg, mesh)
+    check_batch(cfg, mesh.shape)
     # -- Run directory: ours alone from here on.
     stack.enter_context(locked(cfg.run_dir))
     check_shared(cfg.run_dir, peers)
@@ -330,26 +329,6 @@ class Clock:
 
 
 # -- Before the first step ---------------------------------------------------------------
-
-
-def check_batch(cfg: Config, mesh: Mesh) -> None:
-  """Refuses a batch that the mesh cannot share out evenly."""
-  accumulation, size = cfg.training.accumulation_steps, cfg.data.batch_size
-  shards = batch_shards(mesh.shape) * accumulation
-  if size % shards:
-    axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES["batch"])
-    raise ConfigError(
-      f"data.batch_size={size} is not a multiple of {axes} x "
-      f"accumulation_steps={accumulation}",
-      f"nearest: {max(1, round(size / shards)) * shards}",
-    )
-  for name in ("seq_len", "source_len"):
-    length, parts = getattr(cfg.data, name), mesh.shape["context"]
-    if length is not None and length % parts:
-      raise ConfigError(
-        f"data.{name}={length} is not a multiple of mesh context={parts}",
-        f"nearest: {max(1, round(length / parts)) * parts}",
-      )
 
 
 @contextlib.contextmanager
