@@ -47,3 +47,34 @@ def flaxlm(tmp_path: Path, cache_root: Path) -> Callable[..., subprocess.Complet
 
   run.environment = environment
   return run
+
+
+def tiny(corpus, **knobs):
+  """Arguments of a run of seconds; `knobs` replace its fields, `__` stands for the dot."""
+  fields = {
+    "data.corpus": corpus,
+    "model.depth": 1,
+    "model.width": 16,
+    "model.num_heads": 2,
+    "model.context": 32,
+    "data.seq_len": 32,
+    "data.batch_size": 4,
+    "tokenizer.kind": "byte",
+    "training.scanned": True,
+    "training.log_every_steps": 1,
+    "training.eval_every_steps": 4,
+    "training.sample_prompt": "a",
+    "checkpoint.every_steps": 3,
+  } | {name.replace("__", "."): value for name, value in knobs.items()}
+  return [f"--{name}={value}" for name, value in fields.items()]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+  """A folder of the user's own text."""
+  folder = tmp_path / "text"
+  folder.mkdir()
+  for number in range(12):
+    lines = [f"{a} times {number} is {a * number}.\n" for a in range(40)]
+    (folder / f"{number}.txt").write_text("".join(lines))
+  return f"files:{folder}"

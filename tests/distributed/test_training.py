@@ -10,40 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-
-FIELDS = {
-  "model.depth": 1,
-  "model.width": 16,
-  "model.num_heads": 2,
-  "model.context": 32,
-  "data.seq_len": 32,
-  "data.batch_size": 8,
-  "tokenizer.kind": "byte",
-  "training.scanned": True,
-  "training.log_every_steps": 1,
-  "training.eval_every_steps": 4,
-  "training.sample_prompt": "a",
-  "checkpoint.every_steps": 3,
-  "training.num_steps": 6,
-}
+from conftest import tiny
 
 
 @pytest.fixture
-def arguments(tmp_path):
+def arguments(corpus):
   """Arguments of a run of seconds; keywords replace its fields, `__` being a dot."""
-  folder = tmp_path / "text"
-  folder.mkdir()
-  for number in range(12):
-    lines = [f"{a} times {number} is {a * number}.\n" for a in range(40)]
-    (folder / f"{number}.txt").write_text("".join(lines))
-
-  def make(**knobs):
-    fields = FIELDS | {name.replace("__", "."): value for name, value in knobs.items()}
-    return ["train", f"--data.corpus=files:{folder}"] + [
-      f"--{name}={value}" for name, value in fields.items()
-    ]
-
-  return make
+  usual = {"data__batch_size": 8, "training__num_steps": 6}
+  return lambda **knobs: ["train", *tiny(corpus, **usual | knobs)]
 
 
 def losses(tmp_path, name, kind="train/loss"):
