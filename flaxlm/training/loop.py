@@ -220,6 +220,10 @@ class Trainer:
         if batch is None:
           self.reporter.log(f"the data end after step {step}: {training.num_steps} asked")
           break
+        if jax.default_backend() == "cpu":
+          # While something is still being computed, the next program runs in a thread of
+          # the pool, and so would all after it: their memory is mapped anew each time.
+          jax.block_until_ready(state)
         state, metrics = self.train_step(state, put_batch(batch, self.mesh), seed)
         step += 1
         self.report(pending)
