@@ -4,7 +4,8 @@
 What:     stdlib_tiny with 8 experts of half its feed-forward's width in each block, of
           which a token visits 2: as much work a token, three times the parameters.
 Cost:     about 3 minutes on 2 CPU cores; no account, no download.
-Expected: 1.65 held-out bits per byte; stdlib_tiny has 1.69, gzip -9 1.93.
+Expected: 1.690 held-out bits per byte after 440 steps; stdlib_tiny has 1.694 after 500,
+          gzip -9 1.926.
 Command:  python train.py moe_tiny
 """
 
@@ -28,6 +29,6 @@ config = Config(
   data=DataConfig(corpus="stdlib", seq_len=256, batch_size=8),
   optimizer=OptimizerConfig(kind="muon", learning_rate=1e-2, warmup_steps=50),
   training=TrainingConfig(
-    num_steps=500, eval_every_steps=250, sample_prompt="def __init__(self"
+    num_steps=440, eval_every_steps=220, sample_prompt="def __init__(self"
   ),
 )

@@ -4,9 +4,11 @@
 
 A step reads every weight and the cache (`planning.roofline.decode_work`); reading a
 prompt is a forward pass of which the head sees the last token only. Against a peer whole
-answers are timed, prompt and all: others do not tell the two apart.
+answers of GPT-2's smallest shape are timed, prompt and all: others do not tell the two
+apart.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxlm.benchmark.measure import Setting, Side, Timing, against, measure, timed
+from flaxlm.benchmark.measure import Setting, Side, against, measure, timed
 from flaxlm.benchmark.report import Result, Work
 from flaxlm.config import Config, ModelConfig, TrainingConfig
+from flaxlm.configfile import load_config
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import make_sampling
@@ -64,15 +67,51 @@ def bench_decode(setting: Setting) -> list[Result]:
   results = []
   for batch in setting.pick((2,), (1, 4, 16), (1, 8, 64)):
     results += bench_batch(cfg, model, params, (batch, prompt, new), setting)
-  if setting.peer == "torch":
-    from flaxlm.benchmark.transformers_peer import bench_against_transformers
-
-    results += bench_against_transformers(cfg, model, params, (prompt, new), setting)
-  elif setting.peer == "llama.cpp":
-    from flaxlm.benchmark.llama_cpp_peer import bench_against_llama_cpp
-
-    results += bench_against_llama_cpp(cfg, model, params, (prompt, new), setting)
+  if setting.peer is not None:
+    results += bench_against(setting.peer, setting)
   return results
+
+
+def bench_against(peer: str, setting: Setting) -> list[Result]:
+  """Whole answers, ours and the peer's in turn, with the same weights."""
+  cfg, prompt, new = peer_shape(setting)
+  model, params = random_model(cfg)
+  prepared = prepare_params(params, cfg.model)
+  if peer == "torch":
+    from flaxlm.benchmark import transformers_peer as module
+  else:
+    from flaxlm.benchmark import llama_cpp_peer as module  # type: ignore[no-redef]
+  answer = module.load(cfg, model, params)
+  results = []
+  for batch in setting.pick((2,), (1, 8), (1, 8, 64)):
+    if batch > 1 and peer == "llama.cpp":
+      continue  # its Python binding answers one row at a time
+    request = random_request(cfg, batch, prompt, new)
+    greedy = make_sampling(batch, temperature=0.0)
+    ours = functools.partial(whole_answer, model, prepared, request, greedy)
+    theirs = functools.partial(answer, request.prompts, new)
+    timings = measure({"flaxlm": Side(ours), peer: Side(theirs)}, setting)
+    case = f"answer {cfg.model.depth}x{cfg.model.width} B{batch} {prompt}+{new}"
+    work = answer_work(cfg, batch, prompt, new)
+    result = timed(("decode", case), timings["flaxlm"], "tokens/s", batch * new, work)
+    gate = same_tokens(timings["flaxlm"].result, timings[peer].result)
+    results.append(against(result, peer, timings[peer], timings["flaxlm"], gate))
+  return results
+
+
+def peer_shape(setting: Setting) -> tuple[Config, int, int]:
+  """As `shape_of`: GPT-2 with 124M parameters, 32 + 128 tokens."""
+  model = load_config("gpt2_124m").model
+  if setting.size == "tiny":
+    shape = dict(depth=1, width=16, num_heads=2, vocab_size=512, context=64, ffn_width=None)
+    model = dataclasses.replace(model, **shape)  # type: ignore[arg-type]
+  dtype = setting.pick("float32", "float32", "bfloat16")
+  training = TrainingConfig(dtype=dtype, param_dtype=dtype)
+  return Config(model=model.resolve(), training=training), 32, setting.pick(9, 128, 128)
+
+
+def whole_answer(*arguments: Any) -> np.ndarray:
+  return np.concatenate([block.tokens_BT for block in generate(*arguments)], 1)
 
 
 def random_model(cfg: Config) -> tuple[LanguageModel, Any]:
@@ -158,26 +197,6 @@ def answer_work(cfg: Config, batch: int, prompt: int, new: int) -> Work:
   flops, weights, cache = decode_work(cfg, batch, prompt + new // 2)
   touched = weights + cache
   return Work(steps * flops, steps * touched, cfg.training.dtype, touched)
-
-
-def compared(
-  cfg: Config,
-  sides: tuple[Side, dict[str, Side]],
-  lengths: tuple[int, int, int],
-  gate: Any,
-  setting: Setting,
-) -> list[Result]:
-  """Whole answers of ours and of each peer, in turn; `gate(ours, theirs)` compares them."""
-  ours, peers = sides
-  batch, prompt, new = lengths
-  timings: dict[str, Timing] = measure({"flaxlm": ours, **peers}, setting)
-  case = f"answer {cfg.model.depth}x{cfg.model.width} B{batch} {prompt}+{new}"
-  result = timed(("decode", case), timings["flaxlm"], "tokens/s", batch * new)
-  found = []
-  for peer in peers:
-    text = gate(timings["flaxlm"].result, timings[peer].result)
-    found.append(against(result, peer, timings[peer], timings["flaxlm"], text))
-  return found
 
 
 def same_tokens(ours: np.ndarray, theirs: np.ndarray) -> str:

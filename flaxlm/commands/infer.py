@@ -27,6 +27,7 @@ SETTINGS: dict[str, tuple[type, str]] = {
   "repetition_penalty": (float, "above 1: less of what prompt and answer hold"),
   "presence_penalty": (float, "taken from logits of tokens in the answer, once"),
   "frequency_penalty": (float, "taken from them for each time"),
+  "regex": (str, "that the whole answer fits"),
   "seed": (int, "sample n draws with seed + n"),
 }
 
@@ -58,6 +59,7 @@ def add_infer(commands: Any) -> None:
   parser.add_argument(
     "--ban", action="append", default=[], type=int, metavar="ID", help="may be repeated"
   )
+  parser.add_argument("--json-schema", metavar="FILE", help="of what the answer is to be")
   parser.add_argument("--stop", action="append", default=[], help="may be repeated")
   parser.add_argument(
     "--stop-token",
@@ -101,8 +103,11 @@ def flag(name: str) -> str:
 def run_infer(args: argparse.Namespace, _: list[str]) -> int:
   check(args)
   from flaxlm.decoding.completions import Stopping
+  from flaxlm.decoding.constraint import regex_of_schema
   from flaxlm.decoding.sampling import Settings
 
+  if args.json_schema is not None:
+    args.regex = regex_of_schema(read_text(args.json_schema))
   given = {name: getattr(args, name) for name in SETTINGS}
   settings = Settings(
     **{name: value for name, value in given.items() if value is not None},
@@ -140,6 +145,14 @@ def check(args: argparse.Namespace) -> None:
     raise ConfigError("--length-penalty without --beams", "add --beams 4")
   if args.beams is not None and args.draft is not None:
     raise ConfigError("--draft with --beams", "leave one of them out")
+  if args.regex is not None and args.json_schema is not None:
+    raise ConfigError("--regex with --json-schema", "leave one of them out")
+  if args.regex is not None or args.json_schema is not None:
+    for name in ("beams", "draft"):
+      if getattr(args, name) is not None:
+        raise ConfigError(
+          f"an answer of a given form with --{name}", "leave one of them out"
+        )
   if args.length_penalty is not None and args.length_penalty < 0:
     raise ConfigError(f"length-penalty is {args.length_penalty}", "it is at least 0")
   if args.beams is not None and args.beams < args.num_samples:
@@ -240,7 +253,7 @@ def answer(
 ) -> None:
   """Writes the completions of some prompts; a single one as it grows."""
   from flaxlm.decoding.completions import complete, search
-  from flaxlm.decoding.sampling import make_sampling
+  from flaxlm.decoding.sampling import stack_settings
 
   rows = [prompt for prompt in prompts for _ in range(args.num_samples)]
   streams = len(rows) == 1 and not args.json
@@ -257,7 +270,7 @@ def answer(
     results = complete(
       run,
       rows,
-      make_sampling(len(rows), **vars(settings)),
+      stack_settings(settings.samples(len(rows)), run.tokenizer),
       args.max_new_tokens,
       stop,
       on_text=show if streams else None,
@@ -282,7 +295,7 @@ def converse(
   from flaxlm.decoding.chat import load_chat
   from flaxlm.decoding.completions import complete
   from flaxlm.decoding.generate import Memory
-  from flaxlm.decoding.sampling import make_sampling
+  from flaxlm.decoding.sampling import stack_settings
 
   chat = None if args.no_chat else load_chat(run.path)
   memory, messages = Memory(), []
@@ -298,7 +311,7 @@ def converse(
       print(piece, end="", file=out, flush=True)
 
     messages.append({"role": "user", "content": line})
-    sampling = make_sampling(1, **vars(settings))
+    sampling = stack_settings([settings], run.tokenizer)
     with contextlib.suppress(KeyboardInterrupt):
       rest = (args.max_new_tokens, stop, show, 0, memory)
       complete(run, [chat(messages)], sampling, *rest)

@@ -108,10 +108,10 @@ def generate(
     past = None if memory is None else memory.past
     logits_BV, cache = prefill_logits(model, params, request, mesh, past)
     batch = logits_BV.shape[0]
-    sampling = Sampling(*(np.resize(x, (batch, *x.shape[1:])) for x in sampling))
+    sampling = for_batch(sampling, batch)
     seen = None
     if ASK_WHAT_WAS_SEEN & set(how.rules):
-      seen = first_seen(request, logits_BV.shape)
+      seen = first_seen(request, sampling, logits_BV.shape)
     state = DecodeState(cache, jnp.zeros(batch, jnp.int32), seen)
     state, chosen = choose(logits_BV, state, sampling, ids, how)
 
@@ -184,18 +184,24 @@ def choose(
   seen, lengths_B = state.seen, state.cache.lengths_B
   drawn = sample(logits_BV, lengths_B, sampling, how.rules, seen, how.num_top)
   if seen is not None:
-    seen = seen.add(drawn.token_B)
+    seen = seen.add(drawn.token_B, sampling)
   chosen = Chosen(*drawn, finite_B=jnp.isfinite(drawn.logprob_B))
   chosen = chosen.each(lambda x_B: x_B[:, None])
   return DecodeState(state.cache, drawn.token_B, seen), chosen
 
 
-def first_seen(request: Request, shape: tuple[int, ...]) -> Seen:
+def for_batch(sampling: Sampling, batch: int) -> Sampling:
+  """As many rows as a bucket has, by repeating."""
+  return sampling.each_row(lambda x: np.resize(x, (batch, *x.shape[1:])))
+
+
+def first_seen(request: Request, sampling: Sampling, shape: tuple[int, ...]) -> Seen:
   """What the prompts hold; nothing is generated yet."""
   in_prompt_BV = np.zeros(shape, bool)
   for row, prompt in enumerate(request.prompts):
     in_prompt_BV[row, [*prompt]] = True
-  return Seen(jnp.asarray(in_prompt_BV), jnp.zeros(shape, jnp.int32))
+  states_B = jnp.asarray(sampling.states_B)
+  return Seen(jnp.asarray(in_prompt_BV), jnp.zeros(shape, jnp.int32), states_B)
 
 
 def first_tokens(x_BT: np.ndarray, most: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flaxlm.decoding.completions import Stopping, complete, make_request
+from flaxlm.decoding.constraint import regex_of_schema
 from flaxlm.decoding.generate import Memory
 from flaxlm.decoding.prefill import BLOCK_STEPS, SMALLEST_PREFIX, common_length
 from flaxlm.decoding.runs import Run
@@ -41,7 +42,7 @@ class Sized(NamedTuple):
 
 SETTINGS = {field.name for field in dataclasses.fields(Settings)}
 KEYS = {*SETTINGS, "prompt", "stop", "stop_tokens", "max_seconds", "max_new_tokens"}
-KEYS |= {"num_samples", "id"}  # the id is the user's own
+KEYS |= {"json_schema", "num_samples", "id"}  # the id is the user's own
 
 
 def read_jobs(text: str, defaults: Job) -> list[Job]:
@@ -72,6 +73,8 @@ def read_job(values: dict[str, Any], defaults: Job, index: int) -> Job:
   own = {name: value for name, value in values.items() if name in SETTINGS}
   if "logit_bias" in own:
     own["logit_bias"] = {int(token): bias for token, bias in own["logit_bias"].items()}
+  if "json_schema" in values:
+    own["regex"] = regex_of_schema(values["json_schema"])
   own.setdefault("seed", (defaults.settings.seed + index) % 2**31)
   settings = dataclasses.replace(defaults.settings, **own)
   settings.check()
@@ -132,23 +135,19 @@ def run_batch(
   run: Run, batch: Sequence[Sized], num_top: int, memory: Memory | None
 ) -> dict[int, list[dict]]:
   """The samples of each job, by its index: sample n of a job draws with its seed + n."""
-  rows = [(of, n) for of in batch for n in range(of.job.num_samples)]
-  settings = [
-    dataclasses.replace(of.job.settings, seed=(of.job.settings.seed + n) % 2**31)
-    for of, n in rows
-  ]
-  stops = [dataclasses.replace(of.job.stop, max_tokens=of.num_new) for of, _ in rows]
+  rows = [of for of in batch for _ in range(of.job.num_samples)]
+  settings = [row for of in batch for row in of.job.settings.samples(of.job.num_samples)]
   found = complete(
     run,
-    [of.job.prompt for of, _ in rows],
-    stack_settings(settings),
+    [of.job.prompt for of in rows],
+    stack_settings(settings, run.tokenizer),
     max(of.num_new for of in batch),
-    stops,
+    [dataclasses.replace(of.job.stop, max_tokens=of.num_new) for of in rows],
     num_top=num_top,
     memory=memory,
   )
   results: dict[int, list[dict]] = {of.place: [] for of in batch}
-  for (of, _), completion in zip(rows, found, strict=True):
+  for of, completion in zip(rows, found, strict=True):
     results[of.place].append(completion.as_json())
   return results
 

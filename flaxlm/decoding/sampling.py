@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxlm.decoding.constraint import FREE, NO_AUTOMATON, Automaton, build_automaton
 from flaxlm.errors import ConfigError
+from flaxlm.foreign_tokenizers import AnyTokenizer
 
 OFF_TOP_K = 2**30
 BLOCK = 256  # tokens that `draw` chooses among at a time
@@ -36,6 +38,7 @@ class Settings:
   frequency_penalty: float = 0.0
   logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
   banned_tokens: Sequence[int] = ()
+  regex: str | None = None  # of the whole answer
   seed: int = 0
 
   def check(self) -> None:
@@ -59,6 +62,17 @@ class Settings:
     for token, bias in self.biases.items():
       if token < 0 or math.isnan(bias) or bias == INF:
         raise ConfigError(f"logit-bias of token {token} is {bias}", "as in 50256=-5")
+    if self.regex is not None and not isinstance(self.regex, str):
+      raise ConfigError(f"regex is {self.regex!r}", "it is a text")
+    if self.regex is not None and -INF in self.biases.values():
+      raise ConfigError(
+        "banned tokens may leave a regex no way on", "leave one of them out"
+      )
+
+  def samples(self, count: int) -> "list[Settings]":
+    """The settings of so many samples: sample n draws with `seed + n`."""
+    self.check()
+    return [dataclasses.replace(self, seed=(self.seed + n) % 2**31) for n in range(count)]
 
   @property
   def biases(self) -> dict[int, float]:
@@ -79,17 +93,28 @@ class Sampling(NamedTuple):
   bias_ids_BX: Any  # X tokens whose logits change by so much; unused ones by 0
   biases_BX: Any
   seeds_B: Any  # all the randomness that a row has
+  states_B: Any  # of the automaton, at first; 0: free
+  automaton: Automaton  # of all rows
+
+  def each_row(self, change: Callable[[Any], Any]) -> "Sampling":
+    """Changes every array that has a B."""
+    return Sampling(*map(change, self[:-1]), automaton=self.automaton)  # type: ignore[misc]
 
 
 class Seen(NamedTuple):
-  """The tokens of each row so far, for the rules that ask."""
+  """What the tokens of each row so far come to, for the rules that ask."""
 
   in_prompt_BV: jax.Array
   counts_BV: jax.Array  # of what was generated
+  states_B: jax.Array  # of the automaton
 
-  def add(self, token_B: jax.Array) -> "Seen":
-    rows_B = jnp.arange(token_B.shape[0])
-    return self._replace(counts_BV=self.counts_BV.at[rows_B, token_B].add(1))
+  def add(self, token_B: jax.Array, sampling: Sampling) -> "Seen":
+    rows_B, states_B = jnp.arange(token_B.shape[0]), self.states_B
+    if sampling.automaton.kinds_V.size:
+      num_tokens = self.counts_BV.shape[1]
+      states_B = sampling.automaton.follow(states_B, token_B, num_tokens)
+    counts_BV = self.counts_BV.at[rows_B, token_B].add(1)
+    return self._replace(counts_BV=counts_BV, states_B=states_B)
 
 
 class Drawn(NamedTuple):
@@ -106,15 +131,25 @@ def make_sampling(batch: int, temperature: float = 1.0, **settings: Any) -> Samp
 
   Keywords are the fields of `Settings`. Raises `ConfigError` for values out of range.
   """
-  one = stack_settings([Settings(temperature=temperature, **settings)])
-  rows = Sampling(*(np.repeat(x, batch, 0) for x in one))
-  return rows._replace(seeds_B=rows.seeds_B + np.arange(batch, dtype=np.uint32))
+  return stack_settings(Settings(temperature=temperature, **settings).samples(batch))
 
 
-def stack_settings(rows: Sequence[Settings]) -> Sampling:
-  """Rows with settings of their own. Raises `ConfigError` for values out of range."""
+def stack_settings(
+  rows: Sequence[Settings], tokenizer: AnyTokenizer | None = None
+) -> Sampling:
+  """Rows with settings of their own; `tokenizer` is for those with a regex.
+
+  Raises `ConfigError` for values out of range.
+  """
   for row in rows:
     row.check()
+  expressions = tuple(sorted({row.regex for row in rows if row.regex is not None}))
+  automaton, states = NO_AUTOMATON, {}
+  if expressions:
+    if tokenizer is None:
+      raise ConfigError("a regex is of text: it needs the tokenizer")
+    automaton, initial = build_automaton(expressions, tokenizer)
+    states = dict(zip(expressions, initial, strict=True))
 
   def column(name: str, off: float = 1.0, dtype: Any = np.float32) -> np.ndarray:
     values = [getattr(row, name) for row in rows]
@@ -140,6 +175,10 @@ def stack_settings(rows: Sequence[Settings]) -> Sampling:
     bias_ids_BX=ids_BX,
     biases_BX=biases_BX,
     seeds_B=column("seed", dtype=np.uint32),
+    states_B=np.array(
+      [FREE if row.regex is None else states[row.regex] for row in rows], np.int32
+    ),
+    automaton=automaton,
   )
 
 
@@ -175,6 +214,13 @@ def penalise_presence(
   assert seen is not None
   logits_BV -= sampling.presence_penalty_B[:, None] * (seen.counts_BV > 0)
   return logits_BV - sampling.frequency_penalty_B[:, None] * seen.counts_BV
+
+
+def keep_to_form(logits_BV: jax.Array, sampling: Sampling, seen: Seen | None) -> jax.Array:
+  """Only tokens with which the answer can still become what was asked for."""
+  assert seen is not None
+  allowed_BV = sampling.automaton.allowed(seen.states_B, logits_BV.shape[1])
+  return keep(logits_BV, allowed_BV)
 
 
 def cut_top_k(logits_BV: jax.Array, sampling: Sampling, _: Seen | None) -> jax.Array:
@@ -247,14 +293,15 @@ RULES: dict[str, Rule] = {
   "presence": Rule(
     lambda s: (s.presence_penalty_B != 0) | (s.frequency_penalty_B != 0), penalise_presence
   ),
+  "form": Rule(lambda s: s.states_B > 0, keep_to_form),
   # The temperature comes here.
   "top_k": Rule(lambda s: s.top_k_B < OFF_TOP_K, cut_top_k),
   "top_p": Rule(lambda s: s.top_p_B < 1, cut_top_p),
   "min_p": Rule(lambda s: s.min_p_B > 0, cut_min_p),
   "typical": Rule(lambda s: s.typical_p_B < 1, cut_typical),
 }
-BEFORE_TEMPERATURE = {"bias", "repetition", "presence"}
-ASK_WHAT_WAS_SEEN = {"repetition", "presence"}
+BEFORE_TEMPERATURE = {"bias", "repetition", "presence", "form"}
+ASK_WHAT_WAS_SEEN = {"repetition", "presence", "form"}
 
 
 def rules_in_use(sampling: Sampling) -> tuple[str, ...]:
@@ -276,7 +323,7 @@ def sample(
   Log-probabilities are the model's own, before any rule.
   """
   own_BV = logits_BV = logits_BV.astype(jnp.float32)
-  sampling = Sampling(*map(jnp.asarray, sampling))
+  sampling = jax.tree.map(jnp.asarray, sampling)
   for name in rules:
     if name in BEFORE_TEMPERATURE:
       logits_BV = RULES[name].apply(logits_BV, sampling, seen)

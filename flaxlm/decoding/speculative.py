@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxlm.decoding.generate import Chosen, DecodeState, How, choose, to_host
+from flaxlm.decoding.generate import Chosen, DecodeState, How, choose, for_batch, to_host
 from flaxlm.decoding.prefill import Request, mesh_scope, prefill_logits
 from flaxlm.decoding.sampling import ASK_WHAT_WAS_SEEN, Sampling, rules_in_use, sample
 from flaxlm.decoding.weights import prepare_params
@@ -43,7 +43,7 @@ class Draft:
     if not 1 <= self.num_tokens <= MOST_GUESSES:
       raise ConfigError(f"draft-tokens is {self.num_tokens}", f"1 to {MOST_GUESSES}")
     if asking := sorted(ASK_WHAT_WAS_SEEN & set(rules)):
-      raise ConfigError(f"a draft with a penalty for {asking[0]}", "leave one of them out")
+      raise ConfigError(f"a draft with the rule {asking[0]}", "leave one of them out")
     for part in (model, self.model):
       if part is not None and part.cfg.family != "decoder":
         raise ConfigError(f"a draft with a model of family {part.cfg.family}", "a decoder")
@@ -95,7 +95,7 @@ def speculate(
       draft_params = prepare_params(draft_params, draft.model.cfg)
       _, draft_cache = prefill_logits(draft.model, draft_params, roomy, mesh)
     batch = logits_BV.shape[0]
-    sampling = Sampling(*(np.resize(x, (batch, *x.shape[1:])) for x in sampling))
+    sampling = for_batch(sampling, batch)
     first = DecodeState(cache, jnp.zeros(batch, jnp.int32), None)
     first, chosen = choose(logits_BV, first, sampling, ids, guessing.how)
     state = start(request, first, draft_cache)
@@ -158,7 +158,7 @@ def check_guesses(
 ) -> tuple[SpeculativeState, Chosen, jax.Array]:
   """Some passes of the model: (state, tokens, which of them are the text (B, T))."""
   T = guessing.num_tokens + 1
-  by_token = Sampling(*(jnp.repeat(jnp.asarray(x), T, 0) for x in sampling))
+  by_token = sampling.each_row(lambda x: jnp.repeat(jnp.asarray(x), T, 0))
 
   def one_pass(state: SpeculativeState, _: None) -> tuple[SpeculativeState, tuple]:
     B, lengths_B = state.token_B.shape[0], state.cache.lengths_B

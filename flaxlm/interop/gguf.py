@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One GGUF file, for llama.cpp, of a run that is a LLaMA, Mistral, Qwen 2 or Qwen 3.
+"""One GGUF file, for llama.cpp, of a run that is a GPT-2, LLaMA, Mistral, Qwen 2 or 3.
 
 Its tensors are those of the Hugging Face export, which go through one at a time; their
 names in llama.cpp, and the format, are the business of the `gguf` package.
@@ -32,6 +32,7 @@ class Architecture(NamedTuple):
 
 
 ARCHITECTURES = {
+  "gpt2": Architecture("gpt2", False),
   "llama": Architecture("llama", True),
   "mistral": Architecture("llama", True),
   "qwen2": Architecture("qwen2", False),
@@ -90,6 +91,7 @@ def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
     assert name is not None, theirs
     kind = gguf.GGMLQuantizationType["BF16" if is_narrow(shape) else "F32"]
     size = math.prod(shape) * (2 if is_narrow(shape) else 4)
+    shape = shape[::-1] if is_input_first(theirs, architecture) else shape
     writer.add_tensor_info(name, shape, np.dtype(np.float32), size, kind)
   if factors is not None:
     kind, size = gguf.GGMLQuantizationType.F32, factors.nbytes
@@ -100,8 +102,7 @@ def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
     writer.write_ti_data_to_file()
     for theirs, (_, _, shape) in expected.items():
       array = read(theirs).astype(jnp.bfloat16 if is_narrow(shape) else np.float32)
-      if architecture.neighbours:
-        array = as_neighbours(theirs, array, cfg)
+      array = laid_out(theirs, array, cfg, architecture)
       array = array.view(np.uint16) if is_narrow(shape) else array
       writer.write_tensor_data(np.ascontiguousarray(array))
     if factors is not None:
@@ -115,10 +116,19 @@ def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
   return architecture.name
 
 
-def as_neighbours(name: str, array: np.ndarray, cfg: ModelConfig) -> np.ndarray:
-  """Queries' and keys' rows, from halves of a head to neighbours."""
+def is_input_first(name: str, architecture: Architecture) -> bool:
+  """GPT-2's projections are (in, out) in its own files, but (out, in) here."""
+  return architecture.name == "gpt2" and ".h." in name and name.endswith("weight")
+
+
+def laid_out(
+  name: str, array: np.ndarray, cfg: ModelConfig, architecture: Architecture
+) -> np.ndarray:
+  """Queries' and keys' rows from halves of a head to neighbours, matrices (out, in)."""
+  if is_input_first(name, architecture):
+    return array.T
   for part, heads in (("q_proj", cfg.num_heads), ("k_proj", cfg.num_kv_heads)):
-    if f".{part}." in name:
+    if architecture.neighbours and f".{part}." in name:
       assert heads is not None
       halves = array.reshape(heads, 2, -1, *array.shape[1:])
       return halves.swapaxes(1, 2).reshape(array.shape)
@@ -150,9 +160,13 @@ def add_settings(writer: Any, cfg: ModelConfig, name: str) -> None:
   writer.add_head_count_kv(cfg.num_kv_heads)
   writer.add_key_length(cfg.head_dim)
   writer.add_value_length(cfg.head_dim)
-  writer.add_rope_dimension_count(cfg.head_dim)
-  writer.add_rope_freq_base(cfg.rope.theta)
-  writer.add_layer_norm_rms_eps(cfg.norm_epsilon)
+  if cfg.positions == "rope":
+    writer.add_rope_dimension_count(cfg.head_dim)
+    writer.add_rope_freq_base(cfg.rope.theta)
+  if cfg.norm == "rmsnorm":
+    writer.add_layer_norm_rms_eps(cfg.norm_epsilon)
+  else:
+    writer.add_layer_norm_eps(cfg.norm_epsilon)
   writer.add_vocab_size(cfg.vocab_size)
 
 

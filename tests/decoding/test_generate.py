@@ -111,7 +111,7 @@ def greedy(rows: int) -> Sampling:
 
 
 def take(sampling: Sampling, rows: Sequence[int]) -> Sampling:
-  return Sampling(*(np.asarray(rule)[np.asarray(rows)] for rule in sampling))
+  return sampling.each_row(lambda rule: np.asarray(rule)[np.asarray(rows)])
 
 
 # -- The cache changes nothing -------------------------------------------------------------

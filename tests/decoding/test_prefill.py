@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefill: in chunks, once for what is shared, and from what an earlier call has read."""
 
+import gc
+import os
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -178,29 +181,50 @@ def test_the_likeliest_tokens_come_with_each_step():
     )
 
 
-def test_random_requests_compile_once_a_bucket():
-  """Random lengths, rows and settings: the programs are known by their buckets."""
+def random_request(rng: np.random.Generator, number: int) -> Request:
+  rows, length = int(rng.choice([1, 4])), int(rng.integers(1, 30))
+  prompts = [rng.integers(0, 64, rng.integers(1, length + 1)).tolist() for _ in range(rows)]
+  prompts = [[number % 60, row, *prompt] for row, prompt in enumerate(prompts)]
+  return Request(prompts, int(rng.integers(1, 64 - max(map(len, prompts)))), 64)
+
+
+def memory_in_use() -> tuple[int, int]:
+  """Resident bytes of this process, and how many arrays JAX holds."""
+  gc.collect()
+  pages = int(Path("/proc/self/statm").read_text().split()[1])
+  return pages * os.sysconf("SC_PAGESIZE"), len(jax.live_arrays())
+
+
+@pytest.mark.parametrize(
+  "count", [24, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+)
+def test_random_requests_compile_once_a_bucket(count: int):
+  """Random lengths, rows and settings: the programs are known by their buckets, and
+  nothing of a request stays."""
   model, params = model_of("gqa")
   params = prepare_params(params, model.cfg)
   rng, functions = np.random.default_rng(0), (prefill.extend, decode_block)
   before, buckets = [f._cache_size() for f in functions], (set(), set())
-  for number in range(24):
-    rows, length = int(rng.choice([1, 4])), int(rng.integers(1, 30))
-    prompts = [
-      rng.integers(0, 64, rng.integers(1, length + 1)).tolist() for _ in range(rows)
-    ]
-    prompts = [[number % 60, row, *prompt] for row, prompt in enumerate(prompts)]
-    request = Request(prompts, int(rng.integers(1, 64 - max(map(len, prompts)))), 64)
+  used = []
+  for number in range(count):
+    request = random_request(rng, number)
+    rows = len(request.prompts)
     sampling = make_sampling(rows, float(rng.uniform(0, 2)), seed=number)
     next(blocks := generate(model, params, request, sampling))
     next(blocks, None)
     key = (bucket(rows, smallest=1), request.slots(0))
-    buckets[0].add((*key, padded_length(max(map(len, prompts)))))
+    buckets[0].add((*key, padded_length(max(map(len, request.prompts)))))
     if request.num_blocks:
       buckets[1].add(key)
-  for f, count, of_function in zip(functions, before, buckets, strict=True):
-    assert f._cache_size() - count <= len(of_function)
+    if number in (count // 5, count - 1):
+      used.append(memory_in_use())
+  for f, size, of_function in zip(functions, before, buckets, strict=True):
+    assert f._cache_size() - size <= len(of_function)
   assert len(buckets[1]) < 12
+  (bytes_before, arrays_before), (bytes_after, arrays_after) = used
+  assert arrays_after <= arrays_before
+  if count > 1000:  # before, the programs themselves are being added
+    assert bytes_after - bytes_before < 2**24
 
 
 def test_common_length():

@@ -99,7 +99,7 @@ def test_what_followed_before_is_guessed():
   [
     (Draft(num_tokens=0), {}, "draft-tokens is 0"),
     (Draft(num_tokens=MOST_GUESSES + 1), {}, "draft-tokens is 33"),
-    (Draft(), {"repetition_penalty": 1.2}, "penalty for repetition"),
+    (Draft(), {"repetition_penalty": 1.2}, "rule repetition"),
     (Draft(build_model(ModelConfig(family="rnn", vocab_size=64))), {}, "family rnn"),
   ],
 )
