@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from flaxlm.errors import ConfigError
 
-MESH_AXES = ("data", "fsdp", "context", "tensor", "expert")
+MESH_AXES = ("stage", "data", "fsdp", "context", "tensor", "expert")
 
 # What each family of models is trained to predict.
 OBJECTIVES = {
@@ -270,6 +270,12 @@ class TrainingConfig:
   loss_chunks: int = knob(1, "parts of a row whose logits are computed one by one", 1)
   scanned: bool = knob(
     False, "one compiled block looped over (compiles faster, runs slower)"
+  )
+  pipeline_microbatches: int | None = knob(
+    None, "mesh axis stage: parts in which a batch passes; none = as many as stages", 1
+  )
+  pipeline_repeats: int = knob(
+    1, "mesh axis stage: times that each part goes round; a shorter wait, more hops", 1
   )
   replication_tolerance: float = knob(
     0.1, "most of the parameters' bytes that a mesh may leave whole on every device", 0, 1

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flaxlm.config import MESH_AXES, Config
+from flaxlm.config import MESH_AXES, Config, TrainingConfig
 from flaxlm.errors import ConfigError
 from flaxlm.xla_flags import Flag, flags_for, set_flags
 
@@ -28,7 +28,7 @@ from flaxlm.xla_flags import Flag, flags_for, set_flags
 # 2020), `heads`, `ffn` and `vocab` over tensor are Megatron's cuts (Shoeybi et al., 2019).
 RULES: Mapping[str, tuple[str, ...]] = {
   # parameters
-  "layers": (),
+  "layers": ("stage",),  # each stage of a pipeline its own
   "vocab": ("tensor",),
   "embed": ("fsdp",),
   "heads": ("tensor",),
@@ -42,7 +42,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
   "slots": (),  # learned positions
   "norm": (),
   # activations
-  "batch": ("data", "fsdp", "expert"),  # tokens travel to the experts and back
+  # Tokens travel to the experts and back; around the pipeline its stages share the rows.
+  "batch": ("stage", "data", "fsdp", "expert"),
   "length": ("context",),  # each device has its share of every row
   "key_length": (),  # of which all queries see all
   "act_embed": (),
@@ -54,6 +55,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
 
 # The config field behind a logical name: what a user changes when a dim does not divide.
 FIELDS = {
+  "layers": "model.depth",
   "vocab": "model.vocab_size",
   "act_vocab": "model.vocab_size",
   "embed": "model.width",
@@ -105,16 +107,21 @@ def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
   return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
-def constrain(x: jax.Array, *names: str) -> jax.Array:
+def mesh_sizes() -> dict[str, int]:
+  """The axes of the mesh that is set; within a stage of a pipeline there is no `stage`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return {axis: n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes}
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """Pins an activation to the layout of its logical names; no mesh set, no effect.
 
   Rows that `context` does not divide, such as a token that is being decoded, stay whole:
   training refuses them before it starts.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
+  sizes = mesh_sizes()
+  if math.prod(sizes.values()) == 1:
     return x
-  sizes = dict(mesh.shape)
   parts = math.prod(sizes.get(axis, 1) for axis in RULES["length"])
   whole = lambda name, dim: name == "length" and dim % parts
   kept = [None if whole(*pair) else pair[0] for pair in zip(names, x.shape, strict=True)]
@@ -124,8 +131,8 @@ def constrain(x: jax.Array, *names: str) -> jax.Array:
 
 def is_cut(name: str) -> bool:
   """Whether the mesh that is set cuts dims of this logical name."""
-  shape = jax.sharding.get_abstract_mesh().shape
-  return any(shape.get(axis, 1) > 1 for axis in RULES[name])
+  sizes = mesh_sizes()
+  return any(sizes.get(axis, 1) > 1 for axis in RULES[name])
 
 
 def with_shardings(boxed: Any, mesh: Mesh) -> Any:
@@ -229,6 +236,14 @@ def batch_shards(axis_sizes: Mapping[str, int]) -> int:
   return math.prod(axis_sizes[axis] for axis in RULES["batch"])
 
 
+def least_rows(training: TrainingConfig, sizes: Mapping[str, int]) -> int:
+  """What the rows of a micro-batch are a multiple of: each device has some of them, and
+  in a pipeline some of every microbatch."""
+  stages = sizes["stage"]
+  microbatches = training.pipeline_microbatches or stages
+  return batch_shards(sizes) * (microbatches // stages if stages > 1 else 1)
+
+
 def on_host(x: jax.Array) -> np.ndarray:
   """The whole of an array; every process has to ask, if some of it is on other hosts."""
   if x.is_fully_addressable or x.is_fully_replicated:
@@ -270,10 +285,16 @@ def merged(
 
 def check_batch(cfg: Config, sizes: Mapping[str, int]) -> None:
   """Refuses, by `ConfigError`, a batch or rows that a mesh cannot share out evenly."""
+  check_stages(cfg, sizes)
   accumulation, size = cfg.training.accumulation_steps, cfg.data.batch_size
-  shards = batch_shards(sizes) * accumulation
+  shards = least_rows(cfg.training, sizes) * accumulation
   if size % shards:
-    axes = " x ".join(f"{axis}={sizes[axis]}" for axis in RULES["batch"])
+    factors = [f"{axis}={sizes[axis]}" for axis in RULES["batch"]]
+    if sizes["stage"] == 1:
+      del factors[0]
+    elif cfg.training.pipeline_microbatches is not None:
+      factors[0] = f"pipeline_microbatches={cfg.training.pipeline_microbatches}"
+    axes = " x ".join(factors)
     raise ConfigError(
       f"data.batch_size={size} is not a multiple of {axes} x "
       f"accumulation_steps={accumulation}",
@@ -286,6 +307,46 @@ def check_batch(cfg: Config, sizes: Mapping[str, int]) -> None:
         f"data.{name}={length} is not a multiple of mesh context={parts}",
         f"nearest: {max(1, round(length / parts)) * parts}",
       )
+
+
+def check_stages(cfg: Config, sizes: Mapping[str, int]) -> None:
+  """Refuses, by `ConfigError`, a pipeline whose stages would not all do the same."""
+  stages, training, model = sizes["stage"], cfg.training, cfg.model
+  if stages == 1:
+    return
+  if model.family == "rnn":
+    raise ConfigError("mesh axis stage is for transformers", "leave it out")
+  repeats, microbatches = training.pipeline_repeats, training.pipeline_microbatches
+  rounds = f"mesh stage={stages} x training.pipeline_repeats={repeats}"
+  depths = {"depth": model.depth}
+  if model.family == "encoder_decoder":
+    depths["encoder_depth"] = model.encoder_depth or model.depth
+  for name, depth in depths.items():
+    if depth % (stages * repeats):
+      raise ConfigError(
+        f"model.{name}={depth} is not a multiple of {rounds}",
+        f"nearest: {max(1, round(depth / (stages * repeats))) * stages * repeats}",
+      )
+    visit = depth // (stages * repeats)
+    kinds = [model.period[n % len(model.period)] for n in range(depth)]
+    if kinds != kinds[:visit] * stages * repeats:
+      raise ConfigError(
+        f"model.layer_pattern={model.layer_pattern} differs from stage to stage: each has "
+        f"{visit} layers at a time (model.{name}={depth} / ({rounds}))",
+        "a stage has to hold whole patterns",
+      )
+  if microbatches is not None and microbatches % stages:
+    raise ConfigError(
+      f"training.pipeline_microbatches={microbatches} is not a multiple of mesh "
+      f"stage={stages}",
+      f"nearest: {max(1, round(microbatches / stages)) * stages}",
+    )
+  if repeats > 1 and training.remat == "none":
+    raise ConfigError(
+      f"training.pipeline_repeats={repeats} with training.remat=none would keep the "
+      "weights of every visit for the backward pass",
+      "--training.remat=dots, or any other",
+    )
 
 
 def make_mesh(sizes: Mapping[str, int]) -> Mesh:

@@ -48,7 +48,7 @@ ROWS = [
 ]
 # Inside nn there are rows too.
 NN_ROWS = [
-  ["cache", "layers", "positions"],
+  ["cache", "layers", "pipeline", "positions"],
   ["base"],
   ["attention", "moe"],
   ["stack"],

@@ -96,13 +96,14 @@ def test_two_dims_on_one_mesh_axis_are_an_error(names: list[str]):
 @pytest.mark.parametrize(
   ("sizes", "shape"),
   [
-    ({"data": -1}, (8, 1, 1, 1, 1)),
-    ({"data": 8}, (8, 1, 1, 1, 1)),
-    ({"fsdp": 8}, (1, 8, 1, 1, 1)),
-    ({"fsdp": -1, "data": 2}, (2, 4, 1, 1, 1)),
-    ({"tensor": 2, "data": -1, "fsdp": 2}, (2, 2, 1, 2, 1)),
-    ({"data": 2, "expert": 4}, (2, 1, 1, 1, 4)),
-    ({"data": -1, "tensor": 8}, (1, 1, 1, 8, 1)),
+    ({"data": -1}, (1, 8, 1, 1, 1, 1)),
+    ({"data": 8}, (1, 8, 1, 1, 1, 1)),
+    ({"fsdp": 8}, (1, 1, 8, 1, 1, 1)),
+    ({"fsdp": -1, "data": 2}, (1, 2, 4, 1, 1, 1)),
+    ({"tensor": 2, "data": -1, "fsdp": 2}, (1, 2, 2, 1, 2, 1)),
+    ({"data": 2, "expert": 4}, (1, 2, 1, 1, 1, 4)),
+    ({"data": -1, "tensor": 8}, (1, 1, 1, 1, 8, 1)),
+    ({"data": -1, "stage": 4}, (4, 2, 1, 1, 1, 1)),
   ],
 )
 def test_a_mesh_uses_every_device_once(sizes: dict[str, int], shape: tuple[int, ...]):

@@ -22,6 +22,8 @@ class Execution:
   remat: str = "none"
   scanned: bool = False
   narrow_cache: bool = False  # keys and values in int8
+  microbatches: int | None = None  # in a pipeline; None: one for each stage
+  repeats: int = 1  # of a pipeline
 
   @property
   def dtypes(self) -> dict[str, jnp.dtype]:

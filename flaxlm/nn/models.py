@@ -27,7 +27,14 @@ def build_model(cfg: ModelConfig, run: TrainingConfig | None = None) -> Language
   execution = Execution()
   if run is not None:
     dtype, param_dtype = jnp.dtype(run.dtype), jnp.dtype(run.param_dtype)
-    execution = Execution(dtype, param_dtype, run.remat, run.scanned)
+    execution = Execution(
+      dtype,
+      param_dtype,
+      run.remat,
+      run.scanned,
+      microbatches=run.pipeline_microbatches,
+      repeats=run.pipeline_repeats,
+    )
   return FAMILIES[cfg.family](cfg.resolve(), execution)
 
 

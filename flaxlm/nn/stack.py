@@ -7,6 +7,7 @@ the run (`Execution`), never of the checkpoint. Local and global
 layers have the same parameters; a loop runs over whole periods of `layer_pattern`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,8 +33,9 @@ from flaxlm.nn.cache import (
 )
 from flaxlm.nn.layers import Embedding, FeedForward, build_norm
 from flaxlm.nn.moe import MoE
+from flaxlm.nn.pipeline import AXIS, Schedule, Visit, make_schedule, run_pipeline
 from flaxlm.nn.positions import alibi_bias, relative_buckets, rotation, sinusoids
-from flaxlm.sharding import constrain
+from flaxlm.sharding import RULES, constrain, mesh_sizes
 
 # What is kept of a block besides its input, by `training.remat`.
 ATTENTION = "attention"  # the name of attention's output
@@ -230,13 +232,19 @@ class Stack(nn.Module):
     x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
     keys_at = positions_BT if cache is None else None  # a cached row is one document
     where = Placement(slots_BT, segments_BT, segments_BT, keys_at)
-    around = self.surroundings(where, positions_BT, cache, memory, num_new_B)
-    layers: list | None = None
-    if cache is not None:
-      layers = [*cache.layers]
-      if cache.source is not None:
-        layers = [(*own, *of) for own, of in zip(layers, cache.source.layers, strict=True)]
-    x_BTD, output = self.run_blocks(x_BTD, layers, around, deterministic, capture)
+    schedule = None if cache is not None or capture else self.schedule(B)
+    if schedule is not None:
+      rows = (positions_BT, segments_BT, memory)
+      x_BTD, output = self.run_stages(schedule, x_BTD, rows, deterministic)
+    else:
+      around = self.surroundings(where, positions_BT, cache, memory, num_new_B)
+      layers: list | None = None
+      if cache is not None:
+        layers = [*cache.layers]
+        if cache.source is not None:
+          of_source = cache.source.layers
+          layers = [(*own, *of) for own, of in zip(layers, of_source, strict=True)]
+      x_BTD, output = self.run_blocks(x_BTD, layers, around, deterministic, capture)
     if self.cfg.norm_placement != "post":
       x_BTD = self.final_norm(x_BTD)
     if cache is not None:
@@ -260,8 +268,9 @@ class Stack(nn.Module):
     cache: KVCache | None,
     memory: tuple[jax.Array, jax.Array | None] | None,
     num_new_B: jax.Array | None,
+    bias_XNTS: jax.Array | None = None,
   ) -> dict[str, Surroundings]:
-    """What the layers of each kind, L and G, have around them."""
+    """What the layers of each kind, L and G, have around them; a bias if it is known."""
     cfg, causal = self.cfg, self.causal
     num_new = num_keys = positions_BT.shape[1]
     if cache is not None:
@@ -271,9 +280,10 @@ class Stack(nn.Module):
       real_BT = where.query_segments_BT > 0
     elif num_new_B is not None:
       real_BT = jnp.arange(positions_BT.shape[1]) < num_new_B[:, None]
-    # Rows without a cache all have the same slots: one bias serves them.
-    slots_XT = where.query_slots_BT[: None if cache is not None else 1]
-    bias_XNTS = self.score_bias(slots_XT, num_keys)
+    if bias_XNTS is None:
+      # Rows without a cache all have the same slots: one bias serves them.
+      slots_XT = where.query_slots_BT[: None if cache is not None else 1]
+      bias_XNTS = self.score_bias(slots_XT, num_keys)
     memory_BSD, source_sight = None, None
     if self.reads_source:
       source = None if cache is None else cache.source
@@ -352,34 +362,13 @@ class Stack(nn.Module):
     capture: bool,
   ) -> tuple[jax.Array, LayerOutput]:
     """All layers. Losses and maps come stacked along L, caches as a list."""
-    pattern = self.cfg.period
     if self.is_initializing():  # kinds have the same parameters, and caches have none
-      x_BTD, output = self.blocks(x_BTD, None, around[pattern[0]])
+      x_BTD, output = self.blocks(x_BTD, None, around[self.cfg.period[0]])
       return x_BTD, output._replace(attention={})
-    block = Block(self.cfg, self.run, self.reads_source, parent=None)
-    keys_L = None
-    if not deterministic:
-      keys_L = jax.random.split(self.make_rng("dropout"), self.depth)
-
-    def layer(kind: str, x_BTD: jax.Array, of_layer: Any) -> tuple[jax.Array, LayerOutput]:
-      params, key, cache = of_layer
-      rngs = {} if key is None else {"dropout": key}
-      return block.apply(
-        {"params": params}, x_BTD, cache, around[kind], deterministic, capture, rngs=rngs
-      )
-
-    def kept(kind: str) -> Callable:
-      run = lambda x_BTD, of_layer: layer(kind, x_BTD, of_layer)
-      if self.run.remat == "none":
-        return run
-      policy = REMAT_POLICIES[self.run.remat]
-      return jax.checkpoint(run, policy=policy, prevent_cse=not self.run.scanned)
-
-    layers = {kind: kept(kind) for kind in around}
-    order = [layers[pattern[n % len(pattern)]] for n in range(self.depth)]
-    params = self.blocks.variables["params"]
+    order = self.layers(lambda: around, deterministic, capture)
+    params, keys_L = self.blocks.variables["params"], self.dropout_keys(deterministic)
     if caches is None and self.run.scanned and not is_split(params):
-      return run_scanned(order, len(pattern), x_BTD, (params, keys_L, None))
+      return run_scanned(order, len(self.cfg.period), x_BTD, (params, keys_L, None))
     # With a cache always: a loop over layers would copy each layer's at every token.
     of_layers = zip(
       split_blocks(params, self.depth),
@@ -390,6 +379,100 @@ class Stack(nn.Module):
     x_BTD, outputs = run_unrolled(order, x_BTD, list(of_layers))
     stacked = stack_trees([output._replace(cache=None) for output in outputs])
     return x_BTD, stacked._replace(cache=[output.cache for output in outputs])
+
+  def schedule(self, num_rows: int) -> Schedule | None:
+    """How the layers run as a pipeline; None if the mesh has none, or if they just run.
+
+    They do where there is no batch to cut up: a few rows to be looked at, or parameters
+    that decoding has taken apart. Training never comes to that (`sharding.check_batch`).
+    """
+    sizes = mesh_sizes()
+    stages = sizes.get(AXIS, 1)
+    if stages == 1 or self.is_initializing() or is_split(self.blocks.variables["params"]):
+      return None
+    schedule = make_schedule(stages, self.run.microbatches, self.run.repeats)
+    shards = math.prod(sizes.get(axis, 1) for axis in RULES["batch"]) // stages
+    return None if num_rows % (schedule.microbatches * shards) else schedule
+
+  def run_stages(
+    self,
+    schedule: Schedule,
+    x_BTD: jax.Array,
+    rows: tuple,
+    deterministic: bool,
+  ) -> tuple[jax.Array, LayerOutput]:
+    """All layers in a pipeline; `rows` are positions, segments, and memory, of each row."""
+    count = self.depth // (schedule.stages * schedule.repeats)
+    T = x_BTD.shape[1]
+    shared = self.dropout_keys(deterministic), self.score_bias(jnp.arange(T)[None], T)
+
+    def run_stage(
+      params: Any, x_BTD: jax.Array, rows: tuple, shared: tuple, visit: Visit
+    ) -> tuple[jax.Array, Any]:
+      keys_L, bias_XNTS = shared
+
+      def surround() -> dict[str, Surroundings]:
+        positions_BT, segments_BT, memory = rows
+        slots_BT = jnp.broadcast_to(jnp.arange(T), positions_BT.shape)
+        where = Placement(slots_BT, segments_BT, segments_BT, positions_BT)
+        return self.surroundings(where, positions_BT, None, memory, None, bias_XNTS)
+
+      choose = lambda param: param[visit.round]
+      layers = self.layers(surround, deterministic, False, choose)[:count]
+      if keys_L is not None:
+        first = visit.group * count
+        keys_L = jax.lax.dynamic_slice_in_dim(keys_L, first, count)
+        keys_L = jax.vmap(jax.random.fold_in, (0, None))(keys_L, visit.microbatch)
+      of_layers = (params, keys_L, None)
+      if self.run.scanned:
+        period = min(len(self.cfg.period), count)
+        x_BTD, output = run_scanned(layers, period, x_BTD, of_layers)
+      else:
+        x_BTD, outputs = run_unrolled(layers, x_BTD, unstack(of_layers, count))
+        output = stack_trees(outputs)
+      return x_BTD, jax.tree.map(lambda loss_L: loss_L.sum(), output.losses)
+
+    params = self.blocks.variables["params"]
+    x_BTD, losses = run_pipeline(run_stage, schedule, params, x_BTD, rows, shared)
+    return x_BTD, LayerOutput(losses=losses, attention={})
+
+  def dropout_keys(self, deterministic: bool) -> jax.Array | None:
+    """A key for each layer."""
+    return None if deterministic else jax.random.split(self.make_rng("dropout"), self.depth)
+
+  def layers(
+    self,
+    surround: Callable[[], dict[str, Surroundings]],
+    deterministic: bool,
+    capture: bool,
+    choose: Callable = lambda params: params,
+  ) -> "list[Layer]":
+    """Every layer as a function of its input and of (its parameters, its key, its cache).
+
+    What is around it and which of several parameters it has are found out in the function:
+    so neither is kept for the backward pass.
+    """
+    block = Block(self.cfg, self.run, self.reads_source, parent=None)
+
+    def layer(kind: str, x_BTD: jax.Array, of_layer: Any) -> tuple[jax.Array, LayerOutput]:
+      params, key, cache = of_layer
+      params = jax.tree.map(choose, params)
+      rngs = {} if key is None else {"dropout": key}
+      around = surround()[kind]
+      return block.apply(
+        {"params": params}, x_BTD, cache, around, deterministic, capture, rngs=rngs
+      )
+
+    def kept(kind: str) -> Callable:
+      run = lambda x_BTD, of_layer: layer(kind, x_BTD, of_layer)
+      if self.run.remat == "none":
+        return run
+      policy = REMAT_POLICIES[self.run.remat]
+      return jax.checkpoint(run, policy=policy, prevent_cse=not self.run.scanned)
+
+    pattern = self.cfg.period
+    kinds = {kind: kept(kind) for kind in sorted(set(pattern))}
+    return [kinds[pattern[n % len(pattern)]] for n in range(self.depth)]
 
   def source_cache(self, memory_BSD: jax.Array, segments_BS: jax.Array) -> SourceCache:
     """Every layer's keys and values of the encoder's output."""

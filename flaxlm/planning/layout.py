@@ -45,7 +45,7 @@ REASONS: Mapping[str, str] = {
   "hidden": "gates and state of the recurrent cells",
   "experts": "whole experts; tokens travel to them",
   "expert_ffn": "each expert cut as a feed-forward is",
-  "layers": "stacked: whole on every device, so that each layer is there in turn",
+  "layers": "stacked; each stage of a pipeline holds its own",
   "head_dim": "within a head everything meets everything",
   "norm": "a vector; cutting it would cost more than it saves",
   "router": "every token scores every expert",

@@ -30,6 +30,7 @@ from flaxlm.config import (
 from flaxlm.data.objectives import Batch
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import build_model, init_params
+from flaxlm.nn.pipeline import Schedule, make_schedule
 from flaxlm.planning.cost import kv_cache_bytes, stacks
 from flaxlm.sharding import (
   axes_of,
@@ -105,10 +106,13 @@ def training_memory(cfg: Config, sizes: Sizes, lanes: int = 1) -> Memory:
   whole = state_bytes(model_cfg, training, cfg.optimizer, unsharded)
   copies = kept.fixed * state.stored_in_blocks // whole.stored_in_blocks
   keys = gathered_keys(cfg, sizes) * rows
+  schedule = pipeline(training, sizes)
   kept_keys = keys * (depth if training.remat == "none" else 1)
   activations = rows * kept.per_row // sizes["context"] + kept_keys
+  activations = activations * schedule.ticks // schedule.visits  # a stage keeps all ticks
   # Computed again, or its gradients:
-  one_layer = rows * kept_bytes(cfg, sizes["tensor"], "none").per_row // depth
+  together = rows * schedule.stages // schedule.microbatches  # rows in a layer at once
+  one_layer = together * kept_bytes(cfg, sizes["tensor"], "none").per_row // depth
   one_layer = one_layer // sizes["context"] + keys
 
   always = {
@@ -125,6 +129,12 @@ def training_memory(cfg: Config, sizes: Sizes, lanes: int = 1) -> Memory:
   gathered = sizes["fsdp"] > 1
   gradients = {"gradients": state.parameters}
   between = {"activations": activations, "weight_copies": copies}  # forward and backward
+  if schedule.stages > 1:
+    # Every stage has a place for each microbatch, and for its gradient; dealt out in
+    # rounds, layers lie where they are stored and where they run, and so their gradients.
+    everywhere = rows * schedule.stages * T // sizes["context"] * model_cfg.width * item
+    dealt = state.stored_in_blocks * jnp.dtype(training.param_dtype).itemsize
+    between["pipeline"] = 2 * everywhere + 2 * dealt * (schedule.repeats > 1)
   moments = {
     "loss": between
     | {
@@ -186,7 +196,9 @@ def _state_bytes(
     if any(getattr(key, "key", None) == "blocks" for key in path)
   ]
   gathered = sum(
-    local_size(leaf) * (sizes["fsdp"] if _split_over(leaf, "fsdp") else 1) // leaf.shape[0]
+    local_size(leaf)
+    * (sizes["fsdp"] if _split_over(leaf, "fsdp") else 1)
+    // (leaf.shape[0] // sizes["stage"])
     for leaf in blocks
   )
   return StateBytes(
@@ -266,6 +278,12 @@ def _split_over(leaf: Any, axis: str) -> bool:
 
 
 # -- What the layers keep ----------------------------------------------------------------
+
+
+def pipeline(training: TrainingConfig, sizes: Sizes) -> Schedule:
+  """How microbatches pass the stages of a mesh."""
+  repeats = training.pipeline_repeats
+  return make_schedule(sizes["stage"], training.pipeline_microbatches, repeats)
 
 
 def local_rows(cfg: Config, sizes: Sizes) -> int:
@@ -400,7 +418,8 @@ def decoding_memory(
   assert V is not None
   local = math.ceil(rows / shards)
   return {
-    "parameters": state.elements * item,
+    # Taken apart, layers are whole on every stage.
+    "parameters": (state.elements + (sizes["stage"] - 1) * state.stored_in_blocks) * item,
     "kv_cache": kv_cache_bytes(cfg.model, local, context, item) // parts,
     "logits": local * (V // parts) * 4,
   }

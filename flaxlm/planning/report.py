@@ -75,6 +75,7 @@ def to_json(report: Report) -> dict[str, Any]:
       "memory": times.memory,
       **{f"network:{axis}": time for axis, time in times.network.items()},
     },
+    "bubble": times.bubble,
     "step_seconds": times.seconds,
     "tokens_per_second": plan.tokens_per_second,
     "tokens_per_day": plan.tokens_per_second and 86_400 * plan.tokens_per_second,
@@ -210,6 +211,9 @@ def _print_time(report: Report, console: Console) -> None:
   table.add_row("memory traffic", duration(times.memory))
   for axis, time in times.network.items():
     table.add_row(f"network, {axis}", duration(time))
+  if times.bubble:
+    waiting = f"waiting in the pipeline, {times.bubble:.0%}"
+    table.add_row(waiting, duration(times.waiting))
   table.add_row("step", duration(times.seconds))
   if times.seconds is not None and plan.tokens_per_second is not None:
     table.add_row("limited by", times.limited_by)

@@ -3,7 +3,8 @@
 
 What overlaps is an assumption, and this is ours: on one device matrix products and passes
 over memory take turns; the weights and gradients of `data` and `fsdp` travel meanwhile;
-what `tensor`, `context` and `expert` exchange is needed at once, so everybody waits for it.
+what the other axes exchange is needed at once, so everybody waits for it; and in a pipeline
+a stage waits for the first microbatch to come and the last one to go.
 Formulas are those of the scaling book (jax-ml.github.io/scaling-book): a gathered array
 of b bytes takes b (n - 1) / n / W on an axis of n, its reduction the same, both twice that.
 """
@@ -34,6 +35,7 @@ from flaxlm.planning.memory import (
   gathered_keys,
   kept_bytes,
   local_rows,
+  pipeline,
   state_bytes,
   training_memory,
 )
@@ -97,6 +99,7 @@ class StepTimes:
   compute: float | None
   memory: float | None
   network: Mapping[str, float | None]  # by mesh axis
+  bubble: float = 0.0  # share of the ticks of a pipeline in which a stage waits
 
   @property
   def seconds(self) -> float | None:
@@ -106,15 +109,23 @@ class StepTimes:
       return None
     assert self.compute is not None and self.memory is not None
     wait = lambda *axes: sum(self.network.get(axis) or 0.0 for axis in axes)
-    at_once = wait("tensor", "context", "expert")
-    return max(self.compute + self.memory, wait("data", "fsdp")) + at_once
+    at_once = wait("stage", "tensor", "context", "expert")
+    busy = self.compute + self.memory + (self.waiting or 0.0)
+    return max(busy, wait("data", "fsdp")) + at_once
+
+  @property
+  def waiting(self) -> float | None:
+    """Seconds in which a stage has no microbatch; the head counts as if it were in one."""
+    if self.compute is None or self.memory is None:
+      return None
+    return (self.compute + self.memory) * self.bubble / (1 - self.bubble)
 
   @property
   def limited_by(self) -> str | None:
-    """compute, memory, or network:AXIS, whichever alone takes longest."""
+    """compute, memory, bubble, or network:AXIS, whichever alone takes longest."""
     if self.seconds is None:
       return None
-    named = {"compute": self.compute, "memory": self.memory}
+    named = {"compute": self.compute, "memory": self.memory, "bubble": self.waiting}
     named |= {f"network:{axis}": time for axis, time in self.network.items()}
     return max(named, key=lambda name: named[name] or 0.0)
 
@@ -148,7 +159,7 @@ def step_times(cfg: Config, sizes: Sizes, device: Device, cost: StepCost) -> Ste
   for axis, sent in network_bytes(cfg, sizes, state).items():
     rate = axis_bandwidth(device, sizes, axis)
     network[axis] = sent / rate if rate else None
-  return StepTimes(compute, memory, network)
+  return StepTimes(compute, memory, network, pipeline(cfg.training, sizes).bubble)
 
 
 def compute_seconds(
@@ -216,12 +227,21 @@ def traffic_parts(cfg: Config, sizes: Sizes, state: StateBytes) -> dict[str, flo
   weights = 3 * gathered_elements(state, sizes) * jnp.dtype(training.dtype).itemsize
   logit_passes = LOGIT_PASSES + (training.loss_chunks > 1)  # computed again
   times = training.accumulation_steps
+  schedule = pipeline(training, sizes)  # reads and sums anew for each microbatch
+  in_blocks = state.stored_in_blocks * sizes["fsdp"]
+  weights_of_blocks = 3 * in_blocks * jnp.dtype(training.dtype).itemsize
   return {
     "activations": times * activations,
     "logits": times * logit_passes * logits,
-    "weights": times * weights,
+    "weights": times * (weights + (schedule.microbatches - 1) * weights_of_blocks),
+    "gradients": times * (schedule.visits - 1) * 2 * blocks_bytes(cfg, state),
     "update": 2 * (state.parameters + state.optimizer_state) + 2 * state.parameters,
   }
+
+
+def blocks_bytes(cfg: Config, state: StateBytes) -> int:
+  """Of the parameters of the layers that one device has, or of their gradients."""
+  return state.stored_in_blocks * jnp.dtype(cfg.training.param_dtype).itemsize
 
 
 def gathered_elements(state: StateBytes, sizes: Sizes) -> int:
@@ -242,11 +262,26 @@ def network_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> dict[str, flo
   vector_bytes = tokens * model.width * item
   num_layers = sum(depth * (2 + reads_source) for depth, reads_source in stacks(model)) / 2
   again = training.remat == "full"
+  schedule = pipeline(training, sizes)
+  stretch = schedule.ticks / schedule.visits  # who waits computes all the same
+  num_layers *= stretch
   # A tied table has two gradients, of the lookup and of the logits: each is summed.
   table = parameters(model)["embedding"] * model.tied_embeddings
   twice = table * jnp.dtype(training.param_dtype).itemsize
   gradients = state.parameters + twice // (sizes["tensor"] * sizes["fsdp"])
+  blocks = blocks_bytes(cfg, state)
   sent = {
+    # A microbatch at each tick, and its gradient; all of them to every stage, and back;
+    # layers to where they run; gradients of what is not of a stage, summed.
+    "stage": 2
+    * parts
+    * vector_bytes
+    * sizes["stage"]
+    * schedule.ticks
+    / schedule.microbatches
+    + 4 * parts * vector_bytes * (sizes["stage"] - 1)
+    + 2 * parts * blocks * (schedule.repeats > 1) * share("stage")
+    + 2 * (gradients - blocks) * share("stage"),
     # Gradients, summed: reduced and gathered again.
     "data": 2 * gradients * share("data"),
     # Weights gathered forward and backward, gradients reduced to their owner.
@@ -266,7 +301,7 @@ def network_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> dict[str, flo
     # Tokens to their experts and back, forward and backward; the rest as along `data`.
     moved = (4 + 2 * again) * parts * vector_bytes * model.moe.experts_per_token
     dense = 2 * gradients
-    sent["expert"] = (moved * model.depth + dense) * share("expert")
+    sent["expert"] = (moved * model.depth * stretch + dense) * share("expert")
   return {axis: sent[axis] for axis in MESH_AXES if sizes[axis] > 1}
 
 

@@ -11,7 +11,7 @@ from flaxlm.errors import ConfigError
 from flaxlm.planning.devices import Device
 from flaxlm.planning.memory import Sizes, full_sizes, state_bytes
 from flaxlm.planning.roofline import Plan, plan_training
-from flaxlm.sharding import batch_shards
+from flaxlm.sharding import least_rows
 
 REMATS: tuple[Remat, ...] = ("none", "dots", "full")
 MOST_DEVICES = 4096  # looked at for a plan that does not fit
@@ -68,7 +68,7 @@ def _best_accumulation(
   cfg: Config, device: Device, sizes: Sizes, remat: Remat
 ) -> Choice | None:
   """The least accumulation that fits, or the most of all if none does."""
-  rows = cfg.data.batch_size // batch_shards(sizes)
+  rows = cfg.data.batch_size // least_rows(cfg.training, sizes)
   steps = [n for n in range(1, rows + 1) if rows % n == 0]
 
   def choose(number: int) -> Choice:

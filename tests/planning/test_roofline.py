@@ -61,6 +61,22 @@ def test_accumulation_gathers_every_time():
   assert twice["fsdp"] == 2 * sent(dict(fsdp=8))["fsdp"]
 
 
+def test_a_pipeline_hands_on_a_microbatch_at_every_tick():
+  training = dataclasses.replace(CFG.training, pipeline_microbatches=8, pipeline_repeats=2)
+  cfg = dataclasses.replace(CFG, training=training)
+  rows = 16 * 4096 * 4096 * 2  # bytes of the residual stream
+  blocks = 4 * (N - 2 * 128_256 * 4096 - 4096)
+  there, back = 2 * rows * (8 * 2 + 3) / 8, 4 * rows * 3 / 4
+  dealt, summed = 2 * blocks / 4 * 3 / 4, 2 * (4 * N - blocks) * 3 / 4
+  found = sent(dict(stage=4), cfg)
+  assert found == {"stage": pytest.approx(there + back + dealt + summed)}
+  plan = plan_training(cfg, full_sizes(dict(stage=4)), find_device("v5p"))
+  assert plan.times.bubble == pytest.approx(3 / 19)
+  busy = (plan.times.compute or 0) + (plan.times.memory or 0)
+  assert plan.times.waiting == pytest.approx(busy * 3 / 16)
+  assert plan.times.seconds == pytest.approx(busy * 19 / 16 + plan.times.network["stage"])
+
+
 def test_bandwidth_of_an_axis():
   h100 = find_device("h100")
   inside, across = full_sizes(dict(fsdp=8)), full_sizes(dict(data=4, fsdp=8))

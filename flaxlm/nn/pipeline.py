@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pipeline: the mesh axis `stage` shares out the layers, and microbatches pass through.
+
+A batch is cut into M microbatches. At every tick each stage runs some of its layers on one
+of them and hands it on to the next stage (GPipe: Huang et al., 2019). Stages wait while the
+first microbatch comes and the last one goes, S - 1 ticks. If layers are dealt out in R
+rounds instead, and microbatches go round R times, a tick is R times shorter, and so is the
+wait (Narayanan et al., 2021, section 2.2): (S - 1) / (M R + S - 1) of the time.
+
+One program runs on all stages: `shard_map` over `stage` alone, all other axes being cut by
+their rules as ever. Nothing here knows what a layer is.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from flaxlm.sharding import constrain
+
+AXIS = "stage"
+
+
+class Schedule(NamedTuple):
+  """How many stages, and how often a batch, in how many parts, goes through all of them."""
+
+  stages: int  # S
+  microbatches: int  # M, a multiple of S
+  repeats: int = 1  # R
+
+  @property
+  def visits(self) -> int:
+    """Ticks in which a stage has work."""
+    return self.microbatches * self.repeats
+
+  @property
+  def ticks(self) -> int:
+    return self.visits + self.stages - 1
+
+  @property
+  def bubble(self) -> float:
+    """The share of the ticks in which a stage waits."""
+    return 1 - self.visits / self.ticks
+
+
+def make_schedule(stages: int, microbatches: int | None, repeats: int) -> Schedule:
+  """The schedule of a mesh and a config; with one stage, all at once."""
+  if stages == 1:
+    return Schedule(1, 1)
+  return Schedule(stages, microbatches or stages, repeats)
+
+
+class Visit(NamedTuple):
+  """Which part of the batch a stage has, in which round, so at which layers."""
+
+  microbatch: jax.Array
+  round: Any
+  group: jax.Array  # of the R S groups of layers
+
+
+def run_pipeline(
+  run_stage: Callable,
+  schedule: Schedule,
+  params: Any,
+  x_BTD: jax.Array,
+  rows: Any,
+  shared: Any,
+) -> tuple[jax.Array, Any]:
+  """All layers, and the sums of what else `run_stage` returns.
+
+  `run_stage(params, x_BTD, rows, shared, visit)` is run on one microbatch. `params` are
+  stacked along L and come as (layers of a visit, R, ...), of which `visit.round` counts;
+  of `rows`, arrays (B, ...), come those of the microbatch; `shared` comes as it is.
+  """
+  stages, visits = schedule.stages, schedule.visits
+  to_next = [(n, (n + 1) % stages) for n in range(stages)]
+
+  def on_stage(
+    numbers: jax.Array, params: Any, x_BTD: jax.Array, rows: Any, shared: Any
+  ) -> tuple[jax.Array, Any]:
+    number = numbers[0]
+    params = deal(params, schedule, number)
+    rows = jax.tree.map(functools.partial(cut, schedule), rows)
+    x_MBTD = cut(schedule, x_BTD)
+
+    def tick(carry: tuple, t: jax.Array) -> tuple[tuple, Any]:
+      x_BTD, x_MBTD = carry  # from the stage before; what waits at stage 0
+      place = jnp.clip(t - number, 0, visits - 1)
+      round = place // schedule.microbatches if schedule.repeats > 1 else 0
+      visit = Visit(place % schedule.microbatches, round, round * stages + number)
+      pick = lambda x: jax.lax.dynamic_index_in_dim(x, visit.microbatch, 0, False)
+      x_BTD = jnp.where(number == 0, pick(x_MBTD), x_BTD)
+      x_BTD, sums = run_stage(params, x_BTD, jax.tree.map(pick, rows), shared, visit)
+      working = (t >= number) & (t < number + visits)
+      sums = jax.tree.map(lambda x: jnp.where(working, x, 0), sums)
+      x_BTD = jax.lax.ppermute(x_BTD, AXIS, to_next)
+      # The last stage's output comes to stage 0: for the next round, or as the result.
+      home = t - (stages - 1)
+      done = home % schedule.microbatches
+      before = jax.lax.dynamic_index_in_dim(x_MBTD, done, 0, False)
+      back = jnp.where(home >= 0, x_BTD, before)
+      return (x_BTD, jax.lax.dynamic_update_index_in_dim(x_MBTD, back, done, 0)), sums
+
+    # Who waits computes all the same, on what is there: numbers of this batch, not zeros,
+    # of which a norm's gradient need not be finite.
+    ticks = jnp.arange(schedule.ticks)
+    (_, x_MBTD), sums = jax.lax.scan(tick, (x_MBTD[0], x_MBTD), ticks)
+    x_MBTD = jnp.where(number == 0, x_MBTD, 0)
+    return join(x_MBTD), jax.tree.map(lambda x: jax.lax.psum(x.sum(0), AXIS), sums)
+
+  cut_up, whole = PartitionSpec(AXIS), PartitionSpec()
+  on_mesh = jax.shard_map(
+    on_stage,
+    in_specs=(cut_up, cut_up, cut_up, cut_up, whole),
+    out_specs=(cut_up, whole),
+    axis_names={AXIS},
+    check_vma=False,  # with it, gradients of a shard_map inside (experts) do not compile
+  )
+  x_BTD, sums = on_mesh(jnp.arange(stages), params, x_BTD, rows, shared)
+  return constrain(x_BTD, "batch", "length", "act_embed"), sums
+
+
+def cut(schedule: Schedule, x: jax.Array) -> jax.Array:
+  """A stage's share of the rows -> all microbatches, (M, B / M, ...), on every stage.
+
+  Microbatches are every n-th row of a share: no row leaves its device along other axes.
+  """
+  parts = schedule.microbatches // schedule.stages
+  x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+  x = jax.lax.all_gather(x, AXIS, tiled=True)
+  names = (None, "batch", "length", None)
+  return constrain(x, *names[: x.ndim])
+
+
+def join(x_MBTD: jax.Array) -> jax.Array:
+  """The other way round, of arrays that are zero but on one stage."""
+  x = jax.lax.psum_scatter(x_MBTD, AXIS, tiled=True).swapaxes(0, 1)
+  return x.reshape(-1, *x.shape[2:])
+
+
+def deal(params: Any, schedule: Schedule, number: jax.Array) -> Any:
+  """The layers that a stage holds -> those that it runs, (layers of a visit, R, ...).
+
+  Layers are stored in their order, a block of them on each stage, so that a checkpoint
+  knows nothing of the schedule. With R rounds a stage runs every S-th group of layers: once
+  in a pass all change places, in R exchanges of one group each.
+  """
+  S, R = schedule.stages, schedule.repeats
+  group = lambda x: x.reshape(R, x.shape[0] // R, *x.shape[1:])
+  if R == 1:
+    return jax.tree.map(lambda x: group(x).swapaxes(0, 1), params)
+  # Stage s has groups sR to sR + R - 1. In exchange k it sends one, to a stage to which nobody
+  # else sends: those whose groups have the same goals, S / gcd(S, R) apart, take turns.
+  apart = S // math.gcd(S, R)
+  sent = [[(k + s // apart) % R for k in range(R)] for s in range(S)]
+  taken = [[0] * R for _ in range(S)]  # in which exchange a stage gets the group of a round
+  goals = [[0] * S for _ in range(R)]
+  for s, k in itertools.product(range(S), range(R)):
+    round, goals[k][s] = divmod(s * R + sent[s][k], S)
+    taken[goals[k][s]][round] = k
+
+  def exchange(x: jax.Array) -> jax.Array:
+    groups = group(x)[jnp.array(sent)[number]]
+    got = [jax.lax.ppermute(groups[k], AXIS, list(enumerate(goals[k]))) for k in range(R)]
+    return jnp.stack(got)[jnp.array(taken)[number]].swapaxes(0, 1)
+
+  return jax.tree.map(exchange, params)

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Laws of pipelines: a step over stages = the step without, and what it must refuse."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_training_laws import (
+  CFG,
+  OTHERS,
+  assert_same,
+  loss_and_gradient_on,
+  mesh_of,
+  on_one,
+  packed_batch,
+)
+
+from flaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from flaxlm.decoding.weights import prepare_params
+from flaxlm.errors import ConfigError
+from flaxlm.nn.models import abstract_params, build_model, init_cache
+from flaxlm.nn.pipeline import Schedule
+from flaxlm.sharding import axes_of, check_batch
+from flaxlm.training.optimizer import build_optimizer
+from flaxlm.training.step import (
+  abstract_batch,
+  abstract_state,
+  compile_eval_step,
+  compile_train_step,
+  init_state,
+  put_batch,
+  under_mesh,
+)
+
+DEEP = dataclasses.replace(CFG, depth=4)
+RUN = TrainingConfig(scanned=True)
+TWICE = TrainingConfig(scanned=True, remat="full", pipeline_repeats=2)
+
+
+def cfg_of(name, **fields):
+  return dataclasses.replace(DEEP, **OTHERS[name], **fields)
+
+
+def check(sizes, cfg=DEEP, run=RUN):
+  """The same seed, parameters and batch: loss to 1e-5, gradients to 1e-4."""
+  plain = TrainingConfig(scanned=True)
+  assert_same(loss_and_gradient_on(mesh_of(**sizes), cfg, run), on_one(cfg, plain))
+
+
+def test_a_pipeline_equals_one_device():
+  check(dict(stage=2, data=2))
+
+
+def test_experts_in_a_pipeline_that_goes_round_twice():
+  """With every other axis in use, more microbatches than stages, and accumulation."""
+  run = dataclasses.replace(TWICE, pipeline_microbatches=4, accumulation_steps=2)
+  check(dict(stage=2, fsdp=2, tensor=2), cfg_of("experts"), run)
+
+
+def test_a_pipeline_without_loops_over_layers():
+  check(dict(stage=4, data=2), run=TrainingConfig(scanned=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    dict(stage=2),
+    dict(stage=4),
+    dict(stage=4, data=2),
+    dict(stage=2, data=4),
+    dict(stage=2, fsdp=4),
+    dict(stage=2, fsdp=2, tensor=2),
+    dict(stage=2, data=2, fsdp=2),
+    dict(stage=2, expert=4),
+    dict(stage=2, data=2, context=2),
+  ],
+  ids=str,
+)
+@pytest.mark.parametrize("name", ["dense", "experts"])
+def test_a_pipeline_equals_one_device_however_it_runs(name, sizes):
+  cfg = cfg_of(name, depth=8)
+  shards = np.prod(
+    [size for axis, size in sizes.items() if axis not in ("context", "tensor")]
+  )
+  for remat, repeats, steps in [
+    ("none", 1, 1),
+    ("dots", 2, 2),
+    ("full", 2, 1),
+    ("full", 1, 2),
+  ]:
+    for times in (1, 2):
+      if 16 % (steps * shards * times):
+        continue  # of the 16 rows
+      microbatches = sizes["stage"] * times
+      run = TrainingConfig(
+        scanned=times == 1,
+        remat=remat,
+        accumulation_steps=steps,
+        pipeline_repeats=repeats,
+        pipeline_microbatches=microbatches,
+      )
+      check(sizes, cfg, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(OTHERS))
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_other_families_in_a_pipeline(name, repeats):
+  run = dataclasses.replace(TWICE, pipeline_repeats=repeats, pipeline_microbatches=4)
+  depth = 8 if name == "windows" else 4  # a stage holds whole patterns
+  check(dict(stage=2, data=2), cfg_of(name, depth=depth), run)
+  if name not in ("capacity", "experts"):
+    check(dict(stage=2, data=2, tensor=2), cfg_of(name, depth=depth), run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stages", "repeats"), [(2, 3), (4, 2), (4, 3), (2, 4), (4, 4)])
+def test_any_number_of_rounds(stages, repeats):
+  """Layers change places once, whether the numbers divide each other or not."""
+  run = dataclasses.replace(TWICE, pipeline_repeats=repeats)
+  check(dict(stage=stages), dataclasses.replace(CFG, depth=stages * repeats), run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_steps_in_a_pipeline_are_the_steps_without(kind):
+  """Parameters after two whole steps; moments cut over copies as well."""
+  after = []
+  optimizer = build_optimizer(
+    OptimizerConfig(kind=kind, sharded=True, warmup_steps=0, epsilon=1e-3), 10
+  )
+  for mesh, run in [(mesh_of(), RUN), (mesh_of(stage=2, data=2), TWICE)]:
+    model = build_model(DEEP, run)
+    state = init_state(model, optimizer, mesh, seed=0)
+    step = compile_train_step(model, optimizer, run, mesh)
+    for n in range(2):
+      state, _ = step(state, put_batch(packed_batch(seed=n), mesh), jnp.uint32(0))
+    after.append(jax.device_get(state.params))
+  compare = lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
+  jax.tree.map(compare, *after)
+
+
+@pytest.mark.slow
+def test_bfloat16_in_a_pipeline():
+  run = dataclasses.replace(TWICE, dtype="bfloat16", param_dtype="bfloat16")
+  loss, _ = loss_and_gradient_on(mesh_of(stage=2, data=2), DEEP, run)
+  expected, _ = loss_and_gradient_on(mesh_of(), DEEP, run)
+  np.testing.assert_allclose(loss, expected, rtol=2e-3)
+
+
+def test_stages_hold_their_layers_and_hand_on():
+  """A quarter of every block on each stage; neighbours exchange in the compiled step."""
+  mesh = mesh_of(stage=4, data=2)
+  model, optimizer = build_model(DEEP, RUN), build_optimizer(OptimizerConfig(), 10)
+  state = abstract_state(model, optimizer, mesh)
+  for leaf in jax.tree.leaves(state.params["blocks"]):
+    assert axes_of(leaf.sharding.spec[0]) == ("stage",)
+    assert leaf.sharding.shard_shape(leaf.shape)[0] == 1
+  step = compile_train_step(model, optimizer, RUN, mesh)
+  batch = abstract_batch(DataConfig(seq_len=16, batch_size=16), mesh)
+  text = step.lower(state, batch, jax.ShapeDtypeStruct((), jnp.uint32)).compile().as_text()
+  assert "collective-permute" in text
+  up = state.params["blocks"]["ffn"]["up"]["kernel"].shape[1:]
+  whole = ",".join(map(str, (4, *up)))
+  assert f"f32[{whole}]" not in text, "no device ever has all layers"
+
+
+def test_the_bubble_shrinks_with_rounds_and_microbatches():
+  assert Schedule(4, 4).bubble == pytest.approx(3 / 7)
+  assert Schedule(4, 4, 2).bubble == pytest.approx(3 / 11)
+  assert Schedule(4, 16, 2).bubble == pytest.approx(3 / 35)
+  assert Schedule(1, 1).bubble == 0
+
+
+def test_every_microbatch_has_dropout_of_its_own():
+  """Equal rows in different microbatches come out different, and twice the same."""
+  mesh = mesh_of(stage=2)
+  run = dataclasses.replace(RUN, pipeline_microbatches=4)
+  model = build_model(dataclasses.replace(CFG, dropout=0.5), run)
+  params = init_state(model, build_optimizer(OptimizerConfig(), 10), mesh, 0).params
+  tokens_BT = jnp.broadcast_to(jnp.arange(16), (4, 16))
+
+  def hidden(params, seed):
+    rngs = {"dropout": jax.random.key(seed)}
+    options = dict(deterministic=False, rngs=rngs, method="hidden")
+    return model.apply({"params": params}, tokens_BT, **options).value
+
+  drop = under_mesh(jax.jit(hidden), mesh)
+  first, again, other = (np.asarray(drop(params, seed)) for seed in (0, 0, 1))
+  np.testing.assert_array_equal(first, again)
+  rows = [*first, other[0]]
+  assert all(np.abs(a - b).max() > 0.1 for n, a in enumerate(rows) for b in rows[:n])
+
+
+@pytest.mark.slow
+def test_evaluation_and_decoding_on_stages():
+  """Losses through the pipeline; a token at a time with every layer on every stage."""
+  results = []
+  batch, bytes_V = packed_batch(), np.ones(CFG.vocab_size, np.float32)
+  for mesh in (mesh_of(), mesh_of(stage=2, tensor=2)):
+    model = build_model(DEEP, RUN)
+    params = init_state(model, build_optimizer(OptimizerConfig(), 10), mesh, 0).params
+    sums = compile_eval_step(model, mesh)(params, put_batch(batch, mesh), bytes_V)
+    prepared = prepare_params(params, model.cfg)
+
+    def decode(params, tokens_BT, model=model):
+      cache, logits = init_cache(model, 4, 16), []
+      for t in range(3):
+        out = model.apply({"params": params}, tokens_BT[:, t : t + 1], cache=cache)
+        cache, logits = out.cache, [*logits, out.value]
+      return jnp.concatenate(logits, 1)
+
+    logits = under_mesh(jax.jit(decode), mesh)(prepared, batch.tokens_BT[:4])
+    results.append(jax.device_get((sums, logits)))
+  compare = lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
+  jax.tree.map(compare, *results)
+
+
+@pytest.mark.slow
+def test_maps_are_captured_on_stages():
+  maps = []
+  for mesh in (mesh_of(), mesh_of(stage=2, data=2)):
+    model = build_model(DEEP, RUN)
+    params = init_state(model, build_optimizer(OptimizerConfig(), 10), mesh, 0).params
+    look = lambda params, tokens_BT, model=model: model.apply(
+      {"params": params}, tokens_BT, capture=True
+    ).attention["self"]
+    tokens_BT = packed_batch().tokens_BT[:4]
+    maps.append(np.asarray(under_mesh(jax.jit(look), mesh)(params, tokens_BT)))
+  np.testing.assert_allclose(*maps, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("model", "training", "batch_size", "cause"),
+  [
+    (dict(depth=6), {}, 16, "model.depth=6 is not a multiple of mesh stage=4"),
+    (
+      dict(depth=4),
+      dict(pipeline_repeats=2, remat="full"),
+      16,
+      "model.depth=4 is not a multiple of mesh stage=4 x training.pipeline_repeats=2",
+    ),
+    (
+      dict(depth=4, encoder_depth=5, family="encoder_decoder"),
+      {},
+      16,
+      "model.encoder_depth=5 is not a multiple",
+    ),
+    (dict(depth=4, window=4, layer_pattern="LG"), {}, 16, "model.layer_pattern=LG differs"),
+    (dict(depth=4), dict(pipeline_microbatches=6), 24, "pipeline_microbatches=6 is not"),
+    (dict(depth=4), {}, 12, "data.batch_size=12 is not a multiple of stage=4 x data=2"),
+    (
+      dict(depth=4),
+      dict(pipeline_microbatches=8),
+      24,
+      "data.batch_size=24 is not a multiple of pipeline_microbatches=8 x data=2",
+    ),
+    (dict(depth=8), dict(pipeline_repeats=2), 16, "with training.remat=none"),
+    (dict(depth=4, family="rnn"), {}, 16, "stage is for transformers"),
+  ],
+)
+def test_what_a_pipeline_refuses(model, training, batch_size, cause):
+  cfg = Config(
+    model=ModelConfig(**model),
+    training=TrainingConfig(**training),
+    data=DataConfig(batch_size=batch_size),
+  )
+  with pytest.raises(ConfigError) as caught:
+    check_batch(cfg, mesh_of(stage=4, data=2).shape)
+  assert cause in caught.value.cause
+
+
+def test_parameters_that_stages_do_not_divide_name_the_field():
+  with pytest.raises(
+    ConfigError, match=r"model.depth = 2 cannot be split over mesh stage=4"
+  ):
+    abstract_params(build_model(CFG, RUN), mesh_of(stage=4))
