@@ -154,8 +154,8 @@ def deal(params: Any, schedule: Schedule, number: jax.Array) -> Any:
   group = lambda x: x.reshape(R, x.shape[0] // R, *x.shape[1:])
   if R == 1:
     return jax.tree.map(lambda x: group(x).swapaxes(0, 1), params)
-  # Stage s has groups sR to sR + R - 1. In exchange k it sends one, to a stage to which nobody
-  # else sends: those whose groups have the same goals, S / gcd(S, R) apart, take turns.
+  # Stage s has groups sR to sR + R - 1. In exchange k it sends one to a stage that gets no
+  # other: stages whose groups have the same goals, S / gcd(S, R) apart, take turns.
   apart = S // math.gcd(S, R)
   sent = [[(k + s // apart) % R for k in range(R)] for s in range(S)]
   taken = [[0] * R for _ in range(S)]  # in which exchange a stage gets the group of a round

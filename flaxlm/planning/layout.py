@@ -142,7 +142,7 @@ def explain(names: Sequence[str], sizes: Sizes) -> str:
     for axis in RULES[name]:
       if sizes[axis] > 1:
         cuts.append(f"{name} over {axis}={sizes[axis]}: {REASONS[name]}")
-      else:
+      elif name != "layers":  # a pipeline is not only a cut
         idle.append(f"{axis} would cut {name}")
   if cuts:
     return "; ".join(cuts)
