@@ -164,9 +164,13 @@ def deal(params: Any, schedule: Schedule, number: jax.Array) -> Any:
     round, goals[k][s] = divmod(s * R + sent[s][k], S)
     taken[goals[k][s]][round] = k
 
+  def send(x: jax.Array, k: int) -> jax.Array:
+    everybody_keeps = goals[k] == list(range(S))
+    return x if everybody_keeps else jax.lax.ppermute(x, AXIS, list(enumerate(goals[k])))
+
   def exchange(x: jax.Array) -> jax.Array:
     groups = group(x)[jnp.array(sent)[number]]
-    got = [jax.lax.ppermute(groups[k], AXIS, list(enumerate(goals[k]))) for k in range(R)]
-    return jnp.stack(got)[jnp.array(taken)[number]].swapaxes(0, 1)
+    got = jnp.stack([send(groups[k], k) for k in range(R)])
+    return got[jnp.array(taken)[number]].swapaxes(0, 1)
 
   return jax.tree.map(exchange, params)

@@ -78,6 +78,7 @@ def test_people_read_why(capsys: pytest.CaptureFixture):
     ({"tensor": 2}, 6),
     # The gradients of k and v are summed whole, not scattered: twice, in each of 2 layers.
     ({"context": 2}, 2),
+    ({"stage": 2}, 0),
   ],
   ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -98,6 +99,8 @@ def test_what_travels_is_what_the_formula_says(mesh: dict, extra: int):
     assert counts == {"all-reduce": 4 * 2 + 5}
   if axis == "fsdp":  # on a TPU: gathered twice, and the gradients reduce-scattered
     assert set(counts) == {"all-gather", "all-reduce", "all-to-all"}
+  if axis == "stage":  # three ticks, forward and backward
+    assert counts["collective-permute"] == 2 * 3
   if axis == "data":  # all gradients in one
     assert set(counts) == {"all-reduce"} and counts["all-reduce"] <= 2
 
