@@ -110,8 +110,9 @@ def run_pipeline(
     # of which a norm's gradient need not be finite.
     ticks = jnp.arange(schedule.ticks)
     (_, x_MBTD), sums = jax.lax.scan(tick, (x_MBTD[0], x_MBTD), ticks)
-    x_MBTD = jnp.where(number == 0, x_MBTD, 0)
-    return join(x_MBTD), jax.tree.map(lambda x: jax.lax.psum(x.sum(0), AXIS), sums)
+    return join(schedule, x_MBTD), jax.tree.map(
+      lambda x: jax.lax.psum(x.sum(0), AXIS), sums
+    )
 
   cut_up, whole = PartitionSpec(AXIS), PartitionSpec()
   on_mesh = jax.shard_map(
@@ -132,15 +133,24 @@ def cut(schedule: Schedule, x: jax.Array) -> jax.Array:
   """
   parts = schedule.microbatches // schedule.stages
   x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-  x = jax.lax.all_gather(x, AXIS, tiled=True)
+  # As all-gather does, but its gradient is a sum on each stage and not an all-reduce, which
+  # in bfloat16 breaks XLA's CPU compiler here.
+  x = jnp.broadcast_to(x, (schedule.stages, *x.shape)).reshape(-1, *x.shape[1:])
+  x = exchange(x)
   names = (None, "batch", "length", None)
   return constrain(x, *names[: x.ndim])
 
 
-def join(x_MBTD: jax.Array) -> jax.Array:
-  """The other way round, of arrays that are zero but on one stage."""
-  x = jax.lax.psum_scatter(x_MBTD, AXIS, tiled=True).swapaxes(0, 1)
+def join(schedule: Schedule, x_MBTD: jax.Array) -> jax.Array:
+  """The other way round: of all microbatches on stage 0 each stage gets its share."""
+  parts = schedule.microbatches // schedule.stages
+  x = exchange(x_MBTD)[:parts].swapaxes(0, 1)
   return x.reshape(-1, *x.shape[2:])
+
+
+def exchange(x: jax.Array) -> jax.Array:
+  """Of S equal parts, part n goes to stage n; those that come are in the stages' order."""
+  return jax.lax.all_to_all(x, AXIS, split_axis=0, concat_axis=0, tiled=True)
 
 
 def deal(params: Any, schedule: Schedule, number: jax.Array) -> Any:
@@ -168,9 +178,9 @@ def deal(params: Any, schedule: Schedule, number: jax.Array) -> Any:
     everybody_keeps = goals[k] == list(range(S))
     return x if everybody_keeps else jax.lax.ppermute(x, AXIS, list(enumerate(goals[k])))
 
-  def exchange(x: jax.Array) -> jax.Array:
+  def deal_out(x: jax.Array) -> jax.Array:
     groups = group(x)[jnp.array(sent)[number]]
     got = jnp.stack([send(groups[k], k) for k in range(R)])
     return got[jnp.array(taken)[number]].swapaxes(0, 1)
 
-  return jax.tree.map(exchange, params)
+  return jax.tree.map(deal_out, params)

@@ -270,6 +270,10 @@ def network_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> dict[str, flo
   twice = table * jnp.dtype(training.param_dtype).itemsize
   gradients = state.parameters + twice // (sizes["tensor"] * sizes["fsdp"])
   blocks = blocks_bytes(cfg, state)
+  gathered = gathered_elements(state, sizes)
+  gathered += (
+    state.stored_in_blocks * sizes["fsdp"] * (schedule.ticks / schedule.repeats - 1)
+  )
   sent = {
     # A microbatch at each tick, and its gradient; all of them to every stage, and back;
     # layers to where they run; gradients of what is not of a stage, summed.
@@ -284,8 +288,9 @@ def network_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> dict[str, flo
     + 2 * (gradients - blocks) * share("stage"),
     # Gradients, summed: reduced and gathered again.
     "data": 2 * gradients * share("data"),
-    # Weights gathered forward and backward, gradients reduced to their owner.
-    "fsdp": 3 * parts * gathered_elements(state, sizes) * item * share("fsdp"),
+    # Weights gathered forward and backward, gradients reduced to their owner; a stage does
+    # so at every tick, with the layers of one visit.
+    "fsdp": 3 * parts * gathered * item * share("fsdp"),
     # Two sums per layer forward and backward (Shoeybi et al., 2019), embedding and head.
     "tensor": 2
     * parts
