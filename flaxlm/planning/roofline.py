@@ -270,7 +270,7 @@ def network_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> dict[str, flo
   twice = table * jnp.dtype(training.param_dtype).itemsize
   gradients = state.parameters + twice // (sizes["tensor"] * sizes["fsdp"])
   blocks = blocks_bytes(cfg, state)
-  gathered = gathered_elements(state, sizes)
+  gathered: float = gathered_elements(state, sizes)
   gathered += (
     state.stored_in_blocks * sizes["fsdp"] * (schedule.ticks / schedule.repeats - 1)
   )
