@@ -85,8 +85,8 @@ def run_pipeline(
   ) -> tuple[jax.Array, Any]:
     number = numbers[0]
     params = deal(params, schedule, number)
-    rows = jax.tree.map(functools.partial(cut, schedule), rows)
-    x_MBTD = cut(schedule, x_BTD)
+    rows = jax.tree.map(functools.partial(cut, schedule, number), rows)
+    x_MBTD = cut(schedule, number, x_BTD)
 
     def tick(carry: tuple, t: jax.Array) -> tuple[tuple, Any]:
       x_BTD, x_MBTD = carry  # from the stage before; what waits at stage 0
@@ -110,7 +110,7 @@ def run_pipeline(
     # of which a norm's gradient need not be finite.
     ticks = jnp.arange(schedule.ticks)
     (_, x_MBTD), sums = jax.lax.scan(tick, (x_MBTD[0], x_MBTD), ticks)
-    return join(schedule, x_MBTD), jax.tree.map(
+    return join(schedule, number, x_MBTD), jax.tree.map(
       lambda x: jax.lax.psum(x.sum(0), AXIS), sums
     )
 
@@ -126,31 +126,31 @@ def run_pipeline(
   return constrain(x_BTD, "batch", "length", "act_embed"), sums
 
 
-def cut(schedule: Schedule, x: jax.Array) -> jax.Array:
+def cut(schedule: Schedule, number: jax.Array, x: jax.Array) -> jax.Array:
   """A stage's share of the rows -> all microbatches, (M, B / M, ...), on every stage.
 
   Microbatches are every n-th row of a share: no row leaves its device along other axes.
+  Shares go round as microbatches do: the gradient of an all-gather sums over stages, which
+  in bfloat16 breaks XLA's CPU compiler here, and all-to-all gathers rows over `data`.
   """
-  parts = schedule.microbatches // schedule.stages
+  stages, parts = schedule.stages, schedule.microbatches // schedule.stages
   x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-  # As all-gather does, but its gradient is a sum on each stage and not an all-reduce, which
-  # in bfloat16 breaks XLA's CPU compiler here.
-  x = jnp.broadcast_to(x, (schedule.stages, *x.shape)).reshape(-1, *x.shape[1:])
-  x = exchange(x)
+  ahead = lambda k: [(n, (n + k) % stages) for n in range(stages)]
+  shares = [x, *(jax.lax.ppermute(x, AXIS, ahead(k)) for k in range(1, stages))]
+  x = jnp.stack(shares)[(number - jnp.arange(stages)) % stages]  # in the stages' order
+  x = x.reshape(-1, *x.shape[2:])
   names = (None, "batch", "length", None)
   return constrain(x, *names[: x.ndim])
 
 
-def join(schedule: Schedule, x_MBTD: jax.Array) -> jax.Array:
+def join(schedule: Schedule, number: jax.Array, x_MBTD: jax.Array) -> jax.Array:
   """The other way round: of all microbatches on stage 0 each stage gets its share."""
-  parts = schedule.microbatches // schedule.stages
-  x = exchange(x_MBTD)[:parts].swapaxes(0, 1)
+  own, *others = jnp.split(x_MBTD, schedule.stages)
+  x = jnp.where(number == 0, own, 0)
+  for stage, share in enumerate(others, 1):  # who gets nothing gets zeros
+    x += jax.lax.ppermute(share, AXIS, [(0, stage)])
+  x = x.swapaxes(0, 1)
   return x.reshape(-1, *x.shape[2:])
-
-
-def exchange(x: jax.Array) -> jax.Array:
-  """Of S equal parts, part n goes to stage n; those that come are in the stages' order."""
-  return jax.lax.all_to_all(x, AXIS, split_axis=0, concat_axis=0, tiled=True)
 
 
 def deal(params: Any, schedule: Schedule, number: jax.Array) -> Any:

@@ -270,6 +270,10 @@ def network_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> dict[str, flo
   twice = table * jnp.dtype(training.param_dtype).itemsize
   gradients = state.parameters + twice // (sizes["tensor"] * sizes["fsdp"])
   blocks = blocks_bytes(cfg, state)
+  at_ticks = 0.0
+  if schedule.stages > 1:
+    visit = state.stored_in_blocks * item / schedule.repeats
+    at_ticks = parts * schedule.ticks * visit - blocks
   gathered: float = gathered_elements(state, sizes)
   gathered += (
     state.stored_in_blocks * sizes["fsdp"] * (schedule.ticks / schedule.repeats - 1)
@@ -286,8 +290,8 @@ def network_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> dict[str, flo
     + 4 * parts * vector_bytes * (sizes["stage"] - 1)
     + 2 * parts * blocks * (schedule.repeats > 1) * share("stage")
     + 2 * (gradients - blocks) * share("stage"),
-    # Gradients, summed: reduced and gathered again.
-    "data": 2 * gradients * share("data"),
+    # Gradients, summed: reduced and gathered again; in a pipeline at every tick.
+    "data": 2 * (gradients + at_ticks) * share("data"),
     # Weights gathered forward and backward, gradients reduced to their owner; a stage does
     # so at every tick, with the layers of one visit.
     "fsdp": 3 * parts * gathered * item * share("fsdp"),
