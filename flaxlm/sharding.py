@@ -107,7 +107,7 @@ def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
   return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
-def mesh_sizes() -> dict[str, int]:
+def axis_sizes_in_use() -> dict[str, int]:
   """The axes of the mesh that is set; within a stage of a pipeline there is no `stage`."""
   mesh = jax.sharding.get_abstract_mesh()
   return {axis: n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes}
@@ -119,7 +119,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   Rows that `context` does not divide, such as a token that is being decoded, stay whole:
   training refuses them before it starts.
   """
-  sizes = mesh_sizes()
+  sizes = axis_sizes_in_use()
   if math.prod(sizes.values()) == 1:
     return x
   parts = math.prod(sizes.get(axis, 1) for axis in RULES["length"])
@@ -131,7 +131,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 def is_cut(name: str) -> bool:
   """Whether the mesh that is set cuts dims of this logical name."""
-  sizes = mesh_sizes()
+  sizes = axis_sizes_in_use()
   return any(sizes.get(axis, 1) > 1 for axis in RULES[name])
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from flaxlm.config import ModelConfig
 from flaxlm.nn.layers import Einsum, FeedForward, activate, residual_scale
-from flaxlm.sharding import RULES, mesh_sizes, partition_spec
+from flaxlm.sharding import RULES, axis_sizes_in_use, partition_spec
 
 Kernels = dict[str, jax.Array]
 
@@ -183,7 +183,7 @@ def over_mesh(
   that are elsewhere. No mesh, one device: nothing travels.
   """
   # Axes of size 1 are left out: the TPU's compiler crashes on a sum over one device.
-  sizes = {axis: size for axis, size in mesh_sizes().items() if size > 1}
+  sizes = {axis: size for axis, size in axis_sizes_in_use().items() if size > 1}
   if not sizes:
     weights_BTA, experts_BTA = route(cfg, logits_BTE, real_BT)
     return serve(x_BTD, weights_BTA, experts_BTA, kernels), experts_BTA

@@ -35,7 +35,7 @@ from flaxlm.nn.layers import Embedding, FeedForward, build_norm
 from flaxlm.nn.moe import MoE
 from flaxlm.nn.pipeline import AXIS, Schedule, Visit, make_schedule, run_pipeline
 from flaxlm.nn.positions import alibi_bias, relative_buckets, rotation, sinusoids
-from flaxlm.sharding import RULES, constrain, mesh_sizes
+from flaxlm.sharding import RULES, constrain, axis_sizes_in_use
 
 # What is kept of a block besides its input, by `training.remat`.
 ATTENTION = "attention"  # the name of attention's output
@@ -386,7 +386,7 @@ class Stack(nn.Module):
     They do where there is no batch to cut up: a few rows to be looked at, or parameters
     that decoding has taken apart. Training never comes to that (`sharding.check_batch`).
     """
-    sizes = mesh_sizes()
+    sizes = axis_sizes_in_use()
     stages = sizes.get(AXIS, 1)
     if stages == 1 or self.is_initializing() or is_split(self.blocks.variables["params"]):
       return None
