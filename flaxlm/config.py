@@ -8,6 +8,7 @@ read and changed is in `configfile`. Standard library only: importing this is in
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,8 @@ from typing import Any, Literal
 from flaxlm.errors import ConfigError
 
 MESH_AXES = ("data", "fsdp", "context", "tensor", "expert")
+SLOW = "@dcn"  # behind a size: the axis joins slices or hosts, over the data-centre network
+MeshConfig = Mapping[str, int | str]
 
 # What each family of models is trained to predict.
 OBJECTIVES = {
@@ -313,8 +316,10 @@ class Config:
   training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
   job: JobConfig = dataclasses.field(default_factory=JobConfig)
-  mesh: Mapping[str, int] = knob(
-    {"data": -1}, "devices per mesh axis, as data=2,fsdp=4; one may be -1 (the rest)"
+  mesh: Mapping[str, int | str] = knob(
+    {"data": -1},
+    "devices per mesh axis, as data=2,fsdp=4; one may be -1 (the rest); data=2@dcn, in a "
+    "file '2@dcn': the axis is the slow network between slices or hosts",
   )
   simulated_devices: int | None = knob(None, "CPU only: pretend to have this many", 1, 4096)
 
@@ -353,7 +358,7 @@ def is_a(kind: Any, value: Any) -> bool:
   if origin is Literal:
     return value in arguments
   if origin is Mapping:
-    return isinstance(value, dict) and all(type(size) is int for size in value.values())
+    return isinstance(value, dict) and all(type(n) in (int, str) for n in value.values())
   if kind is float:
     return type(value) in (int, float)
   return type(value) is kind
@@ -409,7 +414,7 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
       f"training.loss_chunks={cfg.training.loss_chunks}",
       "",
     )
-  if cfg.mesh.get("context", 1) != 1 and cfg.model.family == "rnn":
+  if str(cfg.mesh.get("context", 1)) != "1" and cfg.model.family == "rnn":
     yield "an RNN reads its row in order: mesh axis context has no use", "leave it out"
   if cfg.name is not None and (
     Path(cfg.name).name != cfg.name or cfg.name in ("", ".", "..")
@@ -484,12 +489,27 @@ def _nearest_multiple(number: int, of: int) -> int:
   return of * max(1, (2 * number + of) // (2 * of))
 
 
-def mesh_mistakes(mesh: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+def mesh_mistakes(mesh: MeshConfig) -> Iterator[tuple[str, str]]:
   """(cause, cure) of every unusable entry of a mesh."""
-  for axis, size in mesh.items():
+  sizes = []
+  for axis, entry in mesh.items():
+    text = str(entry).removesuffix(SLOW)
     if axis not in MESH_AXES:
       yield f"unknown mesh axis {axis!r}", f"mesh axes are {', '.join(MESH_AXES)}"
-    elif size != -1 and size < 1:
-      yield f"mesh axis {axis}={size}", "a size is at least 1, or -1 for the rest"
-  if sum(size == -1 for size in mesh.values()) > 1:
+    elif not re.fullmatch(r"-?\d+", text):
+      yield f"mesh axis {axis}={entry}", "a size is a whole number, or one as in 2@dcn"
+    elif int(text) < 1 and int(text) != -1:
+      yield f"mesh axis {axis}={entry}", "a size is at least 1, or -1 for the rest"
+    sizes.append(text)
+  if sizes.count("-1") > 1:
     yield "more than one mesh axis is -1", "only one axis can take the rest"
+
+
+def mesh_sizes(mesh: MeshConfig) -> dict[str, int]:
+  """Devices along each axis that a mesh names, on whichever network it lies."""
+  return {axis: int(str(size).removesuffix(SLOW)) for axis, size in mesh.items()}
+
+
+def slow_axes(mesh: MeshConfig) -> tuple[str, ...]:
+  """The axes that a mesh lays on the network between slices or hosts, in mesh order."""
+  return tuple(axis for axis in MESH_AXES if str(mesh.get(axis, 1)).endswith(SLOW))

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from flaxlm.checkpoint.manifest import newest_whole_step, saved_steps, write_atomically
 from flaxlm.checkpoint.store import CheckpointStore, make_room_after
-from flaxlm.config import Config, ModelConfig
+from flaxlm.config import Config, ModelConfig, slow_axes
 from flaxlm.configfile import difference, to_json
 from flaxlm.data.batches import Batches
 from flaxlm.data.prepare import Prepared, prepare
@@ -43,7 +43,13 @@ from flaxlm.errors import (
 from flaxlm.foreign_tokenizers import expected_vocab_size
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import build_model
-from flaxlm.sharding import check_batch, check_replication, make_mesh, start_jax
+from flaxlm.sharding import (
+  check_batch,
+  check_replication,
+  describe_mesh,
+  make_mesh,
+  start_jax,
+)
 from flaxlm.tokenizers import MASK
 from flaxlm.training.evaluation import Evaluator, describe_evaluation, split_batches
 from flaxlm.training.optimizer import Optimizer, build_optimizer
@@ -427,13 +433,13 @@ def set_aside(directory: Path) -> None:
 
 def describe(cfg: Config, state: TrainState, prepared: Prepared, mesh: Mesh) -> str:
   num_params = sum(x.size for x in jax.tree.leaves(state.params))
-  axes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+  axes = describe_mesh(mesh.shape, slow_axes(cfg.mesh))
   device = jax.devices()[0].device_kind
   return (
     f"{cfg.run_dir}: {num_params:,} parameters; {cfg.data.corpus}: "
     f"{prepared.train.num_tokens:,} tokens to learn from, "
     f"{prepared.validation.num_tokens:,} held out; "
-    f"{jax.device_count()} {device} device(s){f', mesh {axes}' if axes else ''}"
+    f"{jax.device_count()} {device} device(s){f', mesh {axes}' if mesh.size > 1 else ''}"
   )
 
 

@@ -68,6 +68,18 @@ def test_people_read_why(capsys: pytest.CaptureFixture):
   assert "fsdp would cut embed" in explain(("slots", "embed"), sizes)
 
 
+def test_the_slow_network_is_shown(capsys: pytest.CaptureFixture):
+  asked = ["shard", "llama3_8b", "--device", "v5e", "--no-compile", "--mesh"]
+  assert main([*asked, "data=2@dcn,fsdp=8", "--json"]) == 0
+  result = json.loads(capsys.readouterr().out)
+  assert result["slow_axes"] == ["data"]
+  assert result["bytes_per_second"] == {"data": 3.125e9, "fsdp": 180e9}
+  assert main([*asked, "data=2@dcn,fsdp=8"]) == 0
+  text = capsys.readouterr().out
+  assert "llama3_8b on data=2@dcn,fsdp=8: 16 devices" in text
+  assert "data (data-centre network): " in text and "at 3.125 GB/s" in text
+
+
 @pytest.mark.parametrize(
   "mesh, extra",
   [
