@@ -21,6 +21,8 @@ MESH_AXES = ("data", "fsdp", "context", "tensor", "expert")
 SLOW = "@dcn"  # behind a size: the axis joins slices or hosts, over the data-centre network
 MeshConfig = Mapping[str, int | str]
 
+VOCAB_MULTIPLE = 64  # divides over a mesh and fills the vector units (nanoGPT's 50304)
+
 # What each family of models is trained to predict.
 OBJECTIVES = {
   "decoder": "next_token",
@@ -112,6 +114,9 @@ class ModelConfig:
   vocab_size: int | None = knob(
     None, "vocabulary (V); none = the tokenizer's, rounded up to a multiple of 64", 2
   )
+  num_ids: int | None = knob(
+    None, "ids that stand for tokens: rows of V after them are padding; none = all", 2
+  )
   context: int = knob(256, "longest sequence the model takes, in tokens", 1)
   cell: Literal["lstm", "gru"] = knob("lstm", "rnn: what its layers are made of")
   # -- Positions
@@ -172,12 +177,38 @@ class ModelConfig:
     """The kinds of layers, L and G, that repeat over the depth."""
     return self.layer_pattern or ("G" if self.window is None else "L")
 
+  @property
+  def unpadded(self) -> "ModelConfig":
+    """The same without padding: every row of the vocabulary stands for a token."""
+    if self.num_ids is None:
+      return self
+    return dataclasses.replace(self, vocab_size=self.num_ids, num_ids=None)
+
+  def padded(self, parts: int) -> "ModelConfig":
+    """The same, its vocabulary padded if so many devices cannot share it out evenly."""
+    num_ids = self.unpadded.vocab_size
+    if num_ids is None or self.vocab_size is None or self.vocab_size % parts == 0:
+      return self
+    multiple = math.lcm(VOCAB_MULTIPLE, parts)
+    rows = multiple * math.ceil(num_ids / multiple)
+    return dataclasses.replace(self, vocab_size=rows, num_ids=num_ids)
+
+  @property
+  def padding(self) -> str:
+    """What people are told of a padded vocabulary; "" for one that is not."""
+    if self.num_ids is None:
+      return ""
+    return (
+      f"vocabulary: {self.num_ids:,} ids, padded to {self.vocab_size:,} rows; the padding "
+      "gets no probability"
+    )
+
   def resolve(self, tokenizer_size: int | None = None) -> "ModelConfig":
     """Fills every `None` that has a rule, so that the modules see numbers only."""
-    vocab_size = self.vocab_size
+    vocab_size, num_ids = self.vocab_size, self.num_ids
     if vocab_size is None and tokenizer_size is not None:
-      # A multiple of 64 divides over a mesh and fills the vector units (nanoGPT's 50304).
-      vocab_size = 64 * math.ceil(tokenizer_size / 64)
+      vocab_size = VOCAB_MULTIPLE * math.ceil(tokenizer_size / VOCAB_MULTIPLE)
+      num_ids = None if vocab_size == tokenizer_size else tokenizer_size
     ffn_width = 4 * self.width
     if self.gated:  # three matrices for two: 8/3 D keeps the parameters (Shazeer, 2020)
       ffn_width = 32 * math.ceil(8 * self.width / 3 / 32)
@@ -195,6 +226,7 @@ class ModelConfig:
       head_dim=head_dim,
       ffn_width=ffn_width,
       vocab_size=vocab_size,
+      num_ids=num_ids,
       rope=rope,
       attention_scale=self.attention_scale or head_dim**-0.5,
       moe=dataclasses.replace(self.moe, expert_width=expert_width),
@@ -428,6 +460,7 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
 
 def _model_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
   yield from _head_contradictions(model)
+  yield from _vocabulary_contradictions(model)
   if model.positions == "sinusoidal" and model.width % 2:
     yield f"sinusoidal positions need an even model.width, not {model.width}", ""
   if model.layer_pattern is not None and not set(model.layer_pattern) <= {"L", "G"}:
@@ -464,6 +497,14 @@ def _model_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
         yield f"model.{name} is a transformer's", "leave it out: model.family=rnn"
   if model.family != "encoder" and (model.num_token_types or model.pooler):
     yield "model.num_token_types and model.pooler are an encoder's", ""
+
+
+def _vocabulary_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
+  if model.num_ids is not None and model.num_ids > (model.vocab_size or 0):
+    yield (
+      f"model.num_ids={model.num_ids} is more than model.vocab_size={model.vocab_size}",
+      "it is for a vocabulary with padding: leave it out",
+    )
 
 
 def _head_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:

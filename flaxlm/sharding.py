@@ -89,9 +89,12 @@ def partition_spec(
     parts = math.prod(axis_sizes[axis] for axis in axes)
     if dim % parts:
       split = " x ".join(f"{axis}={axis_sizes[axis]}" for axis in axes)
+      cure = f"make it a multiple of {parts}, or change --mesh"
+      if name in ("vocab", "act_vocab"):  # of a stored run: training and importing pad
+        cure += "; a new run, or a new import, on this mesh pads it by itself"
       raise ConfigError(
         f"{FIELDS.get(name or '', name)} = {dim} cannot be split over mesh {split}",
-        f"make it a multiple of {parts}, or change --mesh",
+        cure,
       )
     entries.append(axes or None)
   used = [axis for axes in entries if axes for axis in axes]

@@ -248,6 +248,38 @@ def test_there_is_no_field_without_help():
   assert all(field.metadata["help"] for _, field in LEAVES.values())
 
 
+@pytest.mark.parametrize(
+  ("vocab_size", "parts", "rows"),
+  [
+    (50_257, 1, 50_257),
+    (50_257, 2, 50_304),
+    (50_257, 3, 50_304),
+    (50_257, 5, 50_560),
+    (128_256, 8, 128_256),
+    (64, 3, 192),
+  ],
+)
+def test_a_vocabulary_is_padded_only_where_it_must_be(vocab_size, parts, rows):
+  model = ModelConfig(vocab_size=vocab_size).resolve().padded(parts)
+  assert model.vocab_size == rows and rows % parts == 0
+  assert model.num_ids == (None if rows == vocab_size else vocab_size)
+  assert model.padded(parts) == model.resolve() == model
+  assert model.unpadded == ModelConfig(vocab_size=vocab_size).resolve()
+  assert (f"{vocab_size:,} ids, padded to {rows:,} rows" in model.padding) == (
+    rows != vocab_size
+  )
+  again = model.padded(7)  # of the ids, not of the rows
+  assert again.unpadded == model.unpadded
+
+
+@pytest.mark.parametrize(("size", "rows"), [(257, 320), (4096, 4096), (65, 128)])
+def test_a_tokenizers_vocabulary_is_padded_to_a_multiple_of_64(size: int, rows: int):
+  model = ModelConfig().resolve(size)
+  assert model.vocab_size == rows
+  assert model.unpadded.vocab_size == size
+  assert (model.num_ids is None) == (rows == size)
+
+
 # One failing example of each rule of `_contradictions`, and its nearest working neighbour.
 CONTRADICTIONS = {
   "model.width=100 is not a multiple of model.num_heads=8": (
@@ -257,6 +289,14 @@ CONTRADICTIONS = {
   "model.num_kv_heads=3 does not divide model.num_heads=4": (
     ["--model.num_kv_heads=3"],
     ["--model.num_kv_heads=2"],
+  ),
+  "model.num_ids=65 is more than model.vocab_size=64": (
+    ["--model.num_ids=65", "--model.vocab_size=64"],
+    ["--model.num_ids=64", "--model.vocab_size=64"],
+  ),
+  "model.num_ids=65 is more than model.vocab_size=None": (
+    ["--model.num_ids=65"],
+    ["--model.num_ids=65", "--model.vocab_size=128"],
   ),
   "RoPE rotates pairs, but the head dim is 5": (
     ["--model.head_dim=5"],

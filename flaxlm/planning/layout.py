@@ -80,6 +80,7 @@ class Layout:
   analytic: Mapping[str, float]  # bytes that one device sends in a step, by mesh axis
   bandwidth: Mapping[str, float | None]  # and how many a second; None where not known
   compiled: Compiled | None
+  padding: str = ""  # what there is to say of the vocabulary's
   slow: Sequence[str] = ()  # axes on the network between slices or hosts
 
   @property
@@ -94,7 +95,8 @@ def lay_out(cfg: Config, mesh: MeshConfig, device: str | None, compiled: bool) -
   Raises `ConfigError` for a mesh that the config does not divide over.
   """
   sizes, slow = full_sizes(mesh), slow_axes(mesh)
-  cfg = dataclasses.replace(cfg, mesh=dict(mesh))
+  model = cfg.model.padded(sizes["tensor"])
+  cfg = dataclasses.replace(cfg, mesh=dict(mesh), model=model)
   target: Device = ANY if device is None else find_device(device)
   boxed, _ = abstract_trees(cfg.model, cfg.training, cfg.optimizer)
   params = with_shardings(boxed, abstract_mesh(sizes))
@@ -117,6 +119,7 @@ def lay_out(cfg: Config, mesh: MeshConfig, device: str | None, compiled: bool) -
     analytic=analytic,
     bandwidth={axis: axis_bandwidth(target, sizes, axis, slow) for axis in analytic},
     compiled=compile_step(cfg, sizes, target) if compiled else None,
+    padding=model.padding,
     slow=slow,
   )
 
@@ -184,7 +187,8 @@ def print_layout(layout: Layout, out: TextIO) -> None:
   console = Console(file=out, highlight=False, width=None if out.isatty() else 120)
   devices = math.prod(layout.sizes.values())
   mesh = describe_mesh(layout.sizes, layout.slow)
-  console.print(f"{layout.name} on {mesh}: {devices} devices", "")
+  console.print(f"{layout.name} on {mesh}: {devices} devices")
+  console.print(f"{layout.padding}\n" if layout.padding else "")
   table = Table(title="Parameters", title_justify="left", box=None, padding=(0, 2, 0, 0))
   for title in ("", "parameter", "shape", "dims:axes", "per device"):
     justify: Any = "right" if title == "per device" else "left"

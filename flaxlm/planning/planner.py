@@ -51,10 +51,13 @@ def plan(cfg: Config, asked: Questions) -> Report:
       )
     cfg, found = choices[0].cfg, choices[0].plan
   else:
-    found = plan_training(cfg, full_sizes(asked.mesh, number), device)
+    sizes = full_sizes(asked.mesh, number)
+    cfg = padded(cfg, sizes)
+    found = plan_training(cfg, sizes, device)
   return Report(
     name=cfg.name or "config",
     plan=found,
+    padding=cfg.model.padding,
     tokens=asked.tokens,
     price=asked.price,
     cure=cheapest_fit(cfg, found.sizes, device) if found.fits is False else None,
@@ -70,6 +73,11 @@ def resolve(cfg: Config) -> Config:
   """
   num_ids = cfg.model.vocab_size or expected_vocab_size(cfg.tokenizer)
   return dataclasses.replace(cfg, model=cfg.model.resolve(num_ids))
+
+
+def padded(cfg: Config, sizes: Mapping[str, int]) -> Config:
+  """`cfg` with the vocabulary that training gives it on such a mesh."""
+  return dataclasses.replace(cfg, model=cfg.model.padded(sizes["tensor"]))
 
 
 def decode_points(

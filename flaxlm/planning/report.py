@@ -23,6 +23,7 @@ class Report:
 
   name: str
   plan: Plan
+  padding: str = ""  # what there is to say of the vocabulary's
   tokens: float | None = None  # to train on
   price: float | None = None  # per device and hour
   cure: Choice | None = None  # what would fit, for a plan that does not
@@ -129,7 +130,8 @@ def print_report(report: Report, out: TextIO) -> None:
   plan = report.plan
   device = plan.device.name if plan.num_devices == 1 else f"{plan.num_devices} x"
   device += "" if plan.num_devices == 1 else f" {plan.device.name}"
-  console.print(f"{report.name} on {device}, mesh {plan.mesh}\n")
+  console.print(f"{report.name} on {device}, mesh {plan.mesh}")
+  console.print(f"{report.padding}\n" if report.padding else "")
   _print_parameters(plan, console)
   _print_memory(plan, console)
   _print_time(report, console)

@@ -71,7 +71,8 @@ def _best_accumulation(
 
   def choose(number: int) -> Choice:
     training = dataclasses.replace(cfg.training, remat=remat, accumulation_steps=number)
-    changed = dataclasses.replace(cfg, training=training)
+    model = cfg.model.padded(sizes["tensor"])
+    changed = dataclasses.replace(cfg, training=training, model=model)
     return Choice(changed, plan_training(changed, sizes, device))
 
   if not steps:

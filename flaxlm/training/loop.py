@@ -71,7 +71,8 @@ MOST_SKIPPED_STEPS = 3  # in a row, before a run that keeps diverging is stopped
 
 # A run goes on only with the data and the parameters that it began with.
 FIXED_FIELDS = ("model.", "tokenizer.", "data.", "seed", "optimizer.kind")
-FREE_FIELDS = ("data.num_epochs", "model.dropout")
+# Runs from before `model.num_ids` did not know which rows are padding.
+FREE_FIELDS = ("data.num_epochs", "model.dropout", "model.num_ids")
 
 # Process 0 leaves it in the run directory, where network file systems show it soon.
 MARK, MARK_SECONDS = ".job", 30.0
@@ -91,7 +92,7 @@ def train(cfg: Config) -> int:
 
     # -- Data: what there is to learn from decides the vocabulary. It is known before, but
     # for the smallest corpora, so the program compiles while data are prepared.
-    guess = cfg.model.resolve(expected_vocab_size(cfg.tokenizer))
+    guess = make_model_config(cfg, expected_vocab_size(cfg.tokenizer), mesh, first_step)
     with ThreadPoolExecutor(1, "compile") as thread:
       compiling = lambda model_cfg: thread.submit(
         Program.compiled, model_cfg, cfg, mesh, fresh=not first_step
@@ -109,7 +110,9 @@ def train(cfg: Config) -> int:
         ),
       )
       peers.agree(f"the text of {cfg.data.corpus}", prepared.fingerprint)
-      cfg = dataclasses.replace(cfg, model=cfg.model.resolve(prepared.tokenizer.vocab_size))
+      num_ids = prepared.tokenizer.vocab_size
+      model_cfg = make_model_config(cfg, num_ids, mesh, first_step)
+      cfg = dataclasses.replace(cfg, model=model_cfg)
       batches = split_batches(cfg, prepared.train, mesh, shuffled=True)
       validation = split_batches(cfg, prepared.validation, mesh, shuffled=False)
       if first_step:
@@ -135,6 +138,8 @@ def train(cfg: Config) -> int:
       reporter.log(f"resuming {cfg.run_dir} at step {first_step}")
     for flag in flags:
       reporter.log(flag.line)
+    if cfg.model.padding:
+      reporter.log(cfg.model.padding)
     reporter.log(describe(cfg, state, prepared, mesh))
 
     # -- Steps.
@@ -377,6 +382,21 @@ def resume_step(cfg: Config) -> int:
     make_room_after(directory, 0)
     return 0
   return step
+
+
+def make_model_config(
+  cfg: Config, tokenizer_size: int, mesh: Mesh, first_step: int
+) -> ModelConfig:
+  """The model with every number known. A new run pads its vocabulary for the mesh; one
+  that goes on keeps the rows that it has.
+  """
+  model = cfg.model.resolve(tokenizer_size)
+  if first_step:
+    stored = load_config_of(cfg.run_dir).model
+    if stored.unpadded.vocab_size == model.unpadded.vocab_size:
+      rows, num_ids = stored.vocab_size, stored.num_ids
+      return dataclasses.replace(model, vocab_size=rows, num_ids=num_ids)
+  return model.padded(mesh.shape["tensor"])
 
 
 def check_shared(run_dir: Path, peers: Alone) -> None:
