@@ -57,6 +57,6 @@ def test_llama3_8b_compiles_for_a_pod_and_fits(name: str, mesh: str, record_prop
   # Parameters and Adam's two moments of each, and next to nothing: a row of ids or two.
   state = layout.parameter_bytes + layout.optimizer_bytes
   assert compiled.argument_bytes == pytest.approx(state, rel=0.01)
-  # Weights travel, twice at least: v5e gathers them, on v5p their gaps are summed up.
+  # Weights travel, twice at least: v5e gathers them, v5p has all-reduces alone.
   sent = sum(one.bytes for one in compiled.collectives if one.axes == "fsdp")
   assert sent > 2 * 2 * layout.whole_bytes / 4 * (N - 1) / N
