@@ -8,6 +8,7 @@ read and changed is in `configfile`. Standard library only: importing this is in
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,10 @@ from typing import Any, Literal
 from flaxlm.errors import ConfigError
 
 MESH_AXES = ("stage", "data", "fsdp", "context", "tensor", "expert")
+SLOW = "@dcn"  # behind a size: the axis joins slices or hosts, over the data-centre network
+MeshConfig = Mapping[str, int | str]
+
+VOCAB_MULTIPLE = 64  # divides over a mesh and fills the vector units (nanoGPT's 50304)
 
 # What each family of models is trained to predict.
 OBJECTIVES = {
@@ -109,6 +114,9 @@ class ModelConfig:
   vocab_size: int | None = knob(
     None, "vocabulary (V); none = the tokenizer's, rounded up to a multiple of 64", 2
   )
+  num_ids: int | None = knob(
+    None, "ids that stand for tokens: rows of V after them are padding; none = all", 2
+  )
   context: int = knob(256, "longest sequence the model takes, in tokens", 1)
   cell: Literal["lstm", "gru"] = knob("lstm", "rnn: what its layers are made of")
   # -- Positions
@@ -169,12 +177,38 @@ class ModelConfig:
     """The kinds of layers, L and G, that repeat over the depth."""
     return self.layer_pattern or ("G" if self.window is None else "L")
 
+  @property
+  def unpadded(self) -> "ModelConfig":
+    """The same without padding: every row of the vocabulary stands for a token."""
+    if self.num_ids is None:
+      return self
+    return dataclasses.replace(self, vocab_size=self.num_ids, num_ids=None)
+
+  def padded(self, parts: int) -> "ModelConfig":
+    """The same, its vocabulary padded if so many devices cannot share it out evenly."""
+    num_ids = self.unpadded.vocab_size
+    if num_ids is None or self.vocab_size is None or self.vocab_size % parts == 0:
+      return self
+    multiple = math.lcm(VOCAB_MULTIPLE, parts)
+    rows = multiple * math.ceil(num_ids / multiple)
+    return dataclasses.replace(self, vocab_size=rows, num_ids=num_ids)
+
+  @property
+  def padding(self) -> str:
+    """What people are told of a padded vocabulary; "" for one that is not."""
+    if self.num_ids is None:
+      return ""
+    return (
+      f"vocabulary: {self.num_ids:,} ids, padded to {self.vocab_size:,} rows; the padding "
+      "gets no probability"
+    )
+
   def resolve(self, tokenizer_size: int | None = None) -> "ModelConfig":
     """Fills every `None` that has a rule, so that the modules see numbers only."""
-    vocab_size = self.vocab_size
+    vocab_size, num_ids = self.vocab_size, self.num_ids
     if vocab_size is None and tokenizer_size is not None:
-      # A multiple of 64 divides over a mesh and fills the vector units (nanoGPT's 50304).
-      vocab_size = 64 * math.ceil(tokenizer_size / 64)
+      vocab_size = VOCAB_MULTIPLE * math.ceil(tokenizer_size / VOCAB_MULTIPLE)
+      num_ids = None if vocab_size == tokenizer_size else tokenizer_size
     ffn_width = 4 * self.width
     if self.gated:  # three matrices for two: 8/3 D keeps the parameters (Shazeer, 2020)
       ffn_width = 32 * math.ceil(8 * self.width / 3 / 32)
@@ -192,6 +226,7 @@ class ModelConfig:
       head_dim=head_dim,
       ffn_width=ffn_width,
       vocab_size=vocab_size,
+      num_ids=num_ids,
       rope=rope,
       attention_scale=self.attention_scale or head_dim**-0.5,
       moe=dataclasses.replace(self.moe, expert_width=expert_width),
@@ -319,8 +354,10 @@ class Config:
   training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
   job: JobConfig = dataclasses.field(default_factory=JobConfig)
-  mesh: Mapping[str, int] = knob(
-    {"data": -1}, "devices per mesh axis, as data=2,fsdp=4; one may be -1 (the rest)"
+  mesh: Mapping[str, int | str] = knob(
+    {"data": -1},
+    "devices per mesh axis, as data=2,fsdp=4; one may be -1 (the rest); data=2@dcn, in a "
+    "file '2@dcn': the axis is the slow network between slices or hosts",
   )
   simulated_devices: int | None = knob(None, "CPU only: pretend to have this many", 1, 4096)
 
@@ -359,7 +396,7 @@ def is_a(kind: Any, value: Any) -> bool:
   if origin is Literal:
     return value in arguments
   if origin is Mapping:
-    return isinstance(value, dict) and all(type(size) is int for size in value.values())
+    return isinstance(value, dict) and all(type(n) in (int, str) for n in value.values())
   if kind is float:
     return type(value) in (int, float)
   return type(value) is kind
@@ -415,7 +452,7 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
       f"training.loss_chunks={cfg.training.loss_chunks}",
       "",
     )
-  if cfg.mesh.get("context", 1) != 1 and cfg.model.family == "rnn":
+  if str(cfg.mesh.get("context", 1)) != "1" and cfg.model.family == "rnn":
     yield "an RNN reads its row in order: mesh axis context has no use", "leave it out"
   if cfg.name is not None and (
     Path(cfg.name).name != cfg.name or cfg.name in ("", ".", "..")
@@ -429,6 +466,7 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
 
 def _model_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
   yield from _head_contradictions(model)
+  yield from _vocabulary_contradictions(model)
   if model.positions == "sinusoidal" and model.width % 2:
     yield f"sinusoidal positions need an even model.width, not {model.width}", ""
   if model.layer_pattern is not None and not set(model.layer_pattern) <= {"L", "G"}:
@@ -467,6 +505,14 @@ def _model_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
     yield "model.num_token_types and model.pooler are an encoder's", ""
 
 
+def _vocabulary_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
+  if model.num_ids is not None and model.num_ids > (model.vocab_size or 0):
+    yield (
+      f"model.num_ids={model.num_ids} is more than model.vocab_size={model.vocab_size}",
+      "it is for a vocabulary with padding: leave it out",
+    )
+
+
 def _head_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
   if model.head_dim is None and model.num_heads > 0 and model.width % model.num_heads:
     unit = model.num_heads * (2 if model.positions == "rope" else 1)  # RoPE takes pairs
@@ -490,12 +536,27 @@ def _nearest_multiple(number: int, of: int) -> int:
   return of * max(1, (2 * number + of) // (2 * of))
 
 
-def mesh_mistakes(mesh: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+def mesh_mistakes(mesh: MeshConfig) -> Iterator[tuple[str, str]]:
   """(cause, cure) of every unusable entry of a mesh."""
-  for axis, size in mesh.items():
+  sizes = []
+  for axis, entry in mesh.items():
+    text = str(entry).removesuffix(SLOW)
     if axis not in MESH_AXES:
       yield f"unknown mesh axis {axis!r}", f"mesh axes are {', '.join(MESH_AXES)}"
-    elif size != -1 and size < 1:
-      yield f"mesh axis {axis}={size}", "a size is at least 1, or -1 for the rest"
-  if sum(size == -1 for size in mesh.values()) > 1:
+    elif not re.fullmatch(r"-?\d+", text):
+      yield f"mesh axis {axis}={entry}", "a size is a whole number, or one as in 2@dcn"
+    elif int(text) < 1 and int(text) != -1:
+      yield f"mesh axis {axis}={entry}", "a size is at least 1, or -1 for the rest"
+    sizes.append(text)
+  if sizes.count("-1") > 1:
     yield "more than one mesh axis is -1", "only one axis can take the rest"
+
+
+def mesh_sizes(mesh: MeshConfig) -> dict[str, int]:
+  """Devices along each axis that a mesh names, on whichever network it lies."""
+  return {axis: int(str(size).removesuffix(SLOW)) for axis, size in mesh.items()}
+
+
+def slow_axes(mesh: MeshConfig) -> tuple[str, ...]:
+  """The axes that a mesh lays on the network between slices or hosts, in mesh order."""
+  return tuple(axis for axis in MESH_AXES if str(mesh.get(axis, 1)).endswith(SLOW))

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from flaxlm.config import Config, is_a, mesh_mistakes
+from flaxlm.config import SLOW, Config, is_a, mesh_mistakes
 from flaxlm.errors import ConfigError
 
 
@@ -165,20 +165,20 @@ def _parse(kind: Any, text: str, name: str) -> Any:
     raise ConfigError(f"--{name}: expected {want}, got {text!r}") from None
 
 
-def parse_mesh(text: str) -> dict[str, int]:
-  """`data=2,fsdp=4` -> {"data": 2, "fsdp": 4}."""
-  mesh: dict[str, int] = {}
+def parse_mesh(text: str) -> dict[str, int | str]:
+  """`data=2@dcn,fsdp=4` -> {"data": "2@dcn", "fsdp": 4}."""
+  mesh: dict[str, int | str] = {}
   for part in text.split(","):
     axis, _, size = part.partition("=")
     try:
-      number = int(size)
+      number = int(size.removesuffix(SLOW))
     except ValueError:
       raise ConfigError(
-        f"mesh {text!r}: {part!r} is not AXIS=SIZE", "as in data=2,fsdp=4"
+        f"mesh {text!r}: {part!r} is not AXIS=SIZE", "as in data=2,fsdp=4, or data=2@dcn"
       ) from None
     if axis in mesh:
       raise ConfigError(f"mesh {text!r} names {axis} twice")
-    mesh[axis] = number
+    mesh[axis] = f"{number}{SLOW}" if size.endswith(SLOW) else number
   mistakes = list(mesh_mistakes(mesh))
   if mistakes:
     raise ConfigError(*mistakes[0])

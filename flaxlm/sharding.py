@@ -17,10 +17,18 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flaxlm.config import MESH_AXES, Config, TrainingConfig
+from flaxlm.config import (
+  MESH_AXES,
+  SLOW,
+  Config,
+  MeshConfig,
+  TrainingConfig,
+  mesh_sizes,
+  slow_axes,
+)
 from flaxlm.errors import ConfigError
 from flaxlm.xla_flags import Flag, flags_for, set_flags
 
@@ -91,9 +99,12 @@ def partition_spec(
     parts = math.prod(axis_sizes[axis] for axis in axes)
     if dim % parts:
       split = " x ".join(f"{axis}={axis_sizes[axis]}" for axis in axes)
+      cure = f"make it a multiple of {parts}, or change --mesh"
+      if name in ("vocab", "act_vocab"):  # of a stored run: training and importing pad
+        cure += "; a new run, or a new import, on this mesh pads it by itself"
       raise ConfigError(
         f"{FIELDS.get(name or '', name)} = {dim} cannot be split over mesh {split}",
-        f"make it a multiple of {parts}, or change --mesh",
+        cure,
       )
     entries.append(axes or None)
   used = [axis for axes in entries if axes for axis in axes]
@@ -349,12 +360,13 @@ def check_stages(cfg: Config, sizes: Mapping[str, int]) -> None:
     )
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+def make_mesh(mesh: MeshConfig) -> Mesh:
   """The mesh of all devices; axes not named have size 1, one size may be -1 (the rest).
 
-  Raises `ConfigError` when the sizes do not use every device.
+  Axes on the slow network join slices or hosts; all others stay within each of them.
+  Raises `ConfigError` when the sizes do not use every device, or not as they lie.
   """
-  num_devices = jax.device_count()
+  sizes, num_devices = mesh_sizes(mesh), jax.device_count()
   known = math.prod(size for size in sizes.values() if size != -1)
   shape = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
   for axis, size in shape.items():
@@ -362,7 +374,7 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
       shape[axis] = num_devices // known
   total = math.prod(shape.values())
   if total != num_devices:
-    text = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+    text = ",".join(f"{axis}={size}" for axis, size in mesh.items())
     needed = f"a multiple of {known}" if -1 in sizes.values() else total
     raise ConfigError(
       f"mesh {text} needs {needed} devices, {num_devices} present",
@@ -373,7 +385,59 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
   # Linen's logical names and GSPMD's propagation need Auto axes; make_mesh's default
   # has been Explicit since jax 0.9.
   types = (AxisType.Auto,) * len(shape)
+  if slow := slow_axes(mesh):
+    grid = hybrid_grid(shape, slow, jax.devices())
+    return Mesh(grid, tuple(shape), axis_types=types)
   return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=types)
+
+
+def describe_mesh(sizes: Mapping[str, int], slow: Sequence[str] = ()) -> str:
+  """The axes in use, as `--mesh` takes them."""
+  used = {axis: size for axis, size in sizes.items() if size > 1}
+  texts = (f"{axis}={n}{SLOW if axis in slow else ''}" for axis, n in used.items())
+  return ",".join(texts) or "data=1"
+
+
+def hybrid_grid(
+  sizes: Mapping[str, int], slow: Sequence[str], devices: Sequence[Any]
+) -> np.ndarray:
+  """The devices of a mesh whose `slow` axes go from one slice or host to the next.
+
+  Slices are what the devices say they are of (TPUs, and GPUs by host), else every
+  process is a host. The simulated devices of one process have neither: there
+  every slice is a run of them. Raises `ConfigError` when the slow sizes' product is not
+  the number of slices or hosts.
+  """
+  outer, inner = networks(sizes, slow)
+  count = lambda name: len({getattr(device, name, 0) for device in devices})
+  slices, hosts = count("slice_index"), count("process_index")
+  if slices == hosts == 1 and devices[0].platform == "cpu":
+    return consecutive_grid(outer, inner, devices)
+  by_process = slices == 1 and devices[0].platform != "tpu"
+  found, kind = (hosts, "hosts") if by_process else (slices, "slices")
+  if math.prod(outer) != found:
+    text = " x ".join(f"{axis}={sizes[axis]}" for axis in slow)
+    raise ConfigError(
+      f"mesh {text} on the slow network needs {math.prod(outer)} {kind}, {found} present",
+      "leave @dcn out" if found == 1 else f"sizes with @dcn have to make {found}",
+    )
+  options = dict(process_is_granule=by_process, allow_split_physical_axes=True)
+  return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **options)
+
+
+def networks(sizes: Mapping[str, int], slow: Sequence[str]) -> tuple[list[int], list[int]]:
+  """The sizes of all axes on the network between slices or hosts, and within them."""
+  outer = [size if axis in slow else 1 for axis, size in sizes.items()]
+  return outer, [size // n for size, n in zip(sizes.values(), outer, strict=True)]
+
+
+def consecutive_grid(
+  outer: Sequence[int], inner: Sequence[int], devices: Sequence[Any]
+) -> np.ndarray:
+  """`devices` in their order, those of one place in `outer` side by side in `inner`."""
+  grid = np.array(devices, object).reshape(*outer, *inner)
+  axes = [axis for n in range(len(outer)) for axis in (n, n + len(outer))]
+  return grid.transpose(axes).reshape([a * b for a, b in zip(outer, inner, strict=True)])
 
 
 def start_jax(

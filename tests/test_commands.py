@@ -218,6 +218,28 @@ def test_sharded_over_simulated_devices(flaxlm, corpus, tmp_path):
   assert losses(tmp_path, "eight") == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
+def test_a_vocabulary_is_padded_for_a_mesh_and_stays_so(flaxlm, corpus, tmp_path):
+  """A run begun over tensor=2 goes on without it; what is exported has the ids alone."""
+  knobs = {"name": "p", "model__vocab_size": 259, "simulated_devices": 2}
+  run = flaxlm("train", *tiny(corpus, training__num_steps=2, mesh="tensor=2", **knobs))
+  assert run.returncode == 0, run.stderr
+  assert "259 ids, padded to 320 rows" in run.stderr
+  model = json.loads((tmp_path / "runs/p/config.json").read_text())["model"]
+  assert (model["vocab_size"], model["num_ids"]) == (320, 259)
+  run = flaxlm("train", *tiny(corpus, training__num_steps=4, **knobs))
+  assert run.returncode == 0, run.stderr
+  assert "resuming runs/p at step 2" in run.stderr and "padded to 320" in run.stderr
+  assert sorted(losses(tmp_path, "p")) == [1, 2, 3, 4]
+  run = flaxlm("train", *tiny(corpus, **knobs | {"model__vocab_size": 260}))
+  assert run.returncode == 4 and "another experiment" in run.stderr
+  run = flaxlm("infer", "p", "--prompt=1 t", "--max-new-tokens=3", "--mesh=data=-1")
+  assert run.returncode == 0, run.stderr
+  run = flaxlm("export", "runs/p", "exported")
+  assert run.returncode == 0, run.stderr
+  assert json.loads((tmp_path / "exported/config.json").read_text())["vocab_size"] == 259
+
+
 BAD_INPUTS = {
   "typo": (["train", "--training.num_step=5"], 2, "did you mean --training.num_steps"),
   "short typo": (["train", "--steps=5"], 2, "did you mean --training.num_steps"),

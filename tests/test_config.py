@@ -73,6 +73,8 @@ def refusal(*arguments: str) -> ConfigError:
     ("tokenizer.path", "a b/c.json", "a b/c.json"),
     ("mesh", "data=2,fsdp=4", {"data": 2, "fsdp": 4}),
     ("mesh", "tensor=2,data=-1", {"tensor": 2, "data": -1}),
+    ("mesh", "data=2@dcn,fsdp=8", {"data": "2@dcn", "fsdp": 8}),
+    ("mesh", "data=-1@dcn,fsdp=8", {"data": "-1@dcn", "fsdp": 8}),
   ],
 )
 def test_a_value_is_read_by_its_field_and_nothing_else_changes(name, text, value):
@@ -177,6 +179,11 @@ def test_what_is_no_field_is_no_option(text: str):
     ("--mesh=model=2", "unknown mesh axis 'model'"),
     ("--mesh=data=0", "mesh axis data=0"),
     ("--mesh=data=-2", "mesh axis data=-2"),
+    ("--mesh=data=0@dcn", "mesh axis data=0@dcn"),
+    ("--mesh=data=@dcn", "'data=@dcn' is not AXIS=SIZE"),
+    ("--mesh=data=2@ici", "'data=2@ici' is not AXIS=SIZE"),
+    ("--mesh=data=2@dcn@dcn", "is not AXIS=SIZE"),
+    ("--mesh=data=-1@dcn,fsdp=-1", "more than one mesh axis is -1"),
     ("--mesh=data=-1,fsdp=-1", "more than one mesh axis is -1"),
   ],
 )
@@ -241,6 +248,38 @@ def test_there_is_no_field_without_help():
   assert all(field.metadata["help"] for _, field in LEAVES.values())
 
 
+@pytest.mark.parametrize(
+  ("vocab_size", "parts", "rows"),
+  [
+    (50_257, 1, 50_257),
+    (50_257, 2, 50_304),
+    (50_257, 3, 50_304),
+    (50_257, 5, 50_560),
+    (128_256, 8, 128_256),
+    (64, 3, 192),
+  ],
+)
+def test_a_vocabulary_is_padded_only_where_it_must_be(vocab_size, parts, rows):
+  model = ModelConfig(vocab_size=vocab_size).resolve().padded(parts)
+  assert model.vocab_size == rows and rows % parts == 0
+  assert model.num_ids == (None if rows == vocab_size else vocab_size)
+  assert model.padded(parts) == model.resolve() == model
+  assert model.unpadded == ModelConfig(vocab_size=vocab_size).resolve()
+  assert (f"{vocab_size:,} ids, padded to {rows:,} rows" in model.padding) == (
+    rows != vocab_size
+  )
+  again = model.padded(7)  # of the ids, not of the rows
+  assert again.unpadded == model.unpadded
+
+
+@pytest.mark.parametrize(("size", "rows"), [(257, 320), (4096, 4096), (65, 128)])
+def test_a_tokenizers_vocabulary_is_padded_to_a_multiple_of_64(size: int, rows: int):
+  model = ModelConfig().resolve(size)
+  assert model.vocab_size == rows
+  assert model.unpadded.vocab_size == size
+  assert (model.num_ids is None) == (rows == size)
+
+
 # One failing example of each rule of `_contradictions`, and its nearest working neighbour.
 CONTRADICTIONS = {
   "model.width=100 is not a multiple of model.num_heads=8": (
@@ -250,6 +289,14 @@ CONTRADICTIONS = {
   "model.num_kv_heads=3 does not divide model.num_heads=4": (
     ["--model.num_kv_heads=3"],
     ["--model.num_kv_heads=2"],
+  ),
+  "model.num_ids=65 is more than model.vocab_size=64": (
+    ["--model.num_ids=65", "--model.vocab_size=64"],
+    ["--model.num_ids=64", "--model.vocab_size=64"],
+  ),
+  "model.num_ids=65 is more than model.vocab_size=None": (
+    ["--model.num_ids=65"],
+    ["--model.num_ids=65", "--model.vocab_size=128"],
   ),
   "RoPE rotates pairs, but the head dim is 5": (
     ["--model.head_dim=5"],
@@ -331,8 +378,19 @@ def test_the_nearest_width_is_one_that_works(width: int, num_heads: int, positio
   assert abs(nearest - width) <= 2 * num_heads
 
 
-@pytest.mark.parametrize("mesh", [{"data": 0}, {"model": 2}, {"data": -1, "fsdp": -1}])
-def test_a_mesh_of_a_config_file_is_checked_too(mesh: dict[str, int]):
+@pytest.mark.parametrize(
+  "mesh",
+  [
+    {"data": 0},
+    {"model": 2},
+    {"data": -1, "fsdp": -1},
+    {"data": "two@dcn"},
+    {"data": "2@"},
+    {"data": "0@dcn"},
+    {"data": "-1@dcn", "fsdp": -1},
+  ],
+)
+def test_a_mesh_of_a_config_file_is_checked_too(mesh: dict[str, int | str]):
   with pytest.raises(ConfigError, match="mesh"):
     Config(mesh=mesh).check()
 
@@ -385,7 +443,9 @@ def values(kind: Any, field: dataclasses.Field) -> st.SearchStrategy:
   if typing.get_origin(kind) is Literal:
     return st.sampled_from(typing.get_args(kind))
   if typing.get_origin(kind) is Mapping:
-    sizes = st.dictionaries(st.sampled_from(MESH_AXES), st.integers(1, 64), min_size=1)
+    size = st.integers(1, 64)
+    size |= size.map(lambda number: f"{number}@dcn")
+    sizes = st.dictionaries(st.sampled_from(MESH_AXES), size, min_size=1)
     return sizes.map(lambda mesh: mesh | {next(iter(mesh)): -1}) | sizes
   low, high = field.metadata["low"], field.metadata["high"]
   if kind is bool:
@@ -426,7 +486,7 @@ def test_any_override_arrives_and_survives_json(changes: dict, together: bool):
   assert from_json(to_json(cfg), "text") == cfg
 
 
-SAMPLE = to_json(Config(name="a", mesh={"data": 2, "fsdp": -1}))
+SAMPLE = to_json(Config(name="a", mesh={"data": "2@dcn", "fsdp": -1}))
 JSON_VALUES = st.recursive(
   st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
   lambda inner: (

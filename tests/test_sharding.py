@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where arrays live: strict specs, whole meshes, moments beside their parameters."""
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -12,8 +13,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flaxlm.config import MESH_AXES, ModelConfig, OptimizerConfig
-from flaxlm.configfile import knobs
+from flaxlm.config import (
+  MESH_AXES,
+  ModelConfig,
+  OptimizerConfig,
+  mesh_sizes,
+  slow_axes,
+)
+from flaxlm.configfile import knobs, parse_mesh
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import build_model
 from flaxlm.sharding import (
@@ -22,6 +29,8 @@ from flaxlm.sharding import (
   batch_parts,
   batch_sharding,
   constrain,
+  describe_mesh,
+  hybrid_grid,
   make_mesh,
   merged,
   partition_spec,
@@ -134,6 +143,88 @@ def test_idle_or_missing_devices_are_an_error(sizes: dict[str, int], needed: str
 def test_an_axis_that_takes_the_rest_of_too_few_says_how_many_it_needs():
   with pytest.raises(ConfigError, match=r"needs a multiple of 3 devices, 8 present"):
     make_mesh({"data": -1, "fsdp": 3})
+
+
+# -- Meshes over a slow network ------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A device that is not here, as far as a mesh is concerned."""
+
+  id: int
+  slice_index: int = 0
+  process_index: int = 0
+  platform: str = "gpu"
+  device_kind: str = "a GPU"
+
+
+def test_a_mesh_says_where_its_axes_lie():
+  mesh = parse_mesh("fsdp=4,data=-1@dcn")
+  assert mesh_sizes(mesh) == {"fsdp": 4, "data": -1}
+  assert slow_axes(mesh) == ("data",)
+  assert slow_axes({"data": -1}) == ()
+  assert (
+    describe_mesh({"data": 2, "fsdp": 4, "tensor": 1}, ("data",)) == "data=2@dcn,fsdp=4"
+  )
+
+
+def ids(grid: np.ndarray) -> list:
+  return np.vectorize(lambda device: device.id)(grid).tolist()
+
+
+# By process, by slice (of several processes here), or, simulated, in their order; those of
+# a slice or host need not come together.
+HOSTS = [Chip(n, process_index=n % 2) for n in range(8)]
+SLICES = [Chip(n, slice_index=n % 2, process_index=n) for n in range(8)]
+SIMULATED = [Chip(n, platform="cpu") for n in range(8)]
+
+
+@pytest.mark.parametrize(
+  ("devices", "expected"),
+  [
+    (HOSTS, [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]),
+    (SLICES, [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]),
+    (SIMULATED, [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]),
+  ],
+  ids=["hosts", "slices", "simulated"],
+)
+def test_slow_axes_go_from_slice_to_slice(devices: list[Chip], expected: list):
+  sizes = {"data": 2, "fsdp": 2, "tensor": 2}
+  assert ids(hybrid_grid(sizes, ["data"], devices)) == expected
+  last = hybrid_grid(sizes, ["tensor"], devices)
+  assert ids(np.moveaxis(last, -1, 0)) == expected
+
+
+def test_two_slow_axes_share_the_slices_out():
+  devices = [Chip(n, slice_index=n // 2) for n in range(8)]
+  sizes = {"data": 2, "fsdp": 2, "tensor": 2}
+  grid = hybrid_grid(sizes, ["data", "tensor"], devices)
+  assert ids(grid) == [[[0, 2], [1, 3]], [[4, 6], [5, 7]]]
+
+
+@pytest.mark.parametrize(
+  ("devices", "cause", "cure"),
+  [
+    (HOSTS, "mesh data=4 on the slow network needs 4 hosts, 2 present", "have to make 2"),
+    (SLICES, "mesh data=4 on the slow network needs 4 slices, 2 present", "make 2"),
+    ([Chip(n, platform="tpu") for n in range(8)], "4 slices, 1 present", "leave @dcn out"),
+    ([Chip(n) for n in range(8)], "4 hosts, 1 present", "leave @dcn out"),
+  ],
+)
+def test_slow_axes_that_are_not_the_slices_are_an_error(devices, cause: str, cure: str):
+  with pytest.raises(ConfigError) as caught:
+    hybrid_grid({"data": 4, "fsdp": 2}, ["data"], devices)
+  assert cause in caught.value.cause and cure in caught.value.cure
+
+
+def test_a_hybrid_mesh_of_simulated_devices():
+  mesh = make_mesh({"data": 4, "fsdp": "-1@dcn"})
+  assert mesh.axis_names == MESH_AXES
+  numbers = ids(mesh.devices.squeeze())
+  assert numbers == [[0, 4], [1, 5], [2, 6], [3, 7]]
+  with pytest.raises(ConfigError, match=r"mesh data=3@dcn needs 3 devices, 8 present"):
+    make_mesh({"data": "3@dcn"})
 
 
 # -- The optimizer's state -----------------------------------------------------------------

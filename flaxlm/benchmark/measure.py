@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from flaxlm.benchmark.report import Result, Work, figures, summarise
+from flaxlm.config import MeshConfig
 from flaxlm.errors import FlaxLMError
 
 Size = Literal["tiny", "small", "large"]  # for tests, for a CPU, for an accelerator
@@ -27,7 +28,7 @@ class Setting:
   rounds: int = 5
   round_seconds: float = 0.15  # at least, per side
   peer: str | None = None
-  mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"data": -1})
+  mesh: MeshConfig = dataclasses.field(default_factory=lambda: {"data": -1})
 
   def pick(self, tiny: Any, small: Any, large: Any) -> Any:
     """The one of three that fits the size."""

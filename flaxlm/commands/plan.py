@@ -20,9 +20,17 @@ def add_plan(commands: Any) -> None:
     "[--section.field=value ...]",
     description="CONFIG and its overrides are those of `flaxlm train`.",
   )
-  parser.add_argument("--mesh", help="as in fsdp=8; an axis may be -1 with --devices")
+  parser.add_argument(
+    "--mesh", help="as in data=2@dcn,fsdp=8; an axis may be -1 with --devices"
+  )
   parser.add_argument("--device", help="as in h200 or v5e; none = no times, no verdict")
   parser.add_argument("--devices", type=int, metavar="N", help="how many there are")
+  parser.add_argument(
+    "--network",
+    type=float,
+    metavar="GB/s",
+    help="out of one device, between slices or hosts; none = the device table's",
+  )
   parser.add_argument("--compile", action="store_true", help="ask the real compiler too")
   parser.add_argument(
     "--search", action="store_true", help="every mesh, remat and accumulation, ranked"
@@ -43,7 +51,7 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
   from flaxlm.planning.report import print_report, to_json
 
   cfg = read_config(arguments)
-  for name in ("devices", "tokens", "price", "batch", "context"):
+  for name in ("devices", "network", "tokens", "price", "batch", "context"):
     given = getattr(args, name)
     for value in given if isinstance(given, list) else [given]:
       if value is not None and value <= 0:
@@ -58,6 +66,7 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
     contexts=args.context,
     tokens=args.tokens,
     price=args.price,
+    network=None if args.network is None else args.network * 1e9,
   )
   report = plan(cfg, questions)
   with open_output(args.output) as out:
@@ -80,7 +89,7 @@ def add_shard(commands: Any) -> None:
     description="CONFIG and its overrides are those of `flaxlm train`. The step compiles "
     "for simulated CPU devices, or with --device for real ones that need not be here.",
   )
-  parser.add_argument("--mesh", help="as in fsdp=4,tensor=2")
+  parser.add_argument("--mesh", help="as in data=2@dcn,fsdp=4,tensor=2")
   parser.add_argument("--device", help="to compile for, as in v5e (with the extra [tpu])")
   parser.add_argument("--compile", action="store_true", help="the default")
   parser.add_argument("--no-compile", action="store_true", help="the parameters only")

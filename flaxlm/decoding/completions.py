@@ -169,8 +169,9 @@ def make_request(
   if max_new_tokens is None:
     room = run.model.cfg.context - max(map(len, starts), default=0)
     max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
-  assert run.model.cfg.vocab_size is not None
-  num_ids = min(tokenizer.vocab_size, run.model.cfg.vocab_size)
+  real = run.model.cfg.unpadded.vocab_size
+  assert real is not None
+  num_ids = min(tokenizer.vocab_size, real)
   return Request(starts, max_new_tokens, num_ids, sources, num_top)
 
 

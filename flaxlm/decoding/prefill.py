@@ -61,7 +61,7 @@ class Request:
     for rows in (self.prompts, self.sources or []):
       if (rows is self.prompts and not rows) or not all(map(len, rows)):
         raise ConfigError("a prompt has no tokens", "begin it with the end-of-text token")
-      _check_ids(rows, cfg.vocab_size)
+      _check_ids(rows, cfg.unpadded.vocab_size)
     longest = max(map(len, self.prompts))
     if cfg.family != "rnn" and longest + self.max_new_tokens > cfg.context:
       room = max(0, cfg.context - longest)

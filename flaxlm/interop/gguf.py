@@ -61,7 +61,7 @@ def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
     raise ConfigError("GGUF needs the gguf package", "pip install 'flaxlm[gguf]'") from e
   if path.exists():
     raise CheckpointError(f"{path} is there already", "choose another name, or remove it")
-  cfg = run.cfg.model
+  cfg = run.cfg.model.unpadded
   try:
     family = find_fitting(run, [FAMILIES[name] for name in ARCHITECTURES])
   except CheckpointError as e:
@@ -72,8 +72,8 @@ def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
     raise CheckpointError(
       f"GGUF: llama.cpp has no window in {architecture.name}", "export to safetensors"
     )
-  _, expected = describe(cfg, run.params, family)
-  read = reader(run.params, expected)
+  _, expected = describe(run.cfg.model, run.params, family)
+  read = reader(run.cfg.model, run.params, expected)
   narrow = (dtype or run.cfg.training.param_dtype) == "bfloat16"
   factors = frequency_factors(cfg, architecture)
   known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -180,8 +180,9 @@ def add_tokenizer(writer: Any, run: Run) -> None:
     raise CheckpointError("GGUF: only byte-level BPE tokenizers have a place here")
   words = {number: word for word, number in model["vocab"].items()}
   words |= {number: one["content"] for number, one in added.items()}
-  assert run.cfg.model.vocab_size is not None
-  numbers = range(run.cfg.model.vocab_size)
+  num_ids = run.cfg.model.unpadded.vocab_size
+  assert num_ids is not None
+  numbers = range(num_ids)
   types = gguf.TokenType
   kind = lambda n: (
     (types.CONTROL if added[n]["special"] else types.USER_DEFINED)

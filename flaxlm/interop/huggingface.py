@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,7 @@ from flaxlm.interop.family import Family
 from flaxlm.interop.layouts import Shape, Weight
 from flaxlm.interop.safetensors import MAX_TENSORS, Tensor, open_checkpoint, write_files
 from flaxlm.interop.settings import Settings, read_json
-from flaxlm.nn.models import abstract_params, build_model
+from flaxlm.nn.models import abstract_params, build_model, init_params
 
 CONFIG = "config.json"
 MOST_LISTED = 8  # of each list of misfits
@@ -52,7 +53,8 @@ def load_checkpoint(folder: Path, mesh: Mesh, dtype: str | None = None) -> Loade
 
   `dtype` of the parameters is float32 or bfloat16; None keeps the checkpoint's, and makes
   float32 of any other (float16 has no place here; float32 holds all of it). Norms are
-  float32 always. Raises `CheckpointError` for whatever does not fit.
+  float32 always. A vocabulary that the mesh does not divide is padded. Raises
+  `CheckpointError` for whatever does not fit.
   """
   values = read_json(folder / CONFIG)
   family = find_family(values.get("model_type"), str(folder / CONFIG))
@@ -65,9 +67,10 @@ def load_checkpoint(folder: Path, mesh: Mesh, dtype: str | None = None) -> Loade
   if dtype is None:
     kinds = {t.dtype for name, t in tensors.items() if not family.ignores(name)}
     dtype = "bfloat16" if kinds == {"BF16"} else "float32"
+  cfg = cfg.padded(mesh.shape["tensor"])
   model = build_model(cfg, TrainingConfig(dtype=dtype, param_dtype=dtype))  # type: ignore[arg-type]
   abstract = flatten_dict(abstract_params(model, mesh), sep="/")
-  shapes = {path: array.shape for path, array in abstract.items()}
+  shapes = real_shapes(cfg, abstract)
   expected = family.expected(model.cfg, shapes)
   found = match(family, tensors, {name: shape for name, (_, _, shape) in expected.items()})
   params: dict[str, jax.Array] = {}
@@ -75,8 +78,25 @@ def load_checkpoint(folder: Path, mesh: Mesh, dtype: str | None = None) -> Loade
     inner = [shapes[path][row.stacked :] for path in row.ours]
     arrays = row.layout.to_ours(found[name].read(), inner)
     for path, array in zip(row.ours, arrays, strict=True):
-      params[path] = put(params.get(path), abstract[path], array, place)
+      whole = abstract[path].shape[row.stacked :]
+      params[path] = put(params.get(path), abstract[path], filled(array, whole), place)
   return Loaded(cfg, unflatten_dict(params, sep="/"), dtype, family)
+
+
+def real_shapes(cfg: ModelConfig, flat: Mapping[str, Any]) -> dict[str, Shape]:
+  """The shapes of some parameters without the padding of the vocabulary: there it has no
+  place."""
+  if cfg.num_ids is None:
+    return {path: array.shape for path, array in flat.items()}
+  init = functools.partial(init_params, build_model(cfg.unpadded))
+  real = flatten_dict(nn.unbox(jax.eval_shape(init, jnp.uint32(0))), sep="/")
+  return {path: real[path].shape for path in flat}
+
+
+def filled(array: np.ndarray, shape: Shape) -> np.ndarray:
+  """`array` with zeros behind it where `shape` is larger."""
+  missing = [(0, n - m) for n, m in zip(shape, array.shape, strict=True)]
+  return np.pad(array, missing) if array.shape != shape else array
 
 
 def read_config(family: Family, hf: Settings) -> ModelConfig:
@@ -189,17 +209,21 @@ def save_checkpoint(
   keys, expected = describe(cfg, params, family)
   keys["torch_dtype"] = dtype
   theirs = {name: shape for name, (_, _, shape) in expected.items()}
-  write_files(folder, theirs, jnp.dtype(dtype), most, reader(params, expected))
+  write_files(folder, theirs, jnp.dtype(dtype), most, reader(cfg, params, expected))
   return keys
 
 
-def reader(params: Any, expected: Mapping[str, Any]) -> Callable[[str], np.ndarray]:
+def reader(
+  cfg: ModelConfig, params: Any, expected: Mapping[str, Any]
+) -> Callable[[str], np.ndarray]:
   """Their tensor of a name in `expected`, on the host."""
   flat = flatten_dict(params, sep="/")
+  shapes = real_shapes(cfg, flat)
 
   def read(name: str) -> np.ndarray:
     row, place, _ = expected[name]
-    return row.layout.to_theirs([take(flat[path], place) for path in row.ours])
+    real = lambda path: tuple(slice(dim) for dim in shapes[path][row.stacked :])
+    return row.layout.to_theirs([take(flat[p], place)[real(p)] for p in row.ours])
 
   return read
 
@@ -211,8 +235,8 @@ def describe(
 
   Raises `CheckpointError` where `family` cannot express the model.
   """
-  flat = flatten_dict(params, sep="/")
-  shapes = {path: array.shape for path, array in flat.items()}
+  shapes = real_shapes(cfg, flatten_dict(params, sep="/"))
+  cfg = cfg.unpadded
   expected = family.expected(cfg.resolve(), shapes)
   keys = family.keys(cfg, tuple(expected))
   headless = cfg.family == "encoder" and not cfg.head_transform

@@ -64,6 +64,8 @@ def import_run(
     else:
       notes.append(f"{folder} has no {TOKENIZER}: text cannot be encoded (see README)")
     loaded = load_checkpoint(folder, mesh, dtype)
+    if loaded.cfg.padding:
+      notes.append(loaded.cfg.padding)
     store = CheckpointStore(partial / CHECKPOINTS)
     try:
       store.save(0, loaded.params, None, {"step": 0, "corpus": None})

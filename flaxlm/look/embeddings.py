@@ -19,8 +19,9 @@ def look_embeddings(run: Run, num_tokens: int | None = None) -> View:
   size = run.tokenizer.vocab_size
   if num_tokens is not None and num_tokens > size:
     raise ConfigError(f"tokens is {num_tokens}", f"the tokenizer has {size}")
-  assert run.model.cfg.vocab_size is not None
-  count = min(num_tokens or MOST_TOKENS, size, run.model.cfg.vocab_size)
+  real = run.model.cfg.unpadded.vocab_size
+  assert real is not None
+  count = min(num_tokens or MOST_TOKENS, size, real)
   table_ND = np.asarray(run.params["embedding"]["table"])[:count].astype(np.float64)
   points_NC, explained_C = principal(table_ND)
   nearest_NC, cosines_NC = nearest(table_ND)

@@ -133,8 +133,9 @@ def complete_reading(run: Run, reading: Reading, most: int) -> tuple[list[int], 
 
   start = run.tokenizer.framed([], "prompt")
   num_new = max(1, min(most, run.model.cfg.context) - len(start))
-  assert run.model.cfg.vocab_size is not None and reading.source_ids is not None
-  num_ids = min(run.tokenizer.vocab_size, run.model.cfg.vocab_size)
+  real = run.model.cfg.unpadded.vocab_size
+  assert real is not None and reading.source_ids is not None
+  num_ids = min(run.tokenizer.vocab_size, real)
   request = Request([start], num_new, num_ids, [reading.source_ids])
   ids = list(start)
   for block in generate(

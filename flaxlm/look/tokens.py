@@ -56,11 +56,12 @@ def look_tokens(run: Run, reading: Reading, most: int) -> View:
   if after is not None:
     figures["after"] = to_entry(run, after, False)
   figures["source"] = [p._asdict() for p in describe(tokenizer, reading.source_ids or [])]
-  assert run.model.cfg.vocab_size is not None
+  num_ids = run.model.cfg.unpadded.vocab_size
+  assert num_ids is not None
   notes = [
     f"{run.path} at step {run.step}, model.family={family}: each token's probability is "
-    f"asked {ASKED[family]}. A guess among all {run.model.cfg.vocab_size:,} ids would take "
-    f"{math.log2(run.model.cfg.vocab_size):.1f} bits.",
+    f"asked {ASKED[family]}. A guess among all {num_ids:,} ids would take "
+    f"{math.log2(num_ids):.1f} bits.",
   ]
   title = f"A text as {run.cfg.name} reads it"
   return View("tokens", title, cuts, notes, figures, {})

@@ -17,11 +17,9 @@ import jax.numpy as jnp
 
 from flaxlm.config import ModelConfig
 from flaxlm.nn.cache import widened
-from flaxlm.nn.layers import Einsum, residual_scale
+from flaxlm.nn.layers import LOWEST, Einsum, residual_scale
 from flaxlm.nn.positions import CosSin, rotate
 from flaxlm.sharding import constrain, is_cut
-
-LOWEST = jnp.finfo(jnp.float32).min  # a masked score; -inf would make NaN of an empty row
 
 
 class Placement(NamedTuple):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxlm.config import ModelConfig
-from flaxlm.nn.layers import Einsum, Embedding, activate, build_norm
+from flaxlm.nn.layers import LOWEST, Einsum, Embedding, activate, build_norm
 from flaxlm.sharding import constrain
 
 
@@ -103,7 +103,7 @@ class LanguageModel(nn.Module):
     return x_BTD
 
   def logits(self, x_BTD: jax.Array) -> jax.Array:
-    """Logits (B, T, V) in float32 of what `hidden` returned."""
+    """Logits (B, T, V) in float32 of what `hidden` returned; of padding, the lowest."""
     cfg = self.cfg
     if cfg.head_transform:
       x_BTD = self.head_transform(x_BTD)
@@ -115,6 +115,8 @@ class LanguageModel(nn.Module):
       logits_BTV += self.head_bias
     if cfg.logit_softcap is not None:
       logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
+    if cfg.num_ids is not None:  # padding has no probability, and no gradient
+      logits_BTV = jnp.where(jnp.arange(cfg.vocab_size) < cfg.num_ids, logits_BTV, LOWEST)
     return constrain(logits_BTV, "batch", "length", "act_vocab")
 
 

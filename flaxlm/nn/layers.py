@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from flaxlm.config import ModelConfig
 from flaxlm.sharding import constrain, is_cut
 
+# A masked score or logit; -inf would make NaN of an empty row, and of an entropy.
+LOWEST = jnp.finfo(jnp.float32).min
+
 
 class Einsum(nn.Module):
   """`einsum(equation, x, kernel)` for equations such as "BTD,DNH->BTNH".

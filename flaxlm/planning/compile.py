@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flaxlm.config import MESH_AXES, Config
+from flaxlm.config import MESH_AXES, Config, slow_axes
 from flaxlm.configfile import from_json, to_json
 from flaxlm.errors import ConfigError, FlaxLMError
 from flaxlm.planning.collectives import Collective, find_collectives
@@ -147,7 +147,7 @@ def compile_here(cfg: Config, sizes: Sizes, device: Device) -> Compiled:
   from flaxlm.training.optimizer import build_optimizer
   from flaxlm.training.step import SEED, abstract_batch, abstract_state, compile_train_step
 
-  target, mesh = make_target_mesh(sizes, device)
+  target, mesh = make_target_mesh(sizes, device, slow_axes(cfg.mesh))
   model = build_model(cfg.model, cfg.training)
   optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
   state = abstract_state(model, optimizer, mesh)
@@ -185,36 +185,46 @@ def explain(message: str) -> str:
   return message.splitlines()[0][:200]
 
 
-def make_target_mesh(sizes: Sizes, device: Device) -> tuple[str, Any]:
+def make_target_mesh(
+  sizes: Sizes, device: Device, slow: Sequence[str] = ()
+) -> tuple[str, Any]:
   """What is compiled for, in words, and the mesh of its devices."""
   import jax
-  import numpy as np
   from jax.experimental import mesh_utils
   from jax.sharding import AxisType, Mesh
 
-  shape = [sizes[axis] for axis in MESH_AXES]
-  number = math.prod(shape)
-  target, devices = target_devices(device, number)
+  from flaxlm.sharding import consecutive_grid, hybrid_grid, networks
+
+  sizes = {axis: sizes[axis] for axis in MESH_AXES}
+  shape = tuple(sizes.values())
+  outer, inner = networks(sizes, slow)
+  target, devices = target_devices(device, math.prod(inner), math.prod(outer))
   try:
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if slow:
+      grid = hybrid_grid(sizes, slow, devices)
+    else:
+      grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   except (NotImplementedError, ValueError, AssertionError):  # part of a slice
-    grid = np.array(devices).reshape(shape)
+    grid = consecutive_grid(outer, inner, devices)
   assert isinstance(grid.flat[0], jax.Device)
   return target, Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
-def target_devices(device: Device, number: int) -> tuple[str, list[Any]]:
-  """`number` devices to compile for; raises `ConfigError` when nothing here can."""
+def target_devices(device: Device, number: int, slices: int = 1) -> tuple[str, list[Any]]:
+  """`number` devices of each slice to compile for, slice by slice.
+
+  Raises `ConfigError` when nothing here can.
+  """
   import jax
   from jax.experimental import topologies
 
   from flaxlm.sharding import start_jax
 
   if device.kind == "cpu":
-    start_jax(number)
-    return f"{number} simulated CPU devices", jax.devices()
+    start_jax(number * slices)
+    return f"{number * slices} simulated CPU devices", jax.devices()
   if device.kind == "tpu":
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
     if device.name == "v4":
       options["chip_config_name"] = "megacore"  # two cores, one device: as Cloud has it
     name = TPU_NAMES.get(device.name, device.name)
@@ -226,7 +236,8 @@ def target_devices(device: Device, number: int) -> tuple[str, list[Any]]:
       bandwidth=device.memory_bandwidth,
       memory=device.usable_bytes,
     )
-    options = {"target_config": text, "topology": f"1x{-(-number // 8)}x{min(number, 8)}"}
+    hosts = -(-number // 8)
+    options = {"target_config": text, "topology": f"{slices}x{hosts}x{min(number, 8)}"}
     name, platform = device.name, "cuda"
     package, extra = "jax-cuda12-plugin", "cuda-compile"
   try:
@@ -238,7 +249,11 @@ def target_devices(device: Device, number: int) -> tuple[str, list[Any]]:
       f"no compiler for {name} here: {str(e).splitlines()[0]}",
       f"{package} is needed: pip install 'flaxlm[{extra}]'",
     ) from e
-  return name, list(topology.devices)[:number]
+  chosen: dict[int, list[Any]] = {}
+  for one in topology.devices:
+    chosen.setdefault(getattr(one, "slice_index", 0), []).append(one)
+  name = name if slices == 1 else f"{slices} slices of {name}"
+  return name, [one for part in chosen.values() for one in part[:number]]
 
 
 def slice_shape(device: Device, number: int) -> tuple[int, ...]:

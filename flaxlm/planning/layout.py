@@ -11,7 +11,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from flaxlm.config import Config
+from flaxlm.config import Config, MeshConfig, slow_axes
 from flaxlm.planning.collectives import Collective
 from flaxlm.planning.compile import Compiled, compile_step
 from flaxlm.planning.devices import ANY, Device, find_device
@@ -23,13 +23,13 @@ from flaxlm.planning.memory import (
   local_size,
   state_bytes,
 )
-from flaxlm.planning.report import size
-from flaxlm.planning.roofline import network_bytes
-from flaxlm.planning.search import describe_mesh
+from flaxlm.planning.report import duration, size
+from flaxlm.planning.roofline import axis_bandwidth, network_bytes
 from flaxlm.sharding import (
   RULES,
   Replication,
   axes_of,
+  describe_mesh,
   find_replication,
   name_of,
   with_shardings,
@@ -78,22 +78,25 @@ class Layout:
   whole_bytes: int  # of the parameters, unsharded
   replication: Replication
   analytic: Mapping[str, float]  # bytes that one device sends in a step, by mesh axis
+  bandwidth: Mapping[str, float | None]  # and how many a second; None where not known
   compiled: Compiled | None
+  padding: str = ""  # what there is to say of the vocabulary's
+  slow: Sequence[str] = ()  # axes on the network between slices or hosts
 
   @property
   def collectives(self) -> Sequence[Collective]:
     return [] if self.compiled is None else self.compiled.collectives
 
 
-def lay_out(
-  cfg: Config, mesh: Mapping[str, int], device: str | None, compiled: bool
-) -> Layout:
+def lay_out(cfg: Config, mesh: MeshConfig, device: str | None, compiled: bool) -> Layout:
   """The layout of a resolved config's parameters and, if `compiled`, the collectives of
   its training step, compiled for `device` (None: for simulated CPU devices).
 
   Raises `ConfigError` for a mesh that the config does not divide over.
   """
-  sizes = full_sizes(mesh)
+  sizes, slow = full_sizes(mesh), slow_axes(mesh)
+  model = cfg.model.padded(sizes["tensor"])
+  cfg = dataclasses.replace(cfg, mesh=dict(mesh), model=model)
   target: Device = ANY if device is None else find_device(device)
   boxed, _ = abstract_trees(cfg.model, cfg.training, cfg.optimizer)
   params = with_shardings(boxed, abstract_mesh(sizes))
@@ -104,6 +107,7 @@ def lay_out(
     for (path, box), leaf in zip(boxes, jax.tree.leaves(params), strict=True)
   ]
   state = state_bytes(cfg.model, cfg.training, cfg.optimizer, sizes)
+  analytic = network_bytes(cfg, sizes, state)
   return Layout(
     name=cfg.name or "config",
     sizes=sizes,
@@ -112,8 +116,11 @@ def lay_out(
     optimizer_bytes=state.optimizer_state,
     whole_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)),
     replication=find_replication(params, sizes),
-    analytic=network_bytes(cfg, sizes, state),
+    analytic=analytic,
+    bandwidth={axis: axis_bandwidth(target, sizes, axis, slow) for axis in analytic},
     compiled=compile_step(cfg, sizes, target) if compiled else None,
+    padding=model.padding,
+    slow=slow,
   )
 
 
@@ -159,6 +166,7 @@ def to_json(layout: Layout) -> dict[str, Any]:
   return {
     "name": layout.name,
     "mesh": {axis: n for axis, n in layout.sizes.items() if n > 1},
+    "slow_axes": list(layout.slow),
     "parameters": [dataclasses.asdict(one) for one in layout.parameters],
     "collectives": [dataclasses.asdict(one) for one in layout.collectives],
     "bytes_per_device": {
@@ -168,6 +176,7 @@ def to_json(layout: Layout) -> dict[str, Any]:
     "whole_bytes": layout.whole_bytes,
     "replicated_fraction": layout.replication.fraction,
     "analytic_bytes": dict(layout.analytic),
+    "bytes_per_second": dict(layout.bandwidth),
     "compiled_for": layout.compiled and layout.compiled.target,
     "error": layout.compiled and layout.compiled.error,
   }
@@ -177,7 +186,9 @@ def print_layout(layout: Layout, out: TextIO) -> None:
   """The same as tables."""
   console = Console(file=out, highlight=False, width=None if out.isatty() else 120)
   devices = math.prod(layout.sizes.values())
-  console.print(f"{layout.name} on {describe_mesh(layout.sizes)}: {devices} devices", "")
+  mesh = describe_mesh(layout.sizes, layout.slow)
+  console.print(f"{layout.name} on {mesh}: {devices} devices")
+  console.print(f"{layout.padding}\n" if layout.padding else "")
   table = Table(title="Parameters", title_justify="left", box=None, padding=(0, 2, 0, 0))
   for title in ("", "parameter", "shape", "dims:axes", "per device"):
     justify: Any = "right" if title == "per device" else "left"
@@ -208,6 +219,7 @@ def print_layout(layout: Layout, out: TextIO) -> None:
   )
   if layout.compiled is not None:
     print_collectives(layout, layout.compiled, console)
+  print_traffic(layout, console)
 
 
 def print_collectives(layout: Layout, compiled: Compiled, console: Console) -> None:
@@ -221,9 +233,19 @@ def print_collectives(layout: Layout, compiled: Compiled, console: Console) -> N
   for one in layout.collectives:
     table.add_row(one.kind, one.axes, str(one.count), size(one.bytes))
   console.print(table, "")
-  sent: dict[str, int] = {}
-  for one in layout.collectives:
-    sent[one.axes] = sent.get(one.axes, 0) + one.bytes
+
+
+def print_traffic(layout: Layout, console: Console) -> None:
+  """Along each axis: the bytes by the formula, what compiles to, and the seconds."""
   for axis, expected in layout.analytic.items():
-    found = sum(n for axes, n in sent.items() if axis in axes.split("+"))
-    console.print(f"{axis}: {size(found)} compiled, {size(round(expected))} by the formula")
+    texts = [f"{size(round(expected))} by the formula"]
+    if layout.compiled is not None and layout.compiled.error is None:
+      found = sum(c.bytes for c in layout.collectives if axis in c.axes.split("+"))
+      # Between slices a TPU's program sends through its hosts: no collective in sight.
+      hidden = axis in layout.slow and not found
+      texts.insert(0, "sent by the hosts" if hidden else f"{size(found)} compiled")
+    rate = layout.bandwidth[axis]
+    if rate:
+      texts.append(f"{duration(expected / rate)} at {rate / 1e9:g} GB/s")
+    where = " (data-centre network)" if axis in layout.slow else ""
+    console.print(f"{axis}{where}: {', '.join(texts)}")

@@ -22,10 +22,12 @@ from jax.sharding import AbstractMesh, AxisType
 from flaxlm.config import (
   MESH_AXES,
   Config,
+  MeshConfig,
   ModelConfig,
   OptimizerConfig,
   Remat,
   TrainingConfig,
+  mesh_sizes,
 )
 from flaxlm.data.objectives import Batch
 from flaxlm.errors import ConfigError
@@ -68,12 +70,12 @@ class Memory:
     return sum(self.parts.values())
 
 
-def full_sizes(mesh: Mapping[str, int], num_devices: int | None = None) -> dict[str, int]:
+def full_sizes(mesh: MeshConfig, num_devices: int | None = None) -> dict[str, int]:
   """Every mesh axis with its size; one may be -1 (the rest), if `num_devices` is known.
 
   Raises `ConfigError` when the mesh does not use exactly `num_devices`.
   """
-  sizes = {axis: mesh.get(axis, 1) for axis in MESH_AXES}
+  sizes = dict.fromkeys(MESH_AXES, 1) | mesh_sizes(mesh)
   known = math.prod(size for size in sizes.values() if size != -1)
   text = ",".join(f"{axis}={size}" for axis, size in mesh.items())
   if -1 in sizes.values():
@@ -82,7 +84,7 @@ def full_sizes(mesh: Mapping[str, int], num_devices: int | None = None) -> dict[
     sizes = {axis: num_devices // known if n == -1 else n for axis, n in sizes.items()}
   total = math.prod(sizes.values())
   if num_devices is not None and total != num_devices:
-    needed = f"a multiple of {known}" if -1 in mesh.values() else str(total)
+    needed = f"a multiple of {known}" if -1 in mesh_sizes(mesh).values() else str(total)
     raise ConfigError(
       f"mesh {text} needs {needed} devices, {num_devices} present",
       "change --mesh or --devices",

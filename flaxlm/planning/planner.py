@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from flaxlm.config import Config
+from flaxlm.config import Config, MeshConfig
 from flaxlm.errors import ConfigError
 from flaxlm.foreign_tokenizers import expected_vocab_size
 from flaxlm.planning.compile import compile_step
@@ -20,7 +20,7 @@ from flaxlm.planning.search import cheapest_fit, search
 class Questions:
   """What the command line asks."""
 
-  mesh: Mapping[str, int]
+  mesh: MeshConfig
   device: str | None = None
   num_devices: int | None = None
   compiled: bool = False
@@ -29,12 +29,15 @@ class Questions:
   contexts: Sequence[int] | None = None  # none: a few up to the model's
   tokens: float | None = None
   price: float | None = None
+  network: float | None = None  # bytes per second out of a device, beyond its domain
 
 
 def plan(cfg: Config, asked: Questions) -> Report:
   """Answers all of it; raises `ConfigError` for a mesh or a device that cannot be."""
   device = ANY if asked.device is None else find_device(asked.device)
-  cfg = resolve(cfg)
+  if asked.network is not None:
+    device = dataclasses.replace(device, network_bandwidth=asked.network)
+  cfg = dataclasses.replace(resolve(cfg), mesh=dict(asked.mesh))
   number = asked.num_devices
   if number is None and dict(asked.mesh) == {"data": -1}:
     number = 1  # nobody said anything about devices
@@ -48,10 +51,13 @@ def plan(cfg: Config, asked: Questions) -> Report:
       )
     cfg, found = choices[0].cfg, choices[0].plan
   else:
-    found = plan_training(cfg, full_sizes(asked.mesh, number), device)
+    sizes = full_sizes(asked.mesh, number)
+    cfg = padded(cfg, sizes)
+    found = plan_training(cfg, sizes, device)
   return Report(
     name=cfg.name or "config",
     plan=found,
+    padding=cfg.model.padding,
     tokens=asked.tokens,
     price=asked.price,
     cure=cheapest_fit(cfg, found.sizes, device) if found.fits is False else None,
@@ -67,6 +73,11 @@ def resolve(cfg: Config) -> Config:
   """
   num_ids = cfg.model.vocab_size or expected_vocab_size(cfg.tokenizer)
   return dataclasses.replace(cfg, model=cfg.model.resolve(num_ids))
+
+
+def padded(cfg: Config, sizes: Mapping[str, int]) -> Config:
+  """`cfg` with the vocabulary that training gives it on such a mesh."""
+  return dataclasses.replace(cfg, model=cfg.model.padded(sizes["tensor"]))
 
 
 def decode_points(

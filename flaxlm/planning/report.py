@@ -12,7 +12,7 @@ from rich.table import Table
 from flaxlm.planning.compile import Compiled
 from flaxlm.planning.devices import ANY
 from flaxlm.planning.roofline import DecodePoint, Plan
-from flaxlm.planning.search import Choice, describe_mesh
+from flaxlm.planning.search import Choice
 
 MOST_CHOICES = 20  # of a search, shown to people; JSON has all
 
@@ -23,6 +23,7 @@ class Report:
 
   name: str
   plan: Plan
+  padding: str = ""  # what there is to say of the vocabulary's
   tokens: float | None = None  # to train on
   price: float | None = None  # per device and hour
   cure: Choice | None = None  # what would fit, for a plan that does not
@@ -54,6 +55,7 @@ def to_json(report: Report) -> dict[str, Any]:
     "name": report.name,
     "device": plan.device.name,
     "mesh": {axis: size for axis, size in plan.sizes.items() if size > 1},
+    "slow_axes": list(plan.slow),
     "num_devices": plan.num_devices,
     "parameters": sum(plan.parameters.values()),
     "parameters_by_part": dict(plan.parameters),
@@ -129,7 +131,8 @@ def print_report(report: Report, out: TextIO) -> None:
   plan = report.plan
   device = plan.device.name if plan.num_devices == 1 else f"{plan.num_devices} x"
   device += "" if plan.num_devices == 1 else f" {plan.device.name}"
-  console.print(f"{report.name} on {device}, mesh {describe_mesh(plan.sizes)}\n")
+  console.print(f"{report.name} on {device}, mesh {plan.mesh}")
+  console.print(f"{report.padding}\n" if report.padding else "")
   _print_parameters(plan, console)
   _print_memory(plan, console)
   _print_time(report, console)
@@ -210,7 +213,8 @@ def _print_time(report: Report, console: Console) -> None:
   table.add_row("compute", duration(times.compute))
   table.add_row("memory traffic", duration(times.memory))
   for axis, time in times.network.items():
-    table.add_row(f"network, {axis}", duration(time))
+    slow = " (data-centre network)" if axis in plan.slow else ""
+    table.add_row(f"network, {axis}{slow}", duration(time))
   if times.bubble:
     waiting = f"waiting in the pipeline, {times.bubble:.0%}"
     table.add_row(waiting, duration(times.waiting))
@@ -254,7 +258,7 @@ def _print_choices(choices: Sequence[Choice], console: Console) -> None:
   for choice in choices[:MOST_CHOICES]:
     plan, training = choice.plan, choice.cfg.training
     table.add_row(
-      describe_mesh(plan.sizes),
+      plan.mesh,
       training.remat,
       str(training.accumulation_steps),
       size(plan.memory.total),

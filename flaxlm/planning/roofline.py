@@ -11,11 +11,11 @@ of b bytes takes b (n - 1) / n / W on an axis of n, its reduction the same, both
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 
-from flaxlm.config import MESH_AXES, Config
+from flaxlm.config import MESH_AXES, Config, slow_axes
 from flaxlm.planning.cost import (
   TOKENS_PER_PARAMETER,
   StepCost,
@@ -45,7 +45,7 @@ from flaxlm.planning.products import (
   is_listed,
   training_products,
 )
-from flaxlm.sharding import batch_shards
+from flaxlm.sharding import batch_shards, describe_mesh
 
 COLLECTIVE_SECONDS = 1e-6  # no exchange is faster, however small (scaling book)
 # Passes over an array that a layer keeps: written, read, and its gradient likewise; an
@@ -69,6 +69,11 @@ class Plan:
   cost: StepCost
   times: "StepTimes"
   mfu: float | None  # strict, of the published peak
+  slow: Sequence[str] = ()  # axes on the network between slices or hosts
+
+  @property
+  def mesh(self) -> str:
+    return describe_mesh(self.sizes, self.slow)
 
   @property
   def num_devices(self) -> int:
@@ -148,6 +153,7 @@ def plan_training(cfg: Config, sizes: Sizes, device: Device) -> Plan:
     cost=cost,
     times=times,
     mfu=mfu,
+    slow=slow_axes(cfg.mesh),
   )
 
 
@@ -157,7 +163,7 @@ def step_times(cfg: Config, sizes: Sizes, device: Device, cost: StepCost) -> Ste
   memory = memory_seconds(traffic_parts(cfg, sizes, state), device)
   network = {}
   for axis, sent in network_bytes(cfg, sizes, state).items():
-    rate = axis_bandwidth(device, sizes, axis)
+    rate = axis_bandwidth(device, sizes, axis, slow_axes(cfg.mesh))
     network[axis] = sent / rate if rate else None
   return StepTimes(compute, memory, network, pipeline(cfg.training, sizes).bubble)
 
@@ -314,19 +320,26 @@ def network_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> dict[str, flo
   return {axis: sent[axis] for axis in MESH_AXES if sizes[axis] > 1}
 
 
-def axis_bandwidth(device: Device, sizes: Sizes, axis: str) -> float | None:
+def axis_bandwidth(
+  device: Device, sizes: Sizes, axis: str, slow: Sequence[str] = ()
+) -> float | None:
   """Bytes per second that one device sends along a mesh axis.
 
   Later mesh axes vary fastest, so they get the nearest neighbours. A torus shares its
   axes out evenly among the mesh axes in use; on a switch every axis has all of it. An
-  axis that leaves the domain moves at the rate of its members' network together.
+  axis that leaves the domain moves at the rate of its members' network together. A `slow`
+  axis lies outside all others: its members are in as many slices or hosts, each with the
+  network of one device.
   """
+  if axis in slow:
+    return device.network_bandwidth
   if device.link_bandwidth is None:
     return None
-  inner = math.prod(sizes[other] for other in MESH_AXES[MESH_AXES.index(axis) + 1 :])
+  fast = {other: size for other, size in sizes.items() if other not in slow}
+  inner = math.prod(fast.get(other, 1) for other in MESH_AXES[MESH_AXES.index(axis) + 1 :])
   rate = device.link_bandwidth
   if device.torus_axes:
-    in_use = sum(size > 1 for size in sizes.values())
+    in_use = sum(size > 1 for size in fast.values())
     rate *= max(1, device.torus_axes // in_use)
   if inner * sizes[axis] <= device.domain:
     return rate
@@ -404,7 +417,8 @@ def _decode_times(
   network: float | None = 0.0
   for axis, (whole, count) in exchanges.items():
     if sizes[axis] > 1 and network is not None:
-      speed, share = axis_bandwidth(device, sizes, axis), 1 - 1 / sizes[axis]
+      speed = axis_bandwidth(device, sizes, axis, slow_axes(cfg.mesh))
+      share = 1 - 1 / sizes[axis]
       time = speed and max(whole * share / speed, count * COLLECTIVE_SECONDS)
       network = None if time is None else network + time
   compute = flops / tensor / peak if peak else None

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from flaxlm.config import MESH_AXES, Config, Remat
+from flaxlm.config import MESH_AXES, Config, Remat, mesh_sizes, slow_axes
 from flaxlm.errors import ConfigError
 from flaxlm.planning.devices import Device
 from flaxlm.planning.memory import Sizes, full_sizes, state_bytes
@@ -29,24 +29,22 @@ class Choice:
     """The command line that chooses it."""
     training = self.cfg.training
     return (
-      f"--mesh {describe_mesh(self.plan.sizes)} --training.remat={training.remat} "
+      f"--mesh {self.plan.mesh} --training.remat={training.remat} "
       f"--training.accumulation_steps={training.accumulation_steps}"
     )
-
-
-def describe_mesh(sizes: Sizes) -> str:
-  used = [f"{axis}={size}" for axis, size in sizes.items() if size > 1]
-  return ",".join(used) or "data=1"
 
 
 def search(cfg: Config, device: Device, num_devices: int) -> list[Choice]:
   """All that can be laid out on `num_devices`, the fastest that fits first.
 
   Of each mesh and policy only the least accumulation that fits is kept: more is slower.
+  The axes that `cfg.mesh` lays on the slow network keep their sizes.
   """
+  given, slow = mesh_sizes(cfg.mesh), slow_axes(cfg.mesh)
   choices = [
     choice
     for sizes in meshes(cfg, num_devices)
+    if all(given[axis] in (-1, sizes[axis]) for axis in slow)
     for remat in REMATS
     if (choice := _best_accumulation(cfg, device, sizes, remat)) is not None
   ]
@@ -73,7 +71,8 @@ def _best_accumulation(
 
   def choose(number: int) -> Choice:
     training = dataclasses.replace(cfg.training, remat=remat, accumulation_steps=number)
-    changed = dataclasses.replace(cfg, training=training)
+    model = cfg.model.padded(sizes["tensor"])
+    changed = dataclasses.replace(cfg, training=training, model=model)
     return Choice(changed, plan_training(changed, sizes, device))
 
   if not steps:

@@ -138,12 +138,13 @@ def translate_run(
 
 def split_batches(cfg: Config, store: Store, mesh: Mesh, shuffled: bool) -> Batches:
   """This process's share of a split: shuffled to train on, in order to evaluate."""
-  assert cfg.model.vocab_size is not None, "resolved"
+  vocab_size = cfg.model.unpadded.vocab_size
+  assert vocab_size is not None, "resolved"
   parts, num_parts = batch_parts(mesh, jax.process_index())
   return Batches(
     store,
     cfg.data,
-    vocab_size=cfg.model.vocab_size,
+    vocab_size=vocab_size,
     seed=cfg.seed if shuffled else None,
     num_epochs=cfg.data.num_epochs if shuffled else 1,
     parts=parts,

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from flaxlm.checkpoint.manifest import newest_whole_step, saved_steps, write_atomically
 from flaxlm.checkpoint.store import CheckpointStore, make_room_after
-from flaxlm.config import Config, ModelConfig
+from flaxlm.config import Config, ModelConfig, slow_axes
 from flaxlm.configfile import difference, to_json
 from flaxlm.data.batches import Batches
 from flaxlm.data.prepare import Prepared, prepare
@@ -43,7 +43,13 @@ from flaxlm.errors import (
 from flaxlm.foreign_tokenizers import expected_vocab_size
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import build_model
-from flaxlm.sharding import check_batch, check_replication, make_mesh, start_jax
+from flaxlm.sharding import (
+  check_batch,
+  check_replication,
+  describe_mesh,
+  make_mesh,
+  start_jax,
+)
 from flaxlm.tokenizers import MASK
 from flaxlm.training.evaluation import Evaluator, describe_evaluation, split_batches
 from flaxlm.training.optimizer import Optimizer, build_optimizer
@@ -65,7 +71,8 @@ MOST_SKIPPED_STEPS = 3  # in a row, before a run that keeps diverging is stopped
 
 # A run goes on only with the data and the parameters that it began with.
 FIXED_FIELDS = ("model.", "tokenizer.", "data.", "seed", "optimizer.kind")
-FREE_FIELDS = ("data.num_epochs", "model.dropout")
+# Runs from before `model.num_ids` did not know which rows are padding.
+FREE_FIELDS = ("data.num_epochs", "model.dropout", "model.num_ids")
 
 # Process 0 leaves it in the run directory, where network file systems show it soon.
 MARK, MARK_SECONDS = ".job", 30.0
@@ -85,7 +92,7 @@ def train(cfg: Config) -> int:
 
     # -- Data: what there is to learn from decides the vocabulary. It is known before, but
     # for the smallest corpora, so the program compiles while data are prepared.
-    guess = cfg.model.resolve(expected_vocab_size(cfg.tokenizer))
+    guess = make_model_config(cfg, expected_vocab_size(cfg.tokenizer), mesh, first_step)
     with ThreadPoolExecutor(1, "compile") as thread:
       compiling = lambda model_cfg: thread.submit(
         Program.compiled, model_cfg, cfg, mesh, fresh=not first_step
@@ -103,7 +110,9 @@ def train(cfg: Config) -> int:
         ),
       )
       peers.agree(f"the text of {cfg.data.corpus}", prepared.fingerprint)
-      cfg = dataclasses.replace(cfg, model=cfg.model.resolve(prepared.tokenizer.vocab_size))
+      num_ids = prepared.tokenizer.vocab_size
+      model_cfg = make_model_config(cfg, num_ids, mesh, first_step)
+      cfg = dataclasses.replace(cfg, model=model_cfg)
       batches = split_batches(cfg, prepared.train, mesh, shuffled=True)
       validation = split_batches(cfg, prepared.validation, mesh, shuffled=False)
       if first_step:
@@ -129,6 +138,8 @@ def train(cfg: Config) -> int:
       reporter.log(f"resuming {cfg.run_dir} at step {first_step}")
     for flag in flags:
       reporter.log(flag.line)
+    if cfg.model.padding:
+      reporter.log(cfg.model.padding)
     reporter.log(describe(cfg, state, prepared, mesh))
 
     # -- Steps.
@@ -373,6 +384,21 @@ def resume_step(cfg: Config) -> int:
   return step
 
 
+def make_model_config(
+  cfg: Config, tokenizer_size: int, mesh: Mesh, first_step: int
+) -> ModelConfig:
+  """The model with every number known. A new run pads its vocabulary for the mesh; one
+  that goes on keeps the rows that it has.
+  """
+  model = cfg.model.resolve(tokenizer_size)
+  if first_step:
+    stored = load_config_of(cfg.run_dir).model
+    if stored.unpadded.vocab_size == model.unpadded.vocab_size:
+      rows, num_ids = stored.vocab_size, stored.num_ids
+      return dataclasses.replace(model, vocab_size=rows, num_ids=num_ids)
+  return model.padded(mesh.shape["tensor"])
+
+
 def check_shared(run_dir: Path, peers: Alone) -> None:
   """Refuses to train into a directory that not all processes see."""
   if peers.num_processes == 1:
@@ -427,13 +453,13 @@ def set_aside(directory: Path) -> None:
 
 def describe(cfg: Config, state: TrainState, prepared: Prepared, mesh: Mesh) -> str:
   num_params = sum(x.size for x in jax.tree.leaves(state.params))
-  axes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+  axes = describe_mesh(mesh.shape, slow_axes(cfg.mesh))
   device = jax.devices()[0].device_kind
   return (
     f"{cfg.run_dir}: {num_params:,} parameters; {cfg.data.corpus}: "
     f"{prepared.train.num_tokens:,} tokens to learn from, "
     f"{prepared.validation.num_tokens:,} held out; "
-    f"{jax.device_count()} {device} device(s){f', mesh {axes}' if axes else ''}"
+    f"{jax.device_count()} {device} device(s){f', mesh {axes}' if mesh.size > 1 else ''}"
   )
 
 

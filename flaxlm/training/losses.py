@@ -7,18 +7,26 @@ from jax.typing import ArrayLike
 
 
 def cross_entropy(
-  logits_BTV: jax.Array, targets_BT: ArrayLike, smoothing: float = 0.0
+  logits_BTV: jax.Array,
+  targets_BT: ArrayLike,
+  smoothing: float = 0.0,
+  num_ids: int | None = None,
 ) -> jax.Array:
   """-log softmax(logits)[target] of every token, in nats and float32, (B, T).
 
   `smoothing` spreads that share of the target over the vocabulary (Szegedy et al., 2016,
-  section 7; Vaswani et al., 2017, 5.4).
+  section 7; Vaswani et al., 2017, 5.4), that is over its first `num_ids` where the rest is
+  padding, whose logits are the lowest there are.
   """
   logits_BTV = logits_BTV.astype(jnp.float32)
   target_logits_BT = jnp.take_along_axis(
     logits_BTV, jnp.asarray(targets_BT)[..., None], -1
   )[..., 0]
   if smoothing:
-    mean_BT = logits_BTV.mean(-1)
+    if num_ids is None:
+      mean_BT = logits_BTV.mean(-1)
+    else:
+      real_V = jnp.arange(logits_BTV.shape[-1]) < num_ids
+      mean_BT = jnp.where(real_V, logits_BTV, 0.0).sum(-1) / num_ids
     target_logits_BT = (1 - smoothing) * target_logits_BT + smoothing * mean_BT
   return jax.nn.logsumexp(logits_BTV, -1) - target_logits_BT

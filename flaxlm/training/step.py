@@ -127,7 +127,8 @@ def losses_of(
     loss_sum = (cross_entropy(logits_BTV, targets_BT) * weights_BT).sum()
     if not cfg.label_smoothing:
       return loss_sum, loss_sum
-    smoothed_BT = cross_entropy(logits_BTV, targets_BT, cfg.label_smoothing)
+    smoothing, num_ids = cfg.label_smoothing, model.cfg.num_ids
+    smoothed_BT = cross_entropy(logits_BTV, targets_BT, smoothing, num_ids)
     return loss_sum, (smoothed_BT * weights_BT).sum()
 
   if cfg.loss_chunks == 1:

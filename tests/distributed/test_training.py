@@ -73,7 +73,12 @@ def test_a_job_of_any_size_goes_on(flaxlm, arguments, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("mesh", "num_experts"),
-  [("fsdp=4,tensor=2", 0), ("tensor=2,expert=4", 4), ("data=2,context=4", 0)],
+  [
+    ("fsdp=4,tensor=2", 0),
+    ("tensor=2,expert=4", 4),
+    ("data=2,context=4", 0),
+    ("data=2,fsdp=4@dcn", 0),
+  ],
 )
 def test_four_processes_on_any_mesh(flaxlm, arguments, tmp_path, mesh, num_experts):
   """Also where an axis that does not cut the batch lies across processes."""

@@ -108,7 +108,7 @@ class TestParity:
     fields = GGUFReader(tmp_path / "model.gguf").fields
     words = fields["tokenizer.ggml.tokens"].contents()
     said = json.loads(run.tokenizer.to_json())
-    assert len(words) == run.cfg.model.vocab_size
+    assert len(words) == run.cfg.model.num_ids == 257
     for word, number in said["model"]["vocab"].items():
       assert words[number] == word
     assert words[256] == "<|endoftext|>"

@@ -94,6 +94,36 @@ def test_export_then_import_is_identity(variant: str, tmp_path: Path):
     assert array.sharding == target[path].sharding, path
 
 
+def test_a_vocabulary_that_the_mesh_does_not_divide_is_padded(tmp_path: Path):
+  """On the way in; on the way out the padding stays behind."""
+  family, cfg = config_of("llama_3")
+  cfg = dataclasses.replace(cfg, vocab_size=101, tied_embeddings=False)
+  for name in "ab":
+    (tmp_path / name).mkdir()
+  params = random_params(cfg)
+  tree = unflatten_dict(params, sep="/")
+  keys = save_checkpoint(tmp_path / "a", cfg, tree, family, "float32", 10**9)
+  (tmp_path / "a" / "config.json").write_text(json.dumps(keys))
+  loaded = load_checkpoint(tmp_path / "a", make_mesh({"tensor": 2, "data": -1}))
+  assert (loaded.cfg.vocab_size, loaded.cfg.num_ids) == (128, 101)
+  found = flatten_dict(loaded.params, sep="/")
+  assert found["embedding/table"].shape[0] == found["head/kernel"].shape[1] == 128
+  for path, array in params.items():
+    real = tuple(map(slice, array.shape))
+    np.testing.assert_array_equal(np.asarray(found[path])[real], array, err_msg=path)
+    rest = np.array(found[path])
+    rest[real] = 0
+    assert not rest.any(), f"{path}: padding is zeros"
+  same = save_checkpoint(
+    tmp_path / "b", loaded.cfg, loaded.params, family, "float32", 10**9
+  )
+  assert same == keys and keys["vocab_size"] == 101
+  before, after = (open_checkpoint(tmp_path / name) for name in "ab")
+  assert before.keys() == after.keys()
+  for name, tensor in before.items():
+    np.testing.assert_array_equal(after[name].read(), tensor.read(), err_msg=name)
+
+
 def test_code_that_comes_along_is_never_run(llama: Path):
   """What transformers would run with trust_remote_code=True."""
   (llama / "modeling_evil.py").write_text(f"open({str(llama / 'ran')!r}, 'w')")

@@ -48,6 +48,7 @@ MESHES = [
   dict(fsdp=4, tensor=2),
   dict(data=2, fsdp=4),
   dict(data=2, fsdp=2, tensor=2),
+  {"data": 4, "fsdp": "2@dcn"},  # in another order than without @dcn
 ]
 
 MORE_MESHES = [

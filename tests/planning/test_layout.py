@@ -68,6 +68,28 @@ def test_people_read_why(capsys: pytest.CaptureFixture):
   assert "fsdp would cut embed" in explain(("slots", "embed"), sizes)
 
 
+@pytest.mark.parametrize("command", [["plan"], ["shard", "--no-compile"]])
+def test_a_card_is_padded_where_tensor_does_not_divide_it(command, capsys):
+  command = [command[0], "gpt2_124m", *command[1:], "--mesh"]
+  said = "vocabulary: 50,257 ids, padded to 50,304 rows"
+  assert main([*command, "tensor=2"]) == 0
+  assert said in capsys.readouterr().out
+  assert main([*command, "fsdp=2"]) == 0
+  assert "padded" not in capsys.readouterr().out
+
+
+def test_the_slow_network_is_shown(capsys: pytest.CaptureFixture):
+  asked = ["shard", "llama3_8b", "--device", "v5e", "--no-compile", "--mesh"]
+  assert main([*asked, "data=2@dcn,fsdp=8", "--json"]) == 0
+  result = json.loads(capsys.readouterr().out)
+  assert result["slow_axes"] == ["data"]
+  assert result["bytes_per_second"] == {"data": 3.125e9, "fsdp": 180e9}
+  assert main([*asked, "data=2@dcn,fsdp=8"]) == 0
+  text = capsys.readouterr().out
+  assert "llama3_8b on data=2@dcn,fsdp=8: 16 devices" in text
+  assert "data (data-centre network): " in text and "at 3.125 GB/s" in text
+
+
 @pytest.mark.parametrize(
   "mesh, extra",
   [

@@ -13,6 +13,7 @@ from flaxlm.cli import main
 from flaxlm.configfile import load_config
 from flaxlm.planning.planner import resolve
 
+MESH = "data=2@dcn,fsdp=8"
 CONFIG = """
 from flaxlm.config import Config, DataConfig, ModelConfig, TrainingConfig
 config = Config(
@@ -89,6 +90,28 @@ def test_search_and_decoding(plan):
   assert best["step_seconds"] == result["step_seconds"] and best["fits"]
   assert best["mesh"] == result["mesh"]
   assert {(p["batch"], p["context"]) for p in result["decode"]} == {(2, 100), (2, 200)}
+
+
+def test_an_axis_over_the_slow_network(plan, config, capsys):
+  asked = ("--device", "v4", "--training.remat=full")
+  near, far = (plan("--mesh", mesh, *asked) for mesh in ("data=2,fsdp=8", MESH))
+  assert far["mesh"] == near["mesh"] and far["slow_axes"] == ["data"]
+  assert near["slow_axes"] == [] and far["step_seconds"] is None  # v4's is not published
+  known = plan("--mesh", MESH, *asked, "--network", "6.25")
+  times = [result["seconds_by_part"]["network:data"] for result in (near, known)]
+  assert times[1] == pytest.approx(times[0] * 90 / 6.25)
+  assert known["step_seconds"] > near["step_seconds"]
+  assert main(["plan", config, "--mesh", MESH, *asked]) == 0
+  text = capsys.readouterr().out
+  assert f"mesh {MESH}" in text and "network, data (data-centre network)" in text
+
+
+def test_a_search_keeps_the_slices(plan):
+  asked = ("--device", "v5p", "--devices", "16", "--search", "--training.remat=full")
+  result = plan("--mesh", "data=2@dcn,fsdp=8", *asked)
+  assert result["search"]
+  for choice in result["search"]:
+    assert choice["mesh"]["data"] == 2 and "data=2@dcn" in choice["flags"]
 
 
 def test_without_a_device_there_are_bytes_and_no_times(plan):

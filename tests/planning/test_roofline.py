@@ -91,6 +91,32 @@ def test_bandwidth_of_an_axis():
   assert axis_bandwidth(find_device("l4"), full_sizes(dict(data=16)), "data") is None
 
 
+def test_a_slow_axis_moves_at_the_rate_of_the_network():
+  v5e, sizes = find_device("v5e"), full_sizes({"data": "2@dcn", "fsdp": 8})
+  assert axis_bandwidth(v5e, sizes, "data") == 90e9, "one slice: its own links"
+  assert axis_bandwidth(v5e, sizes, "data", ["data"]) == 3.125e9
+  # It takes no axis of the torus from the others, nor any of their neighbours.
+  assert axis_bandwidth(v5e, sizes, "fsdp", ["data"]) == 2 * 90e9
+  last = full_sizes({"fsdp": 8, "tensor": "2@dcn"})
+  assert axis_bandwidth(find_device("h200"), last, "fsdp") == 4 * 50e9
+  assert axis_bandwidth(find_device("h200"), last, "fsdp", ["tensor"]) == 450e9
+  assert axis_bandwidth(find_device("v4"), sizes, "data", ["data"]) is None
+
+
+def test_a_hybrid_mesh_is_priced_slower():
+  device, sizes = find_device("v5p"), full_sizes({"data": 2, "fsdp": 8})
+  near, far = (
+    plan_training(dataclasses.replace(CFG, mesh=mesh), sizes, device)
+    for mesh in ({"data": 2, "fsdp": 8}, {"data": "2@dcn", "fsdp": 8})
+  )
+  assert far.times.network["data"] == pytest.approx(
+    near.times.network["data"] * 180 / 6.25, rel=1e-9
+  )
+  rings = near.times.network["fsdp"] / far.times.network["fsdp"]
+  assert rings == pytest.approx(3), "the torus is fsdp's alone"
+  assert far.mesh == "data=2@dcn,fsdp=8" and far.memory == near.memory
+
+
 def test_overlap_is_as_documented():
   times = StepTimes(2.0, 1.0, {"fsdp": 4.0, "tensor": 0.5})
   assert times.seconds == 4.5
