@@ -262,8 +262,14 @@ def test_a_second_call_for_pairs_writes_and_says_nothing(pairs: str, tmp_path: P
   assert np.array_equal(second.train.target.tokens, first.train.target.tokens)
 
 
-@pytest.mark.parametrize("damaged", ["train.source.npy", "validation.target.npy"])
-@pytest.mark.parametrize("damage", ["truncate", "garble", "delete"])
+@pytest.mark.parametrize(
+  ("damage", "damaged"),
+  [
+    ("truncate", "train.source.npy"),
+    ("garble", "validation.target.npy"),
+    ("delete", "train.source.npy"),
+  ],
+)
 def test_damaged_pairs_are_built_again(
   pairs: str, tmp_path: Path, damaged: str, damage: str
 ):

@@ -190,18 +190,21 @@ OTHERS = {
 }
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
   ("name", "sizes"),
   [
-    ("experts", dict(data=2, expert=4)),
     ("experts", dict(fsdp=2, tensor=2, expert=2)),
-    ("encoder", dict(data=2, fsdp=2, tensor=2)),
     ("encoder_decoder", dict(data=2, fsdp=2, tensor=2)),
-    ("dense", dict(context=4, tensor=2)),
     ("windows", dict(data=2, context=4)),
-    ("experts", dict(context=2, expert=4)),
     ("capacity", dict(context=2, expert=4)),
-    ("encoder_decoder", dict(fsdp=2, context=4)),
+    slow("experts", dict(data=2, expert=4)),
+    slow("encoder", dict(data=2, fsdp=2, tensor=2)),
+    slow("dense", dict(context=4, tensor=2)),
+    slow("experts", dict(context=2, expert=4)),
+    slow("encoder_decoder", dict(fsdp=2, context=4)),
   ],
   ids=str,
 )
@@ -232,7 +235,7 @@ def test_state_stays_where_the_rules_say():
   assert up.addressable_shards[0].data.size == up.size // 8
 
 
-@pytest.mark.parametrize("experts", [0, 4])
+@pytest.mark.parametrize("experts", [0, slow(4)])
 def test_accumulation_equals_one_batch(experts):
   """Cutting a batch of unequally long rows into micro-batches changes nothing.
 
