@@ -316,6 +316,7 @@ def test_an_rnn_is_trained_and_continues(flaxlm, corpus, tmp_path):
   assert json.loads(run.stdout)["prompt"] == "3 t"
 
 
+@pytest.mark.slow
 def test_an_encoder_fills_and_embeds(flaxlm, corpus, tmp_path):
   run = flaxlm(
     "train", "bert_tiny", *tiny(corpus, training__num_steps=3, data__batch_size=8)
@@ -347,6 +348,7 @@ def test_an_encoder_fills_and_embeds(flaxlm, corpus, tmp_path):
     assert text in run.stderr
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_translates(flaxlm, tmp_path):
   run = flaxlm(
     "train",
