@@ -92,6 +92,7 @@ def build_automaton(
   return tabulate(states, tokenizer.vocab_size), initial
 
 
+@functools.lru_cache(maxsize=64)
 def build_index(expression: str, tokenizer: AnyTokenizer) -> Any:
   """The library's automaton of the expression and an `END`, which the end of text spells.
 
@@ -100,20 +101,25 @@ def build_index(expression: str, tokenizer: AnyTokenizer) -> Any:
   """
   if tokenizer.eos_id < 0:
     raise ConfigError("the tokenizer has no end of text to end an answer of a form with")
-  ids: dict[bytes, list[int]] = {}
-  for token in range(tokenizer.vocab_size):
-    if (piece := tokenizer.bytes_of(token)) and token not in tokenizer.special_ids:
-      ids.setdefault(piece, []).append(token)
-  ids[END.encode()] = [tokenizer.eos_id]
   try:
-    # What the library itself takes for the end is no token.
-    vocabulary = library().Vocabulary(tokenizer.vocab_size, ids)
-    return library().Index(f"(?:{expression}){END}", vocabulary)
+    return library().Index(f"(?:{expression}){END}", build_vocabulary(tokenizer))
   except ValueError as e:
     raise ConfigError(
       f"the regular expression {expression!r} cannot be used: {e}",
       "it describes the whole answer, in Rust's syntax: docs.rs/regex",
     ) from e
+
+
+@functools.lru_cache(maxsize=4)
+def build_vocabulary(tokenizer: AnyTokenizer) -> Any:
+  """What each token spells, in the library's words."""
+  ids: dict[bytes, list[int]] = {}
+  for token in range(tokenizer.vocab_size):
+    if (piece := tokenizer.bytes_of(token)) and token not in tokenizer.special_ids:
+      ids.setdefault(piece, []).append(token)
+  ids[END.encode()] = [tokenizer.eos_id]
+  # What the library itself takes for the end is no token.
+  return library().Vocabulary(tokenizer.vocab_size, ids)
 
 
 def tabulate(states: Sequence[dict[int, int]], num_tokens: int) -> Automaton:
