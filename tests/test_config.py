@@ -473,7 +473,7 @@ def overrides(draw: Any) -> dict[str, Any]:
   return {name: draw(values(*LEAVES[name])) for name in names}
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(changes=overrides(), together=st.booleans())
 def test_any_override_arrives_and_survives_json(changes: dict, together: bool):
   arguments = []
@@ -510,7 +510,7 @@ def is_refused_cleanly(text: str) -> None:
       assert e.cause
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_damaged_json_is_a_config_or_a_config_error(data: Any):
   """Characters lost, doubled, changed, and parts repeated elsewhere."""
@@ -528,7 +528,7 @@ def test_damaged_json_is_a_config_or_a_config_error(data: Any):
   is_refused_cleanly(text)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_json_of_other_shapes_is_a_config_or_a_config_error(data: Any):
   """Valid JSON in which some value, at any depth, is replaced by some other value."""

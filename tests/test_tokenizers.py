@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flaxlm.errors import DataError
@@ -29,7 +29,6 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | st.text(
 
 
 @KINDS
-@settings(deadline=None)
 @given(text=TEXTS)
 def test_decoding_inverts_encoding(kind: str, text: str):
   tokenizer = TOKENIZERS[kind]
@@ -39,7 +38,6 @@ def test_decoding_inverts_encoding(kind: str, text: str):
 
 
 @KINDS
-@settings(deadline=None)
 @given(text=TEXTS)
 def test_fast_path_agrees_with_hugging_face(kind: str, text: str):
   # What others get who load our tokenizer.json.
@@ -57,7 +55,6 @@ def test_fast_path_agrees_with_hugging_face_on_source_code(kind: str):
 
 
 @KINDS
-@settings(deadline=None)
 @given(ids=st.lists(st.integers(0, 450)))
 def test_streaming_gives_the_same_text_in_whole_characters(kind: str, ids: list[int]):
   tokenizer = TOKENIZERS[kind]

@@ -31,7 +31,7 @@ from flaxlm.decoding.generate import generate
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import FlaxLMError
-from flaxlm.nn.layers import activate, build_norm
+from flaxlm.nn.layers import activate, build_norm, matrix_dot
 from flaxlm.nn.models import build_model
 from flaxlm.planning.devices import ANY, Device
 from flaxlm.planning.memory import full_sizes, residual_bytes, state_bytes
@@ -254,8 +254,9 @@ def predict_decoding(name: str, cfg: Config, setting: Setting) -> Result:
     return next(answer), lambda: list(answer)
 
   products = decoding_products(cfg.model, 1, slots)
-  sides = product_sides(products)
   weights = weight_arrays(cfg.model)
+  sides = product_sides(products)
+  sides |= {product: weight_side(product) for product in weight_products(cfg.model, 1)}
   sides["stream"] = Side(jax.jit(stream), lambda: (weights,))
   x_1D = jnp.ones((1, cfg.model.width))
   compiled = jax.jit(chain).lower(x_1D).compile()
@@ -279,19 +280,26 @@ def predict_decoding(name: str, cfg: Config, setting: Setting) -> Result:
   return ratio(f"decode {name}", predicted, dataclasses.replace(token, rounds=per_token))
 
 
+def weight_side(product: Product) -> Side:
+  """One row times a matrix, as the loop does it."""
+  x_MK = jnp.ones((product.rows, product.inner))
+  params = {"matrix": jnp.ones((product.columns, product.inner))}
+  return Side(jax.jit(matrix_dot), lambda: (x_MK, params))
+
+
 def weight_arrays(model: ModelConfig) -> list[jax.Array]:
-  """One of each matrix that a decoding step reads."""
+  """One of each matrix (outputs, inputs) that a decoding step reads."""
   products = weight_products(model, 1)
-  shapes = [(p.inner, p.columns) for p, count in products.items() for _ in range(count)]
+  shapes = [(p.columns, p.inner) for p, count in products.items() for _ in range(count)]
   return [jnp.ones(shape) for shape in shapes]
 
 
 def stream(weights: list[jax.Array]) -> jax.Array:
-  """A vector times each matrix, one after the other: each waits for the one before."""
+  """Each matrix times a vector, one after the other: each waits for the one before."""
   seen = jnp.float32(0.0)
   for matrix in weights:
-    vector = jnp.full((1, matrix.shape[0]), 1e-30 * seen)
-    seen = (vector @ matrix)[0, 0]
+    vector = jnp.full((1, matrix.shape[1]), 1e-30 * seen)
+    seen = matrix_dot(vector, {"matrix": matrix})[0, 0]
   return seen
 
 

@@ -2,8 +2,8 @@
 """Parameters laid out for decoding: the same numbers, where the loop reads them once.
 
 Each layer has arrays of its own, since a slice of a stacked one is a copy at every token.
-Each projection is one matrix (inputs, outputs): XLA's CPU compiler fuses a reshape into
-the product, which then runs on one core. A tied embedding is kept as the head's matrix.
+Each projection is one matrix (outputs, inputs): XLA's CPU compiler fuses a reshape into
+the product, which then runs on one core. A tied embedding is such a matrix as it is.
 """
 
 import functools
@@ -34,21 +34,17 @@ def prepare_params(params: Any, cfg: ModelConfig, kind: str | None = None) -> An
     return params
   prepared = {}
   for path, leaf in flatten_dict(params).items():
-    shape = leaf.shape
-    if "blocks" in path:
-      shape = shape[1:]
+    inputs = 0  # dims, of a matrix
     if path[-1] == "kernel" and path[-2] in PROJECTIONS and "experts" not in path:
-      path = (*path[:-1], "matrix")
-      inputs = math.prod(shape[: PROJECTIONS[path[-2]]])
-      shape = (inputs, math.prod(shape) // inputs)
+      path, inputs = (*path[:-1], "matrix"), PROJECTIONS[path[-2]]
+    elif path == ("embedding", "table") and cfg.tied_embeddings:
+      path = ("embedding", "matrix")
     if "blocks" in path:
       layer = path.index("blocks") + 1
-      for n, part in enumerate(slice_layers(leaf, shape)):
+      for n, part in enumerate(lay_out_layers(leaf, inputs)):
         prepared[(*path[:layer], str(n), *path[layer:])] = part
-    elif path == ("embedding", "table") and cfg.tied_embeddings:
-      prepared["embedding", "matrix"] = transpose(leaf)
     else:
-      prepared[path] = leaf.reshape(shape)
+      prepared[path] = lay_out(leaf, inputs)
   for path in [path for path in prepared if path[-1] == "matrix"]:
     if kind == "int8":
       prepared[path], prepared[(*path[:-1], "scale")] = quantise(prepared[path])
@@ -58,20 +54,25 @@ def prepare_params(params: Any, cfg: ModelConfig, kind: str | None = None) -> An
 
 
 @jax.jit
-def quantise(matrix_IO: jax.Array) -> tuple[jax.Array, jax.Array]:
+def quantise(matrix_OI: jax.Array) -> tuple[jax.Array, jax.Array]:
   """int8 of each output's own scale: its largest weight is 127 of it."""
-  matrix_IO = matrix_IO.astype(jnp.float32)
-  scale_O = jnp.maximum(jnp.abs(matrix_IO).max(0), 1e-30) / 127
-  return jnp.round(matrix_IO / scale_O).astype(jnp.int8), scale_O
+  matrix_OI = matrix_OI.astype(jnp.float32)
+  scale_O1 = jnp.maximum(jnp.abs(matrix_OI).max(1, keepdims=True), 1e-30) / 127
+  return jnp.round(matrix_OI / scale_O1).astype(jnp.int8), scale_O1[:, 0]
 
 
 def is_prepared(params: Any) -> bool:
   return "0" in params.get("decoder", params)["blocks"]
 
 
-@functools.partial(jax.jit, static_argnames="shape")
-def slice_layers(stacked: jax.Array, shape: tuple[int, ...]) -> list[jax.Array]:
-  return [of_layer.reshape(shape) for of_layer in stacked]
+@functools.partial(jax.jit, static_argnames="inputs")
+def lay_out(leaf: jax.Array, inputs: int) -> jax.Array:
+  """A kernel as (outputs, inputs), its first `inputs` dims being contracted; 0: as is."""
+  if not inputs:
+    return leaf
+  return leaf.reshape(math.prod(leaf.shape[:inputs]), -1).T
 
 
-transpose = jax.jit(jnp.transpose)
+@functools.partial(jax.jit, static_argnames="inputs")
+def lay_out_layers(stacked: jax.Array, inputs: int) -> list[jax.Array]:
+  return [lay_out(of_layer, inputs) for of_layer in stacked]

@@ -60,7 +60,7 @@ def equal(a: Batch, b: Batch) -> bool:
   return all(map(np.array_equal, a, b))  # None equals None alone
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
   num_tokens=st.integers(2, 100),
   seq_len=st.integers(1, 20),
@@ -84,7 +84,7 @@ def test_in_order_every_token_is_a_target_once(num_tokens, seq_len, batch_size):
 
 
 @EVERY_OBJECTIVE
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
   seed=st.integers(0, 2**31 - 1),
   num_epochs=st.integers(1, 3),
@@ -147,7 +147,7 @@ def test_a_process_may_have_parts_that_lie_apart():
 
 
 @EVERY_OBJECTIVE
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(start=st.integers(0, 10**12), process=st.integers(0, 1))
 def test_iterating_from_anywhere_is_indexing(objective: str, start: int, process: int):
   batches = make_batches(

@@ -3,7 +3,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -27,7 +27,6 @@ def reference(window: list[int], length: int) -> list[tuple[int, int, int, int, 
   return row
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_next_token_against_the_reference(data: st.DataObject):
   shape = data.draw(st.tuples(st.integers(1, 4), st.integers(2, 12)))
@@ -59,7 +58,6 @@ def mask(tokens: np.ndarray, lengths: np.ndarray, fraction: float, seed: int) ->
   return masked(tokens, lengths, BOS, Masking(fraction, MASK, ordinary_ids), random)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_masked_hides_some_tokens_and_asks_for_them(data: st.DataObject):
   shape = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 12)))

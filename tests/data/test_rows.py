@@ -61,7 +61,7 @@ def texts_of(tokens: np.ndarray, segments: np.ndarray, positions: np.ndarray) ->
   return texts
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(pairs=PAIRS, source_len=LENGTHS, seq_len=LENGTHS)
 def test_rows_hold_the_pairs_that_fit(pairs: Pairs, source_len: int, seq_len: int):
   rows = make_rows(pairs, source_len, seq_len)

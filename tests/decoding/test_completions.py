@@ -230,7 +230,7 @@ STOPS = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(tokens=TOKENS, stops=STOPS, cuts=st.lists(st.integers(0, 40), max_size=6))
 def test_wherever_the_blocks_end(tokens: list[int], stops: list[str], cuts: list[int]):
   """Against the plain definition: look at the whole text again after every token."""

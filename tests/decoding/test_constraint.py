@@ -51,7 +51,7 @@ def accepts(ids: list[int], number: int, tokenizer=BPE) -> bool:
 
 
 @given(st.integers(0, 3), st.text("the catmsn12.é漢b", max_size=9), st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_automaton_says_what_re_says(number, text, in_bytes):
   tokenizer = BYTES if in_bytes else BPE
   fits = re.fullmatch(EXPRESSIONS[number], text) is not None

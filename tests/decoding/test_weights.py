@@ -50,9 +50,9 @@ def test_int8_weights_are_off_by_half_a_step_at_most(name: str):
   assert len(matrices) >= 2 * 6
   for path in matrices:
     assert narrow[path].dtype == jnp.int8
-    scale_O = np.asarray(narrow[(*path[:-1], "scale")])
-    error = np.abs(narrow[path] * scale_O - np.asarray(exact[path]))
-    assert (error <= 0.501 * np.abs(exact[path]).max(0) / 127).all()
+    scale_O1 = np.asarray(narrow[(*path[:-1], "scale")])[:, None]
+    error = np.abs(narrow[path] * scale_O1 - np.asarray(exact[path]))
+    assert (error <= 0.501 * np.abs(exact[path]).max(1, keepdims=True) / 127).all()
 
 
 def test_narrow_weights_decode_as_the_full_forward_pass():

@@ -85,7 +85,7 @@ def test_who_does_not_agree_is_named():
     assert on_threads(peers, ask) == [True] * 4
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
   first_step=st.sampled_from([0, 40]),
   signals=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 12)), max_size=3),
