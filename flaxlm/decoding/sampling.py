@@ -223,6 +223,19 @@ def keep_to_form(logits_BV: jax.Array, sampling: Sampling, seen: Seen | None) ->
   return keep(logits_BV, allowed_BV)
 
 
+def apply_temperature(
+  logits_BV: jax.Array, sampling: Sampling, _: Seen | None
+) -> jax.Array:
+  logits_BV = logits_BV - logits_BV.max(-1, keepdims=True)  # a tiny temperature: no inf
+  temperature_B = jnp.where(cold(sampling), 1.0, sampling.temperature_B)
+  return logits_BV / temperature_B[:, None]
+
+
+def cold(sampling: Sampling) -> Any:
+  """Rows (B,) that take the likeliest token, and draw nothing."""
+  return sampling.temperature_B < np.finfo(np.float32).tiny
+
+
 def cut_top_k(logits_BV: jax.Array, sampling: Sampling, _: Seen | None) -> jax.Array:
   """Fan et al. (2018); tokens as likely as the k-th stay."""
   ones_BV = jnp.isfinite(logits_BV).astype(jnp.float32)
@@ -294,19 +307,23 @@ RULES: dict[str, Rule] = {
     lambda s: (s.presence_penalty_B != 0) | (s.frequency_penalty_B != 0), penalise_presence
   ),
   "form": Rule(lambda s: s.states_B > 0, keep_to_form),
-  # The temperature comes here.
+  "temperature": Rule(lambda s: ~cold(s), apply_temperature),
   "top_k": Rule(lambda s: s.top_k_B < OFF_TOP_K, cut_top_k),
   "top_p": Rule(lambda s: s.top_p_B < 1, cut_top_p),
   "min_p": Rule(lambda s: s.min_p_B > 0, cut_min_p),
   "typical": Rule(lambda s: s.typical_p_B < 1, cut_typical),
 }
-BEFORE_TEMPERATURE = {"bias", "repetition", "presence", "form"}
 ASK_WHAT_WAS_SEEN = {"repetition", "presence", "form"}
+GREEDY_RULES = tuple(RULES)[: tuple(RULES).index("temperature")]
 
 
 def rules_in_use(sampling: Sampling) -> tuple[str, ...]:
-  """The names of the rules that some row uses: static, as they decide what compiles."""
-  return tuple(name for name, rule in RULES.items() if np.any(rule.used(sampling)))
+  """The names of the rules that some row uses: static, as they decide what compiles.
+
+  Where no row draws, what follows the temperature changes nothing.
+  """
+  used = tuple(name for name, rule in RULES.items() if np.any(rule.used(sampling)))
+  return used if "temperature" in used else tuple(n for n in used if n in GREEDY_RULES)
 
 
 def sample(
@@ -325,26 +342,28 @@ def sample(
   own_BV = logits_BV = logits_BV.astype(jnp.float32)
   sampling = jax.tree.map(jnp.asarray, sampling)
   for name in rules:
-    if name in BEFORE_TEMPERATURE:
+    if name in GREEDY_RULES:
       logits_BV = RULES[name].apply(logits_BV, sampling, seen)
-  greedy_B = first_highest(logits_BV)
-  cold_B = sampling.temperature_B < jnp.finfo(jnp.float32).tiny
-  logits_BV = logits_BV - logits_BV.max(-1, keepdims=True)  # a tiny temperature: no inf
-  logits_BV /= jnp.where(cold_B, 1.0, sampling.temperature_B)[:, None]
-  for name in rules:
-    if name not in BEFORE_TEMPERATURE:
-      logits_BV = RULES[name].apply(logits_BV, sampling, seen)
-  keys_B = jax.vmap(lambda s, n: jax.random.fold_in(jax.random.key(s), n))(
-    sampling.seeds_B, lengths_B
-  )
-  drawn_B = draw(
-    jnp.exp(logits_BV), jax.vmap(lambda k: jax.random.uniform(k, (2,)))(keys_B)
-  )
-  token_B = jnp.where(cold_B, greedy_B, drawn_B).astype(jnp.int32)
+  token_B = first_highest(logits_BV)
+  if "temperature" in rules:
+    for name in rules:
+      if name not in GREEDY_RULES:
+        logits_BV = RULES[name].apply(logits_BV, sampling, seen)
+    drawn_B = draw(jnp.exp(logits_BV), uniforms(sampling.seeds_B, lengths_B))
+    token_B = jnp.where(cold(sampling), token_B, drawn_B).astype(jnp.int32)
   total_B = jax.nn.logsumexp(own_BV, -1)
   chosen_B = jnp.take_along_axis(own_BV, token_B[:, None], -1)[:, 0]
   top_BX, top_tokens_BX = jax.lax.top_k(own_BV, num_top)
   return Drawn(token_B, chosen_B - total_B, top_tokens_BX, top_BX - total_B[:, None])
+
+
+def uniforms(seeds_B: jax.Array, lengths_B: jax.Array) -> jax.Array:
+  """Two random numbers (B, 2) of each row's own."""
+
+  def of_row(seed: jax.Array, length: jax.Array) -> jax.Array:
+    return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), length), (2,))
+
+  return jax.vmap(of_row)(seeds_B, lengths_B)
 
 
 def first_highest(logits_BV: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling: the papers' distributions, drawn row by row, with nothing recompiled."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,6 +13,7 @@ import references
 from scipy import stats
 
 from flaxlm.decoding.sampling import (
+  GREEDY_RULES,
   RULES,
   Sampling,
   Seen,
@@ -29,6 +31,7 @@ NUM_DRAWS = 4096
 
 jitted = jax.jit(sample, static_argnames=("rules", "num_top"))
 CUTS = ("top_k", "top_p", "min_p", "typical")
+DRAWING = ("temperature", *CUTS)
 EVERY_RULE = tuple(name for name in RULES if name != "form")  # test_constraint.py
 
 
@@ -54,7 +57,7 @@ def random_rules(seed: int) -> dict[str, Any]:
 
 def chosen(logits_BV: Any, lengths_B: Any, sampling: Sampling) -> tuple[Any, Any]:
   """Tokens and log-probabilities, with every cut compiled in: one program for all."""
-  return jitted(logits_BV, lengths_B, sampling, CUTS)[:2]
+  return jitted(logits_BV, lengths_B, sampling, DRAWING)[:2]
 
 
 def draw_many(logits_V: np.ndarray, rules: dict[str, Any], seed: int) -> np.ndarray:
@@ -214,7 +217,7 @@ def test_the_likeliest_tokens_are_told():
   """Under the model itself, best first, whatever is drawn."""
   logits_BV = logits_of(9, rows=5)
   logits_BV[:, 5] -= 0.1  # no ties
-  drawn = jitted(logits_BV, np.arange(5), make_sampling(5, top_k=2), CUTS, None, 4)
+  drawn = jitted(logits_BV, np.arange(5), make_sampling(5, top_k=2), DRAWING, None, 4)
   logprobs_BV = np.log([references.softmax(row.astype(float)) for row in logits_BV])
   order_BV = np.argsort(-logprobs_BV, -1)[:, :4]
   assert drawn.top_tokens_BX.tolist() == order_BV.tolist()
@@ -304,7 +307,7 @@ def test_a_draw_depends_on_the_seed_and_on_the_length():
   def tokens(seeds: Any, lengths: Any) -> list[int]:
     rule = make_sampling(64)._replace(seeds_B=np.broadcast_to(seeds, 64).astype(np.uint32))
     logits_BV = np.tile(logits_V, (64, 1))
-    return jitted(logits_BV, np.broadcast_to(lengths, 64), rule)[0].tolist()
+    return jitted(logits_BV, np.broadcast_to(lengths, 64), rule, DRAWING)[0].tolist()
 
   assert tokens(3, 5) == tokens(3, 5)
   assert len(set(tokens(3, 5))) == 1  # the same row, 64 times
@@ -326,10 +329,10 @@ def test_changing_values_recompiles_nothing():
   logits_BV, lengths_B = logits_of(8, rows=4), np.arange(4)
   for seed in range(8):
     sampling = make_sampling(4, **random_rules(seed), seed=seed)
-    fresh(logits_BV, lengths_B, sampling, CUTS)
+    fresh(logits_BV, lengths_B, sampling, DRAWING)
   assert fresh._cache_size() == 1
   for temperature in (0.0, 0.5, 2.0):
-    fresh(logits_BV, lengths_B, make_sampling(4, temperature), ())
+    fresh(logits_BV, lengths_B, make_sampling(4, temperature), ("temperature",))
   assert fresh._cache_size() == 2
 
 
@@ -350,8 +353,14 @@ def test_changing_values_recompiles_nothing():
   ],
 )
 def test_only_rules_that_some_row_uses_are_compiled(rules: dict[str, Any], names: tuple):
+  """Of greedy rows, only those that change which token is the likeliest."""
   rows = [Settings(), Settings(**rules)]
-  assert rules_in_use(stack_settings(rows)) == names
+  used = rules_in_use(stack_settings(rows))
+  assert {*used} == {"temperature", *names}
+  assert used == tuple(name for name in RULES if name in used)
+  greedy = dataclasses.replace(rows[1], temperature=0.0)
+  kept = tuple(name for name in names if name in GREEDY_RULES)
+  assert rules_in_use(stack_settings([greedy, greedy])) == kept
 
 
 @pytest.mark.parametrize(
