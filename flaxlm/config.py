@@ -312,6 +312,9 @@ class TrainingConfig:
   pipeline_repeats: int = knob(
     1, "mesh axis stage: times that each part goes round; a shorter wait, more hops", 1
   )
+  sequence_parallel: bool = knob(
+    False, "mesh axis tensor: norms and sums on a share of the row each; less memory"
+  )
   replication_tolerance: float = knob(
     0.1, "most of the parameters' bytes that a mesh may leave whole on every device", 0, 1
   )

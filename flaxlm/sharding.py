@@ -53,6 +53,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
   # Tokens travel to the experts and back; around the pipeline its stages share the rows.
   "batch": ("stage", "data", "fsdp", "expert"),
   "length": ("context",),  # each device has its share of every row
+  "norm_length": ("context", "tensor"),  # in norms, with training.sequence_parallel
   "key_length": (),  # of which all queries see all
   "act_embed": (),
   "act_heads": ("tensor",),
@@ -128,16 +129,23 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """Pins an activation to the layout of its logical names; no mesh set, no effect.
 
   Rows that `context` does not divide, such as a token that is being decoded, stay whole:
-  training refuses them before it starts.
+  training refuses them before it starts. Those that only `tensor` does not divide are not
+  cut by it.
   """
   sizes = axis_sizes_in_use()
   if math.prod(sizes.values()) == 1:
     return x
-  parts = math.prod(sizes.get(axis, 1) for axis in RULES["length"])
-  whole = lambda name, dim: name == "length" and dim % parts
-  kept = [None if whole(*pair) else pair[0] for pair in zip(names, x.shape, strict=True)]
+  kept = [fitting(name, dim, sizes) for name, dim in zip(names, x.shape, strict=True)]
   spec = partition_spec(kept, x.shape, sizes)
   return jax.lax.with_sharding_constraint(x, spec)
+
+
+def fitting(name: str | None, dim: int, sizes: Mapping[str, int]) -> str | None:
+  """The name, or that of a coarser cut for rows that its axes do not divide."""
+  coarser = {"norm_length": "length", "length": None}
+  while name in coarser and dim % math.prod(sizes.get(axis, 1) for axis in RULES[name]):
+    name = coarser[name]
+  return name
 
 
 def is_cut(name: str) -> bool:

@@ -24,6 +24,7 @@ class Execution:
   narrow_cache: bool = False  # keys and values in int8
   microbatches: int | None = None  # in a pipeline; None: one for each stage
   repeats: int = 1  # of a pipeline
+  sequence_parallel: bool = False
 
   @property
   def dtypes(self) -> dict[str, jnp.dtype]:

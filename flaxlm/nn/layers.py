@@ -73,7 +73,7 @@ def rows_dot(
   backward pass of a 3-D product runs at two thirds of the speed of a 2-D one. Rows that
   are cut over the mesh are left apart: merged, they would be gathered first.
   """
-  if is_cut("length"):
+  if is_cut("norm_length"):
     return jnp.tensordot(x, kernel, contracted, preferred_element_type=dtype)
   size = math.prod(kernel.shape[:contracted])
   y = jnp.dot(x.reshape(-1, size), kernel.reshape(size, -1), preferred_element_type=dtype)

@@ -34,6 +34,7 @@ def build_model(cfg: ModelConfig, run: TrainingConfig | None = None) -> Language
       run.scanned,
       microbatches=run.pipeline_microbatches,
       repeats=run.pipeline_repeats,
+      sequence_parallel=run.sequence_parallel,
     )
   return FAMILIES[cfg.family](cfg.resolve(), execution)
 

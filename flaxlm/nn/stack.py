@@ -143,16 +143,17 @@ class Block(nn.Module):
       return out
 
     if self.cfg.parallel != "none":
-      h_BTD = self.attention_norm(x_BTD)
-      g_BTD = h_BTD if self.cfg.parallel == "one_norm" else self.ffn_norm(x_BTD)
-      x_BTD = x_BTD + dropout(attend(h_BTD)) + dropout(feed(g_BTD))
+      h_BTD = for_products(self.attention_norm(x_BTD))
+      one_norm = self.cfg.parallel == "one_norm"
+      g_BTD = h_BTD if one_norm else for_products(self.ffn_norm(x_BTD))
+      for y_BTD in (attend(h_BTD), feed(g_BTD)):
+        x_BTD = x_BTD + dropout(for_norms(y_BTD, self.run))
     else:
       x_BTD = self.residual("attention", x_BTD, attend, dropout)
       if self.reads_source:
         x_BTD = self.residual("cross_attention", x_BTD, attend_source, dropout)
       x_BTD = self.residual("ffn", x_BTD, feed, dropout)
-    x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
-    return x_BTD, LayerOutput(cache, losses, attention)
+    return for_norms(x_BTD, self.run), LayerOutput(cache, losses, attention)
 
   def residual(
     self, name: str, x_BTD: jax.Array, branch: Callable, dropout: Callable
@@ -160,7 +161,8 @@ class Block(nn.Module):
     """x + branch(x), with norms where `norm_placement` wants them."""
     placement = self.cfg.norm_placement
     norm: Any = getattr(self, f"{name}_norm", None)
-    y_BTD = branch(norm(x_BTD) if placement in {"pre", "both"} else x_BTD)
+    y_BTD = branch(for_products(norm(x_BTD) if placement in {"pre", "both"} else x_BTD))
+    y_BTD = for_norms(y_BTD, self.run)
     if placement in {"output", "both"}:
       y_BTD = getattr(self, f"{name}_output_norm")(y_BTD)
     x_BTD = x_BTD + dropout(y_BTD)
@@ -169,6 +171,19 @@ class Block(nn.Module):
   def source_keys_values(self, memory_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What this layer's cross-attention reads of the encoder's output."""
     return self.cross_attention.keys_values(memory_BSD)
+
+
+def for_norms(x_BTD: jax.Array, run: Execution) -> jax.Array:
+  """Where norms and sums run: each member of `tensor` on all of a row, or on its share
+  (Korthikanti et al., 2022, section 4.2.2). Of a product's parts there, this is the sum.
+  """
+  length = "norm_length" if run.sequence_parallel else "length"
+  return constrain(x_BTD, "batch", length, "act_embed")
+
+
+def for_products(x_BTD: jax.Array) -> jax.Array:
+  """Whole along `tensor`, whose members have their heads and their share of the FFN."""
+  return constrain(x_BTD, "batch", "length", "act_embed")
 
 
 class Stack(nn.Module):
@@ -229,7 +244,7 @@ class Stack(nn.Module):
       positions_BT = slots_BT
     x_BTD = self.place(x_BTD, positions_BT)
     x_BTD = self.dropout(x_BTD, deterministic=deterministic)
-    x_BTD = constrain(x_BTD, "batch", "length", "act_embed")
+    x_BTD = for_norms(x_BTD, self.run)
     keys_at = positions_BT if cache is None else None  # a cached row is one document
     where = Placement(slots_BT, segments_BT, segments_BT, keys_at)
     schedule = None if cache is not None or capture else self.schedule(B)
@@ -247,6 +262,7 @@ class Stack(nn.Module):
       x_BTD, output = self.run_blocks(x_BTD, layers, around, deterministic, capture)
     if self.cfg.norm_placement != "post":
       x_BTD = self.final_norm(x_BTD)
+    x_BTD = for_products(x_BTD)
     if cache is not None:
       lengths_B = cache.lengths_B + (T if num_new_B is None else num_new_B)
       cache = cache._replace(layers=tuple(output.cache), lengths_B=lengths_B)

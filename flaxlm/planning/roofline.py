@@ -301,11 +301,12 @@ def network_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> dict[str, flo
     # Weights gathered forward and backward, gradients reduced to their owner; a stage does
     # so at every tick, with the layers of one visit.
     "fsdp": 3 * parts * gathered * item * share("fsdp"),
-    # Two sums per layer forward and backward (Shoeybi et al., 2019), embedding and head.
+    # Two sums per layer forward and backward (Shoeybi et al., 2019), embedding and head. As
+    # scattered sums and gathers they cost the same, but inputs are gathered again backward.
     "tensor": 2
     * parts
     * vector_bytes
-    * (num_layers * (4 + 2 * again) + 2)
+    * (num_layers * (4 + 2 * again + training.sequence_parallel) + 2)
     * share("tensor"),
     # Keys and values, gathered in each layer; their gradients, scattered; the rest as data.
     "context": (2 + again) * parts * rows * num_layers * gathered_keys(cfg, sizes)

@@ -215,6 +215,24 @@ def test_other_families_sharded_equal_one_device(name, sizes):
   )
 
 
+@pytest.mark.parametrize(
+  ("name", "sizes"),
+  [
+    ("dense", dict(data=2, fsdp=2, tensor=2)),
+    slow("dense", dict(context=2, fsdp=2, tensor=2)),
+    slow("experts", dict(fsdp=2, expert=2, tensor=2)),
+    slow("encoder_decoder", dict(fsdp=4, tensor=2)),
+    slow("dense", dict(stage=2, data=2, tensor=2)),
+  ],
+  ids=str,
+)
+def test_norms_cut_over_tensor_change_nothing(name, sizes):
+  cfg = dataclasses.replace(CFG, **OTHERS.get(name, {}))
+  run = dataclasses.replace(FAST, sequence_parallel=True)
+  on_mesh = loss_and_gradient_on(make_mesh(sizes), cfg, run)
+  assert_same(on_mesh, loss_and_gradient_on(mesh_of(), cfg))
+
+
 def test_state_stays_where_the_rules_say():
   """Every parameter and moment, at birth and after a step, cut as the rules say."""
   mesh = make_mesh(dict(fsdp=4, tensor=2))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`flaxlm shard`: the layout that training really has, and what really travels."""
 
+import dataclasses
 import json
 
 import jax
@@ -125,6 +126,22 @@ def test_what_travels_is_what_the_formula_says(mesh: dict, extra: int):
     assert counts["collective-permute"] > 2 * 3
   if axis == "data":  # all gradients in one
     assert set(counts) == {"all-reduce"} and counts["all-reduce"] <= 2
+
+
+def test_norms_cut_over_tensor_keep_a_share_of_each_layers_input():
+  depth, T, D = 8, 256, 64
+  model = dataclasses.replace(TINY.model, depth=depth, context=T, width=D, ffn_width=D)
+  training = dataclasses.replace(TINY.training, remat="full", scanned=True)
+  data = dataclasses.replace(TINY.data, seq_len=T)
+  cfg = dataclasses.replace(TINY, model=model, training=training, data=data)
+  cut = dataclasses.replace(training, sequence_parallel=True)
+  sizes = full_sizes({"tensor": 4})
+  whole, shares = (
+    compile_step(dataclasses.replace(cfg, training=run), sizes, ANY)
+    for run in (training, cut)
+  )
+  inputs = depth * data.batch_size * T * D * 4
+  assert whole.temp_bytes - shares.temp_bytes > 0.7 * inputs
 
 
 def test_what_is_left_whole_by_accident_is_refused():

@@ -55,6 +55,14 @@ def test_tensor_sums_activations_six_times_a_layer_under_full_remat():
   assert sent(dict(tensor=8))["tensor"] == 2 * vectors * (32 * 6 + 2) * 7 / 8
 
 
+def test_norms_on_shares_of_a_row_gather_the_inputs_of_products_once_more():
+  """Korthikanti et al. (2022): a sum is scattered and gathered again, at the same cost."""
+  training = dataclasses.replace(CFG.training, sequence_parallel=True)
+  vectors = 16 * 4096 * 4096 * 2
+  found = sent(dict(tensor=8), dataclasses.replace(CFG, training=training))["tensor"]
+  assert found == 2 * vectors * (32 * 7 + 2) * 7 / 8
+
+
 def test_accumulation_gathers_every_time():
   training = dataclasses.replace(CFG.training, accumulation_steps=2)
   twice = sent(dict(fsdp=8), dataclasses.replace(CFG, training=training))
