@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.benchmark.measure import Setting, Side, against, measure, timed
-from flaxlm.benchmark.report import Result, Work
+from flaxlm.benchmark.memory import PASSES, ROW
+from flaxlm.benchmark.report import Result, Work, summarise
 from flaxlm.config import Config, ModelConfig, TrainingConfig
 from flaxlm.configfile import load_config
 from flaxlm.decoding.generate import generate
@@ -73,7 +74,8 @@ def bench_decode(setting: Setting) -> list[Result]:
 
 
 def bench_against(peer: str, setting: Setting) -> list[Result]:
-  """Whole answers, ours and the peer's in turn, with the same weights."""
+  """Whole answers, ours and the peer's in turn, with the same weights; and which share of
+  ours it takes to read the weights alone, once for each token."""
   cfg, prompt, new = peer_shape(setting)
   model, params = random_model(cfg)
   prepared = prepare_params(params, cfg.model)
@@ -90,13 +92,25 @@ def bench_against(peer: str, setting: Setting) -> list[Result]:
     greedy = make_sampling(batch, temperature=0.0)
     ours = functools.partial(whole_answer, model, prepared, request, greedy)
     theirs = functools.partial(answer, request.prompts, new)
-    timings = measure({"flaxlm": Side(ours), peer: Side(theirs)}, setting)
+    sides = {"flaxlm": Side(ours), peer: Side(theirs), "read": read_side(cfg, batch)}
+    timings = measure(sides, setting)
     case = f"answer {cfg.model.depth}x{cfg.model.width} B{batch} {prompt}+{new}"
     work = answer_work(cfg, batch, prompt, new)
     result = timed(("decode", case), timings["flaxlm"], "tokens/s", batch * new, work)
     gate = same_tokens(timings["flaxlm"].result, timings[peer].result)
     results.append(against(result, peer, timings[peer], timings["flaxlm"], gate))
+    rounds = zip(timings["flaxlm"].rounds, timings["read"].rounds, strict=True)
+    shares = [new * read / whole for whole, read in rounds]
+    results.append(summarise("decode", f"{case}, of reading", shares, "of the time"))
+    results[-1].correct = gate
   return results
+
+
+def read_side(cfg: Config, batch: int) -> Side:
+  """Reads as many bytes as a step reads of weights, as fast as `memory` knows how to."""
+  length = read_parameters(cfg, batch) // ROW * ROW
+  numbers = jnp.ones(length, cfg.training.dtype)
+  return Side(jax.jit(PASSES["read"][0]), lambda: (numbers, None))
 
 
 def peer_shape(setting: Setting) -> tuple[Config, int, int]:

@@ -30,9 +30,9 @@ def bench_memory(setting: Setting) -> list[Result]:
 
 
 # Name: the pass, how many of its three arrays it touches, and what it makes of x=1, y=2.
-# Reading is a matrix times a vector, as decoding reads: XLA's reductions are slower on CPUs.
+# Reading is a matrix times a vector, as in decoding: reductions are slower on CPUs.
 PASSES = {
-  "read": (lambda x, y: x.reshape(-1, ROW) @ jnp.ones(ROW), 1, float(ROW)),
+  "read": (lambda x, y: x.reshape(-1, ROW) @ jnp.ones(ROW, x.dtype), 1, float(ROW)),
   "scale": (lambda x, y: FACTOR * x, 2, FACTOR),
   "triad": (lambda x, y: x + FACTOR * y, 3, 1 + 2 * FACTOR),
 }
