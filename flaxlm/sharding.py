@@ -78,6 +78,7 @@ FIELDS = {
   "expert_ffn": "model.moe.expert_width",
   "act_ffn": "model.ffn_width",
   "length": "data.seq_len",
+  "norm_length": "data.seq_len",
   "batch": "data.batch_size / training.accumulation_steps",
 }
 

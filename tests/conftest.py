@@ -16,7 +16,9 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # Tests compare numbers and never time: a quicker compile is worth a slower program. XLA's
 # fusion emitters set up MLIR anew for each fused loop: 40 % of a module of laws.
+# So do the commands that tests start.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["XLA_FLAGS"] = " ".join(
   (
     os.environ.get("XLA_FLAGS", ""),

@@ -12,6 +12,13 @@ from conftest import ROOT
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
+@pytest.fixture(autouse=True)
+def as_users_compile(monkeypatch):
+  """Not as the other tests do (conftest.py)."""
+  monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
+  monkeypatch.delenv("XLA_FLAGS")
+
+
 def test_default_run_beats_gzip(flaxlm, tmp_path):
   """`python train.py` without arguments: below gzip -9 on held-out text, and below 1.9."""
   run = flaxlm("train", timeout=1500)

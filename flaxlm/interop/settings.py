@@ -216,7 +216,7 @@ class Settings:
 def head_dim(hf: Settings, cfg: ModelConfig) -> int:
   """The head dim of a config that may not have resolved it, and may be nonsense."""
   heads = cfg.num_heads
-  if cfg.head_dim is None and (heads < 1 or cfg.width < heads or cfg.width % heads):
+  if not cfg.head_dim and (heads < 1 or cfg.width < heads or cfg.width % heads):
     raise CheckpointError(f"{hf.origin}: {heads} heads cannot share a width of {cfg.width}")
   return cfg.head_dim or cfg.width // heads
 

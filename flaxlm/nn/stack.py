@@ -177,8 +177,9 @@ def for_norms(x_BTD: jax.Array, run: Execution) -> jax.Array:
   """Where norms and sums run: each member of `tensor` on all of a row, or on its share
   (Korthikanti et al., 2022, section 4.2.2). Of a product's parts there, this is the sum.
   """
-  length = "norm_length" if run.sequence_parallel else "length"
-  return constrain(x_BTD, "batch", length, "act_embed")
+  if run.sequence_parallel:
+    return constrain(x_BTD, "batch", "norm_length", "act_embed")
+  return for_products(x_BTD)
 
 
 def for_products(x_BTD: jax.Array) -> jax.Array:

@@ -129,7 +129,7 @@ def test_what_travels_is_what_the_formula_says(mesh: dict, extra: int):
 
 
 def test_norms_cut_over_tensor_keep_a_share_of_each_layers_input():
-  depth, T, D = 8, 256, 64
+  depth, T, D = 4, 256, 64
   model = dataclasses.replace(TINY.model, depth=depth, context=T, width=D, ffn_width=D)
   training = dataclasses.replace(TINY.training, remat="full", scanned=True)
   data = dataclasses.replace(TINY.data, seq_len=T)
