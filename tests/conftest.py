@@ -14,9 +14,9 @@ import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# Tests compare numbers and never time: a quicker compile is worth a slower program. XLA's
-# fusion emitters set up MLIR anew for each fused loop: 40 % of a module of laws.
-# So do the commands that tests start.
+# Tests compare numbers and never time, and so do the commands that they start: a quicker
+# compile is worth a slower program. XLA's fusion emitters set up MLIR anew for each fused
+# loop: 40 % of a module of laws.
 jax.config.update("jax_disable_most_optimizations", True)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["XLA_FLAGS"] = " ".join(
