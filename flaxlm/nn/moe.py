@@ -197,22 +197,33 @@ def over_mesh(
   length = "length" if cut_rows else "key_length"
   rest = tuple(axis for axis in axes("batch") + axes(length) if axis not in embed + expert)
 
+  def gather(name, kernel):
+    dim = names_of(name).index("embed")
+    return jax.lax.all_gather(kernel, embed, axis=dim, tiled=True)
+
+  # Gathered kernels are used and forgotten: the gradient gathers anew. Nor is any gathered
+  # ahead of its tokens: JAX would take that out of a pipeline's loop over microbatches, for
+  # all layers at once.
+  def kept(primitive, *_, **params):
+    gathers = primitive is jax.lax.all_gather_p and params["axis_name"] == embed
+    return not gathers and primitive is not jax.lax.optimization_barrier_p
+
   def on_device(x_BTD, logits_BTE, real_BT, kernels):
     vary = functools.partial(jax.lax.pcast, to="varying")
-    whole = {}
-    for name, kernel in kernels.items():
-      if embed:
-        dim = names_of(name).index("embed")
-        kernel = jax.lax.all_gather(kernel, embed, axis=dim, tiled=True)
-      whole[name] = vary(kernel, rest)  # so gradients are summed here, not in a loop
+    kernels = vary(kernels, rest)  # so gradients are summed here, not in a loop
+    if embed:
+      kernels, _ = jax.lax.optimization_barrier((kernels, x_BTD))
+      kernels = {name: gather(name, kernel) for name, kernel in kernels.items()}
     weights_BTA, experts_BTA = route(cfg, logits_BTE, real_BT)
     tokens = vary((x_BTD, weights_BTA, experts_BTA), ffn)
-    y_BTD = jax.lax.psum(serve(*tokens, whole, expert), ffn)
+    y_BTD = jax.lax.psum(serve(*tokens, kernels, expert), ffn)
     return y_BTD, experts_BTA
 
   spec = lambda x, *names: partition_spec(names, x.shape, sizes)
   row = spec(real_BT, "batch", length)
   cut = {name: spec(kernel, *names_of(name)) for name, kernel in kernels.items()}
+  if embed:
+    on_device = jax.checkpoint(on_device, policy=kept)
   on_mesh = jax.shard_map(on_device, in_specs=(row, row, row, cut), out_specs=(row, row))
   return on_mesh(x_BTD, logits_BTE, real_BT, kernels)
 
