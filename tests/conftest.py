@@ -42,6 +42,13 @@ def cache_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def compiled_for_users(monkeypatch: pytest.MonkeyPatch) -> None:
+  """What the test starts compiles without the flags above."""
+  monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
+  monkeypatch.delenv("XLA_FLAGS")
+
+
+@pytest.fixture
 def flaxlm(tmp_path: Path, cache_root: Path) -> Callable[..., subprocess.CompletedProcess]:
   """Runs `python -m flaxlm.cli ARGUMENTS` in an empty folder, as a user would."""
 

@@ -9,14 +9,11 @@ import sys
 import pytest
 from conftest import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
-
-@pytest.fixture(autouse=True)
-def as_users_compile(monkeypatch):
-  """Not as the other tests do (conftest.py)."""
-  monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
-  monkeypatch.delenv("XLA_FLAGS")
+pytestmark = [
+  pytest.mark.slow,
+  pytest.mark.timeout(1800),
+  pytest.mark.usefixtures("compiled_for_users"),
+]
 
 
 def test_default_run_beats_gzip(flaxlm, tmp_path):

@@ -100,6 +100,9 @@ def compile_step(cfg: Config, sizes: Sizes, device: Device) -> Compiled:
   )
   if device.kind == "tpu":
     environment |= TPU_ENVIRONMENT
+    # libtpu dies of a flag for this machine's own processor, which it does not know.
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    environment["XLA_FLAGS"] = " ".join(f for f in flags if not f.startswith("--xla_cpu_"))
   child = subprocess.run(
     [sys.executable, "-m", "flaxlm.planning.compile"],
     input=json.dumps(request),

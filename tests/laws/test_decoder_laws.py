@@ -143,7 +143,7 @@ def test_how_it_runs_changes_nothing(decoder):
     return jax.jit(jax.value_and_grad(loss))(params)
 
   expected = loss_and_gradient(scanned=False, remat="none")
-  ways = [dict(scanned=True, remat=remat) for remat in ("dots", "attention")]
+  ways = [dict(scanned=True, remat=remat) for remat in ("dots", "offload")]
   ways = [*ways, dict(scanned=False, remat="full")]
   if model.cfg.depth > SMALL["depth"] or model.cfg.moe.num_experts:
     ways = ways[:1]  # these take long to compile unrolled

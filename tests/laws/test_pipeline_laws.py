@@ -76,6 +76,7 @@ def test_a_pipeline_without_loops_over_layers():
     (dict(stage=2, data=2, fsdp=2), dict(remat="attention", pipeline_repeats=2)),
     (dict(stage=2, expert=4), dict(remat="full", pipeline_repeats=2)),
     (dict(stage=2, data=2, context=2), dict(remat="dots", pipeline_microbatches=4)),
+    (dict(stage=2, data=2), dict(remat="offload", pipeline_repeats=2)),
   ],
   ids=str,
 )

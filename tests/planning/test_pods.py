@@ -18,6 +18,7 @@ from flaxlm.planning.planner import resolve
 
 pytestmark = [
   pytest.mark.slow,
+  pytest.mark.usefixtures("compiled_for_users"),
   pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
 ]
 
