@@ -74,8 +74,8 @@ def bench_decode(setting: Setting) -> list[Result]:
 
 
 def bench_against(peer: str, setting: Setting) -> list[Result]:
-  """Whole answers, ours and the peer's in turn, with the same weights; and which share of
-  ours it takes to read the weights alone, once for each token."""
+  """Whole answers, ours and the peer's in turn, with the same weights. And which share of
+  ours, and of our steps after the prompt, it takes to read alone what they read."""
   cfg, prompt, new = peer_shape(setting)
   model, params = random_model(cfg)
   prepared = prepare_params(params, cfg.model)
@@ -92,17 +92,29 @@ def bench_against(peer: str, setting: Setting) -> list[Result]:
     greedy = make_sampling(batch, temperature=0.0)
     ours = functools.partial(whole_answer, model, prepared, request, greedy)
     theirs = functools.partial(answer, request.prompts, new)
-    sides = {"flaxlm": Side(ours), peer: Side(theirs), "read": read_side(cfg, batch)}
+    first = functools.partial(first_block, model, prepared, request, greedy)
+    sides = {
+      "flaxlm": Side(ours),
+      peer: Side(theirs),
+      "first": Side(first),
+      "read": read_side(cfg, batch),
+    }
     timings = measure(sides, setting)
     case = f"answer {cfg.model.depth}x{cfg.model.width} B{batch} {prompt}+{new}"
     work = answer_work(cfg, batch, prompt, new)
     result = timed(("decode", case), timings["flaxlm"], "tokens/s", batch * new, work)
     gate = same_tokens(timings["flaxlm"].result, timings[peer].result)
     results.append(against(result, peer, timings[peer], timings["flaxlm"], gate))
-    rounds = zip(timings["flaxlm"].rounds, timings["read"].rounds, strict=True)
-    shares = [new * read / whole for whole, read in rounds]
-    results.append(summarise("decode", f"{case}, of reading", shares, "of the time"))
-    results[-1].correct = gate
+    # A step reads its weights and the cache; the prompt, computing, reads weights once.
+    _, weights, cache = decode_work(cfg, batch, prompt + new // 2)
+    read = np.array(timings["read"].rounds)
+    steps = (new - 1) * read * (1 + cache / weights)
+    whole, start = (np.array(timings[name].rounds) for name in ("flaxlm", "first"))
+    shares = {"answer": (read + steps) / whole, "steps": steps / (whole - start)}
+    for part, share in shares.items():
+      name = f"{case}, of reading in {part}"
+      results.append(summarise("decode", name, share.tolist(), "of the time"))
+      results[-1].correct = gate
   return results
 
 
@@ -126,6 +138,11 @@ def peer_shape(setting: Setting) -> tuple[Config, int, int]:
 
 def whole_answer(*arguments: Any) -> np.ndarray:
   return np.concatenate([block.tokens_BT for block in generate(*arguments)], 1)
+
+
+def first_block(*arguments: Any) -> np.ndarray:
+  """The prompt, read, and the first token."""
+  return next(iter(generate(*arguments))).tokens_BT
 
 
 def random_model(cfg: Config) -> tuple[LanguageModel, Any]:
