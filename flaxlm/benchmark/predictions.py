@@ -269,7 +269,7 @@ def predict_decoding(name: str, cfg: Config, setting: Setting) -> Result:
   predicted, num_bytes = [], read_parameters(cfg, 1) * 4
   for number in range(setting.rounds):
     seconds = seconds_of_round(timings, number, [*weights, "attention", "stream"])
-    seconds |= dict.fromkeys(attention, seconds["attention"] / len(attention))
+    seconds |= dict.fromkeys(attention, seconds["attention"] / 2)  # scores, and values
     per_step = timings["small"].rounds[number] / (new - 1)
     device = dataclasses.replace(
       device_of_round(products, seconds),
