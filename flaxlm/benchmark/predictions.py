@@ -4,14 +4,14 @@ of this run, for five small models, training and decoding one row.
 
 A `Device` is built from what this machine reaches at the shapes at hand: every matrix
 product of the model, alone; norms, activations and softmax, forward and backward; the
-cross-entropy; an update; attention over a cache; a kernel of a model too small to have
-work. Then the planner's formulas say how long a step takes, and the step itself is timed
-in the same rounds. Nothing is fitted, and no model has a factor of its own.
+cross-entropy; an update; an operation that does nothing. Then the planner's formulas say
+how long a step takes, and the step itself is timed in the same rounds. Nothing is fitted,
+and no model has a factor of its own.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -31,7 +31,6 @@ from flaxlm.decoding.generate import generate
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import FlaxLMError
-from flaxlm.nn.attention import Scoring, Sight, attend_cached
 from flaxlm.nn.layers import activate, build_norm, matrix_dot
 from flaxlm.nn.models import build_model
 from flaxlm.planning.devices import ANY, Device
@@ -43,10 +42,8 @@ from flaxlm.planning.products import (
   weight_products,
 )
 from flaxlm.planning.roofline import (
-  LAYER_OPERATIONS,
   LOGIT_PASSES,
   PASSES,
-  STEP_OPERATIONS,
   plan_decoding,
   plan_training,
   read_parameters,
@@ -57,6 +54,7 @@ from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import compile_train_step, init_state, put_batch
 
 PROMPT, NEW = 32, 65  # at most
+CHAIN, STEPS = 32, 16  # sums of a step, steps of a block
 ROUND_SECONDS = 0.05  # there are some thirty figures a model
 
 
@@ -123,7 +121,7 @@ def predict_training(name: str, cfg: Config, setting: Setting) -> Result:
   sizes = full_sizes({})
   predicted = []
   for number in range(setting.rounds):
-    device = device_of_round(products, seconds_of_round(timings, number, products))
+    device = device_of_round(timings, number, products)
     rates = {
       part: num_bytes / timings[part].rounds[number]
       for part, (_, num_bytes) in passes.items()
@@ -137,26 +135,19 @@ def predict_training(name: str, cfg: Config, setting: Setting) -> Result:
   return ratio(f"train {name}", predicted, timings["step"])
 
 
-def seconds_of_round(
-  timings: Mapping[Any, Timing], number: int, sides: Iterable[Any]
-) -> dict[Any, float]:
-  """What a round found of each, without the call that it was alone in."""
-  call = timings["call"].rounds[number]
-  found = {side: timings[side].rounds[number] for side in sides}
-  return {side: max(whole - call, whole / 10) for side, whole in found.items()}
-
-
-def device_of_round(products: Iterable[Product], seconds: Mapping[Any, float]) -> Device:
-  rates = {product: product.flops / seconds[product] for product in products}
+def device_of_round(
+  timings: Mapping[Any, Timing], number: int, products: Mapping[Product, int]
+) -> Device:
+  """What a round found of the products."""
+  rates = {p: p.flops / timings[p].rounds[number] for p in products}
   return dataclasses.replace(
     ANY, peak_flops={"float32": max(rates.values())}, product_rates=rates
   )
 
 
-def product_sides(products: Iterable[Product]) -> dict[Any, Side]:
-  """Each product alone, on numbers of its own, and a call that does nothing else."""
-  nothing = jnp.zeros(())
-  sides: dict[Any, Side] = {"call": Side(jax.jit(jnp.negative), lambda: (nothing,))}
+def product_sides(products: Mapping[Product, int]) -> dict[Any, Side]:
+  """Each product alone, on numbers of its own."""
+  sides: dict[Any, Side] = {}
   for product in products:
     M, K, N, G = product
     lead = (G,) if G > 1 else ()
@@ -251,68 +242,42 @@ def training_side(cfg: Config) -> Side:
 def predict_decoding(name: str, cfg: Config, setting: Setting) -> Result:
   """Of one row, greedily, the prompt apart. A product alone finds its weights in a cache,
   where a step has to fetch them: so all of them are streamed once, too."""
-  new = min(NEW, cfg.model.context - PROMPT)
-  slots = 1 << (PROMPT + new - 1).bit_length()  # the cache has room for whole buckets
-  weights = weight_products(cfg.model, 1)
-  products = decoding_products(cfg.model, 1, slots)
-  attention = products - weights
-  small = smallest(cfg)
-  arrays = weight_arrays(cfg.model)
-  sides = product_sides(())  # a call, no more
-  sides |= {product: weight_side(product) for product in weights}
-  sides["attention"] = attention_side(cfg.model, slots)
-  sides["stream"] = Side(jax.jit(stream), lambda: (arrays,))
-  sides["small"] = decoding_side(small, new)
-  sides["decode"] = decoding_side(cfg, new)
-  timings = measure(sides, setting)
-  num_kernels = LAYER_OPERATIONS * small.model.depth + STEP_OPERATIONS
-  predicted, num_bytes = [], read_parameters(cfg, 1) * 4
-  for number in range(setting.rounds):
-    seconds = seconds_of_round(timings, number, [*weights, "attention", "stream"])
-    seconds |= dict.fromkeys(attention, seconds["attention"] / 2)  # scores, and values
-    per_step = timings["small"].rounds[number] / (new - 1)
-    device = dataclasses.replace(
-      device_of_round(products, seconds),
-      operation_seconds=per_step / num_kernels,
-      memory_bandwidth=num_bytes / seconds["stream"],
-    )
-    step = plan_decoding(cfg, full_sizes({}), device, 1, slots).seconds
-    assert step is not None
-    predicted.append(step)
-  token = timings["decode"]
-  per_token = [seconds / (new - 1) for seconds in token.rounds]
-  return ratio(f"decode {name}", predicted, dataclasses.replace(token, rounds=per_token))
-
-
-def decoding_side(cfg: Config, new: int) -> Side:
-  """The steps of an answer after its first token."""
   model, params = random_model(cfg)
   params = prepare_params(params, cfg.model)
+  new = min(NEW, cfg.model.context - PROMPT)
   request = random_request(cfg, 1, PROMPT, new)
   greedy = make_sampling(1, temperature=0.0)
+  slots = 1 << (PROMPT + new - 1).bit_length()  # the cache has room for whole buckets
 
   def started() -> tuple[Any, Callable[[], list]]:
     answer = generate(model, params, request, greedy)
     return next(answer), lambda: list(answer)
 
-  return Side(lambda _, rest: rest(), started)
-
-
-def smallest(cfg: Config) -> Config:
-  """A model whose steps are kernels and nothing else; the same for every config."""
-  return gpt(4, 16, 1, context=cfg.model.context, vocab_size=64, batch_size=1)
-
-
-def attention_side(model: ModelConfig, slots: int) -> Side:
-  """One query a head over a cache, as a layer does it."""
-  assert model.num_kv_heads and model.head_dim and model.attention_scale
-  q_BTNH = jnp.ones((1, 1, model.num_heads, model.head_dim))
-  k_BKSH = jnp.ones((1, model.num_kv_heads, slots, model.head_dim))
-  sight = Sight(jnp.arange(slots)[None, None] < slots - 1)
-  attend = functools.partial(
-    attend_cached, sight=sight, scoring=Scoring(model.attention_scale)
-  )
-  return Side(jax.jit(attend), lambda: (q_BTNH, k_BKSH, k_BKSH))
+  products = decoding_products(cfg.model, 1, slots)
+  weights = weight_arrays(cfg.model)
+  sides = product_sides(products)
+  sides |= {product: weight_side(product) for product in weight_products(cfg.model, 1)}
+  sides["stream"] = Side(jax.jit(stream), lambda: (weights,))
+  x_1D = jnp.ones((1, cfg.model.width))
+  compiled = jax.jit(chain).lower(x_1D).compile()
+  sides["operation"] = Side(compiled, lambda: (x_1D,))
+  num_kernels = STEPS * max(1, (compiled.as_text() or "").count(" fusion("))
+  sides["decode"] = Side(lambda _, rest: rest(), started)
+  timings = measure(sides, setting)
+  predicted, num_bytes = [], read_parameters(cfg, 1) * 4
+  for number in range(setting.rounds):
+    operation = timings["operation"].rounds[number] / num_kernels
+    device = dataclasses.replace(
+      device_of_round(timings, number, products),
+      operation_seconds=operation,
+      memory_bandwidth=num_bytes / timings["stream"].rounds[number],
+    )
+    seconds = plan_decoding(cfg, full_sizes({}), device, 1, slots).seconds
+    assert seconds is not None
+    predicted.append(seconds)
+  token = timings["decode"]
+  per_token = [seconds / (new - 1) for seconds in token.rounds]
+  return ratio(f"decode {name}", predicted, dataclasses.replace(token, rounds=per_token))
 
 
 def weight_side(product: Product) -> Side:
@@ -336,6 +301,18 @@ def stream(weights: list[jax.Array]) -> jax.Array:
     vector = jnp.full((1, matrix.shape[1]), 1e-30 * seen)
     seen = matrix_dot(vector, {"matrix": matrix})[0, 0]
   return seen
+
+
+def chain(x_1D: jax.Array) -> jax.Array:
+  """Kernels that wait for each other and do next to nothing: sums, and the arithmetic
+  between them; as many in a loop as a decoding step has: XLA runs a short body faster."""
+
+  def body(x_1D: jax.Array, _: None) -> tuple[jax.Array, None]:
+    for _number in range(CHAIN):
+      x_1D = x_1D * 0.5 + x_1D.sum()
+    return x_1D, None
+
+  return jax.lax.scan(body, x_1D, length=STEPS)[0]
 
 
 def one_device() -> Mesh:

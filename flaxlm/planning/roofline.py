@@ -51,9 +51,9 @@ COLLECTIVE_SECONDS = 1e-6  # no exchange is faster, however small (scaling book)
 # Passes over an array that a layer keeps: written, read, and its gradient likewise; an
 # array computed again is written once more.
 PASSES, PASSES_AGAIN = 4, 5
-# Kernels that XLA makes of a decoding step, products too: those of a layer, and those
-# around the layers, greedily (in HLO: 29 and 30 of LLaMA, 30 and 38 of GPT shapes).
-LAYER_OPERATIONS, STEP_OPERATIONS = 30, 33
+# Kernels besides matrix products that XLA makes of a decoding step: those of a layer, and
+# those around the layers, greedily (in HLO: 22 and 29 of LLaMA, 24 and 37 of GPT shapes).
+LAYER_OPERATIONS, STEP_OPERATIONS = 23, 32
 LOGIT_PASSES = 6  # logits: written, read for the maximum, the sum and the gradient; it too
 
 
