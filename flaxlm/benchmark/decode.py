@@ -10,7 +10,7 @@ apart.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -90,13 +90,12 @@ def bench_against(peer: str, setting: Setting) -> list[Result]:
       continue  # its Python binding answers one row at a time
     request = random_request(cfg, batch, prompt, new)
     greedy = make_sampling(batch, temperature=0.0)
-    ours = functools.partial(whole_answer, model, prepared, request, greedy)
+    ours = functools.partial(generate, model, prepared, request, greedy)
     theirs = functools.partial(answer, request.prompts, new)
-    first = functools.partial(first_block, model, prepared, request, greedy)
     sides = {
-      "flaxlm": Side(ours),
+      "flaxlm": Side(lambda ours=ours: whole_answer(ours())),
       peer: Side(theirs),
-      "first": Side(first),
+      "first": Side(lambda ours=ours: next(ours())),  # the prompt, and a token
       "read": read_side(cfg, batch),
     }
     timings = measure(sides, setting)
@@ -106,9 +105,9 @@ def bench_against(peer: str, setting: Setting) -> list[Result]:
     gate = same_tokens(timings["flaxlm"].result, timings[peer].result)
     results.append(against(result, peer, timings[peer], timings["flaxlm"], gate))
     # A step reads its weights and the cache; the prompt, computing, reads weights once.
-    _, weights, cache = decode_work(cfg, batch, prompt + new // 2)
+    weights = read_parameters(cfg, batch) * jnp.dtype(cfg.training.dtype).itemsize
     read = np.array(timings["read"].rounds)
-    steps = (new - 1) * read * (1 + cache / weights)
+    steps = read * work.bytes / weights
     whole, start = (np.array(timings[name].rounds) for name in ("flaxlm", "first"))
     shares = {"answer": (read + steps) / whole, "steps": steps / (whole - start)}
     for part, share in shares.items():
@@ -136,13 +135,8 @@ def peer_shape(setting: Setting) -> tuple[Config, int, int]:
   return Config(model=model.resolve(), training=training), 32, setting.pick(9, 128, 128)
 
 
-def whole_answer(*arguments: Any) -> np.ndarray:
-  return np.concatenate([block.tokens_BT for block in generate(*arguments)], 1)
-
-
-def first_block(*arguments: Any) -> np.ndarray:
-  """The prompt, read, and the first token."""
-  return next(iter(generate(*arguments))).tokens_BT
+def whole_answer(blocks: Iterable[Any]) -> np.ndarray:
+  return np.concatenate([block.tokens_BT for block in blocks], 1)
 
 
 def random_model(cfg: Config) -> tuple[LanguageModel, Any]:
@@ -183,7 +177,7 @@ def bench_batch(
     "decode": Side(lambda first, rest: [first, *rest()], started),
   }
   timings = {name: measure({name: side}, setting)[name] for name, side in sides.items()}
-  tokens = np.concatenate([block.tokens_BT for block in timings["decode"].result], 1)
+  tokens = whole_answer(timings["decode"].result)
   gate = check(model, params, request, tokens)
   shape = f"{cfg.model.depth}x{cfg.model.width} B{batch}"
   amounts = {"prefill": batch * prompt, "decode": batch * (new - 1)}

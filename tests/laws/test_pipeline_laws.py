@@ -25,6 +25,7 @@ from flaxlm.nn.pipeline import Schedule
 from flaxlm.sharding import axes_of, check_batch
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
+  SEED,
   abstract_batch,
   abstract_state,
   compile_eval_step,
@@ -138,8 +139,7 @@ def compiled_step(cfg, mesh):
   state = abstract_state(model, optimizer, mesh)
   step = compile_train_step(model, optimizer, RUN, mesh)
   batch = abstract_batch(DataConfig(seq_len=16, batch_size=16), mesh)
-  lowered = step.lower(state, batch, jax.ShapeDtypeStruct((), jnp.uint32))
-  return state, lowered.compile().as_text()
+  return state, step.lower(state, batch, SEED).compile().as_text()
 
 
 def test_stages_hold_their_layers_and_hand_on():
