@@ -281,6 +281,7 @@ class OptimizerConfig:
 
 
 Remat = Literal["none", "dots", "attention", "full", "offload"]
+AttentionPath = Literal["auto", "blocked", "cudnn"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -297,6 +298,11 @@ class TrainingConfig:
   )
   dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype of the computation")
   param_dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype of parameters")
+  attention: AttentionPath = knob(  # noqa: RUF009 - as frozen as the others
+    "auto",
+    "over whole rows; blocked: in XLA's operations; cudnn: NVIDIA's fused kernel, in "
+    "bfloat16 on its GPUs; auto: cudnn where it can do what the model asks",
+  )
   remat: Remat = knob(  # noqa: RUF009 - as frozen as the others
     "none",
     "kept of a block for the backward pass besides its input: all; dots: products with "

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight simulated devices for every test, before anything touches JAX."""
+"""Eight simulated devices for every test, before anything touches JAX; or, for tests that
+are marked gpu, what FLAXLM_TEST_PLATFORM says."""
 
 import gc
 import os
@@ -12,7 +13,7 @@ import hypothesis
 import jax
 import pytest
 
-jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_platforms", os.environ.get("FLAXLM_TEST_PLATFORM", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 # Tests compare numbers and never time, and so do the commands that they start: a quicker
 # compile is worth a slower program. XLA's fusion emitters set up MLIR anew for each fused

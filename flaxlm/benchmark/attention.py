@@ -23,6 +23,8 @@ from flaxlm.nn.attention import (
   Sight,
   attend,
   attend_blocked,
+  attend_cudnn,
+  kernel_head_dim,
   visible,
 )
 from flaxlm.planning.cost import visible_keys
@@ -100,15 +102,18 @@ def paths(shape: Shape, dtype: str) -> dict[str, Path]:
   """Every way to compute it here; the others are held against the first."""
   slots_BT = jnp.broadcast_to(jnp.arange(shape.T), (shape.B, shape.T))
   sight = Sight(visible(Placement(slots_BT), shape.T))
+  reach = Reach(is_all=True)
   scoring = Scoring(shape.H**-0.5)
   library = functools.partial(jax.nn.dot_product_attention, is_causal=True)
   found: dict[str, Path] = {
     "plain": lambda q, k, v: attend(q, k, v, sight, scoring)[0],
-    "blocked": lambda q, k, v: attend_blocked(q, k, v, sight, scoring, reach=Reach()),
+    "blocked": lambda q, k, v: attend_blocked(q, k, v, sight, scoring, reach=reach),
     "jax.nn xla": functools.partial(library, implementation="xla"),
   }
-  if jax.default_backend() == "gpu" and dtype == "bfloat16":
-    found["jax.nn cudnn"] = functools.partial(library, implementation="cudnn")
+  if dtype == "bfloat16" and kernel_head_dim() >= shape.H:
+    masked = Reach()  # as packed documents are
+    found["cudnn"] = lambda q, k, v: attend_cudnn(q, k, v, sight, scoring, reach)
+    found["cudnn masked"] = lambda q, k, v: attend_cudnn(q, k, v, sight, scoring, masked)
   return found
 
 

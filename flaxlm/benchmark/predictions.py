@@ -21,18 +21,37 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh
 
+from flaxlm.benchmark.attention import Shape, operands, with_gradients
+from flaxlm.benchmark.ceilings import this_device
 from flaxlm.benchmark.decode import random_model, random_request
 from flaxlm.benchmark.matmul import multiply
 from flaxlm.benchmark.measure import Setting, Side, Timing, measure
 from flaxlm.benchmark.report import Result, summarise
-from flaxlm.config import MESH_AXES, Config, DataConfig, ModelConfig, OptimizerConfig
+from flaxlm.config import (
+  MESH_AXES,
+  Config,
+  DataConfig,
+  ModelConfig,
+  OptimizerConfig,
+  TrainingConfig,
+)
 from flaxlm.data.objectives import next_token
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import FlaxLMError
+from flaxlm.nn.attention import (
+  Placement,
+  Reach,
+  Scoring,
+  Sight,
+  attend_cudnn,
+  kernel_head_dim,
+  visible,
+)
 from flaxlm.nn.layers import activate, build_norm, matrix_dot
 from flaxlm.nn.models import build_model
+from flaxlm.planning.cost import forward_work
 from flaxlm.planning.devices import ANY, Device
 from flaxlm.planning.memory import full_sizes, residual_bytes, state_bytes
 from flaxlm.planning.products import (
@@ -48,6 +67,7 @@ from flaxlm.planning.roofline import (
   plan_training,
   read_parameters,
   traffic_parts,
+  with_path,
 )
 from flaxlm.training.losses import cross_entropy
 from flaxlm.training.optimizer import build_optimizer
@@ -62,6 +82,23 @@ def models(setting: Setting) -> dict[str, Config]:
   """Five shapes, no two alike: width, depth, heads, vocabulary, rows."""
   if setting.size == "tiny":
     return {"tiny": gpt(1, 16, 2, context=48, vocab_size=64, batch_size=2)}
+  if setting.size == "large":
+    run = TrainingConfig(dtype="bfloat16")
+    return {
+      "gpt2 12x768": gpt(
+        12, 768, 12, context=1024, vocab_size=50_304, batch_size=16, training=run
+      ),
+      "llama 16x2048": shape(
+        16,
+        2048,
+        16,
+        num_kv_heads=8,
+        context=2048,
+        vocab_size=32_000,
+        batch_size=4,
+        training=run,
+      ),
+    }
   muon = OptimizerConfig(kind="muon", learning_rate=1e-2)
   llama = functools.partial(shape, num_kv_heads=2)
   found = {
@@ -78,14 +115,21 @@ def models(setting: Setting) -> dict[str, Config]:
 
 
 def shape(
-  depth: int, width: int, heads: int, *, vocab_size: int, batch_size: int, **model: Any
+  depth: int,
+  width: int,
+  heads: int,
+  *,
+  vocab_size: int,
+  batch_size: int,
+  training: TrainingConfig = TrainingConfig(),  # noqa: B008 - frozen
+  **model: Any,
 ) -> Config:
   """A LLaMA-like one, rows as long as its context."""
   resolved = ModelConfig(
     depth=depth, width=width, num_heads=heads, vocab_size=vocab_size, **model
   ).resolve()
   data = DataConfig(seq_len=resolved.context, batch_size=batch_size)
-  return Config(model=resolved, data=data)
+  return Config(model=resolved, data=data, training=training)
 
 
 gpt = functools.partial(
@@ -101,27 +145,31 @@ def bench_predictions(setting: Setting) -> list[Result]:
   )
   results = []
   for name, cfg in models(setting).items():
-    results.append(predict_training(name, cfg, short))
-    results.append(predict_decoding(name, cfg, short))
+    results += predict_training(name, cfg, short)
+    results += predict_decoding(name, cfg, short)
   return results
 
 
 # -- Training ------------------------------------------------------------------------------
 
 
-def predict_training(name: str, cfg: Config, setting: Setting) -> Result:
+def predict_training(name: str, cfg: Config, setting: Setting) -> list[Result]:
+  sizes = full_sizes({})
+  cfg, path = with_path(cfg, sizes, here())
+  dtype = cfg.training.dtype
   products = training_products(cfg)
   passes = traffic_pieces(cfg)
   pieces = {part: side for part, (side, _) in passes.items()}
-  sides = {**product_sides(products), **pieces, "step": training_side(cfg)}
+  if path is not None and path.name == "cudnn":
+    pieces["attention"] = attention_side(cfg)
+  sides = {**product_sides(products, dtype), **pieces, "step": training_side(cfg)}
   timings = measure(sides, setting)
   loss = float(timings["step"].result)
   if not np.isfinite(loss):
     raise FlaxLMError(f"a speed without a result: the loss of {name} is {loss}")
-  sizes = full_sizes({})
   predicted = []
   for number in range(setting.rounds):
-    device = device_of_round(timings, number, products)
+    device = device_of_round(timings, number, products, dtype)
     rates = {
       part: num_bytes / timings[part].rounds[number]
       for part, (_, num_bytes) in passes.items()
@@ -129,29 +177,45 @@ def predict_training(name: str, cfg: Config, setting: Setting) -> Result:
     device = dataclasses.replace(
       device, pass_bandwidths=rates, memory_bandwidth=rates["update"]
     )
+    if "attention" in pieces:
+      work = forward_work(cfg.model, cfg.data.batch_size, cfg.data.seq_len)
+      whole = cfg.model.depth * timings["attention"].rounds[number]
+      device = dataclasses.replace(device, attention_rate=3 * work.attention / whole)
     seconds = plan_training(cfg, sizes, device).times.seconds
     assert seconds is not None
     predicted.append(seconds)
-  return ratio(f"train {name}", predicted, timings["step"])
+  results = [ratio(f"train {name}", predicted, timings["step"])]
+  sheet = this_device()
+  if sheet is not None and sheet.peak_flops:
+    seconds = plan_training(cfg, sizes, sheet).times.seconds
+    assert seconds is not None
+    predicted = [seconds] * setting.rounds
+    results.append(ratio(f"train {name}, by data sheet", predicted, timings["step"]))
+  return results
+
+
+def here() -> Device:
+  """What is known of this device without measuring."""
+  return dataclasses.replace(ANY, kernel_head_dim=kernel_head_dim())
 
 
 def device_of_round(
-  timings: Mapping[Any, Timing], number: int, products: Mapping[Product, int]
+  timings: Mapping[Any, Timing], number: int, products: Mapping[Product, int], dtype: str
 ) -> Device:
   """What a round found of the products."""
   rates = {p: p.flops / timings[p].rounds[number] for p in products}
   return dataclasses.replace(
-    ANY, peak_flops={"float32": max(rates.values())}, product_rates=rates
+    here(), peak_flops={dtype: max(rates.values())}, product_rates=rates
   )
 
 
-def product_sides(products: Mapping[Product, int]) -> dict[Any, Side]:
+def product_sides(products: Mapping[Product, int], dtype: str) -> dict[Any, Side]:
   """Each product alone, on numbers of its own."""
   sides: dict[Any, Side] = {}
   for product in products:
     M, K, N, G = product
     lead = (G,) if G > 1 else ()
-    operands = jnp.ones((*lead, M, K)), jnp.ones((*lead, K, N))
+    operands = jnp.ones((*lead, M, K), dtype), jnp.ones((*lead, K, N), dtype)
     sides[product] = Side(jax.jit(multiply), functools.partial(tuple, operands))
   return sides
 
@@ -161,13 +225,14 @@ def traffic_pieces(cfg: Config) -> dict[str, tuple[Side, float]]:
   planner counts them."""
   model, R = cfg.model, cfg.data.batch_size * cfg.data.seq_len
   assert model.vocab_size and model.ffn_width
-  blocks, ids = block_passes(model), jnp.zeros(R, jnp.int32)
+  blocks, ids, dtype = block_passes(model), jnp.zeros(R, jnp.int32), cfg.training.dtype
+  scores = (cfg.data.batch_size, model.num_heads, cfg.data.seq_len, cfg.data.seq_len // 2)
+  if cfg.training.attention == "cudnn":  # which keeps none
+    scores = (0, 0, 0, 1)
   inputs = (
-    jnp.ones((R, model.width)),
-    jnp.ones((R, model.ffn_width)),
-    jnp.ones(
-      (cfg.data.batch_size, model.num_heads, cfg.data.seq_len, cfg.data.seq_len // 2)
-    ),
+    jnp.ones((R, model.width), dtype),
+    jnp.ones((R, model.ffn_width), dtype),
+    jnp.ones(scores),
   )
   activations = PASSES * residual_bytes(blocks, inputs)
   logits = jnp.ones((R, model.vocab_size))
@@ -191,6 +256,22 @@ def traffic_pieces(cfg: Config) -> dict[str, tuple[Side, float]]:
     "logits": (Side(jax.jit(loss), lambda: (logits,)), LOGIT_PASSES * logits.nbytes),
     "update": (Side(jax.jit(update), lambda: (state, state.params)), update_bytes),
   }
+
+
+def attention_side(cfg: Config) -> Side:
+  """One layer's attention over whole rows, forward and backward, as the step has it."""
+  model, data = cfg.model, cfg.data
+  assert model.num_kv_heads and model.head_dim and model.attention_scale
+  shape = Shape(
+    data.batch_size, data.seq_len, model.num_heads, model.num_kv_heads, model.head_dim
+  )
+  slots_BT = jnp.broadcast_to(jnp.arange(shape.T), (shape.B, shape.T))
+  segments_BT = jnp.ones_like(slots_BT)
+  sight = Sight(visible(Placement(slots_BT, segments_BT, segments_BT), shape.T))
+  scoring = Scoring(model.attention_scale)
+  path = lambda q, k, v: attend_cudnn(q, k, v, sight, scoring, Reach())
+  arrays = operands(shape, cfg.training.dtype)
+  return Side(jax.jit(functools.partial(with_gradients, path)), lambda: arrays)
 
 
 def block_passes(cfg: ModelConfig) -> Callable:
@@ -239,9 +320,12 @@ def training_side(cfg: Config) -> Side:
 # -- Decoding ------------------------------------------------------------------------------
 
 
-def predict_decoding(name: str, cfg: Config, setting: Setting) -> Result:
+def predict_decoding(name: str, cfg: Config, setting: Setting) -> list[Result]:
   """Of one row, greedily, the prompt apart. A product alone finds its weights in a cache,
   where a step has to fetch them: so all of them are streamed once, too."""
+  dtype = cfg.training.dtype
+  run = TrainingConfig(dtype=dtype, param_dtype=dtype)
+  cfg = dataclasses.replace(cfg, training=run)
   model, params = random_model(cfg)
   params = prepare_params(params, cfg.model)
   new = min(NEW, cfg.model.context - PROMPT)
@@ -254,21 +338,23 @@ def predict_decoding(name: str, cfg: Config, setting: Setting) -> Result:
     return next(answer), lambda: list(answer)
 
   products = decoding_products(cfg.model, 1, slots)
-  weights = weight_arrays(cfg.model)
-  sides = product_sides(products)
-  sides |= {product: weight_side(product) for product in weight_products(cfg.model, 1)}
+  weights = weight_arrays(cfg)
+  sides = product_sides(products, dtype)
+  sides |= {
+    product: weight_side(product, dtype) for product in weight_products(cfg.model, 1)
+  }
   sides["stream"] = Side(jax.jit(stream), lambda: (weights,))
-  x_1D = jnp.ones((1, cfg.model.width))
+  x_1D = jnp.ones((1, cfg.model.width), dtype)
   compiled = jax.jit(chain).lower(x_1D).compile()
   sides["operation"] = Side(compiled, lambda: (x_1D,))
   num_kernels = STEPS * max(1, (compiled.as_text() or "").count(" fusion("))
   sides["decode"] = Side(lambda _, rest: rest(), started)
   timings = measure(sides, setting)
-  predicted, num_bytes = [], read_parameters(cfg, 1) * 4
+  predicted, num_bytes = [], read_parameters(cfg, 1) * jnp.dtype(dtype).itemsize
   for number in range(setting.rounds):
     operation = timings["operation"].rounds[number] / num_kernels
     device = dataclasses.replace(
-      device_of_round(timings, number, products),
+      device_of_round(timings, number, products, dtype),
       operation_seconds=operation,
       memory_bandwidth=num_bytes / timings["stream"].rounds[number],
     )
@@ -277,28 +363,36 @@ def predict_decoding(name: str, cfg: Config, setting: Setting) -> Result:
     predicted.append(seconds)
   token = timings["decode"]
   per_token = [seconds / (new - 1) for seconds in token.rounds]
-  return ratio(f"decode {name}", predicted, dataclasses.replace(token, rounds=per_token))
+  token = dataclasses.replace(token, rounds=per_token)
+  results = [ratio(f"decode {name}", predicted, token)]
+  sheet = this_device()
+  if sheet is not None and sheet.peak_flops:
+    seconds = plan_decoding(cfg, full_sizes({}), sheet, 1, slots).seconds
+    assert seconds is not None
+    predicted = [seconds] * setting.rounds
+    results.append(ratio(f"decode {name}, by data sheet", predicted, token))
+  return results
 
 
-def weight_side(product: Product) -> Side:
+def weight_side(product: Product, dtype: str) -> Side:
   """One row times a matrix, as the loop does it."""
-  x_MK = jnp.ones((product.rows, product.inner))
-  params = {"matrix": jnp.ones((product.columns, product.inner))}
+  x_MK = jnp.ones((product.rows, product.inner), dtype)
+  params = {"matrix": jnp.ones((product.columns, product.inner), dtype)}
   return Side(jax.jit(matrix_dot), lambda: (x_MK, params))
 
 
-def weight_arrays(model: ModelConfig) -> list[jax.Array]:
+def weight_arrays(cfg: Config) -> list[jax.Array]:
   """One of each matrix (outputs, inputs) that a decoding step reads."""
-  products = weight_products(model, 1)
+  products = weight_products(cfg.model, 1)
   shapes = [(p.columns, p.inner) for p, count in products.items() for _ in range(count)]
-  return [jnp.ones(shape) for shape in shapes]
+  return [jnp.ones(shape, cfg.training.dtype) for shape in shapes]
 
 
 def stream(weights: list[jax.Array]) -> jax.Array:
   """Each matrix times a vector, one after the other: each waits for the one before."""
   seen = jnp.float32(0.0)
   for matrix in weights:
-    vector = jnp.full((1, matrix.shape[1]), 1e-30 * seen)
+    vector = jnp.full((1, matrix.shape[1]), 1e-30 * seen, matrix.dtype)
     seen = matrix_dot(vector, {"matrix": matrix})[0, 0]
   return seen
 

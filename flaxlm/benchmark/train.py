@@ -126,9 +126,11 @@ def summarise_sides(
 
 def work_of(case: Case) -> Work:
   """Of one step: strict FLOPs, and the planner's bytes."""
+  from flaxlm.benchmark.ceilings import this_device
   from flaxlm.planning.cost import step_cost
+  from flaxlm.planning.devices import ANY
   from flaxlm.planning.memory import full_sizes, state_bytes
-  from flaxlm.planning.roofline import traffic_bytes
+  from flaxlm.planning.roofline import traffic_bytes, with_path
 
   cfg = Config(
     model=case.model,
@@ -137,6 +139,7 @@ def work_of(case: Case) -> Work:
     training=TrainingConfig(dtype=case.dtype),
   )
   sizes = full_sizes({})
+  cfg, _ = with_path(cfg, sizes, this_device() or ANY)
   state = state_bytes(cfg.model, cfg.training, cfg.optimizer, sizes)
   touched = traffic_bytes(cfg, sizes, state)
   return Work(step_cost(cfg).strict_flops, touched, case.dtype)

@@ -2,13 +2,15 @@
 """Multi-head attention (Vaswani et al., 2017, section 3.2), multi-query and grouped
 (Shazeer, 2019; Ainslie et al., 2023), and what each query sees.
 
-`attend` says what attention is; `attend_blocked` computes the same over whole rows, for
-training. Which query sees which key is decided in one place, `visible`, from slots (where
-a token lies in its row), never from positions (which restart with every packed document).
+`attend` says what attention is; over whole rows, in training, `attend_blocked` computes
+the same, or `attend_cudnn` where `choose_path` finds that NVIDIA's kernel can. Which query
+sees which key is decided in one place, `visible`, from slots (where a token lies in its
+row), never from positions (which restart with every packed document).
 """
 
 import functools
 import itertools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,10 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from flaxlm.config import ModelConfig
+from flaxlm.errors import ConfigError
+from flaxlm.nn.base import Execution
 from flaxlm.nn.cache import widened
 from flaxlm.nn.layers import LOWEST, Einsum, residual_scale
 from flaxlm.nn.positions import CosSin, rotate
-from flaxlm.sharding import constrain, is_cut
+from flaxlm.sharding import axis_sizes_in_use, constrain, is_cut
+
+OUTLINE = "outline"  # a path for the planner alone
 
 
 class Placement(NamedTuple):
@@ -222,9 +228,13 @@ def mix_one(
 
 
 class Reach(NamedTuple):
-  """Causal attention over whole rows; with a window, nothing before it is ever seen."""
+  """Causal attention over whole rows; with a window, nothing before it is ever seen.
+
+  `is_all`: the mask says nothing else, as where every row is one document.
+  """
 
   window: int | None = None
+  is_all: bool = False
 
 
 def query_blocks(num_queries: int) -> list[tuple[int, int]]:
@@ -232,6 +242,109 @@ def query_blocks(num_queries: int) -> list[tuple[int, int]]:
   count = max(1, min(4, num_queries // 64))
   edges = [num_queries * i // count for i in range(count + 1)]
   return list(itertools.pairwise(edges))
+
+
+# -- NVIDIA's kernel -----------------------------------------------------------------------
+
+
+class Path(NamedTuple):
+  """How whole rows attend, and what speaks against cuDNN's kernel, if anything does."""
+
+  name: Any  # of config.AttentionPath, never auto
+  why: str = ""
+
+
+def choose_path(
+  cfg: ModelConfig, run: Execution, sizes: Mapping[str, int], most_head_dim: int
+) -> Path:
+  """The path over whole rows of a resolved model on a mesh of devices whose kernel takes
+  heads of up to `most_head_dim`; 0: they have none. Raises `ConfigError` where cudnn is
+  wanted and cannot.
+  """
+  wanted = run.attention
+  if wanted == "blocked":
+    return Path("blocked", "as training.attention says")
+  assert cfg.head_dim is not None, "resolved"
+  against = {
+    "it runs on NVIDIA's GPUs from Ampere on": not most_head_dim,
+    "it knows no float32": jnp.dtype(run.dtype).itemsize != 2,
+    f"head_dim={cfg.head_dim} is above {most_head_dim}": cfg.head_dim > most_head_dim,
+    f"head_dim={cfg.head_dim} is no multiple of 8": cfg.head_dim % 8 != 0,
+    "it knows no attention_softcap": cfg.attention_softcap is not None,
+    "it knows no learned_sinks": cfg.learned_sinks,
+    f"it knows no positions={cfg.positions}": cfg.positions in {"alibi", "relative"},
+    "it is not cut over mesh axis context": sizes.get("context", 1) > 1,
+    "it does not run in the stages of a pipeline": sizes.get("stage", 1) > 1,
+  }
+  found = [reason for reason, holds in against.items() if holds]
+  if not found:
+    return Path("cudnn")
+  if wanted == "cudnn":
+    cure = "training.attention=auto takes another path where it must"
+    raise ConfigError(f"training.attention=cudnn cannot: {found[0]}", cure)
+  return Path("blocked", f"cudnn cannot: {found[0]}")
+
+
+def path_here(cfg: ModelConfig, run: Execution) -> Path:
+  """The path on the devices and the mesh at hand. To ask for devices starts JAX, which the
+  planner must not."""
+  head_dim = 0 if run.attention == "blocked" else kernel_head_dim()
+  return choose_path(cfg, run, axis_sizes_in_use(), head_dim)
+
+
+def kernel_head_dim() -> int:
+  """The largest head dim of cuDNN's kernel, when training, on the devices at hand; or 0."""
+  device = jax.devices()[0]
+  if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+    return 0
+  generation = int(device.compute_capability.split(".")[0])
+  return 0 if generation < 8 else 128 if generation == 8 else 256
+
+
+def attend_cudnn(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  sight: Sight,
+  scoring: Scoring,
+  reach: Reach | None = None,
+) -> jax.Array:
+  """The values of `attend` by cuDNN's fused kernel (Dao, 2023), which keeps no scores.
+
+  It knows causal attention and windows, and skips what they hide; a mask that says more
+  goes in as a bias of the scores.
+  """
+  mask_BTS = None if reach is not None and reach.is_all else sight.mask_BTS
+  window = None if reach is None else reach.window
+  return jax.nn.dot_product_attention(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    mask=None if mask_BTS is None else mask_BTS[:, None],
+    scale=scoring.scale,
+    is_causal=reach is not None,
+    local_window_size=None if window is None else (window - 1, 0),
+    implementation="cudnn",
+  )
+
+
+@jax.custom_vjp
+def attend_outline(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+  """Has the shape of attention and keeps what a fused kernel keeps, for `planning`, which
+  traces it where there is no such kernel: q, k, v, the output, a number per row of scores.
+  """
+  return q_BTNH
+
+
+def _outline_forward(q_BTNH: jax.Array, *kv: jax.Array) -> tuple[jax.Array, tuple]:
+  out_BTNH = jnp.exp(q_BTNH)
+  return out_BTNH, (q_BTNH, *kv, out_BTNH, out_BTNH[..., 0].astype(jnp.float32))
+
+
+attend_outline.defvjp(_outline_forward, lambda kept, _: kept[:3])
+
+
+# -- XLA's operations, with a backward pass of their own -----------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -327,13 +440,12 @@ class Attention(nn.Module):
   """Attention with N query heads and K key/value heads, over its own input or another's."""
 
   cfg: ModelConfig
-  dtype: jnp.dtype = jnp.float32
-  param_dtype: jnp.dtype = jnp.float32
+  run: Execution
 
   def setup(self):
     cfg = self.cfg
     D, N, K, H = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    dtypes = self.run.dtypes
     heads, kv_heads = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
     biased = cfg.qkv_biased
     self.q = Einsum("BTD,DNH->BTNH", (D, N, H), heads, biased=biased, **dtypes)
@@ -379,7 +491,7 @@ class Attention(nn.Module):
     """Returns (B, T, D), and if `capture` the weights (B, N, T, S).
 
     Keys and values are (B, S, K, H), or as a cache has them, (B, K, S, H). Whole rows, as
-    in training, go through `attend_blocked`; who wants to see the weights, `attend`.
+    in training, take the path of `choose_path`; who wants to see the weights, `attend`.
     """
     q_BTNH = self.q(x_BTD)
     if self.cfg.qk_norm != "none":
@@ -387,7 +499,7 @@ class Attention(nn.Module):
     if sight.cos_sin is not None:
       q_BTNH = rotate(q_BTNH, sight.cos_sin)
     q_BTNH = constrain(q_BTNH, "batch", "length", "act_heads", "head_dim")
-    k, v = (widened(x, self.dtype) for x in keys_values)
+    k, v = (widened(x, self.run.dtype) for x in keys_values)
     assert self.cfg.attention_scale is not None, "resolved"
     scoring = Scoring(self.cfg.attention_scale, self.cfg.attention_softcap)
     sinks_N = self.sinks if self.cfg.learned_sinks else None
@@ -397,6 +509,10 @@ class Attention(nn.Module):
       out_BTNH, weights_BNTS = attend(q_BTNH, k, v, sight, scoring, sinks_N)
     elif cached:
       out_BTNH = attend_cached(q_BTNH, k, v, sight, scoring, sinks_N)
+    elif self.run.attention == OUTLINE:
+      out_BTNH = attend_outline(q_BTNH, k, v)
+    elif path_here(self.cfg, self.run).name == "cudnn":
+      out_BTNH = attend_cudnn(q_BTNH, k, v, sight, scoring, reach)
     else:
       out_BTNH = attend_blocked(q_BTNH, k, v, sight, scoring, sinks_N, reach)
     return self.o(out_BTNH), weights_BNTS

@@ -25,6 +25,7 @@ class Execution:
   microbatches: int | None = None  # in a pipeline; None: one for each stage
   repeats: int = 1  # of a pipeline
   sequence_parallel: bool = False
+  attention: str = "auto"  # over whole rows: see nn.attention.choose_path
 
   @property
   def dtypes(self) -> dict[str, jnp.dtype]:

@@ -76,8 +76,31 @@ def rows_dot(
   if is_cut("norm_length"):
     return jnp.tensordot(x, kernel, contracted, preferred_element_type=dtype)
   size = math.prod(kernel.shape[:contracted])
-  y = jnp.dot(x.reshape(-1, size), kernel.reshape(size, -1), preferred_element_type=dtype)
+  x_RI, kernel_IO = x.reshape(-1, size), kernel.reshape(size, -1)
+  if dtype == jnp.float32 and x.dtype != dtype:
+    y = wide_dot(x_RI, kernel_IO)
+  else:
+    y = jnp.dot(x_RI, kernel_IO, preferred_element_type=dtype)
   return y.reshape(x.shape[: x.ndim - contracted] + kernel.shape[contracted:])
+
+
+@jax.custom_vjp
+def wide_dot(x_RI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+  """A product of narrow matrices in float32, whose gradient comes back narrow.
+
+  As all others do: left to itself, it stays float32 and takes the kernel along, and two of
+  the three products of a head run in float32.
+  """
+  return jnp.dot(x_RI, kernel_IO, preferred_element_type=jnp.float32)
+
+
+def _wide_dot_backward(operands: tuple, grad_RO: jax.Array) -> tuple[jax.Array, jax.Array]:
+  x_RI, kernel_IO = operands
+  grad_RO = grad_RO.astype(x_RI.dtype)
+  return grad_RO @ kernel_IO.T, x_RI.T @ grad_RO
+
+
+wide_dot.defvjp(lambda x, kernel: (wide_dot(x, kernel), (x, kernel)), _wide_dot_backward)
 
 
 def matrix_dot(x: jax.Array, params: Mapping[str, jax.Array]) -> jax.Array:

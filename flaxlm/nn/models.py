@@ -35,6 +35,7 @@ def build_model(cfg: ModelConfig, run: TrainingConfig | None = None) -> Language
       microbatches=run.pipeline_microbatches,
       repeats=run.pipeline_repeats,
       sequence_parallel=run.sequence_parallel,
+      attention=run.attention,
     )
   return FAMILIES[cfg.family](cfg.resolve(), execution)
 

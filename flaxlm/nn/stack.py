@@ -81,11 +81,11 @@ class Block(nn.Module):
 
   def setup(self):
     cfg, run = self.cfg, self.run
-    self.attention = Attention(cfg, **run.dtypes)
+    self.attention = Attention(cfg, run)
     self.ffn = (MoE if cfg.moe.num_experts else FeedForward)(cfg, **run.dtypes)
     branches = ["attention", "ffn"]
     if self.reads_source:
-      self.cross_attention = Attention(cfg, **run.dtypes)
+      self.cross_attention = Attention(cfg, run)
       branches.append("cross_attention")
     if cfg.parallel == "one_norm":
       branches.remove("ffn")
@@ -323,13 +323,17 @@ class Stack(nn.Module):
             assert num_keys < most or num_new <= MOST_NEW, "in chunks"
             ring_BS = tokens_BS
       mask_BTS = visible(placed, num_keys, causal, window, cfg.sink_tokens)
+      reach = Reach(
+        window=None if cfg.sink_tokens else window,
+        is_all=where.query_segments_BT is None and not cfg.sink_tokens,
+      )
       cos_sin = None
       if cfg.positions == "rope":
         assert cfg.head_dim is not None
         cos_sin = rotation(positions_BT, cfg.head_dim, cfg.rope, kind == "L")
       found[kind] = Surroundings(
         sight=Sight(mask_BTS, bias_XNTS, cos_sin),
-        reach=Reach(None if cfg.sink_tokens else window) if causal else None,
+        reach=reach if causal else None,
         first_slots_B=first_slots_B,
         ring_BS=ring_BS,
         memory_BSD=memory_BSD,

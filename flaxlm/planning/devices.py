@@ -34,6 +34,7 @@ class Device:
   domain: int = 1  # devices that the links join: a slice, an NVLink domain, a PCIe host
   network_bandwidth: float | None = None  # out of one device, beyond its domain
   devices_per_chip: int = 1
+  kernel_head_dim: int = 0  # the largest of cuDNN's attention when training; 0: has none
   # Best published measurement / peak: of a large bfloat16 product, of a copy.
   matmul_fraction: float | None = None
   bandwidth_fraction: float | None = None
@@ -41,6 +42,7 @@ class Device:
   # FLOP/s of a `products.Product`; bytes per second by part of a step's traffic, which a
   # CPU's arithmetic limits; seconds of one operation that does next to nothing.
   product_rates: Mapping[Any, float] = dataclasses.field(default_factory=dict)
+  attention_rate: float | None = None  # strict FLOP/s of a kernel, forward and backward
   pass_bandwidths: Mapping[str, float] = dataclasses.field(default_factory=dict)
   operation_seconds: float = 0.0
   source: str = ""
@@ -92,6 +94,7 @@ def _gpu(
   memory: tuple[float, float, float],
   link: tuple[float, int],
   network: float | None,
+  head_dim: int = 256,
   **rest: Any,
 ) -> Device:
   """memory: GB, MiB that the driver shows (0: the GB), GB/s; link: GB/s, domain."""
@@ -103,6 +106,7 @@ def _gpu(
     memory_bytes=size,
     usable_bytes=int(memory[1] * 2**20) or size,
     memory_bandwidth=memory[2] * GB,
+    kernel_head_dim=head_dim,
     link_bandwidth=link[0] * GB,
     domain=link[1],
     network_bandwidth=network and network * GB,
@@ -134,6 +138,7 @@ DEVICES = (
     (300, 8),
     25,
     matmul_fraction=0.87,
+    head_dim=128,
     source="DS A100; ME",
   ),
   _gpu(
@@ -144,6 +149,7 @@ DEVICES = (
     25,
     matmul_fraction=0.87,
     bandwidth_fraction=0.83,  # gpt-fast: 1.7 TB/s measured
+    head_dim=128,
     source="DS A100; ME; gpt-fast",
   ),
   _gpu(
@@ -198,6 +204,7 @@ DEVICES = (
     (448, 8),
     50,
     matmul_fraction=0.51,
+    head_dim=0,
     source="DS MI300X; ME",
   ),
   _gpu(
@@ -206,6 +213,7 @@ DEVICES = (
     (24, 23034, 300),
     (32, 8),
     None,
+    head_dim=128,
     source="DS L4, half of its sparse figures",
   ),
   # Turing multiplies no bfloat16 in its tensor cores.
@@ -215,6 +223,7 @@ DEVICES = (
     (16, 15360, 320),
     (16, 4),
     None,
+    head_dim=0,
     source="DS T4",
   ),
   _gpu(
@@ -223,6 +232,7 @@ DEVICES = (
     (24, 24564, 1008),
     (32, 4),
     None,
+    head_dim=128,
     source="NVIDIA Ada architecture paper, accumulating in float32",
   ),
   # A processor has no data sheet that says what JAX gets out of it: measure it.

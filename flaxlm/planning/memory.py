@@ -31,6 +31,7 @@ from flaxlm.config import (
 )
 from flaxlm.data.objectives import Batch
 from flaxlm.errors import ConfigError
+from flaxlm.nn.attention import OUTLINE
 from flaxlm.nn.models import build_model, init_params
 from flaxlm.nn.pipeline import Schedule, make_schedule
 from flaxlm.planning.cost import kv_cache_bytes, stacks
@@ -249,7 +250,8 @@ def abstract_trees(
 
 def _precision(training: TrainingConfig) -> TrainingConfig:
   """What of a run decides the state's bytes: one key for all ways to run."""
-  return TrainingConfig(dtype=training.dtype, param_dtype=training.param_dtype)
+  dtypes = dict(dtype=training.dtype, param_dtype=training.param_dtype)
+  return TrainingConfig(attention="blocked", **dtypes)  # type: ignore[arg-type]
 
 
 def tree_bytes(tree: Any, lanes: int = 1) -> int:
@@ -314,7 +316,11 @@ class Kept(NamedTuple):
 def kept_bytes(cfg: Config, parts: int, remat: Remat) -> Kept:
   """What one of `parts` members of a `tensor` axis keeps. Parameters are not among it."""
   remat = "full" if remat == "offload" else remat  # the rest is in the host's memory
-  run = dataclasses.replace(_precision(cfg.training), remat=remat, scanned=True)
+  fused = cfg.training.attention == "cudnn"
+  path: Any = OUTLINE if fused else "blocked"
+  run = dataclasses.replace(
+    _precision(cfg.training), remat=remat, scanned=True, attention=path
+  )
   lengths = (cfg.data.seq_len, source_len(cfg))
   return _kept_bytes(_local_model(cfg.model, parts), run, lengths)
 

@@ -37,6 +37,8 @@ def plan(cfg: Config, asked: Questions) -> Report:
   device = ANY if asked.device is None else find_device(asked.device)
   if asked.network is not None:
     device = dataclasses.replace(device, network_bandwidth=asked.network)
+  if asked.compiled:  # cuDNN's attention compiles on its GPU only
+    device = dataclasses.replace(device, kernel_head_dim=0)
   cfg = dataclasses.replace(resolve(cfg), mesh=dict(asked.mesh))
   number = asked.num_devices
   if number is None and dict(asked.mesh) == {"data": -1}:

@@ -70,13 +70,15 @@ def is_listed(cfg: Config) -> bool:
 
 
 def training_products(cfg: Config) -> Products:
-  """How often each product occurs in a step on one device, forward, backward, update."""
+  """How often each product occurs in a step on one device, forward, backward, update;
+  those inside a fused kernel of attention apart."""
   model = cfg.model
   B, T = cfg.data.batch_size, cfg.data.seq_len
   assert model.num_kv_heads and model.head_dim and model.vocab_size
   K, H, G = model.num_kv_heads, model.head_dim, model.num_heads // model.num_kv_heads
   forward = weight_products(model, B * T)
-  for kind in layer_kinds(model, model.depth):
+  blocked = cfg.training.attention != "cudnn"
+  for kind in layer_kinds(model, model.depth) if blocked else ():
     window = model.window if kind == "L" else None
     for start, end in query_blocks(T):
       seen = end if window is None else end - max(0, start - window + 1)

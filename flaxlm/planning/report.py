@@ -206,6 +206,8 @@ def _print_time(report: Report, console: Console) -> None:
   plan, cost, times = report.plan, report.plan.cost, report.plan.times
   table = _table("A step", "", "")
   table.add_row("tokens", f"{cost.tokens:,}")
+  if plan.attention is not None:
+    table.add_row("attention", plan.attention.name)
   per_token = cost.strict_flops / cost.tokens
   table.add_row("FLOPs per token, strict", f"{per_token / 1e9:,.3f} G")
   table.add_row("  loose", f"{cost.loose_flops / cost.tokens / 1e9:,.3f} G")
@@ -284,6 +286,8 @@ def _print_compiled(compiled: Compiled, plan: Plan, console: Console) -> None:
     for name, value in rows.items():
       table.add_row(name, size(value))
     table.add_row("analytic", size(plan.memory.total))
+    if plan.device.kind == "gpu":
+      table.add_row("attention", "blocked: cuDNN's compiles on its GPU only")
     difference = compiled.difference(plan.memory.total)
     table.add_row(
       "analytic / peak - 1", "?" if difference is None else f"{difference:+.1%}"

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 
 from flaxlm.config import MESH_AXES, Config, slow_axes
+from flaxlm.nn.attention import Path, choose_path
+from flaxlm.nn.models import build_model
 from flaxlm.planning.cost import (
   TOKENS_PER_PARAMETER,
   StepCost,
@@ -70,6 +72,7 @@ class Plan:
   times: "StepTimes"
   mfu: float | None  # strict, of the published peak
   slow: Sequence[str] = ()  # axes on the network between slices or hosts
+  attention: Path | None = None  # over whole rows
 
   @property
   def mesh(self) -> str:
@@ -137,6 +140,7 @@ class StepTimes:
 
 def plan_training(cfg: Config, sizes: Sizes, device: Device) -> Plan:
   """The plan of a resolved config; raises `ConfigError` when it cannot be laid out."""
+  cfg, path = with_path(cfg, sizes, device)
   memory = training_memory(cfg, sizes, device.lanes)
   cost = step_cost(cfg)
   times = step_times(cfg, sizes, device, cost)
@@ -154,7 +158,18 @@ def plan_training(cfg: Config, sizes: Sizes, device: Device) -> Plan:
     times=times,
     mfu=mfu,
     slow=slow_axes(cfg.mesh),
+    attention=path,
   )
+
+
+def with_path(cfg: Config, sizes: Sizes, device: Device) -> tuple[Config, Path | None]:
+  """The config with the path that attention takes on such a mesh, and why it does."""
+  if cfg.model.family == "rnn":
+    return cfg, None
+  execution = build_model(cfg.model, cfg.training).run
+  path = choose_path(cfg.model, execution, sizes, device.kernel_head_dim)
+  training = dataclasses.replace(cfg.training, attention=path.name)
+  return dataclasses.replace(cfg, training=training), path
 
 
 def step_times(cfg: Config, sizes: Sizes, device: Device, cost: StepCost) -> StepTimes:
@@ -174,7 +189,13 @@ def compute_seconds(
   """FLOPs at the attainable rate, or product by product where their rates were measured."""
   num_devices = math.prod(sizes.values())
   if device.product_rates and num_devices == 1 and is_listed(cfg):
-    return product_seconds(training_products(cfg), device, cfg.training.dtype)
+    seconds = product_seconds(training_products(cfg), device, cfg.training.dtype)
+    if cfg.training.attention == "cudnn" and seconds is not None:
+      if not device.attention_rate:
+        return None
+      work = forward_work(cfg.model, cfg.data.batch_size, cfg.data.seq_len)
+      seconds += 3 * work.attention / device.attention_rate
+    return seconds
   peak = attainable_flops(device, cfg.training.dtype)
   return cost.executed_flops / num_devices / peak if peak else None
 

@@ -41,6 +41,7 @@ from flaxlm.errors import (
   NonFiniteError,
 )
 from flaxlm.foreign_tokenizers import expected_vocab_size
+from flaxlm.nn.attention import choose_path, kernel_head_dim
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import build_model
 from flaxlm.sharding import (
@@ -455,11 +456,17 @@ def describe(cfg: Config, state: TrainState, prepared: Prepared, mesh: Mesh) -> 
   num_params = sum(x.size for x in jax.tree.leaves(state.params))
   axes = describe_mesh(mesh.shape, slow_axes(cfg.mesh))
   device = jax.devices()[0].device_kind
+  attention = ""
+  if jax.default_backend() != "cpu" and cfg.model.family != "rnn":
+    run = build_model(cfg.model, cfg.training).run
+    path = choose_path(cfg.model, run, mesh.shape, kernel_head_dim())
+    attention = f"; attention: {path.name}{f' ({path.why})' if path.why else ''}"
   return (
     f"{cfg.run_dir}: {num_params:,} parameters; {cfg.data.corpus}: "
     f"{prepared.train.num_tokens:,} tokens to learn from, "
     f"{prepared.validation.num_tokens:,} held out; "
     f"{jax.device_count()} {device} device(s){f', mesh {axes}' if mesh.size > 1 else ''}"
+    f"{attention}"
   )
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flaxlm.config import MESH_AXES
+from flaxlm.config import MESH_AXES, ModelConfig
+from flaxlm.errors import ConfigError
 from flaxlm.nn.attention import (
   Placement,
   Reach,
@@ -15,9 +16,12 @@ from flaxlm.nn.attention import (
   Sight,
   attend,
   attend_blocked,
+  attend_cudnn,
+  choose_path,
   query_blocks,
   visible,
 )
+from flaxlm.nn.base import Execution
 from flaxlm.sharding import make_mesh
 
 WAYS = {
@@ -32,6 +36,7 @@ WAYS = {
   "learned_sinks": dict(sinks=True),
   "all": dict(window=40, softcap=2.0, bias=1, sinks=True),
 }
+OUTSIDE_CUDNN = ("softcap", "bias", "bias_of_each_row", "learned_sinks", "all")
 
 
 @pytest.mark.parametrize(
@@ -70,6 +75,60 @@ def test_blocked_equals_reference_with_gradients(way, num_tokens, kv_heads):
     )
   )
   jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=3e-5), actual, expected)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("way", [w for w in WAYS if w not in OUTSIDE_CUDNN])
+def test_cudnn_is_asked_for_the_same(way, packed, monkeypatch):
+  """Masks, windows and the scale, as the library reads them; `gpu` tests ask cuDNN."""
+  asked = {}
+
+  def in_its_place(*arrays, implementation, **options):
+    asked.update(options)
+    return library(*arrays, implementation="xla", **options)
+
+  library = jax.nn.dot_product_attention
+  monkeypatch.setattr(jax.nn, "dot_product_attention", in_its_place)
+  B, T, N, H = 2, 130, 4, 8
+  options = dict(causal=True, window=None, sink_tokens=0) | WAYS[way]
+  q, *_ = jax.random.normal(jax.random.key(0), (1, B, T, N, H))
+  k, v = jax.random.normal(jax.random.key(1), (2, B, T, 2, H))
+  slots = jnp.broadcast_to(jnp.arange(T), (B, T))
+  segments = 1 + (slots > T // 3) + (slots > T // 2) if packed else None
+  sight = Sight(visible(Placement(slots, segments, segments), T, *options.values()))
+  sinks = options["sink_tokens"]
+  reach = Reach(None if sinks else options["window"], not packed and not sinks)
+  expected, _ = attend(q, k, v, sight, Scoring(0.3))
+  actual = attend_cudnn(q, k, v, sight, Scoring(0.3), reach if options["causal"] else None)
+  np.testing.assert_allclose(actual, expected, atol=3e-5)
+  # A mask is a bias of all scores: only what cuDNN cannot know otherwise is one.
+  known = options["causal"] and not packed and not sinks
+  assert (asked["mask"] is None) == (known or sight.mask_BTS is None)
+
+
+def test_the_path_is_one_that_can():
+  def chosen(wanted="auto", dtype="bfloat16", kernel=256, sizes=None, **model):
+    cfg = ModelConfig(vocab_size=64, **model).resolve()
+    run = Execution(dtype=jnp.dtype(dtype), attention=wanted)
+    return choose_path(cfg, run, sizes or {}, kernel)
+
+  assert chosen().name == "cudnn" and chosen("cudnn").name == "cudnn"
+  assert chosen("blocked").name == "blocked"
+  for cause, case in {
+    "GPUs": dict(kernel=0),
+    "float32": dict(dtype="float32"),
+    "above 128": dict(kernel=128, width=256, num_heads=1),
+    "multiple of 8": dict(width=48, num_heads=4),
+    "softcap": dict(attention_softcap=30.0),
+    "learned_sinks": dict(learned_sinks=True),
+    "alibi": dict(positions="alibi"),
+    "context": dict(sizes={"context": 2}),
+    "pipeline": dict(sizes={"stage": 2}),
+  }.items():
+    path = chosen(**case)
+    assert path.name == "blocked" and cause in path.why
+    with pytest.raises(ConfigError, match=cause):
+      chosen("cudnn", **case)
 
 
 @pytest.mark.parametrize("num_queries", [1, 63, 64, 130, 256, 1000])
