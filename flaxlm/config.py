@@ -211,7 +211,8 @@ class ModelConfig:
       num_ids = None if vocab_size == tokenizer_size else tokenizer_size
     ffn_width = 4 * self.width
     if self.gated:  # three matrices for two: 8/3 D keeps the parameters (Shazeer, 2020)
-      ffn_width = 32 * math.ceil(8 * self.width / 3 / 32)
+      multiple = 256 if self.width >= 1024 else 32  # LLaMA's; others are padded on GPUs
+      ffn_width = multiple * math.ceil(8 * self.width / 3 / multiple)
     ffn_width = self.ffn_width or ffn_width
     head_dim = self.head_dim or self.width // self.num_heads
     rope = dataclasses.replace(

@@ -30,6 +30,12 @@ GPU = (
     "moves collectives so that they run beside computation; off by default, on in "
     "NVIDIA's JAX images (docs.nvidia.com/jax-toolbox/environment-variables)",
   ),
+  Flag(
+    "xla_gpu_dot_merger_threshold_mb",
+    "0",
+    "products of one input stay apart: merged, they have their weights copied into one "
+    "matrix at every token (a fifth of decoding on an H100: docs/LOG.md)",
+  ),
 )
 
 # Within a slice libtpu's own defaults overlap collectives already: MaxText's list of such
