@@ -53,7 +53,10 @@ TPU_SLICES = (
   ),
 )
 
-VARIABLES = {GPU: "XLA_FLAGS", TPU_SLICES: "LIBTPU_INIT_ARGS"}
+VARIABLES: dict[tuple[Flag, ...], str] = {
+  GPU: "XLA_FLAGS",
+  TPU_SLICES: "LIBTPU_INIT_ARGS",
+}
 
 
 def flags_for(

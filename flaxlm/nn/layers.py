@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers that are not attention: projections, norms, embeddings, feed-forward."""
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -164,9 +165,7 @@ class RMSNorm(nn.Module):
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
     scale_D = self.param("scale", init, (x_BTD.shape[-1],), jnp.float32)
-    x = x_BTD.astype(jnp.float32)
-    x *= jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.epsilon)
-    return (x * scale_D).astype(x_BTD.dtype)
+    return normalised(False, self.epsilon, x_BTD, scale_D)
 
 
 class LayerNorm(nn.Module):
@@ -181,13 +180,32 @@ class LayerNorm(nn.Module):
     ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
     zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
     scale_D = self.param("scale", ones, (width,), jnp.float32)
+    bias_D = self.param("bias", zeros, (width,), jnp.float32) if self.biased else None
+    return normalised(True, self.epsilon, x_BTD, scale_D, bias_D)
+
+
+def normalised(
+  centred: bool,
+  epsilon: float,
+  x_BTD: jax.Array,
+  scale_D: jax.Array,
+  bias_D: jax.Array | None = None,
+) -> jax.Array:
+  """What the norms compute; of a narrow x, again for the backward pass, which would keep
+  it in float32. A float32 x would save little, and cost a CPU time."""
+
+  def normalise(x_BTD: jax.Array) -> jax.Array:
     x = x_BTD.astype(jnp.float32)
-    x -= jnp.mean(x, -1, keepdims=True)
-    x *= jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.epsilon)
+    if centred:
+      x -= jnp.mean(x, -1, keepdims=True)
+    x *= jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + epsilon)
     x *= scale_D
-    if self.biased:
-      x += self.param("bias", zeros, (width,), jnp.float32)
+    if bias_D is not None:
+      x += bias_D
     return x.astype(x_BTD.dtype)
+
+  again = x_BTD.dtype != jnp.float32
+  return (jax.checkpoint(normalise) if again else normalise)(x_BTD)
 
 
 def build_norm(cfg: ModelConfig, name: str | None = None) -> nn.Module:
@@ -241,15 +259,20 @@ class FeedForward(nn.Module):
     shared = dict(biased=cfg.biased, dtype=self.dtype, param_dtype=self.param_dtype)
     into = lambda name: Einsum("BTD,DF->BTF", (D, F), ("embed", "ffn"), name=name, **shared)
     h_BTF = into("up")(x_BTD)
-    if cfg.gated:
-      h_BTF = activate(into("gate")(x_BTD), cfg.activation) * h_BTF
-    else:
-      h_BTF = activate(h_BTF, cfg.activation)
+    gate_BTF = into("gate")(x_BTD) if cfg.gated else None
+    h_BTF = activated(cfg.activation, h_BTF, gate_BTF)
     h_BTF = constrain(h_BTF, "batch", "length", "act_ffn")
     scale = residual_scale(cfg.depth)
     return Einsum(
       "BTF,FD->BTD", (F, D), ("ffn", "embed"), init_scale=scale, name="down", **shared
     )(h_BTF)
+
+
+@functools.partial(jax.checkpoint, static_argnums=0)
+def activated(kind: str, h: jax.Array, gate: jax.Array | None) -> jax.Array:
+  """f(h), or f(gate) h. Computed again for the backward pass: cheaper than to keep what
+  its derivative is made of, several arrays of this size."""
+  return activate(h, kind) if gate is None else activate(gate, kind) * h
 
 
 def activate(x: jax.Array, kind: str) -> jax.Array:

@@ -19,7 +19,7 @@ def cross_entropy(
   padding, whose logits are the lowest there are.
   """
   logits_BTV = logits_BTV.astype(jnp.float32)
-  # As a sum, not looked up: the gradient of a lookup is a scatter, which nothing fuses with.
+  # As a sum, not looked up: a lookup's gradient is a scatter, which nothing fuses with.
   is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == jnp.asarray(targets_BT)[..., None]
   target_logits_BT = jnp.where(is_target_BTV, logits_BTV, 0.0).sum(-1)
   if smoothing:
