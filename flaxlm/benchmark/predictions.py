@@ -11,7 +11,8 @@ and no model has a factor of its own.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -53,7 +54,7 @@ from flaxlm.nn.layers import activate, build_norm, matrix_dot
 from flaxlm.nn.models import build_model
 from flaxlm.planning.cost import forward_work
 from flaxlm.planning.devices import ANY, Device
-from flaxlm.planning.memory import full_sizes, residual_bytes, state_bytes
+from flaxlm.planning.memory import StateBytes, full_sizes, residual_bytes, state_bytes
 from flaxlm.planning.products import (
   Product,
   decoding_products,
@@ -163,50 +164,57 @@ def predict_training(name: str, cfg: Config, setting: Setting) -> list[Result]:
   if path is not None and path.name == "cudnn":
     pieces["attention"] = attention_side(cfg)
   sides = {**product_sides(products, dtype), **pieces, "step": training_side(cfg)}
-  timings = measure(sides, setting)
-  loss = float(timings["step"].result)
+  timings: dict[Any, Timing] = measure(sides, setting)
+  loss = float(timings["step"].result[0])
   if not np.isfinite(loss):
     raise FlaxLMError(f"a speed without a result: the loss of {name} is {loss}")
-  predicted = []
+  plans = []
   for number in range(setting.rounds):
-    device = device_of_round(timings, number, products, dtype)
     rates = {
+      product: product.flops / timings[product].rounds[number] for product in products
+    }
+    device = dataclasses.replace(
+      here(), peak_flops={dtype: max(rates.values())}, product_rates=rates
+    )
+    bandwidths = {
       part: num_bytes / timings[part].rounds[number]
       for part, (_, num_bytes) in passes.items()
     }
     device = dataclasses.replace(
-      device, pass_bandwidths=rates, memory_bandwidth=rates["update"]
+      device, pass_bandwidths=bandwidths, memory_bandwidth=bandwidths["update"]
     )
     if "attention" in pieces:
       work = forward_work(cfg.model, cfg.data.batch_size, cfg.data.seq_len)
       whole = cfg.model.depth * timings["attention"].rounds[number]
       device = dataclasses.replace(device, attention_rate=3 * work.attention / whole)
-    seconds = plan_training(cfg, sizes, device).times.seconds
-    assert seconds is not None
-    predicted.append(seconds)
-  results = [ratio(f"train {name}", predicted, timings["step"])]
+    plans.append(plan_training(cfg, sizes, device))
+  predicted = [plan.times.seconds for plan in plans]
+  attention = timings["attention"].median if "attention" in pieces else 0.0
+  parts = {"attention": cfg.model.depth * attention}
+  parts["products"] = (plans[-1].times.compute or 0.0) - parts["attention"]
+  parts |= {
+    part: num_bytes / (device.pass_bandwidths.get(part) or bandwidths["update"])
+    for part, num_bytes in traffic_parts(cfg, sizes, state_of(cfg)).items()
+  }
+  listed = [f"{part} {1e3 * seconds:.3g}" for part, seconds in parts.items() if seconds]
+  note = f"the last round's: {', '.join(listed)}"
+  results = [ratio(f"train {name}", predicted, timings["step"], note)]
   sheet = this_device()
   if sheet is not None and sheet.peak_flops:
-    seconds = plan_training(cfg, sizes, sheet).times.seconds
-    assert seconds is not None
-    predicted = [seconds] * setting.rounds
+    by_sheet = plan_training(cfg, sizes, sheet).times.seconds
+    predicted = [by_sheet] * setting.rounds
     results.append(ratio(f"train {name}, by data sheet", predicted, timings["step"]))
   return results
 
 
+def state_of(cfg: Config) -> StateBytes:
+  return state_bytes(cfg.model, cfg.training, cfg.optimizer, full_sizes({}))
+
+
 def here() -> Device:
   """What is known of this device without measuring."""
-  return dataclasses.replace(ANY, kernel_head_dim=kernel_head_dim())
-
-
-def device_of_round(
-  timings: Mapping[Any, Timing], number: int, products: Mapping[Product, int], dtype: str
-) -> Device:
-  """What a round found of the products."""
-  rates = {p: p.flops / timings[p].rounds[number] for p in products}
-  return dataclasses.replace(
-    here(), peak_flops={dtype: max(rates.values())}, product_rates=rates
-  )
+  kind: Any = jax.default_backend()
+  return dataclasses.replace(ANY, kind=kind, kernel_head_dim=kernel_head_dim())
 
 
 def product_sides(products: Mapping[Product, int], dtype: str) -> dict[Any, Side]:
@@ -216,7 +224,7 @@ def product_sides(products: Mapping[Product, int], dtype: str) -> dict[Any, Side
     M, K, N, G = product
     lead = (G,) if G > 1 else ()
     operands = jnp.ones((*lead, M, K), dtype), jnp.ones((*lead, K, N), dtype)
-    sides[product] = Side(jax.jit(multiply), functools.partial(tuple, operands))
+    sides[product] = Side(jax.jit(multiply), functools.partial(tuple, operands), True)
   return sides
 
 
@@ -248,14 +256,17 @@ def traffic_pieces(cfg: Config) -> dict[str, tuple[Side, float]]:
     return optax.apply_updates(state.params, updates), new
 
   adamw = dataclasses.replace(cfg, optimizer=rule)
-  sizes = full_sizes({})
-  held = state_bytes(model, cfg.training, rule, sizes)
-  update_bytes = traffic_parts(adamw, sizes, held)["update"]
+  update_bytes = traffic_parts(adamw, full_sizes({}), state_of(adamw))["update"]
   return {
-    "activations": (Side(jax.jit(with_gradient(blocks)), lambda: inputs), activations),
-    "logits": (Side(jax.jit(loss), lambda: (logits,)), LOGIT_PASSES * logits.nbytes),
-    "update": (Side(jax.jit(update), lambda: (state, state.params)), update_bytes),
+    "activations": (piece(with_gradient(blocks), inputs), activations),
+    "logits": (piece(loss, (logits,)), LOGIT_PASSES * logits.nbytes),
+    "update": (piece(update, (state, state.params)), update_bytes),
   }
+
+
+def piece(function: Callable, arguments: tuple) -> Side:
+  """Part of a larger program, with arguments of its own."""
+  return Side(jax.jit(function), lambda: arguments, queued=True)
 
 
 def attention_side(cfg: Config) -> Side:
@@ -270,8 +281,8 @@ def attention_side(cfg: Config) -> Side:
   sight = Sight(visible(Placement(slots_BT, segments_BT, segments_BT), shape.T))
   scoring = Scoring(model.attention_scale)
   path = lambda q, k, v: attend_cudnn(q, k, v, sight, scoring, Reach())
-  arrays = operands(shape, cfg.training.dtype)
-  return Side(jax.jit(functools.partial(with_gradients, path)), lambda: arrays)
+  arrays = tuple(operands(shape, cfg.training.dtype))
+  return piece(functools.partial(with_gradients, path), arrays)
 
 
 def block_passes(cfg: ModelConfig) -> Callable:
@@ -297,7 +308,8 @@ def with_gradient(function: Callable) -> Callable:
 
 
 def training_side(cfg: Config) -> Side:
-  """The step of `flaxlm train`, on one batch over and over; it returns the loss."""
+  """The step of `flaxlm train`, on one batch over and over; it returns the loss, and the
+  state to wait for."""
   mesh = one_device()
   model = build_model(cfg.model, cfg.training)
   optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
@@ -308,13 +320,12 @@ def training_side(cfg: Config) -> Side:
   batch = put_batch(next_token(window, np.full(B, T + 1), bos_id=0), mesh)
   state, seed = init_state(model, optimizer, mesh, seed=0), jnp.uint32(0)
 
-  def call() -> jax.Array:
+  def call() -> tuple[jax.Array, Any]:
     nonlocal state
     state, metrics = step(state, batch, seed)
-    jax.block_until_ready(state)
-    return metrics["loss"]
+    return metrics["loss"], state
 
-  return Side(call)
+  return Side(call, queued=True)
 
 
 # -- Decoding ------------------------------------------------------------------------------
@@ -322,7 +333,9 @@ def training_side(cfg: Config) -> Side:
 
 def predict_decoding(name: str, cfg: Config, setting: Setting) -> list[Result]:
   """Of one row, greedily, the prompt apart. A product alone finds its weights in a cache,
-  where a step has to fetch them: so all of them are streamed once, too."""
+  where a step has to fetch them: so all of them are streamed once, too. On an accelerator
+  that is all there is to a product of one row: alone it is over before the next is sent.
+  """
   dtype = cfg.training.dtype
   run = TrainingConfig(dtype=dtype, param_dtype=dtype)
   cfg = dataclasses.replace(cfg, training=run)
@@ -337,11 +350,15 @@ def predict_decoding(name: str, cfg: Config, setting: Setting) -> list[Result]:
     answer = generate(model, params, request, greedy)
     return next(answer), lambda: list(answer)
 
-  products = decoding_products(cfg.model, 1, slots)
+  products: Mapping[Product, int] = {}
+  if jax.default_backend() == "cpu":
+    products = decoding_products(cfg.model, 1, slots)
   weights = weight_arrays(cfg)
   sides = product_sides(products, dtype)
   sides |= {
-    product: weight_side(product, dtype) for product in weight_products(cfg.model, 1)
+    product: weight_side(product, dtype)
+    for product in weight_products(cfg.model, 1)
+    if product in products
   }
   sides["stream"] = Side(jax.jit(stream), lambda: (weights,))
   x_1D = jnp.ones((1, cfg.model.width), dtype)
@@ -349,27 +366,30 @@ def predict_decoding(name: str, cfg: Config, setting: Setting) -> list[Result]:
   sides["operation"] = Side(compiled, lambda: (x_1D,))
   num_kernels = STEPS * max(1, (compiled.as_text() or "").count(" fusion("))
   sides["decode"] = Side(lambda _, rest: rest(), started)
-  timings = measure(sides, setting)
+  timings: dict[Any, Timing] = measure(sides, setting)
   predicted, num_bytes = [], read_parameters(cfg, 1) * jnp.dtype(dtype).itemsize
   for number in range(setting.rounds):
-    operation = timings["operation"].rounds[number] / num_kernels
+    rates = {
+      product: product.flops / timings[product].rounds[number] for product in products
+    }
     device = dataclasses.replace(
-      device_of_round(timings, number, products, dtype),
-      operation_seconds=operation,
+      here(),
+      peak_flops={dtype: max(rates.values(), default=math.inf)},
+      product_rates=rates,
+      operation_seconds=timings["operation"].rounds[number] / num_kernels,
       memory_bandwidth=num_bytes / timings["stream"].rounds[number],
     )
-    seconds = plan_decoding(cfg, full_sizes({}), device, 1, slots).seconds
-    assert seconds is not None
-    predicted.append(seconds)
+    predicted.append(plan_decoding(cfg, full_sizes({}), device, 1, slots).seconds)
   token = timings["decode"]
   per_token = [seconds / (new - 1) for seconds in token.rounds]
   token = dataclasses.replace(token, rounds=per_token)
-  results = [ratio(f"decode {name}", predicted, token)]
+  read, operation = (timings[part].median for part in ("stream", "operation"))
+  note = f"weights {1e3 * read:.3g}, an operation {1e3 * operation / num_kernels:.3g}"
+  results = [ratio(f"decode {name}", predicted, token, note)]
   sheet = this_device()
   if sheet is not None and sheet.peak_flops:
-    seconds = plan_decoding(cfg, full_sizes({}), sheet, 1, slots).seconds
-    assert seconds is not None
-    predicted = [seconds] * setting.rounds
+    predicted = [plan_decoding(cfg, full_sizes({}), sheet, 1, slots).seconds]
+    predicted *= setting.rounds
     results.append(ratio(f"decode {name}, by data sheet", predicted, token))
   return results
 
@@ -378,7 +398,7 @@ def weight_side(product: Product, dtype: str) -> Side:
   """One row times a matrix, as the loop does it."""
   x_MK = jnp.ones((product.rows, product.inner), dtype)
   params = {"matrix": jnp.ones((product.columns, product.inner), dtype)}
-  return Side(jax.jit(matrix_dot), lambda: (x_MK, params))
+  return piece(matrix_dot, (x_MK, params))
 
 
 def weight_arrays(cfg: Config) -> list[jax.Array]:
@@ -416,10 +436,15 @@ def one_device() -> Mesh:
   return jax.make_mesh(axes, MESH_AXES, axis_types=types, devices=jax.devices()[:1])
 
 
-def ratio(case: str, predicted: list[float], measured: Timing) -> Result:
+def ratio(
+  case: str, seconds: Sequence[float | None], measured: Timing, note: str = ""
+) -> Result:
+  """The figure, and in milliseconds what it is made of."""
+  predicted = [s for s in seconds if s is not None]
   ratios = [p / m for p, m in zip(predicted, measured.rounds, strict=True)]
   result = summarise("predictions", case, ratios, "predicted / measured")
   result.seconds = measured.median
   milliseconds = 1e3 * float(np.median(predicted)), 1e3 * measured.median
   result.correct = "predicted {:.4g} ms, measured {:.4g} ms".format(*milliseconds)
+  result.correct += f" ({note})" if note else ""
   return result

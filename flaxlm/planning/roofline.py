@@ -53,9 +53,10 @@ COLLECTIVE_SECONDS = 1e-6  # no exchange is faster, however small (scaling book)
 # Passes over an array that a layer keeps: written, read, and its gradient likewise; an
 # array computed again is written once more.
 PASSES, PASSES_AGAIN = 4, 5
-# Kernels besides matrix products that XLA makes of a decoding step: those of a layer, and
-# those around the layers, greedily (in HLO: 22 and 29 of LLaMA, 24 and 37 of GPT shapes).
-LAYER_OPERATIONS, STEP_OPERATIONS = 23, 32
+# Kernels besides products with weights that XLA makes of a decoding step on a kind of
+# device: of a layer, and around the layers, greedily (in HLO, of LLaMA and of GPT shapes:
+# 22 and 29, 24 and 37 for a CPU; 7 and 9, 8 and 8 for an H100).
+OPERATIONS = {"cpu": (23, 32), "gpu": (8, 9)}
 LOGIT_PASSES = 6  # logits: written, read for the maximum, the sum and the gradient; it too
 
 
@@ -449,7 +450,8 @@ def _decode_times(
     products = decoding_products(model, rows, context)
     compute = product_seconds(products, device, cfg.training.dtype)
     cache = 0.0
-  operations = LAYER_OPERATIONS * model.depth + STEP_OPERATIONS
+  of_layer, of_step = OPERATIONS.get(device.kind, (0, 0))
+  operations = of_layer * model.depth + of_step
   return {
     "compute": compute,
     "weights": weights / rate if rate else None,
