@@ -145,11 +145,15 @@ class Work:
     was not kept; of attention, whose output alone is no help, only its last product is.
     """
     again = self.head * (training.loss_chunks > 1)
-    if training.remat != "none":
-      again += self.attention_executed
     if training.remat not in ("none", "dots"):
       again += self.matmul
-    return 3 * (self.matmul + self.head + self.attention_executed) + again
+    attention = attention_passes(training) * self.attention_executed
+    return 3 * (self.matmul + self.head) + attention + again
+
+
+def attention_passes(training: TrainingConfig) -> int:
+  """How often a step computes attention: forward, twice backward, and perhaps again."""
+  return 3 + (training.remat != "none")
 
 
 def forward_work(

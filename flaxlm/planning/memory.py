@@ -141,7 +141,7 @@ def training_memory(cfg: Config, sizes: Sizes, lanes: int = 1) -> Memory:
   moments = {
     "loss": between
     | {
-      "logits": 2 * logits,  # and their gradient
+      "logits": logits + logits * item // 4,  # in float32, and their gradient
       "temporary": head * item if casts or gathered else 0,  # gathered and converted
     },
     "backward": between | gradients | {"temporary": one_layer + state.largest_layer * item},

@@ -22,6 +22,7 @@ from flaxlm.planning.cost import (
   TOKENS_PER_PARAMETER,
   StepCost,
   active_parameters,
+  attention_passes,
   forward_work,
   kv_cache_bytes,
   parameters,
@@ -38,6 +39,7 @@ from flaxlm.planning.memory import (
   kept_bytes,
   local_rows,
   pipeline,
+  source_len,
   state_bytes,
   training_memory,
 )
@@ -46,6 +48,7 @@ from flaxlm.planning.products import (
   decoding_products,
   is_listed,
   training_products,
+  weight_products,
 )
 from flaxlm.sharding import batch_shards, describe_mesh
 
@@ -197,8 +200,16 @@ def compute_seconds(
       work = forward_work(cfg.model, cfg.data.batch_size, cfg.data.seq_len)
       seconds += 3 * work.attention / device.attention_rate
     return seconds
-  peak = attainable_flops(device, cfg.training.dtype)
-  return cost.executed_flops / num_devices / peak if peak else None
+  peak, executed = attainable_flops(device, cfg.training.dtype), cost.executed_flops
+  if not peak:
+    return None
+  seconds = 0.0
+  if cfg.training.attention == "cudnn" and device.attention_rate:
+    work = forward_work(cfg.model, cfg.data.batch_size, cfg.data.seq_len, source_len(cfg))
+    passes = attention_passes(cfg.training)
+    executed -= passes * work.attention_executed
+    seconds = passes * work.attention / device.attention_rate
+  return (seconds + executed / peak) / num_devices
 
 
 def product_seconds(products: Products, device: Device, dtype: str) -> float | None:
@@ -452,9 +463,15 @@ def _decode_times(
     cache = 0.0
   of_layer, of_step = OPERATIONS.get(device.kind, (0, 0))
   operations = of_layer * model.depth + of_step
+  weight_time = weights / rate if rate else None
+  if rate and is_listed(cfg):  # no product is over before a kernel is
+    weight_time = sum(
+      count * max(p.inner * p.columns * item / tensor / rate, device.operation_seconds)
+      for p, count in weight_products(model, rows).items()
+    )
   return {
     "compute": compute,
-    "weights": weights / rate if rate else None,
+    "weights": weight_time,
     "cache": cache / rate if rate else None,
     "network": network,
     "overhead": operations * device.operation_seconds,
