@@ -336,9 +336,7 @@ def predict_decoding(name: str, cfg: Config, setting: Setting) -> list[Result]:
   where a step has to fetch them: so all of them are streamed once, too. On an accelerator
   that is all there is to a product of one row: alone it is over before the next is sent.
   """
-  dtype = cfg.training.dtype
-  run = TrainingConfig(dtype=dtype, param_dtype=dtype)
-  cfg = dataclasses.replace(cfg, training=run)
+  cfg, dtype = for_decoding(cfg), cfg.training.dtype
   model, params = random_model(cfg)
   params = prepare_params(params, cfg.model)
   new = min(NEW, cfg.model.context - PROMPT)
@@ -392,6 +390,12 @@ def predict_decoding(name: str, cfg: Config, setting: Setting) -> list[Result]:
     predicted *= setting.rounds
     results.append(ratio(f"decode {name}, by data sheet", predicted, token))
   return results
+
+
+def for_decoding(cfg: Config) -> Config:
+  """With parameters as wide as the computation."""
+  dtype = cfg.training.dtype
+  return dataclasses.replace(cfg, training=TrainingConfig(dtype=dtype, param_dtype=dtype))
 
 
 def weight_side(product: Product, dtype: str) -> Side:

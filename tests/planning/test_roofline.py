@@ -2,13 +2,19 @@
 """Times against hand-worked examples, and what they refuse to guess."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
+from flaxlm.benchmark.measure import Setting
+from flaxlm.benchmark.predictions import for_decoding, models
 from flaxlm.config import Config, DataConfig, ModelConfig, MoEConfig, TrainingConfig
+from flaxlm.planning.cost import attention_passes, forward_work, kv_cache_bytes
 from flaxlm.planning.devices import Device, find_device
 from flaxlm.planning.memory import full_sizes, state_bytes
 from flaxlm.planning.roofline import (
+  OPERATIONS,
   StepTimes,
   axis_bandwidth,
   network_bytes,
@@ -17,6 +23,7 @@ from flaxlm.planning.roofline import (
   read_parameters,
 )
 
+ROOT = Path(__file__).parents[2]
 LLAMA3_8B = ModelConfig(
   depth=32,
   width=4096,
@@ -162,11 +169,49 @@ def test_what_is_not_known_is_not_timed():
 @pytest.mark.parametrize(("fraction", "rate"), [(1.0, 320), (0.896, 286)])
 def test_decoding_llama3_8b_on_one_h200(fraction: float, rate: float):
   """15.0 GB of weights without the input table: 320 tokens/s at 4.8 TB/s, 286 at 4.3."""
-  device = dataclasses.replace(find_device("h200"), bandwidth_fraction=fraction)
+  device = dataclasses.replace(
+    find_device("h200"), bandwidth_fraction=fraction, operation_seconds=0.0
+  )
   point = plan_decoding(CFG, full_sizes({}), device, batch=1, context=1)
   assert point.tokens_per_second == pytest.approx(rate, rel=5e-3)
   assert point.limited_by == "weights"
   assert point.min_devices == 1
+
+
+def test_a_kernel_takes_time_however_little_it_reads():
+  """A model whose every matrix is read faster than a kernel starts: kernels are counted."""
+  model = ModelConfig(depth=3, width=64, num_heads=2, vocab_size=128).resolve()
+  cfg = Config(model=model, training=TrainingConfig(dtype="bfloat16"))
+  device = dataclasses.replace(find_device("h100"), operation_seconds=1e-5)
+  point = plan_decoding(cfg, full_sizes({}), device, 1, 1)
+  products, (of_layer, of_step) = 3 * 7 + 1, OPERATIONS["gpu"]
+  cache = kv_cache_bytes(model, 1, 1, 2) / (0.87 * 3350e9)
+  kernels = products + 3 * of_layer + of_step
+  assert point.seconds == pytest.approx(1e-5 * kernels + cache)
+
+
+def test_attention_in_a_kernel_runs_at_its_own_rate():
+  device = find_device("h100")
+  slow = dataclasses.replace(device, attention_rate=1e12)
+  times = [plan_training(CFG, full_sizes({}), d).times.compute for d in (device, slow)]
+  work = forward_work(CFG.model, CFG.data.batch_size, CFG.data.seq_len)
+  passes = attention_passes(CFG.training)
+  by_hand = passes * work.attention * (1 / 1e12 - 1 / device.attention_rate)
+  assert times[1] - times[0] == pytest.approx(by_hand)
+
+
+def test_the_data_sheet_and_an_h100_agree():
+  """Within 15 % of what `bench predictions` timed on one, training and decoding."""
+  path = ROOT / "docs/benchmarks/2026-11-27-predictions-h100.jsonl"
+  lines = map(json.loads, path.read_text().splitlines())
+  seconds = {line["case"]: line["seconds"] for line in lines}
+  device, sizes = find_device("h100"), full_sizes({})
+  for name, cfg in models(Setting(size="large")).items():
+    predicted = plan_training(cfg, sizes, device).times.seconds
+    assert predicted == pytest.approx(seconds[f"train {name}"], rel=0.15)
+    cfg = for_decoding(cfg)
+    predicted = plan_decoding(cfg, sizes, device, 1, 128).seconds
+    assert predicted == pytest.approx(seconds[f"decode {name}"], rel=0.15)
 
 
 def test_decoding_turns_from_weights_to_cache():
