@@ -141,7 +141,8 @@ def training_memory(cfg: Config, sizes: Sizes, lanes: int = 1) -> Memory:
   moments = {
     "loss": between
     | {
-      "logits": logits + logits * item // 4,  # in float32, and their gradient
+      # In float32, and their gradient: narrow, but for a vocabulary in parts (by libtpu).
+      "logits": logits + logits * (item if sizes["tensor"] == 1 else 4) // 4,
       "temporary": head * item if casts or gathered else 0,  # gathered and converted
     },
     "backward": between | gradients | {"temporary": one_layer + state.largest_layer * item},
