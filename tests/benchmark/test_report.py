@@ -94,6 +94,15 @@ def test_rounds_are_filled_with_calls():
   assert len(calls) == 2 + 1000
 
 
+def test_queued_calls_follow_each_other():
+  """Prepared once a round, and waited for at its end."""
+  calls, prepared = [], []
+  side = Side(lambda: calls.append(1), lambda: prepared.append(1) or (), queued=True)
+  measure({"a": side}, Setting(rounds=3, round_seconds=1e9))
+  assert len(calls) == 2 + 3 * 1000
+  assert len(prepared) == 2 + 3
+
+
 def test_a_ratio_needs_a_gate_that_holds():
   with pytest.raises(FlaxLMError, match=r"a speed without a result: x agrees to 1\.0e-01"):
     agree("x", [1.0, 9.0], [1.0, 10.0], 0.05)
