@@ -216,12 +216,9 @@ def _state_bytes(
 
 
 def _update_temporaries(params: Any, blocks: Sequence[Any], width: int, kind: str) -> int:
-  """Elementwise rules write the new state over the old; the others make whole updates."""
-  if kind not in ("adafactor", "muon"):
+  """The others write the new state over the old; Muon makes whole updates."""
+  if kind != "muon":
     return 0
-  updates = tree_bytes(params)
-  if kind == "adafactor":  # their size decides how far they are clipped
-    return updates
   # Newton-Schulz multiplies a stack X of matrices: X, X X^T and its square, in float32,
   # the products whole on every device.
   most = 0
@@ -229,7 +226,7 @@ def _update_temporaries(params: Any, blocks: Sequence[Any], width: int, kind: st
     matrices, *dims = leaf.shape
     rows = min(width, math.prod(dims) // width)
     most = max(most, local_size(leaf) * 4 + 2 * matrices * rows * rows * 4)
-  return updates + most
+  return tree_bytes(params) + most
 
 
 def abstract_mesh(sizes: Sizes) -> Any:
