@@ -10,7 +10,7 @@ row), never from positions (which restart with every packed document).
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -255,11 +255,15 @@ class Path(NamedTuple):
 
 
 def choose_path(
-  cfg: ModelConfig, run: Execution, sizes: Mapping[str, int], most_head_dim: int
+  cfg: ModelConfig,
+  run: Execution,
+  sizes: Mapping[str, int],
+  most_head_dim: int,
+  lengths: Sequence[int] = (),
 ) -> Path:
-  """The path over whole rows of a resolved model on a mesh of devices whose kernel takes
-  heads of up to `most_head_dim`; 0: they have none. Raises `ConfigError` where cudnn is
-  wanted and cannot.
+  """The path over whole rows, of such `lengths`, of a resolved model on a mesh of devices
+  whose kernel takes heads of up to `most_head_dim`; 0: they have none. Raises
+  `ConfigError` where cudnn is wanted and cannot.
   """
   wanted = run.attention
   if wanted == "blocked":
@@ -273,6 +277,7 @@ def choose_path(
     "it knows no attention_softcap": cfg.attention_softcap is not None,
     "it knows no learned_sinks": cfg.learned_sinks,
     f"it knows no positions={cfg.positions}": cfg.positions in {"alibi", "relative"},
+    "rows of an odd length may not have a mask": any(n % 2 for n in lengths),
     "it is not cut over mesh axis context": sizes.get("context", 1) > 1,
     "it does not run in the stages of a pipeline": sizes.get("stage", 1) > 1,
   }
@@ -285,11 +290,11 @@ def choose_path(
   return Path("blocked", f"cudnn cannot: {found[0]}")
 
 
-def path_here(cfg: ModelConfig, run: Execution) -> Path:
+def path_here(cfg: ModelConfig, run: Execution, lengths: Sequence[int]) -> Path:
   """The path on the devices and the mesh at hand. To ask for devices starts JAX, which the
   planner must not."""
   head_dim = 0 if run.attention == "blocked" else kernel_head_dim()
-  return choose_path(cfg, run, axis_sizes_in_use(), head_dim)
+  return choose_path(cfg, run, axis_sizes_in_use(), head_dim, lengths)
 
 
 def kernel_head_dim() -> int:
@@ -511,11 +516,14 @@ class Attention(nn.Module):
       out_BTNH = attend_cached(q_BTNH, k, v, sight, scoring, sinks_N)
     elif self.run.attention == OUTLINE:
       out_BTNH = attend_outline(q_BTNH, k, v)
-    elif path_here(self.cfg, self.run).name == "cudnn":
+    elif not self.is_initializing() and self.path_of(q_BTNH, k) == "cudnn":
       out_BTNH = attend_cudnn(q_BTNH, k, v, sight, scoring, reach)
     else:
       out_BTNH = attend_blocked(q_BTNH, k, v, sight, scoring, sinks_N, reach)
     return self.o(out_BTNH), weights_BNTS
+
+  def path_of(self, q_BTNH: jax.Array, k_BSKH: jax.Array) -> str:
+    return path_here(self.cfg, self.run, (q_BTNH.shape[1], k_BSKH.shape[1])).name
 
 
 class HeadNorm(nn.Module):

@@ -171,7 +171,8 @@ def with_path(cfg: Config, sizes: Sizes, device: Device) -> tuple[Config, Path |
   if cfg.model.family == "rnn":
     return cfg, None
   execution = build_model(cfg.model, cfg.training).run
-  path = choose_path(cfg.model, execution, sizes, device.kernel_head_dim)
+  lengths = cfg.data.seq_len, source_len(cfg)
+  path = choose_path(cfg.model, execution, sizes, device.kernel_head_dim, lengths)
   training = dataclasses.replace(cfg.training, attention=path.name)
   return dataclasses.replace(cfg, training=training), path
 

@@ -459,7 +459,8 @@ def describe(cfg: Config, state: TrainState, prepared: Prepared, mesh: Mesh) -> 
   attention = ""
   if jax.default_backend() != "cpu" and cfg.model.family != "rnn":
     run = build_model(cfg.model, cfg.training).run
-    path = choose_path(cfg.model, run, mesh.shape, kernel_head_dim())
+    lengths = (cfg.data.seq_len, cfg.data.source_len or 0)
+    path = choose_path(cfg.model, run, mesh.shape, kernel_head_dim(), lengths)
     attention = f"; attention: {path.name}{f' ({path.why})' if path.why else ''}"
   return (
     f"{cfg.run_dir}: {num_params:,} parameters; {cfg.data.corpus}: "

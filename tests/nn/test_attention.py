@@ -107,10 +107,12 @@ def test_cudnn_is_asked_for_the_same(way, packed, monkeypatch):
 
 
 def test_the_path_is_one_that_can():
-  def chosen(wanted="auto", dtype="bfloat16", kernel=256, sizes=None, **model):
+  def chosen(
+    wanted="auto", dtype="bfloat16", kernel=256, sizes=None, lengths=(64, 0), **model
+  ):
     cfg = ModelConfig(vocab_size=64, **model).resolve()
     run = Execution(dtype=jnp.dtype(dtype), attention=wanted)
-    return choose_path(cfg, run, sizes or {}, kernel)
+    return choose_path(cfg, run, sizes or {}, kernel, lengths)
 
   assert chosen().name == "cudnn" and chosen("cudnn").name == "cudnn"
   assert chosen("blocked").name == "blocked"
@@ -122,6 +124,7 @@ def test_the_path_is_one_that_can():
     "softcap": dict(attention_softcap=30.0),
     "learned_sinks": dict(learned_sinks=True),
     "alibi": dict(positions="alibi"),
+    "odd length": dict(lengths=(63,)),
     "context": dict(sizes={"context": 2}),
     "pipeline": dict(sizes={"stage": 2}),
   }.items():
