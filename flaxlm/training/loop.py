@@ -41,6 +41,7 @@ from flaxlm.errors import (
   NonFiniteError,
 )
 from flaxlm.foreign_tokenizers import expected_vocab_size
+from flaxlm.nn.attention import Path as AttentionPath
 from flaxlm.nn.attention import choose_path, kernel_head_dim
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import build_model
@@ -86,6 +87,7 @@ def train(cfg: Config) -> int:
   with joined(cfg) as peers, contextlib.ExitStack() as stack:
     mesh = make_mesh(cfg.mesh)
     check_batch(cfg, mesh.shape)
+    attention = attention_path(cfg, mesh)
     # -- Run directory: ours alone from here on.
     stack.enter_context(locked(cfg.run_dir))
     check_shared(cfg.run_dir, peers)
@@ -142,6 +144,9 @@ def train(cfg: Config) -> int:
     if cfg.model.padding:
       reporter.log(cfg.model.padding)
     reporter.log(describe(cfg, state, prepared, mesh))
+    if attention is not None and jax.default_backend() != "cpu":
+      why = f": {attention.why}" if attention.why else ""
+      reporter.log(f"attention: {attention.name}{why}")
 
     # -- Steps.
     evaluator = Evaluator(
@@ -456,19 +461,22 @@ def describe(cfg: Config, state: TrainState, prepared: Prepared, mesh: Mesh) -> 
   num_params = sum(x.size for x in jax.tree.leaves(state.params))
   axes = describe_mesh(mesh.shape, slow_axes(cfg.mesh))
   device = jax.devices()[0].device_kind
-  attention = ""
-  if jax.default_backend() != "cpu" and cfg.model.family != "rnn":
-    run = build_model(cfg.model, cfg.training).run
-    lengths = (cfg.data.seq_len, cfg.data.source_len or 0)
-    path = choose_path(cfg.model, run, mesh.shape, kernel_head_dim(), lengths)
-    attention = f"; attention: {path.name}{f' ({path.why})' if path.why else ''}"
   return (
     f"{cfg.run_dir}: {num_params:,} parameters; {cfg.data.corpus}: "
     f"{prepared.train.num_tokens:,} tokens to learn from, "
     f"{prepared.validation.num_tokens:,} held out; "
     f"{jax.device_count()} {device} device(s){f', mesh {axes}' if mesh.size > 1 else ''}"
-    f"{attention}"
   )
+
+
+def attention_path(cfg: Config, mesh: Mesh) -> AttentionPath | None:
+  """How rows of the batches will attend; raises `ConfigError` if they cannot as asked."""
+  model = cfg.model.resolve()
+  if model.family == "rnn":
+    return None
+  run = build_model(model, cfg.training).run
+  lengths = (cfg.data.seq_len, cfg.data.source_len or 0)
+  return choose_path(model, run, mesh.shape, kernel_head_dim(), lengths)
 
 
 # -- Signals, and the end ------------------------------------------------------------------
