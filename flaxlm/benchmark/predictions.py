@@ -200,12 +200,8 @@ def predict_training(name: str, cfg: Config, setting: Setting) -> list[Result]:
   listed = [f"{part} {1e3 * seconds:.3g}" for part, seconds in parts.items() if seconds]
   note = f"the last round's: {', '.join(listed)}"
   results = [ratio(f"train {name}", predicted, timings["step"], note)]
-  sheet = this_device()
-  if sheet is not None and sheet.peak_flops:
-    by_sheet = plan_training(cfg, sizes, sheet).times.seconds
-    predicted = [by_sheet] * setting.rounds
-    results.append(ratio(f"train {name}, by data sheet", predicted, timings["step"]))
-  return results
+  predict = lambda sheet: plan_training(cfg, sizes, sheet).times.seconds
+  return [*results, *by_data_sheet(f"train {name}", predict, timings["step"])]
 
 
 def state_of(cfg: Config) -> StateBytes:
@@ -387,12 +383,8 @@ def predict_decoding(name: str, cfg: Config, setting: Setting) -> list[Result]:
     f"weights {1e3 * read / READS:.3g}, an operation {1e3 * operation / num_kernels:.3g}"
   )
   results = [ratio(f"decode {name}", predicted, token, note)]
-  sheet = this_device()
-  if sheet is not None and sheet.peak_flops:
-    predicted = [plan_decoding(cfg, full_sizes({}), sheet, 1, slots).seconds]
-    predicted *= setting.rounds
-    results.append(ratio(f"decode {name}, by data sheet", predicted, token))
-  return results
+  predict = lambda sheet: plan_decoding(cfg, full_sizes({}), sheet, 1, slots).seconds
+  return [*results, *by_data_sheet(f"decode {name}", predict, token)]
 
 
 def for_decoding(cfg: Config) -> Config:
@@ -446,6 +438,17 @@ def one_device() -> Mesh:
   axes = (1,) * len(MESH_AXES)
   types = (AxisType.Auto,) * len(MESH_AXES)
   return jax.make_mesh(axes, MESH_AXES, axis_types=types, devices=jax.devices()[:1])
+
+
+def by_data_sheet(
+  case: str, predict: Callable[[Device], float | None], measured: Timing
+) -> list[Result]:
+  """What the device table alone predicts, where it has this device."""
+  sheet = this_device()
+  if sheet is None or not sheet.peak_flops:
+    return []
+  predicted = [predict(sheet)] * len(measured.rounds)
+  return [ratio(f"{case}, by data sheet", predicted, measured)]
 
 
 def ratio(

@@ -168,13 +168,20 @@ def plan_training(cfg: Config, sizes: Sizes, device: Device) -> Plan:
 
 def with_path(cfg: Config, sizes: Sizes, device: Device) -> tuple[Config, Path | None]:
   """The config with the path that attention takes on such a mesh, and why it does."""
-  if cfg.model.family == "rnn":
+  path = attention_path(cfg, sizes, device.kernel_head_dim)
+  if path is None:
     return cfg, None
-  execution = build_model(cfg.model, cfg.training).run
-  lengths = cfg.data.seq_len, source_len(cfg)
-  path = choose_path(cfg.model, execution, sizes, device.kernel_head_dim, lengths)
   training = dataclasses.replace(cfg.training, attention=path.name)
   return dataclasses.replace(cfg, training=training), path
+
+
+def attention_path(cfg: Config, sizes: Sizes, most_head_dim: int) -> Path | None:
+  """How rows of the batches attend (see `choose_path`); None: they do not, in an RNN."""
+  if cfg.model.family == "rnn":
+    return None
+  model = build_model(cfg.model, cfg.training)
+  lengths = cfg.data.seq_len, source_len(cfg)
+  return choose_path(model.cfg, model.run, sizes, most_head_dim, lengths)
 
 
 def step_times(cfg: Config, sizes: Sizes, device: Device, cost: StepCost) -> StepTimes:
@@ -193,24 +200,18 @@ def compute_seconds(
 ) -> float | None:
   """FLOPs at the attainable rate, or product by product where their rates were measured."""
   num_devices = math.prod(sizes.values())
-  if device.product_rates and num_devices == 1 and is_listed(cfg):
-    seconds = product_seconds(training_products(cfg), device, cfg.training.dtype)
-    if cfg.training.attention == "cudnn" and seconds is not None:
-      if not device.attention_rate:
-        return None
-      work = forward_work(cfg.model, cfg.data.batch_size, cfg.data.seq_len)
-      seconds += 3 * work.attention / device.attention_rate
-    return seconds
-  peak, executed = attainable_flops(device, cfg.training.dtype), cost.executed_flops
-  if not peak:
-    return None
-  seconds = 0.0
-  if cfg.training.attention == "cudnn" and device.attention_rate:
+  fused, rate = cfg.training.attention == "cudnn", device.attention_rate
+  executed, kernel = cost.executed_flops, 0.0
+  if fused and rate:
     work = forward_work(cfg.model, cfg.data.batch_size, cfg.data.seq_len, source_len(cfg))
     passes = attention_passes(cfg.training)
     executed -= passes * work.attention_executed
-    seconds = passes * work.attention / device.attention_rate
-  return (seconds + executed / peak) / num_devices
+    kernel = passes * work.attention / rate
+  if device.product_rates and num_devices == 1 and is_listed(cfg):
+    seconds = product_seconds(training_products(cfg), device, cfg.training.dtype)
+    return None if seconds is None or (fused and not rate) else seconds + kernel
+  peak = attainable_flops(device, cfg.training.dtype)
+  return (kernel + executed / peak) / num_devices if peak else None
 
 
 def product_seconds(products: Products, device: Device, dtype: str) -> float | None:

@@ -41,10 +41,10 @@ from flaxlm.errors import (
   NonFiniteError,
 )
 from flaxlm.foreign_tokenizers import expected_vocab_size
-from flaxlm.nn.attention import Path as AttentionPath
-from flaxlm.nn.attention import choose_path, kernel_head_dim
+from flaxlm.nn.attention import kernel_head_dim
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import build_model
+from flaxlm.planning.roofline import attention_path
 from flaxlm.sharding import (
   check_batch,
   check_replication,
@@ -87,7 +87,7 @@ def train(cfg: Config) -> int:
   with joined(cfg) as peers, contextlib.ExitStack() as stack:
     mesh = make_mesh(cfg.mesh)
     check_batch(cfg, mesh.shape)
-    attention = attention_path(cfg, mesh)
+    attention = attention_path(cfg, mesh.shape, kernel_head_dim())
     # -- Run directory: ours alone from here on.
     stack.enter_context(locked(cfg.run_dir))
     check_shared(cfg.run_dir, peers)
@@ -467,16 +467,6 @@ def describe(cfg: Config, state: TrainState, prepared: Prepared, mesh: Mesh) -> 
     f"{prepared.validation.num_tokens:,} held out; "
     f"{jax.device_count()} {device} device(s){f', mesh {axes}' if mesh.size > 1 else ''}"
   )
-
-
-def attention_path(cfg: Config, mesh: Mesh) -> AttentionPath | None:
-  """How rows of the batches will attend; raises `ConfigError` if they cannot as asked."""
-  model = cfg.model.resolve()
-  if model.family == "rnn":
-    return None
-  run = build_model(model, cfg.training).run
-  lengths = (cfg.data.seq_len, cfg.data.source_len or 0)
-  return choose_path(model, run, mesh.shape, kernel_head_dim(), lengths)
 
 
 # -- Signals, and the end ------------------------------------------------------------------
