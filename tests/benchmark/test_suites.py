@@ -15,6 +15,8 @@ from flaxlm.benchmark.attention import Shape, operands, paths
 from flaxlm.benchmark.measure import Setting
 from flaxlm.benchmark.report import UNITS
 from flaxlm.commands import bench
+from flaxlm.decoding.generate import generate
+from flaxlm.decoding.sampling import make_sampling
 from flaxlm.errors import ConfigError, FlaxLMError
 from flaxlm.sharding import make_mesh
 from tests.benchmark.test_report import CONTRACT
@@ -179,6 +181,14 @@ def test_an_answer_that_is_not_the_likeliest_is_refused():
   request = decode.random_request(cfg, 2, prompt, new)
   with pytest.raises(FlaxLMError, match="without a result"):
     decode.check(model, params, request, np.zeros((2, new), int))
+  greedy = make_sampling(2, temperature=0.0)
+  ours = decode.whole_answer(generate(model, params, request, greedy))
+  theirs = ours.copy()
+  assert "100.0%" in decode.check_both(model, params, request, ours, theirs)
+  theirs[1, -1] = (ours[1, -1] + 1) % cfg.model.vocab_size
+  for sides in ((ours, theirs), (theirs, ours)):
+    with pytest.raises(FlaxLMError, match="without a result"):
+      decode.check_both(model, params, request, *sides)
 
 
 # -- Peers ---------------------------------------------------------------------------------
