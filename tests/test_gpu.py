@@ -12,6 +12,7 @@ import pytest
 
 from flaxlm.config import ModelConfig, TrainingConfig
 from flaxlm.data.objectives import next_token
+from flaxlm.decoding.prefill import Request, prefill_logits
 from flaxlm.nn.attention import (
   Placement,
   Reach,
@@ -70,6 +71,34 @@ def test_cudnn_equals_reference_with_gradients(way, kv_heads):
   for ours, exactly in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
     error = np.linalg.norm(np.float32(ours) - exactly) / np.linalg.norm(exactly)
     assert error < 1e-2
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_prompts_read_by_cudnn_are_read_as_without(window):
+  """Of different lengths, in chunks, into a ring too."""
+  pattern = "G" if window is None else "LG"
+  cfg = ModelConfig(
+    depth=2,
+    width=256,
+    num_heads=4,
+    num_kv_heads=2,
+    vocab_size=512,
+    context=1024,
+    window=window,
+    layer_pattern=pattern,
+  ).resolve()
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(1, 512, length).tolist() for length in (700, 64, 3)]
+  found = []
+  for path in ("blocked", "cudnn"):  # cudnn: where it can, with a cache
+    model = build_model(cfg, TrainingConfig(dtype="bfloat16", attention=path))
+    params = jax.jit(lambda m=model: nn.unbox(init_params(m, 0)))()
+    request = Request(prompts, 4, num_ids=512)
+    logits_BV, cache = prefill_logits(model, params, request, mesh=None)
+    found.append(jax.device_get((logits_BV[:3], cache.layers[0][0][:1, :, -64:])))
+  for ours, theirs in zip(*map(jax.tree.leaves, found), strict=True):
+    error = np.linalg.norm(np.float32(ours) - np.float32(theirs))
+    assert error <= 3e-2 * np.linalg.norm(np.float32(theirs))
 
 
 def test_a_step_with_cudnn_is_the_step_without():

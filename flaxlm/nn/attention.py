@@ -3,11 +3,13 @@
 (Shazeer, 2019; Ainslie et al., 2023), and what each query sees.
 
 `attend` says what attention is; over whole rows, in training, `attend_blocked` computes
-the same, or `attend_cudnn` where `choose_path` finds that NVIDIA's kernel can. Which query
+the same, or `attend_cudnn` where `choose_path` finds that NVIDIA's kernel can; over a cache
+`attend_cached`, or that kernel for prompts. Which query
 sees which key is decided in one place, `visible`, from slots (where a token lies in its
 row), never from positions (which restart with every packed document).
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -26,6 +28,7 @@ from flaxlm.nn.positions import CosSin, rotate
 from flaxlm.sharding import axis_sizes_in_use, constrain, is_cut
 
 OUTLINE = "outline"  # a path for the planner alone
+PROMPT = 32  # tokens at a time from which on scores are worth a kernel
 
 
 class Placement(NamedTuple):
@@ -496,7 +499,8 @@ class Attention(nn.Module):
     """Returns (B, T, D), and if `capture` the weights (B, N, T, S).
 
     Keys and values are (B, S, K, H), or as a cache has them, (B, K, S, H). Whole rows, as
-    in training, take the path of `choose_path`; who wants to see the weights, `attend`.
+    in training, and prompts take the path of `choose_path`; who wants to see the weights,
+    `attend`.
     """
     q_BTNH = self.q(x_BTD)
     if self.cfg.qk_norm != "none":
@@ -512,6 +516,9 @@ class Attention(nn.Module):
     if capture:
       k, v = (x.swapaxes(1, 2) if cached else x for x in (k, v))
       out_BTNH, weights_BNTS = attend(q_BTNH, k, v, sight, scoring, sinks_N)
+    elif cached and self.cached_path(q_BTNH, k) == "cudnn":
+      k_BSKH, v_BSKH = k.swapaxes(1, 2), v.swapaxes(1, 2)
+      out_BTNH = attend_cudnn(q_BTNH, k_BSKH, v_BSKH, sight, scoring)
     elif cached:
       out_BTNH = attend_cached(q_BTNH, k, v, sight, scoring, sinks_N)
     elif self.run.attention == OUTLINE:
@@ -524,6 +531,16 @@ class Attention(nn.Module):
 
   def path_of(self, q_BTNH: jax.Array, k_BSKH: jax.Array) -> str:
     return path_here(self.cfg, self.run, (q_BTNH.shape[1], k_BSKH.shape[1])).name
+
+  def cached_path(self, q_BTNH: jax.Array, k_BKSH: jax.Array) -> str:
+    """Prompts take the kernel where it can; how a run was trained decides nothing here, as
+    it may answer elsewhere."""
+    lengths = q_BTNH.shape[1], k_BKSH.shape[2]
+    if lengths[0] < PROMPT or self.run.attention == "blocked":
+      return "blocked"
+    return path_here(
+      self.cfg, dataclasses.replace(self.run, attention="auto"), lengths
+    ).name
 
 
 class HeadNorm(nn.Module):

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention paths agree, forward and backward, for every mask."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from flaxlm.config import MESH_AXES, ModelConfig
+from flaxlm.config import MESH_AXES, ModelConfig, TrainingConfig
+from flaxlm.decoding.prefill import Request, prefill_logits
 from flaxlm.errors import ConfigError
 from flaxlm.nn.attention import (
   Placement,
@@ -22,6 +24,7 @@ from flaxlm.nn.attention import (
   visible,
 )
 from flaxlm.nn.base import Execution
+from flaxlm.nn.models import build_model, init_params
 from flaxlm.sharding import make_mesh
 
 WAYS = {
@@ -77,18 +80,24 @@ def test_blocked_equals_reference_with_gradients(way, num_tokens, kv_heads):
   jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=3e-5), actual, expected)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("way", [w for w in WAYS if w not in OUTSIDE_CUDNN])
-def test_cudnn_is_asked_for_the_same(way, packed, monkeypatch):
-  """Masks, windows and the scale, as the library reads them; `gpu` tests ask cuDNN."""
-  asked = {}
+@pytest.fixture
+def asked(monkeypatch) -> list[dict]:
+  """What cuDNN is asked for, by a library's XLA form in its place."""
+  asked = []
 
   def in_its_place(*arrays, implementation, **options):
-    asked.update(options)
+    asked.append(options)
     return library(*arrays, implementation="xla", **options)
 
   library = jax.nn.dot_product_attention
   monkeypatch.setattr(jax.nn, "dot_product_attention", in_its_place)
+  return asked
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("way", [w for w in WAYS if w not in OUTSIDE_CUDNN])
+def test_cudnn_is_asked_for_the_same(way, packed, asked):
+  """Masks, windows and the scale, as the library reads them; `gpu` tests ask cuDNN."""
   B, T, N, H = 2, 130, 4, 8
   options = dict(causal=True, window=None, sink_tokens=0) | WAYS[way]
   q, *_ = jax.random.normal(jax.random.key(0), (1, B, T, N, H))
@@ -103,7 +112,37 @@ def test_cudnn_is_asked_for_the_same(way, packed, monkeypatch):
   np.testing.assert_allclose(actual, expected, atol=3e-5)
   # A mask is a bias of all scores: only what cuDNN cannot know otherwise is one.
   known = options["causal"] and not packed and not sinks
-  assert (asked["mask"] is None) == (known or sight.mask_BTS is None)
+  assert (asked[0]["mask"] is None) == (known or sight.mask_BTS is None)
+
+
+@pytest.mark.parametrize("window", [None, 48])
+def test_prompts_are_read_by_cudnn_where_it_can(window, asked, monkeypatch):
+  """Of different lengths, into a ring too; and elsewhere as ever, whatever was wanted."""
+  pattern = "G" if window is None else "LG"
+  cfg = ModelConfig(
+    depth=2,
+    width=32,
+    num_heads=4,
+    num_kv_heads=2,
+    vocab_size=64,
+    context=512,
+    window=window,
+    layer_pattern=pattern,
+  ).resolve()
+  prompts = [[*range(1, 60)] * 4, [*range(9, 50)], [7]]
+  request = Request(prompts, 3, num_ids=64)
+  found = []
+  for on_gpu, wanted in ((True, "blocked"), (True, "auto"), (False, "cudnn")):
+    monkeypatch.setattr("flaxlm.nn.attention.kernel_head_dim", lambda gpu=on_gpu: 256 * gpu)
+    model = build_model(cfg, TrainingConfig(dtype="bfloat16", attention=wanted))
+    params = nn.unbox(init_params(model, 0))
+    jax.clear_caches()  # it does not know of the devices that are not there
+    asked.clear()
+    logits_BV, _ = prefill_logits(model, params, request, mesh=None)
+    assert len(asked) == (2 if on_gpu and wanted == "auto" else 0)
+    found.append(np.asarray(logits_BV[:3], np.float32))
+  for logits in found[1:]:
+    np.testing.assert_allclose(logits, found[0], atol=3e-2 * np.abs(found[0]).max())
 
 
 def test_the_path_is_one_that_can():
