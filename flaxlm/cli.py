@@ -15,6 +15,7 @@ from flaxlm.commands.launch import add_launch
 from flaxlm.commands.look import add_look
 from flaxlm.commands.parsing import Parser
 from flaxlm.commands.plan import add_plan, add_shard
+from flaxlm.commands.tokenizer import add_tokenizer
 from flaxlm.commands.train import add_eval, add_train
 from flaxlm.errors import (
   INTERRUPTED,
@@ -65,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     dest="command", required=True, metavar="COMMAND", parser_class=Parser
   )
   for add in (
-    *(add_train, add_launch, add_infer, add_embed, add_eval, add_look),
+    *(add_train, add_launch, add_infer, add_embed, add_eval, add_look, add_tokenizer),
     *(add_plan, add_shard, add_ckpt, add_bench, add_import, add_export),
   ):
     add(commands)

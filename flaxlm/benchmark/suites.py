@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -74,12 +75,14 @@ def run_suites(
   results: list[Result] = []
   for name in names:
     log(f"{name} ...")
+    start = time.perf_counter()
     peer = setting.peer if name in PEERS.get(setting.peer or "", ()) else None
     mine = dataclasses.replace(setting, peer=peer)
     if name == "collectives" and len(names) > 1 and jax.device_count() == 1:
       results += collectives_apart(mine, log)
     else:
       results += SUITES[name](mine)
+    log(f"  {time.perf_counter() - start:.0f} s")
   ceilings = find_ceilings(results, names, setting, log)
   judge(results, ceilings, this_device())
   return results, ceilings

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`flaxlm tokenizer train`, `compare` and `encode`: how text becomes ids."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from flaxlm.commands.parsing import open_output, read_text
+from flaxlm.configfile import override
+from flaxlm.errors import ConfigError
+
+COMPARED_BYTES = 2**22  # of held-out text, at most
+
+
+SOURCES = "a tokenizer.json, a run, or byte or bpe:SIZE of the corpus"
+HEADINGS = "      ids      tokens bytes/token tokens/word ids used    MB/s lossless"
+
+
+def add_tokenizer(commands: Any) -> None:
+  parser = commands.add_parser("tokenizer", help="train, compare and try tokenizers")
+  actions = parser.add_subparsers(
+    dest="action", required=True, metavar="ACTION", parser_class=type(parser)
+  )
+  made = actions.add_parser("train", help="a tokenizer.json from a corpus")
+  made.add_argument("--kind", default="bpe", help="byte or bpe; default: bpe")
+  made.add_argument("--vocab-size", help="default: tokenizer.vocab_size's")
+  made.add_argument("--output", default="tokenizer.json", help="default: tokenizer.json")
+  made.set_defaults(run=run_train)
+  compare = actions.add_parser("compare", help="tokenizers on the same held-out text")
+  compare.add_argument("tokenizers", nargs="+", metavar="TOKENIZER", help=SOURCES)
+  compare.add_argument("--json", action="store_true")
+  compare.add_argument("--output", help="a file instead of the screen")
+  compare.set_defaults(run=run_compare)
+  encode = actions.add_parser("encode", help="a text's ids, and what each stands for")
+  encode.add_argument("tokenizer", metavar="TOKENIZER", help=SOURCES)
+  encode.add_argument("--text", required=True, help="- for standard input")
+  encode.add_argument("--json", action="store_true")
+  encode.set_defaults(run=run_encode)
+  for action in (made, compare, encode):
+    action.add_argument(
+      "--corpus", default="stdlib", help="as data.corpus; default: stdlib"
+    )
+
+
+def run_train(args: argparse.Namespace, _: list[str]) -> int:
+  tokenizer = train(args.corpus, args.kind, args.vocab_size)
+  with open_output(args.output) as file:
+    file.write(tokenizer.to_json())
+  print(f"{args.output}: {args.kind}, {tokenizer.vocab_size:,} ids of {args.corpus}")
+  return 0
+
+
+def run_compare(args: argparse.Namespace, _: list[str]) -> int:
+  from flaxlm.data.prepare import held_out_texts
+
+  found = {name: find_tokenizer(name, args.corpus) for name in args.tokenizers}
+  texts = held_out_texts(args.corpus, COMPARED_BYTES)
+  rows = [{"tokenizer": name} | measure(found[name], texts) for name in found]
+  with open_output(args.output) as file:
+    if args.json:
+      file.writelines(json.dumps(row) + "\n" for row in rows)
+      return 0
+    size = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    print(f"{size:,} held-out bytes of {args.corpus}", file=file)
+    width = max(9, *map(len, found))
+    print(f"{'tokenizer':{width}} {HEADINGS}", file=file)
+    for row in rows:
+      whole = "yes" if row["lossless"] else "no"
+      print(
+        f"{row['tokenizer']:{width}} {row['vocab_size']:9,} {row['tokens']:11,}"
+        f" {row['bytes_per_token']:11.3f} {row['tokens_per_word']:11.3f}"
+        f" {row['ids_used']:8.1%} {row['megabytes_per_second']:7.1f} {whole:>8}",
+        file=file,
+      )
+  return 0
+
+
+def run_encode(args: argparse.Namespace, _: list[str]) -> int:
+  from flaxlm.look.pieces import describe
+
+  tokenizer = find_tokenizer(args.tokenizer, args.corpus)
+  text = read_text("-") if args.text == "-" else args.text
+  ids = tokenizer.encode(text)
+  pieces = describe(tokenizer, ids)
+  if args.json:
+    print(json.dumps({"text": text, "ids": ids, "pieces": [p.label for p in pieces]}))
+    return 0
+  for piece in pieces:
+    print(f"{piece.id:>8}  {piece.label:20}  {piece.hex}".rstrip())
+  num_bytes = len(text.encode("utf-8", "replace"))
+  print(f"{len(ids)} tokens, {num_bytes} bytes, {len(text)} characters")
+  return 0
+
+
+def find_tokenizer(name: str, corpus: str) -> Any:
+  """A file's, a run's, or one trained on the corpus as training would.
+
+  Raises `ConfigError` for a name that is none of them, `DataError` for a damaged file.
+  """
+  from flaxlm.foreign_tokenizers import load_tokenizer
+
+  path = Path(name)
+  if path.exists():
+    return load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+  kind, _, size = name.partition(":")
+  if (kind == "bpe" and size) or name == "byte":
+    return train(corpus, kind, size or None)
+  raise ConfigError(f"{name!r} is no tokenizer", f"it is {SOURCES}")
+
+
+def train(corpus: str, kind: str, vocab_size: str | None) -> Any:
+  """As training would, and kept as training keeps it. Raises `ConfigError`."""
+  from flaxlm.config import Config
+  from flaxlm.data.prepare import corpus_tokenizer
+
+  fields = [f"--tokenizer.kind={kind}"]
+  fields += [f"--tokenizer.vocab_size={vocab_size}"] if vocab_size else []
+  cfg = override(Config(), fields)
+  cfg.check()
+  return corpus_tokenizer(corpus, cfg.tokenizer)
+
+
+def measure(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
+  """What it makes of texts: how few tokens, how many of its ids, how fast, how exactly."""
+  start = time.perf_counter()
+  encoded = tokenizer.encode_batch(texts)
+  seconds = time.perf_counter() - start
+  num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
+  num_tokens = sum(map(len, encoded))
+  used = len(set().union(*(ids.tolist() for ids in encoded)))
+  pairs = zip(texts, encoded, strict=True)
+  return {
+    "vocab_size": tokenizer.vocab_size,
+    "tokens": num_tokens,
+    "bytes_per_token": num_bytes / num_tokens,
+    "tokens_per_word": num_tokens / max(1, sum(len(text.split()) for text in texts)),
+    "ids_used": used / tokenizer.vocab_size,
+    "megabytes_per_second": num_bytes / 1e6 / seconds,
+    "lossless": all(tokenizer.decode(ids.tolist()) == text for text, ids in pairs),
+  }
