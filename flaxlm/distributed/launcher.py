@@ -3,6 +3,7 @@
 
 import contextlib
 import ctypes
+import itertools
 import os
 import secrets
 import signal
@@ -20,7 +21,7 @@ from flaxlm.errors import INTERRUPTED, PREEMPTED, PeerLostError
 GOOD_ENDS = (0, PREEMPTED, INTERRUPTED)
 # A process that fails takes others along, within milliseconds: so long all are looked at
 # before one is called the first.
-LOOK_AROUND = 0.5
+LOOK_AROUND = 1.0
 TOKEN = "FLAXLM_JOB_TOKEN"
 
 
@@ -44,9 +45,9 @@ def launch(command: Sequence[str], num_processes: int, grace_seconds: float = 10
       for number in range(num_processes):
         environment = os.environ | shared | {PROCESS: str(number)}
         children.append(start(command, environment))
-      threads = [thread for n, child in enumerate(children) for thread in relays(n, child)]
-      code = wait(children, grace_seconds)
-      for thread in threads:
+      threads = [relays(n, child) for n, child in enumerate(children)]
+      code = wait(children, threads, grace_seconds)
+      for thread in itertools.chain.from_iterable(threads):
         thread.join(timeout=2.0)  # a grandchild may hold the pipe open
     return code
   finally:
@@ -74,8 +75,13 @@ def end_with_parent() -> None:
   ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def wait(children: Sequence[Any], grace_seconds: float) -> int:
-  """Until all have ended, by themselves or because one failed."""
+def wait(
+  children: Sequence[Any],
+  relayed: Sequence[Sequence[threading.Thread]],
+  grace_seconds: float,
+) -> int:
+  """Until all have ended, by themselves or because one failed; that is told after what
+  the ended have said, which is `relayed`."""
   while True:
     codes = [child.poll() for child in children]
     if all(code in GOOD_ENDS for code in codes):
@@ -87,6 +93,9 @@ def wait(children: Sequence[Any], grace_seconds: float) -> int:
   while time.monotonic() < end and any(child.poll() is None for child in children):
     time.sleep(0.05)
   codes = [child.poll() for child in children]
+  for code, threads in zip(codes, relayed, strict=True):
+    for thread in threads if code is not None else ():
+      thread.join(timeout=0.2)
   first = first_to_fail(codes)
   code = codes[first]
   assert code is not None, "it has failed"

@@ -31,6 +31,7 @@ from flaxlm.errors import (
 T = TypeVar("T")
 
 EXPLAIN = 1.0  # seconds; the kernel tells of a death within milliseconds
+LINGER = 0.5  # seconds, at most, for the others to hear why
 CURE = "its own log says why; the same command resumes from the last checkpoint"
 
 
@@ -155,9 +156,30 @@ class Peers(Alone):
       short = next(iter(str(why).splitlines()), "")[:500]
       message |= {"bye": exit_code_of(error), "why": short}
     self._tell(message)
+    self._say_no_more()
+    if error is not None:
+      self._thread.join(LINGER)  # they close as they hear; see `_linger`
+
+  def _say_no_more(self) -> None:
     for line in self._lines.values():
       with contextlib.suppress(OSError):
         line.socket.shutdown(socket.SHUT_WR)
+
+  def _linger(self) -> None:
+    """Reads until the others have closed. To end with anything unread, were it a heartbeat,
+    resets the connection, and what was said last is thrown away unheard."""
+    self._say_no_more()
+    end = time.monotonic() + LINGER
+    with selectors.DefaultSelector() as selector:
+      for number in self._lines.keys() - self._gone:
+        selector.register(self._lines[number].socket, selectors.EVENT_READ, number)
+      while selector.get_map() and (left := end - time.monotonic()) > 0:
+        for key, _ in selector.select(left):
+          heard = b""
+          with contextlib.suppress(OSError):
+            heard = self._lines[key.data].socket.recv(2**16)
+          if not heard:
+            selector.unregister(key.fileobj)
 
   def explain(self) -> None:
     time.sleep(EXPLAIN)  # the watch ends the process if a peer is gone
@@ -241,6 +263,7 @@ class Peers(Alone):
       return
     if self.process == 0:
       self._tell(message)
+      self._linger()
     card = self._cards[message["process"]]
     if code == HangError.exit_code:  # where we hang may explain it
       faulthandler.dump_traceback(all_threads=True)
@@ -251,6 +274,7 @@ class Peers(Alone):
     error = PeerLostError(f"lost {card}: {why}", CURE)
     if self.process == 0:
       self._tell({"bye": error.exit_code, "why": why, "process": number})
+      self._linger()
     die(error)
 
 
