@@ -46,6 +46,7 @@ from flaxlm.nn.attention import (
   Reach,
   Scoring,
   Sight,
+  attend_cached,
   attend_cudnn,
   kernel_head_dim,
   visible,
@@ -54,10 +55,15 @@ from flaxlm.nn.layers import activate, build_norm, matrix_dot
 from flaxlm.nn.models import build_model
 from flaxlm.planning.cost import forward_work
 from flaxlm.planning.devices import ANY, Device
-from flaxlm.planning.memory import StateBytes, full_sizes, residual_bytes, state_bytes
+from flaxlm.planning.memory import (
+  StateBytes,
+  full_sizes,
+  kv_cache_bytes,
+  residual_bytes,
+  state_bytes,
+)
 from flaxlm.planning.products import (
   Product,
-  decoding_products,
   training_products,
   weight_products,
 )
@@ -330,9 +336,8 @@ def training_side(cfg: Config) -> Side:
 
 
 def predict_decoding(name: str, cfg: Config, setting: Setting) -> list[Result]:
-  """Of one row, greedily, the prompt apart. A product alone finds its weights in a cache,
-  where a step has to fetch them: so all of them are streamed once, too. On an accelerator
-  that is all there is to a product of one row: alone it is over before the next is sent.
+  """Of one row, greedily, the prompt apart. What is timed alone is timed as a step has it,
+  in a loop: a call of its own costs a CPU 10 us, and a GPU more than a product takes.
   """
   cfg, dtype = for_decoding(cfg), cfg.training.dtype
   model, params = random_model(cfg)
@@ -346,37 +351,34 @@ def predict_decoding(name: str, cfg: Config, setting: Setting) -> list[Result]:
     answer = generate(model, params, request, greedy)
     return next(answer), lambda: list(answer)
 
-  products: Mapping[Product, int] = {}
-  if jax.default_backend() == "cpu":
-    products = decoding_products(cfg.model, 1, slots)
   weights = weight_arrays(cfg)
-  sides = product_sides(products, dtype)
-  sides |= {
-    product: weight_side(product, dtype)
-    for product in weight_products(cfg.model, 1)
-    if product in products
-  }
-  sides["stream"] = piece(stream, (weights,))
   x_1D = jnp.ones((1, cfg.model.width), dtype)
   compiled = jax.jit(chain).lower(x_1D).compile()
-  sides["operation"] = Side(compiled, lambda: (x_1D,), queued=True)
   num_kernels = STEPS * max(1, (compiled.as_text() or "").count(" fusion("))
-  sides["decode"] = Side(lambda _, rest: rest(), started)
+  sides = {
+    "stream": piece(stream, (weights,)),
+    "operation": Side(compiled, lambda: (x_1D,), queued=True),
+    "decode": Side(lambda _, rest: rest(), started),
+  }
+  on_cpu = jax.default_backend() == "cpu"
+  if on_cpu:
+    sides["cache"] = piece(functools.partial(look_back, cfg.model), cached(cfg, slots))
   timings: dict[Any, Timing] = measure(sides, setting)
-  predicted, num_bytes = [], read_parameters(cfg, 1) * jnp.dtype(dtype).itemsize
+  item = jnp.dtype(dtype).itemsize
+  num_bytes = read_parameters(cfg, 1) * item
+  cache_bytes = kv_cache_bytes(cfg.model, 1, slots, item) / cfg.model.depth
+  predicted = []
   for number in range(setting.rounds):
     operation = timings["operation"].rounds[number] / num_kernels
-    # The planner counts an accelerator's products among the operations.
-    reading = timings["stream"].rounds[number] / READS
-    if not products:
+    reading, rates = timings["stream"].rounds[number] / READS, {}
+    if on_cpu:
+      rates["cache"] = STEPS * cache_bytes / timings["cache"].rounds[number]
+    else:  # the planner counts a GPU's products, and attention, among the operations
       reading = max(reading - len(weights) * operation, SHORTEST)
-    rates = {
-      product: product.flops / timings[product].rounds[number] for product in products
-    }
     device = dataclasses.replace(
       here(),
-      peak_flops={dtype: max(rates.values(), default=math.inf)},
-      product_rates=rates,
+      peak_flops={dtype: math.inf},
+      pass_bandwidths=rates,
       operation_seconds=operation,
       memory_bandwidth=num_bytes / reading,
     )
@@ -384,9 +386,13 @@ def predict_decoding(name: str, cfg: Config, setting: Setting) -> list[Result]:
   token = timings["decode"]
   per_token = [seconds / (new - 1) for seconds in token.rounds]
   token = dataclasses.replace(token, rounds=per_token)
-  read = timings["stream"].median / READS
-  operation = timings["operation"].median / num_kernels
-  note = f"weights {1e3 * read:.3g}, an operation {1e3 * operation:.3g}"
+  parts = {
+    "weights": timings["stream"].median / READS,
+    "an operation": timings["operation"].median / num_kernels,
+  }
+  if on_cpu:
+    parts["attention"] = cfg.model.depth * timings["cache"].median / STEPS
+  note = ", ".join(f"{part} {1e3 * seconds:.3g}" for part, seconds in parts.items())
   results = [ratio(f"decode {name}", predicted, token, note)]
   predict = lambda sheet: plan_decoding(cfg, full_sizes({}), sheet, 1, slots).seconds
   return [*results, *by_data_sheet(f"decode {name}", predict, token)]
@@ -396,13 +402,6 @@ def for_decoding(cfg: Config) -> Config:
   """With parameters as wide as the computation."""
   dtype = cfg.training.dtype
   return dataclasses.replace(cfg, training=TrainingConfig(dtype=dtype, param_dtype=dtype))
-
-
-def weight_side(product: Product, dtype: str) -> Side:
-  """One row times a matrix, as the loop does it."""
-  x_MK = jnp.ones((product.rows, product.inner), dtype)
-  params = {"matrix": jnp.ones((product.columns, product.inner), dtype)}
-  return piece(matrix_dot, (x_MK, params))
 
 
 def weight_arrays(cfg: Config) -> list[jax.Array]:
@@ -423,6 +422,31 @@ def stream(weights: list[jax.Array]) -> jax.Array:
     return seen, None
 
   return jax.lax.scan(read, jnp.float32(0.0), length=READS)[0]
+
+
+def cached(cfg: Config, slots: int) -> tuple[jax.Array, ...]:
+  """A query, and a layer's keys, values and mask."""
+  model, dtype = cfg.model, cfg.training.dtype
+  assert model.num_kv_heads and model.head_dim
+  kv_1KSH = jnp.ones((1, model.num_kv_heads, slots, model.head_dim), dtype)
+  q_11NH = jnp.ones((1, 1, model.num_heads, model.head_dim), dtype)
+  return q_11NH, kv_1KSH, kv_1KSH, jnp.ones((1, 1, slots), bool)
+
+
+def look_back(
+  model: ModelConfig,
+  q_11NH: jax.Array,
+  k_1KSH: jax.Array,
+  v_1KSH: jax.Array,
+  mask_11S: jax.Array,
+) -> jax.Array:
+  """Attention over a cache, again and again."""
+  scoring = Scoring(model.attention_scale or 1.0)
+
+  def step(q_11NH: jax.Array, _: None) -> tuple[jax.Array, None]:
+    return attend_cached(q_11NH, k_1KSH, v_1KSH, Sight(mask_11S), scoring), None
+
+  return jax.lax.scan(step, q_11NH, length=STEPS)[0]
 
 
 def chain(x_1D: jax.Array) -> jax.Array:

@@ -94,16 +94,6 @@ def training_products(cfg: Config) -> Products:
   return found
 
 
-def decoding_products(model: ModelConfig, rows: int, slots: int) -> Products:
-  """Those of one step of `rows` rows over a cache of `slots`."""
-  assert model.num_kv_heads and model.head_dim
-  K, H, G = model.num_kv_heads, model.head_dim, model.num_heads // model.num_kv_heads
-  found = weight_products(model, rows)
-  found[Product(G, H, slots, rows * K)] += model.depth
-  found[Product(G, slots, H, rows * K)] += model.depth
-  return found
-
-
 def weight_products(model: ModelConfig, rows: int) -> Products:
   """Tokens times weights, forward, of `rows` tokens: all layers, and the head."""
   assert model.num_kv_heads and model.head_dim and model.ffn_width and model.vocab_size

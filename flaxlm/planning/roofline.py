@@ -45,7 +45,6 @@ from flaxlm.planning.memory import (
 )
 from flaxlm.planning.products import (
   Products,
-  decoding_products,
   is_listed,
   training_products,
 )
@@ -442,6 +441,7 @@ def _decode_times(
   rows = math.ceil(batch / batch_shards(sizes))
   peak = attainable_flops(device, cfg.training.dtype)
   rate = attainable_bandwidth(device)
+  cache_rate = device.pass_bandwidths.get("cache") or rate  # a CPU's arithmetic limits it
   flops, weights, cache = decode_work(cfg, rows, context)
   weights, cache = weights / tensor / sizes["expert"], cache / tensor
   vectors = rows * model.width * item * model.depth
@@ -458,17 +458,12 @@ def _decode_times(
       time = speed and max(whole * share / speed, count * COLLECTIVE_SECONDS)
       network = None if time is None else network + time
   compute = flops / tensor / peak if peak else None
-  if device.product_rates and math.prod(sizes.values()) == 1 and is_listed(cfg):
-    # Measured with their weights, and with a cache's keys and values.
-    products = decoding_products(model, rows, context)
-    compute = product_seconds(products, device, cfg.training.dtype)
-    cache = 0.0
   of_layer, of_step = OPERATIONS.get(device.kind, (0, 0))
   operations = of_layer * model.depth + of_step
   return {
     "compute": compute,
     "weights": weights / rate if rate else None,
-    "cache": cache / rate if rate else None,
+    "cache": cache / cache_rate if cache_rate else None,
     "network": network,
     "overhead": operations * device.operation_seconds,
   }

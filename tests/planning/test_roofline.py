@@ -220,6 +220,16 @@ def test_the_data_sheet_and_a_gpu_agree(name):
     assert predicted == pytest.approx(seconds[f"decode {case}"], rel=0.15)
 
 
+def test_a_measured_cache_is_read_at_its_own_rate():
+  device = find_device("h100")
+  slow = dataclasses.replace(device, pass_bandwidths={"cache": 1e9})
+  near, far = (
+    plan_decoding(CFG, full_sizes({}), d, 1, 1000).seconds for d in (device, slow)
+  )
+  cache = kv_cache_bytes(CFG.model, 1, 1000, 2)
+  assert far - near == pytest.approx(cache * (1 / 1e9 - 1 / (0.87 * 3350e9)))
+
+
 def test_decoding_turns_from_weights_to_cache():
   device = find_device("h200")
   point = lambda batch, context: plan_decoding(CFG, full_sizes({}), device, batch, context)
