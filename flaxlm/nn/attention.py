@@ -4,9 +4,9 @@
 
 `attend` says what attention is; over whole rows, in training, `attend_blocked` computes
 the same, or `attend_cudnn` where `choose_path` finds that NVIDIA's kernel can; over a cache
-`attend_cached`, or that kernel for prompts. Which query
-sees which key is decided in one place, `visible`, from slots (where a token lies in its
-row), never from positions (which restart with every packed document).
+`attend_cached`, or that kernel for prompts. Which query sees which key is decided in one
+place, `visible`, from slots (where a token lies in its row), never from positions (which
+restart with every packed document).
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from flaxlm.nn.positions import CosSin, rotate
 from flaxlm.sharding import axis_sizes_in_use, constrain, is_cut
 
 OUTLINE = "outline"  # a path for the planner alone
-PROMPT = 32  # tokens at a time from which on scores are worth a kernel
+PROMPT = 32  # tokens at a time: the scores of fewer are not worth a kernel
 
 
 class Placement(NamedTuple):
@@ -538,9 +538,8 @@ class Attention(nn.Module):
     lengths = q_BTNH.shape[1], k_BKSH.shape[2]
     if lengths[0] < PROMPT or self.run.attention == "blocked":
       return "blocked"
-    return path_here(
-      self.cfg, dataclasses.replace(self.run, attention="auto"), lengths
-    ).name
+    run = dataclasses.replace(self.run, attention="auto")
+    return path_here(self.cfg, run, lengths).name
 
 
 class HeadNorm(nn.Module):
