@@ -5,9 +5,9 @@ of this run, for five small models, training and decoding one row.
 A `Device` is built from what this machine reaches at the shapes at hand: every matrix
 product of the model, alone; norms, activations and softmax, forward and backward; the
 cross-entropy; an update; for decoding all matrices one after the other, attention over a
-cache, an operation that does nothing. Then the planner's formulas say how long a step takes,
-and the step itself is timed in the same rounds. Nothing is fitted, and no model has a
-factor of its own.
+cache, an operation that does nothing. Then the planner's formulas say how long a step
+takes, and the step itself is timed in the same rounds. Nothing is fitted, and no model has
+a factor of its own.
 """
 
 import dataclasses
