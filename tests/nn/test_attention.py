@@ -135,8 +135,7 @@ def test_prompts_are_read_by_cudnn_where_it_can(window, asked, monkeypatch):
   for on_gpu, wanted in ((True, "blocked"), (True, "auto"), (False, "cudnn")):
     monkeypatch.setattr("flaxlm.nn.attention.kernel_head_dim", lambda gpu=on_gpu: 256 * gpu)
     model = build_model(cfg, TrainingConfig(dtype="bfloat16", attention=wanted))
-    params = nn.unbox(init_params(model, 0))
-    jax.clear_caches()  # it does not know of the devices that are not there
+    params = jax.jit(lambda m=model: nn.unbox(init_params(m, 0)))()
     asked.clear()
     logits_BV, _ = prefill_logits(model, params, request, mesh=None)
     assert len(asked) == (2 if on_gpu and wanted == "auto" else 0)
