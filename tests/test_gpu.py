@@ -73,26 +73,29 @@ def test_cudnn_equals_reference_with_gradients(way, kv_heads):
     assert error < 1e-2
 
 
+SHAPE = dict(depth=2, width=256, num_heads=4, num_kv_heads=2, vocab_size=512)
+
+
+def training(path):
+  return TrainingConfig(dtype="bfloat16", attention=path)
+
+
+def with_path(cfg, path):
+  """The same model and parameters, attending by `path`."""
+  model = build_model(cfg, training(path))
+  return model, jax.jit(lambda: nn.unbox(init_params(model, 0)))()
+
+
 @pytest.mark.parametrize("window", [None, 64])
 def test_prompts_read_by_cudnn_are_read_as_without(window):
   """Of different lengths, in chunks, into a ring too."""
   pattern = "G" if window is None else "LG"
-  cfg = ModelConfig(
-    depth=2,
-    width=256,
-    num_heads=4,
-    num_kv_heads=2,
-    vocab_size=512,
-    context=1024,
-    window=window,
-    layer_pattern=pattern,
-  ).resolve()
+  cfg = ModelConfig(**SHAPE, context=1024, window=window, layer_pattern=pattern).resolve()
   rng = np.random.default_rng(0)
   prompts = [rng.integers(1, 512, length).tolist() for length in (700, 64, 3)]
   found = []
   for path in ("blocked", "cudnn"):  # cudnn: where it can, with a cache
-    model = build_model(cfg, TrainingConfig(dtype="bfloat16", attention=path))
-    params = jax.jit(lambda m=model: nn.unbox(init_params(m, 0)))()
+    model, params = with_path(cfg, path)
     request = Request(prompts, 4, num_ids=512)
     logits_BV, cache = prefill_logits(model, params, request, mesh=None)
     found.append(jax.device_get((logits_BV[:3], cache.layers[0][0][:1, :, -64:])))
@@ -102,25 +105,15 @@ def test_prompts_read_by_cudnn_are_read_as_without(window):
 
 
 def test_a_step_with_cudnn_is_the_step_without():
-  cfg = ModelConfig(
-    depth=2,
-    width=256,
-    num_heads=4,
-    num_kv_heads=2,
-    vocab_size=512,
-    context=256,
-    window=64,
-    layer_pattern="LG",
-  ).resolve()
+  cfg = ModelConfig(**SHAPE, context=256, window=64, layer_pattern="LG").resolve()
   rng = np.random.default_rng(0)
   windows = rng.integers(1, cfg.vocab_size, (4, cfg.context + 1))
   windows[rng.random(windows.shape) < 0.02] = 0
   batch = next_token(windows, np.full(4, cfg.context + 1), bos_id=0)
   found = {}
   for path in ("blocked", "cudnn"):
-    run = TrainingConfig(dtype="bfloat16", attention=path)
-    model = build_model(cfg, run)
-    params = jax.jit(lambda m=model: nn.unbox(init_params(m, 0)))()
+    model, params = with_path(cfg, path)
+    run = training(path)
     step = jax.jit(lambda p, b, k, m=model, r=run: loss_and_gradient(m, r, p, b, k))
     found[path] = jax.device_get(step(params, batch, jax.random.key(0)))
   for ours, theirs in zip(*map(jax.tree.leaves, found.values()), strict=True):

@@ -2,18 +2,18 @@
 """`flaxlm tokenizer train`, `compare` and `encode`: how text becomes ids."""
 
 import argparse
+import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flaxlm.commands.parsing import open_output, read_text
+from flaxlm.commands.parsing import Parser, open_output, read_text
 from flaxlm.configfile import override
 from flaxlm.errors import ConfigError
 
 COMPARED_BYTES = 2**22  # of held-out text, at most
-
-
 SOURCES = "a tokenizer.json, a run, or byte or bpe:SIZE of the corpus"
 HEADINGS = "      ids      tokens bytes/token tokens/word ids used    MB/s lossless"
 
@@ -21,7 +21,7 @@ HEADINGS = "      ids      tokens bytes/token tokens/word ids used    MB/s lossl
 def add_tokenizer(commands: Any) -> None:
   parser = commands.add_parser("tokenizer", help="train, compare and try tokenizers")
   actions = parser.add_subparsers(
-    dest="action", required=True, metavar="ACTION", parser_class=type(parser)
+    dest="action", required=True, metavar="ACTION", parser_class=Parser
   )
   made = actions.add_parser("train", help="a tokenizer.json from a corpus")
   made.add_argument("--kind", default="bpe", help="byte or bpe; default: bpe")
@@ -45,7 +45,7 @@ def add_tokenizer(commands: Any) -> None:
 
 
 def run_train(args: argparse.Namespace, _: list[str]) -> int:
-  tokenizer = train(args.corpus, args.kind, args.vocab_size)
+  tokenizer = train(corpus_of(args), args.kind, args.vocab_size)
   with open_output(args.output) as file:
     file.write(tokenizer.to_json())
   print(f"{args.output}: {args.kind}, {tokenizer.vocab_size:,} ids of {args.corpus}")
@@ -55,14 +55,15 @@ def run_train(args: argparse.Namespace, _: list[str]) -> int:
 def run_compare(args: argparse.Namespace, _: list[str]) -> int:
   from flaxlm.data.prepare import held_out_texts
 
-  found = {name: find_tokenizer(name, args.corpus) for name in args.tokenizers}
-  texts = held_out_texts(args.corpus, COMPARED_BYTES)
-  rows = [{"tokenizer": name} | measure(found[name], texts) for name in found]
+  corpus = corpus_of(args)
+  found = {name: find_tokenizer(name, corpus) for name in args.tokenizers}
+  texts = held_out_texts(corpus(), COMPARED_BYTES)
+  size = sum(map(num_bytes, texts))
+  rows = [{"tokenizer": name} | measure(found[name], texts, size) for name in found]
   with open_output(args.output) as file:
     if args.json:
       file.writelines(json.dumps(row) + "\n" for row in rows)
       return 0
-    size = sum(len(text.encode("utf-8", "replace")) for text in texts)
     print(f"{size:,} held-out bytes of {args.corpus}", file=file)
     width = max(9, *map(len, found))
     print(f"{'tokenizer':{width}} {HEADINGS}", file=file)
@@ -80,7 +81,7 @@ def run_compare(args: argparse.Namespace, _: list[str]) -> int:
 def run_encode(args: argparse.Namespace, _: list[str]) -> int:
   from flaxlm.look.pieces import describe
 
-  tokenizer = find_tokenizer(args.tokenizer, args.corpus)
+  tokenizer = find_tokenizer(args.tokenizer, corpus_of(args))
   text = read_text("-") if args.text == "-" else args.text
   ids = tokenizer.encode(text)
   pieces = describe(tokenizer, ids)
@@ -89,12 +90,18 @@ def run_encode(args: argparse.Namespace, _: list[str]) -> int:
     return 0
   for piece in pieces:
     print(f"{piece.id:>8}  {piece.label:20}  {piece.hex}".rstrip())
-  num_bytes = len(text.encode("utf-8", "replace"))
-  print(f"{len(ids)} tokens, {num_bytes} bytes, {len(text)} characters")
+  print(f"{len(ids)} tokens, {num_bytes(text)} bytes, {len(text)} characters")
   return 0
 
 
-def find_tokenizer(name: str, corpus: str) -> Any:
+def corpus_of(args: argparse.Namespace) -> Callable[[], Any]:
+  """The corpus that the command line names, looked through once, if anything asks."""
+  from flaxlm.data.sources import find_corpus
+
+  return functools.cache(lambda: find_corpus(args.corpus))
+
+
+def find_tokenizer(name: str, corpus: Callable[[], Any]) -> Any:
   """A file's, a run's, or one trained on the corpus as training would.
 
   Raises `ConfigError` for a name that is none of them, `DataError` for a damaged file.
@@ -110,7 +117,7 @@ def find_tokenizer(name: str, corpus: str) -> Any:
   raise ConfigError(f"{name!r} is no tokenizer", f"it is {SOURCES}")
 
 
-def train(corpus: str, kind: str, vocab_size: str | None) -> Any:
+def train(corpus: Callable[[], Any], kind: str, vocab_size: str | None) -> Any:
   """As training would, and kept as training keeps it. Raises `ConfigError`."""
   from flaxlm.config import Config
   from flaxlm.data.prepare import corpus_tokenizer
@@ -119,24 +126,28 @@ def train(corpus: str, kind: str, vocab_size: str | None) -> Any:
   fields += [f"--tokenizer.vocab_size={vocab_size}"] if vocab_size else []
   cfg = override(Config(), fields)
   cfg.check()
-  return corpus_tokenizer(corpus, cfg.tokenizer)
+  return corpus_tokenizer(corpus(), cfg.tokenizer)
 
 
-def measure(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
-  """What it makes of texts: how few tokens, how many of its ids, how fast, how exactly."""
+def num_bytes(text: str) -> int:
+  return len(text.encode("utf-8", "replace"))
+
+
+def measure(tokenizer: Any, texts: list[str], size: int) -> dict[str, Any]:
+  """What it makes of texts of `size` bytes: how few tokens, of how many ids, how fast, how
+  exactly."""
   start = time.perf_counter()
   encoded = tokenizer.encode_batch(texts)
   seconds = time.perf_counter() - start
-  num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts)
   num_tokens = sum(map(len, encoded))
   used = len(set().union(*(ids.tolist() for ids in encoded)))
   pairs = zip(texts, encoded, strict=True)
   return {
     "vocab_size": tokenizer.vocab_size,
     "tokens": num_tokens,
-    "bytes_per_token": num_bytes / num_tokens,
+    "bytes_per_token": size / num_tokens,
     "tokens_per_word": num_tokens / max(1, sum(len(text.split()) for text in texts)),
     "ids_used": used / tokenizer.vocab_size,
-    "megabytes_per_second": num_bytes / 1e6 / seconds,
+    "megabytes_per_second": size / 1e6 / seconds,
     "lossless": all(tokenizer.decode(ids.tolist()) == text for text, ids in pairs),
   }

@@ -134,19 +134,19 @@ def prepare(
 
 
 def corpus_tokenizer(
-  corpus: str, cfg: TokenizerConfig, log: Log = to_stderr
+  corpus: Corpus, cfg: TokenizerConfig, log: Log = to_stderr
 ) -> AnyTokenizer:
   """The tokenizer that `prepare` would use for documents, without tokenizing them."""
-  plan = _Plan(find_corpus(corpus, log), cfg, "next_token", data_dir())
+  plan = _Plan(corpus, cfg, "next_token", data_dir())
   with locked(plan.root, log):
     return _load_or_train(plan, [*plan.texts("train").values()], log)
 
 
-def held_out_texts(corpus: str, most_bytes: int, log: Log = to_stderr) -> list[str]:
+def held_out_texts(corpus: Corpus, most_bytes: int, log: Log = to_stderr) -> list[str]:
   """The first documents of the validation split, about `most_bytes` of them."""
   root, found, size = data_dir(), [], 0
   with locked(root, log):
-    for text in find_corpus(corpus, log).read("validation", root / "tfds"):
+    for text in corpus.read("validation", root / "tfds"):
       found.append(text)
       size += len(text)
       if size >= most_bytes:

@@ -165,6 +165,12 @@ class Peers(Alone):
       with contextlib.suppress(OSError):
         line.socket.shutdown(socket.SHUT_WR)
 
+  def _pass_on(self, message: dict[str, Any]) -> None:
+    """Process 0, before it ends: the others know each other through it alone."""
+    if self.process == 0:
+      self._tell(message)
+      self._linger()
+
   def _linger(self) -> None:
     """Reads until the others have closed. To end with anything unread, were it a heartbeat,
     resets the connection, and what was said last is thrown away unheard."""
@@ -261,9 +267,7 @@ class Peers(Alone):
       self._done.add(number)
     if code == 0 or self._leaving:
       return
-    if self.process == 0:
-      self._tell(message)
-      self._linger()
+    self._pass_on(message)
     card = self._cards[message["process"]]
     if code == HangError.exit_code:  # where we hang may explain it
       faulthandler.dump_traceback(all_threads=True)
@@ -272,9 +276,7 @@ class Peers(Alone):
   def _lost(self, number: int, why: str) -> None:
     card: Card = self._cards[number]
     error = PeerLostError(f"lost {card}: {why}", CURE)
-    if self.process == 0:
-      self._tell({"bye": error.exit_code, "why": why, "process": number})
-      self._linger()
+    self._pass_on({"bye": error.exit_code, "why": why, "process": number})
     die(error)
 
 

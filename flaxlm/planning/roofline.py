@@ -441,7 +441,6 @@ def _decode_times(
   rows = math.ceil(batch / batch_shards(sizes))
   peak = attainable_flops(device, cfg.training.dtype)
   rate = attainable_bandwidth(device)
-  cache_rate = device.pass_bandwidths.get("cache") or rate  # a CPU's arithmetic limits it
   flops, weights, cache = decode_work(cfg, rows, context)
   weights, cache = weights / tensor / sizes["expert"], cache / tensor
   vectors = rows * model.width * item * model.depth
@@ -463,7 +462,7 @@ def _decode_times(
   return {
     "compute": compute,
     "weights": weights / rate if rate else None,
-    "cache": cache / cache_rate if cache_rate else None,
+    "cache": memory_seconds({"cache": cache}, device),
     "network": network,
     "overhead": operations * device.operation_seconds,
   }
