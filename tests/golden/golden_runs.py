@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Five tiny models, trained for ten steps on a fixed text and then decoded from.
+
+What they compute is stored in figures.json. `python tests/golden/golden_runs.py` writes it
+anew: only for a change that is meant to compute something else, and says so.
+"""
+
+import functools
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from flaxlm.config import (
+  MESH_AXES,
+  ModelConfig,
+  MoEConfig,
+  OptimizerConfig,
+  TrainingConfig,
+)
+from flaxlm.data.objectives import Batch, Masking, masked, next_token, seq2seq
+from flaxlm.decoding.generate import generate
+from flaxlm.decoding.prefill import Request
+from flaxlm.decoding.sampling import make_sampling
+from flaxlm.nn.models import build_model
+from flaxlm.training.optimizer import build_optimizer
+from flaxlm.training.step import (
+  TrainState,
+  abstract_state,
+  compile_eval_step,
+  compile_train_step,
+  init_state,
+  put_batch,
+  shardings_of,
+)
+
+FIGURES = Path(__file__).parent / "figures.json"
+
+TEXT = (
+  "the cat sat on the mat and the dog sat on the log. "
+  "one day the cat and the dog met on the mat; the log was wet. "
+  "so the cat ran to the hat, and the dog ran to the fog. "
+)
+LETTERS = sorted(set(TEXT))
+BOS, MASK = 0, 1
+NUM_IDS = 2 + len(LETTERS)
+ROWS, LENGTH, NUM_NEW = 8, 32, 32
+NUM_STEPS = 10  # whose losses are stored
+NUM_MORE = 70  # before decoding: the choice between two tokens shall not hang on rounding
+
+TRANSFORMER = dict(depth=2, width=32, num_heads=4, vocab_size=64, context=128)
+MODELS = {
+  "decoder": ModelConfig(**TRANSFORMER, num_kv_heads=2),
+  "lstm": ModelConfig(family="rnn", depth=2, width=32, vocab_size=64, context=128),
+  "encoder": ModelConfig(
+    **TRANSFORMER,
+    family="encoder",
+    positions="learned",
+    norm="layernorm",
+    activation="gelu",
+    gated=False,
+    biased=True,
+    head_transform=True,
+  ),
+  "encoder_decoder": ModelConfig(
+    **TRANSFORMER | dict(depth=1),
+    family="encoder_decoder",
+    positions="relative",
+    dropout=0.1,
+  ),
+  "moe": ModelConfig(
+    **TRANSFORMER,
+    window=8,
+    layer_pattern="LG",
+    moe=MoEConfig(num_experts=4, num_shared_experts=1),
+  ),
+}
+MESHES = {"one device": {}, "fsdp=2,tensor=2": dict(fsdp=2, tensor=2)}
+RUNS = {name: TrainingConfig(scanned=name != "moe") for name in MODELS} | {
+  "decoder": TrainingConfig(accumulation_steps=2),
+  "encoder_decoder": TrainingConfig(scanned=True, label_smoothing=0.1),
+}
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, schedule="constant")
+
+
+def mesh_of(**sizes: int) -> Mesh:
+  shape = [sizes.get(axis, 1) for axis in MESH_AXES]
+  devices = jax.devices()[: int(np.prod(shape))]
+  types = (AxisType.Auto,) * len(shape)
+  return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+
+
+def encode(text: str) -> list[int]:
+  return [2 + LETTERS.index(letter) for letter in text]
+
+
+def batch_of(family: str, step: int) -> Batch:
+  """Rows of the text, from other places at each step; some begin a document."""
+  rng = np.random.default_rng(step)
+  ids = np.array(encode(TEXT * 2))
+  starts_B = rng.integers(0, len(TEXT), ROWS)
+  windows = ids[starts_B[:, None] + np.arange(LENGTH + 1)]
+  windows[::2, 0] = BOS
+  windows[::3, LENGTH // 2] = BOS
+  lengths_B = np.where(np.arange(ROWS) % 4 == 3, LENGTH - 4, LENGTH + 1)
+  if family == "encoder":
+    masking = Masking(0.25, MASK, np.arange(2, NUM_IDS))
+    random_3BT = rng.random((3, ROWS, LENGTH))
+    lengths_B = np.minimum(lengths_B, LENGTH)
+    return masked(windows[:, :-1], lengths_B, BOS, masking, random_3BT)
+  if family == "encoder_decoder":  # the target is the source, backwards
+    windows = ids[starts_B[:, None] + np.arange(LENGTH + 1)]
+    windows[:, 0] = BOS
+    lengths_B[:] = LENGTH
+    windows[:, LENGTH - 1 :] = BOS
+    return seq2seq((windows, lengths_B), (np.roll(windows[:, ::-1], 1, 1), lengths_B), BOS)
+  return next_token(windows, lengths_B, BOS)
+
+
+@functools.cache
+def first_state(name: str) -> TrainState:
+  """On one device: to compile this once for each mesh takes as long as the step."""
+  model = build_model(MODELS[name], RUNS[name])
+  state = init_state(model, build_optimizer(OPTIMIZER, NUM_STEPS), mesh_of(), seed=7)
+  return jax.device_get(state)
+
+
+@functools.cache
+def trained(name: str, mesh_name: str) -> tuple[Any, Any, list[float], Mesh]:
+  """(model, parameters, the losses of the first steps, mesh)."""
+  run, mesh = RUNS[name], mesh_of(**MESHES[mesh_name])
+  model = build_model(MODELS[name], run)
+  optimizer = build_optimizer(OPTIMIZER, NUM_STEPS)
+  state = first_state(name)
+  state = jax.device_put(state, shardings_of(abstract_state(model, optimizer, mesh)))
+  step = compile_train_step(model, optimizer, run, mesh)
+  losses = []
+  for n in range(NUM_STEPS + (NUM_MORE if mesh.size == 1 else 0)):
+    batch = put_batch(batch_of(model.cfg.family, n), mesh)
+    state, metrics = step(state, batch, np.uint32(3))
+    losses.append(float(metrics["loss"]))
+  return model, state.params, losses[:NUM_STEPS], mesh
+
+
+def held_out(name: str) -> float:
+  """Loss in nats per token of a batch that no step saw, after all steps."""
+  model, params, _, mesh = trained(name, "one device")
+  batch = put_batch(batch_of(model.cfg.family, NUM_STEPS + NUM_MORE), mesh)
+  sums = compile_eval_step(model, mesh)(params, batch, np.ones(64, np.float32))
+  return float(sums["nats"] / sums["tokens"])
+
+
+def decoded(name: str, temperature: float) -> list[list[int]]:
+  """The next tokens of two prompts; of an encoder, what it fills each mask with."""
+  model, params, _, mesh = trained(name, "one device")
+  if model.cfg.family == "encoder":
+    batch = batch_of("encoder", NUM_STEPS + NUM_MORE)
+    logits_BTV = model.apply(
+      {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT
+    ).value
+    logits_BTV = np.asarray(logits_BTV)[:2, :, :NUM_IDS]
+    # So early it would fill every mask with what is frequent: what is likelier here than
+    # elsewhere tells more.
+    return (logits_BTV - logits_BTV.mean(1, keepdims=True)).argmax(-1).tolist()
+  texts = ["the cat sat on the", "one day"]
+  prompts = [[BOS, *encode(text)] for text in texts]
+  sources = None
+  if model.cfg.family == "encoder_decoder":
+    sources, prompts = [[*prompt[1:], BOS] for prompt in prompts], [[BOS], [BOS]]
+  request = Request(prompts, NUM_NEW, NUM_IDS, sources)
+  sampling = make_sampling(
+    2, temperature=temperature, top_p=0.95, repetition_penalty=1.3, seed=11
+  )
+  blocks = [block.tokens_BT for block in generate(model, params, request, sampling, mesh)]
+  return np.concatenate(blocks, 1).tolist()
+
+
+def figures() -> dict[str, Any]:
+  return {
+    name: {
+      "losses": {mesh_name: trained(name, mesh_name)[2] for mesh_name in MESHES},
+      "held_out": held_out(name),
+      "greedy": decoded(name, 0.0),
+      "drawn": decoded(name, 1.0),
+    }
+    for name in MODELS
+  }
+
+
+if __name__ == "__main__":
+  sys.path.insert(0, str(Path(__file__).parent.parent))
+  import conftest  # noqa: F401 - the platform and the compiler that the tests have
+
+  text = json.dumps(figures(), indent=1)
+  FIGURES.write_text(re.sub(r"\n {4,}|\n {3}(?=])", " ", text) + "\n", "utf-8")
