@@ -174,7 +174,12 @@ def decoded(name: str, temperature: float) -> list[list[int]]:
     sources, prompts = [[*prompt[1:], BOS] for prompt in prompts], [[BOS], [BOS]]
   request = Request(prompts, NUM_NEW, NUM_IDS, sources)
   sampling = make_sampling(
-    2, temperature=temperature, top_p=0.95, repetition_penalty=1.3, seed=11
+    2,
+    temperature=temperature,
+    top_p=0.95,
+    repetition_penalty=1.3,
+    banned_tokens=[BOS],
+    seed=11,
   )
   blocks = [block.tokens_BT for block in generate(model, params, request, sampling, mesh)]
   return np.concatenate(blocks, 1).tolist()
