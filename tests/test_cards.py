@@ -15,8 +15,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flaxlm.config import MESH_AXES, ModelConfig
-from flaxlm.configfile import load_config, override, parse_mesh
+from flaxlm.config import (
+  MESH_AXES,
+  ModelConfig,
+  check_config,
+  load_config,
+  override,
+  parse_mesh,
+)
 from flaxlm.nn.models import build_model, init_params
 from flaxlm.sharding import batch_shards, partition_spec
 
@@ -127,7 +133,7 @@ def test_a_card_has_room_for_its_tokenizer(name: str):
 def test_more_heads_are_only_a_config(num_heads: int):
   """They share the width: narrower heads, and not one parameter more."""
   cfg = override(load_config("gpt2_124m"), [f"--model.num_heads={num_heads}"])
-  cfg.check()
+  check_config(cfg)
   kernel = boxed_params(cfg.model)["blocks"]["attention"]["q"]["kernel"].value
   assert kernel.shape == (12, 768, num_heads, 768 // num_heads)
   assert num_parameters(cfg.model) == PUBLISHED["gpt2_124m"]
@@ -136,7 +142,7 @@ def test_more_heads_are_only_a_config(num_heads: int):
 def test_more_heads_of_the_same_size_are_wider_attention():
   wider = ["--model.num_heads=128", "--model.head_dim=64"]
   cfg = override(load_config("gpt2_124m"), wider)
-  cfg.check()
+  check_config(cfg)
   more = (128 - 12) * 64  # columns of q, k and v with their biases, and rows of o
   expected = PUBLISHED["gpt2_124m"] + 12 * (3 * (768 + 1) + 768) * more
   assert num_parameters(cfg.model) == expected

@@ -17,8 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flaxlm import cli
-from flaxlm.config import MESH_AXES, Config, DataConfig, ModelConfig, TrainingConfig
-from flaxlm.configfile import (
+from flaxlm.config import (
+  MESH_AXES,
+  Config,
+  DataConfig,
+  ModelConfig,
+  TrainingConfig,
+  check_config,
   difference,
   from_json,
   knobs,
@@ -31,7 +36,7 @@ from flaxlm.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs").glob("*.py"))
-LEAVES = {name: (kind, field) for name, kind, field in knobs()}
+LEAVES = {name: (kind, field) for name, kind, field in knobs(Config)}
 
 
 def value_of(cfg: Config, name: str) -> Any:
@@ -43,7 +48,7 @@ def value_of(cfg: Config, name: str) -> Any:
 def refusal(*arguments: str) -> ConfigError:
   """The error that overriding with `arguments`, then checking, raises."""
   with pytest.raises(ConfigError) as caught:
-    override(Config(name="test"), arguments).check()
+    check_config(override(Config(name="test"), arguments))
   return caught.value
 
 
@@ -231,7 +236,7 @@ def test_bounds_are_inclusive_and_named(name: str, bound: str, value: float):
   assert f"{name} can be" in cure
   assert f"{value:g}" in cure
   try:
-    override(Config(), [f"--{name}={value}"]).check()
+    check_config(override(Config(), [f"--{name}={value}"]))
   except ConfigError as e:  # a contradiction with another field, perhaps, but no bound
     assert f"{name} is" not in e.cause, e
 
@@ -262,7 +267,7 @@ def test_there_is_no_field_without_help():
 def test_a_vocabulary_is_padded_only_where_it_must_be(vocab_size, parts, rows):
   model = ModelConfig(vocab_size=vocab_size).resolve().padded(parts)
   assert model.vocab_size == rows and rows % parts == 0
-  assert model.num_ids == (None if rows == vocab_size else vocab_size)
+  assert model.num_ids == vocab_size
   assert model.padded(parts) == model.resolve() == model
   assert model.unpadded == ModelConfig(vocab_size=vocab_size).resolve()
   assert (f"{vocab_size:,} ids, padded to {rows:,} rows" in model.padding) == (
@@ -277,7 +282,7 @@ def test_a_tokenizers_vocabulary_is_padded_to_a_multiple_of_64(size: int, rows: 
   model = ModelConfig().resolve(size)
   assert model.vocab_size == rows
   assert model.unpadded.vocab_size == size
-  assert (model.num_ids is None) == (rows == size)
+  assert model.num_ids == size and model.is_padded == (rows > size)
 
 
 # One failing example of each rule of `_contradictions`, and its nearest working neighbour.
@@ -359,13 +364,13 @@ CONTRADICTIONS = {
 def test_contradictions_are_named(cause: str):
   wrong, right = CONTRADICTIONS[cause]
   assert cause in refusal(*wrong).cause
-  override(Config(), right).check()
+  check_config(override(Config(), right))
 
 
 def test_a_contradiction_is_cured_by_its_cure():
   error = refusal("--data.seq_len=512")
   for cure in error.cure.removeprefix("set ").split(" or "):
-    override(override(Config(), ["--data.seq_len=512"]), [cure]).check()
+    check_config(override(override(Config(), ["--data.seq_len=512"]), [cure]))
 
 
 @pytest.mark.parametrize("positions", ["rope", "none"])
@@ -374,7 +379,7 @@ def test_the_nearest_width_is_one_that_works(width: int, num_heads: int, positio
   rest = [f"--model.num_heads={num_heads}", f"--model.positions={positions}"]
   error = refusal(f"--model.width={width}", *rest)
   nearest = int(error.cure.split("nearest width: ")[1].split(",")[0])
-  override(Config(), [f"--model.width={nearest}", *rest]).check()
+  check_config(override(Config(), [f"--model.width={nearest}", *rest]))
   assert abs(nearest - width) <= 2 * num_heads
 
 
@@ -392,13 +397,13 @@ def test_the_nearest_width_is_one_that_works(width: int, num_heads: int, positio
 )
 def test_a_mesh_of_a_config_file_is_checked_too(mesh: dict[str, int | str]):
   with pytest.raises(ConfigError, match="mesh"):
-    Config(mesh=mesh).check()
+    check_config(Config(mesh=mesh))
 
 
 @pytest.mark.parametrize("field", ["training.num_steps", "model.width", "model.vocab_size"])
 def test_a_number_too_large_for_a_float_is_refused_or_taken(field: str):
   with pytest.raises(ConfigError) as caught:
-    override(Config(), [f"--{field}=1{'0' * 400}", "--seed=-1"]).check()
+    check_config(override(Config(), [f"--{field}=1{'0' * 400}", "--seed=-1"]))
   assert "seed is -1" in caught.value.cause
 
 
@@ -430,7 +435,7 @@ WRONG_TYPES = {
 @pytest.mark.parametrize("name", WRONG_TYPES)
 def test_a_value_of_the_wrong_type_in_a_config_file_is_named(name: str):
   with pytest.raises(ConfigError, match=name):
-    WRONG_TYPES[name].check()
+    check_config(WRONG_TYPES[name])
 
 
 # -- JSON ----------------------------------------------------------------------------------
@@ -505,7 +510,7 @@ def is_refused_cleanly(text: str) -> None:
   else:
     assert from_json(to_json(cfg), "again") == cfg or "NaN" in to_json(cfg)
     try:
-      cfg.check()
+      check_config(cfg)
     except ConfigError as e:
       assert e.cause
 
@@ -572,7 +577,7 @@ def test_missing_fields_take_their_defaults():
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_configs_load_check_and_travel(path: Path):
   cfg = load_config(str(path))
-  cfg.check()
+  check_config(cfg)
   assert cfg.name == path.stem
   assert from_json(to_json(cfg), "text") == cfg
   assert load_config(path.stem) == load_config(path.name) == cfg

@@ -15,12 +15,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flaxlm.config import (
   MESH_AXES,
+  Config,
   ModelConfig,
   OptimizerConfig,
+  knobs,
   mesh_sizes,
+  parse_mesh,
   slow_axes,
 )
-from flaxlm.configfile import knobs, parse_mesh
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import build_model
 from flaxlm.sharding import (
@@ -66,7 +68,7 @@ def test_a_dim_that_does_not_divide_names_the_field_to_change(name: str):
   for axis in RULES[name]:
     assert f"{axis}={SPLIT[axis]}" in caught.value.cause
   assert f"multiple of {parts}" in caught.value.cure
-  fields = {field for field, _, _ in knobs()}
+  fields = {field for field, _, _ in knobs(Config)}
   assert set(FIELDS[name].split(" / ")) <= fields
 
 
@@ -347,7 +349,7 @@ def test_a_program_keeps_the_memory_that_it_has_used():
   """On glibc: a step that needs 256 MB faults no page in once it has run a few times."""
   code = """
 import resource
-from flaxlm.sharding import start_jax
+from flaxlm.platform import start_jax
 start_jax()
 import jax, jax.numpy as jnp
 work = jax.jit(lambda x: jax.lax.optimization_barrier(jnp.outer(x, x)).sum())

@@ -60,7 +60,8 @@ def main() -> None:
   from flaxlm.config import DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
   from flaxlm.data.objectives import next_token
   from flaxlm.nn.models import build_model
-  from flaxlm.sharding import make_mesh, start_jax
+  from flaxlm.platform import start_jax
+  from flaxlm.sharding import make_mesh
   from flaxlm.training.optimizer import build_optimizer
   from flaxlm.training.step import (
     SEED,

@@ -20,8 +20,12 @@ import numpy as np
 from flaxlm.benchmark.measure import Setting, Side, against, measure, timed
 from flaxlm.benchmark.memory import PASSES, ROW
 from flaxlm.benchmark.report import Result, Work, summarise
-from flaxlm.config import Config, ModelConfig, TrainingConfig
-from flaxlm.configfile import load_config
+from flaxlm.config import (
+  ModelConfig,
+  ResolvedConfig,
+  TrainingConfig,
+  load_config,
+)
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import make_sampling
@@ -37,7 +41,7 @@ CHECKED_TOKENS = 8
 LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 
 
-def shape_of(setting: Setting) -> tuple[Config, int, int]:
+def shape_of(setting: Setting) -> tuple[ResolvedConfig, int, int]:
   """A LLaMA shape, the prompt's length, and the number of new tokens."""
   depth, width, heads, vocab, prompt, new = setting.pick(
     (1, 16, 2, 64, 4, 9), (6, 384, 6, 8192, 64, 65), (16, 2048, 16, 32_000, 512, 129)
@@ -52,7 +56,7 @@ def shape_of(setting: Setting) -> tuple[Config, int, int]:
   ).resolve()
   dtype = setting.pick("float32", "float32", "bfloat16")
   return (
-    Config(model=model, training=TrainingConfig(dtype=dtype, param_dtype=dtype)),
+    ResolvedConfig(model=model, training=TrainingConfig(dtype=dtype, param_dtype=dtype)),
     prompt,
     new,
   )
@@ -116,14 +120,14 @@ def bench_against(peer: str, setting: Setting) -> list[Result]:
   return results
 
 
-def read_side(cfg: Config, batch: int) -> Side:
+def read_side(cfg: ResolvedConfig, batch: int) -> Side:
   """Reads as many bytes as a step reads of weights, as fast as `memory` knows how to."""
   length = read_parameters(cfg, batch) // ROW * ROW
   numbers = jnp.ones(length, cfg.training.dtype)
   return Side(jax.jit(PASSES["read"][0]), lambda: (numbers, None))
 
 
-def peer_shape(setting: Setting) -> tuple[Config, int, int]:
+def peer_shape(setting: Setting) -> tuple[ResolvedConfig, int, int]:
   """As `shape_of`: GPT-2 with 124M parameters, 32 + 128 tokens."""
   model = load_config("gpt2_124m").model
   if setting.size == "tiny":
@@ -131,14 +135,18 @@ def peer_shape(setting: Setting) -> tuple[Config, int, int]:
     model = dataclasses.replace(model, **shape)  # type: ignore[arg-type]
   dtype = setting.pick("float32", "float32", "bfloat16")
   training = TrainingConfig(dtype=dtype, param_dtype=dtype)
-  return Config(model=model.resolve(), training=training), 32, setting.pick(9, 128, 128)
+  return (
+    ResolvedConfig(model=model.resolve(), training=training),
+    32,
+    setting.pick(9, 128, 128),
+  )
 
 
 def whole_answer(blocks: Iterable[Any]) -> np.ndarray:
   return np.concatenate([block.tokens_BT for block in blocks], 1)
 
 
-def random_model(cfg: Config) -> tuple[LanguageModel, Any]:
+def random_model(cfg: ResolvedConfig) -> tuple[LanguageModel, Any]:
   import flax.linen as nn
 
   model = build_model(cfg.model, cfg.training)
@@ -146,7 +154,7 @@ def random_model(cfg: Config) -> tuple[LanguageModel, Any]:
   return model, init(jnp.uint32(0))
 
 
-def random_request(cfg: Config, batch: int, prompt: int, new: int) -> Request:
+def random_request(cfg: ResolvedConfig, batch: int, prompt: int, new: int) -> Request:
   V = cfg.model.vocab_size
   assert V is not None
   prompts = np.random.default_rng(0).integers(0, V, (batch, prompt)).tolist()
@@ -154,7 +162,7 @@ def random_request(cfg: Config, batch: int, prompt: int, new: int) -> Request:
 
 
 def bench_batch(
-  cfg: Config,
+  cfg: ResolvedConfig,
   model: LanguageModel,
   params: Any,
   lengths: tuple[int, int, int],
@@ -230,14 +238,14 @@ def check_both(
   return f"{(ours == theirs).mean():.1%} of the tokens are the same; {text}"
 
 
-def prefill_work(cfg: Config, batch: int, prompt: int) -> Work:
+def prefill_work(cfg: ResolvedConfig, batch: int, prompt: int) -> Work:
   work = forward_work(cfg.model, batch, prompt)
   dtype = cfg.training.dtype
   weights = float(read_parameters(cfg, batch * prompt) * jnp.dtype(dtype).itemsize)
   return Work(work.matmul + work.head / prompt + work.attention, weights, dtype, weights)
 
 
-def answer_work(cfg: Config, batch: int, prompt: int, new: int) -> Work:
+def answer_work(cfg: ResolvedConfig, batch: int, prompt: int, new: int) -> Work:
   """All steps of an answer; the cache at its mean length."""
   steps = new - 1
   flops, weights, cache = decode_work(cfg, batch, prompt + new // 2)

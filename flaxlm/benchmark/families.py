@@ -17,7 +17,7 @@ import jax
 
 from flaxlm.benchmark.measure import Setting
 from flaxlm.benchmark.report import Result, summarise
-from flaxlm.configfile import load_config, override
+from flaxlm.config import load_config, override
 from flaxlm.decoding.completions import complete, search
 from flaxlm.decoding.encoding import fill_masks
 from flaxlm.decoding.runs import Run, load_run

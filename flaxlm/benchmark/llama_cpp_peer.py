@@ -12,7 +12,7 @@ import llama_cpp
 import numpy as np
 
 from flaxlm.benchmark.data import python_sources
-from flaxlm.config import Config
+from flaxlm.config import ResolvedConfig
 from flaxlm.decoding.runs import Run
 from flaxlm.interop.gguf import export_gguf
 from flaxlm.nn.base import LanguageModel
@@ -20,10 +20,11 @@ from flaxlm.sharding import make_mesh
 from flaxlm.tokenizers import train_tokenizer
 
 
-def load(cfg: Config, model: LanguageModel, params: Any) -> Callable[..., np.ndarray]:
+def load(
+  cfg: ResolvedConfig, model: LanguageModel, params: Any
+) -> Callable[..., np.ndarray]:
   """Answers one prompt, the weights in our dtype, on as many threads as cores."""
   # A GGUF has a tokenizer, though ids go in and ids come out here.
-  assert cfg.model.vocab_size is not None
   size = min(4096, cfg.model.vocab_size)
   tokenizer = train_tokenizer("bpe", python_sources(100_000), size)
   with tempfile.TemporaryDirectory() as folder:

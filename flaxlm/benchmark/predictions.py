@@ -31,11 +31,13 @@ from flaxlm.benchmark.measure import Setting, Side, Timing, measure
 from flaxlm.benchmark.report import Result, summarise
 from flaxlm.config import (
   MESH_AXES,
-  Config,
   DataConfig,
   ModelConfig,
   OptimizerConfig,
+  ResolvedConfig,
+  ResolvedModel,
   TrainingConfig,
+  mesh_shape,
 )
 from flaxlm.data.objectives import next_token
 from flaxlm.decoding.generate import generate
@@ -58,7 +60,6 @@ from flaxlm.planning.cost import forward_work
 from flaxlm.planning.devices import ANY, Device
 from flaxlm.planning.memory import (
   StateBytes,
-  full_sizes,
   kv_cache_bytes,
   residual_bytes,
   state_bytes,
@@ -88,7 +89,7 @@ SHORTEST = 1e-9  # seconds
 ROUND_SECONDS = 0.05  # there are some thirty figures a model
 
 
-def models(setting: Setting) -> dict[str, Config]:
+def models(setting: Setting) -> dict[str, ResolvedConfig]:
   """Five shapes, no two alike: width, depth, heads, vocabulary, rows."""
   if setting.size == "tiny":
     return {"tiny": gpt(1, 16, 2, context=48, vocab_size=64, batch_size=2)}
@@ -133,13 +134,13 @@ def shape(
   batch_size: int,
   training: TrainingConfig = TrainingConfig(),  # noqa: B008 - frozen
   **model: Any,
-) -> Config:
+) -> ResolvedConfig:
   """A LLaMA-like one, rows as long as its context."""
   resolved = ModelConfig(
     depth=depth, width=width, num_heads=heads, vocab_size=vocab_size, **model
   ).resolve()
   data = DataConfig(seq_len=resolved.context, batch_size=batch_size)
-  return Config(model=resolved, data=data, training=training)
+  return ResolvedConfig(model=resolved, data=data, training=training)
 
 
 gpt = functools.partial(
@@ -163,8 +164,8 @@ def bench_predictions(setting: Setting) -> list[Result]:
 # -- Training ------------------------------------------------------------------------------
 
 
-def predict_training(name: str, cfg: Config, setting: Setting) -> list[Result]:
-  sizes = full_sizes({})
+def predict_training(name: str, cfg: ResolvedConfig, setting: Setting) -> list[Result]:
+  sizes = mesh_shape({})
   cfg, path = with_path(cfg, sizes, here())
   dtype = cfg.training.dtype
   products = training_products(cfg)
@@ -212,8 +213,8 @@ def predict_training(name: str, cfg: Config, setting: Setting) -> list[Result]:
   return [*results, *by_data_sheet(f"train {name}", predict, timings["step"])]
 
 
-def state_of(cfg: Config) -> StateBytes:
-  return state_bytes(cfg.model, cfg.training, cfg.optimizer, full_sizes({}))
+def state_of(cfg: ResolvedConfig) -> StateBytes:
+  return state_bytes(cfg.model, cfg.training, cfg.optimizer, mesh_shape({}))
 
 
 def here() -> Device:
@@ -233,7 +234,7 @@ def product_sides(products: Mapping[Product, int], dtype: str) -> dict[Any, Side
   return sides
 
 
-def traffic_pieces(cfg: Config) -> dict[str, tuple[Side, float]]:
+def traffic_pieces(cfg: ResolvedConfig) -> dict[str, tuple[Side, float]]:
   """By part of a step's traffic: something that does nothing else, and its bytes as the
   planner counts them."""
   model, R = cfg.model, cfg.data.batch_size * cfg.data.seq_len
@@ -261,7 +262,7 @@ def traffic_pieces(cfg: Config) -> dict[str, tuple[Side, float]]:
     return optax.apply_updates(state.params, updates), new
 
   adamw = dataclasses.replace(cfg, optimizer=rule)
-  update_bytes = traffic_parts(adamw, full_sizes({}), state_of(adamw))["update"]
+  update_bytes = traffic_parts(adamw, mesh_shape({}), state_of(adamw))["update"]
   return {
     "activations": (piece(with_gradient(blocks), inputs), activations),
     "logits": (piece(loss, (logits,)), LOGIT_PASSES * logits.nbytes),
@@ -274,7 +275,7 @@ def piece(function: Callable, arguments: tuple) -> Side:
   return Side(jax.jit(function), lambda: arguments, queued=True)
 
 
-def attention_side(cfg: Config) -> Side:
+def attention_side(cfg: ResolvedConfig) -> Side:
   """One layer's attention over whole rows, forward and backward, as the step has it."""
   model, data = cfg.model, cfg.data
   assert model.num_kv_heads and model.head_dim and model.attention_scale
@@ -290,7 +291,7 @@ def attention_side(cfg: Config) -> Side:
   return piece(functools.partial(with_gradients, path), arrays)
 
 
-def block_passes(cfg: ModelConfig) -> Callable:
+def block_passes(cfg: ResolvedModel) -> Callable:
   """What a block does between its products: a norm, an activation, a softmax."""
   norm = build_norm(cfg)
   variables = nn.unbox(norm.init(jax.random.key(0), jnp.ones((1, cfg.width))))
@@ -312,7 +313,7 @@ def with_gradient(function: Callable) -> Callable:
   return run
 
 
-def training_side(cfg: Config) -> Side:
+def training_side(cfg: ResolvedConfig) -> Side:
   """The step of `flaxlm train`, on one batch over and over; it returns the loss, and the
   state to wait for."""
   mesh = one_device()
@@ -336,7 +337,7 @@ def training_side(cfg: Config) -> Side:
 # -- Decoding ------------------------------------------------------------------------------
 
 
-def predict_decoding(name: str, cfg: Config, setting: Setting) -> list[Result]:
+def predict_decoding(name: str, cfg: ResolvedConfig, setting: Setting) -> list[Result]:
   """Of one row, greedily, the prompt apart. What is timed alone is timed as a step has it,
   in a loop: a call of its own costs a CPU 10 us, and a GPU more than a product takes.
   """
@@ -383,7 +384,7 @@ def predict_decoding(name: str, cfg: Config, setting: Setting) -> list[Result]:
       operation_seconds=operation,
       memory_bandwidth=num_bytes / reading,
     )
-    predicted.append(plan_decoding(cfg, full_sizes({}), device, 1, slots).seconds)
+    predicted.append(plan_decoding(cfg, mesh_shape({}), device, 1, slots).seconds)
   token = timings["decode"]
   per_token = [seconds / (new - 1) for seconds in token.rounds]
   token = dataclasses.replace(token, rounds=per_token)
@@ -395,17 +396,17 @@ def predict_decoding(name: str, cfg: Config, setting: Setting) -> list[Result]:
     parts["attention"] = cfg.model.depth * timings["cache"].median / STEPS
   note = ", ".join(f"{part} {1e3 * seconds:.3g}" for part, seconds in parts.items())
   results = [ratio(f"decode {name}", predicted, token, note)]
-  predict = lambda sheet: plan_decoding(cfg, full_sizes({}), sheet, 1, slots).seconds
+  predict = lambda sheet: plan_decoding(cfg, mesh_shape({}), sheet, 1, slots).seconds
   return [*results, *by_data_sheet(f"decode {name}", predict, token)]
 
 
-def for_decoding(cfg: Config) -> Config:
+def for_decoding(cfg: ResolvedConfig) -> ResolvedConfig:
   """With parameters as wide as the computation."""
   dtype = cfg.training.dtype
   return dataclasses.replace(cfg, training=TrainingConfig(dtype=dtype, param_dtype=dtype))
 
 
-def weight_arrays(cfg: Config) -> list[jax.Array]:
+def weight_arrays(cfg: ResolvedConfig) -> list[jax.Array]:
   """One of each matrix (outputs, inputs) that a decoding step reads."""
   products = weight_products(cfg.model, 1)
   shapes = [(p.columns, p.inner) for p, count in products.items() for _ in range(count)]
@@ -425,7 +426,7 @@ def stream(weights: list[jax.Array]) -> jax.Array:
   return jax.lax.scan(read, jnp.float32(0.0), length=READS)[0]
 
 
-def cached(cfg: Config, slots: int) -> tuple[jax.Array, ...]:
+def cached(cfg: ResolvedConfig, slots: int) -> tuple[jax.Array, ...]:
   """A query, and a layer's keys, values and mask."""
   model, dtype = cfg.model, cfg.training.dtype
   assert model.num_kv_heads and model.head_dim
@@ -435,7 +436,7 @@ def cached(cfg: Config, slots: int) -> tuple[jax.Array, ...]:
 
 
 def look_back(
-  model: ModelConfig,
+  model: ResolvedModel,
   q_11NH: jax.Array,
   k_1KSH: jax.Array,
   v_1KSH: jax.Array,

@@ -19,7 +19,8 @@ from flaxlm.benchmark.report import Result, print_json, print_results, summarise
 from flaxlm.decoding.runs import Run, load_run, ready
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import init_cache
-from flaxlm.sharding import make_mesh, start_jax
+from flaxlm.platform import start_jax
+from flaxlm.sharding import make_mesh
 
 # Name: how matrices are kept, and whether the cache is int8.
 CHOICES: dict[str, tuple[str | None, bool]] = {

@@ -22,7 +22,15 @@ import numpy as np
 
 from flaxlm.benchmark.measure import Setting
 from flaxlm.benchmark.report import Result, Work, summarise
-from flaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from flaxlm.config import (
+  DataConfig,
+  ModelConfig,
+  OptimizerConfig,
+  ResolvedConfig,
+  ResolvedModel,
+  TrainingConfig,
+  mesh_shape,
+)
 from flaxlm.errors import ConfigError, FlaxLMError
 
 MOST_ROUNDS, MOST_ROUNDS_ALONE = 3, 2  # each starts a process per side
@@ -34,7 +42,7 @@ LOSS_TOLERANCES = {"float32": 2e-4, "bfloat16": 1e-2}
 class Case:
   """A shape: GPT-2's architecture without biases in the projections, one text per row."""
 
-  model: ModelConfig
+  model: ResolvedModel
   batch_size: int
   num_steps: int  # timed
   dtype: Literal["float32", "bfloat16"] = "float32"
@@ -46,7 +54,7 @@ class Case:
 
 def gpt2_shape(
   depth: int, width: int, num_heads: int, context: int, vocab: int
-) -> ModelConfig:
+) -> ResolvedModel:
   return ModelConfig(
     depth=depth,
     width=width,
@@ -129,16 +137,16 @@ def work_of(case: Case) -> Work:
   from flaxlm.benchmark.ceilings import this_device
   from flaxlm.planning.cost import step_cost
   from flaxlm.planning.devices import ANY
-  from flaxlm.planning.memory import full_sizes, state_bytes
+  from flaxlm.planning.memory import state_bytes
   from flaxlm.planning.roofline import traffic_bytes, with_path
 
-  cfg = Config(
+  cfg = ResolvedConfig(
     model=case.model,
     data=DataConfig(seq_len=case.model.context, batch_size=case.batch_size),
     optimizer=OPTIMIZER,
     training=TrainingConfig(dtype=case.dtype),
   )
-  sizes = full_sizes({})
+  sizes = mesh_shape({})
   cfg, _ = with_path(cfg, sizes, this_device() or ANY)
   state = state_bytes(cfg.model, cfg.training, cfg.optimizer, sizes)
   touched = traffic_bytes(cfg, sizes, state)
@@ -230,7 +238,8 @@ def flaxlm_side(case: Case, work: Any) -> dict[str, Any]:
 
   from flaxlm.data.objectives import next_token
   from flaxlm.nn.models import build_model
-  from flaxlm.sharding import make_mesh, start_jax
+  from flaxlm.platform import start_jax
+  from flaxlm.sharding import make_mesh
   from flaxlm.training.optimizer import build_optimizer
   from flaxlm.training.step import abstract_state, compile_train_step, init_state, put_batch
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 import transformers
 
-from flaxlm.config import Config
+from flaxlm.config import ResolvedConfig
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.huggingface import save_checkpoint
 from flaxlm.nn.base import LanguageModel
 
 
-def load(cfg: Config, _: LanguageModel, params: Any) -> Callable[..., np.ndarray]:
+def load(cfg: ResolvedConfig, _: LanguageModel, params: Any) -> Callable[..., np.ndarray]:
   """Answers prompts of one length; the weights as a GPT-2 of theirs, through the files
   that `flaxlm export` writes."""
   transformers.utils.logging.set_verbosity_error()

@@ -83,8 +83,8 @@ def run_bench(args: argparse.Namespace, _: list[str]) -> int:
   if args.rounds < 1:
     raise ConfigError(f"rounds is {args.rounds}", "it is at least 1")
 
-  from flaxlm.configfile import parse_mesh
-  from flaxlm.sharding import start_jax
+  from flaxlm.config import parse_mesh
+  from flaxlm.platform import start_jax
 
   start_jax(args.simulated_devices)
 

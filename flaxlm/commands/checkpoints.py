@@ -55,10 +55,11 @@ def add_import(commands: Any) -> None:
 
 
 def run_import(args: argparse.Namespace, _: list[str]) -> int:
-  from flaxlm.configfile import parse_mesh
+  from flaxlm.config import parse_mesh
   from flaxlm.data.sources import data_dir
   from flaxlm.interop.transfer import import_run
-  from flaxlm.sharding import make_mesh, start_jax
+  from flaxlm.platform import start_jax
+  from flaxlm.sharding import make_mesh
 
   start_jax(args.simulated_devices, data_dir() / "xla")
   mesh = make_mesh(parse_mesh(args.mesh))

@@ -111,7 +111,8 @@ def run_positions(args: argparse.Namespace, arguments: list[str]) -> int:
   if not of_run and not any((path / CONFIG).is_file() for path in candidates):
     check_output(args)
     cfg = read_config(arguments)
-    view = look_positions(cfg.model, str(cfg.name), f"config {cfg.name}")
+    model = cfg.model.resolve(cfg.tokenizer.vocab_size)
+    view = look_positions(model, str(cfg.name), f"config {cfg.name}")
     return finish(args, view, None, f"{cfg.name}_positions.html")
   if arguments[1:]:
     cure = f"leave out {arguments[1]}, or name the config's file, as configs/NAME.py"
@@ -148,8 +149,8 @@ def open_text(args: argparse.Namespace, check: Any) -> tuple[Path, Any]:
   What is wrong with the arguments shows here, before the checkpoint is read.
   """
   from flaxlm.decoding.runs import TOKENIZER, load_config_of
-  from flaxlm.foreign_tokenizers import load_tokenizer
   from flaxlm.look.pieces import make_reading
+  from flaxlm.tokenizers import load_tokenizer
 
   if args.max_tokens < 2:
     raise ConfigError(f"max-tokens is {args.max_tokens}", "it is at least 2")
@@ -157,7 +158,7 @@ def open_text(args: argparse.Namespace, check: Any) -> tuple[Path, Any]:
     raise ConfigError("--text and --text-file", "give one of them")
   path = find(args)
   cfg = load_config_of(path)
-  check(cfg.model.resolve())
+  check(cfg.model)
   text = read_text(args.text_file) if args.text_file else args.text
   tokenizer = load_tokenizer(path / TOKENIZER)
   reading = make_reading(cfg.model, tokenizer, text, args.source, args.max_tokens)

@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from flaxlm.configfile import load_config, override
+from flaxlm.config import check_config, load_config, override
 from flaxlm.errors import ConfigError
 
 DEFAULT_CONFIG = "stdlib_tiny"
@@ -32,7 +32,7 @@ def read_config(arguments: list[str]) -> Any:
   base = load_config(arguments[0] if named else DEFAULT_CONFIG)
   cfg = override(base, arguments[1:] if named else arguments)
   cfg = dataclasses.replace(cfg, name=base.name if cfg.name is None else cfg.name)
-  cfg.check()
+  check_config(cfg)
   return cfg
 
 
@@ -43,10 +43,11 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
 
 def open_run(args: argparse.Namespace, needs_text: bool = True) -> Any:
   """The run that the command line names, on the devices that it names."""
-  from flaxlm.configfile import parse_mesh
+  from flaxlm.config import parse_mesh
   from flaxlm.data.sources import data_dir
   from flaxlm.decoding.runs import find_run, load_run
-  from flaxlm.sharding import make_mesh, start_jax
+  from flaxlm.platform import start_jax
+  from flaxlm.sharding import make_mesh
 
   path = find_run(args.path, args.runs_dir)
   warn = lambda line: print(line, file=sys.stderr)

@@ -46,7 +46,7 @@ def add_plan(commands: Any) -> None:
 
 
 def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
-  from flaxlm.configfile import parse_mesh
+  from flaxlm.config import parse_mesh
   from flaxlm.planning.planner import Questions, plan
   from flaxlm.planning.report import print_report, to_json
 
@@ -99,7 +99,7 @@ def add_shard(commands: Any) -> None:
 
 
 def run_shard(args: argparse.Namespace, arguments: list[str]) -> int:
-  from flaxlm.configfile import parse_mesh
+  from flaxlm.config import parse_mesh
   from flaxlm.planning.layout import lay_out, print_layout, to_json
   from flaxlm.planning.planner import resolve
 

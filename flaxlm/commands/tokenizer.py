@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxlm.commands.parsing import Parser, open_output, read_text
-from flaxlm.configfile import override
+from flaxlm.config import check_config, override
 from flaxlm.errors import ConfigError
 
 COMPARED_BYTES = 2**22  # of held-out text, at most
@@ -106,7 +106,7 @@ def find_tokenizer(name: str, corpus: Callable[[], Any]) -> Any:
 
   Raises `ConfigError` for a name that is none of them, `DataError` for a damaged file.
   """
-  from flaxlm.foreign_tokenizers import load_tokenizer
+  from flaxlm.tokenizers import load_tokenizer
 
   path = Path(name)
   if path.exists():
@@ -125,7 +125,7 @@ def train(corpus: Callable[[], Any], kind: str, vocab_size: str | None) -> Any:
   fields = [f"--tokenizer.kind={kind}"]
   fields += [f"--tokenizer.vocab_size={vocab_size}"] if vocab_size else []
   cfg = override(Config(), fields)
-  cfg.check()
+  check_config(cfg)
   return corpus_tokenizer(corpus(), cfg.tokenizer)
 
 

@@ -15,7 +15,7 @@ from flaxlm.commands.parsing import (
   open_run,
   read_config,
 )
-from flaxlm.configfile import knobs
+from flaxlm.config import Config, knobs
 from flaxlm.errors import ConfigError
 
 
@@ -42,7 +42,7 @@ def run_train(_: argparse.Namespace, arguments: list[str]) -> int:
 def describe_knobs() -> str:
   """Every config field: how to spell it, its type and default, and what it means."""
   lines = ["config fields (--section.field=value):"]
-  for name, kind, field in knobs():
+  for name, kind, field in knobs(Config):
     default = field.default
     if default is dataclasses.MISSING:
       default = field.default_factory()

@@ -32,8 +32,7 @@ from flaxlm.data.sources import (
   to_stderr,
 )
 from flaxlm.errors import DataError
-from flaxlm.foreign_tokenizers import AnyTokenizer, load_tokenizer
-from flaxlm.tokenizers import MASK, train_tokenizer
+from flaxlm.tokenizers import MASK, AnyTokenizer, load_tokenizer, train_tokenizer
 
 # Enters the keys of all that is stored: raise it when this file stores anything else,
 # or `train_tokenizer` makes another tokenizer from the same texts.

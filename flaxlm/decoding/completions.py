@@ -12,7 +12,7 @@ from flaxlm.decoding.sampling import Sampling
 from flaxlm.decoding.search import beam_search
 from flaxlm.decoding.speculative import speculate
 from flaxlm.errors import ConfigError
-from flaxlm.foreign_tokenizers import AnyTokenizer
+from flaxlm.tokenizers import AnyTokenizer
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -169,9 +169,7 @@ def make_request(
   if max_new_tokens is None:
     room = run.model.cfg.context - max(map(len, starts), default=0)
     max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
-  real = run.model.cfg.unpadded.vocab_size
-  assert real is not None
-  num_ids = min(tokenizer.vocab_size, real)
+  num_ids = min(tokenizer.vocab_size, run.model.cfg.num_ids)
   return Request(starts, max_new_tokens, num_ids, sources, num_top)
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.errors import ConfigError
-from flaxlm.foreign_tokenizers import AnyTokenizer
+from flaxlm.tokenizers import AnyTokenizer
 
 FREE = 0  # the state in which every token may come, before and after
 NEVER = -1

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxlm.config import ModelConfig
+from flaxlm.config import ResolvedModel
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel, Source
 from flaxlm.nn.cache import MOST_NEW
@@ -46,7 +46,7 @@ class Request:
   sources: Sequence[Sequence[int]] | None = None
   num_top: int = 0
 
-  def check(self, cfg: ModelConfig) -> None:
+  def check(self, cfg: ResolvedModel) -> None:
     """Refuses what JAX would swallow silently: no prompt, one too long, an unknown id.
 
     Raises `ConfigError`.
@@ -61,7 +61,7 @@ class Request:
     for rows in (self.prompts, self.sources or []):
       if (rows is self.prompts and not rows) or not all(map(len, rows)):
         raise ConfigError("a prompt has no tokens", "begin it with the end-of-text token")
-      _check_ids(rows, cfg.unpadded.vocab_size)
+      _check_ids(rows, cfg.num_ids)
     longest = max(map(len, self.prompts))
     if cfg.family != "rnn" and longest + self.max_new_tokens > cfg.context:
       room = max(0, cfg.context - longest)
@@ -91,8 +91,7 @@ class Request:
     return bucket(max(*ends, shared + padded_length(longest - shared)), fine=True)
 
 
-def _check_ids(rows: Sequence[Sequence[int]], vocab_size: int | None) -> None:
-  assert vocab_size is not None, "resolved"
+def _check_ids(rows: Sequence[Sequence[int]], vocab_size: int) -> None:
   for token in (min(map(min, rows), default=0), max(map(max, rows), default=0)):
     if not 0 <= token < vocab_size:
       raise ConfigError(
@@ -114,7 +113,7 @@ class Past(NamedTuple):
   tokens: tuple[int, ...]
   cache: Any
 
-  def usable(self, cfg: ModelConfig, common: int) -> int:
+  def usable(self, cfg: ResolvedModel, common: int) -> int:
     """How much of `common` first tokens the cache still has: an RNN keeps its end only."""
     return common if self.cache.can_return(cfg, len(self.tokens) - common) else 0
 
@@ -158,7 +157,7 @@ def prefill_logits(
 
 
 def shared_prefix(
-  cfg: ModelConfig, prompts: Sequence[Sequence[int]], past: Past | None
+  cfg: ResolvedModel, prompts: Sequence[Sequence[int]], past: Past | None
 ) -> int:
   """How many first tokens need not be read row by row; one of each prompt is, always.
 
@@ -247,7 +246,7 @@ def take(logits_BV: jax.Array, cache: Any, rows_B: jax.Array) -> tuple[jax.Array
 
 @functools.partial(jax.jit, static_argnames=("cfg", "slots"))
 def spread(
-  cfg: ModelConfig, cache: Any, rows_B: jax.Array, length: jax.Array, slots: int
+  cfg: ResolvedModel, cache: Any, rows_B: jax.Array, length: jax.Array, slots: int
 ) -> Any:
   """The first `length` tokens of some rows, with room for `slots` of them."""
   cache = cache.take(rows_B)

@@ -11,13 +11,12 @@ from jax.sharding import Mesh
 
 from flaxlm.checkpoint.manifest import newest_whole_step, saved_steps
 from flaxlm.checkpoint.store import CheckpointStore
-from flaxlm.config import Config
-from flaxlm.configfile import from_json
+from flaxlm.config import ResolvedConfig, from_json
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import CheckpointError, ConfigError
-from flaxlm.foreign_tokenizers import AnyTokenizer, load_tokenizer
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import abstract_params, build_model
+from flaxlm.tokenizers import AnyTokenizer, load_tokenizer
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
 METRICS, LOG, SAMPLE = "metrics.jsonl", "log.txt", "sample.txt"
@@ -28,7 +27,7 @@ class Run(NamedTuple):
   """A trained model, as stored at one step, and what it needs to read and write text."""
 
   path: Path
-  cfg: Config
+  cfg: ResolvedConfig
   tokenizer: AnyTokenizer
   step: int
   model: LanguageModel
@@ -76,10 +75,10 @@ def _runs(runs_dir: Path) -> list[Path]:
   return [path.parent for path in runs_dir.glob(f"*/{CONFIG}")]
 
 
-def load_config_of(path: Path) -> Config:
+def load_config_of(path: Path) -> ResolvedConfig:
   """The resolved config of a run directory; `CheckpointError` if it is unreadable."""
   try:
-    return from_json((path / CONFIG).read_text("utf-8"), str(path / CONFIG))
+    return from_json((path / CONFIG).read_text("utf-8"), str(path / CONFIG)).resolve()
   except (OSError, ValueError, ConfigError) as e:
     raise CheckpointError(f"{path / CONFIG} cannot be read: {e}") from e
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from flaxlm.decoding.constraint import FREE, NO_AUTOMATON, Automaton, build_automaton
 from flaxlm.errors import ConfigError
-from flaxlm.foreign_tokenizers import AnyTokenizer
+from flaxlm.tokenizers import AnyTokenizer
 
 OFF_TOP_K = 2**30
 BLOCK = 256  # tokens that `draw` chooses among at a time

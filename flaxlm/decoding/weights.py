@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flaxlm.config import ModelConfig
+from flaxlm.config import ResolvedModel
 
 # Projections, and how many dims of their kernel are contracted.
 PROJECTIONS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
@@ -23,7 +23,7 @@ PROJECTIONS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "h
 KINDS = ("float32", "bfloat16", "int8")
 
 
-def prepare_params(params: Any, cfg: ModelConfig, kind: str | None = None) -> Any:
+def prepare_params(params: Any, cfg: ResolvedModel, kind: str | None = None) -> Any:
   """The parameters as `generate` reads them fastest; a copy, made leaf by leaf.
 
   `kind` is what matrices are kept as, None for what they are. int8 has a scale for each

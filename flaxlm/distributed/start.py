@@ -19,8 +19,7 @@ import jax
 import jaxlib
 
 from flaxlm import __version__
-from flaxlm.config import Config
-from flaxlm.configfile import knobs
+from flaxlm.config import Config, knobs
 from flaxlm.distributed.detect import Job, detect, metadata_of
 from flaxlm.distributed.peers import Alone, Peers
 from flaxlm.distributed.rendezvous import meet
@@ -63,7 +62,7 @@ def joined(cfg: Config) -> Iterator[Alone]:
 
 def claims(cfg: Config) -> dict[str, str]:
   """What has to be the same on all processes: versions, and every field of the config."""
-  fields = {name: str(operator.attrgetter(name)(cfg)) for name, _, _ in knobs()}
+  fields = {name: str(operator.attrgetter(name)(cfg)) for name, _, _ in knobs(Config)}
   versions = {
     "flaxlm": __version__,
     "jax": jax.__version__,

@@ -6,7 +6,7 @@ Sources: the configuration and modelling files of each family in `transformers`.
 
 from typing import Any
 
-from flaxlm.config import ModelConfig
+from flaxlm.config import ModelConfig, ResolvedModel
 from flaxlm.interop.family import Family
 from flaxlm.interop.layouts import Rows, Weight, array, linear, norm
 from flaxlm.interop.settings import ACTIVATION_NAMES, Keys, Settings, to_keys
@@ -54,12 +54,12 @@ def with_head(rows: tuple[Weight, ...], bias: str, head: str, tied: bool) -> Any
   return *rows, *biases[: 1 if tied else 2], *linear(head, "head")[:1]
 
 
-def bert(cfg: ModelConfig) -> tuple[Weight, ...]:
+def bert(cfg: ResolvedModel) -> tuple[Weight, ...]:
   names = ("cls.predictions", "cls.predictions.decoder")
   return with_head(BERT, *names, cfg.tied_embeddings)
 
 
-def roberta(cfg: ModelConfig) -> tuple[Weight, ...]:
+def roberta(cfg: ResolvedModel) -> tuple[Weight, ...]:
   return with_head(ROBERTA, "lm_head", "lm_head.decoder", cfg.tied_embeddings)
 
 
@@ -99,7 +99,7 @@ def read_bert(hf: Settings, head: str = "cls.predictions.bias", **ours: Any) -> 
   )
 
 
-def write_bert(cfg: ModelConfig) -> dict[str, Any]:
+def write_bert(cfg: ResolvedModel) -> dict[str, Any]:
   return {
     **to_keys(cfg, KEYS),
     "hidden_act": ACTIVATION_NAMES[cfg.activation],
@@ -115,7 +115,7 @@ def read_roberta(hf: Settings) -> ModelConfig:
   return read_bert(hf, "lm_head.layer_norm.weight", context=rows - ROBERTA_OFFSET)
 
 
-def write_roberta(cfg: ModelConfig) -> dict[str, Any]:
+def write_roberta(cfg: ResolvedModel) -> dict[str, Any]:
   rows = cfg.context + ROBERTA_OFFSET
   padding = ROBERTA_OFFSET - 1
   return {**write_bert(cfg), "max_position_embeddings": rows, "pad_token_id": padding}
@@ -142,7 +142,7 @@ def t5_stack(name: str, ffn: int) -> tuple[Weight, ...]:
   )
 
 
-def t5(cfg: ModelConfig) -> tuple[Weight, ...]:
+def t5(cfg: ResolvedModel) -> tuple[Weight, ...]:
   cross, ours = "decoder.block.{l}.layer.1.", "decoder/blocks/"
   wi, stacks = "block.{l}.layer.%d.DenseReluDense.wi", (("encoder", 1), ("decoder", 2))
   ffn: list[Weight] = []
@@ -213,7 +213,7 @@ def read_t5(hf: Settings) -> ModelConfig:
   )
 
 
-def write_t5(cfg: ModelConfig) -> dict[str, Any]:
+def write_t5(cfg: ResolvedModel) -> dict[str, Any]:
   ffns = {ours: theirs for theirs, ours in FFNS.items()}
   scaled = cfg.logit_scale != 1
   return {

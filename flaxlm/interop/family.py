@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flaxlm.config import ModelConfig
+from flaxlm.config import ModelConfig, ResolvedModel
 from flaxlm.errors import CheckpointError
 from flaxlm.interop.layouts import Shape, Weight
 from flaxlm.interop.settings import Settings, canonical
@@ -19,7 +19,7 @@ class Family:
   model_type: as in its config.json.
   architectures: its classes; the first one with a language model's head, which we write.
   weights: its table. Rows for parameters that a config does not have mean nothing.
-  read: Settings -> ModelConfig. write: ModelConfig -> keys of config.json; what cannot be
+  read: Settings -> ModelConfig. write: ResolvedModel -> keys of config.json; what cannot be
     said in this family need not be refused there, `Family.keys` reads back and compares.
   prefix: of every name but the head's, which files saved from the bare model lack.
   renamed: (ending, ending) of older names.
@@ -29,9 +29,9 @@ class Family:
 
   model_type: str
   architectures: tuple[str, ...]
-  weights: Callable[[ModelConfig], tuple[Weight, ...]]
+  weights: Callable[[ResolvedModel], tuple[Weight, ...]]
   read: Callable[[Settings], ModelConfig]
-  write: Callable[[ModelConfig], dict[str, Any]]
+  write: Callable[[ResolvedModel], dict[str, Any]]
   prefix: str
   renamed: tuple[tuple[str, str], ...] = ()
   tied: tuple[tuple[str, str], ...] = ()
@@ -40,7 +40,7 @@ class Family:
   def ignores(self, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in self.ignored)
 
-  def keys(self, cfg: ModelConfig, names: tuple[str, ...]) -> dict[str, Any]:
+  def keys(self, cfg: ResolvedModel, names: tuple[str, ...]) -> dict[str, Any]:
     """The config.json of a model of ours, whose tensors will be called `names`.
 
     Raises `CheckpointError`, with the fields that have no place in this family.
@@ -56,7 +56,7 @@ class Family:
     return keys
 
   def expected(
-    self, cfg: ModelConfig, shapes: Mapping[str, Shape]
+    self, cfg: ResolvedModel, shapes: Mapping[str, Shape]
   ) -> dict[str, tuple[Weight, tuple[int, ...], Shape]]:
     """{their name: (row, place in our stack, its shape)}; `shapes` are our parameters'.
 

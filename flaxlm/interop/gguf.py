@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from flaxlm.config import ModelConfig
+from flaxlm.config import ResolvedModel
 from flaxlm.decoding.runs import Run
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.interop.families import FAMILIES
@@ -61,7 +61,7 @@ def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
     raise ConfigError("GGUF needs the gguf package", "pip install 'flaxlm[gguf]'") from e
   if path.exists():
     raise CheckpointError(f"{path} is there already", "choose another name, or remove it")
-  cfg = run.cfg.model.unpadded
+  cfg = run.model.cfg.unpadded
   try:
     family = find_fitting(run, [FAMILIES[name] for name in ARCHITECTURES])
   except CheckpointError as e:
@@ -122,7 +122,7 @@ def is_input_first(name: str, architecture: Architecture) -> bool:
 
 
 def laid_out(
-  name: str, array: np.ndarray, cfg: ModelConfig, architecture: Architecture
+  name: str, array: np.ndarray, cfg: ResolvedModel, architecture: Architecture
 ) -> np.ndarray:
   """Queries' and keys' rows from halves of a head to neighbours, matrices (out, in)."""
   if is_input_first(name, architecture):
@@ -135,7 +135,7 @@ def laid_out(
   return array
 
 
-def frequency_factors(cfg: ModelConfig, architecture: Architecture) -> np.ndarray | None:
+def frequency_factors(cfg: ResolvedModel, architecture: Architecture) -> np.ndarray | None:
   """By how much scaling slows each pair down; None without. Raises `CheckpointError` for
   scaling that changes more than that, or that the architecture does not read.
   """
@@ -150,7 +150,7 @@ def frequency_factors(cfg: ModelConfig, architecture: Architecture) -> np.ndarra
   return np.array([a / b for a, b in zip(plain, scaled, strict=True)], np.float32)
 
 
-def add_settings(writer: Any, cfg: ModelConfig, name: str) -> None:
+def add_settings(writer: Any, cfg: ResolvedModel, name: str) -> None:
   writer.add_name(name)
   writer.add_block_count(cfg.depth)
   writer.add_context_length(cfg.context)
@@ -180,9 +180,7 @@ def add_tokenizer(writer: Any, run: Run) -> None:
     raise CheckpointError("GGUF: only byte-level BPE tokenizers have a place here")
   words = {number: word for word, number in model["vocab"].items()}
   words |= {number: one["content"] for number, one in added.items()}
-  num_ids = run.cfg.model.unpadded.vocab_size
-  assert num_ids is not None
-  numbers = range(num_ids)
+  numbers = range(run.model.cfg.num_ids)
   types = gguf.TokenType
   kind = lambda n: (
     (types.CONTROL if added[n]["special"] else types.USER_DEFINED)

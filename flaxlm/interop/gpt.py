@@ -7,7 +7,7 @@ Sources: the configuration and modelling files of each family in `transformers`.
 import dataclasses
 from typing import Any
 
-from flaxlm.config import ModelConfig, RopeConfig
+from flaxlm.config import ModelConfig, ResolvedModel, RopeConfig
 from flaxlm.errors import CheckpointError
 from flaxlm.interop.family import Family
 from flaxlm.interop.layouts import Rows, Weight, array, linear, norm
@@ -69,7 +69,7 @@ def read_gpt2(hf: Settings) -> ModelConfig:
   )
 
 
-def write_gpt2(cfg: ModelConfig) -> dict[str, Any]:
+def write_gpt2(cfg: ResolvedModel) -> dict[str, Any]:
   name = ACTIVATION_NAMES[cfg.activation]
   return {**to_keys(cfg, GPT_KEYS), "activation_function": name, **NO_DROPOUT}
 
@@ -77,7 +77,7 @@ def write_gpt2(cfg: ModelConfig) -> dict[str, Any]:
 # -- GPT-J (Wang & Komatsuzaki, 2021) ------------------------------------------------------
 
 
-def gptj(cfg: ModelConfig) -> tuple[Weight, ...]:
+def gptj(cfg: ResolvedModel) -> tuple[Weight, ...]:
   assert cfg.head_dim is not None
   turning = 2 * int(cfg.head_dim * cfg.rope.fraction / 2)
   return (
@@ -111,7 +111,7 @@ def read_gptj(hf: Settings) -> ModelConfig:
   return dataclasses.replace(cfg, rope=RopeConfig(fraction=fraction))
 
 
-def write_gptj(cfg: ModelConfig) -> dict[str, Any]:
+def write_gptj(cfg: ResolvedModel) -> dict[str, Any]:
   assert cfg.head_dim is not None
   return {**write_gpt2(cfg), "rotary_dim": 2 * int(cfg.head_dim * cfg.rope.fraction / 2)}
 
@@ -163,7 +163,7 @@ def read_neox(hf: Settings) -> ModelConfig:
   return dataclasses.replace(cfg, rope=rope)
 
 
-def write_neox(cfg: ModelConfig) -> dict[str, Any]:
+def write_neox(cfg: ResolvedModel) -> dict[str, Any]:
   assert cfg.head_dim is not None
   rope = rope_keys(cfg.rope, cfg.head_dim)
   return {
@@ -222,7 +222,7 @@ def read_bloom(hf: Settings) -> ModelConfig:
   )
 
 
-def write_bloom(cfg: ModelConfig) -> dict[str, Any]:
+def write_bloom(cfg: ResolvedModel) -> dict[str, Any]:
   none = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
   return {**to_keys(cfg, BLOOM_KEYS), **none}
 
@@ -276,7 +276,7 @@ def read_opt(hf: Settings) -> ModelConfig:
   )
 
 
-def write_opt(cfg: ModelConfig) -> dict[str, Any]:
+def write_opt(cfg: ResolvedModel) -> dict[str, Any]:
   return {
     **to_keys(cfg, OPT_KEYS),
     "activation_function": ACTIVATION_NAMES[cfg.activation],
@@ -294,7 +294,7 @@ def family(
   model_type: str, name: str, prefix: str, weights: Any, read: Any, write: Any
 ) -> Family:
   rows = weights if callable(weights) else lambda _: weights
-  embedding, *_ = rows(ModelConfig().resolve())
+  embedding, *_ = rows(ModelConfig().resolve(1))
   head = "embed_out.weight" if model_type == "gpt_neox" else "lm_head.weight"
   return Family(
     model_type,

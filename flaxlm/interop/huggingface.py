@@ -19,7 +19,14 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flaxlm.config import OBJECTIVES, Config, DataConfig, ModelConfig, TrainingConfig
+from flaxlm.config import (
+  OBJECTIVES,
+  Config,
+  DataConfig,
+  ResolvedModel,
+  TrainingConfig,
+  check_config,
+)
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.interop.families import find_family
 from flaxlm.interop.family import Family
@@ -35,7 +42,7 @@ MOST_LISTED = 8  # of each list of misfits
 class Loaded(NamedTuple):
   """A checkpoint of Hugging Face's as a model of ours."""
 
-  cfg: ModelConfig
+  cfg: ResolvedModel
   params: Any  # sharded over the mesh
   dtype: str  # of the parameters
   family: Family
@@ -83,10 +90,10 @@ def load_checkpoint(folder: Path, mesh: Mesh, dtype: str | None = None) -> Loade
   return Loaded(cfg, unflatten_dict(params, sep="/"), dtype, family)
 
 
-def real_shapes(cfg: ModelConfig, flat: Mapping[str, Any]) -> dict[str, Shape]:
+def real_shapes(cfg: ResolvedModel, flat: Mapping[str, Any]) -> dict[str, Shape]:
   """The shapes of some parameters without the padding of the vocabulary: there it has no
   place."""
-  if cfg.num_ids is None:
+  if not cfg.is_padded:
     return {path: array.shape for path, array in flat.items()}
   init = functools.partial(init_params, build_model(cfg.unpadded))
   real = flatten_dict(nn.unbox(jax.eval_shape(init, jnp.uint32(0))), sep="/")
@@ -99,18 +106,18 @@ def filled(array: np.ndarray, shape: Shape) -> np.ndarray:
   return np.pad(array, missing) if array.shape != shape else array
 
 
-def read_config(family: Family, hf: Settings) -> ModelConfig:
+def read_config(family: Family, hf: Settings) -> ResolvedModel:
   """The model of a config.json, checked. Raises `CheckpointError`."""
   cfg = family.read(hf)
   try:
     data = DataConfig(objective=OBJECTIVES[cfg.family], seq_len=1)  # type: ignore[arg-type]
-    Config(model=cfg, data=data).check()
+    check_config(Config(model=cfg, data=data))
   except ConfigError as e:
     raise CheckpointError(f"{hf.origin}: {e.cause}", e.cure) from e
   count = cfg.depth * max(1, cfg.moe.num_experts)
   if count > MAX_TENSORS:
     raise CheckpointError(f"{hf.origin}: {count} feed-forwards", f"at most {MAX_TENSORS}")
-  return cfg
+  return cfg.resolve()
 
 
 def match(
@@ -200,7 +207,7 @@ def _filler(sharding: NamedSharding, stacked: int) -> Callable:
 
 
 def save_checkpoint(
-  folder: Path, cfg: ModelConfig, params: Any, family: Family, dtype: str, most: int
+  folder: Path, cfg: ResolvedModel, params: Any, family: Family, dtype: str, most: int
 ) -> dict[str, Any]:
   """Writes safetensors of at most `most` bytes each; returns the keys of config.json.
 
@@ -214,7 +221,7 @@ def save_checkpoint(
 
 
 def reader(
-  cfg: ModelConfig, params: Any, expected: Mapping[str, Any]
+  cfg: ResolvedModel, params: Any, expected: Mapping[str, Any]
 ) -> Callable[[str], np.ndarray]:
   """Their tensor of a name in `expected`, on the host."""
   flat = flatten_dict(params, sep="/")
@@ -229,7 +236,7 @@ def reader(
 
 
 def describe(
-  cfg: ModelConfig, params: Any, family: Family
+  cfg: ResolvedModel, params: Any, family: Family
 ) -> tuple[dict[str, Any], dict[str, tuple[Weight, tuple[int, ...], Shape]]]:
   """The config.json of a model in `family`, and its tensors as `Family.expected` has them.
 
@@ -237,7 +244,7 @@ def describe(
   """
   shapes = real_shapes(cfg, flatten_dict(params, sep="/"))
   cfg = cfg.unpadded
-  expected = family.expected(cfg.resolve(), shapes)
+  expected = family.expected(cfg, shapes)
   keys = family.keys(cfg, tuple(expected))
   headless = cfg.family == "encoder" and not cfg.head_transform
   return keys | {"architectures": [family.architectures[headless]]}, expected

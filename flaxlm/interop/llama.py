@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flaxlm.config import ModelConfig, MoEConfig
+from flaxlm.config import ModelConfig, MoEConfig, ResolvedModel
 from flaxlm.errors import CheckpointError
 from flaxlm.interop.family import Family
 from flaxlm.interop.layouts import FromOne, Heads, Layout, Weight, array, linear, norm
@@ -146,7 +146,7 @@ def read(
   return dataclasses.replace(cfg, rope=rope)
 
 
-def write(cfg: ModelConfig) -> dict[str, Any]:
+def write(cfg: ResolvedModel) -> dict[str, Any]:
   assert cfg.head_dim is not None
   return {
     **to_keys(cfg, KEYS),
@@ -165,7 +165,7 @@ def read_llama(hf: Settings) -> ModelConfig:
   return read(hf, {}, biased=hf.get(bool, "mlp_bias", False), **attention_bias(hf))
 
 
-def write_llama(cfg: ModelConfig) -> dict[str, Any]:
+def write_llama(cfg: ResolvedModel) -> dict[str, Any]:
   return {**write(cfg), "attention_bias": cfg.qkv_biased, "mlp_bias": cfg.biased}
 
 
@@ -175,7 +175,7 @@ def read_mistral(hf: Settings) -> ModelConfig:
   return read(hf, {"max_position_embeddings": 131_072}, window=window)
 
 
-def write_mistral(cfg: ModelConfig) -> dict[str, Any]:
+def write_mistral(cfg: ResolvedModel) -> dict[str, Any]:
   return {**write(cfg), "sliding_window": cfg.window}
 
 
@@ -190,7 +190,7 @@ def read_mixtral(hf: Settings) -> ModelConfig:
   return read(hf, defaults, window=window, moe=moe)
 
 
-def write_mixtral(cfg: ModelConfig) -> dict[str, Any]:
+def write_mixtral(cfg: ResolvedModel) -> dict[str, Any]:
   return {
     **write_mistral(cfg),
     "intermediate_size": cfg.moe.expert_width,
@@ -210,7 +210,7 @@ def windows(hf: Settings) -> dict[str, Any]:
   return {"window": hf.get(int, "sliding_window", 4096), "layer_pattern": pattern}
 
 
-def window_keys(cfg: ModelConfig) -> dict[str, Any]:
+def window_keys(cfg: ResolvedModel) -> dict[str, Any]:
   kinds = layer_types(cfg)
   return {
     "use_sliding_window": "sliding_attention" in kinds,
@@ -224,7 +224,7 @@ def read_qwen2(hf: Settings) -> ModelConfig:
   return read(hf, {}, qkv_biased=True, **windows(hf))
 
 
-def write_qwen2(cfg: ModelConfig) -> dict[str, Any]:
+def write_qwen2(cfg: ResolvedModel) -> dict[str, Any]:
   return {**write(cfg), **window_keys(cfg)}
 
 
@@ -232,7 +232,7 @@ def read_qwen3(hf: Settings) -> ModelConfig:
   return read(hf, {"head_dim": 128}, qk_norm="head", **attention_bias(hf), **windows(hf))
 
 
-def write_qwen3(cfg: ModelConfig) -> dict[str, Any]:
+def write_qwen3(cfg: ResolvedModel) -> dict[str, Any]:
   return {**write_qwen2(cfg), "attention_bias": cfg.qkv_biased}
 
 
@@ -256,7 +256,7 @@ def qwen_moe(hf: Settings) -> MoEConfig:
   )
 
 
-def moe_keys(cfg: ModelConfig) -> dict[str, Any]:
+def moe_keys(cfg: ResolvedModel) -> dict[str, Any]:
   return {
     "num_experts": cfg.moe.num_experts,
     "num_experts_per_tok": cfg.moe.experts_per_token,
@@ -273,7 +273,7 @@ def read_qwen2_moe(hf: Settings) -> ModelConfig:
   return read(hf, {}, qkv_biased=biased, moe=qwen_moe(hf), **windows(hf))
 
 
-def write_qwen2_moe(cfg: ModelConfig) -> dict[str, Any]:
+def write_qwen2_moe(cfg: ResolvedModel) -> dict[str, Any]:
   assert cfg.moe.expert_width is not None
   shared = cfg.moe.num_shared_experts * cfg.moe.expert_width
   return {
@@ -292,7 +292,7 @@ def read_qwen3_moe(hf: Settings) -> ModelConfig:
   return read(hf, {}, qk_norm="head", moe=moe, window=window, **biases)
 
 
-def write_qwen3_moe(cfg: ModelConfig) -> dict[str, Any]:
+def write_qwen3_moe(cfg: ResolvedModel) -> dict[str, Any]:
   return {
     **write_mistral(cfg),
     **moe_keys(cfg),
@@ -311,7 +311,7 @@ def read_olmo2(hf: Settings) -> ModelConfig:
   return read(hf, defaults, norm_placement="output", qk_norm="width", **biases)
 
 
-def write_olmo2(cfg: ModelConfig) -> dict[str, Any]:
+def write_olmo2(cfg: ResolvedModel) -> dict[str, Any]:
   return {**write(cfg), "attention_bias": cfg.qkv_biased}
 
 
@@ -327,7 +327,7 @@ def read_gemma(hf: Settings, **ours: Any) -> ModelConfig:
   return cfg
 
 
-def write_gemma(cfg: ModelConfig) -> dict[str, Any]:
+def write_gemma(cfg: ResolvedModel) -> dict[str, Any]:
   return {**write(cfg), "attention_bias": cfg.qkv_biased}
 
 
@@ -351,7 +351,7 @@ def read_gemma2(hf: Settings, pattern: str = "LG", **ours: Any) -> ModelConfig:
   )
 
 
-def write_gemma2(cfg: ModelConfig) -> dict[str, Any]:
+def write_gemma2(cfg: ResolvedModel) -> dict[str, Any]:
   assert cfg.attention_scale is not None
   return {
     **write_gemma(cfg),
@@ -394,7 +394,7 @@ def read_gemma3(hf: Settings) -> ModelConfig:
   return dataclasses.replace(cfg, rope=dataclasses.replace(cfg.rope, local_theta=theta))
 
 
-def write_gemma3(cfg: ModelConfig) -> dict[str, Any]:
+def write_gemma3(cfg: ResolvedModel) -> dict[str, Any]:
   keys = write_gemma2(cfg)
   theta = cfg.rope.local_theta or cfg.rope.theta
   return {**keys, "rope_local_base_freq": theta, "use_bidirectional_attention": False}
@@ -408,7 +408,7 @@ def read_gemma3_pictures(hf: Settings) -> ModelConfig:
   return read_gemma3(text)
 
 
-def write_gemma3_pictures(cfg: ModelConfig) -> dict[str, Any]:
+def write_gemma3_pictures(cfg: ResolvedModel) -> dict[str, Any]:
   raise CheckpointError("gemma3 has what sees pictures", "a run of flaxlm is gemma3_text")
 
 

@@ -14,7 +14,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flaxlm.config import ModelConfig, RopeConfig
+from flaxlm.config import (
+  ModelConfig,
+  MoEConfig,
+  ResolvedModel,
+  ResolvedMoE,
+  ResolvedRope,
+  RopeConfig,
+)
 from flaxlm.errors import CheckpointError
 
 MAX_JSON_BYTES = 32 * 2**20
@@ -245,7 +252,7 @@ def shortest_period(kinds: str) -> str:
 # -- Writing -------------------------------------------------------------------------------
 
 
-def to_keys(cfg: ModelConfig, keys: Keys) -> dict[str, Any]:
+def to_keys(cfg: ResolvedModel, keys: Keys) -> dict[str, Any]:
   """The inverse of `Settings.fields`."""
   return {key: getattr(cfg, field) for key, field in keys}
 
@@ -283,19 +290,19 @@ def rope_keys(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
   return keys
 
 
-def layer_types(cfg: ModelConfig) -> list[str]:
+def layer_types(cfg: ResolvedModel) -> list[str]:
   """Their name of every layer's kind."""
   names = {"G": "full_attention", "L": "sliding_attention"}
   return [names[cfg.period[n % len(cfg.period)]] for n in range(cfg.depth)]
 
 
-def canonical(cfg: ModelConfig) -> ModelConfig:
+def canonical(cfg: ModelConfig) -> ResolvedModel:
   """`cfg` as the models see it, without what only training reads or nothing reads.
 
   Two configs that compute the same have the same canonical one.
   """
   cfg = cfg.resolve()
-  kinds = (cfg.period * cfg.depth)[: cfg.depth]
+  kinds = cfg.layer_kinds()
   window = cfg.window if "L" in kinds else None
   if window is not None and window >= cfg.context:
     window, kinds = None, "G" * cfg.depth
@@ -306,7 +313,7 @@ def canonical(cfg: ModelConfig) -> ModelConfig:
     sink_tokens=cfg.sink_tokens if window else 0,
     rope=canonical_rope(cfg),
     moe=canonical_moe(cfg),
-    encoder_depth=cfg.encoder_depth if cfg.family == "encoder_decoder" else None,
+    encoder_depth=cfg.encoder_depth if cfg.family == "encoder_decoder" else cfg.depth,
     norm_biased=cfg.norm == "layernorm" and cfg.norm_biased,
     relative_buckets=cfg.relative_buckets if cfg.positions == "relative" else 32,
     relative_distance=cfg.relative_distance if cfg.positions == "relative" else 128,
@@ -315,13 +322,13 @@ def canonical(cfg: ModelConfig) -> ModelConfig:
   )
 
 
-def canonical_rope(cfg: ModelConfig) -> RopeConfig:
+def canonical_rope(cfg: ResolvedModel) -> ResolvedRope:
   rope = cfg.rope
   if cfg.positions != "rope":
-    return RopeConfig()
-  assert cfg.head_dim is not None
+    return ResolvedRope(original_context=cfg.context)
   fixed = rope.scaling == "ntk" or (rope.factor == 1 and rope.attention_factor is None)
   kept: dict[str, Any] = dict(
+    original_context=cfg.context,
     theta=rope_keys(rope, cfg.head_dim)["rope_theta"],
     fraction=rope.fraction,
     scaling="none" if fixed else rope.scaling,
@@ -340,13 +347,13 @@ def canonical_rope(cfg: ModelConfig) -> RopeConfig:
     )
   if kept["scaling"] == "yarn":
     kept["attention_factor"] = rope.attention_factor or 0.1 * math.log(rope.factor) + 1
-  return RopeConfig(**kept)
+  return ResolvedRope(**kept)
 
 
-def canonical_moe(cfg: ModelConfig) -> Any:
-  plain = type(cfg.moe)()
+def canonical_moe(cfg: ResolvedModel) -> Any:
+  plain = MoEConfig()
   if not cfg.moe.num_experts:
-    return plain
+    return ResolvedMoE(expert_width=cfg.ffn_width)
   return dataclasses.replace(
     cfg.moe,
     capacity_factor=None,  # decoding serves every choice

@@ -18,22 +18,27 @@ from jax.sharding import Mesh
 from tokenizers import processors
 
 from flaxlm.checkpoint.store import CheckpointStore
-from flaxlm.config import OBJECTIVES, Config, DataConfig, TrainingConfig
-from flaxlm.configfile import to_json
+from flaxlm.config import (
+  OBJECTIVES,
+  DataConfig,
+  ResolvedConfig,
+  TrainingConfig,
+  to_json,
+)
 from flaxlm.decoding.runs import CHECKPOINTS, CONFIG, KEPT, TOKENIZER, Run
 from flaxlm.errors import CheckpointError
-from flaxlm.foreign_tokenizers import (
-  SPECIALS,
-  ForeignTokenizer,
-  Specials,
-  frame,
-  load_backend,
-)
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.family import Family
 from flaxlm.interop.huggingface import Loaded, describe, load_checkpoint, save_checkpoint
 from flaxlm.interop.settings import Settings, read_json
-from flaxlm.tokenizers import MAX_FILE_BYTES
+from flaxlm.tokenizers.imported import (
+  SPECIALS,
+  ImportedTokenizer,
+  Specials,
+  frame,
+  load_backend,
+)
+from flaxlm.tokenizers.own import MAX_FILE_BYTES
 
 GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 # Files that come along as they are, if they are there: only the other side reads them.
@@ -79,13 +84,13 @@ def import_run(
   return loaded, notes
 
 
-def run_config(loaded: Loaded, run_dir: Path) -> Config:
+def run_config(loaded: Loaded, run_dir: Path) -> ResolvedConfig:
   """The config of the run: the model, and a data section that fits it."""
   family = loaded.cfg.family
-  return Config(
+  return ResolvedConfig(
     name=run_dir.name,
     runs_dir=str(run_dir.parent),
-    model=loaded.cfg.resolve(),
+    model=loaded.cfg,
     data=DataConfig(
       objective=OBJECTIVES[family],  # type: ignore[arg-type]
       seq_len=min(loaded.cfg.context, DataConfig().seq_len),
@@ -196,7 +201,7 @@ def export_tokenizer(run: Run, folder: Path) -> dict[str, Any]:
   """Writes a tokenizer of ours so that theirs frames a text as the model has seen it;
   returns the special ids."""
   tokenizer = run.tokenizer
-  assert not isinstance(tokenizer, ForeignTokenizer)
+  assert not isinstance(tokenizer, ImportedTokenizer)
   tokenizer.save(folder / TOKENIZER)
   backend = load_backend(folder / TOKENIZER)
   end = backend.id_to_token(tokenizer.eos_id)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxlm.config import ModelConfig
+from flaxlm.config import ResolvedModel
 from flaxlm.decoding.runs import Run
 from flaxlm.errors import ConfigError
 from flaxlm.look.page import Shares, View
@@ -27,7 +27,7 @@ TITLES = {
 }
 
 
-def check_attention(cfg: ModelConfig, layer: int | None, head: int | None) -> None:
+def check_attention(cfg: ResolvedModel, layer: int | None, head: int | None) -> None:
   """Raises `ConfigError` if the model has no such layer or head, or no attention."""
   if cfg.family == "rnn":
     raise ConfigError(
@@ -104,7 +104,7 @@ def capture(
 
 
 def check_size(
-  cfg: ModelConfig, num_tokens: int, num_source: int, layer: int | None, head: int | None
+  cfg: ResolvedModel, num_tokens: int, num_source: int, layer: int | None, head: int | None
 ) -> None:
   """Raises `ConfigError` if the maps would make a page that no browser opens."""
   depth = 1 if layer is not None else cfg.depth
@@ -119,7 +119,7 @@ def check_size(
     )
 
 
-def layer_kind(cfg: ModelConfig, layer: int) -> str:
+def layer_kind(cfg: ResolvedModel, layer: int) -> str:
   local = cfg.period[layer % len(cfg.period)] == "L"
   return f"local, {cfg.window} tokens" if local else ""
 

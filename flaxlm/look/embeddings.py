@@ -5,9 +5,9 @@ import numpy as np
 
 from flaxlm.decoding.runs import Run
 from flaxlm.errors import ConfigError
-from flaxlm.foreign_tokenizers import AnyTokenizer
 from flaxlm.look.page import View
 from flaxlm.look.pieces import describe
+from flaxlm.tokenizers import AnyTokenizer
 
 MOST_TOKENS = 4096
 NUM_NEAREST = 10
@@ -19,9 +19,7 @@ def look_embeddings(run: Run, num_tokens: int | None = None) -> View:
   size = run.tokenizer.vocab_size
   if num_tokens is not None and num_tokens > size:
     raise ConfigError(f"tokens is {num_tokens}", f"the tokenizer has {size}")
-  real = run.model.cfg.unpadded.vocab_size
-  assert real is not None
-  count = min(num_tokens or MOST_TOKENS, size, real)
+  count = min(num_tokens or MOST_TOKENS, size, run.model.cfg.num_ids)
   table_ND = np.asarray(run.params["embedding"]["table"])[:count].astype(np.float64)
   points_NC, explained_C = principal(table_ND)
   nearest_NC, cosines_NC = nearest(table_ND)

@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flaxlm.config import ModelConfig
+from flaxlm.config import ResolvedModel
 from flaxlm.decoding.generate import mesh_scope
 from flaxlm.decoding.runs import Run
 from flaxlm.errors import ConfigError
-from flaxlm.foreign_tokenizers import AnyTokenizer
 from flaxlm.nn.base import Source
 from flaxlm.sharding import batch_shards
-from flaxlm.tokenizers import MASK, Role
+from flaxlm.tokenizers import MASK, AnyTokenizer, Role
 
 # How what has no shape of its own is drawn.
 DRAWN = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍"}
@@ -73,7 +72,7 @@ class Reading(NamedTuple):
 
 
 def make_reading(
-  cfg: ModelConfig,
+  cfg: ResolvedModel,
   tokenizer: AnyTokenizer,
   text: str | None,
   source: str | None,
@@ -133,9 +132,8 @@ def complete_reading(run: Run, reading: Reading, most: int) -> tuple[list[int], 
 
   start = run.tokenizer.framed([], "prompt")
   num_new = max(1, min(most, run.model.cfg.context) - len(start))
-  real = run.model.cfg.unpadded.vocab_size
-  assert real is not None and reading.source_ids is not None
-  num_ids = min(run.tokenizer.vocab_size, real)
+  num_ids = min(run.tokenizer.vocab_size, run.model.cfg.num_ids)
+  assert reading.source_ids is not None
   request = Request([start], num_new, num_ids, [reading.source_ids])
   ids = list(start)
   for block in generate(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxlm.config import ModelConfig
+from flaxlm.config import ResolvedModel
 from flaxlm.errors import ConfigError
 from flaxlm.look.charts import heat_map, line_chart
 from flaxlm.look.page import View
@@ -45,7 +45,7 @@ SAYS = {
 }
 
 
-def check_positions(cfg: ModelConfig) -> None:
+def check_positions(cfg: ResolvedModel) -> None:
   """Raises `ConfigError` for a family that has none."""
   if cfg.family == "rnn":
     raise ConfigError(
@@ -55,10 +55,9 @@ def check_positions(cfg: ModelConfig) -> None:
 
 
 def look_positions(
-  cfg: ModelConfig, name: str, origin: str, params: Any | None = None
+  cfg: ResolvedModel, name: str, origin: str, params: Any | None = None
 ) -> View:
   """The positions of a model; `params` None shows trained ones as they are born."""
-  cfg = cfg.resolve()
   check_positions(cfg)
   notes = [f"{origin}, model.positions={cfg.positions}", SAYS[cfg.positions]]
   if cfg.positions in ("learned", "relative") and params is None:
@@ -101,12 +100,12 @@ def spread(most: int) -> np.ndarray:
 # -- Rotations -----------------------------------------------------------------------------
 
 
-def add_rope(cfg: ModelConfig, kind: str, charts: list[dict[str, Any]]) -> dict[str, Any]:
+def add_rope(cfg: ResolvedModel, kind: str, charts: list[dict[str, Any]]) -> dict[str, Any]:
   """The speed of each pair, what is turned where, and how a score fades."""
   rope, local = cfg.rope, kind == "L"
   own_theta = local and rope.local_theta is not None
   theta = rope.local_theta if own_theta else rope.theta
-  assert theta is not None and cfg.head_dim is not None
+  assert theta is not None
   head_dim = cfg.head_dim
   stretched = rope.scaling != "none" and not own_theta
   which = ""
@@ -183,7 +182,7 @@ def fade(cos_sin: Any, at_zero: Any) -> np.ndarray:
 # -- Added vectors -------------------------------------------------------------------------
 
 
-def learned_tables(cfg: ModelConfig, params: Any | None) -> list[tuple[str, np.ndarray]]:
+def learned_tables(cfg: ResolvedModel, params: Any | None) -> list[tuple[str, np.ndarray]]:
   """(stack, table) of every stack with positions of its own."""
   names = ["encoder", "decoder"] if cfg.family == "encoder_decoder" else [""]
   return [(n, table_of(params, n, "positions", (cfg.context, cfg.width))) for n in names]
@@ -245,7 +244,7 @@ def add_vectors(
 # -- Biases of scores ----------------------------------------------------------------------
 
 
-def add_alibi(cfg: ModelConfig, charts: list[dict[str, Any]]) -> dict[str, Any]:
+def add_alibi(cfg: ResolvedModel, charts: list[dict[str, Any]]) -> dict[str, Any]:
   causal = cfg.family != "encoder"
   distances = spread(cfg.context - 1)
   last = cfg.context - 1
@@ -258,14 +257,14 @@ def add_alibi(cfg: ModelConfig, charts: list[dict[str, Any]]) -> dict[str, Any]:
   return {"slopes": np.asarray(alibi_slopes(cfg.num_heads)).tolist()}
 
 
-def relative_tables(cfg: ModelConfig, params: Any | None) -> list[tuple[str, np.ndarray]]:
+def relative_tables(cfg: ResolvedModel, params: Any | None) -> list[tuple[str, np.ndarray]]:
   stacks = ["encoder", "decoder"] if cfg.family == "encoder_decoder" else [""]
   shape = (cfg.relative_buckets, cfg.num_heads)
   return [(stack, table_of(params, stack, "relative_bias", shape)) for stack in stacks]
 
 
 def add_relative(
-  cfg: ModelConfig, stack: str, table: np.ndarray, charts: list[dict[str, Any]]
+  cfg: ResolvedModel, stack: str, table: np.ndarray, charts: list[dict[str, Any]]
 ) -> dict[str, Any]:
   causal = cfg.family != "encoder" and stack != "encoder"
   reach = min(cfg.context - 1, 2 * cfg.relative_distance)

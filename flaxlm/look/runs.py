@@ -7,8 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from flaxlm.config import Config
-from flaxlm.configfile import difference, knobs
+from flaxlm.config import Config, difference, knobs
 from flaxlm.decoding.runs import LOG, METRICS, SAMPLE, load_config_of
 from flaxlm.errors import CheckpointError
 from flaxlm.look.charts import line_chart
@@ -95,7 +94,7 @@ def config_rows(cfg: Config) -> list[dict[str, Any]]:
   """Every field of the config, with what it means and whether it is not the default."""
   changed = difference(Config(), cfg)
   rows = []
-  for name, _, field in knobs():
+  for name, _, field in knobs(Config):
     value: Any = cfg
     for part in name.split("."):
       value = getattr(value, part)

@@ -56,8 +56,7 @@ def look_tokens(run: Run, reading: Reading, most: int) -> View:
   if after is not None:
     figures["after"] = to_entry(run, after, False)
   figures["source"] = [p._asdict() for p in describe(tokenizer, reading.source_ids or [])]
-  num_ids = run.model.cfg.unpadded.vocab_size
-  assert num_ids is not None
+  num_ids = run.model.cfg.num_ids
   notes = [
     f"{run.path} at step {run.step}, model.family={family}: each token's probability is "
     f"asked {ASKED[family]}. A guess among all {num_ids:,} ids would take "

@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxlm.config import ModelConfig
+from flaxlm.config import ResolvedModel
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import Execution
 from flaxlm.nn.cache import widened
@@ -258,7 +258,7 @@ class Path(NamedTuple):
 
 
 def choose_path(
-  cfg: ModelConfig,
+  cfg: ResolvedModel,
   run: Execution,
   sizes: Mapping[str, int],
   most_head_dim: int,
@@ -271,7 +271,6 @@ def choose_path(
   wanted = run.attention
   if wanted == "blocked":
     return Path("blocked", "as training.attention says")
-  assert cfg.head_dim is not None, "resolved"
   against = {
     "it runs on NVIDIA's GPUs from Ampere on": not most_head_dim,
     "it knows no float32": jnp.dtype(run.dtype).itemsize != 2,
@@ -293,7 +292,7 @@ def choose_path(
   return Path("blocked", f"cudnn cannot: {found[0]}")
 
 
-def path_here(cfg: ModelConfig, run: Execution, lengths: Sequence[int]) -> Path:
+def path_here(cfg: ResolvedModel, run: Execution, lengths: Sequence[int]) -> Path:
   """The path on the devices and the mesh at hand. To ask for devices starts JAX, which the
   planner must not."""
   head_dim = 0 if run.attention == "blocked" else kernel_head_dim()
@@ -447,7 +446,7 @@ mix.defvjp(mix_forward, mix_backward)
 class Attention(nn.Module):
   """Attention with N query heads and K key/value heads, over its own input or another's."""
 
-  cfg: ModelConfig
+  cfg: ResolvedModel
   run: Execution
 
   def setup(self):
@@ -509,7 +508,6 @@ class Attention(nn.Module):
       q_BTNH = rotate(q_BTNH, sight.cos_sin)
     q_BTNH = constrain(q_BTNH, "batch", "length", "act_heads", "head_dim")
     k, v = (widened(x, self.run.dtype) for x in keys_values)
-    assert self.cfg.attention_scale is not None, "resolved"
     scoring = Scoring(self.cfg.attention_scale, self.cfg.attention_softcap)
     sinks_N = self.sinks if self.cfg.learned_sinks else None
     weights_BNTS = None

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxlm.config import ModelConfig
+from flaxlm.config import ResolvedModel
 from flaxlm.nn.layers import LOWEST, Einsum, Embedding, activate, build_norm
 from flaxlm.sharding import constrain
 
@@ -56,7 +56,7 @@ class Output(NamedTuple):
 class LanguageModel(nn.Module):
   """Embeds tokens and turns hidden vectors into logits; a family fills in `hidden`."""
 
-  cfg: ModelConfig
+  cfg: ResolvedModel
   run: Execution = Execution()
 
   def setup(self):
@@ -117,7 +117,7 @@ class LanguageModel(nn.Module):
       logits_BTV += self.head_bias
     if cfg.logit_softcap is not None:
       logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
-    if cfg.num_ids is not None:  # padding has no probability, and no gradient
+    if cfg.is_padded:  # padding has no probability, and no gradient
       logits_BTV = jnp.where(jnp.arange(cfg.vocab_size) < cfg.num_ids, logits_BTV, LOWEST)
     return constrain(logits_BTV, "batch", "length", "act_vocab")
 
@@ -125,7 +125,7 @@ class LanguageModel(nn.Module):
 class HeadTransform(nn.Module):
   """Dense, activation, norm: BERT's way from hidden vectors to its head."""
 
-  cfg: ModelConfig
+  cfg: ResolvedModel
   run: Execution
 
   @nn.compact
@@ -134,7 +134,7 @@ class HeadTransform(nn.Module):
     return build_norm(self.cfg, name="norm")(activate(x_BTD, self.cfg.activation))
 
 
-def dense(cfg: ModelConfig, run: Execution, name: str | None = None) -> Einsum:
+def dense(cfg: ResolvedModel, run: Execution, name: str | None = None) -> Einsum:
   """A biased D x D projection."""
   D = cfg.width
   names = ("embed", "act_embed")  # one of two equal dims is cut

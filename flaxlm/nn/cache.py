@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flaxlm.config import ModelConfig
+from flaxlm.config import ResolvedModel
 from flaxlm.sharding import constrain
 
 MOST_WRITES = 16  # rows whose writes to the cache are written out, as they stay in place
@@ -57,7 +57,7 @@ class KVCache(NamedTuple):
     """The cache of these rows, in this order."""
     return jax.tree.map(lambda x: x[rows_R], self)
 
-  def resized(self, cfg: ModelConfig, slots: int) -> "KVCache":
+  def resized(self, cfg: ResolvedModel, slots: int) -> "KVCache":
     """The same tokens with room for `slots` of them, which are enough."""
 
     def resize(x_BKSH: jax.Array, size: int, keeps: bool) -> jax.Array:
@@ -72,7 +72,7 @@ class KVCache(NamedTuple):
       layers.append(jax.tree.map(change, kv))
     return self._replace(layers=tuple(layers))
 
-  def can_return(self, cfg: ModelConfig, num_tokens: int) -> bool:
+  def can_return(self, cfg: ResolvedModel, num_tokens: int) -> bool:
     """Whether the state `num_tokens` ago can be had by a smaller length alone."""
     ring = ring_slots(cfg)
     if num_tokens <= MOST_BACK or ring is None or "L" not in cfg.period:
@@ -88,10 +88,9 @@ class SourceCache(NamedTuple):
 
 
 def empty_cache(
-  cfg: ModelConfig, batch: int, slots: int, dtype: jnp.dtype = jnp.float32
+  cfg: ResolvedModel, batch: int, slots: int, dtype: jnp.dtype = jnp.float32
 ) -> KVCache:
   """An empty cache for `batch` rows of up to `slots` tokens."""
-  assert cfg.num_kv_heads is not None and cfg.head_dim is not None, "resolved"
   layers: list[tuple[Any, Any]] = []
   for kind in layer_kinds(cfg):
     shape = (batch, cfg.num_kv_heads, slots_of(cfg, kind, slots), cfg.head_dim)
@@ -106,12 +105,12 @@ def empty_cache(
 # -- Rings: what local layers keep ---------------------------------------------------------
 
 
-def layer_kinds(cfg: ModelConfig) -> str:
+def layer_kinds(cfg: ResolvedModel) -> str:
   """L or G of each layer."""
   return (cfg.period * cfg.depth)[: cfg.depth]
 
 
-def ring_slots(cfg: ModelConfig) -> int | None:
+def ring_slots(cfg: ResolvedModel) -> int | None:
   """Slots that a local layer needs for a text of any length: sinks, then a ring.
 
   The ring holds the window of the first of `MOST_NEW` new tokens besides themselves, and
@@ -122,7 +121,7 @@ def ring_slots(cfg: ModelConfig) -> int | None:
   return cfg.sink_tokens + cfg.window + MOST_NEW + MOST_BACK - 1
 
 
-def slots_of(cfg: ModelConfig, kind: str, slots: int) -> int:
+def slots_of(cfg: ResolvedModel, kind: str, slots: int) -> int:
   """Slots that a layer has in a cache for `slots` tokens."""
   ring = ring_slots(cfg)
   return slots if kind != "L" or ring is None else min(slots, ring)

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxlm.config import ModelConfig
+from flaxlm.config import ResolvedModel
 from flaxlm.sharding import constrain, is_cut
 
 # A masked score or logit; -inf would make NaN of an empty row, and of an entropy.
@@ -208,7 +208,7 @@ def normalised(
   return (jax.checkpoint(normalise) if again else normalise)(x_BTD)
 
 
-def build_norm(cfg: ModelConfig, name: str | None = None) -> nn.Module:
+def build_norm(cfg: ResolvedModel, name: str | None = None) -> nn.Module:
   if cfg.norm == "layernorm":
     return LayerNorm(cfg.norm_epsilon, cfg.norm_biased, name=name)
   return RMSNorm(cfg.norm_epsilon, name=name)
@@ -247,7 +247,7 @@ class Embedding(nn.Module):
 class FeedForward(nn.Module):
   """down(f(up(x))), or down(f(gate(x)) * up(x)) when gated (Shazeer, 2020)."""
 
-  cfg: ModelConfig
+  cfg: ResolvedModel
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
 

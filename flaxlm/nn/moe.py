@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxlm.config import ModelConfig
+from flaxlm.config import ResolvedModel
 from flaxlm.nn.layers import Einsum, FeedForward, activate, residual_scale
 from flaxlm.sharding import RULES, axis_sizes_in_use, partition_spec
 
@@ -34,7 +34,7 @@ OUTWARDS = ("experts", "expert_ffn", "embed")
 class MoE(nn.Module):
   """E experts, of which each token visits A, and shared ones that every token visits."""
 
-  cfg: ModelConfig
+  cfg: ResolvedModel
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
 
@@ -87,7 +87,7 @@ class MoE(nn.Module):
 class Experts(nn.Module):
   """The kernels of all experts, by name: (E, D, F), and (E, F, D) of `down`."""
 
-  cfg: ModelConfig
+  cfg: ResolvedModel
   param_dtype: jnp.dtype
 
   @nn.compact
@@ -123,7 +123,7 @@ class ExpertKernel(nn.Module):
 
 
 def route(
-  cfg: ModelConfig, logits_BTE: jax.Array, real_BT: jax.Array
+  cfg: ResolvedModel, logits_BTE: jax.Array, real_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Each token's weights (B, T, A) in float32, and its experts (B, T, A), likeliest first.
 
@@ -169,7 +169,7 @@ def count(experts: jax.Array, num_experts: int, dims: tuple[int, ...]) -> jax.Ar
 
 
 def over_mesh(
-  cfg: ModelConfig,
+  cfg: ResolvedModel,
   serve: Callable,
   x_BTD: jax.Array,
   logits_BTE: jax.Array,
@@ -240,7 +240,7 @@ def dropless(
   kernels: Kernels,
   mesh_axes: tuple[str, ...] = (),
   *,
-  cfg: ModelConfig,
+  cfg: ResolvedModel,
 ) -> jax.Array:
   """Every choice is served: sorted by expert, multiplied group by group, put back.
 
@@ -272,7 +272,7 @@ def with_capacity(
   kernels: Kernels,
   mesh_axes: tuple[str, ...] = (),
   *,
-  cfg: ModelConfig,
+  cfg: ResolvedModel,
   capacity: int,
 ) -> jax.Array:
   """Each expert serves the first C choices of every row; later ones count for nothing.
@@ -316,7 +316,7 @@ def with_capacity(
 
 
 def feed_forward(
-  cfg: ModelConfig, x: jax.Array, kernels: Kernels, dot: Callable
+  cfg: ResolvedModel, x: jax.Array, kernels: Kernels, dot: Callable
 ) -> jax.Array:
   """What a `FeedForward` computes, each row with the kernels that `dot` finds for it."""
   h = dot(x, kernels["up"])

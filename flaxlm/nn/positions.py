@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from flaxlm.config import RopeConfig
+from flaxlm.config import ResolvedRope
 
 CosSin = tuple[jax.Array, jax.Array]
 
@@ -16,7 +16,7 @@ CosSin = tuple[jax.Array, jax.Array]
 
 
 def rotation(
-  positions_BT: jax.Array, head_dim: int, rope: RopeConfig, local: bool
+  positions_BT: jax.Array, head_dim: int, rope: ResolvedRope, local: bool
 ) -> CosSin:
   """RoPE's (cos, sin), each (B, T, R/2) in float32 (Su et al., 2021, section 3.2.2).
 
@@ -54,7 +54,7 @@ def inverse_wavelengths(num_dims: int, theta: float) -> list[float]:
   return [theta ** (-i / num_dims) for i in range(0, num_dims, 2)]
 
 
-def stretched_frequencies(num_dims: int, rope: RopeConfig) -> tuple[list[float], float]:
+def stretched_frequencies(num_dims: int, rope: ResolvedRope) -> tuple[list[float], float]:
   """Radians per position under `rope.scaling`, and the factor on cos and sin."""
   frequencies, factor = inverse_wavelengths(num_dims, rope.theta), rope.factor
   match rope.scaling:
@@ -72,7 +72,6 @@ def stretched_frequencies(num_dims: int, rope: RopeConfig) -> tuple[list[float],
       kept = [1 - (i - low) / max(high - low, 0.001) for i in range(num_dims // 2)]
       return stretch(frequencies, kept, factor), size
     case "llama3":  # Llama 3.1's own: a ramp over the number of turns
-      assert rope.original_context is not None, "resolved"
       turns = [rope.original_context * f / (2 * math.pi) for f in frequencies]
       span = rope.fast_turns - rope.slow_turns
       return stretch(
@@ -87,9 +86,8 @@ def stretch(frequencies: list[float], kept: list[float], factor: float) -> list[
   return [f * (k + (1 - k) / factor) for f, k in zip(frequencies, shares, strict=True)]
 
 
-def pair_that_turns(turns: float, num_dims: int, rope: RopeConfig) -> float:
+def pair_that_turns(turns: float, num_dims: int, rope: ResolvedRope) -> float:
   """Which pair makes so many turns over the original context (not rounded)."""
-  assert rope.original_context is not None, "resolved"
   length = rope.original_context / (2 * math.pi * max(turns, 1e-9))
   return num_dims * math.log(length) / (2 * math.log(rope.theta))
 

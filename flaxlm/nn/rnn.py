@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from flaxlm.config import ModelConfig
+from flaxlm.config import ResolvedModel
 from flaxlm.nn.base import Execution, LanguageModel, Output
 from flaxlm.nn.layers import build_norm
 from flaxlm.nn.stack import (
@@ -48,11 +48,11 @@ class RNNCache(NamedTuple):
   def resized(self, *_: Any) -> "RNNCache":
     return self
 
-  def can_return(self, _: ModelConfig, num_tokens: int) -> bool:
+  def can_return(self, _: ResolvedModel, num_tokens: int) -> bool:
     return num_tokens == 0
 
 
-def init_rnn_cache(cfg: ModelConfig, batch: int) -> RNNCache:
+def init_rnn_cache(cfg: ResolvedModel, batch: int) -> RNNCache:
   """The state of `batch` rows that have read nothing."""
   zeros_LBD = jnp.zeros((cfg.depth, batch, cfg.width), jnp.float32)
   state = (zeros_LBD, zeros_LBD.copy()) if cfg.cell == "lstm" else zeros_LBD
@@ -144,7 +144,7 @@ class RNN(LanguageModel):
 class RecurrentBlock(nn.Module):
   """x + cell(norm(x)), over all time steps; dropout is not in the loop (Zaremba, 2014)."""
 
-  cfg: ModelConfig
+  cfg: ResolvedModel
   run: Execution
 
   @nn.compact
@@ -161,7 +161,7 @@ class RecurrentBlock(nn.Module):
     return constrain(x_BTD, "batch", "length", "act_embed"), state
 
 
-def build_cell(cfg: ModelConfig, run: Execution) -> nn.Module:
+def build_cell(cfg: ResolvedModel, run: Execution) -> nn.Module:
   """One step of one layer; its kernels, all (D, D), carry logical names."""
   named = nn.with_logical_partitioning
   kinds = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell}

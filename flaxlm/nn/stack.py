@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from flaxlm.config import ModelConfig
+from flaxlm.config import ResolvedModel
 from flaxlm.nn.attention import Attention, Placement, Reach, Sight, visible
 from flaxlm.nn.base import Execution
 from flaxlm.nn.cache import (
@@ -75,7 +75,7 @@ class LayerOutput(NamedTuple):
 class Block(nn.Module):
   """One layer: attention, then feed-forward, each added to the residual stream."""
 
-  cfg: ModelConfig
+  cfg: ResolvedModel
   run: Execution
   reads_source: bool = False
 
@@ -190,7 +190,7 @@ def for_products(x_BTD: jax.Array) -> jax.Array:
 class Stack(nn.Module):
   """Positions, L blocks, and the final norm: embedded tokens in, hidden vectors out."""
 
-  cfg: ModelConfig
+  cfg: ResolvedModel
   run: Execution
   depth: int
   causal: bool = True

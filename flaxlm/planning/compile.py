@@ -19,8 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flaxlm.config import MESH_AXES, Config, slow_axes
-from flaxlm.configfile import from_json, to_json
+from flaxlm.config import MESH_AXES, ResolvedConfig, from_json, slow_axes, to_json
 from flaxlm.errors import ConfigError, FlaxLMError
 from flaxlm.planning.collectives import Collective, find_collectives
 from flaxlm.planning.devices import ANY, Device, find_device
@@ -77,7 +76,7 @@ class Compiled:
     return None if not self.peak_bytes else analytic_bytes / self.peak_bytes - 1
 
 
-def compile_step(cfg: Config, sizes: Sizes, device: Device) -> Compiled:
+def compile_step(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Compiled:
   """Compiles the training step of a resolved config for a mesh of `device`.
 
   Raises `ConfigError` when there is no compiler for it here.
@@ -131,7 +130,7 @@ def main() -> None:
   """Reads one request, writes one result."""
   request = json.loads(sys.stdin.read())
   device = find_device(request["device"])
-  cfg = from_json(request["config"], "the request")
+  cfg = from_json(request["config"], "the request").resolve()
   try:
     result = dataclasses.asdict(compile_here(cfg, request["sizes"], device))
   except ConfigError as e:
@@ -148,7 +147,7 @@ def tpu_options() -> dict[str, Any]:
   return {"optimization_level": "O0"}
 
 
-def compile_here(cfg: Config, sizes: Sizes, device: Device) -> Compiled:
+def compile_here(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Compiled:
   """`compile_step` in this process, which must have the right environment."""
   import jax
 
@@ -201,7 +200,7 @@ def make_target_mesh(
   from jax.experimental import mesh_utils
   from jax.sharding import AxisType, Mesh
 
-  from flaxlm.sharding import consecutive_grid, hybrid_grid, networks
+  from flaxlm.sharding.mesh import consecutive_grid, hybrid_grid, networks
 
   sizes = {axis: sizes[axis] for axis in MESH_AXES}
   shape = tuple(sizes.values())
@@ -226,7 +225,7 @@ def target_devices(device: Device, number: int, slices: int = 1) -> tuple[str, l
   import jax
   from jax.experimental import topologies
 
-  from flaxlm.sharding import start_jax
+  from flaxlm.platform import start_jax
 
   if device.kind == "cpu":
     start_jax(number * slices)

@@ -16,7 +16,7 @@ and the forward pass again under remat. Time follows from it, MFU does not.
 
 import dataclasses
 
-from flaxlm.config import Config, ModelConfig, TrainingConfig
+from flaxlm.config import ResolvedConfig, ResolvedModel, TrainingConfig
 from flaxlm.nn.attention import query_blocks
 
 TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al., 2022)
@@ -25,9 +25,9 @@ TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al., 2022)
 # -- Parameters --------------------------------------------------------------------------
 
 
-def parameters(cfg: ModelConfig) -> dict[str, int]:
+def parameters(cfg: ResolvedModel) -> dict[str, int]:
   """Number of parameters by part; the sum is the model's. `cfg` is resolved."""
-  V, D = _number(cfg.vocab_size), cfg.width
+  V, D = cfg.vocab_size, cfg.width
   parts = dict.fromkeys(("embedding", "positions", "attention", "ffn", "norms", "head"), 0)
   parts["embedding"] = (V + cfg.num_token_types) * D
   parts["head"] = V * D * (not cfg.tied_embeddings) + V * cfg.head_biased
@@ -42,14 +42,14 @@ def parameters(cfg: ModelConfig) -> dict[str, int]:
   return {part: count for part, count in parts.items() if count}
 
 
-def stacks(cfg: ModelConfig) -> list[tuple[int, bool]]:
+def stacks(cfg: ResolvedModel) -> list[tuple[int, bool]]:
   """(depth, reads a source) of each stack of blocks."""
   if cfg.family == "encoder_decoder":
-    return [(_number(cfg.encoder_depth), False), (cfg.depth, True)]
+    return [(cfg.encoder_depth, False), (cfg.depth, True)]
   return [(cfg.depth, False)]
 
 
-def _stack(cfg: ModelConfig, depth: int, reads_source: bool) -> dict[str, int]:
+def _stack(cfg: ResolvedModel, depth: int, reads_source: bool) -> dict[str, int]:
   parts = {"norms": 0, "positions": 0}
   if cfg.family == "rnn":
     parts["recurrent"] = depth * _cell(cfg)
@@ -72,45 +72,45 @@ def _stack(cfg: ModelConfig, depth: int, reads_source: bool) -> dict[str, int]:
   return parts
 
 
-def _norm(cfg: ModelConfig) -> int:
+def _norm(cfg: ResolvedModel) -> int:
   return cfg.width * (2 if cfg.norm == "layernorm" and cfg.norm_biased else 1)
 
 
-def _projections(cfg: ModelConfig) -> tuple[int, int, int]:
+def _projections(cfg: ResolvedModel) -> tuple[int, int, int]:
   """Weights of one attention's queries, of its keys and values, and of its output."""
-  D, N, K, H = cfg.width, cfg.num_heads, _number(cfg.num_kv_heads), _number(cfg.head_dim)
+  D, N, K, H = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
   return D * N * H, 2 * D * K * H, N * H * D
 
 
-def _attention(cfg: ModelConfig) -> int:
-  D, N, K, H = cfg.width, cfg.num_heads, _number(cfg.num_kv_heads), _number(cfg.head_dim)
+def _attention(cfg: ResolvedModel) -> int:
+  D, N, K, H = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
   count = sum(_projections(cfg))
   count += (N + 2 * K) * H * bool(cfg.qkv_biased) + D * bool(cfg.o_biased)
   count += {"none": 0, "head": 2 * H, "width": (N + K) * H}[cfg.qk_norm]
   return count + N * cfg.learned_sinks
 
 
-def _ffn(cfg: ModelConfig) -> tuple[int, int, int]:
+def _ffn(cfg: ResolvedModel) -> tuple[int, int, int]:
   """Parameters of one feed-forward, of its router, and weights that a token multiplies."""
-  D, F, moe = cfg.width, _number(cfg.ffn_width), cfg.moe
+  D, F, moe = cfg.width, cfg.ffn_width, cfg.moe
   matrices = 3 if cfg.gated else 2
   if not moe.num_experts:
     weights = matrices * D * F
     return weights + cfg.biased * ((matrices - 1) * F + D), 0, weights
-  expert = matrices * D * _number(moe.expert_width)
+  expert = matrices * D * moe.expert_width
   shared = moe.num_shared_experts * expert
   router = D * moe.num_experts + D * (moe.shared_gated and shared > 0)
   active = moe.experts_per_token * expert + shared + router
   return moe.num_experts * expert + shared, router, active
 
 
-def _cell(cfg: ModelConfig) -> int:
+def _cell(cfg: ResolvedModel) -> int:
   """One recurrent layer: what each gate reads of the input and of the state, and biases."""
   gates = {"lstm": 4, "gru": 3}[cfg.cell]
   return gates * 2 * cfg.width**2 + 4 * cfg.width
 
 
-def active_parameters(cfg: ModelConfig) -> int:
+def active_parameters(cfg: ResolvedModel) -> int:
   """Parameters that one token passes through: all but the experts that it skips."""
   skipped = 0
   if cfg.moe.num_experts:
@@ -157,10 +157,10 @@ def attention_passes(training: TrainingConfig) -> int:
 
 
 def forward_work(
-  cfg: ModelConfig, rows: int, seq_len: int, source_len: int | None = None
+  cfg: ResolvedModel, rows: int, seq_len: int, source_len: int | None = None
 ) -> Work:
   """One forward pass over `rows` rows; `source_len` is an encoder-decoder's."""
-  D, V = cfg.width, _number(cfg.vocab_size)
+  D, V = cfg.width, cfg.vocab_size
   S = seq_len if source_len is None else source_len
   matmul, seen, loose, executed = 0.0, 0.0, 0.0, 0.0
   for depth, reads_source in stacks(cfg):
@@ -171,7 +171,7 @@ def forward_work(
     if cfg.family == "rnn":
       continue
     # q . k and weights . v: 2 H each per query, head and key.
-    unit = 4.0 * rows * cfg.num_heads * _number(cfg.head_dim) * queries
+    unit = 4.0 * rows * cfg.num_heads * cfg.head_dim * queries
     for kind in layer_kinds(cfg, depth):
       window = cfg.window if kind == "L" else None
       seen += unit * visible_keys(queries, window, causal)
@@ -184,7 +184,7 @@ def forward_work(
   return Work(matmul, head, seen, loose, executed)
 
 
-def _layer_weights(cfg: ModelConfig, queries: int, source: int, cross: bool) -> float:
+def _layer_weights(cfg: ResolvedModel, queries: int, source: int, cross: bool) -> float:
   """Weights of one layer, each as often as it multiplies in a row."""
   if cfg.family == "rnn":
     return queries * (_cell(cfg) - 4 * cfg.width)
@@ -194,7 +194,7 @@ def _layer_weights(cfg: ModelConfig, queries: int, source: int, cross: bool) -> 
   return weights + cross * (queries * (q + o) + source * kv)
 
 
-def layer_kinds(cfg: ModelConfig, depth: int) -> str:
+def layer_kinds(cfg: ResolvedModel, depth: int) -> str:
   """The layers of a stack, one letter each: L sees a window, G all."""
   pattern = cfg.layer_pattern or "G"
   return (pattern * depth)[:depth]
@@ -229,7 +229,7 @@ class StepCost:
   executed_flops: float
 
 
-def step_cost(cfg: Config) -> StepCost:
+def step_cost(cfg: ResolvedConfig) -> StepCost:
   """FLOPs of one step of a resolved config, whatever its accumulation."""
   data = cfg.data
   source = data.source_len or data.seq_len
@@ -239,14 +239,9 @@ def step_cost(cfg: Config) -> StepCost:
   return StepCost(tokens, 3 * work.strict, 3 * work.loose, executed)
 
 
-def kv_cache_bytes(cfg: ModelConfig, rows: int, context: int, item_size: int) -> int:
+def kv_cache_bytes(cfg: ResolvedModel, rows: int, context: int, item_size: int) -> int:
   """Keys and values of `rows` rows of `context` tokens; every layer keeps all slots."""
   if cfg.family == "rnn":  # float32 always: a vector per layer, two with an LSTM's cell
     return rows * cfg.depth * cfg.width * 4 * (2 if cfg.cell == "lstm" else 1)
-  per_token = 2 * cfg.depth * _number(cfg.num_kv_heads) * _number(cfg.head_dim)
+  per_token = 2 * cfg.depth * cfg.num_kv_heads * cfg.head_dim
   return rows * context * per_token * item_size
-
-
-def _number(value: int | None) -> int:
-  assert value is not None, "resolved"
-  return value

@@ -11,7 +11,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from flaxlm.config import Config, MeshConfig, slow_axes
+from flaxlm.config import MeshConfig, ResolvedConfig, mesh_shape, slow_axes
 from flaxlm.planning.collectives import Collective
 from flaxlm.planning.compile import Compiled, compile_step
 from flaxlm.planning.devices import ANY, Device, find_device
@@ -19,7 +19,6 @@ from flaxlm.planning.memory import (
   Sizes,
   abstract_mesh,
   abstract_trees,
-  full_sizes,
   local_size,
   state_bytes,
 )
@@ -88,13 +87,15 @@ class Layout:
     return [] if self.compiled is None else self.compiled.collectives
 
 
-def lay_out(cfg: Config, mesh: MeshConfig, device: str | None, compiled: bool) -> Layout:
+def lay_out(
+  cfg: ResolvedConfig, mesh: MeshConfig, device: str | None, compiled: bool
+) -> Layout:
   """The layout of a resolved config's parameters and, if `compiled`, the collectives of
   its training step, compiled for `device` (None: for simulated CPU devices).
 
   Raises `ConfigError` for a mesh that the config does not divide over.
   """
-  sizes, slow = full_sizes(mesh), slow_axes(mesh)
+  sizes, slow = mesh_shape(mesh), slow_axes(mesh)
   model = cfg.model.padded(sizes["tensor"])
   cfg = dataclasses.replace(cfg, mesh=dict(mesh), model=model)
   target: Device = ANY if device is None else find_device(device)

@@ -21,16 +21,13 @@ from jax.sharding import AbstractMesh, AxisType
 
 from flaxlm.config import (
   MESH_AXES,
-  Config,
-  MeshConfig,
-  ModelConfig,
   OptimizerConfig,
   Remat,
+  ResolvedConfig,
+  ResolvedModel,
   TrainingConfig,
-  mesh_sizes,
 )
 from flaxlm.data.objectives import Batch
-from flaxlm.errors import ConfigError
 from flaxlm.nn.attention import OUTLINE
 from flaxlm.nn.models import build_model, init_params
 from flaxlm.nn.pipeline import Schedule, make_schedule
@@ -71,29 +68,7 @@ class Memory:
     return sum(self.parts.values())
 
 
-def full_sizes(mesh: MeshConfig, num_devices: int | None = None) -> dict[str, int]:
-  """Every mesh axis with its size; one may be -1 (the rest), if `num_devices` is known.
-
-  Raises `ConfigError` when the mesh does not use exactly `num_devices`.
-  """
-  sizes = dict.fromkeys(MESH_AXES, 1) | mesh_sizes(mesh)
-  known = math.prod(size for size in sizes.values() if size != -1)
-  text = ",".join(f"{axis}={size}" for axis, size in mesh.items())
-  if -1 in sizes.values():
-    if num_devices is None:
-      raise ConfigError(f"mesh {text} leaves a size open", "give --devices N, or the size")
-    sizes = {axis: num_devices // known if n == -1 else n for axis, n in sizes.items()}
-  total = math.prod(sizes.values())
-  if num_devices is not None and total != num_devices:
-    needed = f"a multiple of {known}" if -1 in mesh_sizes(mesh).values() else str(total)
-    raise ConfigError(
-      f"mesh {text} needs {needed} devices, {num_devices} present",
-      "change --mesh or --devices",
-    )
-  return sizes
-
-
-def training_memory(cfg: Config, sizes: Sizes, lanes: int = 1) -> Memory:
+def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> Memory:
   """The memory of one training step of a resolved config, on a device that stores rows of
   `lanes` elements. Raises `ConfigError` when a dim or the batch does not divide.
   """
@@ -126,7 +101,6 @@ def training_memory(cfg: Config, sizes: Sizes, lanes: int = 1) -> Memory:
   if training.accumulation_steps > 1:  # sums over micro-batches, in float32
     always["gradient_sums"] = state.elements * 4
   V = model_cfg.vocab_size
-  assert V is not None, "resolved"
   logits = rows * T // training.loss_chunks // sizes["context"] * (V // sizes["tensor"]) * 4
   head = model_cfg.width * (V // sizes["tensor"])
   gathered = sizes["fsdp"] > 1
@@ -171,7 +145,7 @@ class StateBytes:
 
 
 def state_bytes(
-  cfg: ModelConfig,
+  cfg: ResolvedModel,
   training: TrainingConfig,
   optimizer: OptimizerConfig,
   sizes: Sizes,
@@ -183,7 +157,7 @@ def state_bytes(
 
 @functools.lru_cache(maxsize=1024)
 def _state_bytes(
-  cfg: ModelConfig,
+  cfg: ResolvedModel,
   run: TrainingConfig,
   optimizer: OptimizerConfig,
   items: tuple[tuple[str, int], ...],
@@ -237,7 +211,7 @@ def abstract_mesh(sizes: Sizes) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def abstract_trees(
-  cfg: ModelConfig, training: TrainingConfig, optimizer: OptimizerConfig
+  cfg: ResolvedModel, training: TrainingConfig, optimizer: OptimizerConfig
 ) -> tuple[Any, Any]:
   """Named shapes of the parameters, and shapes of the optimizer's state."""
   model = build_model(cfg, training)
@@ -288,13 +262,13 @@ def pipeline(training: TrainingConfig, sizes: Sizes) -> Schedule:
   return make_schedule(sizes["stage"], training.pipeline_microbatches, repeats)
 
 
-def local_rows(cfg: Config, sizes: Sizes) -> int:
+def local_rows(cfg: ResolvedConfig, sizes: Sizes) -> int:
   """Rows of one micro-batch on one device; raises `ConfigError` if they do not divide."""
   check_batch(cfg, sizes)
   return cfg.data.batch_size // (batch_shards(sizes) * cfg.training.accumulation_steps)
 
 
-def gathered_keys(cfg: Config, sizes: Sizes) -> int:
+def gathered_keys(cfg: ResolvedConfig, sizes: Sizes) -> int:
   """Bytes of one row's keys and values, of one layer, that the other members of
   `context` have made."""
   model, others = cfg.model, sizes["context"] - 1
@@ -311,7 +285,7 @@ class Kept(NamedTuple):
   fixed: int  # copies of parameters: converted, or cut out of their stack
 
 
-def kept_bytes(cfg: Config, parts: int, remat: Remat) -> Kept:
+def kept_bytes(cfg: ResolvedConfig, parts: int, remat: Remat) -> Kept:
   """What one of `parts` members of a `tensor` axis keeps. Parameters are not among it."""
   remat = "full" if remat == "offload" else remat  # the rest is in the host's memory
   fused = cfg.training.attention == "cudnn"
@@ -323,14 +297,14 @@ def kept_bytes(cfg: Config, parts: int, remat: Remat) -> Kept:
   return _kept_bytes(_local_model(cfg.model, parts), run, lengths)
 
 
-def source_len(cfg: Config) -> int:
+def source_len(cfg: ResolvedConfig) -> int:
   """Source tokens in a row: an encoder-decoder's, else none."""
   if cfg.model.family != "encoder_decoder":
     return 0
   return cfg.data.source_len or cfg.data.seq_len
 
 
-def _local_model(cfg: ModelConfig, parts: int) -> ModelConfig:
+def _local_model(cfg: ResolvedModel, parts: int) -> ResolvedModel:
   """The share of a model that one member of a `tensor` axis computes."""
   assert cfg.num_kv_heads and cfg.ffn_width and cfg.moe.expert_width
   return dataclasses.replace(
@@ -343,7 +317,7 @@ def _local_model(cfg: ModelConfig, parts: int) -> ModelConfig:
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_bytes(cfg: ModelConfig, run: TrainingConfig, lengths: tuple[int, int]) -> Kept:
+def _kept_bytes(cfg: ResolvedModel, run: TrainingConfig, lengths: tuple[int, int]) -> Kept:
   """Read off the traced model: what grows with the rows, and what does not."""
   model = build_model(cfg, run)
   boxed = jax.eval_shape(functools.partial(init_params, model), SEED)
@@ -413,7 +387,7 @@ def _origins(jaxpr: Any) -> Callable[[Any], Any]:
 
 
 def decoding_memory(
-  cfg: Config, sizes: Sizes, rows: int, context: int
+  cfg: ResolvedConfig, sizes: Sizes, rows: int, context: int
 ) -> Mapping[str, int]:
   """Bytes per device that decoding needs: weights, and the cache of `rows` x `context`."""
   training = cfg.training

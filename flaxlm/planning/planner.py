@@ -5,15 +5,14 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from flaxlm.config import Config, MeshConfig
+from flaxlm.config import Config, MeshConfig, ResolvedConfig, mesh_shape
 from flaxlm.errors import ConfigError
-from flaxlm.foreign_tokenizers import expected_vocab_size
 from flaxlm.planning.compile import compile_step
 from flaxlm.planning.devices import ANY, Device, find_device
-from flaxlm.planning.memory import full_sizes
 from flaxlm.planning.report import Report
 from flaxlm.planning.roofline import DecodePoint, plan_decoding, plan_training
 from flaxlm.planning.search import cheapest_fit, search
+from flaxlm.tokenizers import expected_vocab_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,7 @@ class Questions:
   network: float | None = None  # bytes per second out of a device, beyond its domain
 
 
-def plan(cfg: Config, asked: Questions) -> Report:
+def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
   """Answers all of it; raises `ConfigError` for a mesh or a device that cannot be."""
   device = ANY if asked.device is None else find_device(asked.device)
   if asked.network is not None:
@@ -45,7 +44,7 @@ def plan(cfg: Config, asked: Questions) -> Report:
     number = 1  # nobody said anything about devices
   choices = []
   if asked.searched:
-    choices = search(cfg, device, number or math.prod(full_sizes(asked.mesh).values()))
+    choices = search(cfg, device, number or math.prod(mesh_shape(asked.mesh).values()))
     if not choices:
       raise ConfigError(
         f"no mesh of {number} devices divides this config and its batch",
@@ -53,7 +52,7 @@ def plan(cfg: Config, asked: Questions) -> Report:
       )
     cfg, found = choices[0].cfg, choices[0].plan
   else:
-    sizes = full_sizes(asked.mesh, number)
+    sizes = mesh_shape(asked.mesh, number)
     cfg = padded(cfg, sizes)
     found = plan_training(cfg, sizes, device)
   return Report(
@@ -69,21 +68,20 @@ def plan(cfg: Config, asked: Questions) -> Report:
   )
 
 
-def resolve(cfg: Config) -> Config:
+def resolve(cfg: Config) -> ResolvedConfig:
   """`cfg` with every number of the model known. A tokenizer that is yet to be trained
   counts as full.
   """
-  num_ids = cfg.model.vocab_size or expected_vocab_size(cfg.tokenizer)
-  return dataclasses.replace(cfg, model=cfg.model.resolve(num_ids))
+  return cfg.resolve(cfg.model.vocab_size or expected_vocab_size(cfg.tokenizer))
 
 
-def padded(cfg: Config, sizes: Mapping[str, int]) -> Config:
+def padded(cfg: ResolvedConfig, sizes: Mapping[str, int]) -> ResolvedConfig:
   """`cfg` with the vocabulary that training gives it on such a mesh."""
   return dataclasses.replace(cfg, model=cfg.model.padded(sizes["tensor"]))
 
 
 def decode_points(
-  cfg: Config, sizes: Mapping[str, int], device: Device, asked: Questions
+  cfg: ResolvedConfig, sizes: Mapping[str, int], device: Device, asked: Questions
 ) -> list[DecodePoint]:
   context = cfg.model.context
   contexts = asked.contexts or sorted(

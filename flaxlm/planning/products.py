@@ -14,7 +14,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from flaxlm.config import Config, ModelConfig
+from flaxlm.config import ResolvedConfig, ResolvedModel
 from flaxlm.nn.attention import query_blocks
 from flaxlm.nn.models import build_model, init_params
 from flaxlm.planning.cost import layer_kinds
@@ -57,7 +57,7 @@ class Product(NamedTuple):
 Products = Counter[Product]
 
 
-def is_listed(cfg: Config) -> bool:
+def is_listed(cfg: ResolvedConfig) -> bool:
   """Whether this module knows the products of a resolved config: dense decoders without
   remat, accumulation or a loss in chunks."""
   model, training = cfg.model, cfg.training
@@ -69,7 +69,7 @@ def is_listed(cfg: Config) -> bool:
   )
 
 
-def training_products(cfg: Config) -> Products:
+def training_products(cfg: ResolvedConfig) -> Products:
   """How often each product occurs in a step on one device, forward, backward, update;
   those inside a fused kernel of attention apart."""
   model = cfg.model
@@ -94,7 +94,7 @@ def training_products(cfg: Config) -> Products:
   return found
 
 
-def weight_products(model: ModelConfig, rows: int) -> Products:
+def weight_products(model: ResolvedModel, rows: int) -> Products:
   """Tokens times weights, forward, of `rows` tokens: all layers, and the head."""
   assert model.num_kv_heads and model.head_dim and model.ffn_width and model.vocab_size
   D, F, L = model.width, model.ffn_width, model.depth
@@ -112,7 +112,7 @@ def weight_products(model: ModelConfig, rows: int) -> Products:
   return found
 
 
-def muon_products(model: ModelConfig) -> Products:
+def muon_products(model: ResolvedModel) -> Products:
   """Newton-Schulz on every kernel of the blocks as (n, m), n <= m, a layer a matrix:
   X X^T, its square, and that times X, in each iteration (Jordan, 2024)."""
   found = Counter[Product]()
@@ -124,7 +124,7 @@ def muon_products(model: ModelConfig) -> Products:
 
 
 @functools.lru_cache(maxsize=8)
-def _kernels(model: ModelConfig) -> list[tuple[int, int, int]]:
+def _kernels(model: ResolvedModel) -> list[tuple[int, int, int]]:
   """(n, m, matrices) of every kernel that Muon updates, by its own view of them."""
   boxed = jax.eval_shape(functools.partial(init_params, build_model(model)), SEED)
   params = nn.unbox(boxed)

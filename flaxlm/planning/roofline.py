@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 
-from flaxlm.config import MESH_AXES, Config, slow_axes
+from flaxlm.config import MESH_AXES, ResolvedConfig, slow_axes
 from flaxlm.nn.attention import Path, choose_path
 from flaxlm.nn.models import build_model
 from flaxlm.planning.cost import (
@@ -141,7 +141,7 @@ class StepTimes:
     return max(named, key=lambda name: named[name] or 0.0)
 
 
-def plan_training(cfg: Config, sizes: Sizes, device: Device) -> Plan:
+def plan_training(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Plan:
   """The plan of a resolved config; raises `ConfigError` when it cannot be laid out."""
   cfg, path = with_path(cfg, sizes, device)
   memory = training_memory(cfg, sizes, device.lanes)
@@ -165,7 +165,9 @@ def plan_training(cfg: Config, sizes: Sizes, device: Device) -> Plan:
   )
 
 
-def with_path(cfg: Config, sizes: Sizes, device: Device) -> tuple[Config, Path | None]:
+def with_path(
+  cfg: ResolvedConfig, sizes: Sizes, device: Device
+) -> tuple[ResolvedConfig, Path | None]:
   """The config with the path that attention takes on such a mesh, and why it does."""
   path = attention_path(cfg, sizes, device.kernel_head_dim)
   if path is None:
@@ -174,7 +176,7 @@ def with_path(cfg: Config, sizes: Sizes, device: Device) -> tuple[Config, Path |
   return dataclasses.replace(cfg, training=training), path
 
 
-def attention_path(cfg: Config, sizes: Sizes, most_head_dim: int) -> Path | None:
+def attention_path(cfg: ResolvedConfig, sizes: Sizes, most_head_dim: int) -> Path | None:
   """How rows of the batches attend (see `choose_path`); None: they do not, in an RNN."""
   if cfg.model.family == "rnn":
     return None
@@ -183,7 +185,9 @@ def attention_path(cfg: Config, sizes: Sizes, most_head_dim: int) -> Path | None
   return choose_path(model.cfg, model.run, sizes, most_head_dim, lengths)
 
 
-def step_times(cfg: Config, sizes: Sizes, device: Device, cost: StepCost) -> StepTimes:
+def step_times(
+  cfg: ResolvedConfig, sizes: Sizes, device: Device, cost: StepCost
+) -> StepTimes:
   state = state_bytes(cfg.model, cfg.training, cfg.optimizer, sizes)
   compute = compute_seconds(cfg, sizes, device, cost)
   memory = memory_seconds(traffic_parts(cfg, sizes, state), device)
@@ -195,7 +199,7 @@ def step_times(cfg: Config, sizes: Sizes, device: Device, cost: StepCost) -> Ste
 
 
 def compute_seconds(
-  cfg: Config, sizes: Sizes, device: Device, cost: StepCost
+  cfg: ResolvedConfig, sizes: Sizes, device: Device, cost: StepCost
 ) -> float | None:
   """FLOPs at the attainable rate, or product by product where their rates were measured."""
   num_devices = math.prod(sizes.values())
@@ -249,12 +253,12 @@ def attainable_bandwidth(device: Device) -> float | None:
   return rate and rate * (device.bandwidth_fraction or 1.0)
 
 
-def traffic_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> float:
+def traffic_bytes(cfg: ResolvedConfig, sizes: Sizes, state: StateBytes) -> float:
   """Bytes that one device reads and writes in a step, besides operands in its caches."""
   return sum(traffic_parts(cfg, sizes, state).values())
 
 
-def traffic_parts(cfg: Config, sizes: Sizes, state: StateBytes) -> dict[str, float]:
+def traffic_parts(cfg: ResolvedConfig, sizes: Sizes, state: StateBytes) -> dict[str, float]:
   """`traffic_bytes` by what is read and written."""
   training, model = cfg.training, cfg.model
   rows = local_rows(cfg, sizes)
@@ -279,7 +283,7 @@ def traffic_parts(cfg: Config, sizes: Sizes, state: StateBytes) -> dict[str, flo
   }
 
 
-def blocks_bytes(cfg: Config, state: StateBytes) -> int:
+def blocks_bytes(cfg: ResolvedConfig, state: StateBytes) -> int:
   """Of the parameters of the layers that one device has, or of their gradients."""
   return state.stored_in_blocks * jnp.dtype(cfg.training.param_dtype).itemsize
 
@@ -292,7 +296,7 @@ def gathered_elements(state: StateBytes, sizes: Sizes) -> int:
 # -- The network -------------------------------------------------------------------------
 
 
-def network_bytes(cfg: Config, sizes: Sizes, state: StateBytes) -> dict[str, float]:
+def network_bytes(cfg: ResolvedConfig, sizes: Sizes, state: StateBytes) -> dict[str, float]:
   """Bytes that one device sends in a step along each mesh axis in use."""
   training, model = cfg.training, cfg.model
   item = jnp.dtype(training.dtype).itemsize
@@ -402,7 +406,7 @@ class DecodePoint:
 
 
 def plan_decoding(
-  cfg: Config, sizes: Sizes, device: Device, batch: int, context: int
+  cfg: ResolvedConfig, sizes: Sizes, device: Device, batch: int, context: int
 ) -> DecodePoint:
   """One point of the bandwidth roofline: every step reads the weights and the cache.
 
@@ -433,7 +437,7 @@ def plan_decoding(
 
 
 def _decode_times(
-  cfg: Config, sizes: Sizes, device: Device, batch: int, context: int
+  cfg: ResolvedConfig, sizes: Sizes, device: Device, batch: int, context: int
 ) -> dict[str, float | None]:
   """Seconds of one step by what takes them; compute and weights come first."""
   model, tensor = cfg.model, sizes["tensor"]
@@ -468,7 +472,7 @@ def _decode_times(
   }
 
 
-def decode_work(cfg: Config, rows: int, context: int) -> tuple[float, float, float]:
+def decode_work(cfg: ResolvedConfig, rows: int, context: int) -> tuple[float, float, float]:
   """One step of `rows` rows, whole: FLOPs, bytes of weights, bytes of cache."""
   model, item = cfg.model, jnp.dtype(cfg.training.dtype).itemsize
   work = forward_work(model, rows, 1)
@@ -478,7 +482,7 @@ def decode_work(cfg: Config, rows: int, context: int) -> tuple[float, float, flo
   return flops, weights, kv_cache_bytes(model, rows, context, item)
 
 
-def read_parameters(cfg: Config, rows: int) -> int:
+def read_parameters(cfg: ResolvedConfig, rows: int) -> int:
   """Parameters that a step reads: no input table, and no expert that nobody asked for."""
   model = cfg.model
   parts = parameters(model)

@@ -6,10 +6,17 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from flaxlm.config import MESH_AXES, Config, Remat, mesh_sizes, slow_axes
+from flaxlm.config import (
+  MESH_AXES,
+  Remat,
+  ResolvedConfig,
+  mesh_shape,
+  mesh_sizes,
+  slow_axes,
+)
 from flaxlm.errors import ConfigError
 from flaxlm.planning.devices import Device
-from flaxlm.planning.memory import Sizes, full_sizes, state_bytes
+from flaxlm.planning.memory import Sizes, state_bytes
 from flaxlm.planning.roofline import Plan, plan_training
 from flaxlm.sharding import least_rows
 
@@ -21,7 +28,7 @@ MOST_DEVICES = 4096  # looked at for a plan that does not fit
 class Choice:
   """One way to run a config, and what it comes to."""
 
-  cfg: Config
+  cfg: ResolvedConfig
   plan: Plan
 
   @property
@@ -34,7 +41,7 @@ class Choice:
     )
 
 
-def search(cfg: Config, device: Device, num_devices: int) -> list[Choice]:
+def search(cfg: ResolvedConfig, device: Device, num_devices: int) -> list[Choice]:
   """All that can be laid out on `num_devices`, the fastest that fits first.
 
   Of each mesh and policy only the least accumulation that fits is kept: more is slower.
@@ -51,7 +58,7 @@ def search(cfg: Config, device: Device, num_devices: int) -> list[Choice]:
   return sorted(choices, key=_rank)
 
 
-def meshes(cfg: Config, num_devices: int) -> Iterator[dict[str, int]]:
+def meshes(cfg: ResolvedConfig, num_devices: int) -> Iterator[dict[str, int]]:
   """Every way to write `num_devices` as a product over the mesh axes."""
   divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
   experts = cfg.model.moe.num_experts
@@ -63,7 +70,7 @@ def meshes(cfg: Config, num_devices: int) -> Iterator[dict[str, int]]:
 
 
 def _best_accumulation(
-  cfg: Config, device: Device, sizes: Sizes, remat: Remat
+  cfg: ResolvedConfig, device: Device, sizes: Sizes, remat: Remat
 ) -> Choice | None:
   """The least accumulation that fits, or the most of all if none does."""
   rows = cfg.data.batch_size // least_rows(cfg.training, sizes)
@@ -94,7 +101,7 @@ def _rank(choice: Choice) -> tuple:
   return plan.fits is False, slow, plan.memory.total
 
 
-def cheapest_fit(cfg: Config, sizes: Sizes, device: Device) -> Choice | None:
+def cheapest_fit(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Choice | None:
   """The least change that makes a config fit: first how it runs, then the mesh, then more
   devices. None if nothing up to `MOST_DEVICES` does.
   """
@@ -103,7 +110,7 @@ def cheapest_fit(cfg: Config, sizes: Sizes, device: Device) -> Choice | None:
   if fitting:
     return min(fitting, key=_rank)
   number = math.prod(sizes.values())
-  least = state_bytes(cfg.model, cfg.training, cfg.optimizer, full_sizes({}))
+  least = state_bytes(cfg.model, cfg.training, cfg.optimizer, mesh_shape({}))
   while number <= MOST_DEVICES:
     possible = (least.parameters + least.optimizer_state) / number < (
       device.usable_bytes or math.inf

@@ -9,16 +9,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxlm.config import OBJECTIVES, Config, TokenizerConfig
+from flaxlm.config import OBJECTIVES, ResolvedConfig, TokenizerConfig
 from flaxlm.data.batches import Batches
 from flaxlm.data.prepare import Store, prepare
 from flaxlm.data.sources import data_dir, find_corpus
 from flaxlm.decoding.completions import search
 from flaxlm.decoding.runs import TOKENIZER, Run
 from flaxlm.errors import ConfigError
-from flaxlm.foreign_tokenizers import AnyTokenizer
 from flaxlm.nn.base import LanguageModel
 from flaxlm.sharding import batch_parts
+from flaxlm.tokenizers import AnyTokenizer
 from flaxlm.training.step import compile_eval_step, put_batch
 
 PAIRS_AT_A_TIME = 32
@@ -136,15 +136,13 @@ def translate_run(
   return Translation(score, copied, len(pairs), str(metric.get_signature()), examples[:5])
 
 
-def split_batches(cfg: Config, store: Store, mesh: Mesh, shuffled: bool) -> Batches:
+def split_batches(cfg: ResolvedConfig, store: Store, mesh: Mesh, shuffled: bool) -> Batches:
   """This process's share of a split: shuffled to train on, in order to evaluate."""
-  vocab_size = cfg.model.unpadded.vocab_size
-  assert vocab_size is not None, "resolved"
   parts, num_parts = batch_parts(mesh, jax.process_index())
   return Batches(
     store,
     cfg.data,
-    vocab_size=vocab_size,
+    vocab_size=cfg.model.num_ids,
     seed=cfg.seed if shuffled else None,
     num_epochs=cfg.data.num_epochs if shuffled else 1,
     parts=parts,

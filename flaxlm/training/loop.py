@@ -23,8 +23,14 @@ from jax.sharding import Mesh
 
 from flaxlm.checkpoint.manifest import newest_whole_step, saved_steps, write_atomically
 from flaxlm.checkpoint.store import CheckpointStore, make_room_after
-from flaxlm.config import Config, ModelConfig, slow_axes
-from flaxlm.configfile import difference, to_json
+from flaxlm.config import (
+  Config,
+  ResolvedModel,
+  check_config,
+  difference,
+  slow_axes,
+  to_json,
+)
 from flaxlm.data.batches import Batches
 from flaxlm.data.prepare import Prepared, prepare
 from flaxlm.data.sources import data_dir, to_stderr
@@ -40,19 +46,13 @@ from flaxlm.errors import (
   CheckpointError,
   NonFiniteError,
 )
-from flaxlm.foreign_tokenizers import expected_vocab_size
 from flaxlm.nn.attention import kernel_head_dim
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import build_model
 from flaxlm.planning.roofline import attention_path
-from flaxlm.sharding import (
-  check_batch,
-  check_replication,
-  describe_mesh,
-  make_mesh,
-  start_jax,
-)
-from flaxlm.tokenizers import MASK
+from flaxlm.platform import start_jax
+from flaxlm.sharding import check_batch, check_replication, describe_mesh, make_mesh
+from flaxlm.tokenizers import MASK, expected_vocab_size
 from flaxlm.training.evaluation import Evaluator, describe_evaluation, split_batches
 from flaxlm.training.optimizer import Optimizer, build_optimizer
 from flaxlm.training.reporting import Reporter
@@ -82,12 +82,14 @@ MARK, MARK_SECONDS = ".job", 30.0
 
 def train(cfg: Config) -> int:
   """Trains `cfg` into its run directory, resuming what is there; returns the exit code."""
-  cfg.check()
+  check_config(cfg)
   flags = start_jax(cfg.simulated_devices, data_dir() / "xla")
   with joined(cfg) as peers, contextlib.ExitStack() as stack:
     mesh = make_mesh(cfg.mesh)
     check_batch(cfg, mesh.shape)
-    attention = attention_path(cfg, mesh.shape, kernel_head_dim())
+    attention = attention_path(
+      cfg.resolve(expected_vocab_size(cfg.tokenizer)), mesh.shape, kernel_head_dim()
+    )
     # -- Run directory: ours alone from here on.
     stack.enter_context(locked(cfg.run_dir))
     check_shared(cfg.run_dir, peers)
@@ -115,7 +117,7 @@ def train(cfg: Config) -> int:
       peers.agree(f"the text of {cfg.data.corpus}", prepared.fingerprint)
       num_ids = prepared.tokenizer.vocab_size
       model_cfg = make_model_config(cfg, num_ids, mesh, first_step)
-      cfg = dataclasses.replace(cfg, model=model_cfg)
+      cfg = dataclasses.replace(cfg.resolve(num_ids), model=model_cfg)
       batches = split_batches(cfg, prepared.train, mesh, shuffled=True)
       validation = split_batches(cfg, prepared.validation, mesh, shuffled=False)
       if first_step:
@@ -184,7 +186,7 @@ class Program(NamedTuple):
   state: TrainState | None
 
   @staticmethod
-  def compiled(model_cfg: ModelConfig, cfg: Config, mesh: Mesh, fresh: bool) -> "Program":
+  def compiled(model_cfg: ResolvedModel, cfg: Config, mesh: Mesh, fresh: bool) -> "Program":
     """The program of a config, ready to run; `fresh` makes the state of step 0 too."""
     model = build_model(model_cfg, cfg.training)
     optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
@@ -392,16 +394,15 @@ def resume_step(cfg: Config) -> int:
 
 def make_model_config(
   cfg: Config, tokenizer_size: int, mesh: Mesh, first_step: int
-) -> ModelConfig:
+) -> ResolvedModel:
   """The model with every number known. A new run pads its vocabulary for the mesh; one
   that goes on keeps the rows that it has.
   """
   model = cfg.model.resolve(tokenizer_size)
   if first_step:
     stored = load_config_of(cfg.run_dir).model
-    if stored.unpadded.vocab_size == model.unpadded.vocab_size:
-      rows, num_ids = stored.vocab_size, stored.num_ids
-      return dataclasses.replace(model, vocab_size=rows, num_ids=num_ids)
+    if stored.num_ids == model.num_ids:
+      return dataclasses.replace(model, vocab_size=stored.vocab_size)
   return model.padded(mesh.shape["tensor"])
 
 

@@ -19,14 +19,13 @@ from flaxlm.config import Config, ModelConfig
 from flaxlm.decoding.completions import complete
 from flaxlm.decoding.runs import Run, load_run
 from flaxlm.decoding.sampling import make_sampling
-from flaxlm.foreign_tokenizers import load_tokenizer
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.huggingface import Loaded, load_checkpoint, save_checkpoint
 from flaxlm.interop.transfer import export_run, import_run, import_tokenizer, write_json
 from flaxlm.nn.base import Source
 from flaxlm.nn.models import build_model
 from flaxlm.sharding import make_mesh
-from flaxlm.tokenizers import train_tokenizer
+from flaxlm.tokenizers import load_tokenizer, train_tokenizer
 
 HAS_BOTH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 pytestmark = [

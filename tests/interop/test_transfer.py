@@ -17,20 +17,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from test_huggingface import random_params, save
 
 from flaxlm.checkpoint.store import CheckpointStore
-from flaxlm.config import Config, ModelConfig
-from flaxlm.configfile import to_json
+from flaxlm.config import Config, ModelConfig, to_json
 from flaxlm.decoding.completions import complete
 from flaxlm.decoding.encoding import embed_texts, fill_masks
 from flaxlm.decoding.runs import load_run
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.errors import CheckpointError, DataError
-from flaxlm.foreign_tokenizers import load_backend
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.safetensors import INDEX, open_checkpoint, write_files
 from flaxlm.interop.transfer import export_run, import_run, write_json
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.sharding import make_mesh
 from flaxlm.tokenizers import train_tokenizer
+from flaxlm.tokenizers.imported import load_backend
 
 MOST = 10**9
 

@@ -46,7 +46,7 @@ def batch_of():
 
 def both(cfg: ModelConfig) -> tuple[dict, dict, ModelConfig]:
   """Parameters by path, the same with padding full of garbage, and the padded config."""
-  padded = cfg.padded(2)
+  padded = cfg.resolve().padded(2)
   assert (padded.vocab_size, padded.num_ids) == (64, 61)
   init = lambda model: flatten_dict(
     jax.tree.map(
@@ -116,7 +116,8 @@ def test_padding_is_never_the_likeliest_and_has_no_share():
 def test_without_padding_nothing_is_masked():
   """The step of a vocabulary that divides is what it was: it selects from no logits."""
   whole = dataclasses.replace(REAL, vocab_size=64)
-  assert whole.padded(2) == whole and whole.resolve().num_ids is None
+  assert whole.resolve().padded(2) == whole.resolve()
+  assert not whole.resolve().is_padded
 
   def text_of(cfg: ModelConfig) -> str:
     model = build_model(cfg, FAST)
@@ -125,5 +126,5 @@ def test_without_padding_nothing_is_masked():
     logits = lambda params, x: model.apply({"params": params}, x, method="logits")
     return str(jax.make_jaxpr(logits)(params, x_BTD))
 
-  assert "select_n" in text_of(REAL.padded(2))
+  assert "select_n" in text_of(REAL.resolve().padded(2))
   assert "select_n" not in text_of(whole)

@@ -12,8 +12,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 from flaxlm.checkpoint.store import CheckpointStore
-from flaxlm.config import MESH_AXES, OBJECTIVES, Config, DataConfig, ModelConfig
-from flaxlm.configfile import to_json
+from flaxlm.config import MESH_AXES, OBJECTIVES, Config, DataConfig, ModelConfig, to_json
 from flaxlm.decoding.runs import CHECKPOINTS, CONFIG, TOKENIZER, Run
 from flaxlm.look.page import View, to_html, unpack
 from flaxlm.nn.models import abstract_params, build_model

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from look_runs import BYTES, make_run, page_of
 
-from flaxlm.config import ModelConfig, RopeConfig
-from flaxlm.configfile import to_json
+from flaxlm.config import ModelConfig, RopeConfig, to_json
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.look import positions as look_positions_module
 from flaxlm.look.embeddings import look_embeddings, nearest, principal, sort_of

@@ -11,10 +11,17 @@ import json
 import jax
 import pytest
 
-from flaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from flaxlm.config import (
+  Config,
+  DataConfig,
+  ModelConfig,
+  OptimizerConfig,
+  TrainingConfig,
+  mesh_shape,
+)
 from flaxlm.planning.compile import compile_step
 from flaxlm.planning.devices import find_device
-from flaxlm.planning.memory import full_sizes, state_bytes, training_memory
+from flaxlm.planning.memory import state_bytes, training_memory
 from flaxlm.planning.roofline import network_bytes
 
 pytestmark = [
@@ -133,7 +140,7 @@ def test_the_grid_is_large_enough():
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("point", GRID, ids=str)
 def test_memory_is_within_ten_percent(point: Point, record_property):
-  cfg, sizes = point.cfg, full_sizes(dict(point.mesh))
+  cfg, sizes = point.cfg, mesh_shape(dict(point.mesh))
   device = find_device(point.device)
   compiled = compile_step(cfg, sizes, device)
   memory = training_memory(cfg, sizes, device.lanes)
@@ -152,7 +159,7 @@ def test_traffic_of_fsdp_is_as_in_the_roofline():
   round 16 times on a ring of 16, and the embedding's gradient travels in float32.
   """
   (point,) = points("llama3_8b", "v5p", dict(fsdp=16), 16, 512, "full")
-  cfg, sizes = point.cfg, full_sizes(dict(point.mesh))
+  cfg, sizes = point.cfg, mesh_shape(dict(point.mesh))
   compiled = compile_step(cfg, sizes, find_device("v5p"))
   state = state_bytes(cfg.model, cfg.training, cfg.optimizer, sizes)
   sent = sum(one.bytes for one in compiled.collectives if one.axes == "fsdp")
@@ -162,7 +169,7 @@ def test_traffic_of_fsdp_is_as_in_the_roofline():
 def test_too_large_a_step_is_a_clean_result(monkeypatch):
   monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_max_isa=AVX2")  # which libtpu does not know
   (point,) = points("llama_1b", "v5e", dict(fsdp=8), 64, 2048, "dots")
-  cfg, sizes = point.cfg, full_sizes(dict(point.mesh))
+  cfg, sizes = point.cfg, mesh_shape(dict(point.mesh))
   compiled = compile_step(cfg, sizes, find_device("v5e"))
   assert compiled.error is not None and "out of memory" in compiled.error
   usable = find_device("v5e").usable_bytes

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from flaxlm.config import mesh_shape
 from flaxlm.planning.collectives import Collective, _axes_of, _groups, find_collectives
-from flaxlm.planning.memory import full_sizes
 from flaxlm.sharding import make_mesh
 
-SIZES = full_sizes(dict(data=2, fsdp=4))
+SIZES = mesh_shape(dict(data=2, fsdp=4))
 
 
 def compiled_text(function, *specs) -> str:

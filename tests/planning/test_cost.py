@@ -9,8 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from flaxlm.config import Config, DataConfig, ModelConfig, MoEConfig, TrainingConfig
-from flaxlm.configfile import load_config
+from flaxlm.config import (
+  Config,
+  DataConfig,
+  ModelConfig,
+  MoEConfig,
+  TrainingConfig,
+  load_config,
+)
 from flaxlm.nn.models import build_model, init_params
 from flaxlm.planning.cost import (
   active_parameters,

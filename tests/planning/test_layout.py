@@ -8,13 +8,13 @@ import jax
 import pytest
 
 from flaxlm.cli import main
-from flaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig
+from flaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, mesh_shape
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import build_model
 from flaxlm.planning.compile import compile_step
 from flaxlm.planning.devices import ANY
 from flaxlm.planning.layout import explain, lay_out
-from flaxlm.planning.memory import full_sizes, state_bytes
+from flaxlm.planning.memory import state_bytes
 from flaxlm.planning.planner import resolve
 from flaxlm.planning.roofline import network_bytes
 from flaxlm.sharding import axes_of, check_replication, find_replication, make_mesh
@@ -64,7 +64,7 @@ def test_people_read_why(capsys: pytest.CaptureFixture):
   assert main(["shard", "llama3_8b", "--mesh", "tensor=4", "--no-compile"]) == 0
   text = capsys.readouterr().out
   assert "kv_heads:tensor" in text and "rows of the table" in text
-  sizes = full_sizes({"tensor": 4})
+  sizes = mesh_shape({"tensor": 4})
   assert explain(("layers", "norm"), sizes).startswith("whole: norm")
   assert "fsdp would cut embed" in explain(("slots", "embed"), sizes)
 
@@ -106,7 +106,7 @@ def test_the_slow_network_is_shown(capsys: pytest.CaptureFixture):
   ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_travels_is_what_the_formula_says(mesh: dict, extra: int):
-  sizes = full_sizes(mesh)
+  sizes = mesh_shape(mesh)
   axis = next(iter(mesh))
   compiled = compile_step(TINY, sizes, ANY)
   assert compiled.error is None
@@ -135,7 +135,7 @@ def test_norms_cut_over_tensor_keep_a_share_of_each_layers_input():
   data = dataclasses.replace(TINY.data, seq_len=T)
   cfg = dataclasses.replace(TINY, model=model, training=training, data=data)
   cut = dataclasses.replace(training, sequence_parallel=True)
-  sizes = full_sizes({"tensor": 4})
+  sizes = mesh_shape({"tensor": 4})
   whole, shares = (
     compile_step(dataclasses.replace(cfg, training=run), sizes, ANY)
     for run in (training, cut)
@@ -154,7 +154,7 @@ def test_what_is_left_whole_by_accident_is_refused():
   check_replication(params, mesh.shape, found.fraction)
   with pytest.raises(ConfigError, match=r"blocks/(attention|ffn)_norm"):
     check_replication(params, mesh.shape, found.fraction * 0.99)
-  copies = find_replication(params, full_sizes({"data": 8}))
+  copies = find_replication(params, mesh_shape({"data": 8}))
   assert copies.fraction == 0, "copies are what `data` is for"
 
 

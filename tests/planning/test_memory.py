@@ -7,7 +7,14 @@ import math
 import jax
 import pytest
 
-from flaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from flaxlm.config import (
+  Config,
+  DataConfig,
+  ModelConfig,
+  OptimizerConfig,
+  TrainingConfig,
+  mesh_shape,
+)
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import build_model
 from flaxlm.nn.stack import REMAT_POLICIES
@@ -16,7 +23,6 @@ from flaxlm.planning.cost import parameters
 from flaxlm.planning.devices import find_device
 from flaxlm.planning.memory import (
   decoding_memory,
-  full_sizes,
   kept_bytes,
   state_bytes,
   training_memory,
@@ -50,7 +56,7 @@ def changed(**fields) -> Config:
 def test_the_state_is_that_of_training(kind: str, mesh: dict[str, int]):
   """Shards of the real state on real devices, added up."""
   optimizer = OptimizerConfig(kind=kind)
-  state = state_bytes(MODEL, CFG.training, optimizer, full_sizes(mesh))
+  state = state_bytes(MODEL, CFG.training, optimizer, mesh_shape(mesh))
   real = abstract_state(
     build_model(MODEL, CFG.training), build_optimizer(optimizer, 10), make_mesh(mesh)
   )
@@ -66,7 +72,7 @@ def test_a_tpu_fills_up_rows_of_128_lanes():
   """Seen of libtpu: 12 heads of 64, width 768 over fsdp=8 take 4/3 of their size."""
   model = ModelConfig(depth=2, width=768, num_heads=12, vocab_size=512).resolve()
   size = lambda lanes: state_bytes(
-    model, CFG.training, OptimizerConfig(), full_sizes(dict(fsdp=8)), lanes
+    model, CFG.training, OptimizerConfig(), mesh_shape(dict(fsdp=8)), lanes
   )
   attention = 2 * 4 * 768 * 768 * 4 // 8
   assert size(128).parameters - size(1).parameters == pytest.approx(attention / 3, rel=0.1)
@@ -74,7 +80,7 @@ def test_a_tpu_fills_up_rows_of_128_lanes():
 
 
 def test_moments_by_kind():
-  one = full_sizes({})
+  one = mesh_shape({})
   model = dataclasses.replace(MODEL, width=256)  # Adafactor factors from 128 on
   ratio = {}
   for kind in ("adamw", "lion", "sgd", "muon", "adafactor"):
@@ -110,16 +116,16 @@ def test_tensor_members_keep_less():
 
 
 def test_parts_add_up_and_shrink_as_they_should():
-  one, eight = (training_memory(CFG, full_sizes(mesh)) for mesh in ({}, dict(data=8)))
+  one, eight = (training_memory(CFG, mesh_shape(mesh)) for mesh in ({}, dict(data=8)))
   assert one.total == sum(one.parts.values()) == sum(one.moments[one.peak].values())
   loss, eighth = one.moments["loss"], eight.moments["loss"]
   # In float32, and their gradient in bfloat16.
   assert loss["logits"] == 16 * 64 * 256 * (4 + 2) == 8 * eighth["logits"]
   assert loss["parameters"] == eighth["parameters"]  # data replicates them
   assert loss["parameters"] == 4 * sum(parameters(MODEL).values())
-  sharded = training_memory(CFG, full_sizes(dict(fsdp=8))).moments["loss"]
+  sharded = training_memory(CFG, mesh_shape(dict(fsdp=8))).moments["loss"]
   assert sharded["parameters"] < loss["parameters"] / 7
-  parts = training_memory(changed(accumulation_steps=4), full_sizes({})).moments["loss"]
+  parts = training_memory(changed(accumulation_steps=4), mesh_shape({})).moments["loss"]
   assert parts["logits"] == loss["logits"] / 4
   assert parts["gradient_sums"] == loss["parameters"]
   assert parts["batch"] == loss["batch"]
@@ -128,7 +134,7 @@ def test_parts_add_up_and_shrink_as_they_should():
 @pytest.mark.parametrize("mesh", MESHES[1::2], ids=str)
 def test_arguments_are_those_of_the_compiled_step(mesh: dict[str, int]):
   """State and batch to the byte, but for the step, counters and the seed."""
-  sizes = full_sizes(mesh)
+  sizes = mesh_shape(mesh)
   compiled = compile_here(CFG, sizes, find_device("cpu"))
   parts = training_memory(CFG, sizes).moments["loss"]
   expected = parts["parameters"] + parts["optimizer_state"] + parts["batch"]
@@ -140,13 +146,13 @@ def test_arguments_are_those_of_the_compiled_step(mesh: dict[str, int]):
 
 
 def test_mesh_sizes():
-  assert full_sizes({"fsdp": 8})["fsdp"] == 8
-  assert full_sizes({"data": -1, "tensor": 2}, 8)["data"] == 4
+  assert mesh_shape({"fsdp": 8})["fsdp"] == 8
+  assert mesh_shape({"data": -1, "tensor": 2}, 8)["data"] == 4
   for mesh, number in (({"data": -1}, None), ({"data": -1, "tensor": 3}, 8)):
     with pytest.raises(ConfigError):
-      full_sizes(mesh, number)
+      mesh_shape(mesh, number)
   with pytest.raises(ConfigError, match="needs 4 devices, 8 present"):
-    full_sizes({"fsdp": 4}, 8)
+    mesh_shape({"fsdp": 4}, 8)
 
 
 @pytest.mark.parametrize(
@@ -159,10 +165,10 @@ def test_mesh_sizes():
 )
 def test_what_does_not_divide_is_refused_by_name(mesh: dict[str, int], field: str):
   with pytest.raises(ConfigError, match=field):
-    training_memory(CFG, full_sizes(mesh))
+    training_memory(CFG, mesh_shape(mesh))
 
 
 def test_decoding_needs_weights_and_cache():
-  parts = decoding_memory(CFG, full_sizes(dict(tensor=2)), rows=8, context=100)
+  parts = decoding_memory(CFG, mesh_shape(dict(tensor=2)), rows=8, context=100)
   assert parts["kv_cache"] == 2 * 3 * 8 * 100 * 4 * 8 * 2 // 2
   assert parts["parameters"] < 2 * sum(parameters(MODEL).values()) * 0.51

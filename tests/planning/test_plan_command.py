@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flaxlm.cli import main
-from flaxlm.configfile import load_config
+from flaxlm.config import load_config
 from flaxlm.planning.planner import resolve
 
 MESH = "data=2@dcn,fsdp=8"

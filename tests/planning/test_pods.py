@@ -9,11 +9,11 @@ import json
 
 import pytest
 
-from flaxlm.configfile import load_config, override
+from flaxlm.config import load_config, mesh_shape, override
 from flaxlm.planning.compile import compile_step
 from flaxlm.planning.devices import find_device
 from flaxlm.planning.layout import lay_out
-from flaxlm.planning.memory import full_sizes, training_memory
+from flaxlm.planning.memory import training_memory
 from flaxlm.planning.planner import resolve
 
 pytestmark = [
@@ -32,7 +32,7 @@ KNOBS = ["--data.batch_size=256", "--training.loss_chunks=8"]
 @pytest.mark.parametrize(("name", "mesh"), PODS)
 def test_llama3_8b_compiles_for_a_pod_and_fits(name: str, mesh: str, record_property):
   cfg = override(resolve(load_config("llama3_8b")), [f"--mesh={mesh}", *KNOBS])
-  device, sizes = find_device(name), full_sizes(cfg.mesh)
+  device, sizes = find_device(name), mesh_shape(cfg.mesh)
   N = sizes["fsdp"]
   layout = lay_out(cfg, cfg.mesh, name, compiled=False)
   share = layout.parameter_bytes * N / layout.whole_bytes

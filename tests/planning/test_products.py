@@ -5,10 +5,16 @@ import dataclasses
 
 import pytest
 
-from flaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from flaxlm.config import (
+  Config,
+  DataConfig,
+  ModelConfig,
+  OptimizerConfig,
+  TrainingConfig,
+  mesh_shape,
+)
 from flaxlm.planning.cost import forward_work, step_cost
 from flaxlm.planning.devices import ANY
-from flaxlm.planning.memory import full_sizes
 from flaxlm.planning.products import (
   Product,
   is_listed,
@@ -101,5 +107,5 @@ def test_a_plan_of_measured_rates():
   cfg = config()
   rates = dict.fromkeys(training_products(cfg), 1e9)
   device = dataclasses.replace(ANY, memory_bandwidth=1e9, product_rates=rates)
-  plan = plan_training(cfg, full_sizes({}), device)
+  plan = plan_training(cfg, mesh_shape({}), device)
   assert plan.times.compute == pytest.approx(plan.cost.executed_flops / 1e9)

@@ -9,10 +9,17 @@ import pytest
 
 from flaxlm.benchmark.measure import Setting
 from flaxlm.benchmark.predictions import for_decoding, models
-from flaxlm.config import Config, DataConfig, ModelConfig, MoEConfig, TrainingConfig
+from flaxlm.config import (
+  Config,
+  DataConfig,
+  ModelConfig,
+  MoEConfig,
+  TrainingConfig,
+  mesh_shape,
+)
 from flaxlm.planning.cost import attention_passes, forward_work, kv_cache_bytes
 from flaxlm.planning.devices import Device, find_device
-from flaxlm.planning.memory import full_sizes, state_bytes
+from flaxlm.planning.memory import state_bytes
 from flaxlm.planning.roofline import (
   OPERATIONS,
   StepTimes,
@@ -43,7 +50,7 @@ CFG = Config(
 
 
 def sent(mesh: dict[str, int], cfg: Config = CFG) -> dict[str, float]:
-  sizes = full_sizes(mesh)
+  sizes = mesh_shape(mesh)
   state = state_bytes(cfg.model, cfg.training, cfg.optimizer, sizes)
   return network_bytes(cfg, sizes, state)
 
@@ -85,7 +92,7 @@ def test_a_pipeline_hands_on_a_microbatch_at_every_tick():
   dealt, summed = 2 * blocks / 4 * 3 / 4, 2 * (4 * N - blocks) * 3 / 4
   found = sent(dict(stage=4), cfg)
   assert found == {"stage": pytest.approx(there + back + dealt + summed)}
-  plan = plan_training(cfg, full_sizes(dict(stage=4)), find_device("v5p"))
+  plan = plan_training(cfg, mesh_shape(dict(stage=4)), find_device("v5p"))
   assert plan.times.bubble == pytest.approx(3 / 19)
   busy = (plan.times.compute or 0) + (plan.times.memory or 0)
   assert plan.times.waiting == pytest.approx(busy * 3 / 16)
@@ -94,32 +101,32 @@ def test_a_pipeline_hands_on_a_microbatch_at_every_tick():
 
 def test_bandwidth_of_an_axis():
   h100 = find_device("h100")
-  inside, across = full_sizes(dict(fsdp=8)), full_sizes(dict(data=4, fsdp=8))
+  inside, across = mesh_shape(dict(fsdp=8)), mesh_shape(dict(data=4, fsdp=8))
   assert axis_bandwidth(h100, inside, "fsdp") == 450e9
   # Four nodes: eight GPUs each, so eight network cards side by side for `fsdp`'s 64, but
   # one alone for each `data` group, whose members all sit in other nodes.
-  assert axis_bandwidth(h100, full_sizes(dict(fsdp=64)), "fsdp") == 400e9
+  assert axis_bandwidth(h100, mesh_shape(dict(fsdp=64)), "fsdp") == 400e9
   assert axis_bandwidth(h100, across, "data") == 50e9
   v5p = find_device("v5p")
-  assert axis_bandwidth(v5p, full_sizes(dict(fsdp=64)), "fsdp") == 3 * 180e9
-  assert axis_bandwidth(v5p, full_sizes(dict(data=8, fsdp=8)), "fsdp") == 180e9
-  assert axis_bandwidth(find_device("l4"), full_sizes(dict(data=16)), "data") is None
+  assert axis_bandwidth(v5p, mesh_shape(dict(fsdp=64)), "fsdp") == 3 * 180e9
+  assert axis_bandwidth(v5p, mesh_shape(dict(data=8, fsdp=8)), "fsdp") == 180e9
+  assert axis_bandwidth(find_device("l4"), mesh_shape(dict(data=16)), "data") is None
 
 
 def test_a_slow_axis_moves_at_the_rate_of_the_network():
-  v5e, sizes = find_device("v5e"), full_sizes({"data": "2@dcn", "fsdp": 8})
+  v5e, sizes = find_device("v5e"), mesh_shape({"data": "2@dcn", "fsdp": 8})
   assert axis_bandwidth(v5e, sizes, "data") == 90e9, "one slice: its own links"
   assert axis_bandwidth(v5e, sizes, "data", ["data"]) == 3.125e9
   # It takes no axis of the torus from the others, nor any of their neighbours.
   assert axis_bandwidth(v5e, sizes, "fsdp", ["data"]) == 2 * 90e9
-  last = full_sizes({"fsdp": 8, "tensor": "2@dcn"})
+  last = mesh_shape({"fsdp": 8, "tensor": "2@dcn"})
   assert axis_bandwidth(find_device("h200"), last, "fsdp") == 4 * 50e9
   assert axis_bandwidth(find_device("h200"), last, "fsdp", ["tensor"]) == 450e9
   assert axis_bandwidth(find_device("v4"), sizes, "data", ["data"]) is None
 
 
 def test_a_hybrid_mesh_is_priced_slower():
-  device, sizes = find_device("v5p"), full_sizes({"data": 2, "fsdp": 8})
+  device, sizes = find_device("v5p"), mesh_shape({"data": 2, "fsdp": 8})
   near, far = (
     plan_training(dataclasses.replace(CFG, mesh=mesh), sizes, device)
     for mesh in ({"data": 2, "fsdp": 8}, {"data": "2@dcn", "fsdp": 8})
@@ -145,7 +152,7 @@ def test_overlap_is_as_documented():
 
 def test_llama3_8b_on_eight_h200():
   """Published: 49-51 % strict MFU in bfloat16 by three stacks (with fused attention)."""
-  plan = plan_training(CFG, full_sizes(dict(fsdp=8)), find_device("h200"))
+  plan = plan_training(CFG, mesh_shape(dict(fsdp=8)), find_device("h200"))
   assert plan.fits
   assert plan.times.limited_by == "compute"
   assert plan.mfu is not None and plan.tokens_per_second is not None
@@ -158,10 +165,10 @@ def test_llama3_8b_on_eight_h200():
 
 
 def test_what_is_not_known_is_not_timed():
-  plan = plan_training(CFG, full_sizes(dict(fsdp=8)), find_device("cpu"))
+  plan = plan_training(CFG, mesh_shape(dict(fsdp=8)), find_device("cpu"))
   assert plan.times.seconds is plan.mfu is plan.fits is plan.tokens_per_second is None
   assert plan.memory.total > 0
-  turing = plan_training(CFG, full_sizes(dict(fsdp=8)), find_device("t4"))
+  turing = plan_training(CFG, mesh_shape(dict(fsdp=8)), find_device("t4"))
   assert turing.times.compute is None  # no bfloat16 there
   assert turing.fits is False
 
@@ -172,7 +179,7 @@ def test_decoding_llama3_8b_on_one_h200(fraction: float, rate: float):
   device = dataclasses.replace(
     find_device("h200"), bandwidth_fraction=fraction, operation_seconds=0.0
   )
-  point = plan_decoding(CFG, full_sizes({}), device, batch=1, context=1)
+  point = plan_decoding(CFG, mesh_shape({}), device, batch=1, context=1)
   assert point.tokens_per_second == pytest.approx(rate, rel=5e-3)
   assert point.limited_by == "weights"
   assert point.min_devices == 1
@@ -182,7 +189,7 @@ def test_a_kernel_takes_time_however_little_it_reads():
   model = ModelConfig(depth=3, width=64, num_heads=2, vocab_size=128).resolve()
   cfg = Config(model=model, training=TrainingConfig(dtype="bfloat16"))
   device = dataclasses.replace(find_device("h100"), operation_seconds=1e-5)
-  point = plan_decoding(cfg, full_sizes({}), device, 1, 1)
+  point = plan_decoding(cfg, mesh_shape({}), device, 1, 1)
   of_layer, of_step = OPERATIONS["gpu"]
   assert of_layer > 7, "the products are among them"
   num_bytes = 2 * read_parameters(cfg, 1) + kv_cache_bytes(model, 1, 1, 2)
@@ -193,7 +200,7 @@ def test_a_kernel_takes_time_however_little_it_reads():
 def test_attention_in_a_kernel_runs_at_its_own_rate():
   device = find_device("h100")
   slow = dataclasses.replace(device, attention_rate=1e12)
-  times = [plan_training(CFG, full_sizes({}), d).times.compute for d in (device, slow)]
+  times = [plan_training(CFG, mesh_shape({}), d).times.compute for d in (device, slow)]
   work = forward_work(CFG.model, CFG.data.batch_size, CFG.data.seq_len)
   passes = attention_passes(CFG.training)
   by_hand = passes * work.attention * (1 / 1e12 - 1 / device.attention_rate)
@@ -210,7 +217,7 @@ def test_the_data_sheet_and_a_gpu_agree(name):
   path = ROOT / f"docs/benchmarks/2026-11-27-predictions-{name}.jsonl"
   lines = map(json.loads, path.read_text().splitlines())
   seconds = {line["case"]: line["seconds"] for line in lines}
-  device, sizes = find_device(name), full_sizes({})
+  device, sizes = find_device(name), mesh_shape({})
   for case, cfg in models(Setting(size="large")).items():
     predicted = plan_training(cfg, sizes, device).times.seconds
     off = OFF_BY.get((name, case), 0.15)
@@ -224,7 +231,7 @@ def test_a_measured_cache_is_read_at_its_own_rate():
   device = find_device("h100")
   slow = dataclasses.replace(device, pass_bandwidths={"cache": 1e9})
   near, far = (
-    plan_decoding(CFG, full_sizes({}), d, 1, 1000).seconds for d in (device, slow)
+    plan_decoding(CFG, mesh_shape({}), d, 1, 1000).seconds for d in (device, slow)
   )
   cache = kv_cache_bytes(CFG.model, 1, 1000, 2)
   assert far - near == pytest.approx(cache * (1 / 1e9 - 1 / (0.87 * 3350e9)))
@@ -232,7 +239,7 @@ def test_a_measured_cache_is_read_at_its_own_rate():
 
 def test_decoding_turns_from_weights_to_cache():
   device = find_device("h200")
-  point = lambda batch, context: plan_decoding(CFG, full_sizes({}), device, batch, context)
+  point = lambda batch, context: plan_decoding(CFG, mesh_shape({}), device, batch, context)
   few, many = point(1, 128), point(64, 8192)
   assert few.limited_by == "weights" and many.limited_by == "cache"
   assert few.seconds and many.seconds and few.seconds < many.seconds
@@ -244,7 +251,7 @@ def test_decoding_turns_from_weights_to_cache():
 def test_decoding_on_a_mesh():
   """`tensor` halves what is read; `fsdp` makes the weights travel instead."""
   device = find_device("h200")
-  point = lambda **mesh: plan_decoding(CFG, full_sizes(mesh), device, 8, 1024)
+  point = lambda **mesh: plan_decoding(CFG, mesh_shape(mesh), device, 8, 1024)
   one, tensor, fsdp = point(), point(tensor=2), point(fsdp=2)
   assert one.seconds and tensor.seconds and fsdp.seconds
   assert one.seconds / 2 < tensor.seconds < one.seconds < fsdp.seconds
@@ -272,6 +279,6 @@ def test_measured_limits_take_the_place_of_a_data_sheet():
     memory_bandwidth=20e9,
   )
   cfg = dataclasses.replace(CFG, training=TrainingConfig())
-  plan = plan_training(cfg, full_sizes({}), cpu)
+  plan = plan_training(cfg, mesh_shape({}), cpu)
   assert plan.times.compute == pytest.approx(plan.cost.executed_flops / 200e9)
   assert plan.mfu is not None and 0 < plan.mfu < 1

@@ -6,9 +6,15 @@ import math
 
 import pytest
 
-from flaxlm.config import Config, DataConfig, ModelConfig, MoEConfig, TrainingConfig
+from flaxlm.config import (
+  Config,
+  DataConfig,
+  ModelConfig,
+  MoEConfig,
+  TrainingConfig,
+  mesh_shape,
+)
 from flaxlm.planning.devices import find_device
-from flaxlm.planning.memory import full_sizes
 from flaxlm.planning.roofline import plan_training
 from flaxlm.planning.search import cheapest_fit, meshes, search
 
@@ -54,7 +60,7 @@ def test_the_fastest_that_fits_comes_first():
 
 
 def test_the_cheapest_change_keeps_what_it_can():
-  sizes = full_sizes(dict(data=8))
+  sizes = mesh_shape(dict(data=8))
   totals = {
     remat: plan_training(
       dataclasses.replace(CFG, training=dataclasses.replace(CFG.training, remat=remat)),
@@ -73,14 +79,14 @@ def test_the_cheapest_change_keeps_what_it_can():
   sharded = cheapest_fit(CFG, sizes, small(0.8 * sum(state.values())))
   assert sharded is not None and sharded.plan.num_devices == 8
   assert sharded.plan.sizes["fsdp"] * sharded.plan.sizes["tensor"] > 1
-  one = full_sizes({})
+  one = mesh_shape({})
   more = cheapest_fit(CFG, one, small(0.8 * sum(state.values())))
   assert more is not None and more.plan.num_devices == 2
   assert more.plan.fits
 
 
 def test_nothing_may_fit():
-  assert cheapest_fit(CFG, full_sizes({}), small(1e5)) is None
+  assert cheapest_fit(CFG, mesh_shape({}), small(1e5)) is None
 
 
 @pytest.mark.parametrize("number", [3, 5])

@@ -12,11 +12,13 @@ import json
 import runpy
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from flaxlm.config import SLOW, Config, is_a, mesh_mistakes
+from flaxlm.config.fields import is_a, knobs
+from flaxlm.config.mesh import parse_mesh
+from flaxlm.config.schema import Config
 from flaxlm.errors import ConfigError
 
 
@@ -39,7 +41,7 @@ def load_config(name: str) -> Config:
 
 def config_folders() -> list[Path]:
   """Where named experiments are looked for: here, beside the package, inside the wheel."""
-  package = Path(__file__).parent
+  package = Path(__file__).parent.parent
   folders = (Path("configs"), package.parent / "configs", package / "configs")
   return [folder for folder in folders if folder.is_dir()]
 
@@ -102,18 +104,8 @@ def override(cfg: Config, arguments: Sequence[str]) -> Config:
   return cfg
 
 
-def knobs(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-  """(dotted name, type, dataclass field) of every leaf of the config."""
-  hints = typing.get_type_hints(kind)
-  for field in dataclasses.fields(kind):
-    if dataclasses.is_dataclass(hints[field.name]):
-      yield from knobs(hints[field.name], f"{prefix}{field.name}.")
-    else:
-      yield prefix + field.name, hints[field.name], field
-
-
 def _field_type(name: str) -> Any:
-  table = {path: kind for path, kind, _ in knobs()}
+  table = {path: kind for path, kind, _ in knobs(Config)}
   if name in table:
     return table[name]
   last = name.split(".")[-1]
@@ -163,26 +155,6 @@ def _parse(kind: Any, text: str, name: str) -> Any:
   except (ValueError, KeyError, OverflowError):
     want = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
     raise ConfigError(f"--{name}: expected {want}, got {text!r}") from None
-
-
-def parse_mesh(text: str) -> dict[str, int | str]:
-  """`data=2@dcn,fsdp=4` -> {"data": "2@dcn", "fsdp": 4}."""
-  mesh: dict[str, int | str] = {}
-  for part in text.split(","):
-    axis, _, size = part.partition("=")
-    try:
-      number = int(size.removesuffix(SLOW))
-    except ValueError:
-      raise ConfigError(
-        f"mesh {text!r}: {part!r} is not AXIS=SIZE", "as in data=2,fsdp=4, or data=2@dcn"
-      ) from None
-    if axis in mesh:
-      raise ConfigError(f"mesh {text!r} names {axis} twice")
-    mesh[axis] = f"{number}{SLOW}" if size.endswith(SLOW) else number
-  mistakes = list(mesh_mistakes(mesh))
-  if mistakes:
-    raise ConfigError(*mistakes[0])
-  return mesh
 
 
 # -- JSON ------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from flaxlm.xla_flags import GPU, TPU_SLICES, VARIABLES, flags_for, set_flags
+from flaxlm.platform import GPU, TPU_SLICES, VARIABLES, flags_for, set_flags
 
 
 def test_jaxlib_knows_the_gpu_flags():

@@ -78,7 +78,7 @@ class Vocabulary:
     )
 
   def _encode_with_backend(self, texts: Sequence[str]) -> list[np.ndarray]:
-    with _rust_errors("cannot encode the text"):
+    with rust_errors("cannot encode the text"):
       batch = self._backend.encode_batch_fast(texts, add_special_tokens=False)
     return [np.array(encoding.ids, np.uint32) for encoding in batch]
 
@@ -189,7 +189,7 @@ class Tokenizer(Vocabulary):
       text = path.read_text("utf-8")
     except (OSError, ValueError) as e:
       raise DataError(f"cannot read the tokenizer {path}: {e}", cure) from e
-    with _rust_errors(f"{path} is not a tokenizer.json", cure):
+    with rust_errors(f"{path} is not a tokenizer.json", cure):
       backend = tokenizers.Tokenizer.from_str(text)
     try:
       return Tokenizer(backend)
@@ -199,7 +199,7 @@ class Tokenizer(Vocabulary):
   @functools.cached_property
   def _pieces(self) -> list[bytes]:
     """The bytes that each id stands for."""
-    byte_of = {character: byte for byte, character in enumerate(_byte_alphabet())}
+    byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
     pieces = [b""] * self.vocab_size
     for token, token_id in self._backend.get_vocab(with_added_tokens=False).items():
       pieces[token_id] = bytes(byte_of[character] for character in token)
@@ -234,7 +234,7 @@ def train_tokenizer(
   If `masked`, the last id is that of `[MASK]`.
   """
   if kind == "byte":
-    vocab = {character: byte for byte, character in enumerate(_byte_alphabet())}
+    vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
   elif kind == "bpe":
     backend = tokenizers.Tokenizer(models.BPE())
@@ -248,11 +248,11 @@ def train_tokenizer(
   if kind == "bpe":
     trainer = trainers.BpeTrainer(
       vocab_size=vocab_size - len(specials),  # they come after
-      initial_alphabet=_byte_alphabet(),
+      initial_alphabet=byte_alphabet(),
       show_progress=False,
     )
     clean = (text.encode("utf-8", "replace").decode() for text in texts)
-    with _rust_errors("cannot train the tokenizer"):
+    with rust_errors("cannot train the tokenizer"):
       backend.train_from_iterator(clean, trainer)
   backend.add_special_tokens(specials)
   return Tokenizer(backend)
@@ -270,7 +270,7 @@ def _word_pattern() -> re.Pattern[str]:
 
 
 @functools.cache
-def _byte_alphabet() -> list[str]:
+def byte_alphabet() -> list[str]:
   """The character that byte-level BPE writes for each byte 0..255 (GPT-2's table)."""
   printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
   others = (b for b in range(256) if b not in printable)
@@ -279,7 +279,7 @@ def _byte_alphabet() -> list[str]:
 
 
 @contextmanager
-def _rust_errors(cause: str, cure: str = "") -> Iterator[None]:
+def rust_errors(cause: str, cure: str = "") -> Iterator[None]:
   """Any failure of the Rust library, a panic (no `Exception`) too, as `DataError`."""
   try:
     yield

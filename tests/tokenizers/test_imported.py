@@ -13,24 +13,24 @@ from hypothesis import strategies as st
 from tiny_tokenizers import bert, gpt2, llama, t5
 
 from flaxlm.errors import CheckpointError, DataError
-from flaxlm.foreign_tokenizers import (
+from flaxlm.interop.settings import Settings
+from flaxlm.interop.transfer import read_specials
+from flaxlm.tokenizers import train_tokenizer
+from flaxlm.tokenizers.imported import (
   SPECIALS,
-  ForeignTokenizer,
+  ImportedTokenizer,
   Specials,
   frame,
   load_tokenizer,
 )
-from flaxlm.interop.settings import Settings
-from flaxlm.interop.transfer import read_specials
-from flaxlm.tokenizers import train_tokenizer
 
 MADE = {"llama": llama, "gpt2": gpt2, "bert": bert, "t5": t5}
 
 
-def opened(kind: str, **specials: Any) -> ForeignTokenizer:
+def opened(kind: str, **specials: Any) -> ImportedTokenizer:
   backend = MADE[kind]()
   prefix, suffix = frame(backend)
-  return ForeignTokenizer(backend, Specials(prefix=prefix, suffix=suffix, **specials))
+  return ImportedTokenizer(backend, Specials(prefix=prefix, suffix=suffix, **specials))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_masks_are_found_by_our_name_or_theirs():
 
 def test_ids_may_leave_gaps():
   backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 40}, "a"))
-  tokenizer = ForeignTokenizer(backend, Specials())
+  tokenizer = ImportedTokenizer(backend, Specials())
   assert tokenizer.vocab_size == 41
   assert tokenizer.decode([40, 41, -1, 7]) == "b"
 
@@ -121,7 +121,7 @@ def test_what_is_stored_is_found_again(tmp_path: Path):
   tokenizer = opened("llama", bos_id=1, eos_ids=(2, 3), pad_id=0)
   tokenizer.save(tmp_path / "tokenizer.json")
   again = load_tokenizer(tmp_path / "tokenizer.json")
-  assert isinstance(again, ForeignTokenizer)
+  assert isinstance(again, ImportedTokenizer)
   assert (again.bos_id, again.eos_id, again.eos_ids) == (1, 2, {2, 3})
   assert again.encode("the cat") == tokenizer.encode("the cat")
   assert again.fingerprint == tokenizer.fingerprint

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenizers that came with an imported checkpoint: any tokenizer.json, used as it is.
 
-A `ForeignTokenizer` can do for a run what our own `Tokenizer` can. It reads text as
+A `ImportedTokenizer` can do for a run what our own `Tokenizer` can. It reads text as
 Hugging Face's would: the name of a special token in it is that token.
 """
 
@@ -16,14 +16,14 @@ import tokenizers
 
 from flaxlm.config import TokenizerConfig
 from flaxlm.errors import DataError
-from flaxlm.tokenizers import (
+from flaxlm.tokenizers.own import (
   MASK,
   MAX_FILE_BYTES,
   Role,
   Tokenizer,
   Vocabulary,
-  _byte_alphabet,
-  _rust_errors,
+  byte_alphabet,
+  rust_errors,
 )
 
 SPECIALS = "special_tokens.json"
@@ -59,7 +59,7 @@ class Specials(NamedTuple):
     return specials
 
 
-class ForeignTokenizer(Vocabulary):
+class ImportedTokenizer(Vocabulary):
   """Any tokenizer of the tokenizers library, with the specials of its checkpoint.
 
   Attributes are those of `Tokenizer`. Without an end of text, `eos_id` is -1, which no
@@ -97,12 +97,12 @@ class ForeignTokenizer(Vocabulary):
   def decode(self, ids: Iterable[int]) -> str:
     """The text of `ids`; specials have none, nor have ids past the vocabulary."""
     known = [i for i in ids if 0 <= i < self.vocab_size]
-    with _rust_errors("cannot decode the ids"):
+    with rust_errors("cannot decode the ids"):
       return self._backend.decode(known, skip_special_tokens=True)
 
-  def stream(self) -> "ForeignStream":
+  def stream(self) -> "ImportedStream":
     """A decoder for ids that come one by one."""
-    return ForeignStream(self)
+    return ImportedStream(self)
 
   @functools.cached_property
   def _pieces(self) -> list[bytes]:
@@ -112,7 +112,7 @@ class ForeignTokenizer(Vocabulary):
     """
     pieces = [b""] * self.vocab_size
     byte_level = "ByteLevel" in str(self._backend.decoder)
-    byte_of = {character: byte for byte, character in enumerate(_byte_alphabet())}
+    byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
     for token, token_id in self._backend.get_vocab(with_added_tokens=True).items():
       if byte_level and all(character in byte_of for character in token):
         pieces[token_id] = bytes(byte_of[character] for character in token)
@@ -131,26 +131,26 @@ class ForeignTokenizer(Vocabulary):
     self._specials.save(Path(path).with_name(SPECIALS))
 
   @staticmethod
-  def load(path: Path) -> "ForeignTokenizer":
+  def load(path: Path) -> "ImportedTokenizer":
     """A tokenizer.json with the specials beside it; `DataError` if one is damaged."""
     specials = Specials.load(path.with_name(SPECIALS))
-    return ForeignTokenizer(load_backend(path), specials)
+    return ImportedTokenizer(load_backend(path), specials)
 
 
-AnyTokenizer = Tokenizer | ForeignTokenizer
+AnyTokenizer = Tokenizer | ImportedTokenizer
 
 
 def load_tokenizer(path: Path) -> AnyTokenizer:
   """A tokenizer.json of ours, or an imported one: that has specials beside it."""
   if path.with_name(SPECIALS).is_file():
-    return ForeignTokenizer.load(path)
+    return ImportedTokenizer.load(path)
   return Tokenizer.load(path)
 
 
-class ForeignStream:
+class ImportedStream:
   """Ids in, text out as soon as it is certain; the pieces add up to the whole."""
 
-  def __init__(self, tokenizer: ForeignTokenizer):
+  def __init__(self, tokenizer: ImportedTokenizer):
     self._decode = tokenizer.decode
     self._ids = tokenizer.encode(ANCHOR)
     self._shown = len(self._ids)  # ids whose text has been returned
@@ -183,13 +183,13 @@ def load_backend(path: Path) -> tokenizers.Tokenizer:
     text = path.read_text("utf-8")
   except (OSError, ValueError) as e:
     raise DataError(f"cannot read the tokenizer {path}: {e}") from e
-  with _rust_errors(f"{path} is not a tokenizer.json"):
+  with rust_errors(f"{path} is not a tokenizer.json"):
     return tokenizers.Tokenizer.from_str(text)
 
 
 def frame(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """What the tokenizer puts before and after a text, by its own post-processor."""
-  with _rust_errors("cannot encode the text"):
+  with rust_errors("cannot encode the text"):
     bare = backend.encode(ANCHOR, add_special_tokens=False).ids
     whole = backend.encode(ANCHOR, add_special_tokens=True).ids
   for start in range(len(whole) - len(bare) + 1):

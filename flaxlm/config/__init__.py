@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every knob of flaxlm and its default, how an experiment is written, read and checked.
+
+Standard library only: importing this is instant.
+"""
+
+from flaxlm.config.checks import check_config
+from flaxlm.config.fields import knob, knobs
+from flaxlm.config.mesh import (
+  MESH_AXES,
+  SLOW,
+  MeshConfig,
+  mesh_mistakes,
+  mesh_shape,
+  mesh_sizes,
+  parse_mesh,
+  slow_axes,
+)
+from flaxlm.config.model import (
+  MAX_NEW_IN_RING,
+  MAX_TAKEN_BACK,
+  OBJECTIVES,
+  ModelConfig,
+  MoEConfig,
+  ResolvedModel,
+  ResolvedMoE,
+  ResolvedRope,
+  RopeConfig,
+)
+from flaxlm.config.schema import (
+  AttentionPath,
+  CheckpointConfig,
+  Config,
+  DataConfig,
+  JobConfig,
+  OptimizerConfig,
+  Remat,
+  ResolvedConfig,
+  TokenizerConfig,
+  TrainingConfig,
+)
+from flaxlm.config.text import (
+  difference,
+  find_config,
+  from_json,
+  load_config,
+  override,
+  to_json,
+)
+
+__all__ = [
+  "MAX_NEW_IN_RING",
+  "MAX_TAKEN_BACK",
+  "MESH_AXES",
+  "OBJECTIVES",
+  "SLOW",
+  "AttentionPath",
+  "CheckpointConfig",
+  "Config",
+  "DataConfig",
+  "JobConfig",
+  "MeshConfig",
+  "MoEConfig",
+  "ModelConfig",
+  "OptimizerConfig",
+  "Remat",
+  "ResolvedConfig",
+  "ResolvedMoE",
+  "ResolvedModel",
+  "ResolvedRope",
+  "RopeConfig",
+  "TokenizerConfig",
+  "TrainingConfig",
+  "check_config",
+  "difference",
+  "find_config",
+  "from_json",
+  "knob",
+  "knobs",
+  "load_config",
+  "mesh_mistakes",
+  "mesh_shape",
+  "mesh_sizes",
+  "override",
+  "parse_mesh",
+  "slow_axes",
+  "to_json",
+]

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong with a config: every mistake at once, each with its cure."""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from flaxlm.config.fields import is_a
+from flaxlm.config.mesh import mesh_mistakes
+from flaxlm.config.model import OBJECTIVES, ModelConfig
+from flaxlm.config.schema import Config
+from flaxlm.errors import ConfigError
+
+
+def check_config(cfg: Config) -> None:
+  """Raises one `ConfigError` that lists every mistake."""
+  mistakes = list(_wrong_types(cfg))
+  if not mistakes:  # what follows compares and divides
+    mistakes = [*_out_of_bounds(cfg), *_contradictions(cfg)]
+  if mistakes:
+    cures = [cure for _, cure in mistakes if cure]
+    raise ConfigError("; ".join(cause for cause, _ in mistakes), "; ".join(cures))
+
+
+def _wrong_types(cfg: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+  """(cause, cure) of every value that its field cannot hold: Python files are not typed."""
+  for name, kind in typing.get_type_hints(type(cfg)).items():
+    value = getattr(cfg, name)
+    if dataclasses.is_dataclass(kind) and isinstance(value, typing.cast(type, kind)):
+      yield from _wrong_types(value, f"{prefix}{name}.")
+    elif not is_a(kind, value):
+      choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+      wanted = ", ".join(choices) or getattr(kind, "__name__", str(kind))
+      yield f"{prefix}{name} is {value!r}", f"{prefix}{name} can be {wanted}"
+
+
+def _out_of_bounds(cfg: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+  """(cause, cure) of every number outside its field's bounds."""
+  for field in dataclasses.fields(cfg):
+    value, name = getattr(cfg, field.name), prefix + field.name
+    if dataclasses.is_dataclass(value):
+      yield from _out_of_bounds(value, f"{name}.")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+      low, high = field.metadata.get("low"), field.metadata.get("high")
+      too_low = low is not None and value < low
+      is_float = isinstance(value, float)
+      unusable = not math.isfinite(value) if is_float else abs(value) >= 2**63
+      if unusable or too_low or (high is not None and value > high):
+        allowed = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+        yield f"{name} is {value}", f"{name} can be {allowed}"
+
+
+def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
+  """(cause, cure) of every pair of fields that cannot go together: the only such list."""
+  yield from _model_contradictions(cfg.model)
+  objective = OBJECTIVES[cfg.model.family]
+  if cfg.data.objective != objective:
+    yield (
+      f"model.family={cfg.model.family} does not learn data.objective={cfg.data.objective}",
+      f"set --data.objective={objective}",
+    )
+  if cfg.data.seq_len > cfg.model.context:
+    yield (
+      f"data.seq_len={cfg.data.seq_len} is longer than model.context={cfg.model.context}",
+      f"set --model.context={cfg.data.seq_len} or --data.seq_len={cfg.model.context}",
+    )
+  if cfg.data.source_len is not None and cfg.data.source_len > cfg.model.context:
+    yield (
+      f"data.source_len={cfg.data.source_len} is longer than "
+      f"model.context={cfg.model.context}",
+      f"set --model.context={cfg.data.source_len}",
+    )
+  if cfg.training.accumulation_steps > 0 and (
+    cfg.data.batch_size % cfg.training.accumulation_steps
+  ):
+    yield (
+      f"data.batch_size={cfg.data.batch_size} is not a multiple of "
+      f"training.accumulation_steps={cfg.training.accumulation_steps}",
+      "",
+    )
+  if cfg.training.loss_chunks > 0 and cfg.data.seq_len % cfg.training.loss_chunks:
+    yield (
+      f"data.seq_len={cfg.data.seq_len} is not a multiple of "
+      f"training.loss_chunks={cfg.training.loss_chunks}",
+      "",
+    )
+  if str(cfg.mesh.get("context", 1)) != "1" and cfg.model.family == "rnn":
+    yield "an RNN reads its row in order: mesh axis context has no use", "leave it out"
+  if cfg.name is not None and (
+    Path(cfg.name).name != cfg.name or cfg.name in ("", ".", "..")
+  ):
+    yield (
+      f"name={cfg.name!r} is not a plain directory name",
+      "use letters, digits, - and _",
+    )
+  yield from mesh_mistakes(cfg.mesh)
+
+
+def _model_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
+  yield from _head_contradictions(model)
+  yield from _vocabulary_contradictions(model)
+  if model.positions == "sinusoidal" and model.width % 2:
+    yield f"sinusoidal positions need an even model.width, not {model.width}", ""
+  if model.layer_pattern is not None and not set(model.layer_pattern) <= {"L", "G"}:
+    yield f"model.layer_pattern={model.layer_pattern!r}", "it is made of L and G, as LLLLLG"
+  if model.layer_pattern == "":
+    yield "model.layer_pattern is empty", "leave it out: none"
+  if "L" in (model.layer_pattern or "") and model.window is None:
+    yield (
+      "model.layer_pattern has local layers, but there is no window",
+      "set --model.window",
+    )
+  rope = model.rope
+  if rope.scaling in ("yarn", "llama3") and rope.fast_turns <= rope.slow_turns:
+    yield (
+      f"model.rope.fast_turns={rope.fast_turns} is not more than "
+      f"model.rope.slow_turns={rope.slow_turns}",
+      "llama3 has 4 and 1, yarn 32 and 1",
+    )
+  if model.parallel != "none" and model.norm_placement != "pre":
+    yield (
+      f"model.parallel={model.parallel} with model.norm_placement={model.norm_placement}",
+      "side by side they have their norms in front: --model.norm_placement=pre",
+    )
+  if model.moe.experts_per_token > model.moe.num_experts > 0:
+    yield (
+      f"model.moe.experts_per_token={model.moe.experts_per_token} is more than "
+      f"model.moe.num_experts={model.moe.num_experts}",
+      f"model.moe.experts_per_token can be 1 to {model.moe.num_experts}",
+    )
+  if model.family == "rnn":
+    default = ModelConfig()
+    for name in ("moe", "parallel", "norm_placement", "embedding_norm", "layer_pattern"):
+      if getattr(model, name) != getattr(default, name):
+        yield f"model.{name} is a transformer's", "leave it out: model.family=rnn"
+  if model.family != "encoder" and (model.num_token_types or model.pooler):
+    yield "model.num_token_types and model.pooler are an encoder's", ""
+
+
+def _vocabulary_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
+  if model.num_ids is not None and model.num_ids > (model.vocab_size or 0):
+    yield (
+      f"model.num_ids={model.num_ids} is more than model.vocab_size={model.vocab_size}",
+      "it is for a vocabulary with padding: leave it out",
+    )
+
+
+def _head_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
+  if model.head_dim is None and model.num_heads > 0 and model.width % model.num_heads:
+    unit = model.num_heads * (2 if model.positions == "rope" else 1)  # RoPE takes pairs
+    yield (
+      f"model.width={model.width} is not a multiple of model.num_heads={model.num_heads}",
+      f"nearest width: {_nearest_multiple(model.width, unit)}, or set model.head_dim",
+    )
+  kv_heads = model.num_kv_heads or model.num_heads
+  if kv_heads > 0 and model.num_heads % kv_heads:
+    divisors = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
+    yield (
+      f"model.num_kv_heads={kv_heads} does not divide model.num_heads={model.num_heads}",
+      f"model.num_kv_heads can be {', '.join(map(str, divisors))}",
+    )
+  head_dim = model.head_dim or model.width // max(1, model.num_heads)
+  if model.positions == "rope" and head_dim % 2:
+    yield f"RoPE rotates pairs, but the head dim is {head_dim}", "make it even"
+
+
+def _nearest_multiple(number: int, of: int) -> int:
+  return of * max(1, (2 * number + of) // (2 * of))

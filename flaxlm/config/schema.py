@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An experiment is a `Config`: frozen dataclasses, one per concern.
+
+Every default stands here or, for the architecture, in `config.model`, and nowhere else.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from flaxlm.config.fields import fields_of, knob
+from flaxlm.config.model import ModelConfig, ResolvedModel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+  """How text becomes ids."""
+
+  kind: Literal["byte", "bpe"] = knob("bpe", "byte: 256 ids; bpe: trained byte-level BPE")
+  vocab_size: int = knob(4096, "ids of a trained tokenizer, specials included", 257)
+  path: str | None = knob(None, "a tokenizer.json to use instead of training one")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """What is read, and how it is cut into batches."""
+
+  corpus: str = knob("stdlib", "stdlib | files:GLOB | tfds:NAME[/CONFIG] | gettext:LANG")
+  objective: Literal["next_token", "masked", "seq2seq"] = knob(
+    "next_token", "predicted: what follows, what was masked, or the other half of a pair"
+  )
+  mask_fraction: float = knob(0.15, "masked: share of tokens to predict", 0.001, 0.999)
+  seq_len: int = knob(256, "tokens in a row of a batch (T)", 1)
+  source_len: int | None = knob(
+    None, "seq2seq: source tokens in a row (S); none = seq_len", 1
+  )
+  batch_size: int = knob(16, "rows in a batch (B), over all devices", 1)
+  num_epochs: int | None = knob(None, "passes over the corpus; none = no end", 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """The update rule and its schedule."""
+
+  kind: Literal["adamw", "lion", "adafactor", "muon", "sgd"] = knob("adamw", "update rule")
+  learning_rate: float = knob(1e-3, "peak learning rate", 0)
+  schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = knob(
+    "cosine", "shape after the warm-up"
+  )
+  warmup_steps: int = knob(50, "steps of linear warm-up from 0", 0)
+  final_fraction: float = knob(0.1, "cosine, linear: last rate / peak rate", 0, 1)
+  weight_decay: float = knob(0.1, "decoupled decay, on matrices only", 0)
+  beta1: float = knob(0.9, "decay of the first moment (sgd: momentum)", 0, 1)
+  beta2: float = knob(0.95, "decay of the second moment", 0, 1)
+  epsilon: float = knob(1e-8, "added to the denominator", 0)
+  sharded: bool = knob(False, "cut moments over mesh axis data too (ZeRO-1)")
+  clip_norm: float | None = knob(1.0, "global gradient norm; none = no clipping", 0)
+
+
+Remat = Literal["none", "dots", "attention", "full", "offload"]
+
+AttentionPath = Literal["auto", "blocked", "cudnn"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+  """How long, how often, and how the model runs; never what its parameters are."""
+
+  num_steps: int = knob(1000, "optimizer steps", 0)
+  accumulation_steps: int = knob(1, "micro-batches per step; they divide batch_size", 1)
+  log_every_steps: int = knob(10, "steps per line of metrics", 1)
+  eval_every_steps: int = knob(250, "steps between evaluations", 1)
+  eval_batches: int | None = knob(None, "batches per evaluation; none = whole split", 1)
+  label_smoothing: float = knob(
+    0.0, "share of the target spread over the vocabulary (Szegedy et al., 2016)", 0, 0.999
+  )
+  dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype of the computation")
+  param_dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype of parameters")
+  attention: AttentionPath = knob(  # noqa: RUF009 - as frozen as the others
+    "auto",
+    "over whole rows; blocked: in XLA's operations; cudnn: NVIDIA's fused kernel, in "
+    "bfloat16 on its GPUs; auto: cudnn where it can do what the model asks",
+  )
+  remat: Remat = knob(  # noqa: RUF009 - as frozen as the others
+    "none",
+    "kept of a block for the backward pass besides its input: all; dots: products with "
+    "weights; attention: its output; full: nothing; offload: attention's, in host memory",
+  )
+  loss_chunks: int = knob(1, "parts of a row whose logits are computed one by one", 1)
+  scanned: bool = knob(
+    False, "one compiled block looped over (compiles faster, runs slower)"
+  )
+  pipeline_microbatches: int | None = knob(
+    None, "mesh axis stage: parts in which a batch passes; none = as many as stages", 1
+  )
+  pipeline_repeats: int = knob(
+    1, "mesh axis stage: times that each part goes round; a shorter wait, more hops", 1
+  )
+  sequence_parallel: bool = knob(
+    False, "mesh axis tensor: norms and sums on a share of the row each; less memory"
+  )
+  replication_tolerance: float = knob(
+    0.1, "most of the parameters' bytes that a mesh may leave whole on every device", 0, 1
+  )
+  sample_prompt: str = knob("", "continued for you when training ends")
+  hang_seconds: float | None = knob(
+    600.0, "a step that takes longer ends the run, with a stack; none = never", 0.1
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+  """What is stored, and what a second start does with it."""
+
+  every_steps: int = knob(500, "steps between checkpoints; the last is always kept", 1)
+  keep: int = knob(2, "newest checkpoints kept", 1)
+  resume: Literal["auto", "must", "never"] = knob(
+    "auto", "auto: go on if there is a checkpoint; must: or fail; never: start over"
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JobConfig:
+  """Several processes that train together; who they are, the environment says."""
+
+  start_seconds: float = knob(300.0, "wait so long for all processes at the start", 0.1)
+  heartbeat_seconds: float = knob(60.0, "a process silent for so long is lost", 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """One experiment."""
+
+  name: str | None = knob(None, "run name; none = the config file's name")
+  seed: int = knob(0, "of parameters, data order and dropout", 0, 2**31 - 1)
+  runs_dir: str = knob("runs", "where run directories go")
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+  training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+  checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+  job: JobConfig = dataclasses.field(default_factory=JobConfig)
+  mesh: Mapping[str, int | str] = knob(
+    {"data": -1},
+    "devices per mesh axis, as data=2,fsdp=4; one may be -1 (the rest); data=2@dcn, in a "
+    "file '2@dcn': the axis is the slow network between slices or hosts",
+  )
+  simulated_devices: int | None = knob(None, "CPU only: pretend to have this many", 1, 4096)
+
+  @property
+  def run_dir(self) -> Path:
+    assert self.name is not None, "load_config names the run"
+    return Path(self.runs_dir) / self.name
+
+  def resolve(self, tokenizer_size: int | None = None) -> "ResolvedConfig":
+    """The same experiment with every number of its model known; see `ModelConfig`."""
+    return ResolvedConfig(
+      **fields_of(self) | dict(model=self.model.resolve(tokenizer_size))
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(Config):
+  """An experiment whose model is resolved: what a run directory keeps."""
+
+  model: ResolvedModel

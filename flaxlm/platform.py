@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting JAX: its devices, XLA's flags, malloc, and the compile cache.
+
+A door calls `start_jax` once, before anything touches a device. A flag that the user set,
+in XLA_FLAGS or LIBTPU_INIT_ARGS, stands as it is. XLA aborts at a flag that it does not
+know: there are few, each with its reason, and tests show them to jaxlib.
+"""
+
+import ctypes
+import importlib.util
+import os
+import re
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from flaxlm.errors import ConfigError
+
+
+class Flag(NamedTuple):
+  name: str
+  value: str
+  reason: str  # and where that is from
+
+  @property
+  def line(self) -> str:
+    """For the log of a run."""
+    return f"XLA: --{self.name}={self.value}: {self.reason}"
+
+
+GPU = (
+  Flag(
+    "xla_gpu_enable_latency_hiding_scheduler",
+    "true",
+    "moves collectives so that they run beside computation; off by default, on in "
+    "NVIDIA's JAX images (docs.nvidia.com/jax-toolbox/environment-variables)",
+  ),
+  Flag(
+    "xla_gpu_dot_merger_threshold_mb",
+    "0",
+    "products of one input stay apart: merged, they have their weights copied into one "
+    "matrix at every token (a fifth of decoding on an H100: docs/LOG.md)",
+  ),
+)
+
+# Within a slice libtpu's own defaults overlap collectives already: MaxText's list of such
+# flags says so (benchmarks/xla_flags_library.py). Between slices they have to be asked for.
+TPU_SLICES = (
+  Flag(
+    "xla_tpu_enable_data_parallel_all_reduce_opt",
+    "true",
+    "overlaps all-reduces between slices, over the data-centre network (MaxText, as above)",
+  ),
+  Flag(
+    "xla_tpu_data_parallel_opt_different_sized_ops",
+    "true",
+    "lets those be pipelined over iterations whatever their sizes (MaxText, as above)",
+  ),
+)
+
+VARIABLES: dict[tuple[Flag, ...], str] = {
+  GPU: "XLA_FLAGS",
+  TPU_SLICES: "LIBTPU_INIT_ARGS",
+}
+
+
+def start_jax(
+  simulated_devices: int | None = None, cache_dir: Path | None = None
+) -> tuple[Flag, ...]:
+  """Sets JAX up, once, from a door: devices, memory, and the persistent compile cache.
+
+  Returns the flags of XLA that it set. Raises `ConfigError` when the devices cannot be
+  had.
+  """
+  keep_freed_memory()
+  flags: tuple[Flag, ...] = ()
+  if simulated_devices is None:
+    flags = set_flags(os.environ, flags_for(os.environ))
+  if simulated_devices is not None:
+    if os.environ.get("JAX_PLATFORMS", "cpu") != "cpu":
+      raise ConfigError("simulated_devices works on the CPU only", "set JAX_PLATFORMS=cpu")
+    jax.config.update("jax_platforms", "cpu")
+    try:
+      jax.config.update("jax_num_cpu_devices", simulated_devices)
+    except RuntimeError:  # the backend is up already: a notebook or a test process
+      if jax.device_count() != simulated_devices:
+        raise ConfigError(
+          f"JAX already runs with {jax.device_count()} devices",
+          "set simulated_devices before the first use of JAX",
+        ) from None
+  if cache_dir is not None and jax.config.values["jax_compilation_cache_dir"] is None:
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    cache_dir.chmod(0o700)  # what lies here is executed: nobody else may write it
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  return flags
+
+
+def keep_freed_memory() -> None:
+  """Tells glibc's malloc to keep what a step frees for the next step, on the CPU.
+
+  By default every large buffer of every step is mapped from the kernel anew, page by
+  page: a sixth to a third of the time of a training step on two cores (docs/LOG.md).
+  What the user has set in the environment stands; other C libraries are left alone.
+
+  Only the main thread's arena can keep blocks above 64 MiB, so a program runs in the
+  thread that calls it. One arena for all threads would do too, but then they wait for
+  each other: compiling took up to twice as long.
+  """
+  libc = ctypes.CDLL(None)
+  user_set = any(name.startswith("MALLOC_") for name in os.environ)
+  if user_set or not hasattr(libc, "gnu_get_libc_version"):
+    return
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
+  mmap_threshold, trim_threshold = -3, -1  # malloc.h
+  libc.mallopt(mmap_threshold, 2**31 - 1)
+  libc.mallopt(trim_threshold, -1)  # never
+
+
+def flags_for(
+  environment: Mapping[str, str], devices: Path = Path("/dev")
+) -> tuple[Flag, ...]:
+  """The flags of the platform that JAX will choose, as far as can be told before."""
+  chosen = environment.get("JAX_PLATFORMS", "")
+  if chosen in ("", "cuda", "gpu"):
+    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    if any(devices.glob("nvidia[0-9]*")) and any(map(importlib.util.find_spec, plugins)):
+      return GPU
+  if chosen in ("", "tpu") and environment.get("MEGASCALE_NUM_SLICES", "1") != "1":
+    return TPU_SLICES
+  return ()
+
+
+def set_flags(
+  environment: MutableMapping[str, str], flags: tuple[Flag, ...]
+) -> tuple[Flag, ...]:
+  """Adds flags that are not there yet; returns those that it added."""
+  if not flags:
+    return ()
+  variable = VARIABLES[flags]
+  before = environment.get(variable, "")
+  given = set(re.findall(r"--(\w+)", before))
+  added = tuple(flag for flag in flags if flag.name not in given)
+  text = " ".join(f"--{flag.name}={flag.value}" for flag in added)
+  if text:
+    environment[variable] = f"{before} {text}".strip()
+  return added

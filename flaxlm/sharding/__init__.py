@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where every array lives: the mesh, the one table of rules, the rows of a batch."""
+
+from flaxlm.sharding.batches import (
+  batch_parts,
+  batch_sharding,
+  batch_shards,
+  check_batch,
+  check_stages,
+  least_rows,
+  merged,
+  on_host,
+)
+from flaxlm.sharding.mesh import (
+  describe_mesh,
+  hybrid_grid,
+  make_mesh,
+  networks,
+)
+from flaxlm.sharding.rules import (
+  FIELDS,
+  RULES,
+  Replication,
+  axes_of,
+  axis_sizes_in_use,
+  check_replication,
+  constrain,
+  find_replication,
+  fitting,
+  is_cut,
+  like_parameters,
+  name_of,
+  partition_spec,
+  with_shardings,
+)
+
+__all__ = [
+  "FIELDS",
+  "RULES",
+  "Replication",
+  "axes_of",
+  "axis_sizes_in_use",
+  "batch_parts",
+  "batch_sharding",
+  "batch_shards",
+  "check_batch",
+  "check_replication",
+  "check_stages",
+  "constrain",
+  "describe_mesh",
+  "find_replication",
+  "fitting",
+  "hybrid_grid",
+  "is_cut",
+  "least_rows",
+  "like_parameters",
+  "make_mesh",
+  "merged",
+  "name_of",
+  "networks",
+  "on_host",
+  "partition_spec",
+  "with_shardings",
+]

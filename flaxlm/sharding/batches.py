@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a batch is shared out: which rows lie on which devices, and which a process reads."""
+
+import functools
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flaxlm.config import Config, TrainingConfig
+from flaxlm.errors import ConfigError
+from flaxlm.sharding.rules import RULES
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows over every data-parallel axis, cut over `context`: each leaf of a `Batch`."""
+  return NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["length"]))
+
+
+def batch_shards(axis_sizes: Mapping[str, int]) -> int:
+  """How many parts a batch is cut into."""
+  return math.prod(axis_sizes[axis] for axis in RULES["batch"])
+
+
+def least_rows(training: TrainingConfig, sizes: Mapping[str, int]) -> int:
+  """What the rows of a micro-batch are a multiple of: each device has some of them, and
+  in a pipeline some of every microbatch."""
+  stages = sizes["stage"]
+  microbatches = training.pipeline_microbatches or stages
+  return batch_shards(sizes) * (microbatches // stages if stages > 1 else 1)
+
+
+def on_host(x: jax.Array) -> np.ndarray:
+  """The whole of an array; every process has to ask, if some of it is on other hosts."""
+  if x.is_fully_addressable or x.is_fully_replicated:
+    return np.asarray(x)
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+@functools.lru_cache(maxsize=8)
+def batch_parts(mesh: Mesh, process: int) -> tuple[tuple[int, ...], int]:
+  """Which parts of a batch a process needs, and how many parts there are.
+
+  A process that has devices of several parts gets them all; processes between which only
+  other axes are cut need the same. Parts that lie side by side count as one, as far as
+  all processes have them so.
+  """
+  shards = batch_shards(mesh.shape)
+  rows = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+  slices = rows.devices_indices_map((shards,))
+  owned: dict[int, set[int]] = {}
+  for device in mesh.devices.flat:
+    (part,) = slices[device]
+    owned.setdefault(device.process_index, set()).add(part.indices(shards)[0])
+  return merged(owned, process, shards)
+
+
+def merged(
+  owned: Mapping[int, set[int]], process: int, shards: int
+) -> tuple[tuple[int, ...], int]:
+  """`batch_parts` of what each process owns of so many shards."""
+  size = min(map(len, owned.values()))
+  aligned = all(
+    len(mine) == size and min(mine) % size == 0 and max(mine) - min(mine) == size - 1
+    for mine in owned.values()
+  )
+  if aligned:
+    return (min(owned[process]) // size,), shards // size
+  return tuple(sorted(owned[process])), shards
+
+
+def check_batch(cfg: Config, sizes: Mapping[str, int]) -> None:
+  """Refuses, by `ConfigError`, a batch or rows that a mesh cannot share out evenly."""
+  check_stages(cfg, sizes)
+  accumulation, size = cfg.training.accumulation_steps, cfg.data.batch_size
+  shards = least_rows(cfg.training, sizes) * accumulation
+  if size % shards:
+    factors = [f"{axis}={sizes[axis]}" for axis in RULES["batch"]]
+    if sizes["stage"] == 1:
+      del factors[0]
+    elif cfg.training.pipeline_microbatches is not None:
+      factors[0] = f"pipeline_microbatches={cfg.training.pipeline_microbatches}"
+    axes = " x ".join(factors)
+    raise ConfigError(
+      f"data.batch_size={size} is not a multiple of {axes} x "
+      f"accumulation_steps={accumulation}",
+      f"nearest: {max(1, round(size / shards)) * shards}",
+    )
+  for name in ("seq_len", "source_len"):
+    length, parts = getattr(cfg.data, name), sizes["context"]
+    if length is not None and length % parts:
+      raise ConfigError(
+        f"data.{name}={length} is not a multiple of mesh context={parts}",
+        f"nearest: {max(1, round(length / parts)) * parts}",
+      )
+
+
+def check_stages(cfg: Config, sizes: Mapping[str, int]) -> None:
+  """Refuses, by `ConfigError`, a pipeline whose stages would not all do the same."""
+  stages, training, model = sizes["stage"], cfg.training, cfg.model
+  if stages == 1:
+    return
+  if model.family == "rnn":
+    raise ConfigError("mesh axis stage is for transformers", "leave it out")
+  repeats, microbatches = training.pipeline_repeats, training.pipeline_microbatches
+  rounds = f"mesh stage={stages} x training.pipeline_repeats={repeats}"
+  depths = {"depth": model.depth}
+  if model.family == "encoder_decoder":
+    depths["encoder_depth"] = model.encoder_depth or model.depth
+  for name, depth in depths.items():
+    if depth % (stages * repeats):
+      raise ConfigError(
+        f"model.{name}={depth} is not a multiple of {rounds}",
+        f"nearest: {max(1, round(depth / (stages * repeats))) * stages * repeats}",
+      )
+    visit = depth // (stages * repeats)
+    kinds = [model.period[n % len(model.period)] for n in range(depth)]
+    if kinds != kinds[:visit] * stages * repeats:
+      raise ConfigError(
+        f"model.layer_pattern={model.layer_pattern} differs from stage to stage: each has "
+        f"{visit} layers at a time (model.{name}={depth} / ({rounds}))",
+        "a stage has to hold whole patterns",
+      )
+  if microbatches is not None and microbatches % stages:
+    raise ConfigError(
+      f"training.pipeline_microbatches={microbatches} is not a multiple of mesh "
+      f"stage={stages}",
+      f"nearest: {max(1, round(microbatches / stages)) * stages}",
+    )
+  if repeats > 1 and training.remat == "none":
+    raise ConfigError(
+      f"training.pipeline_repeats={repeats} with training.remat=none would keep the "
+      "weights of every visit for the backward pass",
+      "--training.remat=dots, or any other",
+    )

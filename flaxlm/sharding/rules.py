@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one table from logical names to mesh axes, and how arrays are laid out by it.
+
+Parameters and activations carry *logical* names ("embed", "heads"); `RULES` says on which
+mesh axis each lies. Nothing else decides a layout, and nothing is silently replicated:
+an unknown name, two dims on one mesh axis and an indivisible dim are errors.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flaxlm.errors import ConfigError
+
+# Logical name -> mesh axes. Parameters: `embed` over fsdp is ZeRO-3 (Rajbhandari et al.,
+# 2020), `heads`, `ffn` and `vocab` over tensor are Megatron's cuts (Shoeybi et al., 2019).
+RULES: Mapping[str, tuple[str, ...]] = {
+  # parameters
+  "layers": ("stage",),  # each stage of a pipeline its own
+  "vocab": ("tensor",),
+  "embed": ("fsdp",),
+  "heads": ("tensor",),
+  "kv_heads": ("tensor",),
+  "head_dim": (),
+  "ffn": ("tensor",),
+  "hidden": ("tensor",),  # of a recurrent cell
+  "experts": ("expert",),
+  "expert_ffn": ("tensor",),
+  "router": (),
+  "slots": (),  # learned positions
+  "norm": (),
+  # activations
+  # Tokens travel to the experts and back; around the pipeline its stages share the rows.
+  "batch": ("stage", "data", "fsdp", "expert"),
+  "length": ("context",),  # each device has its share of every row
+  "norm_length": ("context", "tensor"),  # in norms, with training.sequence_parallel
+  "key_length": (),  # of which all queries see all
+  "act_embed": (),
+  "act_heads": ("tensor",),
+  "act_kv_heads": ("tensor",),
+  "act_ffn": ("tensor",),
+  "act_vocab": ("tensor",),
+}
+
+# The config field behind a logical name: what a user changes when a dim does not divide.
+FIELDS = {
+  "layers": "model.depth",
+  "vocab": "model.vocab_size",
+  "act_vocab": "model.vocab_size",
+  "embed": "model.width",
+  "heads": "model.num_heads",
+  "act_heads": "model.num_heads",
+  "kv_heads": "model.num_kv_heads",
+  "act_kv_heads": "model.num_kv_heads",
+  "ffn": "model.ffn_width",
+  "hidden": "model.width",
+  "experts": "model.moe.num_experts",
+  "expert_ffn": "model.moe.expert_width",
+  "act_ffn": "model.ffn_width",
+  "length": "data.seq_len",
+  "norm_length": "data.seq_len",
+  "batch": "data.batch_size / training.accumulation_steps",
+}
+
+
+def partition_spec(
+  names: Sequence[str | None], shape: Sequence[int], axis_sizes: Mapping[str, int]
+) -> PartitionSpec:
+  """The spec of an array whose dims carry `names`, strictly by `RULES`.
+
+  Raises `ValueError` for an unknown name, a wrong rank or a mesh axis used twice, and
+  `ConfigError`, which names the field to change, for a dim that does not divide.
+  """
+  if len(names) != len(shape):
+    raise ValueError(f"{len(names)} names {tuple(names)} for the shape {tuple(shape)}")
+  entries: list[tuple[str, ...] | None] = []
+  for name, dim in zip(names, shape, strict=True):
+    if name is not None and name not in RULES:
+      raise ValueError(f"no sharding rule for {name!r}; known: {', '.join(RULES)}")
+    axes = tuple(axis for axis in RULES[name] if axis in axis_sizes) if name else ()
+    parts = math.prod(axis_sizes[axis] for axis in axes)
+    if dim % parts:
+      split = " x ".join(f"{axis}={axis_sizes[axis]}" for axis in axes)
+      cure = f"make it a multiple of {parts}, or change --mesh"
+      if name in ("vocab", "act_vocab"):  # of a stored run: training and importing pad
+        cure += "; a new run, or a new import, on this mesh pads it by itself"
+      raise ConfigError(
+        f"{FIELDS.get(name or '', name)} = {dim} cannot be split over mesh {split}",
+        cure,
+      )
+    entries.append(axes or None)
+  used = [axis for axes in entries if axes for axis in axes]
+  if len(used) != len(set(used)):
+    raise ValueError(f"{tuple(names)} puts two dims on one mesh axis: {used}")
+  return PartitionSpec(*entries)
+
+
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """The mesh axes that cut a dim; a spec writes a single one without its tuple."""
+  return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def axis_sizes_in_use() -> dict[str, int]:
+  """The axes of the mesh that is set; within a stage of a pipeline there is no `stage`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return {axis: n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes}
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """Pins an activation to the layout of its logical names; no mesh set, no effect.
+
+  Rows that `context` does not divide, such as a token that is being decoded, stay whole:
+  training refuses them before it starts. Those that only `tensor` does not divide are not
+  cut by it.
+  """
+  sizes = axis_sizes_in_use()
+  if math.prod(sizes.values()) == 1:
+    return x
+  kept = [fitting(name, dim, sizes) for name, dim in zip(names, x.shape, strict=True)]
+  spec = partition_spec(kept, x.shape, sizes)
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def fitting(name: str | None, dim: int, sizes: Mapping[str, int]) -> str | None:
+  """The name, or that of a coarser cut for rows that its axes do not divide."""
+  coarser = {"norm_length": "length", "length": None}
+  while name in coarser and dim % math.prod(sizes.get(axis, 1) for axis in RULES[name]):
+    name = coarser[name]
+  return name
+
+
+def is_cut(name: str) -> bool:
+  """Whether the mesh that is set cuts dims of this logical name."""
+  sizes = axis_sizes_in_use()
+  return any(sizes.get(axis, 1) > 1 for axis in RULES[name])
+
+
+def with_shardings(boxed: Any, mesh: Mesh) -> Any:
+  """An abstract tree of boxed (named) parameters, unboxed, each with its sharding."""
+
+  def place(box: nn.LogicallyPartitioned) -> jax.ShapeDtypeStruct:
+    array = box.value
+    spec = partition_spec(box.names, array.shape, dict(mesh.shape))
+    sharding = NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+  # A parameter without a box has no names: `place` fails on it, as it should.
+  is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+  return jax.tree.map(place, boxed, is_leaf=is_box)
+
+
+def like_parameters(tree: Any, params: Any, mesh: Mesh, over_data: bool = False) -> Any:
+  """An abstract optimizer state, each leaf sharded as the parameter it belongs to.
+
+  With `over_data` also over the copies of the parameter, where a dim divides: each copy
+  updates its share (ZeRO-1; Rajbhandari et al., 2020, section 5.1).
+
+  It belongs to the parameter with the same end of the path and the same shape; what has
+  no such parameter (counters, factored moments) is replicated. Optax's and Flax's own
+  routes fail for Muon and Adafactor; path and shape hold for all.
+  """
+  table = dict(jax.tree_util.tree_leaves_with_path(params))
+  replicated = NamedSharding(mesh, PartitionSpec())
+
+  def place(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+    twins = (table.get(path[start:]) for start in range(len(path)))
+    shardings = [twin.sharding for twin in twins if twin and twin.shape == leaf.shape]
+    sharding = shardings[0] if shardings else replicated
+    if shardings and over_data:
+      sharding = NamedSharding(mesh, cut_further(sharding.spec, leaf.shape, mesh, "data"))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def cut_further(
+  spec: PartitionSpec, shape: Sequence[int], mesh: Any, axis: str
+) -> PartitionSpec:
+  """`spec` with the largest shard that `axis` divides cut by it; as it is if none is."""
+  cuts = [axes_of(entry) for entry in spec]
+  parts = [math.prod(mesh.shape[a] for a in cut) for cut in cuts]
+  sizes = [dim // n for dim, n in zip(shape, parts, strict=True)]
+  dims = [n for n, size in enumerate(sizes) if size % mesh.shape[axis] == 0]
+  if not dims:
+    return spec
+  dim = max(dims, key=lambda n: sizes[n])
+  cuts[dim] = (*cuts[dim], axis)
+  return PartitionSpec(*(cut or None for cut in cuts))
+
+
+class Replication(NamedTuple):
+  """Parameters that the mesh could cut, but every device has whole."""
+
+  fraction: float  # of all parameters' bytes
+  largest: str  # the largest of them; "" if there is none
+
+
+def find_replication(params: Any, sizes: Mapping[str, int]) -> Replication:
+  """What `fsdp`, `tensor` and `expert` leave whole of an abstract tree, if in use."""
+  whole, total = {}, 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    size = leaf.size * leaf.dtype.itemsize
+    total += size
+    cut = {axis for entry in leaf.sharding.spec for axis in axes_of(entry)}
+    if not any(sizes[axis] > 1 for axis in cut):
+      whole[name_of(path)] = size
+  if all(sizes[axis] == 1 for axis in ("fsdp", "tensor", "expert")):
+    whole = {}
+  largest = max(whole, key=lambda name: whole[name], default="")
+  return Replication(sum(whole.values()) / total, largest)
+
+
+def name_of(path: tuple) -> str:
+  """`blocks/ffn/up/kernel` for a leaf's path in a tree of parameters."""
+  return "/".join(key.key for key in path)
+
+
+def check_replication(params: Any, sizes: Mapping[str, int], tolerance: float) -> None:
+  """Raises `ConfigError` when more than `tolerance` of the bytes is left whole."""
+  found = find_replication(params, sizes)
+  if found.fraction > tolerance:
+    raise ConfigError(
+      f"{found.fraction:.1%} of the parameters' bytes lie whole on every device, above "
+      f"training.replication_tolerance={tolerance:g}; the largest is {found.largest}",
+      "use an axis that cuts it (`flaxlm shard` says which), or raise the tolerance",
+    )

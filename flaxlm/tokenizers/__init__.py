@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to ids and back: tokenizers trained here (`own`), and others' (`imported`)."""
+
+from flaxlm.tokenizers.imported import (
+  AnyTokenizer,
+  ImportedTokenizer,
+  Specials,
+  expected_vocab_size,
+  load_tokenizer,
+)
+from flaxlm.tokenizers.own import (
+  END_OF_TEXT,
+  MASK,
+  Role,
+  TextStream,
+  Tokenizer,
+  Vocabulary,
+  train_tokenizer,
+)
+
+__all__ = [
+  "END_OF_TEXT",
+  "MASK",
+  "AnyTokenizer",
+  "ImportedTokenizer",
+  "Role",
+  "Specials",
+  "TextStream",
+  "Tokenizer",
+  "Vocabulary",
+  "expected_vocab_size",
+  "load_tokenizer",
+  "train_tokenizer",
+]
