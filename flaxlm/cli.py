@@ -26,7 +26,7 @@ from flaxlm.errors import (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Runs one command and returns its exit code (DESIGN: 0, 2-8, 75, 130)."""
+  """Runs one command and returns its exit code (docs/training.md lists them)."""
   arguments = list(sys.argv[1:] if arguments is None else arguments)
   debug = os.environ.get("FLAXLM_DEBUG") == "1"
   # XLA reports two compiler hints as missing processor features, pages of it, each time

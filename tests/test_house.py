@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules of the house (DESIGN, sections 3 and 7), read off the source itself."""
+"""The rules of the house (docs/design.md, sections 3 and 7), read off the source itself."""
 
 import ast
 import functools

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every family that flaxlm reads and writes. docs/families.md adds one in 40 lines."""
+"""Every family that flaxlm reads and writes. docs/interop.md adds one in 40 lines."""
 
 from typing import Any
 

@@ -67,7 +67,7 @@ def import_run(
     if (folder / TOKENIZER).is_file():
       import_tokenizer(folder, partial, values)
     else:
-      notes.append(f"{folder} has no {TOKENIZER}: text cannot be encoded (see README)")
+      notes.append(f"{folder} has no {TOKENIZER}: text cannot be encoded (docs/interop.md)")
     loaded = load_checkpoint(folder, mesh, dtype)
     if loaded.cfg.padding:
       notes.append(loaded.cfg.padding)

@@ -163,7 +163,7 @@ def explain(names: Sequence[str], sizes: Sizes) -> str:
 
 
 def to_json(layout: Layout) -> dict[str, Any]:
-  """The schema that scripts rely on (DESIGN, section 2)."""
+  """The schema that scripts rely on (docs/design.md, section 2)."""
   return {
     "name": layout.name,
     "mesh": {axis: n for axis, n in layout.sizes.items() if n > 1},

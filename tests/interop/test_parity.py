@@ -84,8 +84,8 @@ def close(found: np.ndarray, expected: np.ndarray, real: np.ndarray) -> None:
 
 
 def test_the_family_that_the_docs_add(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-  """docs/families.md as it stands, run and compared."""
-  page = (ROOT / "docs/families.md").read_text()
+  """The family of docs/interop.md as it stands, run and compared."""
+  page = (ROOT / "docs/interop.md").read_text()
   code: dict[str, Any] = {}
   exec(page.split("```python\n")[1].split("```")[0], code)
   monkeypatch.setitem(FAMILIES, "stablelm", code["STABLELM"])
