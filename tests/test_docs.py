@@ -31,6 +31,7 @@ from typing import NamedTuple
 import jax
 import pytest
 from conftest import ROOT, tiny
+from jax.experimental.compilation_cache import compilation_cache
 
 from flaxlm import cli
 from flaxlm.commands.parsing import read_config
@@ -81,7 +82,7 @@ def blocks_of(page: Path) -> Iterator[Block]:
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
-WITH_BLOCKS = sorted({b.page for b in BLOCKS if b.language in ("sh", "python")})
+WITH_COMMANDS = sorted({block.page for block in BLOCKS if block.language == "sh"})
 
 
 def name_of(page: Path) -> str:
@@ -176,7 +177,7 @@ def test_every_block_has_a_language_and_a_reason_from_the_list():
   assert found == {reason: count for reason, (_, count) in REASONS.items()}
 
 
-@pytest.mark.parametrize("page", WITH_BLOCKS, ids=name_of)
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=name_of)
 def test_every_command_line_is_accepted(page: Path, monkeypatch: pytest.MonkeyPatch):
   monkeypatch.chdir(ROOT)
   for block in (b for b in BLOCKS if b.page == page and b.language == "sh"):
@@ -217,6 +218,7 @@ def in_process(cache_root: Path) -> Iterator[Callable[..., str]]:
     patch.setenv("JAX_PLATFORMS", "cpu")
     patch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
     options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    options += ("jax_cpu_enable_async_dispatch",)
     before = {name: jax.config.values[name] for name in options}
 
     def run(arguments: list[str], stdin: str = "") -> str:
@@ -241,6 +243,7 @@ def in_process(cache_root: Path) -> Iterator[Callable[..., str]]:
     yield run
     for name, value in before.items():
       jax.config.update(name, value)
+    compilation_cache.reset_cache()  # it remembers its folder
 
 
 @pytest.fixture(scope="module")
@@ -255,25 +258,22 @@ def trained(
   return folder
 
 
-def run_page(
-  page: Path, in_process: Callable[..., str], corpus: str, slow: bool
-) -> Iterator[tuple[Block, str]]:
-  """Runs the slow blocks of a page, or the others, in the current folder; gives each
-  one's output."""
-  for block in (b for b in BLOCKS if b.page == page):
-    if block.reason or block.slow != slow:
-      continue
+def run_page(page: Path, slow: bool, in_process: Callable[..., str], corpus: str) -> None:
+  """Runs the slow blocks of a page, or the others, in the current folder."""
+  for block in (b for b in BLOCKS if b.page == page and runs(b, slow)):
     if block.language == "python":
-      with contextlib.redirect_stdout(io.StringIO()) as out:
+      with contextlib.redirect_stdout(io.StringIO()):
         exec(compile(block.text, block.where, "exec"), {"__name__": "documents"})
-      yield block, out.getvalue()
-    elif block.language == "sh":
-      yield block, "".join(run_commands(block, in_process, corpus))
+    else:
+      run_commands(block, in_process, corpus)
 
 
-def run_commands(
-  block: Block, in_process: Callable[..., str], corpus: str
-) -> Iterator[str]:
+def runs(block: Block, slow: bool) -> bool:
+  runnable = block.language in ("sh", "python") and block.reason is None
+  return runnable and block.slow == slow
+
+
+def run_commands(block: Block, in_process: Callable[..., str], corpus: str) -> None:
   piped = ""
   for command in commands_of(block):
     arguments = arguments_of(command.words)
@@ -286,8 +286,6 @@ def run_commands(
     piped = text if command.piped else ""
     if command.output:
       Path(command.output).write_text(text)
-    elif not command.piped:
-      yield text
 
 
 def run_module(words: list[str]) -> str:
@@ -304,28 +302,26 @@ def run_module(words: list[str]) -> str:
 def place(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
   """The current folder: what a checkout has, and the trained run."""
   shutil.copytree(trained / "runs", tmp_path / "runs")
-  for name in ("docs", "configs"):
+  for name in ("docs", "configs", "flaxlm"):
     (tmp_path / name).symlink_to(ROOT / name)
   monkeypatch.chdir(tmp_path)
   return tmp_path
 
 
-@pytest.mark.parametrize("page", WITH_BLOCKS, ids=name_of)
+def pages_that_run(slow: bool) -> list[Path]:
+  return [page for page in PAGES if any(b.page == page and runs(b, slow) for b in BLOCKS)]
+
+
+@pytest.mark.parametrize("page", pages_that_run(slow=False), ids=name_of)
 def test_every_block_runs(page: Path, place: Path, in_process, corpus: str):
-  for _ in run_page(page, in_process, corpus, slow=False):
-    pass
+  run_page(page, False, in_process, corpus)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-  "page",
-  [p for p in WITH_BLOCKS if any(b.slow for b in BLOCKS if b.page == p)],
-  ids=name_of,
-)
+@pytest.mark.parametrize("page", pages_that_run(slow=True), ids=name_of)
 def test_every_slow_block_runs(page: Path, place: Path, in_process, corpus: str):
-  for _ in run_page(page, in_process, corpus, slow=True):
-    pass
+  run_page(page, True, in_process, corpus)
 
 
 # -- What is said is there -----------------------------------------------------------------
