@@ -35,7 +35,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from flaxlm import cli
 from flaxlm.commands.parsing import read_config
-from flaxlm.configfile import knobs, parse_mesh
+from flaxlm.config import Config, knobs, parse_mesh
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"sh", "python", "text"}
@@ -365,7 +365,7 @@ def test_the_index_has_every_page_and_every_raw_file_is_linked():
 )
 def test_fields_and_files_that_are_named_exist(page: Path):
   """The log is left out: it speaks of what was."""
-  fields = {name for name, _, _ in knobs()}
+  fields = {name for name, _, _ in knobs(Config)}
   sections = {name.split(".")[0] for name in fields if "." in name}
   paths = (path.relative_to(ROOT / "flaxlm") for path in (ROOT / "flaxlm").rglob("*.py"))
   modules = {".".join(path.with_suffix("").parts) for path in paths}
