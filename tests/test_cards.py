@@ -118,6 +118,30 @@ def test_every_card_is_counted():
 def test_a_card_states_its_number_and_where_it_is_from(name: str):
   assert f"\nParameters: {PUBLISHED[name]:,}" in text_of(name)
   assert "\nSource:     " in text_of(name)
+  _, _, documentation = text_of(name).split('"""')[1].partition("\n\n")
+  fields = ["What", "Cost", "Expected", "Command", "Source", "Parameters"]
+  assert re.findall(r"^(\w+): +\S", documentation, re.MULTILINE) == fields
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_cost_of_a_card_is_that_of_its_config(name: str):
+  """Tokens, FLOPs and bytes of state, which the card rounds to two or three digits."""
+  cfg, text = load_config(name), " ".join(text_of(name).split())
+  units = {"B": 1e9, "G": 1e9, "T": 1e12}
+  state = re.search(r"float32 state with (Adam|Adafactor): ([\d.]+) ([GT])B", text)
+  assert state
+  bytes_each = {"Adam": 4 * 4, "Adafactor": 2 * 4}[state[1]]
+  said = float(state[2]) * units[state[3]]
+  assert said == pytest.approx(bytes_each * PUBLISHED[name], rel=0.05)
+  assert (state[1] == "Adafactor") == (cfg.optimizer.kind == "adafactor")
+  cost = re.search(r"([\d.]+)([BT]) tokens, (\S+) FLOPs \(6ND\)", text)
+  assert (cost is None) == (cfg.model.family == "encoder_decoder")  # T5 counts its sources
+  if cost:
+    tokens = cfg.training.num_steps * cfg.data.batch_size * cfg.data.seq_len
+    used = re.search(r"\(([\d,]+) for each token\)", text)
+    active = int(used[1].replace(",", "")) if used else PUBLISHED[name]
+    assert float(cost[1]) * units[cost[2]] == pytest.approx(tokens, rel=0.005)
+    assert float(cost[3]) == pytest.approx(6 * active * tokens, rel=0.02)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configs: every value spelled, every mistake named, and JSON there and back."""
 
+import ast
 import dataclasses
 import json
 import os
@@ -22,6 +23,7 @@ from flaxlm.config import (
   Config,
   DataConfig,
   ModelConfig,
+  OptimizerConfig,
   TrainingConfig,
   check_config,
   difference,
@@ -32,6 +34,7 @@ from flaxlm.config import (
   parse_mesh,
   to_json,
 )
+from flaxlm.config.families import card
 from flaxlm.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -588,6 +591,25 @@ def test_shipped_configs_tell_what_cost_expected_and_command(path: Path):
   text = path.read_text("utf-8")
   for heading in ("What:", "Cost:", "Expected:", "Command:"):
     assert heading in text
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_copy_of_a_shipped_config_works_in_any_folder(path: Path, tmp_path, monkeypatch):
+  """People begin from one; it needs the installed package and none of its neighbours."""
+  copy = tmp_path / path.name
+  copy.write_bytes(path.read_bytes())
+  monkeypatch.chdir(tmp_path)
+  assert load_config(str(copy)) == load_config(str(path))
+  for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    assert not isinstance(node, ast.Import)
+    if isinstance(node, ast.ImportFrom):
+      assert node.level == 0
+      assert str(node.module).split(".")[0] in {"flaxlm", *sys.stdlib_module_names}
+
+
+def test_a_card_needs_the_size_of_its_vocabulary():
+  with pytest.raises(ConfigError, match="no vocab_size"):
+    card(model=ModelConfig(), data=DataConfig(), optimizer=OptimizerConfig(), num_steps=1)
 
 
 def test_a_missing_config_gets_a_near_name():
