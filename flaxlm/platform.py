@@ -147,3 +147,13 @@ def set_flags(
   if text:
     environment[variable] = f"{before} {text}".strip()
   return added
+
+
+def kernel_head_dim() -> int:
+  """The largest head dim that cuDNN's attention takes, in training, on the devices at hand;
+  0 where it does not run: it needs an NVIDIA GPU from Ampere on."""
+  device = jax.devices()[0]
+  if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+    return 0
+  generation = int(device.compute_capability.split(".")[0])
+  return 0 if generation < 8 else 128 if generation == 8 else 256

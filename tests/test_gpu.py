@@ -13,16 +13,11 @@ import pytest
 from flaxlm.config import ModelConfig, TrainingConfig
 from flaxlm.data.objectives import next_token
 from flaxlm.decoding.prefill import Request, prefill_logits
-from flaxlm.nn.attention import (
-  Placement,
-  Reach,
-  Scoring,
-  Sight,
-  attend,
-  attend_cudnn,
-  visible,
-)
+from flaxlm.nn.attention import attend
+from flaxlm.nn.kernels.cudnn import attend_cudnn
+from flaxlm.nn.masks import Placement, Reach, Scoring, Sight, visible
 from flaxlm.nn.models import build_model, init_params
+from flaxlm.platform import kernel_head_dim
 from flaxlm.training.step import loss_and_gradient
 
 pytestmark = pytest.mark.gpu
@@ -82,7 +77,7 @@ def training(path):
 
 def with_path(cfg, path):
   """The same model and parameters, attending by `path`."""
-  model = build_model(cfg, training(path))
+  model = build_model(cfg, training(path), kernel_head_dim())
   return model, jax.jit(lambda: nn.unbox(init_params(model, 0)))()
 
 

@@ -16,18 +16,12 @@ import numpy as np
 
 from flaxlm.benchmark.measure import Setting, Side, against, agree, measure, timed
 from flaxlm.benchmark.report import Result, Work
-from flaxlm.nn.attention import (
-  Placement,
-  Reach,
-  Scoring,
-  Sight,
-  attend,
-  attend_blocked,
-  attend_cudnn,
-  kernel_head_dim,
-  visible,
-)
+from flaxlm.nn.attention import attend
+from flaxlm.nn.kernels.blocked import attend_blocked
+from flaxlm.nn.kernels.cudnn import attend_cudnn
+from flaxlm.nn.masks import Placement, Reach, Scoring, Sight, visible
 from flaxlm.planning.cost import visible_keys
+from flaxlm.platform import kernel_head_dim
 
 Path = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from flaxlm.benchmark.measure import Setting, Side, agree, measure, timed
 from flaxlm.benchmark.report import Result, Work
-from flaxlm.nn.layers import rows_dot
+from flaxlm.nn.kernels.products import rows_dot
 from flaxlm.planning.roofline import LOGIT_PASSES
 from flaxlm.training.losses import cross_entropy
 

@@ -44,17 +44,12 @@ from flaxlm.decoding.generate import generate
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import FlaxLMError
-from flaxlm.nn.attention import (
-  Placement,
-  Reach,
-  Scoring,
-  Sight,
-  attend_cached,
-  attend_cudnn,
-  kernel_head_dim,
-  visible,
-)
-from flaxlm.nn.layers import activate, build_norm, matrix_dot
+from flaxlm.nn.kernels.cached import attend_cached
+from flaxlm.nn.kernels.cudnn import attend_cudnn
+from flaxlm.nn.kernels.fused import activate
+from flaxlm.nn.kernels.products import matrix_dot
+from flaxlm.nn.layers import build_norm
+from flaxlm.nn.masks import Placement, Reach, Scoring, Sight, visible
 from flaxlm.nn.models import build_model
 from flaxlm.planning.cost import forward_work
 from flaxlm.planning.devices import ANY, Device
@@ -78,11 +73,12 @@ from flaxlm.planning.roofline import (
   traffic_parts,
   with_path,
 )
+from flaxlm.platform import kernel_head_dim
 from flaxlm.training.losses import cross_entropy
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import compile_train_step, init_state, put_batch
 
-PROMPT, NEW = 32, 65  # at most
+SHORTEST_PROMPT, NEW = 32, 65  # at most
 CHAIN, STEPS = 32, 16  # pairs of operations of a step, steps of a block
 READS = 4  # of all weights, in a loop
 SHORTEST = 1e-9  # seconds
@@ -317,7 +313,7 @@ def training_side(cfg: ResolvedConfig) -> Side:
   """The step of `flaxlm train`, on one batch over and over; it returns the loss, and the
   state to wait for."""
   mesh = one_device()
-  model = build_model(cfg.model, cfg.training)
+  model = build_model(cfg.model, cfg.training, kernel_head_dim())
   optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
   step = compile_train_step(model, optimizer, cfg.training, mesh)
   B, T = cfg.data.batch_size, cfg.data.seq_len
@@ -344,10 +340,12 @@ def predict_decoding(name: str, cfg: ResolvedConfig, setting: Setting) -> list[R
   cfg, dtype = for_decoding(cfg), cfg.training.dtype
   model, params = random_model(cfg)
   params = prepare_params(params, cfg.model)
-  new = min(NEW, cfg.model.context - PROMPT)
-  request = random_request(cfg, 1, PROMPT, new)
+  new = min(NEW, cfg.model.context - SHORTEST_PROMPT)
+  request = random_request(cfg, 1, SHORTEST_PROMPT, new)
   greedy = make_sampling(1, temperature=0.0)
-  slots = 1 << (PROMPT + new - 1).bit_length()  # the cache has room for whole buckets
+  slots = (
+    1 << (SHORTEST_PROMPT + new - 1).bit_length()
+  )  # the cache has room for whole buckets
 
   def started() -> tuple[Any, Callable[[], list]]:
     answer = generate(model, params, request, greedy)

@@ -18,16 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxlm.config import ResolvedModel
+from flaxlm.config import MAX_NEW_IN_RING, ResolvedModel
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel, Source
-from flaxlm.nn.cache import MOST_NEW
 from flaxlm.nn.models import init_cache
 from flaxlm.sharding import batch_shards
 
 BLOCK_STEPS = 16
 SMALLEST_BUCKET = 32
-CHUNK = MOST_NEW  # tokens of a prompt that are read at a time
+CHUNK = MAX_NEW_IN_RING  # tokens of a prompt that are read at a time
 SMALLEST_PREFIX = 64  # shared by all prompts, and worth a pass of its own
 
 

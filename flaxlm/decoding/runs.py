@@ -16,6 +16,7 @@ from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import abstract_params, build_model
+from flaxlm.platform import kernel_head_dim
 from flaxlm.tokenizers import AnyTokenizer, load_tokenizer
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
@@ -96,7 +97,7 @@ def load_run(path: Path, mesh: Mesh, warn: Any = None, needs_text: bool = True) 
   tokenizer: Any = None
   if needs_text or (path / TOKENIZER).exists():
     tokenizer = load_tokenizer(path / TOKENIZER)
-  model = build_model(cfg.model, cfg.training)
+  model = build_model(cfg.model, cfg.training, kernel_head_dim())
   store = CheckpointStore(path / CHECKPOINTS)
   try:
     params = store.restore(step, params=abstract_params(model, mesh))["params"]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all families share: how a model runs, what it returns, its two ends."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,27 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from flaxlm.config import ResolvedModel
-from flaxlm.nn.layers import LOWEST, Einsum, Embedding, activate, build_norm
+from flaxlm.nn.execution import Execution
+from flaxlm.nn.kernels.fused import activate
+from flaxlm.nn.layers import Einsum, Embedding, build_norm
+from flaxlm.nn.masks import LOWEST
 from flaxlm.sharding import constrain
-
-
-@dataclasses.dataclass(frozen=True)
-class Execution:
-  """How a model runs. Changing any of this changes no parameter and no shape."""
-
-  dtype: jnp.dtype = jnp.float32
-  param_dtype: jnp.dtype = jnp.float32
-  remat: str = "none"
-  scanned: bool = False
-  narrow_cache: bool = False  # keys and values in int8
-  microbatches: int | None = None  # in a pipeline; None: one for each stage
-  repeats: int = 1  # of a pipeline
-  sequence_parallel: bool = False
-  attention: str = "auto"  # over whole rows: see nn.attention.choose_path
-
-  @property
-  def dtypes(self) -> dict[str, jnp.dtype]:
-    return dict(dtype=self.dtype, param_dtype=self.param_dtype)
 
 
 class Source(NamedTuple):

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flaxlm.config import ResolvedModel
+from flaxlm.config import MAX_NEW_IN_RING, MAX_TAKEN_BACK, ResolvedModel
+from flaxlm.nn.masks import Placement
 from flaxlm.sharding import constrain
 
 MOST_WRITES = 16  # rows whose writes to the cache are written out, as they stay in place
 CACHE_NAMES = ("batch", "act_kv_heads", "key_length", "head_dim")
-MOST_NEW = 512  # tokens that may be added to a ring at a time
-MOST_BACK = 64  # tokens that may be taken back from it
 
 
 class Narrow(NamedTuple):
@@ -53,6 +52,12 @@ class KVCache(NamedTuple):
   lengths_B: jax.Array
   source: "SourceCache | None" = None
 
+  def of_layers(self) -> list[tuple]:
+    """(keys, values) of each layer, followed by the source's, if there is one."""
+    if self.source is None:
+      return [*self.layers]
+    return [(*own, *of) for own, of in zip(self.layers, self.source.layers, strict=True)]
+
   def take(self, rows_R: jax.Array) -> "KVCache":
     """The cache of these rows, in this order."""
     return jax.tree.map(lambda x: x[rows_R], self)
@@ -66,18 +71,18 @@ class KVCache(NamedTuple):
       return x_BKSH if keeps else x_BKSH[:, :, :size]
 
     layers = []
-    for kv, kind in zip(self.layers, layer_kinds(cfg), strict=True):
-      size, keeps = slots_of(cfg, kind, slots), kind == "L" and ring_slots(cfg) is not None
+    for kv, kind in zip(self.layers, cfg.layer_kinds(), strict=True):
+      size, keeps = cfg.cache_slots(kind, slots), kind == "L" and cfg.ring_slots is not None
       change = functools.partial(resize, size=size, keeps=keeps)
       layers.append(jax.tree.map(change, kv))
     return self._replace(layers=tuple(layers))
 
   def can_return(self, cfg: ResolvedModel, num_tokens: int) -> bool:
     """Whether the state `num_tokens` ago can be had by a smaller length alone."""
-    ring = ring_slots(cfg)
-    if num_tokens <= MOST_BACK or ring is None or "L" not in cfg.period:
+    ring = cfg.ring_slots
+    if num_tokens <= MAX_TAKEN_BACK or ring is None or "L" not in cfg.period:
       return True
-    return int(self.lengths_B.max()) + MOST_NEW <= ring - cfg.sink_tokens
+    return int(self.lengths_B.max()) + MAX_NEW_IN_RING <= ring - cfg.sink_tokens
 
 
 class SourceCache(NamedTuple):
@@ -92,8 +97,8 @@ def empty_cache(
 ) -> KVCache:
   """An empty cache for `batch` rows of up to `slots` tokens."""
   layers: list[tuple[Any, Any]] = []
-  for kind in layer_kinds(cfg):
-    shape = (batch, cfg.num_kv_heads, slots_of(cfg, kind, slots), cfg.head_dim)
+  for kind in cfg.layer_kinds():
+    shape = (batch, cfg.num_kv_heads, cfg.cache_slots(kind, slots), cfg.head_dim)
     empty = lambda shape=shape: constrain(jnp.zeros(shape, jnp.float32), *CACHE_NAMES)
     if dtype == jnp.int8:
       layers.append((narrowed(empty()), narrowed(empty())))
@@ -103,28 +108,6 @@ def empty_cache(
 
 
 # -- Rings: what local layers keep ---------------------------------------------------------
-
-
-def layer_kinds(cfg: ResolvedModel) -> str:
-  """L or G of each layer."""
-  return (cfg.period * cfg.depth)[: cfg.depth]
-
-
-def ring_slots(cfg: ResolvedModel) -> int | None:
-  """Slots that a local layer needs for a text of any length: sinks, then a ring.
-
-  The ring holds the window of the first of `MOST_NEW` new tokens besides themselves, and
-  as much again as may be taken back. None: its scores have a bias by slot.
-  """
-  if cfg.window is None or cfg.positions in {"alibi", "relative"}:
-    return None
-  return cfg.sink_tokens + cfg.window + MOST_NEW + MOST_BACK - 1
-
-
-def slots_of(cfg: ResolvedModel, kind: str, slots: int) -> int:
-  """Slots that a layer has in a cache for `slots` tokens."""
-  ring = ring_slots(cfg)
-  return slots if kind != "L" or ring is None else min(slots, ring)
 
 
 def slot_in_ring(tokens: jax.Array, num_slots: int, sink_tokens: int) -> jax.Array:
@@ -146,7 +129,42 @@ def tokens_in_ring(ends_B: jax.Array, num_slots: int, sink_tokens: int) -> jax.A
   return jnp.where(slots_S < sink_tokens, slots_S, turns_BS)
 
 
+class Place(NamedTuple):
+  """Where a layer's new tokens go in its cache."""
+
+  first_slots_B: jax.Array
+  # The token in each slot of a ring that takes several new ones at once; None: they lie
+  # side by side, from the first slot on.
+  ring_BS: jax.Array | None = None
+
+
+def cached_keys(
+  cfg: ResolvedModel, cache: KVCache, kind: str, where: Placement
+) -> tuple[Placement, int, Place]:
+  """Of the layers of one kind: where their keys stand, how many slots they have, and where
+  the new tokens go."""
+  num_new, first_slots_B = where.query_slots_BT.shape[1], where.query_slots_BT[:, 0]
+  num_keys = num_slots(cache.layers[cfg.layer_kinds().index(kind)])
+  if kind == "G" or cfg.ring_slots is None:
+    return where, num_keys, Place(first_slots_B)
+  ring = (num_keys, cfg.sink_tokens)
+  tokens_BS = tokens_in_ring(first_slots_B + num_new, *ring)
+  where = where._replace(key_slots_BS=tokens_BS)
+  if num_new == 1:
+    return where, num_keys, Place(slot_in_ring(first_slots_B, *ring))
+  # More than that would overwrite what the first of them still sees.
+  assert num_keys < cfg.ring_slots or num_new <= MAX_NEW_IN_RING, "prompts come in chunks"
+  return where, num_keys, Place(first_slots_B, tokens_BS)
+
+
 # -- Writing ------------------------------------------------------------------------------
+
+
+def write(cache: Any, new: Any, place: Place) -> Any:
+  """A layer's (keys, values) with T new ones (B, T, K, H) of each row in their place."""
+  if place.ring_BS is not None:
+    return write_ring(cache, new, place.first_slots_B, place.ring_BS)
+  return write_slots(cache, new, place.first_slots_B)
 
 
 def write_slots(cache: Any, new: Any, first_slots_B: jax.Array) -> Any:

@@ -15,15 +15,22 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from flaxlm.config import ModelConfig, TrainingConfig
-from flaxlm.nn.base import Execution, LanguageModel, Output, Source, dense
+from flaxlm.nn.base import LanguageModel, Output, Source, dense
 from flaxlm.nn.cache import KVCache, empty_cache
+from flaxlm.nn.execution import Execution
 from flaxlm.nn.rnn import RNN, init_rnn_cache
 from flaxlm.nn.stack import Stack
 from flaxlm.sharding import with_shardings
 
 
-def build_model(cfg: ModelConfig, run: TrainingConfig | None = None) -> LanguageModel:
-  """The model of a config; `run` gives dtypes, remat and scan (default: float32)."""
+def build_model(
+  cfg: ModelConfig, run: TrainingConfig | None = None, kernel_head_dim: int = 0
+) -> LanguageModel:
+  """The model of a config.
+
+  `run` gives dtypes, remat and scan (default: float32), `kernel_head_dim` the largest head
+  that cuDNN's attention takes on the devices at hand (`platform.kernel_head_dim`).
+  """
   execution = Execution()
   if run is not None:
     dtype, param_dtype = jnp.dtype(run.dtype), jnp.dtype(run.param_dtype)
@@ -36,6 +43,7 @@ def build_model(cfg: ModelConfig, run: TrainingConfig | None = None) -> Language
       repeats=run.pipeline_repeats,
       sequence_parallel=run.sequence_parallel,
       attention=run.attention,
+      kernel_head_dim=kernel_head_dim,
     )
   return FAMILIES[cfg.family](cfg.resolve(), execution)
 
@@ -123,7 +131,6 @@ class EncoderDecoder(LanguageModel):
 
   def setup_body(self) -> None:
     cfg, run = self.cfg, self.run
-    assert cfg.encoder_depth is not None
     encoder_cfg = dataclasses.replace(cfg, depth=cfg.encoder_depth)
     self.encoder = Stack(encoder_cfg, run, cfg.encoder_depth, causal=False)
     self.decoder = Stack(cfg, run, cfg.depth, reads_source=True)

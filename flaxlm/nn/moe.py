@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from flaxlm.config import ResolvedModel
-from flaxlm.nn.layers import Einsum, FeedForward, activate, residual_scale
+from flaxlm.nn.kernels.fused import activate
+from flaxlm.nn.layers import Einsum, FeedForward, residual_scale
 from flaxlm.sharding import RULES, axis_sizes_in_use, partition_spec
 
 Kernels = dict[str, jax.Array]
@@ -68,7 +69,6 @@ class MoE(nn.Module):
   def shared(self, x_BTD: jax.Array) -> jax.Array:
     """All shared experts: one wide feed-forward (Dai et al., 2024, section 3.2)."""
     moe = self.cfg.moe
-    assert moe.expert_width is not None
     width = moe.num_shared_experts * moe.expert_width
     cfg = dataclasses.replace(self.cfg, ffn_width=width, biased=False)
     y_BTD = FeedForward(cfg, self.dtype, self.param_dtype, name="shared")(x_BTD)
@@ -94,7 +94,6 @@ class Experts(nn.Module):
   def __call__(self) -> Kernels:
     moe, D = self.cfg.moe, self.cfg.width
     E, F = moe.num_experts, moe.expert_width
-    assert F is not None
     kernel = functools.partial(ExpertKernel, param_dtype=self.param_dtype)
     into = ["gate", "up"] if self.cfg.gated else ["up"]
     kernels = {name: kernel((E, D, F), INWARDS, name=name)() for name in into}

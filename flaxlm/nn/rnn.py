@@ -15,18 +15,19 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from flaxlm.config import ResolvedModel
-from flaxlm.nn.base import Execution, LanguageModel, Output
-from flaxlm.nn.layers import build_norm
-from flaxlm.nn.stack import (
-  REMAT_POLICIES,
-  Layer,
+from flaxlm.nn.base import LanguageModel, Output
+from flaxlm.nn.execution import (
+  Execution,
   is_split,
   run_scanned,
   run_unrolled,
   split_blocks,
   stack_trees,
+  stacked,
   unstack,
+  with_remat,
 )
+from flaxlm.nn.layers import build_norm
 from flaxlm.sharding import RULES, constrain, partition_spec
 
 
@@ -71,14 +72,8 @@ class RNN(LanguageModel):
 
   def setup_body(self) -> None:
     self.dropout = nn.Dropout(self.cfg.dropout)
-    self.blocks = nn.scan(
-      RecurrentBlock,
-      variable_axes={"params": 0},
-      split_rngs={"params": True},
-      in_axes=(0, nn.broadcast),
-      length=self.cfg.depth,
-      metadata_params={nn.PARTITION_NAME: "layers"},
-    )(self.cfg, self.run)
+    blocks = stacked(RecurrentBlock, self.cfg.depth, in_axes=(0, nn.broadcast))
+    self.blocks = blocks(self.cfg, self.run)
     self.final_norm = build_norm(self.cfg)
 
   def hidden(
@@ -129,11 +124,8 @@ class RNN(LanguageModel):
       rngs = {} if key is None else {"dropout": key}
       return block.apply({"params": params}, x_BTD, state, steps, deterministic, rngs=rngs)
 
-    if self.run.remat != "none":
-      policy = REMAT_POLICIES[self.run.remat]
-      layer = jax.checkpoint(layer, policy=policy, prevent_cse=not self.run.scanned)
     params, depth = self.blocks.variables["params"], self.cfg.depth
-    layers: list[Layer] = [layer] * depth
+    layers = [with_remat(layer, self.run)] * depth
     if self.run.scanned and not is_split(params):
       return run_scanned(layers, 1, x_BTD, (params, state, keys_L))
     own = (split_blocks(params, depth), unstack(state, depth), unstack(keys_L, depth))

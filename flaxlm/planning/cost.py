@@ -17,7 +17,7 @@ and the forward pass again under remat. Time follows from it, MFU does not.
 import dataclasses
 
 from flaxlm.config import ResolvedConfig, ResolvedModel, TrainingConfig
-from flaxlm.nn.attention import query_blocks
+from flaxlm.nn.kernels.blocked import query_blocks
 
 TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al., 2022)
 

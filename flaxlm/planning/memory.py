@@ -28,7 +28,7 @@ from flaxlm.config import (
   TrainingConfig,
 )
 from flaxlm.data.objectives import Batch
-from flaxlm.nn.attention import OUTLINE
+from flaxlm.nn.kernels.outline import OUTLINE
 from flaxlm.nn.models import build_model, init_params
 from flaxlm.nn.pipeline import Schedule, make_schedule
 from flaxlm.planning.cost import kv_cache_bytes, stacks

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 
 from flaxlm.config import ResolvedConfig, ResolvedModel
-from flaxlm.nn.attention import query_blocks
+from flaxlm.nn.kernels.blocked import query_blocks
 from flaxlm.nn.models import build_model, init_params
 from flaxlm.planning.cost import layer_kinds
 from flaxlm.training.optimizer import matrix_dims

@@ -12,12 +12,12 @@ of b bytes takes b (n - 1) / n / W on an axis of n, its reduction the same, both
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 
 from flaxlm.config import MESH_AXES, ResolvedConfig, slow_axes
-from flaxlm.nn.attention import Path, choose_path
-from flaxlm.nn.models import build_model
+from flaxlm.nn.kernels.paths import Path
 from flaxlm.planning.cost import (
   TOKENS_PER_PARAMETER,
   StepCost,
@@ -49,6 +49,7 @@ from flaxlm.planning.products import (
   training_products,
 )
 from flaxlm.sharding import batch_shards, describe_mesh
+from flaxlm.training.step import attention_path
 
 COLLECTIVE_SECONDS = 1e-6  # no exchange is faster, however small (scaling book)
 # Passes over an array that a layer keeps: written, read, and its gradient likewise; an
@@ -172,17 +173,9 @@ def with_path(
   path = attention_path(cfg, sizes, device.kernel_head_dim)
   if path is None:
     return cfg, None
-  training = dataclasses.replace(cfg.training, attention=path.name)
+  name: Any = path.name
+  training = dataclasses.replace(cfg.training, attention=name)
   return dataclasses.replace(cfg, training=training), path
-
-
-def attention_path(cfg: ResolvedConfig, sizes: Sizes, most_head_dim: int) -> Path | None:
-  """How rows of the batches attend (see `choose_path`); None: they do not, in an RNN."""
-  if cfg.model.family == "rnn":
-    return None
-  model = build_model(cfg.model, cfg.training)
-  lengths = cfg.data.seq_len, source_len(cfg)
-  return choose_path(model.cfg, model.run, sizes, most_head_dim, lengths)
 
 
 def step_times(

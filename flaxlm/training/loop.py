@@ -46,11 +46,9 @@ from flaxlm.errors import (
   CheckpointError,
   NonFiniteError,
 )
-from flaxlm.nn.attention import kernel_head_dim
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import build_model
-from flaxlm.planning.roofline import attention_path
-from flaxlm.platform import start_jax
+from flaxlm.platform import kernel_head_dim, start_jax
 from flaxlm.sharding import check_batch, check_replication, describe_mesh, make_mesh
 from flaxlm.tokenizers import MASK, expected_vocab_size
 from flaxlm.training.evaluation import Evaluator, describe_evaluation, split_batches
@@ -63,6 +61,7 @@ from flaxlm.training.step import (
   TrainStep,
   abstract_batch,
   abstract_state,
+  attention_path,
   compile_train_step,
   init_state,
   put_batch,
@@ -188,7 +187,7 @@ class Program(NamedTuple):
   @staticmethod
   def compiled(model_cfg: ResolvedModel, cfg: Config, mesh: Mesh, fresh: bool) -> "Program":
     """The program of a config, ready to run; `fresh` makes the state of step 0 too."""
-    model = build_model(model_cfg, cfg.training)
+    model = build_model(model_cfg, cfg.training, kernel_head_dim())
     optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
     params = abstract_state(model, optimizer, mesh).params
     check_replication(params, mesh.shape, cfg.training.replication_tolerance)

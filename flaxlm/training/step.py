@@ -2,7 +2,7 @@
 """The training step: traced, pure, sharded by the names that its parameters carry."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,10 +13,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from flaxlm.config import DataConfig, TrainingConfig
+from flaxlm.config import DataConfig, ResolvedConfig, TrainingConfig
 from flaxlm.data.objectives import Batch
 from flaxlm.nn.base import LanguageModel, Output, Source
-from flaxlm.nn.models import abstract_params, init_params
+from flaxlm.nn.kernels.paths import Path, choose_path
+from flaxlm.nn.models import abstract_params, build_model, init_params
 from flaxlm.sharding import batch_parts, batch_sharding, like_parameters
 from flaxlm.training.losses import cross_entropy
 from flaxlm.training.optimizer import Optimizer
@@ -313,6 +314,22 @@ def under_mesh(function: Callable, mesh: Mesh) -> Callable:
 
 def shardings_of(tree: Any) -> Any:
   return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def attention_path(
+  cfg: ResolvedConfig, sizes: Mapping[str, int], kernel_head_dim: int
+) -> Path | None:
+  """How the rows of a config's batches attend on a mesh of such devices; None in an RNN.
+
+  Raises `ConfigError` where `training.attention` cannot be had there.
+  """
+  if cfg.model.family == "rnn":
+    return None
+  run = build_model(cfg.model, cfg.training, kernel_head_dim).run
+  source_len = 0
+  if cfg.model.family == "encoder_decoder":
+    source_len = cfg.data.source_len or cfg.data.seq_len
+  return choose_path(cfg.model, run, sizes, (cfg.data.seq_len, source_len))
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:

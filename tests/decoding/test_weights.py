@@ -17,8 +17,8 @@ from flaxlm.decoding.generate import DecodeState, How, decode_block
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.decoding.weights import is_prepared, prepare_params
-from flaxlm.nn.base import Execution
 from flaxlm.nn.cache import Narrow, narrowed, widened
+from flaxlm.nn.execution import Execution
 from flaxlm.nn.models import build_model, init_cache, init_params
 
 

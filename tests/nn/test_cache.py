@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from flaxlm.config import ModelConfig
-from flaxlm.nn import cache, stack
-from flaxlm.nn.cache import empty_cache, ring_slots, slot_in_ring, tokens_in_ring
+from flaxlm.config import model as model_config
+from flaxlm.nn import cache
+from flaxlm.nn.cache import empty_cache, slot_in_ring, tokens_in_ring
 from flaxlm.nn.models import build_model, init_cache, init_params
 
 SIZES = dict(depth=3, width=16, num_heads=2, vocab_size=32, context=128, window=5)
@@ -26,9 +27,9 @@ KINDS = {
 @pytest.fixture
 def small_rings(monkeypatch):
   """Rings that are gone round several times in a short text."""
-  for module in (cache, stack):
-    monkeypatch.setattr(module, "MOST_NEW", 4)
-  monkeypatch.setattr(cache, "MOST_BACK", 3)
+  for module in (cache, model_config):
+    monkeypatch.setattr(module, "MAX_NEW_IN_RING", 4)
+    monkeypatch.setattr(module, "MAX_TAKEN_BACK", 3)
 
 
 def model_of(name: str) -> tuple[Any, Any]:
@@ -51,7 +52,7 @@ def test_a_ring_answers_as_the_whole_text(small_rings, name):
   state, done_B = init_cache(model, 2, 64), np.zeros(2, int)
   sizes = [kv[0].shape[2] for kv in state.layers]
   ring = KINDS[name].get("sink_tokens", 0) + 5 + 4 + 3 - 1
-  assert sizes == [ring if kind == "L" else 64 for kind in cache.layer_kinds(model.cfg)]
+  assert sizes == [ring if kind == "L" else 64 for kind in model.cfg.layer_kinds()]
   rng = np.random.default_rng(1)
   while done_B.max() < 50:
     new_B = rng.integers(0, 5, 2)
@@ -88,7 +89,7 @@ def test_the_memory_of_a_local_layer_does_not_grow_with_the_text():
     True,
   ]
   biased = dataclasses.replace(cfg, positions="alibi")
-  assert ring_slots(biased) is None
+  assert biased.ring_slots is None
 
 
 @pytest.mark.parametrize(("size", "sinks"), [(2, 0), (7, 0), (7, 3)])

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from flaxlm.config import ModelConfig, MoEConfig
-from flaxlm.nn.layers import FeedForward, activate
+from flaxlm.nn.kernels.fused import activate
+from flaxlm.nn.layers import FeedForward
 from flaxlm.nn.moe import (
   MoE,
   blocked_dot,

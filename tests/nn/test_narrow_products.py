@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxlm.nn.layers import matrix_first, matrix_sum, rows_dot, wide_dot
+from flaxlm.nn.kernels.products import matrix_first, matrix_sum, rows_dot, wide_dot
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flaxlm.config import ModelConfig
-from flaxlm.nn.base import Execution
+from flaxlm.nn.execution import Execution
 from flaxlm.nn.rnn import RNN, init_rnn_cache
 from flaxlm.sharding import batch_sharding, make_mesh, with_shardings
 

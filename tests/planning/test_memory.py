@@ -16,8 +16,8 @@ from flaxlm.config import (
   mesh_shape,
 )
 from flaxlm.errors import ConfigError
+from flaxlm.nn.execution import REMAT_POLICIES
 from flaxlm.nn.models import build_model
-from flaxlm.nn.stack import REMAT_POLICIES
 from flaxlm.planning.compile import compile_here
 from flaxlm.planning.cost import parameters
 from flaxlm.planning.devices import find_device

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One layer of a transformer: x = x + attention(norm(x)); x = x + ffn(norm(x))."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from flaxlm.config import ResolvedModel
+from flaxlm.nn.attention import Attention
+from flaxlm.nn.cache import Place, write
+from flaxlm.nn.execution import ATTENTION, Execution
+from flaxlm.nn.layers import FeedForward, build_norm
+from flaxlm.nn.masks import Reach, Sight
+from flaxlm.nn.moe import MoE
+from flaxlm.sharding import constrain
+
+
+class LayerContext(NamedTuple):
+  """What a layer reads besides its input: the same for all layers of one kind."""
+
+  sight: Sight  # what self-attention sees
+  reach: Reach | None = None  # what its kernels may skip; None: nothing
+  place: Place | None = None  # where new tokens go in the cache; None without a cache
+  source_BSD: Any = None  # the encoder's output; None if none, or cached
+  source_sight: Sight | None = None  # what cross-attention sees of it
+  real_BT: jax.Array | None = None  # False on padding; None: there is none
+
+
+class LayerOutput(NamedTuple):
+  """What a layer returns besides its output."""
+
+  cache: Any = None  # (keys, values) with the new tokens; None without a cache
+  losses: Any = None  # of a mixture of experts, by name
+  attention: Any = None  # captured weights, by name
+
+
+class Block(nn.Module):
+  """Attention, cross-attention if there is a source, and feed-forward, each a branch that
+  is added to the residual stream. `norm_placement` says where the norms stand:
+
+      pre      x + f(norm(x))          (GPT-2; Xiong et al., 2020)
+      post     norm(x + f(x))          (Vaswani et al., 2017)
+      output   x + norm(f(x))          (OLMo 2)
+      both     x + norm(f(norm(x)))    (Gemma 2)
+  """
+
+  cfg: ResolvedModel
+  run: Execution
+  reads_source: bool = False
+
+  def setup(self):
+    cfg, run = self.cfg, self.run
+    self.attention = Attention(cfg, run)
+    self.ffn = (MoE if cfg.moe.num_experts else FeedForward)(cfg, **run.dtypes)
+    branches = ["attention", "ffn"]
+    if self.reads_source:
+      self.cross_attention = Attention(cfg, run)
+      branches.append("cross_attention")
+    if cfg.parallel == "one_norm":
+      branches.remove("ffn")
+    for branch in branches:
+      if cfg.norm_placement != "output":
+        setattr(self, f"{branch}_norm", build_norm(cfg))
+      if cfg.norm_placement in {"output", "both"}:
+        setattr(self, f"{branch}_output_norm", build_norm(cfg))
+    self.dropout = nn.Dropout(cfg.dropout)
+
+  def __call__(
+    self,
+    x_BTD: jax.Array,
+    cache: Any,
+    context: LayerContext,
+    deterministic: bool = True,
+    capture: bool = False,
+  ) -> tuple[jax.Array, LayerOutput]:
+    """(B, T, D) and, besides, what `LayerOutput` says.
+
+    `cache` is None, (keys, values), or (keys, values, source keys, source values).
+    """
+    h_BTD = self.before("attention", x_BTD)
+    y_BTD, new_cache, maps = self.attend(h_BTD, cache, context, capture)
+    if self.cfg.parallel != "none":  # both branches read the same x (GPT-J, PaLM)
+      g_BTD = h_BTD if self.cfg.parallel == "one_norm" else self.before("ffn", x_BTD)
+      x_BTD = self.add("attention", x_BTD, y_BTD, deterministic)
+    else:
+      x_BTD = self.add("attention", x_BTD, y_BTD, deterministic)
+      if self.reads_source:
+        h_BTD = self.before("cross_attention", x_BTD)
+        y_BTD, cross_maps = self.attend_to_source(h_BTD, cache, context, capture)
+        x_BTD = self.add("cross_attention", x_BTD, y_BTD, deterministic)
+        maps |= cross_maps
+      g_BTD = self.before("ffn", x_BTD)
+    y_BTD, losses = self.feed_forward(g_BTD, context, cached=cache is not None)
+    x_BTD = self.add("ffn", x_BTD, y_BTD, deterministic)
+    return on_share(x_BTD, self.run), LayerOutput(new_cache, losses, maps)
+
+  # -- The residual stream
+
+  def before(self, branch: str, x_BTD: jax.Array) -> jax.Array:
+    """What a branch reads: norm(x), or x."""
+    if self.cfg.norm_placement in {"pre", "both"}:
+      x_BTD = getattr(self, f"{branch}_norm")(x_BTD)
+    return on_whole_rows(x_BTD)
+
+  def add(
+    self, branch: str, x_BTD: jax.Array, y_BTD: jax.Array, deterministic: bool
+  ) -> jax.Array:
+    """x + y, with dropout on y and norms where `norm_placement` wants them."""
+    y_BTD = on_share(y_BTD, self.run)
+    if self.cfg.norm_placement in {"output", "both"}:
+      y_BTD = getattr(self, f"{branch}_output_norm")(y_BTD)
+    x_BTD = x_BTD + self.dropout(y_BTD, deterministic=deterministic)
+    if self.cfg.norm_placement == "post":
+      x_BTD = getattr(self, f"{branch}_norm")(x_BTD)
+    return x_BTD
+
+  # -- The branches
+
+  def attend(
+    self, x_BTD: jax.Array, cache: Any, context: LayerContext, capture: bool
+  ) -> tuple[jax.Array, Any, dict]:
+    """Self-attention: its output, the cache with the new tokens, the captured weights."""
+    keys_values = self.attention.keys_values(x_BTD, context.sight.cos_sin)
+    new_cache = None
+    if cache is not None:
+      assert context.place is not None
+      new_cache = keys_values = write(cache[:2], keys_values, context.place)
+    cached = cache is not None
+    y_BTD, weights_BNTS = self.attention(
+      x_BTD, context.sight, keys_values, context.reach, cached, capture
+    )
+    maps = {"self": weights_BNTS} if capture else {}
+    return checkpoint_name(y_BTD, ATTENTION), new_cache, maps
+
+  def attend_to_source(
+    self, x_BTD: jax.Array, cache: Any, context: LayerContext, capture: bool
+  ) -> tuple[jax.Array, dict]:
+    """Cross-attention: its output, and the captured weights."""
+    cached = cache is not None
+    keys_values = cache[2:] if cached else self.source_keys_values(context.source_BSD)
+    sight = context.source_sight
+    assert sight is not None, "a block that reads a source has one"
+    y_BTD, weights_BNTS = self.cross_attention(
+      x_BTD, sight, keys_values, None, cached, capture
+    )
+    return y_BTD, {"cross": weights_BNTS} if capture else {}
+
+  def source_keys_values(self, source_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What this layer's cross-attention reads of the encoder's output."""
+    return self.cross_attention.keys_values(source_BSD)
+
+  def feed_forward(
+    self, x_BTD: jax.Array, context: LayerContext, cached: bool
+  ) -> tuple[jax.Array, dict]:
+    """The feed-forward's output, and the losses of its experts, if it has any."""
+    if not self.cfg.moe.num_experts:
+      return self.ffn(x_BTD), {}
+    # Decoding serves every choice: nothing may depend on what else is in the batch.
+    return self.ffn(x_BTD, context.real_BT, dropping=not cached)
+
+
+def on_share(x_BTD: jax.Array, run: Execution) -> jax.Array:
+  """The layout in which norms and sums run: each member of `tensor` on its share of a row
+  (Korthikanti et al., 2022, section 4.2.2), or, without `sequence_parallel`, on all of it.
+
+  A branch's output arrives as partial sums over `tensor`; this adds them up.
+  """
+  if run.sequence_parallel:
+    return constrain(x_BTD, "batch", "norm_length", "act_embed")
+  return on_whole_rows(x_BTD)
+
+
+def on_whole_rows(x_BTD: jax.Array) -> jax.Array:
+  """Whole along `tensor`, whose members have their heads and their share of the FFN."""
+  return constrain(x_BTD, "batch", "length", "act_embed")

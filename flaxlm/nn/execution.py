@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a model runs: dtypes, kernels, and how its layers follow each other.
+
+Nothing here changes a parameter or a shape. Layers have one parameter layout, stacked along
+L; they run as a loop (`run_scanned`) or one after the other (`run_unrolled`), and
+`REMAT_POLICIES` says what is kept of each for the backward pass.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+  """How a model runs. Changing any of this changes no parameter and no shape."""
+
+  dtype: jnp.dtype = jnp.float32
+  param_dtype: jnp.dtype = jnp.float32
+  remat: str = "none"
+  scanned: bool = False
+  narrow_cache: bool = False  # keys and values in int8
+  microbatches: int | None = None  # of a pipeline; None: one for each stage
+  repeats: int = 1  # rounds of a pipeline
+  sequence_parallel: bool = False
+  attention: str = "auto"  # over whole rows: see nn.kernels.paths
+  # The largest head dim that cuDNN's attention takes on the devices at hand; 0: it cannot
+  # run there (`platform.kernel_head_dim` asks the devices, nothing below it does).
+  kernel_head_dim: int = 0
+
+  @property
+  def dtypes(self) -> dict[str, jnp.dtype]:
+    return dict(dtype=self.dtype, param_dtype=self.param_dtype)
+
+
+# What is kept of a block besides its input, by `training.remat`.
+ATTENTION = "attention"  # the name of attention's output
+
+REMAT_POLICIES = {
+  "full": None,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
+  "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[ATTENTION],
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
+}
+
+
+def with_remat(layer: "Layer", run: Execution) -> "Layer":
+  """A layer that keeps for its backward pass what `run.remat` says."""
+  if run.remat == "none":
+    return layer
+  policy = REMAT_POLICIES[run.remat]
+  return jax.checkpoint(layer, policy=policy, prevent_cse=not run.scanned)
+
+
+def stacked(module: type[nn.Module], depth: int, in_axes: tuple) -> Any:
+  """The class of `depth` such modules, whose parameters are stacked along L.
+
+  It makes the parameters. How the layers run is another matter (`run_scanned`,
+  `run_unrolled`): unrolled by Linen, each layer's gradient would be as large as all.
+  """
+  return nn.scan(
+    module,
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    in_axes=in_axes,
+    length=depth,
+    metadata_params={nn.PARTITION_NAME: "layers"},
+  )
+
+
+# A layer is a function of its input and of what is its own: parameters, key, cache.
+Layer = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def run_unrolled(layers: list[Layer], x: jax.Array, of_layers: list) -> tuple[Any, list]:
+  """`layers` one after the other, each with what is its own; the outputs as a list."""
+  outputs = []
+  for layer, of_layer in zip(layers, of_layers, strict=True):
+    x, output = layer(x, of_layer)
+    outputs.append(output)
+  return x, outputs
+
+
+def stack_trees(trees: list) -> Any:
+  return jax.tree.map(lambda *parts: jnp.stack(parts), *trees)
+
+
+def run_scanned(
+  layers: list[Layer], period: int, x: jax.Array, stacked: Any
+) -> tuple[jax.Array, Any]:
+  """The same as a loop over periods of layers that differ; what is left over, unrolled."""
+  if period == 1:  # no slices in the loop: each is a copy that the backward pass keeps
+    return jax.lax.scan(layers[0], x, stacked)
+  count = len(layers) // period
+  looped = count * period
+  in_loop = jax.tree.map(lambda s: s[:looped].reshape(count, period, *s.shape[1:]), stacked)
+
+  def run_period(x: jax.Array, of_period: Any) -> tuple[jax.Array, Any]:
+    x, outputs = run_unrolled(layers[:period], x, unstack(of_period, period))
+    return x, stack_trees(outputs)
+
+  x, outputs = jax.lax.scan(run_period, x, in_loop)
+  outputs = jax.tree.map(lambda s: s.reshape(looped, *s.shape[2:]), outputs)
+  if looped < len(layers):
+    rest = jax.tree.map(lambda s: s[looped:], stacked)
+    rest = unstack(rest, len(layers) - looped)
+    x, more = run_unrolled(layers[looped:], x, rest)
+    join = lambda *parts: jnp.concatenate(parts)
+    outputs = jax.tree.map(join, outputs, stack_trees(more))
+  return x, outputs
+
+
+def is_split(params: Any) -> bool:
+  """Whether each layer's parameters are a dict of their own, {"0": ..., "1": ...}.
+
+  Decoding has them so: a slice of a stacked array would be a copy, at every token.
+  """
+  return "0" in params
+
+
+def split_blocks(params: Any, depth: int) -> list[Any]:
+  """The parameters of each layer, whether they come stacked or not."""
+  if is_split(params):
+    return [params[str(n)] for n in range(depth)]
+  return unstack(params, depth)
+
+
+def unstack(stacked: Any, count: int) -> list[Any]:
+  """The slices of a stacked tree, whose gradient is stacked again in one piece.
+
+  Left to itself, the gradient of each slice is as large as the whole, and they are added.
+  """
+  leaves, tree = jax.tree.flatten(stacked)
+  slices = [unstack_array(leaf, count) for leaf in leaves]
+  return [jax.tree.unflatten(tree, [s[n] for s in slices]) for n in range(count)]
+
+
+def unstack_array(stacked: jax.Array, count: int) -> tuple[jax.Array, ...]:
+  if not jnp.issubdtype(stacked.dtype, jnp.floating):  # keys have no gradient
+    return tuple(stacked[n] for n in range(count))
+  return _unstack(stacked)
+
+
+@jax.custom_vjp
+def _unstack(stacked: jax.Array) -> tuple[jax.Array, ...]:
+  return tuple(stacked)
+
+
+_unstack.defvjp(
+  lambda stacked: (tuple(stacked), None), lambda _, grads: (jnp.stack(grads),)
+)

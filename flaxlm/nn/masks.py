@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which query sees which key, and what else is added to their scores.
+
+Visibility is decided in one place, `visible`, from slots (where a token lies in its row),
+never from positions (which restart with every packed document).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# A masked score or logit; -inf would make NaN of an empty row, and of an entropy.
+LOWEST = jnp.finfo(jnp.float32).min
+
+CosSin = tuple[jax.Array, jax.Array]
+
+
+class Placement(NamedTuple):
+  """Where queries and keys stand, from which `visible` makes the mask.
+
+  Segments are None when every row is one document; key positions when they are slots;
+  key slots when key s stands in slot s.
+  """
+
+  query_slots_BT: jax.Array
+  query_segments_BT: jax.Array | None = None
+  key_segments_BS: jax.Array | None = None
+  key_positions_BS: jax.Array | None = None
+  key_slots_BS: jax.Array | None = None
+
+
+class Sight(NamedTuple):
+  """What the layers of one kind see: a mask, a bias of the scores, RoPE's (cos, sin)."""
+
+  mask_BTS: jax.Array | None
+  bias_XNTS: jax.Array | None = None  # X is 1 or B
+  cos_sin: CosSin | None = None
+
+
+class Scoring(NamedTuple):
+  """How scores are made of q . k, besides the mask: fixed numbers of the architecture."""
+
+  scale: float
+  softcap: float | None = None
+
+
+class Reach(NamedTuple):
+  """Causal attention over whole rows; with a window, nothing before it is ever seen.
+
+  `is_all`: the mask says nothing else, as where every row is one document.
+  """
+
+  window: int | None = None
+  is_all: bool = False
+
+
+def visible(
+  where: Placement,
+  num_keys: int,
+  causal: bool = True,
+  window: int | None = None,
+  sink_tokens: int = 0,
+) -> jax.Array | None:
+  """mask_BTS: the key is of the same document, within the window, and, if `causal`, not
+  later. The first `sink_tokens` of a document are within every window (Xiao et al., 2023).
+  None: everything is visible."""
+  masks = []
+  query, key = where.query_slots_BT[:, :, None], jnp.arange(num_keys)[None, None, :]
+  if where.key_slots_BS is not None:
+    key = where.key_slots_BS[:, None]
+  if window is not None:
+    near = key > query - window
+    if not causal:
+      near &= key < query + window
+    if sink_tokens:
+      positions_BS = where.key_positions_BS
+      near |= (key if positions_BS is None else positions_BS[:, None]) < sink_tokens
+    masks.append(near)
+  if causal:
+    masks.append(key <= query)
+  if where.query_segments_BT is not None:
+    assert where.key_segments_BS is not None
+    masks.append(where.query_segments_BT[:, :, None] == where.key_segments_BS[:, None])
+  return functools.reduce(jnp.logical_and, masks) if masks else None
