@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.benchmark.report import Result, print_json, print_results, summarise
-from flaxlm.decoding.runs import Run, load_run, ready
+from flaxlm.decoding.loading import Run, load_run, prepare_for_decoding
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import init_cache
 from flaxlm.platform import start_jax
@@ -44,7 +44,12 @@ def bench_quality(
     raise ConfigError(f"a text of {len(ids)} tokens", f"give {ROWS * window} or more")
   windows = np.array(ids[: count * window], np.int32).reshape(-1, ROWS, window)
   return [
-    summarise("quality", name, [perplexity(ready(run, *choice), windows)], "perplexity")
+    summarise(
+      "quality",
+      name,
+      [perplexity(prepare_for_decoding(run, *choice), windows)],
+      "perplexity",
+    )
     for name, choice in CHOICES.items()
   ]
 

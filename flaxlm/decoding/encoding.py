@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import mesh_scope, padded
-from flaxlm.decoding.runs import Run
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.sharding import batch_shards, on_host

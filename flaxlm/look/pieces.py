@@ -10,7 +10,7 @@ import numpy as np
 
 from flaxlm.config import ResolvedModel
 from flaxlm.decoding.generate import mesh_scope
-from flaxlm.decoding.runs import Run
+from flaxlm.decoding.loading import Run
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import Source
 from flaxlm.sharding import batch_shards
