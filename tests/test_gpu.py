@@ -23,6 +23,7 @@ from flaxlm.nn.attention import (
   visible,
 )
 from flaxlm.nn.models import build_model, init_params
+from flaxlm.platform import kernel_head_dim
 from flaxlm.training.step import loss_and_gradient
 
 pytestmark = pytest.mark.gpu
@@ -82,7 +83,7 @@ def training(path):
 
 def with_path(cfg, path):
   """The same model and parameters, attending by `path`."""
-  model = build_model(cfg, training(path))
+  model = build_model(cfg, training(path), kernel_head_dim())
   return model, jax.jit(lambda: nn.unbox(init_params(model, 0)))()
 
 

@@ -24,10 +24,10 @@ from flaxlm.nn.attention import (
   attend,
   attend_blocked,
   attend_cudnn,
-  kernel_head_dim,
   visible,
 )
 from flaxlm.planning.cost import visible_keys
+from flaxlm.platform import kernel_head_dim
 
 Path = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 

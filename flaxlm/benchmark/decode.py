@@ -35,6 +35,7 @@ from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import build_model, init_params
 from flaxlm.planning.cost import forward_work
 from flaxlm.planning.roofline import decode_work, read_parameters
+from flaxlm.platform import kernel_head_dim
 
 CHECKED_TOKENS = 8
 # A token counts as the likeliest if its logit is this close to the highest: / their range.
@@ -149,7 +150,7 @@ def whole_answer(blocks: Iterable[Any]) -> np.ndarray:
 def random_model(cfg: ResolvedConfig) -> tuple[LanguageModel, Any]:
   import flax.linen as nn
 
-  model = build_model(cfg.model, cfg.training)
+  model = build_model(cfg.model, cfg.training, kernel_head_dim())
   init = jax.jit(lambda seed: nn.unbox(init_params(model, seed)))
   return model, init(jnp.uint32(0))
 

@@ -51,7 +51,6 @@ from flaxlm.nn.attention import (
   Sight,
   attend_cached,
   attend_cudnn,
-  kernel_head_dim,
   visible,
 )
 from flaxlm.nn.layers import activate, build_norm, matrix_dot
@@ -78,6 +77,7 @@ from flaxlm.planning.roofline import (
   traffic_parts,
   with_path,
 )
+from flaxlm.platform import kernel_head_dim
 from flaxlm.training.losses import cross_entropy
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import compile_train_step, init_state, put_batch
@@ -317,7 +317,7 @@ def training_side(cfg: ResolvedConfig) -> Side:
   """The step of `flaxlm train`, on one batch over and over; it returns the loss, and the
   state to wait for."""
   mesh = one_device()
-  model = build_model(cfg.model, cfg.training)
+  model = build_model(cfg.model, cfg.training, kernel_head_dim())
   optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
   step = compile_train_step(model, optimizer, cfg.training, mesh)
   B, T = cfg.data.batch_size, cfg.data.seq_len

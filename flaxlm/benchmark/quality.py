@@ -20,7 +20,7 @@ from flaxlm.decoding.loading import Run, load_run, prepare_for_decoding
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import init_cache
 from flaxlm.platform import start_jax
-from flaxlm.sharding import make_mesh
+from flaxlm.sharding import make_mesh, use_mesh
 
 # Name: how matrices are kept, and whether the cache is int8.
 CHOICES: dict[str, tuple[str | None, bool]] = {
@@ -65,7 +65,7 @@ def perplexity(run: Run, windows: np.ndarray) -> float:
     logprobs_BTV = jax.nn.log_softmax(logits_BTV[:, :-1].astype(jnp.float32), -1)
     return -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], -1).mean()
 
-  with jax.set_mesh(run.mesh):
+  with use_mesh(run.mesh):
     losses = [float(loss(run.params, tokens_BT)) for tokens_BT in windows]
   return float(np.exp(np.mean(losses)))
 

@@ -238,7 +238,7 @@ def flaxlm_side(case: Case, work: Any) -> dict[str, Any]:
 
   from flaxlm.data.objectives import next_token
   from flaxlm.nn.models import build_model
-  from flaxlm.platform import start_jax
+  from flaxlm.platform import kernel_head_dim, start_jax
   from flaxlm.sharding import make_mesh
   from flaxlm.training.optimizer import build_optimizer
   from flaxlm.training.step import abstract_state, compile_train_step, init_state, put_batch
@@ -246,7 +246,7 @@ def flaxlm_side(case: Case, work: Any) -> dict[str, Any]:
   start_jax()
   mesh = make_mesh({"data": -1})
   training = TrainingConfig(dtype=case.dtype)
-  model = build_model(case.model, training)
+  model = build_model(case.model, training, kernel_head_dim())
   optimizer = build_optimizer(OPTIMIZER, num_steps=1)
   state = init_state(model, optimizer, mesh, seed=0)
   names = [name for name in work if name != "windows"]

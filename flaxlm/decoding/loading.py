@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -16,7 +15,9 @@ from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import abstract_params, build_model
+from flaxlm.platform import kernel_head_dim
 from flaxlm.runs import CHECKPOINTS, TOKENIZER, load_config_of, newest_whole_step
+from flaxlm.sharding import use_mesh
 from flaxlm.tokenizers import AnyTokenizer, load_tokenizer
 
 
@@ -52,7 +53,7 @@ def load_run(
   tokenizer: Any = None
   if needs_text or (path / TOKENIZER).exists():
     tokenizer = load_tokenizer(path / TOKENIZER)
-  model = build_model(cfg.model, cfg.training)
+  model = build_model(cfg.model, cfg.training, kernel_head_dim())
   store = CheckpointStore(path / CHECKPOINTS)
   try:
     params = store.restore(step, params=abstract_params(model, mesh))["params"]
@@ -77,6 +78,6 @@ def prepare_for_decoding(
   execution = dataclasses.replace(model.run, narrow_cache=narrow_cache)
   if weights == "bfloat16":
     execution = dataclasses.replace(execution, dtype=jnp.dtype("bfloat16"))
-  with jax.set_mesh(run.mesh):
+  with use_mesh(run.mesh):
     params = prepare_params(run.params, model.cfg, weights)
   return run._replace(params=params, model=model.clone(run=execution))

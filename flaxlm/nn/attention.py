@@ -261,14 +261,14 @@ def choose_path(
   cfg: ResolvedModel,
   run: Execution,
   sizes: Mapping[str, int],
-  most_head_dim: int,
   lengths: Sequence[int] = (),
 ) -> Path:
-  """The path over whole rows, of such `lengths`, of a resolved model on a mesh of devices
-  whose kernel takes heads of up to `most_head_dim`; 0: they have none. Raises
-  `ConfigError` where cudnn is wanted and cannot.
+  """The path over whole rows of such `lengths`, on a mesh of such `sizes`.
+
+  `run.kernel_head_dim` says what the devices can do. Raises `ConfigError` where the config
+  asks for cudnn and cuDNN cannot do what the model asks.
   """
-  wanted = run.attention
+  wanted, most_head_dim = run.attention, run.kernel_head_dim
   if wanted == "blocked":
     return Path("blocked", "as training.attention says")
   against = {
@@ -293,19 +293,25 @@ def choose_path(
 
 
 def path_here(cfg: ResolvedModel, run: Execution, lengths: Sequence[int]) -> Path:
-  """The path on the devices and the mesh at hand. To ask for devices starts JAX, which the
-  planner must not."""
-  head_dim = 0 if run.attention == "blocked" else kernel_head_dim()
-  return choose_path(cfg, run, axis_sizes_in_use(), head_dim, lengths)
+  """The path over whole rows of such `lengths`, on the mesh that is set."""
+  return choose_path(cfg, run, axis_sizes_in_use(), lengths)
 
 
-def kernel_head_dim() -> int:
-  """The largest head dim of cuDNN's kernel, when training, on the devices at hand; or 0."""
-  device = jax.devices()[0]
-  if device.platform != "gpu" or "cuda" not in device.client.platform_version:
-    return 0
-  generation = int(device.compute_capability.split(".")[0])
-  return 0 if generation < 8 else 128 if generation == 8 else 256
+def training_path(
+  cfg: ResolvedModel,
+  run: Execution,
+  sizes: Mapping[str, int],
+  seq_len: int,
+  source_len: int,
+) -> Path | None:
+  """The path of a training step; None for an RNN, which has no attention.
+
+  `source_len` matters to an encoder-decoder only.
+  """
+  if cfg.family == "rnn":
+    return None
+  source_len = source_len if cfg.family == "encoder_decoder" else 0
+  return choose_path(cfg, run, sizes, (seq_len, source_len))
 
 
 def attend_cudnn(

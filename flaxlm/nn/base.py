@@ -26,6 +26,9 @@ class Execution:
   repeats: int = 1  # of a pipeline
   sequence_parallel: bool = False
   attention: str = "auto"  # over whole rows: see nn.attention.choose_path
+  # The largest head dim that cuDNN's attention takes on the devices at hand; 0: it cannot
+  # run there (`platform.kernel_head_dim` asks the devices, nothing below it does).
+  kernel_head_dim: int = 0
 
   @property
   def dtypes(self) -> dict[str, jnp.dtype]:

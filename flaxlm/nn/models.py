@@ -22,9 +22,15 @@ from flaxlm.nn.stack import Stack
 from flaxlm.sharding import with_shardings
 
 
-def build_model(cfg: ModelConfig, run: TrainingConfig | None = None) -> LanguageModel:
-  """The model of a config; `run` gives dtypes, remat and scan (default: float32)."""
-  execution = Execution()
+def build_model(
+  cfg: ModelConfig, run: TrainingConfig | None = None, kernel_head_dim: int = 0
+) -> LanguageModel:
+  """The model of a config; `run` gives dtypes, remat and scan (default: float32).
+
+  `kernel_head_dim` is what `platform.kernel_head_dim` says of the devices that will run
+  it. The default suits a model that is only described: it takes no kernel of a device.
+  """
+  execution = Execution(kernel_head_dim=kernel_head_dim)
   if run is not None:
     dtype, param_dtype = jnp.dtype(run.dtype), jnp.dtype(run.param_dtype)
     execution = Execution(
@@ -36,6 +42,7 @@ def build_model(cfg: ModelConfig, run: TrainingConfig | None = None) -> Language
       repeats=run.pipeline_repeats,
       sequence_parallel=run.sequence_parallel,
       attention=run.attention,
+      kernel_head_dim=kernel_head_dim,
     )
   return FAMILIES[cfg.family](cfg.resolve(), execution)
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 
 from flaxlm.config import MESH_AXES, ResolvedConfig, slow_axes
-from flaxlm.nn.attention import Path, choose_path
+from flaxlm.nn.attention import Path, training_path
 from flaxlm.nn.models import build_model
 from flaxlm.planning.cost import (
   TOKENS_PER_PARAMETER,
@@ -169,20 +169,12 @@ def with_path(
   cfg: ResolvedConfig, sizes: Sizes, device: Device
 ) -> tuple[ResolvedConfig, Path | None]:
   """The config with the path that attention takes on such a mesh, and why it does."""
-  path = attention_path(cfg, sizes, device.kernel_head_dim)
+  model = build_model(cfg.model, cfg.training, device.kernel_head_dim)
+  path = training_path(model.cfg, model.run, sizes, cfg.data.seq_len, source_len(cfg))
   if path is None:
     return cfg, None
   training = dataclasses.replace(cfg.training, attention=path.name)
   return dataclasses.replace(cfg, training=training), path
-
-
-def attention_path(cfg: ResolvedConfig, sizes: Sizes, most_head_dim: int) -> Path | None:
-  """How rows of the batches attend (see `choose_path`); None: they do not, in an RNN."""
-  if cfg.model.family == "rnn":
-    return None
-  model = build_model(cfg.model, cfg.training)
-  lengths = cfg.data.seq_len, source_len(cfg)
-  return choose_path(model.cfg, model.run, sizes, most_head_dim, lengths)
 
 
 def step_times(

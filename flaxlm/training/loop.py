@@ -42,11 +42,11 @@ from flaxlm.errors import (
   PREEMPTED,
   NonFiniteError,
 )
-from flaxlm.nn.attention import kernel_head_dim
+from flaxlm.nn.attention import Path as AttentionPath
+from flaxlm.nn.attention import training_path
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import build_model
-from flaxlm.planning.roofline import attention_path
-from flaxlm.platform import start_jax
+from flaxlm.platform import kernel_head_dim, start_jax
 from flaxlm.runs import (
   CHECKPOINTS,
   CONFIG,
@@ -89,9 +89,7 @@ def train(cfg: Config) -> int:
   with joined(cfg) as peers, contextlib.ExitStack() as stack:
     mesh = make_mesh(cfg.mesh)
     check_batch(cfg, mesh.shape)
-    attention = attention_path(
-      cfg.resolve(expected_vocab_size(cfg.tokenizer)), mesh.shape, kernel_head_dim()
-    )
+    attention = choose_attention(cfg, mesh)
     # -- Run directory: ours alone from here on.
     stack.enter_context(locked(cfg.run_dir, peers.process))
     check_shared(cfg.run_dir, peers)
@@ -190,7 +188,7 @@ class Program(NamedTuple):
   @staticmethod
   def compiled(model_cfg: ResolvedModel, cfg: Config, mesh: Mesh, fresh: bool) -> "Program":
     """The program of a config, ready to run; `fresh` makes the state of step 0 too."""
-    model = build_model(model_cfg, cfg.training)
+    model = build_model(model_cfg, cfg.training, kernel_head_dim())
     optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
     params = abstract_state(model, optimizer, mesh).params
     check_replication(params, mesh.shape, cfg.training.replication_tolerance)
@@ -368,6 +366,14 @@ def make_model_config(
     if stored.num_ids == model.num_ids:
       return dataclasses.replace(model, vocab_size=stored.vocab_size)
   return model.padded(mesh.shape["tensor"])
+
+
+def choose_attention(cfg: Config, mesh: Mesh) -> AttentionPath | None:
+  """The path that attention takes in a step; refuses one that is asked for and cannot."""
+  model_cfg = cfg.model.resolve(expected_vocab_size(cfg.tokenizer))
+  run = build_model(model_cfg, cfg.training, kernel_head_dim()).run
+  source_len = cfg.data.source_len or cfg.data.seq_len
+  return training_path(model_cfg, run, mesh.shape, cfg.data.seq_len, source_len)
 
 
 def check_shared(run_dir: Path, peers: Alone) -> None:

@@ -17,7 +17,7 @@ from flaxlm.config import DataConfig, TrainingConfig
 from flaxlm.data.objectives import Batch
 from flaxlm.nn.base import LanguageModel, Output, Source
 from flaxlm.nn.models import abstract_params, init_params
-from flaxlm.sharding import batch_parts, batch_sharding, like_parameters
+from flaxlm.sharding import batch_parts, batch_sharding, like_parameters, use_mesh
 from flaxlm.training.losses import cross_entropy
 from flaxlm.training.optimizer import Optimizer
 
@@ -248,12 +248,12 @@ class TrainStep:
   def __call__(
     self, state: TrainState, batch: Batch, seed: ArrayLike
   ) -> tuple[TrainState, Metrics]:
-    with jax.set_mesh(self._mesh):
+    with use_mesh(self._mesh):
       return self._jitted(state, batch, seed)
 
   def lower(self, state: TrainState, batch: Batch, seed: Any) -> jax.stages.Lowered:
     """For abstract arguments; once compiled, calls with such arguments find it."""
-    with jax.set_mesh(self._mesh):
+    with use_mesh(self._mesh):
       return self._jitted.lower(state, batch, seed)
 
 
@@ -297,18 +297,7 @@ def compile_eval_step(
   step = functools.partial(eval_step, model)
   # Every process reads the sums.
   jitted = jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
-  return under_mesh(jitted, mesh)
-
-
-def under_mesh(function: Callable, mesh: Mesh) -> Callable:
-  """Calls with the mesh set: activations find it at trace time, on any thread."""
-
-  @functools.wraps(function)
-  def call(*args: Any) -> Any:
-    with jax.set_mesh(mesh):
-      return function(*args)
-
-  return call
+  return use_mesh(mesh)(jitted)
 
 
 def shardings_of(tree: Any) -> Any:

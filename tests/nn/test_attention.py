@@ -133,8 +133,8 @@ def test_prompts_are_read_by_cudnn_where_it_can(window, asked, monkeypatch):
   request = Request(prompts, 3, num_ids=64)
   found = []
   for on_gpu, wanted in ((True, "blocked"), (True, "auto"), (False, "cudnn")):
-    monkeypatch.setattr("flaxlm.nn.attention.kernel_head_dim", lambda gpu=on_gpu: 256 * gpu)
-    model = build_model(cfg, TrainingConfig(dtype="bfloat16", attention=wanted))
+    run = TrainingConfig(dtype="bfloat16", attention=wanted)
+    model = build_model(cfg, run, kernel_head_dim=256 * on_gpu)
     params = jax.jit(lambda m=model: nn.unbox(init_params(m, 0)))()
     asked.clear()
     logits_BV, _ = prefill_logits(model, params, request, mesh=None)
@@ -149,8 +149,8 @@ def test_the_path_is_one_that_can():
     wanted="auto", dtype="bfloat16", kernel=256, sizes=None, lengths=(64, 0), **model
   ):
     cfg = ModelConfig(vocab_size=64, **model).resolve()
-    run = Execution(dtype=jnp.dtype(dtype), attention=wanted)
-    return choose_path(cfg, run, sizes or {}, kernel, lengths)
+    run = Execution(jnp.dtype(dtype), attention=wanted, kernel_head_dim=kernel)
+    return choose_path(cfg, run, sizes or {}, lengths)
 
   assert chosen().name == "cudnn" and chosen("cudnn").name == "cudnn"
   assert chosen("blocked").name == "blocked"
