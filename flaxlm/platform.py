@@ -98,6 +98,19 @@ def start_jax(
   return flags
 
 
+def kernel_head_dim() -> int:
+  """The largest head dim of cuDNN's attention, in training, on the devices at hand.
+
+  0 where cuDNN's attention does not run. A model learns it by `build_model`: nothing in
+  `nn` asks for devices. Asking starts JAX's backend.
+  """
+  device = jax.devices()[0]
+  if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+    return 0
+  generation = int(device.compute_capability.split(".")[0])
+  return 0 if generation < 8 else 128 if generation == 8 else 256
+
+
 def keep_freed_memory() -> None:
   """Tells glibc's malloc to keep what a step frees for the next step, on the CPU.
 
@@ -147,13 +160,3 @@ def set_flags(
   if text:
     environment[variable] = f"{before} {text}".strip()
   return added
-
-
-def kernel_head_dim() -> int:
-  """The largest head dim that cuDNN's attention takes, in training, on the devices at hand;
-  0 where it does not run: it needs an NVIDIA GPU from Ampere on."""
-  device = jax.devices()[0]
-  if device.platform != "gpu" or "cuda" not in device.client.platform_version:
-    return 0
-  generation = int(device.compute_capability.split(".")[0])
-  return 0 if generation < 8 else 128 if generation == 8 else 256

@@ -29,7 +29,8 @@ EVERY_FILE = [
 # Who may import whom: only from a lower row, or from the same folder.
 ROWS = [
   ["", "errors", "config"],
-  ["platform", "sharding", "tokenizers", "distributed", "checkpoint", "runs"],
+  ["platform", "sharding", "tokenizers", "distributed", "checkpoint"],
+  ["runs"],
   ["nn", "data"],
   ["training.losses", "training.optimizer", "training.step", "decoding"],
   ["planning", "interop"],

@@ -20,7 +20,7 @@ from flaxlm.benchmark.report import Result, summarise
 from flaxlm.config import load_config, override
 from flaxlm.decoding.completions import complete, search
 from flaxlm.decoding.encoding import fill_masks
-from flaxlm.decoding.runs import Run, load_run
+from flaxlm.decoding.loading import Run, load_run
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.errors import FlaxLMError
 from flaxlm.sharding import make_mesh

@@ -13,7 +13,7 @@ import numpy as np
 
 from flaxlm.benchmark.data import python_sources
 from flaxlm.config import ResolvedConfig
-from flaxlm.decoding.runs import Run
+from flaxlm.decoding.loading import Run
 from flaxlm.interop.gguf import export_gguf
 from flaxlm.nn.base import LanguageModel
 from flaxlm.sharding import make_mesh

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.benchmark.report import Result, print_json, print_results, summarise
-from flaxlm.decoding.runs import Run, load_run, ready
+from flaxlm.decoding.loading import Run, load_run, prepare_for_decoding
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import init_cache
 from flaxlm.platform import start_jax
-from flaxlm.sharding import make_mesh
+from flaxlm.sharding import make_mesh, use_mesh
 
 # Name: how matrices are kept, and whether the cache is int8.
 CHOICES: dict[str, tuple[str | None, bool]] = {
@@ -44,7 +44,12 @@ def bench_quality(
     raise ConfigError(f"a text of {len(ids)} tokens", f"give {ROWS * window} or more")
   windows = np.array(ids[: count * window], np.int32).reshape(-1, ROWS, window)
   return [
-    summarise("quality", name, [perplexity(ready(run, *choice), windows)], "perplexity")
+    summarise(
+      "quality",
+      name,
+      [perplexity(prepare_for_decoding(run, *choice), windows)],
+      "perplexity",
+    )
     for name, choice in CHOICES.items()
   ]
 
@@ -60,7 +65,7 @@ def perplexity(run: Run, windows: np.ndarray) -> float:
     logprobs_BTV = jax.nn.log_softmax(logits_BTV[:, :-1].astype(jnp.float32), -1)
     return -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], -1).mean()
 
-  with jax.set_mesh(run.mesh):
+  with use_mesh(run.mesh):
     losses = [float(loss(run.params, tokens_BT)) for tokens_BT in windows]
   return float(np.exp(np.mean(losses)))
 

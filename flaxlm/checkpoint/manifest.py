@@ -8,10 +8,7 @@ The manifest is written last, so it also marks a step as finished.
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-
-from flaxlm.errors import CheckpointError
 
 NAME = "MANIFEST.json"
 
@@ -58,30 +55,6 @@ def saved_steps(directory: Path) -> list[int]:
     return []
   names = [p.name for p in directory.iterdir() if p.name.isdecimal()]
   return sorted(int(name) for name in names if is_finished(directory / name))
-
-
-def newest_whole_step(
-  directory: Path, warn: Callable[[str], None] | None = None
-) -> int | None:
-  """The newest step that matches its manifest, or None if nothing was ever saved.
-
-  Calls `warn` with a line for each damaged step that it passes over. Raises
-  `CheckpointError` when steps were saved and all are damaged.
-  """
-  steps = saved_steps(directory)
-  for step in reversed(steps):
-    problems = damage(directory / str(step))
-    if not problems:
-      return step
-    if warn is not None:
-      warn(f"checkpoint {directory / str(step)} is damaged: {problems[0]}")
-  if steps:
-    raise CheckpointError(
-      f"every checkpoint below {directory} is damaged",
-      "`flaxlm ckpt verify` lists the files; restore them, or start over with "
-      "--checkpoint.resume=never",
-    )
-  return None
 
 
 def digest(path: Path) -> str:

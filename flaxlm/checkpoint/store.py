@@ -6,7 +6,6 @@ its bytes still match (`manifest.py`). This is the one module that knows Orbax.
 """
 
 import contextlib
-import itertools
 import logging
 import shutil
 import threading
@@ -144,21 +143,3 @@ def differences(stored: dict[str, Any], wanted: dict[str, Any], most: int = 5) -
     elif stored[name] != wanted[name]:
       lines.append(f"{name} is {stored[name]}, not {wanted[name]}")
   return lines[:most] + ([f"{len(lines) - most} more"] if len(lines) > most else [])
-
-
-def make_room_after(directory: Path, step: int) -> None:
-  """Clears the way for new saves after `step`, from which a run goes on.
-
-  Saves that were cut off are deleted; whole directories of later steps, which did not
-  verify, are kept under another name.
-  """
-  for path in sorted(directory.iterdir()) if directory.is_dir() else []:
-    name = path.name.split(".")[0]
-    if not name.isdecimal() or not path.is_dir():
-      continue
-    if not manifest.is_finished(path):
-      shutil.rmtree(path)
-    elif int(name) > step:
-      others = (path.with_name(f"damaged-{name}.{n}") for n in range(1, 10_000))
-      names = itertools.chain([path.with_name(f"damaged-{name}")], others)
-      path.rename(next(path for path in names if not path.exists()))

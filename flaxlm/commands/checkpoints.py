@@ -26,7 +26,7 @@ def add_ckpt(commands: Any) -> None:
 
 def run_ckpt(args: argparse.Namespace, _: list[str]) -> int:
   from flaxlm.checkpoint.manifest import damage, saved_steps
-  from flaxlm.decoding.runs import CHECKPOINTS, find_run
+  from flaxlm.runs import CHECKPOINTS, find_run
 
   directory = find_run(args.path, args.runs_dir) / CHECKPOINTS
   whole = True

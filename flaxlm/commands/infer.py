@@ -170,23 +170,24 @@ def read_bias(text: str) -> tuple[int, float]:
 
 
 def open_decoder(args: argparse.Namespace) -> Any:
-  from flaxlm.decoding.runs import ready
+  from flaxlm.decoding.loading import prepare_for_decoding
 
   run = open_run(args)
   if run.cfg.model.family == "encoder":
     return run
-  run = ready(run, args.weights, args.cache == "int8")
+  run = prepare_for_decoding(run, args.weights, args.cache == "int8")
   return run if args.draft is None else with_draft(run, args)
 
 
 def with_draft(run: Any, args: argparse.Namespace) -> Any:
   """The run with who guesses for it: another run, or the text itself."""
-  from flaxlm.decoding.runs import find_run, load_run, ready
+  from flaxlm.decoding.loading import load_run, prepare_for_decoding
   from flaxlm.decoding.speculative import Draft
+  from flaxlm.runs import find_run
 
   draft = Draft(num_tokens=args.draft_tokens)
   if args.draft != "ngram":
-    small = ready(load_run(find_run(args.draft, args.runs_dir), run.mesh))
+    small = prepare_for_decoding(load_run(find_run(args.draft, args.runs_dir), run.mesh))
     if small.tokenizer.fingerprint != run.tokenizer.fingerprint:
       raise ConfigError(
         f"{args.draft} has another tokenizer", "draft with one that shares it"

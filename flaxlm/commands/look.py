@@ -102,8 +102,8 @@ def run_embeddings(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def run_positions(args: argparse.Namespace, arguments: list[str]) -> int:
-  from flaxlm.decoding.runs import CONFIG, load_config_of
   from flaxlm.look.positions import check_positions, look_positions
+  from flaxlm.runs import CONFIG, load_config_of
 
   named = arguments[0] if arguments and not arguments[0].startswith("--") else None
   candidates = [Path(named), Path(args.runs_dir) / named] if named else []
@@ -137,7 +137,7 @@ def run_run(args: argparse.Namespace, _: list[str]) -> int:
 
 def find(args: argparse.Namespace) -> Path:
   """The run's directory, once it is known that the picture can be written."""
-  from flaxlm.decoding.runs import find_run
+  from flaxlm.runs import find_run
 
   check_output(args)
   return find_run(args.path, args.runs_dir)
@@ -148,8 +148,8 @@ def open_text(args: argparse.Namespace, check: Any) -> tuple[Path, Any]:
 
   What is wrong with the arguments shows here, before the checkpoint is read.
   """
-  from flaxlm.decoding.runs import TOKENIZER, load_config_of
   from flaxlm.look.pieces import make_reading
+  from flaxlm.runs import TOKENIZER, load_config_of
   from flaxlm.tokenizers import load_tokenizer
 
   if args.max_tokens < 2:

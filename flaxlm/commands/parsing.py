@@ -45,8 +45,9 @@ def open_run(args: argparse.Namespace, needs_text: bool = True) -> Any:
   """The run that the command line names, on the devices that it names."""
   from flaxlm.config import parse_mesh
   from flaxlm.data.sources import data_dir
-  from flaxlm.decoding.runs import find_run, load_run
+  from flaxlm.decoding.loading import load_run
   from flaxlm.platform import start_jax
+  from flaxlm.runs import find_run
   from flaxlm.sharding import make_mesh
 
   path = find_run(args.path, args.runs_dir)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from flaxlm.decoding.runs import KEPT
 from flaxlm.errors import ConfigError, DataError
+from flaxlm.runs import KEPT
 
 TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 Message = dict[str, str]  # "role" (system, user, assistant) and "content"

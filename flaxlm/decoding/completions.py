@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from flaxlm.decoding.generate import Memory, generate
+from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import Request
-from flaxlm.decoding.runs import Run
 from flaxlm.decoding.sampling import Sampling
 from flaxlm.decoding.search import beam_search
 from flaxlm.decoding.speculative import speculate

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxlm.decoding.prefill import mesh_scope, padded
-from flaxlm.decoding.runs import Run
+from flaxlm.decoding.loading import Run
+from flaxlm.decoding.prefill import padded
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
-from flaxlm.sharding import batch_shards, on_host
+from flaxlm.sharding import batch_shards, on_host, use_mesh
 from flaxlm.tokenizers import MASK
 
 ROWS_AT_A_TIME = 64
@@ -99,7 +99,7 @@ def in_batches(run: Run, rows: Sequence[Sequence[int]], function: Any) -> list[n
   for start in range(0, len(rows), ROWS_AT_A_TIME):
     some = rows[start : start + ROWS_AT_A_TIME]
     tokens_BT, lengths_B = padded(some, multiple * -(-len(some) // multiple))
-    with mesh_scope(run.mesh):
+    with use_mesh(run.mesh):
       values = function(run.model, run.params, tokens_BT, lengths_B)
     results += list(on_host(values)[: len(some)])
   return results

@@ -19,7 +19,6 @@ from flaxlm.decoding.prefill import (
   BLOCK_STEPS,
   Past,
   Request,
-  mesh_scope,
   prefill_logits,
 )
 from flaxlm.decoding.sampling import (
@@ -32,7 +31,7 @@ from flaxlm.decoding.sampling import (
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import NonFiniteError
 from flaxlm.nn.base import LanguageModel
-from flaxlm.sharding import on_host
+from flaxlm.sharding import on_host, use_mesh
 
 
 class DecodeState(NamedTuple):
@@ -103,7 +102,7 @@ def generate(
   request.check(model.cfg)
   num_rows, ids = len(request.prompts), jnp.int32(request.num_ids)
   how = How(rules_in_use(sampling), request.num_top)
-  with mesh_scope(mesh):
+  with use_mesh(mesh):
     params = prepare_params(params, model.cfg)
     past = None if memory is None else memory.past
     logits_BV, cache = prefill_logits(model, params, request, mesh, past)
@@ -119,7 +118,7 @@ def generate(
     nonlocal state
     if memory is not None:
       memory.past = None  # its cache is given away
-    with mesh_scope(mesh):
+    with use_mesh(mesh):
       state, chosen = decode_block(model, params, state, sampling, ids, how)
     return chosen
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from flaxlm.decoding.completions import Stopping, complete, make_request
 from flaxlm.decoding.constraint import regex_of_schema
 from flaxlm.decoding.generate import Memory
+from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import BLOCK_STEPS, SMALLEST_PREFIX, common_length
-from flaxlm.decoding.runs import Run
 from flaxlm.decoding.sampling import Settings, stack_settings
 from flaxlm.errors import ConfigError
 

@@ -7,7 +7,6 @@ and batch are rounded up to buckets, so that requests of all lengths share a few
 programs.
 """
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -265,8 +264,3 @@ def start_with_source(
   segments_BS = (jnp.arange(source_BS.shape[1]) < lengths_B[:, None]).astype(jnp.int32)
   source = Source(source_BS, segments_BS=segments_BS)
   return model.apply({"params": params}, source, slots, method="start")
-
-
-def mesh_scope(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-  """Sets the mesh around a call; not around a yield, where it would leak to the caller."""
-  return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxlm.decoding.prefill import BLOCK_STEPS, Request, mesh_scope, prefill_logits
+from flaxlm.decoding.prefill import BLOCK_STEPS, Request, prefill_logits
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import ConfigError, NonFiniteError
 from flaxlm.nn.base import LanguageModel
-from flaxlm.sharding import on_host
+from flaxlm.sharding import on_host, use_mesh
 
 NEVER = -1e9  # the score of what does not exist; infinities would make NaN when scaled
 MOST_BEAMS = 256
@@ -64,7 +64,7 @@ def beam_search(
     raise ConfigError(f"beams is {num_beams}", f"it can be 1 to {MOST_BEAMS}")
   request.check(model.cfg)
   num_steps = request.max_new_tokens
-  with mesh_scope(mesh):
+  with use_mesh(mesh):
     params = prepare_params(params, model.cfg)
     logits_BV, cache = prefill_logits(model, params, request, mesh)
     ids = jnp.int32(request.num_ids)

@@ -20,11 +20,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flaxlm.decoding.generate import Chosen, DecodeState, How, choose, for_batch, to_host
-from flaxlm.decoding.prefill import Request, mesh_scope, prefill_logits
+from flaxlm.decoding.prefill import Request, prefill_logits
 from flaxlm.decoding.sampling import ASK_WHAT_WAS_SEEN, Sampling, rules_in_use, sample
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
+from flaxlm.sharding import use_mesh
 
 PASSES = 4  # of the model in a block
 MOST_GUESSES = 32
@@ -87,7 +88,7 @@ def speculate(
   roomy = dataclasses.replace(
     request, max_new_tokens=request.max_new_tokens + draft.num_tokens + 1
   )
-  with mesh_scope(mesh):
+  with use_mesh(mesh):
     params = prepare_params(params, model.cfg)
     logits_BV, cache = prefill_logits(model, params, roomy, mesh)
     draft_cache, draft_params = None, draft.params
@@ -102,7 +103,7 @@ def speculate(
   queue = Queue(num_rows, request.max_new_tokens)
   yield from queue.add(to_host(chosen, num_rows), np.ones((num_rows, 1), bool))
   while not queue.done:
-    with mesh_scope(mesh):
+    with use_mesh(mesh):
       state, chosen, real_BT = check_guesses(
         model, params, state, sampling, ids, guessing, draft_params
       )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.config import ResolvedModel
-from flaxlm.decoding.runs import Run
+from flaxlm.decoding.loading import Run
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.huggingface import describe, reader

@@ -25,12 +25,13 @@ from flaxlm.config import (
   TrainingConfig,
   to_json,
 )
-from flaxlm.decoding.runs import CHECKPOINTS, CONFIG, KEPT, TOKENIZER, Run
+from flaxlm.decoding.loading import Run
 from flaxlm.errors import CheckpointError
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.family import Family
 from flaxlm.interop.huggingface import Loaded, describe, load_checkpoint, save_checkpoint
 from flaxlm.interop.settings import Settings, read_json
+from flaxlm.runs import CHECKPOINTS, CONFIG, KEPT, TOKENIZER
 from flaxlm.tokenizers.imported import (
   SPECIALS,
   ImportedTokenizer,

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from flaxlm.config import ResolvedModel
-from flaxlm.decoding.runs import Run
+from flaxlm.decoding.loading import Run
 from flaxlm.errors import ConfigError
 from flaxlm.look.page import Shares, View
 from flaxlm.look.pieces import Reading, apply_to_row, complete_reading, describe

@@ -3,7 +3,7 @@
 
 import numpy as np
 
-from flaxlm.decoding.runs import Run
+from flaxlm.decoding.loading import Run
 from flaxlm.errors import ConfigError
 from flaxlm.look.page import View
 from flaxlm.look.pieces import describe

@@ -9,11 +9,10 @@ import jax
 import numpy as np
 
 from flaxlm.config import ResolvedModel
-from flaxlm.decoding.generate import mesh_scope
-from flaxlm.decoding.runs import Run
+from flaxlm.decoding.loading import Run
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import Source
-from flaxlm.sharding import batch_shards
+from flaxlm.sharding import batch_shards, use_mesh
 from flaxlm.tokenizers import MASK, AnyTokenizer, Role
 
 # How what has no shape of its own is drawn.
@@ -157,6 +156,6 @@ def apply_to_row(
   copies = batch_shards(run.mesh.shape)
   repeat = lambda row: np.tile(np.array(row, np.int32), (copies, 1))
   source = None if source_ids is None else Source(repeat(source_ids))
-  with mesh_scope(run.mesh):
+  with use_mesh(run.mesh):
     out = function(run.model, run.params, repeat(ids), source, *args)
   return jax.tree.map(np.asarray, out)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from flaxlm.config import Config, difference, knobs
-from flaxlm.decoding.runs import LOG, METRICS, SAMPLE, load_config_of
 from flaxlm.errors import CheckpointError
 from flaxlm.look.charts import line_chart
 from flaxlm.look.page import View
+from flaxlm.runs import LOG, METRICS, SAMPLE, load_config_of
 
 # (title, y label, {metric: name}). What is not here is drawn after these.
 CHARTS = [

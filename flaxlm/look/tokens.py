@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxlm.decoding.runs import Run
+from flaxlm.decoding.loading import Run
 from flaxlm.look.page import View
 from flaxlm.look.pieces import Piece, Reading, apply_to_row, complete_reading, describe
 from flaxlm.nn.base import LanguageModel

@@ -26,12 +26,12 @@ from flaxlm.sharding import with_shardings
 def build_model(
   cfg: ModelConfig, run: TrainingConfig | None = None, kernel_head_dim: int = 0
 ) -> LanguageModel:
-  """The model of a config.
+  """The model of a config; `run` gives dtypes, remat and scan (default: float32).
 
-  `run` gives dtypes, remat and scan (default: float32), `kernel_head_dim` the largest head
-  that cuDNN's attention takes on the devices at hand (`platform.kernel_head_dim`).
+  `kernel_head_dim` is what `platform.kernel_head_dim` says of the devices that will run
+  it. The default suits a model that is only described: it takes no kernel of a device.
   """
-  execution = Execution()
+  execution = Execution(kernel_head_dim=kernel_head_dim)
   if run is not None:
     dtype, param_dtype = jnp.dtype(run.dtype), jnp.dtype(run.param_dtype)
     execution = Execution(

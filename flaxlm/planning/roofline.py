@@ -12,12 +12,12 @@ of b bytes takes b (n - 1) / n / W on an axis of n, its reduction the same, both
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 
 from flaxlm.config import MESH_AXES, ResolvedConfig, slow_axes
-from flaxlm.nn.kernels.paths import Path
+from flaxlm.nn.kernels.paths import Path, training_path
+from flaxlm.nn.models import build_model
 from flaxlm.planning.cost import (
   TOKENS_PER_PARAMETER,
   StepCost,
@@ -49,7 +49,6 @@ from flaxlm.planning.products import (
   training_products,
 )
 from flaxlm.sharding import batch_shards, describe_mesh
-from flaxlm.training.step import attention_path
 
 COLLECTIVE_SECONDS = 1e-6  # no exchange is faster, however small (scaling book)
 # Passes over an array that a layer keeps: written, read, and its gradient likewise; an
@@ -170,11 +169,11 @@ def with_path(
   cfg: ResolvedConfig, sizes: Sizes, device: Device
 ) -> tuple[ResolvedConfig, Path | None]:
   """The config with the path that attention takes on such a mesh, and why it does."""
-  path = attention_path(cfg, sizes, device.kernel_head_dim)
+  model = build_model(cfg.model, cfg.training, device.kernel_head_dim)
+  path = training_path(model.cfg, model.run, sizes, cfg.data.seq_len, source_len(cfg))
   if path is None:
     return cfg, None
-  name: Any = path.name
-  training = dataclasses.replace(cfg.training, attention=name)
+  training = dataclasses.replace(cfg.training, attention=path.name)
   return dataclasses.replace(cfg, training=training), path
 
 

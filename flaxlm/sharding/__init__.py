@@ -16,6 +16,7 @@ from flaxlm.sharding.mesh import (
   hybrid_grid,
   make_mesh,
   networks,
+  use_mesh,
 )
 from flaxlm.sharding.rules import (
   FIELDS,
@@ -60,5 +61,6 @@ __all__ = [
   "networks",
   "on_host",
   "partition_spec",
+  "use_mesh",
   "with_shardings",
 ]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device mesh: made from a config, on one network or two."""
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +29,21 @@ def make_mesh(mesh: MeshConfig) -> Mesh:
     grid = hybrid_grid(shape, slow, jax.devices())
     return Mesh(grid, tuple(shape), axis_types=types)
   return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=types)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh | None) -> Iterator[None]:
+  """Sets the mesh: what is traced meanwhile finds there the axes that it is cut over.
+
+  For a `with` block, or to wrap a function: `use_mesh(mesh)(jax.jit(step))`, which then
+  finds its mesh on any thread. Not for a block that yields: the caller would have the mesh
+  too. With None nothing is set, and nothing is cut.
+  """
+  if mesh is None:
+    yield
+  else:
+    with jax.set_mesh(mesh):
+      yield
 
 
 def describe_mesh(sizes: Mapping[str, int], slow: Sequence[str] = ()) -> str:

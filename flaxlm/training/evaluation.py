@@ -14,9 +14,10 @@ from flaxlm.data.batches import Batches
 from flaxlm.data.prepare import Store, prepare
 from flaxlm.data.sources import data_dir, find_corpus
 from flaxlm.decoding.completions import search
-from flaxlm.decoding.runs import TOKENIZER, Run
+from flaxlm.decoding.loading import Run
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
+from flaxlm.runs import TOKENIZER
 from flaxlm.sharding import batch_parts
 from flaxlm.tokenizers import AnyTokenizer
 from flaxlm.training.step import compile_eval_step, put_batch

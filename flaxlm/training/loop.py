@@ -7,10 +7,8 @@ so that most mistakes show within seconds.
 
 import contextlib
 import dataclasses
-import fcntl
 import secrets
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,13 +19,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxlm.checkpoint.manifest import newest_whole_step, saved_steps, write_atomically
-from flaxlm.checkpoint.store import CheckpointStore, make_room_after
+from flaxlm.checkpoint.manifest import write_atomically
+from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import (
   Config,
   ResolvedModel,
   check_config,
-  difference,
   slow_axes,
   to_json,
 )
@@ -36,19 +33,31 @@ from flaxlm.data.prepare import Prepared, prepare
 from flaxlm.data.sources import data_dir, to_stderr
 from flaxlm.decoding.completions import complete, search
 from flaxlm.decoding.encoding import fill_masks
-from flaxlm.decoding.runs import CHECKPOINTS, CONFIG, SAMPLE, TOKENIZER, Run, load_config_of
+from flaxlm.decoding.loading import Run
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.distributed.peers import Alone
 from flaxlm.distributed.start import joined
 from flaxlm.errors import (
   INTERRUPTED,
   PREEMPTED,
-  CheckpointError,
   NonFiniteError,
 )
 from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.kernels.paths import Path as AttentionPath
+from flaxlm.nn.kernels.paths import training_path
 from flaxlm.nn.models import build_model
 from flaxlm.platform import kernel_head_dim, start_jax
+from flaxlm.runs import (
+  CHECKPOINTS,
+  CONFIG,
+  SAMPLE,
+  TOKENIZER,
+  check_same_experiment,
+  load_config_of,
+  locked,
+  make_room_after,
+  resume_step,
+)
 from flaxlm.sharding import check_batch, check_replication, describe_mesh, make_mesh
 from flaxlm.tokenizers import MASK, expected_vocab_size
 from flaxlm.training.evaluation import Evaluator, describe_evaluation, split_batches
@@ -61,7 +70,6 @@ from flaxlm.training.step import (
   TrainStep,
   abstract_batch,
   abstract_state,
-  attention_path,
   compile_train_step,
   init_state,
   put_batch,
@@ -69,11 +77,6 @@ from flaxlm.training.step import (
 from flaxlm.training.watchdog import Watchdog
 
 MOST_SKIPPED_STEPS = 3  # in a row, before a run that keeps diverging is stopped
-
-# A run goes on only with the data and the parameters that it began with.
-FIXED_FIELDS = ("model.", "tokenizer.", "data.", "seed", "optimizer.kind")
-# Runs from before `model.num_ids` did not know which rows are padding.
-FREE_FIELDS = ("data.num_epochs", "model.dropout", "model.num_ids")
 
 # Process 0 leaves it in the run directory, where network file systems show it soon.
 MARK, MARK_SECONDS = ".job", 30.0
@@ -86,13 +89,11 @@ def train(cfg: Config) -> int:
   with joined(cfg) as peers, contextlib.ExitStack() as stack:
     mesh = make_mesh(cfg.mesh)
     check_batch(cfg, mesh.shape)
-    attention = attention_path(
-      cfg.resolve(expected_vocab_size(cfg.tokenizer)), mesh.shape, kernel_head_dim()
-    )
+    attention = choose_attention(cfg, mesh)
     # -- Run directory: ours alone from here on.
-    stack.enter_context(locked(cfg.run_dir))
+    stack.enter_context(locked(cfg.run_dir, peers.process))
     check_shared(cfg.run_dir, peers)
-    first_step = peers.decide(lambda: resume_step(cfg))
+    first_step = peers.decide(lambda: resume_step(cfg, to_stderr))
 
     # -- Data: what there is to learn from decides the vocabulary. It is known before, but
     # for the smallest corpora, so the program compiles while data are prepared.
@@ -120,7 +121,7 @@ def train(cfg: Config) -> int:
       batches = split_batches(cfg, prepared.train, mesh, shuffled=True)
       validation = split_batches(cfg, prepared.validation, mesh, shuffled=False)
       if first_step:
-        check_same_experiment(cfg, prepared.fingerprint, first_step, peers)
+        check_resumable(cfg, prepared.fingerprint, first_step, peers)
       stop = stack.enter_context(stop_signals(peers))
       future = early[0] if early and guess == cfg.model else compiling(cfg.model)
       if writes:
@@ -353,44 +354,6 @@ class Clock:
 # -- Before the first step ---------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-  """Holds the run directory; a second trainer in it is refused at once."""
-  try:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = (run_dir / f".lock-{jax.process_index()}").open("w")
-  except OSError as e:
-    raise CheckpointError(f"{run_dir} cannot be written: {e}", "choose --runs_dir") from e
-  with lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-      raise CheckpointError(
-        f"another process trains into {run_dir}",
-        "wait for it, or choose another --name",
-      ) from None
-    yield
-
-
-def resume_step(cfg: Config) -> int:
-  """The newest whole step, or 0 for a new run. Raises `CheckpointError` as asked to."""
-  directory, resume = cfg.run_dir / CHECKPOINTS, cfg.checkpoint.resume
-  if resume == "never":
-    set_aside(directory)
-    make_room_after(directory, 0)
-    return 0
-  step = newest_whole_step(directory, warn=lambda line: print(line, file=sys.stderr))
-  if step is None:
-    if resume == "must":
-      raise CheckpointError(
-        f"{cfg.run_dir} has no checkpoint to resume from",
-        "check --name and --runs_dir, or use --checkpoint.resume=auto",
-      )
-    make_room_after(directory, 0)
-    return 0
-  return step
-
-
 def make_model_config(
   cfg: Config, tokenizer_size: int, mesh: Mesh, first_step: int
 ) -> ResolvedModel:
@@ -403,6 +366,14 @@ def make_model_config(
     if stored.num_ids == model.num_ids:
       return dataclasses.replace(model, vocab_size=stored.vocab_size)
   return model.padded(mesh.shape["tensor"])
+
+
+def choose_attention(cfg: Config, mesh: Mesh) -> AttentionPath | None:
+  """The path that attention takes in a step; refuses one that is asked for and cannot."""
+  model_cfg = cfg.model.resolve(expected_vocab_size(cfg.tokenizer))
+  run = build_model(model_cfg, cfg.training, kernel_head_dim()).run
+  source_len = cfg.data.source_len or cfg.data.seq_len
+  return training_path(model_cfg, run, mesh.shape, cfg.data.seq_len, source_len)
 
 
 def check_shared(run_dir: Path, peers: Alone) -> None:
@@ -424,37 +395,16 @@ def check_shared(run_dir: Path, peers: Alone) -> None:
   peers.agree(f"what is in {run_dir}", seen)
 
 
-def check_same_experiment(cfg: Config, fingerprint: str, step: int, peers: Alone) -> None:
-  """Refuses to go on from a step of other data or another model. Clears the way if not."""
-  cure = "choose another --name, or start over with --checkpoint.resume=never"
-  before = load_config_of(cfg.run_dir)
-  changed = [
-    f"{name} was {old}, now {new}"
-    for name, (old, new) in difference(before, cfg).items()
-    if name.startswith(FIXED_FIELDS) and name not in FREE_FIELDS
-  ]
-  if changed:
-    raise CheckpointError(
-      f"{cfg.run_dir} is another experiment: {', '.join(changed)}", cure
-    )
+def check_resumable(cfg: Config, fingerprint: str, step: int, peers: Alone) -> None:
+  """Refuses to resume from a step of other data or another model, else makes room."""
   directory = cfg.run_dir / CHECKPOINTS
   store = CheckpointStore(directory)
   try:
     stored = store.restore_progress(step)
   finally:
     store.close()
-  if stored["corpus"] != fingerprint:
-    raise CheckpointError(
-      f"the text of {cfg.data.corpus} is not what {cfg.run_dir} was trained on", cure
-    )
+  check_same_experiment(load_config_of(cfg.run_dir), cfg, stored["corpus"], fingerprint)
   peers.decide(lambda: make_room_after(directory, step))
-
-
-def set_aside(directory: Path) -> None:
-  """Renames the checkpoints of an earlier run; nothing is ever deleted for a new one."""
-  if saved_steps(directory):
-    taken = (directory.with_name(f"{directory.name}.{n}") for n in range(1, 10_000))
-    directory.rename(next(path for path in taken if not path.exists()))
 
 
 def describe(cfg: Config, state: TrainState, prepared: Prepared, mesh: Mesh) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flaxlm.checkpoint.manifest import write_atomically
-from flaxlm.decoding.runs import LOG, METRICS
+from flaxlm.runs import LOG, METRICS
 
 
 class Reporter:

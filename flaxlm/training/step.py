@@ -2,7 +2,7 @@
 """The training step: traced, pure, sharded by the names that its parameters carry."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,12 +13,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from flaxlm.config import DataConfig, ResolvedConfig, TrainingConfig
+from flaxlm.config import DataConfig, TrainingConfig
 from flaxlm.data.objectives import Batch
 from flaxlm.nn.base import LanguageModel, Output, Source
-from flaxlm.nn.kernels.paths import Path, choose_path
-from flaxlm.nn.models import abstract_params, build_model, init_params
-from flaxlm.sharding import batch_parts, batch_sharding, like_parameters
+from flaxlm.nn.models import abstract_params, init_params
+from flaxlm.sharding import batch_parts, batch_sharding, like_parameters, use_mesh
 from flaxlm.training.losses import cross_entropy
 from flaxlm.training.optimizer import Optimizer
 
@@ -249,12 +248,12 @@ class TrainStep:
   def __call__(
     self, state: TrainState, batch: Batch, seed: ArrayLike
   ) -> tuple[TrainState, Metrics]:
-    with jax.set_mesh(self._mesh):
+    with use_mesh(self._mesh):
       return self._jitted(state, batch, seed)
 
   def lower(self, state: TrainState, batch: Batch, seed: Any) -> jax.stages.Lowered:
     """For abstract arguments; once compiled, calls with such arguments find it."""
-    with jax.set_mesh(self._mesh):
+    with use_mesh(self._mesh):
       return self._jitted.lower(state, batch, seed)
 
 
@@ -298,38 +297,11 @@ def compile_eval_step(
   step = functools.partial(eval_step, model)
   # Every process reads the sums.
   jitted = jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
-  return under_mesh(jitted, mesh)
-
-
-def under_mesh(function: Callable, mesh: Mesh) -> Callable:
-  """Calls with the mesh set: activations find it at trace time, on any thread."""
-
-  @functools.wraps(function)
-  def call(*args: Any) -> Any:
-    with jax.set_mesh(mesh):
-      return function(*args)
-
-  return call
+  return use_mesh(mesh)(jitted)
 
 
 def shardings_of(tree: Any) -> Any:
   return jax.tree.map(lambda x: x.sharding, tree)
-
-
-def attention_path(
-  cfg: ResolvedConfig, sizes: Mapping[str, int], kernel_head_dim: int
-) -> Path | None:
-  """How the rows of a config's batches attend on a mesh of such devices; None in an RNN.
-
-  Raises `ConfigError` where `training.attention` cannot be had there.
-  """
-  if cfg.model.family == "rnn":
-    return None
-  run = build_model(cfg.model, cfg.training, kernel_head_dim).run
-  source_len = 0
-  if cfg.model.family == "encoder_decoder":
-    source_len = cfg.data.source_len or cfg.data.seq_len
-  return choose_path(cfg.model, run, sizes, (cfg.data.seq_len, source_len))
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:

@@ -22,12 +22,12 @@ from flaxlm.checkpoint.manifest import (
   NAME,
   damage,
   is_finished,
-  newest_whole_step,
   saved_steps,
   write_manifest,
 )
-from flaxlm.checkpoint.store import CheckpointStore, make_room_after
+from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.errors import CheckpointError
+from flaxlm.runs import make_room_after, newest_whole_step
 from flaxlm.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent.parent
@@ -380,7 +380,8 @@ import shutil, sys
 from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
-from flaxlm.checkpoint.manifest import newest_whole_step, saved_steps
+from flaxlm.checkpoint.manifest import saved_steps
+from flaxlm.runs import newest_whole_step
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.errors import CheckpointError
 

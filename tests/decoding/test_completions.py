@@ -20,8 +20,8 @@ from flaxlm.decoding.completions import (
   _Row,
   complete,
 )
+from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import BLOCK_STEPS
-from flaxlm.decoding.runs import Run
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import abstract_params, build_model

@@ -13,7 +13,7 @@ from test_completions import BYTES, make_run
 from flaxlm.decoding.completions import Stopping, complete
 from flaxlm.decoding.constraint import FREE, NEVER, build_automaton, regex_of_schema
 from flaxlm.decoding.jobs import Job, read_jobs, run_jobs
-from flaxlm.decoding.runs import Run
+from flaxlm.decoding.loading import Run
 from flaxlm.decoding.sampling import Settings, make_sampling, stack_settings
 from flaxlm.errors import ConfigError
 from flaxlm.tokenizers import train_tokenizer

@@ -12,9 +12,10 @@ from flaxlm.decoding import jobs as jobs_module
 from flaxlm.decoding.chat import load_chat
 from flaxlm.decoding.completions import Stopping, complete
 from flaxlm.decoding.jobs import Job, batches, read_jobs, run_jobs, size
-from flaxlm.decoding.runs import KEPT, Run
+from flaxlm.decoding.loading import Run
 from flaxlm.decoding.sampling import Settings, make_sampling
 from flaxlm.errors import ConfigError, DataError
+from flaxlm.runs import KEPT
 
 DEFAULTS = Job("", Settings(temperature=1.0, seed=5), Stopping(), 6)
 LINES = [

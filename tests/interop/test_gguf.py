@@ -13,7 +13,7 @@ from test_transfer import own_run
 
 from flaxlm.cli import main
 from flaxlm.config import ModelConfig, RopeConfig
-from flaxlm.decoding.runs import load_run
+from flaxlm.decoding.loading import load_run
 from flaxlm.errors import CheckpointError
 from flaxlm.interop.gguf import ARCHITECTURES, export_gguf, find_cut, frequency_factors
 from flaxlm.interop.transfer import export_run

@@ -17,7 +17,7 @@ from tiny_models import LLAMA, VARIANTS, Tiny, Variant, tiny
 
 from flaxlm.config import Config, ModelConfig
 from flaxlm.decoding.completions import complete
-from flaxlm.decoding.runs import Run, load_run
+from flaxlm.decoding.loading import Run, load_run
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.huggingface import Loaded, load_checkpoint, save_checkpoint

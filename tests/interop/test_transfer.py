@@ -20,7 +20,7 @@ from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import Config, ModelConfig, to_json
 from flaxlm.decoding.completions import complete
 from flaxlm.decoding.encoding import embed_texts, fill_masks
-from flaxlm.decoding.runs import load_run
+from flaxlm.decoding.loading import load_run
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.errors import CheckpointError, DataError
 from flaxlm.interop.families import FAMILIES

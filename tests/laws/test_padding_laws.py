@@ -14,13 +14,12 @@ from test_training_laws import FAST, mesh_of, packed_batch
 
 from flaxlm.config import ModelConfig
 from flaxlm.nn.models import abstract_params, build_model, init_params
-from flaxlm.sharding import make_mesh
+from flaxlm.sharding import make_mesh, use_mesh
 from flaxlm.training.step import (
   eval_step,
   forward,
   loss_and_gradient,
   put_batch,
-  under_mesh,
 )
 
 REAL = ModelConfig(
@@ -68,7 +67,7 @@ def learn(cfg: ModelConfig, flat: dict, mesh: Any = None, **loss: Any) -> tuple:
   model = build_model(cfg, run)
   shardings = jax.tree.map(lambda x: x.sharding, abstract_params(model, mesh))
   params = jax.device_put(unflatten_dict(flat, sep="/"), shardings)
-  step = under_mesh(jax.jit(functools.partial(loss_and_gradient, model, run)), mesh)
+  step = use_mesh(mesh)(jax.jit(functools.partial(loss_and_gradient, model, run)))
   found = step(params, put_batch(batch_of(), mesh), jax.random.key(0))
   loss_sum, gradient = jax.device_get(found)
   return loss_sum, flatten_dict(gradient, sep="/")

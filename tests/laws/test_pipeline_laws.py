@@ -22,7 +22,7 @@ from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import abstract_params, build_model, init_cache
 from flaxlm.nn.pipeline import Schedule
-from flaxlm.sharding import axes_of, check_batch
+from flaxlm.sharding import axes_of, check_batch, use_mesh
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
   SEED,
@@ -32,7 +32,6 @@ from flaxlm.training.step import (
   compile_train_step,
   init_state,
   put_batch,
-  under_mesh,
 )
 
 DEEP = dataclasses.replace(CFG, depth=4)
@@ -187,7 +186,7 @@ def test_every_microbatch_has_dropout_of_its_own():
     options = dict(deterministic=False, rngs=rngs, method="hidden")
     return model.apply({"params": params}, tokens_BT, **options).value
 
-  drop = under_mesh(jax.jit(hidden), mesh)
+  drop = use_mesh(mesh)(jax.jit(hidden))
   first, again, other = (np.asarray(drop(params, seed)) for seed in (0, 0, 1))
   np.testing.assert_array_equal(first, again)
   rows = [*first, other[0]]
@@ -212,7 +211,7 @@ def test_evaluation_and_decoding_on_stages():
         cache, logits = out.cache, [*logits, out.value]
       return jnp.concatenate(logits, 1)
 
-    logits = under_mesh(jax.jit(decode), mesh)(prepared, batch.tokens_BT[:4])
+    logits = use_mesh(mesh)(jax.jit(decode))(prepared, batch.tokens_BT[:4])
     results.append(jax.device_get((sums, logits)))
   compare = lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
   jax.tree.map(compare, *results)
@@ -228,7 +227,7 @@ def test_maps_are_captured_on_stages():
       {"params": params}, tokens_BT, capture=True
     ).attention["self"]
     tokens_BT = packed_batch().tokens_BT[:4]
-    maps.append(np.asarray(under_mesh(jax.jit(look), mesh)(params, tokens_BT)))
+    maps.append(np.asarray(use_mesh(mesh)(jax.jit(look))(params, tokens_BT)))
   np.testing.assert_allclose(*maps, atol=1e-5)
 
 

@@ -19,7 +19,7 @@ from flaxlm.config import (
 )
 from flaxlm.data.objectives import next_token
 from flaxlm.nn.models import abstract_params, build_model
-from flaxlm.sharding import batch_shards, make_mesh
+from flaxlm.sharding import batch_shards, make_mesh, use_mesh
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
   abstract_state,
@@ -28,7 +28,6 @@ from flaxlm.training.step import (
   init_state,
   loss_and_gradient,
   put_batch,
-  under_mesh,
 )
 
 CFG = ModelConfig(
@@ -101,7 +100,7 @@ def loss_and_gradient_on(mesh, cfg=CFG, run=FAST):
   state = init_state(model, build_optimizer(OptimizerConfig(), 10), mesh, seed=3)
   part = functools.partial(loss_and_gradient, model, run)
   whole = functools.partial(accumulate, part, run.accumulation_steps)
-  step = under_mesh(jax.jit(whole), mesh)
+  step = use_mesh(mesh)(jax.jit(whole))
   batch = put_batch(batch_of(cfg), mesh)
   return jax.device_get(step(state.params, batch, jax.random.key(0)))
 

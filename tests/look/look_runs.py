@@ -13,9 +13,10 @@ from jax.sharding import AxisType
 
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import MESH_AXES, OBJECTIVES, Config, DataConfig, ModelConfig, to_json
-from flaxlm.decoding.runs import CHECKPOINTS, CONFIG, TOKENIZER, Run
+from flaxlm.decoding.loading import Run
 from flaxlm.look.page import View, to_html, unpack
 from flaxlm.nn.models import abstract_params, build_model
+from flaxlm.runs import CHECKPOINTS, CONFIG, TOKENIZER
 from flaxlm.tokenizers import train_tokenizer
 
 BYTES = train_tokenizer("byte", [], 0)

@@ -13,7 +13,7 @@ import pytest
 from look_runs import HOSTILE, Page, make_run, page_of, save_run
 
 from flaxlm.cli import main
-from flaxlm.decoding.runs import CHECKPOINTS, load_run
+from flaxlm.decoding.loading import load_run
 from flaxlm.look.attention import look_attention
 from flaxlm.look.embeddings import look_embeddings
 from flaxlm.look.page import View, save_view
@@ -21,6 +21,7 @@ from flaxlm.look.pieces import make_reading
 from flaxlm.look.positions import look_positions
 from flaxlm.look.runs import look_run
 from flaxlm.look.tokens import look_tokens
+from flaxlm.runs import CHECKPOINTS
 from flaxlm.sharding import make_mesh
 
 METRICS = (

@@ -3,7 +3,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -18,7 +18,7 @@ SHORTEST_PROMPT = 32  # new tokens; the scores of fewer are not worth a kernel
 class Path(NamedTuple):
   """Which kernel attention takes, and why not cuDNN's where it does not."""
 
-  name: str  # "blocked", "cudnn" or "cached"
+  name: Any  # "blocked", "cudnn" or "cached"
   why: str = ""
 
 
@@ -61,6 +61,23 @@ def choose_path(
 def path_here(cfg: ResolvedModel, run: Execution, lengths: Sequence[int]) -> Path:
   """The path over whole rows of such `lengths`, on the mesh that is set."""
   return choose_path(cfg, run, axis_sizes_in_use(), lengths)
+
+
+def training_path(
+  cfg: ResolvedModel,
+  run: Execution,
+  sizes: Mapping[str, int],
+  seq_len: int,
+  source_len: int,
+) -> Path | None:
+  """The path of a training step; None for an RNN, which has no attention.
+
+  `source_len` matters to an encoder-decoder only.
+  """
+  if cfg.family == "rnn":
+    return None
+  source_len = source_len if cfg.family == "encoder_decoder" else 0
+  return choose_path(cfg, run, sizes, (seq_len, source_len))
 
 
 def prompt_path(

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained run as a model: its parameters and tokenizer loaded, prepared for decoding."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from flaxlm.checkpoint.store import CheckpointStore
+from flaxlm.config import ResolvedConfig
+from flaxlm.decoding.weights import prepare_params
+from flaxlm.errors import CheckpointError, ConfigError
+from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.models import abstract_params, build_model
+from flaxlm.platform import kernel_head_dim
+from flaxlm.runs import CHECKPOINTS, TOKENIZER, load_config_of, newest_whole_step
+from flaxlm.sharding import use_mesh
+from flaxlm.tokenizers import AnyTokenizer, load_tokenizer
+
+
+class Run(NamedTuple):
+  """A trained model as stored at one step, and what it needs to read and write text."""
+
+  path: Path
+  cfg: ResolvedConfig
+  tokenizer: AnyTokenizer
+  step: int
+  model: LanguageModel
+  params: Any
+  mesh: Mesh
+  draft: Any = None  # a `Draft`, which guesses tokens for this run
+
+
+def load_run(
+  path: Path,
+  mesh: Mesh,
+  warn: Callable[[str], None] | None = None,
+  needs_text: bool = True,
+) -> Run:
+  """The newest whole checkpoint of a run, its parameters sharded over `mesh`.
+
+  `warn` gets a line for each damaged checkpoint that is skipped. Without `needs_text`
+  the run may lack a tokenizer, as an imported one may; `Run.tokenizer` is then None.
+  Raises `CheckpointError` when there is no checkpoint, or it does not fit its config.
+  """
+  cfg = load_config_of(path)
+  step = newest_whole_step(path / CHECKPOINTS, warn)
+  if step is None:
+    raise CheckpointError(f"{path} has no checkpoint yet", "train it first")
+  tokenizer: Any = None
+  if needs_text or (path / TOKENIZER).exists():
+    tokenizer = load_tokenizer(path / TOKENIZER)
+  model = build_model(cfg.model, cfg.training, kernel_head_dim())
+  store = CheckpointStore(path / CHECKPOINTS)
+  try:
+    params = store.restore(step, params=abstract_params(model, mesh))["params"]
+  finally:
+    store.close()
+  return Run(path, cfg, tokenizer, step, model, params, mesh)
+
+
+def prepare_for_decoding(
+  run: Run, weights: str | None = None, narrow_cache: bool = False
+) -> Run:
+  """The run with its parameters laid out as decoding reads them fastest.
+
+  It pays when the run decodes more than once. `weights` is the dtype that matrices are
+  kept in: with bfloat16 the model also computes in it, with int8 it does not.
+  `narrow_cache` keeps keys and values as int8. Raises `ConfigError` for an RNN, which
+  supports neither.
+  """
+  model = run.model
+  if run.cfg.model.family == "rnn" and (weights or narrow_cache):
+    raise ConfigError("an RNN has no narrow weights or cache", "leave the flags out")
+  execution = dataclasses.replace(model.run, narrow_cache=narrow_cache)
+  if weights == "bfloat16":
+    execution = dataclasses.replace(execution, dtype=jnp.dtype("bfloat16"))
+  with use_mesh(run.mesh):
+    params = prepare_params(run.params, model.cfg, weights)
+  return run._replace(params=params, model=model.clone(run=execution))
