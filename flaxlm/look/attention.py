@@ -120,8 +120,8 @@ def check_size(
 
 
 def layer_kind(cfg: ResolvedModel, layer: int) -> str:
-  local = cfg.period[layer % len(cfg.period)] == "L"
-  return f"local, {cfg.window} tokens" if local else ""
+  window = cfg.window_of(cfg.layer_kinds(layer + 1)[layer])
+  return "" if window is None else f"local, {window} tokens"
 
 
 # -- Figures -------------------------------------------------------------------------------

@@ -389,7 +389,10 @@ def _origins(jaxpr: Any) -> Callable[[Any], Any]:
 def decoding_memory(
   cfg: ResolvedConfig, sizes: Sizes, rows: int, context: int
 ) -> Mapping[str, int]:
-  """Bytes per device that decoding needs: weights, and the cache of `rows` x `context`."""
+  """Bytes per device that decoding `rows` rows of `context` tokens needs.
+
+  An encoder-decoder's source is as long as in training (`data.source_len`).
+  """
   training = cfg.training
   state = state_bytes(cfg.model, training, cfg.optimizer, sizes)
   item = jnp.dtype(training.dtype).itemsize
@@ -400,6 +403,6 @@ def decoding_memory(
   return {
     # Taken apart, layers are whole on every stage.
     "parameters": (state.elements + (sizes["stage"] - 1) * state.stored_in_blocks) * item,
-    "kv_cache": kv_cache_bytes(cfg.model, local, context, item) // parts,
+    "kv_cache": kv_cache_bytes(cfg.model, local, context, item, source_len(cfg)) // parts,
     "logits": local * (V // parts) * 4,
   }

@@ -417,7 +417,7 @@ def plan_decoding(
   item = jnp.dtype(cfg.training.dtype).itemsize
   usable, local = device.usable_bytes, sum(memory.values())
   whole = sum(parameters(cfg.model).values()) * item
-  whole += kv_cache_bytes(cfg.model, batch, context, item)
+  whole += kv_cache_bytes(cfg.model, batch, context, item, source_len(cfg))
   times = _decode_times(cfg, sizes, device, batch, context)
   seconds = None
   if all(time is not None for time in times.values()):
@@ -476,10 +476,12 @@ def decode_work(cfg: ResolvedConfig, rows: int, context: int) -> tuple[float, fl
   """One step of `rows` rows, whole: FLOPs, bytes of weights, bytes of cache."""
   model, item = cfg.model, jnp.dtype(cfg.training.dtype).itemsize
   work = forward_work(model, rows, 1)
-  attention = 4.0 * rows * model.depth * model.num_heads * (model.head_dim or 0) * context
-  flops = work.matmul + work.head + attention * (model.family != "rnn")
+  flops, source = work.matmul + work.head, source_len(cfg)
+  if model.family != "rnn":  # attention computes the scores of all slots of its cache
+    slots = sum(model.cache_slots(kind, context) for kind in model.layer_kinds())
+    flops += 4.0 * rows * model.num_heads * model.head_dim * (slots + model.depth * source)
   weights = read_parameters(cfg, rows) * item
-  return flops, weights, kv_cache_bytes(model, rows, context, item)
+  return flops, weights, kv_cache_bytes(model, rows, context, item, source)
 
 
 def read_parameters(cfg: ResolvedConfig, rows: int) -> int:

@@ -117,7 +117,7 @@ def check_stages(cfg: Config, sizes: Mapping[str, int]) -> None:
         f"nearest: {max(1, round(depth / (stages * repeats))) * stages * repeats}",
       )
     visit = depth // (stages * repeats)
-    kinds = [model.period[n % len(model.period)] for n in range(depth)]
+    kinds = model.layer_kinds(depth)
     if kinds != kinds[:visit] * stages * repeats:
       raise ConfigError(
         f"model.layer_pattern={model.layer_pattern} differs from stage to stage: each has "
