@@ -33,9 +33,9 @@ from flaxlm.nn.cache import (
 )
 from flaxlm.nn.layers import Embedding, FeedForward, build_norm
 from flaxlm.nn.moe import MoE
-from flaxlm.nn.pipeline import AXIS, Schedule, Visit, make_schedule, run_pipeline
+from flaxlm.nn.pipeline import AXIS, Visit, run_pipeline
 from flaxlm.nn.positions import alibi_bias, relative_buckets, rotation, sinusoids
-from flaxlm.sharding import RULES, axis_sizes_in_use, constrain
+from flaxlm.sharding import RULES, Schedule, axis_sizes_in_use, constrain, make_schedule
 
 # What is kept of a block besides its input, by `training.remat`.
 ATTENTION = "attention"  # the name of attention's output
