@@ -10,8 +10,8 @@ import numpy as np
 from flaxlm.config import ResolvedModel
 from flaxlm.decoding.runs import Run
 from flaxlm.errors import ConfigError
-from flaxlm.look.page import Shares, View
 from flaxlm.look.pieces import Reading, apply_to_row, complete_reading, describe
+from flaxlm.look.view import Shares, View
 from flaxlm.nn.base import LanguageModel
 
 MOST_TOKENS = 256

@@ -11,7 +11,7 @@ from flaxlm.config import Config, difference, knobs
 from flaxlm.decoding.runs import LOG, METRICS, SAMPLE, load_config_of
 from flaxlm.errors import CheckpointError
 from flaxlm.look.charts import line_chart
-from flaxlm.look.page import View
+from flaxlm.look.view import View
 
 # (title, y label, {metric: name}). What is not here is drawn after these.
 CHARTS = [

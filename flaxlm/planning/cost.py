@@ -124,7 +124,7 @@ def active_parameters(cfg: ResolvedModel) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class ForwardFlops:
   """FLOPs of one forward pass over some rows, in the three countings of this module."""
 
   matmul: float  # weights times tokens, without the head
@@ -159,7 +159,7 @@ def attention_passes(training: TrainingConfig) -> int:
 
 def forward_work(
   cfg: ResolvedModel, rows: int, seq_len: int, source_len: int | None = None
-) -> Work:
+) -> ForwardFlops:
   """One forward pass over `rows` rows; `source_len` is an encoder-decoder's."""
   D, V = cfg.width, cfg.vocab_size
   S = seq_len if source_len is None else source_len
@@ -183,7 +183,7 @@ def forward_work(
       cross = unit * depth * S
       seen, loose, executed = seen + cross, loose + cross, executed + cross
   head = 2.0 * rows * seq_len * (V * D + cfg.head_transform * D * D)
-  return Work(matmul, head, seen, loose, executed)
+  return ForwardFlops(matmul, head, seen, loose, executed)
 
 
 def _layer_weights(cfg: ResolvedModel, queries: int, source: int, cross: bool) -> float:
