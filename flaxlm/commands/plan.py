@@ -100,8 +100,8 @@ def add_shard(commands: Any) -> None:
 
 def run_shard(args: argparse.Namespace, arguments: list[str]) -> int:
   from flaxlm.config import parse_mesh
-  from flaxlm.planning.layout import lay_out, print_layout, to_json
   from flaxlm.planning.planner import resolve
+  from flaxlm.planning.sharding_report import print_sharding, report_sharding, to_json
 
   if args.compile and args.no_compile:
     raise ConfigError("--compile and --no-compile", "choose one")
@@ -109,10 +109,10 @@ def run_shard(args: argparse.Namespace, arguments: list[str]) -> int:
   mesh = cfg.mesh if args.mesh is None else parse_mesh(args.mesh)
   if args.mesh is None and dict(mesh) == {"data": -1}:
     mesh = {"data": 1}  # nobody said anything about devices
-  layout = lay_out(cfg, mesh, args.device, compiled=not args.no_compile)
+  report = report_sharding(cfg, mesh, args.device, compiled=not args.no_compile)
   with open_output(args.output) as out:
     if args.json:
-      print(json.dumps(to_json(layout)), file=out)
+      print(json.dumps(to_json(report)), file=out)
     else:
-      print_layout(layout, out)
+      print_sharding(report, out)
   return 0

@@ -159,6 +159,12 @@ class ModelConfig:
     """The kinds of layers, L and G, that repeat over the depth."""
     return self.layer_pattern or ("G" if self.window is None else "L")
 
+  def layer_kinds(self, depth: int | None = None) -> str:
+    """One letter per layer, L (sees a window) or G (sees all), of a stack of `depth`
+    layers; default: the model's own."""
+    depth = self.depth if depth is None else depth
+    return (self.period * depth)[:depth]
+
   def resolve(self, tokenizer_size: int | None = None) -> "ResolvedModel":
     """Fills in every `None` that has a rule, so that the modules see numbers only.
 
@@ -261,13 +267,7 @@ class ResolvedModel(ModelConfig):
       "gets no probability"
     )
 
-  # -- Local and global layers: which they are, and what each keeps in a cache
-
-  def layer_kinds(self, depth: int | None = None) -> str:
-    """One letter per layer, L (sees a window) or G (sees all), of a stack of `depth`
-    layers; default: the model's own."""
-    depth = self.depth if depth is None else depth
-    return (self.period * depth)[:depth]
+  # -- Local and global layers: what each sees, and what it keeps in a cache
 
   def window_of(self, kind: str) -> int | None:
     """The window of a layer of this kind; None: it sees everything."""

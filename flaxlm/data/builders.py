@@ -17,7 +17,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
-from flaxlm.data.sources import SPLITS, Corpus, Document, Log, Pair
+from flaxlm.data.corpus import SPLITS, Corpus, Document, Log, Pair
 from flaxlm.errors import DataError
 
 FILE_FORMAT = "array_record"

@@ -22,13 +22,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from flaxlm.config import TokenizerConfig
+from flaxlm.data.corpus import SPLITS, Corpus, Log
 from flaxlm.data.sources import (
-  SPLITS,
-  Corpus,
-  Log,
   data_dir,
   find_corpus,
   locked,
+  read_documents,
+  read_pairs,
   to_stderr,
 )
 from flaxlm.errors import DataError
@@ -145,7 +145,7 @@ def held_out_texts(corpus: Corpus, most_bytes: int, log: Log = to_stderr) -> lis
   """The first documents of the validation split, about `most_bytes` of them."""
   root, found, size = data_dir(), [], 0
   with locked(root, log):
-    for text in corpus.read("validation", root / "tfds"):
+    for text in read_documents(corpus, "validation", root / "tfds"):
       found.append(text)
       size += len(text)
       if size >= most_bytes:
@@ -185,8 +185,8 @@ class _Plan:
     """The texts of a split, by the name of the file that takes their tokens."""
     folder = self.root / "tfds"
     if self.objective != "seq2seq":
-      return {split: self.corpus.read(split, folder)}
-    sides = zip(SIDES, self.corpus.read_pairs(split, folder), strict=True)
+      return {split: read_documents(self.corpus, split, folder)}
+    sides = zip(SIDES, read_pairs(self.corpus, split, folder), strict=True)
     return {f"{split}.{side}": texts for side, texts in sides}
 
 

@@ -30,15 +30,12 @@ import os
 import struct
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
+from flaxlm.data.corpus import SPLITS, Corpus, Document, Log, Pair
 from flaxlm.errors import ConfigError, DataError
-
-Log = Callable[[str], None]
-SPLITS = ("train", "validation")
 
 # Python distributions differ in whether they ship the tests.
 STDLIB_EXCLUDED = frozenset(
@@ -48,76 +45,6 @@ DOCUMENT_BYTES = 2**20
 # A number of things that most languages count with the form that they use for many.
 MANY = 5
 _LISTING_VERSION = 1  # enters fingerprints: raise it when the rules of this file change
-
-
-class Document(NamedTuple):
-  """The bytes start..end of a file, a document of `split`."""
-
-  split: str
-  name: str
-  path: Path
-  start: int
-  end: int
-  digest: str  # of the whole file
-
-  def read(self) -> str:
-    with self.path.open("rb") as file:
-      file.seek(self.start)
-      return file.read(self.end - self.start).decode("utf-8", "replace")
-
-
-class Pair(NamedTuple):
-  """A text of `split` in two languages."""
-
-  split: str
-  source: str
-  target: str
-  domain: str  # the catalogue that it comes from, as gettext calls it
-
-
-@dataclass(frozen=True)
-class Corpus:
-  """A corpus that was found: `read` gives its text, `read_pairs` its pairs of texts."""
-
-  name: str
-  fingerprint: str  # of all text and how it is split
-  train_fingerprint: str  # of the train split: a tokenizer depends on no more
-  documents: tuple[Document, ...] = field(default=(), repr=False)  # of local files
-  pairs: tuple[Pair, ...] = field(default=(), repr=False)  # of catalogues
-  tfds_folder: Path | None = None  # of a public dataset
-
-  def read(self, split: str, root: Path) -> Sequence[str]:
-    """The documents of a split, in a fixed order; TFDS keeps its files in `root`.
-
-    Raises `DataError` if the corpus is made of pairs.
-    """
-    from flaxlm.data import builders  # importing TFDS costs 0.5 s
-
-    if self.pairs:
-      raise DataError(
-        f"{self.name} is made of pairs, not of documents",
-        "set --model.family=encoder_decoder --data.objective=seq2seq",
-      )
-    if self.tfds_folder:
-      return builders.read_prepared(self.tfds_folder, split)
-    return builders.read_local(self, split, root)
-
-  def read_pairs(self, split: str, root: Path) -> tuple[Sequence[str], Sequence[str]]:
-    """The sources and the targets of a split, in a fixed order.
-
-    Raises `DataError` if the corpus is made of documents.
-    """
-    from flaxlm.data import builders  # importing TFDS costs 0.5 s
-
-    if self.documents:
-      raise DataError(
-        f"{self.name} has no pairs of source and target",
-        "use gettext:LANG (as gettext:de, after `pip install Django`) or a translation "
-        "dataset of TFDS (as tfds:wmt14_translate/de-en)",
-      )
-    if self.tfds_folder:
-      return builders.read_prepared_pairs(self.tfds_folder, split)
-    return builders.read_local_pairs(self, split, root)
 
 
 def to_stderr(line: str) -> None:
@@ -155,6 +82,43 @@ def find_corpus(name: str, log: Log = to_stderr) -> Corpus:
     f"data.corpus={name!r} is not a corpus",
     f"did you mean {near[0]}?" if near else f"it can be {', '.join(known)}",
   )
+
+
+def read_documents(corpus: Corpus, split: str, root: Path) -> Sequence[str]:
+  """The documents of a split, in a fixed order; TFDS keeps its files in `root`.
+
+  Raises `DataError` if the corpus is made of pairs.
+  """
+  from flaxlm.data import builders  # importing TFDS costs 0.5 s
+
+  if corpus.pairs:
+    raise DataError(
+      f"{corpus.name} is made of pairs, not of documents",
+      "set --model.family=encoder_decoder --data.objective=seq2seq",
+    )
+  if corpus.tfds_folder:
+    return builders.read_prepared(corpus.tfds_folder, split)
+  return builders.read_local(corpus, split, root)
+
+
+def read_pairs(
+  corpus: Corpus, split: str, root: Path
+) -> tuple[Sequence[str], Sequence[str]]:
+  """The sources and the targets of a split, in a fixed order.
+
+  Raises `DataError` if the corpus is made of documents.
+  """
+  from flaxlm.data import builders  # importing TFDS costs 0.5 s
+
+  if corpus.documents:
+    raise DataError(
+      f"{corpus.name} has no pairs of source and target",
+      "use gettext:LANG (as gettext:de, after `pip install Django`) or a translation "
+      "dataset of TFDS (as tfds:wmt14_translate/de-en)",
+    )
+  if corpus.tfds_folder:
+    return builders.read_prepared_pairs(corpus.tfds_folder, split)
+  return builders.read_local_pairs(corpus, split, root)
 
 
 @contextlib.contextmanager

@@ -68,9 +68,23 @@ def complete(
   has; the pieces of a row add up to its completion. `stop` is stop strings, or all that
   stops, for every row or one for each. `memory` keeps what was read for the next call.
   """
+  request = make_request(run, prompts, max_new_tokens, num_top)
+  return complete_request(run, request, prompts, sampling, stop, on_text, memory)
+
+
+def complete_request(
+  run: Run,
+  request: Request,
+  prompts: Sequence[str],
+  sampling: Sampling,
+  stop: Sequence[str] | Stopping | Sequence[Stopping] = (),
+  on_text: Callable[[int, str], None] | None = None,
+  memory: Memory | None = None,
+) -> list[Completion]:
+  """`complete` for ids that are known already; `prompts` are what the results are for."""
   started = time.monotonic()
   stops = stops_of(stop, len(prompts))
-  request = make_request(run, prompts, max_new_tokens, num_top)
+  num_top = request.num_top
   rows = [
     _Row(Completion(prompt), run.tokenizer, of_row)
     for prompt, of_row in zip(prompts, stops, strict=True)

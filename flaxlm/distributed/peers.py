@@ -9,6 +9,7 @@ with a C++ stack; a collective with the dead would fail or hang.
 
 import contextlib
 import faulthandler
+import math
 import os
 import selectors
 import socket
@@ -80,6 +81,9 @@ class Peers(Alone):
     self._leaving = False
     self._done: set[int] = set()  # said goodbye
     self._gone: set[int] = set()  # closed their connection
+    # Why this process ends because of another, and when at the latest.
+    self._failure: PeerLostError | None = None
+    self._end = math.inf
     self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
     self._thread.start()
 
@@ -158,34 +162,26 @@ class Peers(Alone):
     self._tell(message)
     self._say_no_more()
     if error is not None:
-      self._thread.join(LINGER)  # they close as they hear; see `_linger`
+      self._thread.join(LINGER)  # the others close their connections when they hear it
 
   def _say_no_more(self) -> None:
     for line in self._lines.values():
       with contextlib.suppress(OSError):
         line.socket.shutdown(socket.SHUT_WR)
 
-  def _pass_on(self, message: dict[str, Any]) -> None:
-    """Process 0, before it ends: the others know each other through it alone."""
-    if self.process == 0:
-      self._tell(message)
-      self._linger()
+  def _fail(self, error: PeerLostError, message: dict[str, Any]) -> None:
+    """On the watch's thread: ends this process because of another one.
 
-  def _linger(self) -> None:
-    """Reads until the others have closed. To end with anything unread, were it a heartbeat,
-    resets the connection, and what was said last is thrown away unheard."""
+    The others hear of each other through process 0 alone, so it passes `message` on first.
+    The watch then reads until they have closed their connections, or for `LINGER` seconds:
+    a process that ends while anything is unread, even a heartbeat, resets the connection,
+    and the message is lost.
+    """
+    if self.process:
+      die(error)
+    self._tell(message)
     self._say_no_more()
-    end = time.monotonic() + LINGER
-    with selectors.DefaultSelector() as selector:
-      for number in self._lines.keys() - self._gone:
-        selector.register(self._lines[number].socket, selectors.EVENT_READ, number)
-      while selector.get_map() and (left := end - time.monotonic()) > 0:
-        for key, _ in selector.select(left):
-          heard = b""
-          with contextlib.suppress(OSError):
-            heard = self._lines[key.data].socket.recv(2**16)
-          if not heard:
-            selector.unregister(key.fileobj)
+    self._failure, self._end = error, time.monotonic() + LINGER
 
   def explain(self) -> None:
     time.sleep(EXPLAIN)  # the watch ends the process if a peer is gone
@@ -203,37 +199,43 @@ class Peers(Alone):
   # -- The watch, on its own thread ------------------------------------------------------
 
   def _watch(self) -> None:
+    """Reads until all peers have closed their connections; after a failure, see `_fail`."""
     heard = dict.fromkeys(self._lines, time.monotonic())
-    beat = 0.0
+    beat = now = 0.0
     with selectors.DefaultSelector() as selector:
       for number, line in self._lines.items():
         selector.register(line.socket, selectors.EVENT_READ, number)
-      while len(self._gone) < len(self._lines):
-        for key, _ in selector.select(self._heartbeat / 4):
+      while len(self._gone) < len(self._lines) and now < self._end:
+        left = max(0.0, self._end - time.monotonic())
+        for key, _ in selector.select(min(self._heartbeat / 4, left)):
           number = key.data
           heard[number] = time.monotonic()
           if not self._listen(number):
             selector.unregister(key.fileobj)
             self._gone.add(number)
         now = time.monotonic()
-        if now - beat >= self._heartbeat / 4:
+        if self._failure is None and now - beat >= self._heartbeat / 4:
           beat = now
           self._tell({"beat": 1})
         for number in heard.keys() - self._gone:
-          if now - heard[number] > self._heartbeat:
+          if self._failure is None and now - heard[number] > self._heartbeat:
             self._lost(number, f"silent for {self._heartbeat:.0f} s")
+    if self._failure is not None:
+      die(self._failure)
 
   def _listen(self, number: int) -> bool:
-    """Takes what a peer says; False when it has nothing more to say."""
+    """Reads once what a peer says; False when it has closed its connection."""
     try:
       messages = self._lines[number].receive()
     except (Garbage, OSError):
       messages = None
     if messages is None:
-      if not self._leaving and number not in self._done:
+      if self._failure is None and not self._leaving and number not in self._done:
         self._lost(number, "its connection closed without a word")
       return False
     for message in messages:
+      if self._failure is not None:
+        break  # it is read so that the connection closes cleanly
       if "bye" in message:
         self._bye(number, message)
       with self._changed:
@@ -267,17 +269,16 @@ class Peers(Alone):
       self._done.add(number)
     if code == 0 or self._leaving:
       return
-    self._pass_on(message)
     card = self._cards[message["process"]]
-    if code == HangError.exit_code:  # where we hang may explain it
+    if code == HangError.exit_code:  # where this process hangs may explain it
       faulthandler.dump_traceback(all_threads=True)
-    die(PeerLostError(f"{card} ended with exit code {code}: {message['why']}", CURE))
+    why = f"{card} ended with exit code {code}: {message['why']}"
+    self._fail(PeerLostError(why, CURE), message)
 
   def _lost(self, number: int, why: str) -> None:
     card: Card = self._cards[number]
     error = PeerLostError(f"lost {card}: {why}", CURE)
-    self._pass_on({"bye": error.exit_code, "why": why, "process": number})
-    die(error)
+    self._fail(error, {"bye": error.exit_code, "why": why, "process": number})
 
 
 def die(error: FlaxLMError) -> NoReturn:

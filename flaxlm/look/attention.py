@@ -10,8 +10,8 @@ import numpy as np
 from flaxlm.config import ResolvedModel
 from flaxlm.decoding.loading import Run
 from flaxlm.errors import ConfigError
-from flaxlm.look.page import Shares, View
 from flaxlm.look.pieces import Reading, apply_to_row, complete_reading, describe
+from flaxlm.look.view import Shares, View
 from flaxlm.nn.base import LanguageModel
 
 MOST_TOKENS = 256
@@ -120,8 +120,8 @@ def check_size(
 
 
 def layer_kind(cfg: ResolvedModel, layer: int) -> str:
-  local = cfg.period[layer % len(cfg.period)] == "L"
-  return f"local, {cfg.window} tokens" if local else ""
+  window = cfg.window_of(cfg.layer_kinds(layer + 1)[layer])
+  return "" if window is None else f"local, {window} tokens"
 
 
 # -- Figures -------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ import numpy as np
 
 from flaxlm.decoding.loading import Run
 from flaxlm.errors import ConfigError
-from flaxlm.look.page import View
 from flaxlm.look.pieces import describe
+from flaxlm.look.view import View
 from flaxlm.tokenizers import AnyTokenizer
 
 MOST_TOKENS = 4096

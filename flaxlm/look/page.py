@@ -7,43 +7,21 @@ but ours, whatever a token spells.
 """
 
 import base64
-import dataclasses
 import hashlib
 import html
 import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from flaxlm.errors import ConfigError
+from flaxlm.look.view import Shares, View
 
 ASSETS = Path(__file__).parent / "assets"
 SUFFIXES = (".html", ".png")
-
-
-class View(NamedTuple):
-  """What one picture shows.
-
-  `figures` are the numbers of it that can be printed; `data` is what is drawn besides, in
-  which float32 arrays stay arrays, `Shares` too, and everything else is JSON's.
-  """
-
-  kind: str  # the script that draws it
-  title: str
-  cuts: list[str]  # what was left out or made up, told on the terminal too
-  notes: list[str]
-  figures: dict[str, Any]
-  data: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Shares:
-  """An array of numbers from 0 to 1, stored to the nearest 1/65535."""
-
-  values: np.ndarray
 
 
 def check_output(path: Path) -> None:

@@ -9,7 +9,10 @@ import jax
 import numpy as np
 
 from flaxlm.config import ResolvedModel
+from flaxlm.decoding.completions import complete_request
 from flaxlm.decoding.loading import Run
+from flaxlm.decoding.prefill import Request
+from flaxlm.decoding.sampling import make_sampling
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import Source
 from flaxlm.sharding import batch_shards, use_mesh
@@ -126,24 +129,16 @@ def complete_reading(run: Run, reading: Reading, most: int) -> tuple[list[int], 
   """The ids of the row, the model's own greedy answer if there was no text; and cuts."""
   if reading.ids is not None:
     return reading.ids, reading.cuts
-  from flaxlm.decoding.generate import Request, generate
-  from flaxlm.decoding.sampling import make_sampling
-
   start = run.tokenizer.framed([], "prompt")
   num_new = max(1, min(most, run.model.cfg.context) - len(start))
   num_ids = min(run.tokenizer.vocab_size, run.model.cfg.num_ids)
   assert reading.source_ids is not None
   request = Request([start], num_new, num_ids, [reading.source_ids])
-  ids = list(start)
-  for block in generate(
-    run.model, run.params, request, make_sampling(1, temperature=0.0), run.mesh
-  ):
-    for id_ in block.tokens_BT[0].tolist():
-      ids.append(id_)
-      if id_ in run.tokenizer.eos_ids:
-        return ids, [*reading.cuts, "The text is the model's own answer (greedy)."]
-  note = f"The text is the model's own answer (greedy), cut at {len(ids)} tokens."
-  return ids, [*reading.cuts, note]
+  greedy = make_sampling(1, temperature=0.0)
+  [answer] = complete_request(run, request, [""], greedy)
+  ids = [*start, *answer.tokens]
+  cut = "" if answer.finish_reason == "stop" else f", cut at {len(ids)} tokens"
+  return ids, [*reading.cuts, f"The text is the model's own answer (greedy){cut}."]
 
 
 def apply_to_row(

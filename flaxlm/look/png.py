@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxlm.look.page import View
+from flaxlm.look.view import View
 
 MOST_NAMED = 40  # tokens whose names fit along a map
 MOST_HEADS = 16  # of a row and of a column of small maps

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.decoding.loading import Run
-from flaxlm.look.page import View
 from flaxlm.look.pieces import Piece, Reading, apply_to_row, complete_reading, describe
+from flaxlm.look.view import View
 from flaxlm.nn.base import LanguageModel
 
 MOST_TOKENS = 1024

@@ -21,38 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from flaxlm.sharding import constrain
+from flaxlm.sharding import Schedule, constrain
 
 AXIS = "stage"
-
-
-class Schedule(NamedTuple):
-  """How many stages, and how often a batch, in how many parts, goes through all of them."""
-
-  stages: int  # S
-  microbatches: int  # M, a multiple of S
-  repeats: int = 1  # R
-
-  @property
-  def visits(self) -> int:
-    """Ticks in which a stage has work."""
-    return self.microbatches * self.repeats
-
-  @property
-  def ticks(self) -> int:
-    return self.visits + self.stages - 1
-
-  @property
-  def bubble(self) -> float:
-    """The share of the ticks in which a stage waits."""
-    return 1 - self.visits / self.ticks
-
-
-def make_schedule(stages: int, microbatches: int | None, repeats: int) -> Schedule:
-  """The schedule of a mesh and a config; with one stage, all at once."""
-  if stages == 1:
-    return Schedule(1, 1)
-  return Schedule(stages, microbatches or stages, repeats)
 
 
 class Visit(NamedTuple):

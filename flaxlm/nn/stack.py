@@ -32,9 +32,9 @@ from flaxlm.nn.execution import (
 )
 from flaxlm.nn.layers import Embedding, build_norm
 from flaxlm.nn.masks import Placement, Reach, Sight, visible
-from flaxlm.nn.pipeline import AXIS, Schedule, Visit, make_schedule, run_pipeline
+from flaxlm.nn.pipeline import AXIS, Visit, run_pipeline
 from flaxlm.nn.positions import alibi_bias, relative_buckets, rotation, sinusoids
-from flaxlm.sharding import RULES, axis_sizes_in_use
+from flaxlm.sharding import RULES, Schedule, axis_sizes_in_use, make_schedule
 
 # An encoder's output (B, S, D) with its segments.
 Memory = tuple[jax.Array, jax.Array | None]

@@ -55,7 +55,7 @@ HOPPER_NAMES = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Compiled:
+class CompiledStep:
   """What the compiler says of one training step; bytes are of one device.
 
   `error` is why it refused, such as memory that does not suffice; then all else is None.
@@ -76,7 +76,7 @@ class Compiled:
     return None if not self.peak_bytes else analytic_bytes / self.peak_bytes - 1
 
 
-def compile_step(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Compiled:
+def compile_step(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledStep:
   """Compiles the training step of a resolved config for a mesh of `device`.
 
   Raises `ConfigError` when there is no compiler for it here.
@@ -120,7 +120,7 @@ def compile_step(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Compiled:
   if "cure" in result:
     raise ConfigError(result["error"], result["cure"])
   result["collectives"] = [Collective(**one) for one in result["collectives"]]
-  return Compiled(**result)
+  return CompiledStep(**result)
 
 
 # -- In the child ------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def tpu_options() -> dict[str, Any]:
   return {"optimization_level": "O0"}
 
 
-def compile_here(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Compiled:
+def compile_here(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledStep:
   """`compile_step` in this process, which must have the right environment."""
   import jax
 
@@ -165,14 +165,14 @@ def compile_here(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Compiled:
     lowered = step.lower(state, abstract_batch(cfg.data, mesh), SEED)
     compiled: Any = lowered.compile(tpu_options() if device.kind == "tpu" else None)
   except jax.errors.JaxRuntimeError as e:
-    return Compiled(target=target, error=explain(str(e)))
+    return CompiledStep(target=target, error=explain(str(e)))
   seconds = time.perf_counter() - started
   memory = compiled.memory_analysis()
   arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   peak = memory.peak_memory_in_bytes
   if device.kind != "tpu":  # other backends leave the temporaries out of their peak
     peak = max(peak, arguments + temporaries)
-  return Compiled(
+  return CompiledStep(
     target=target,
     seconds=seconds,
     argument_bytes=arguments,

@@ -5,8 +5,9 @@ A multiply-add is two FLOPs, and the backward pass costs twice the forward pass.
 conventions are in use, and they differ by 4-13 %; never compare across them:
 
 - *strict*: 6 per parameter that multiplies (a tied head once, no lookup, of experts only
-  the active ones) plus attention over the keys that a query really sees, so half of all
-  in a causal model; nothing for what is computed twice. MFU here is always strict.
+  the active ones) plus attention over the keys that a query really sees (`visible_keys`),
+  so half of all in a causal model; nothing for what is computed twice. MFU here is always
+  strict.
 - *loose*: attention over all keys, 12 L N H T per token (PaLM, Chowdhery et al., 2022,
   appendix B; nanoGPT).
 
@@ -123,7 +124,7 @@ def active_parameters(cfg: ResolvedModel) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class ForwardFlops:
   """FLOPs of one forward pass over some rows, in the three countings of this module."""
 
   matmul: float  # weights times tokens, without the head
@@ -158,7 +159,7 @@ def attention_passes(training: TrainingConfig) -> int:
 
 def forward_work(
   cfg: ResolvedModel, rows: int, seq_len: int, source_len: int | None = None
-) -> Work:
+) -> ForwardFlops:
   """One forward pass over `rows` rows; `source_len` is an encoder-decoder's."""
   D, V = cfg.width, cfg.vocab_size
   S = seq_len if source_len is None else source_len
@@ -172,16 +173,17 @@ def forward_work(
       continue
     # q . k and weights . v: 2 H each per query, head and key.
     unit = 4.0 * rows * cfg.num_heads * cfg.head_dim * queries
-    for kind in layer_kinds(cfg, depth):
-      window = cfg.window if kind == "L" else None
-      seen += unit * visible_keys(queries, window, causal)
-      executed += unit * computed_keys(queries, window, causal)
+    for kind in cfg.layer_kinds(depth):
+      window, sinks = cfg.window_of(kind), cfg.sink_tokens
+      seen += unit * visible_keys(queries, window, causal, sinks)
+      # With sinks every block of queries goes back to the first key.
+      executed += unit * computed_keys(queries, None if sinks else window, causal)
       loose += unit * queries
     if reads_source:
       cross = unit * depth * S
       seen, loose, executed = seen + cross, loose + cross, executed + cross
   head = 2.0 * rows * seq_len * (V * D + cfg.head_transform * D * D)
-  return Work(matmul, head, seen, loose, executed)
+  return ForwardFlops(matmul, head, seen, loose, executed)
 
 
 def _layer_weights(cfg: ResolvedModel, queries: int, source: int, cross: bool) -> float:
@@ -194,18 +196,29 @@ def _layer_weights(cfg: ResolvedModel, queries: int, source: int, cross: bool) -
   return weights + cross * (queries * (q + o) + source * kv)
 
 
-def layer_kinds(cfg: ResolvedModel, depth: int) -> str:
-  """The layers of a stack, one letter each: L sees a window, G all."""
-  pattern = cfg.layer_pattern or "G"
-  return (pattern * depth)[:depth]
+def visible_keys(
+  queries: int, window: int | None, causal: bool, sink_tokens: int = 0
+) -> float:
+  """Keys that a query sees, averaged over a row of T queries that is one document.
 
-
-def visible_keys(queries: int, window: int | None, causal: bool) -> float:
-  """Keys that a query sees on average; half of T when causal, as everybody counts."""
-  reach = queries if window is None else min(window, queries)
+  Without a causal mask this is the exact mean of `nn.attention.visible`. With one, query t
+  sees min(t + 1, r) keys, where r is T or the window and its sinks, and the exact mean is
+  r - r (r - 1) / 2T. The convention of the literature is r - r^2 / 2T, so that without a
+  window it is T / 2: the triangle of the first r queries counts half of its diagonal, which
+  is r / 2T keys per query less.
+  """
+  T = queries
+  if window is None or window >= T:
+    return T / 2 if causal else T
   if causal:
-    return reach - reach**2 / (2 * queries)
-  return queries if window is None else min(queries, 2 * window - 1)
+    reach = min(window + sink_tokens, T)
+    return reach - reach**2 / (2 * T)
+  # The window leaves the row at both ends. Sinks are seen from behind it and, where it is
+  # narrower than they are many, from before it.
+  outside, behind, ahead = window * (window - 1), T - window, max(0, sink_tokens - window)
+  sinks = min(sink_tokens, behind)
+  seen_sinks = sinks * behind - sinks * (sinks - 1) / 2 + ahead * (ahead + 1) / 2
+  return 2 * window - 1 + (seen_sinks - outside) / T
 
 
 def computed_keys(queries: int, window: int | None, causal: bool) -> float:
@@ -239,9 +252,22 @@ def step_cost(cfg: ResolvedConfig) -> StepCost:
   return StepCost(tokens, 3 * work.strict, 3 * work.loose, executed)
 
 
-def kv_cache_bytes(cfg: ResolvedModel, rows: int, context: int, item_size: int) -> int:
-  """Keys and values of `rows` rows of `context` tokens; every layer keeps all slots."""
+def kv_cache_bytes(
+  cfg: ResolvedModel, rows: int, context: int, item_size: int, source_len: int = 0
+) -> int:
+  """Bytes of the cache that `rows` rows of `context` tokens decode from.
+
+  Local layers keep a ring of slots, the others all of them (`ResolvedModel.cache_slots`);
+  a decoder with an encoder also keeps each layer's keys and values of the source. A number
+  has `item_size` bytes. An RNN keeps its state, whatever the context.
+  """
+  lengths = 4 * rows  # int32: the tokens of each row so far
   if cfg.family == "rnn":  # float32 always: a vector per layer, two with an LSTM's cell
-    return rows * cfg.depth * cfg.width * 4 * (2 if cfg.cell == "lstm" else 1)
-  per_token = 2 * cfg.depth * cfg.num_kv_heads * cfg.head_dim
-  return rows * context * per_token * item_size
+    return lengths + rows * cfg.depth * cfg.width * 4 * (2 if cfg.cell == "lstm" else 1)
+  slots = sum(cfg.cache_slots(kind, context) for kind in cfg.layer_kinds())
+  segments = 0
+  if cfg.family == "encoder_decoder":
+    slots += cfg.depth * source_len
+    segments = 4 * rows * source_len  # int32: which tokens of the source are real
+  per_slot = 2 * cfg.num_kv_heads * cfg.head_dim * item_size
+  return lengths + segments + rows * slots * per_slot

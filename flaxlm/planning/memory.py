@@ -30,13 +30,13 @@ from flaxlm.config import (
 from flaxlm.data.objectives import Batch
 from flaxlm.nn.kernels.outline import OUTLINE
 from flaxlm.nn.models import build_model, init_params
-from flaxlm.nn.pipeline import Schedule, make_schedule
 from flaxlm.planning.cost import kv_cache_bytes, stacks
 from flaxlm.sharding import (
   axes_of,
   batch_shards,
   check_batch,
   like_parameters,
+  training_schedule,
   with_shardings,
 )
 from flaxlm.training.optimizer import build_optimizer
@@ -46,7 +46,7 @@ Sizes = Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class PeakMemory:
   """What lies on a device when most does: `peak` names the moment, `parts` its parts.
 
   `moments` has all: at the loss (every activation, and the logits), in the layers'
@@ -68,7 +68,7 @@ class Memory:
     return sum(self.parts.values())
 
 
-def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> Memory:
+def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMemory:
   """The memory of one training step of a resolved config, on a device that stores rows of
   `lanes` elements. Raises `ConfigError` when a dim or the batch does not divide.
   """
@@ -84,7 +84,7 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> Memory
   whole = state_bytes(model_cfg, training, cfg.optimizer, unsharded)
   copies = kept.fixed * state.stored_in_blocks // whole.stored_in_blocks
   keys = gathered_keys(cfg, sizes) * rows
-  schedule = pipeline(training, sizes)
+  schedule = training_schedule(training, sizes)
   kept_keys = keys * (depth if training.remat == "none" else 1)
   activations = rows * kept.per_row // sizes["context"] + kept_keys
   activations = activations * schedule.ticks // schedule.visits  # a stage keeps all ticks
@@ -126,7 +126,7 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> Memory
     | {"logits": logits, "temporary": head * 4 if gathered else 0},
     "update": gradients | {"temporary": state.update_temporaries},
   }
-  return Memory({name: always | parts for name, parts in moments.items()})
+  return PeakMemory({name: always | parts for name, parts in moments.items()})
 
 
 # -- The state ---------------------------------------------------------------------------
@@ -256,12 +256,6 @@ def _split_over(leaf: Any, axis: str) -> bool:
 # -- What the layers keep ----------------------------------------------------------------
 
 
-def pipeline(training: TrainingConfig, sizes: Sizes) -> Schedule:
-  """How microbatches pass the stages of a mesh."""
-  repeats = training.pipeline_repeats
-  return make_schedule(sizes["stage"], training.pipeline_microbatches, repeats)
-
-
 def local_rows(cfg: ResolvedConfig, sizes: Sizes) -> int:
   """Rows of one micro-batch on one device; raises `ConfigError` if they do not divide."""
   check_batch(cfg, sizes)
@@ -389,7 +383,10 @@ def _origins(jaxpr: Any) -> Callable[[Any], Any]:
 def decoding_memory(
   cfg: ResolvedConfig, sizes: Sizes, rows: int, context: int
 ) -> Mapping[str, int]:
-  """Bytes per device that decoding needs: weights, and the cache of `rows` x `context`."""
+  """Bytes per device that decoding `rows` rows of `context` tokens needs.
+
+  An encoder-decoder's source is as long as in training (`data.source_len`).
+  """
   training = cfg.training
   state = state_bytes(cfg.model, training, cfg.optimizer, sizes)
   item = jnp.dtype(training.dtype).itemsize
@@ -400,6 +397,6 @@ def decoding_memory(
   return {
     # Taken apart, layers are whole on every stage.
     "parameters": (state.elements + (sizes["stage"] - 1) * state.stored_in_blocks) * item,
-    "kv_cache": kv_cache_bytes(cfg.model, local, context, item) // parts,
+    "kv_cache": kv_cache_bytes(cfg.model, local, context, item, source_len(cfg)) // parts,
     "logits": local * (V // parts) * 4,
   }

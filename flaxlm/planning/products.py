@@ -17,7 +17,6 @@ import jax
 from flaxlm.config import ResolvedConfig, ResolvedModel
 from flaxlm.nn.kernels.blocked import query_blocks
 from flaxlm.nn.models import build_model, init_params
-from flaxlm.planning.cost import layer_kinds
 from flaxlm.training.optimizer import matrix_dims
 from flaxlm.training.step import SEED
 
@@ -78,8 +77,8 @@ def training_products(cfg: ResolvedConfig) -> Products:
   K, H, G = model.num_kv_heads, model.head_dim, model.num_heads // model.num_kv_heads
   forward = weight_products(model, B * T)
   blocked = cfg.training.attention != "cudnn"
-  for kind in layer_kinds(model, model.depth) if blocked else ():
-    window = model.window if kind == "L" else None
+  for kind in model.layer_kinds() if blocked else "":
+    window = model.window_of(kind)
     for start, end in query_blocks(T):
       seen = end if window is None else end - max(0, start - window + 1)
       rows = G * (end - start)

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
-from flaxlm.planning.compile import Compiled
+from flaxlm.planning.compile import CompiledStep
 from flaxlm.planning.devices import ANY
 from flaxlm.planning.roofline import DecodePoint, Plan
 from flaxlm.planning.search import Choice
@@ -29,7 +29,7 @@ class Report:
   cure: Choice | None = None  # what would fit, for a plan that does not
   choices: Sequence[Choice] = ()
   decoding: Sequence[DecodePoint] = ()
-  compiled: Compiled | None = None
+  compiled: CompiledStep | None = None
 
   @property
   def budget(self) -> float:
@@ -272,7 +272,7 @@ def _print_choices(choices: Sequence[Choice], console: Console) -> None:
   console.print(table, "")
 
 
-def _print_compiled(compiled: Compiled, plan: Plan, console: Console) -> None:
+def _print_compiled(compiled: CompiledStep, plan: Plan, console: Console) -> None:
   table = _table(f"Compiled for {compiled.target} in {compiled.seconds:.0f} s", "", "")
   if compiled.error is not None:
     table.add_row("refused", compiled.error)

@@ -31,14 +31,13 @@ from flaxlm.planning.cost import (
 )
 from flaxlm.planning.devices import Device
 from flaxlm.planning.memory import (
-  Memory,
+  PeakMemory,
   Sizes,
   StateBytes,
   decoding_memory,
   gathered_keys,
   kept_bytes,
   local_rows,
-  pipeline,
   source_len,
   state_bytes,
   training_memory,
@@ -48,7 +47,7 @@ from flaxlm.planning.products import (
   is_listed,
   training_products,
 )
-from flaxlm.sharding import batch_shards, describe_mesh
+from flaxlm.sharding import batch_shards, describe_mesh, training_schedule
 
 COLLECTIVE_SECONDS = 1e-6  # no exchange is faster, however small (scaling book)
 # Passes over an array that a layer keeps: written, read, and its gradient likewise; an
@@ -70,7 +69,7 @@ class Plan:
   sizes: Sizes
   parameters: Mapping[str, int]
   active_parameters: int
-  memory: Memory
+  memory: PeakMemory
   cost: StepCost
   times: "StepTimes"
   mfu: float | None  # strict, of the published peak
@@ -187,7 +186,7 @@ def step_times(
   for axis, sent in network_bytes(cfg, sizes, state).items():
     rate = axis_bandwidth(device, sizes, axis, slow_axes(cfg.mesh))
     network[axis] = sent / rate if rate else None
-  return StepTimes(compute, memory, network, pipeline(cfg.training, sizes).bubble)
+  return StepTimes(compute, memory, network, training_schedule(cfg.training, sizes).bubble)
 
 
 def compute_seconds(
@@ -263,7 +262,7 @@ def traffic_parts(cfg: ResolvedConfig, sizes: Sizes, state: StateBytes) -> dict[
   weights = 3 * gathered_elements(state, sizes) * jnp.dtype(training.dtype).itemsize
   logit_passes = LOGIT_PASSES + (training.loss_chunks > 1)  # computed again
   times = training.accumulation_steps
-  schedule = pipeline(training, sizes)  # reads and sums anew for each microbatch
+  schedule = training_schedule(training, sizes)  # reads and sums anew for each microbatch
   in_blocks = state.stored_in_blocks * sizes["fsdp"]
   weights_of_blocks = 3 * in_blocks * jnp.dtype(training.dtype).itemsize
   return {
@@ -298,7 +297,7 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes, state: StateBytes) -> dict[
   vector_bytes = tokens * model.width * item
   num_layers = sum(depth * (2 + reads_source) for depth, reads_source in stacks(model)) / 2
   again = training.remat == "full"
-  schedule = pipeline(training, sizes)
+  schedule = training_schedule(training, sizes)
   stretch = schedule.ticks / schedule.visits  # who waits computes all the same
   num_layers *= stretch
   # A tied table has two gradients, of the lookup and of the logits: each is summed.
@@ -409,7 +408,7 @@ def plan_decoding(
   item = jnp.dtype(cfg.training.dtype).itemsize
   usable, local = device.usable_bytes, sum(memory.values())
   whole = sum(parameters(cfg.model).values()) * item
-  whole += kv_cache_bytes(cfg.model, batch, context, item)
+  whole += kv_cache_bytes(cfg.model, batch, context, item, source_len(cfg))
   times = _decode_times(cfg, sizes, device, batch, context)
   seconds = None
   if all(time is not None for time in times.values()):
@@ -468,10 +467,12 @@ def decode_work(cfg: ResolvedConfig, rows: int, context: int) -> tuple[float, fl
   """One step of `rows` rows, whole: FLOPs, bytes of weights, bytes of cache."""
   model, item = cfg.model, jnp.dtype(cfg.training.dtype).itemsize
   work = forward_work(model, rows, 1)
-  attention = 4.0 * rows * model.depth * model.num_heads * (model.head_dim or 0) * context
-  flops = work.matmul + work.head + attention * (model.family != "rnn")
+  flops, source = work.matmul + work.head, source_len(cfg)
+  if model.family != "rnn":  # attention computes the scores of all slots of its cache
+    slots = sum(model.cache_slots(kind, context) for kind in model.layer_kinds())
+    flops += 4.0 * rows * model.num_heads * model.head_dim * (slots + model.depth * source)
   weights = read_parameters(cfg, rows) * item
-  return flops, weights, kv_cache_bytes(model, rows, context, item)
+  return flops, weights, kv_cache_bytes(model, rows, context, item, source)
 
 
 def read_parameters(cfg: ResolvedConfig, rows: int) -> int:

@@ -34,11 +34,13 @@ from flaxlm.sharding.rules import (
   partition_spec,
   with_shardings,
 )
+from flaxlm.sharding.schedule import Schedule, make_schedule, training_schedule
 
 __all__ = [
   "FIELDS",
   "RULES",
   "Replication",
+  "Schedule",
   "axes_of",
   "axis_sizes_in_use",
   "batch_parts",
@@ -56,11 +58,13 @@ __all__ = [
   "least_rows",
   "like_parameters",
   "make_mesh",
+  "make_schedule",
   "merged",
   "name_of",
   "networks",
   "on_host",
   "partition_spec",
+  "training_schedule",
   "use_mesh",
   "with_shardings",
 ]

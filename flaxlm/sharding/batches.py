@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flaxlm.config import Config, TrainingConfig
 from flaxlm.errors import ConfigError
 from flaxlm.sharding.rules import RULES
+from flaxlm.sharding.schedule import training_schedule
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -26,11 +27,10 @@ def batch_shards(axis_sizes: Mapping[str, int]) -> int:
 
 
 def least_rows(training: TrainingConfig, sizes: Mapping[str, int]) -> int:
-  """What the rows of a micro-batch are a multiple of: each device has some of them, and
-  in a pipeline some of every microbatch."""
-  stages = sizes["stage"]
-  microbatches = training.pipeline_microbatches or stages
-  return batch_shards(sizes) * (microbatches // stages if stages > 1 else 1)
+  """The number that the rows of a micro-batch have to be a multiple of: each device has
+  some of them and, in a pipeline, some of every microbatch."""
+  schedule = training_schedule(training, sizes)
+  return batch_shards(sizes) * (schedule.microbatches // schedule.stages)
 
 
 def on_host(x: jax.Array) -> np.ndarray:
@@ -117,7 +117,7 @@ def check_stages(cfg: Config, sizes: Mapping[str, int]) -> None:
         f"nearest: {max(1, round(depth / (stages * repeats))) * stages * repeats}",
       )
     visit = depth // (stages * repeats)
-    kinds = [model.period[n % len(model.period)] for n in range(depth)]
+    kinds = model.layer_kinds(depth)
     if kinds != kinds[:visit] * stages * repeats:
       raise ConfigError(
         f"model.layer_pattern={model.layer_pattern} differs from stage to stage: each has "

@@ -14,7 +14,8 @@ import django
 import pytest
 import tensorflow_datasets as tfds
 
-from flaxlm.data.sources import SPLITS, Corpus, find_corpus
+from flaxlm.data.corpus import SPLITS, Corpus
+from flaxlm.data.sources import find_corpus, read_pairs
 from flaxlm.errors import DataError
 
 POLISH = (
@@ -248,7 +249,7 @@ def test_pairs_make_the_round_trip_through_tfds(
   root = tmp_path / "tfds"
   for split in SPLITS:
     expected = [(p.source, p.target) for p in corpus.pairs if p.split == split]
-    sources, targets = corpus.read_pairs(split, root)
+    sources, targets = read_pairs(corpus, split, root)
     assert list(zip(sources, targets, strict=True)) == expected
   assert capfd.readouterr() == ("", "")
   # It is a dataset like any other, named for what is in it.

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from flaxlm.data.sources import DOCUMENT_BYTES, SPLITS, Corpus, data_dir, find_corpus
+from flaxlm.data.corpus import SPLITS, Corpus
+from flaxlm.data.sources import (
+  DOCUMENT_BYTES,
+  data_dir,
+  find_corpus,
+  read_documents,
+  read_pairs,
+)
 from flaxlm.errors import ConfigError, DataError
 
 
@@ -277,7 +284,7 @@ def test_public_datasets(
   capfd.readouterr()
   corpus = find_corpus(f"tfds:{builder.name}")
   for split, (source, start, end) in zip(SPLITS, (train, validation), strict=True):
-    text = corpus.read(split, root)
+    text = read_documents(corpus, split, root)
     assert list(text) == [f"é{source} {n}" for n in range(start, end)]
     assert text[1] == f"é{source} {start + 1}"
   assert capfd.readouterr() == ("", "")
@@ -343,10 +350,10 @@ def test_public_pairs(
   capfd.readouterr()
   corpus = find_corpus(f"tfds:{name}")
   train = range(40) if "validation" in builder.SPLITS else range(38)
-  sources, targets = corpus.read_pairs("train", root)
+  sources, targets = read_pairs(corpus, "train", root)
   assert list(sources) == [f"{source} étrain {n}" for n in train]
   assert list(targets) == [f"{target} étrain {n}" for n in train]
-  assert len(corpus.read_pairs("validation", root)[0]) == (40 if len(train) == 40 else 2)
+  assert len(read_pairs(corpus, "validation", root)[0]) == (40 if len(train) == 40 else 2)
   assert capfd.readouterr() == ("", "")
 
 
@@ -355,7 +362,7 @@ def test_public_pairs_need_a_direction(own_data_dir: Path, builder: type[LetterS
   root = own_data_dir / "tfds"
   builder(data_dir=str(root), file_format="array_record").download_and_prepare()
   with pytest.raises(DataError, match="no pairs of source and target: its text"):
-    find_corpus(f"tfds:{builder.name}").read_pairs("train", root)
+    read_pairs(find_corpus(f"tfds:{builder.name}"), "train", root)
 
 
 @pytest.mark.parametrize(
@@ -381,7 +388,7 @@ def test_public_datasets_need_one_text_feature(own_data_dir: Path):
   TwoTexts(data_dir=str(root), file_format="array_record").download_and_prepare()
   corpus = find_corpus("tfds:two_texts")
   with pytest.raises(DataError, match="2 text features"):
-    corpus.read("train", root)
+    read_documents(corpus, "train", root)
 
 
 def test_local_files_make_the_round_trip_through_tfds(
@@ -390,7 +397,7 @@ def test_local_files_make_the_round_trip_through_tfds(
   files = many(50) | {"0/odd.txt": "\r\n\t é漢🙂\n\n"}
   corpus = find_corpus(f"files:{write(tmp_path / 'corpus', files)}")
   for split in SPLITS:
-    read = list(corpus.read(split, own_data_dir))
+    read = list(read_documents(corpus, split, own_data_dir))
     assert read == texts(corpus, split)
   assert capfd.readouterr() == ("", "")
 
@@ -410,8 +417,9 @@ def test_building_needs_neither_tensorflow_nor_jax(tmp_path: Path, own_data_dir:
   code = (
     "import sys\n"
     "from pathlib import Path\n"
-    "from flaxlm.data.sources import find_corpus\n"
-    "find_corpus(f'files:{sys.argv[1]}').read('train', Path(sys.argv[2]))\n"
+    "from flaxlm.data.sources import find_corpus, read_documents\n"
+    "corpus = find_corpus(f'files:{sys.argv[1]}')\n"
+    "read_documents(corpus, 'train', Path(sys.argv[2]))\n"
     "heavy = {'jax', 'tensorflow', 'torch'} & set(sys.modules)\n"
     "assert not heavy, heavy\n"
   )

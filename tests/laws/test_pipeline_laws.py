@@ -21,8 +21,7 @@ from flaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, Trai
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import abstract_params, build_model, init_cache
-from flaxlm.nn.pipeline import Schedule
-from flaxlm.sharding import axes_of, check_batch, use_mesh
+from flaxlm.sharding import Schedule, axes_of, check_batch, use_mesh
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
   SEED,

@@ -14,7 +14,8 @@ from jax.sharding import AxisType
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import MESH_AXES, OBJECTIVES, Config, DataConfig, ModelConfig, to_json
 from flaxlm.decoding.loading import Run
-from flaxlm.look.page import View, to_html, unpack
+from flaxlm.look.page import to_html, unpack
+from flaxlm.look.view import View
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.runs import CHECKPOINTS, CONFIG, TOKENIZER
 from flaxlm.tokenizers import train_tokenizer

@@ -16,11 +16,12 @@ from flaxlm.cli import main
 from flaxlm.decoding.loading import load_run
 from flaxlm.look.attention import look_attention
 from flaxlm.look.embeddings import look_embeddings
-from flaxlm.look.page import View, save_view
+from flaxlm.look.page import save_view
 from flaxlm.look.pieces import make_reading
 from flaxlm.look.positions import look_positions
 from flaxlm.look.runs import look_run
 from flaxlm.look.tokens import look_tokens
+from flaxlm.look.view import View
 from flaxlm.runs import CHECKPOINTS
 from flaxlm.sharding import make_mesh
 

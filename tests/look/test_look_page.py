@@ -14,8 +14,9 @@ from look_runs import BYTES, HOSTILE, MASKED, TINY, Page, arrays, page_of
 
 from flaxlm.config import ModelConfig
 from flaxlm.errors import ConfigError
-from flaxlm.look.page import Shares, View, check_output, pack, save_view, to_html, to_json
+from flaxlm.look.page import check_output, pack, save_view, to_html, to_json
 from flaxlm.look.pieces import describe, legible, make_reading
+from flaxlm.look.view import Shares, View
 
 
 @given(st.dictionaries(st.text(), st.text() | st.floats(allow_nan=False)))

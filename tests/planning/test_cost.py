@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Closed forms against the real model, and against what the papers and checkpoints say."""
 
+import dataclasses
 import functools
 import math
 from pathlib import Path
+from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,10 +18,13 @@ from flaxlm.config import (
   DataConfig,
   ModelConfig,
   MoEConfig,
+  ResolvedModel,
   TrainingConfig,
   load_config,
 )
-from flaxlm.nn.models import build_model, init_params
+from flaxlm.nn.attention import Placement, visible
+from flaxlm.nn.base import Source
+from flaxlm.nn.models import build_model, init_cache, init_params
 from flaxlm.planning.cost import (
   active_parameters,
   forward_work,
@@ -247,10 +254,132 @@ def test_remat_executes_more_and_counts_no_more():
 def test_the_cache_of_llama3_8b():
   """128 KiB per token in bfloat16: 32 layers, 8 heads of 128, keys and values."""
   cfg = ModelConfig(**PUBLISHED["llama3_8b"][0]).resolve()
-  assert kv_cache_bytes(cfg, rows=2, context=1000, item_size=2) == 2 * 1000 * 131_072
+  lengths = 2 * 4
+  expected = 2 * 1000 * 131_072 + lengths
+  assert kv_cache_bytes(cfg, rows=2, context=1000, item_size=2) == expected
+
+
+# -- Local and global layers, of published models and of every card ------------------------
+
+
+@pytest.mark.parametrize(("T", "keys"), [(4096, 2048), (8192, 3072), (32_768, 3840)])
+def test_mistral_7b_attends_within_its_window(T: int, keys: int):
+  """All 32 layers see 4,096 keys: 4,096 - 4,096^2 / 2T on average, not T / 2."""
+  work = forward_work(resolve(load_config("mistral_7b")).model, 1, T)
+  assert work.attention == 32 * 4 * 32 * 128 * T * keys
+  assert work.attention_loose == 32 * 4 * 32 * 128 * T * T
+
+
+def test_gemma3_27b_attends_within_its_windows():
+  """Of 62 layers, LLLLLG over and over, 10 see everything and 52 their 1,024 tokens."""
+  T = 131_072
+  work = forward_work(resolve(load_config("gemma3_27b")).model, 1, T)
+  local, everything = 1024 - 1024**2 / (2 * T), T / 2
+  assert (local, everything) == (1020, 65_536)
+  assert work.attention == 4 * 32 * 128 * T * (52 * 1020 + 10 * 65_536)
+
+
+def test_the_cache_of_gemma3_27b_at_128k():
+  """8 KiB per layer and token in bfloat16: 10 global layers of 1 GiB each, and 52 rings of
+  1,024 + 512 + 64 - 1 slots; 10.6 GiB, where 62 layers of all slots would have 62."""
+  cfg = resolve(load_config("gemma3_27b")).model
+  per_slot = 2 * 16 * 128 * 2
+  assert cfg.ring_slots == 1599
+  expected = 10 * 131_072 * per_slot + 52 * 1599 * per_slot
+  assert kv_cache_bytes(cfg, 1, 131_072, item_size=2) == expected + 4
+  assert expected / 2**30 == pytest.approx(10.63, abs=0.005)
+  # No context needs more than all of its slots.
+  assert kv_cache_bytes(cfg, 1, 1000, item_size=2) == 62 * 1000 * per_slot + 4
+
+
+@pytest.mark.parametrize("context", [8192, 32_768])
+def test_the_cache_of_mistral_7b(context: int):
+  """4 KiB per layer and token in bfloat16, and 4,096 + 512 + 64 - 1 slots in each ring."""
+  cfg = resolve(load_config("mistral_7b")).model
+  expected = 3 * 32 * 4671 * 4096 + 3 * 4
+  assert kv_cache_bytes(cfg, 3, context, item_size=2) == expected
 
 
 CARDS = sorted(path.stem for path in Path(__file__).parents[2].glob("configs/*.py"))
+
+
+def num_bytes(tree: Any) -> int:
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_planned_cache_of_every_card_is_the_one_that_decoding_makes(name: str):
+  cfg = resolve(load_config(name))
+  model, rows = build_model(cfg.model, cfg.training), 3
+  item = jnp.dtype(cfg.training.dtype).itemsize
+  ring = cfg.model.ring_slots or 1600
+  for slots in (1, 100, ring - 1, ring, ring + 1, cfg.model.context):
+    real = jax.eval_shape(functools.partial(init_cache, model, rows, slots))
+    planned = kv_cache_bytes(cfg.model, rows, slots, item)
+    assert planned == num_bytes(real), slots
+  if cfg.model.family == "encoder_decoder":
+    params = jax.eval_shape(functools.partial(init_params, model), jnp.uint32(0))
+    source = Source(jax.ShapeDtypeStruct((rows, 24), jnp.int32))
+    start = lambda params, source: model.apply(
+      {"params": params}, source, 40, method="start"
+    )
+    real = jax.eval_shape(start, nn.unbox(params), source)
+    assert kv_cache_bytes(cfg.model, rows, 40, item, source_len=24) == num_bytes(real)
+
+
+def pairs_counted(num_queries: int, causal: bool, window: int | None, sinks: int) -> float:
+  """Keys seen by all queries of a row by the strict convention, counted in the mask.
+
+  A causal query that sees all keys so far counts half of its own one.
+  """
+  slots_BT = jnp.arange(num_queries)[None]
+  mask_BTS = visible(Placement(slots_BT), num_queries, causal, window, sinks)
+  if mask_BTS is None:
+    return num_queries**2
+  mask_TS = np.asarray(jnp.broadcast_to(mask_BTS, (1, num_queries, num_queries))[0])
+  sees_all_T = mask_TS.sum(-1) == np.arange(num_queries) + 1
+  return mask_TS.sum() - causal * sees_all_T.sum() / 2
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("causal", [True, False])
+def test_visible_keys_are_those_of_the_mask(causal: bool, sinks: int):
+  for window in (None, 1, 2, 5, 16, 19, 20, 21, 50):
+    found = 20 * visible_keys(20, window, causal, sinks)
+    assert found == pytest.approx(pairs_counted(20, causal, window, sinks)), window
+
+
+def attention_counted(cfg: ResolvedModel, rows: int, T: int, S: int) -> float:
+  """Strict FLOPs of attention: 4 H for each head, query and key that the masks show."""
+  pattern = cfg.layer_pattern or ("G" if cfg.window is None else "L")
+
+  def of_stack(depth: int, length: int, causal: bool) -> float:
+    windows = [
+      cfg.window if pattern[n % len(pattern)] == "L" else None for n in range(depth)
+    ]
+    return sum(
+      windows.count(window) * pairs_counted(length, causal, window, cfg.sink_tokens)
+      for window in set(windows)
+    )
+
+  if cfg.family == "rnn":
+    return 0.0
+  pairs = of_stack(cfg.depth, T, cfg.family != "encoder")
+  if cfg.family == "encoder_decoder":
+    pairs += of_stack(cfg.encoder_depth, S, False) + cfg.depth * T * S
+  return 4 * cfg.head_dim * cfg.num_heads * rows * pairs
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_attention_of_every_card_is_that_of_its_masks(name: str):
+  """Scaled down: T is 48, and a window has the share of it that it has of the context."""
+  cfg, T, S = resolve(load_config(name)).model, 48, 36
+  if cfg.window is not None:
+    window = max(1, round(cfg.window * T / cfg.context))
+    assert window < T
+    cfg = dataclasses.replace(cfg, window=window)
+  work = forward_work(cfg, 2, T, S)
+  assert work.attention == pytest.approx(attention_counted(cfg, 2, T, S))
 
 
 @pytest.mark.parametrize("name", CARDS)

@@ -12,9 +12,9 @@ import pytest
 from flaxlm.config import load_config, mesh_shape, override
 from flaxlm.planning.compile import compile_step
 from flaxlm.planning.devices import find_device
-from flaxlm.planning.layout import lay_out
 from flaxlm.planning.memory import training_memory
 from flaxlm.planning.planner import resolve
+from flaxlm.planning.sharding_report import report_sharding
 
 pytestmark = [
   pytest.mark.slow,
@@ -34,8 +34,8 @@ def test_llama3_8b_compiles_for_a_pod_and_fits(name: str, mesh: str, record_prop
   cfg = override(resolve(load_config("llama3_8b")), [f"--mesh={mesh}", *KNOBS])
   device, sizes = find_device(name), mesh_shape(cfg.mesh)
   N = sizes["fsdp"]
-  layout = lay_out(cfg, cfg.mesh, name, compiled=False)
-  share = layout.parameter_bytes * N / layout.whole_bytes
+  report = report_sharding(cfg, cfg.mesh, name, compiled=False)
+  share = report.parameter_bytes * N / report.whole_bytes
   compiled = compile_step(cfg, sizes, device)
   found = {
     "target": compiled.target,
@@ -43,7 +43,7 @@ def test_llama3_8b_compiles_for_a_pod_and_fits(name: str, mesh: str, record_prop
     "peak_bytes": compiled.peak_bytes,
     "analytic_bytes": training_memory(cfg, sizes, device.lanes).total,
     "argument_bytes": compiled.argument_bytes,
-    "parameter_bytes": layout.parameter_bytes,
+    "parameter_bytes": report.parameter_bytes,
     "share": share,
     "collectives": [[c.kind, c.axes, c.count, c.bytes] for c in compiled.collectives],
   }
@@ -56,8 +56,8 @@ def test_llama3_8b_compiles_for_a_pod_and_fits(name: str, mesh: str, record_prop
   # Norms, 0.003 % of the bytes, are whole on every device; all else is there once.
   assert 1 <= share < 1.01
   # Parameters and Adam's two moments of each, and next to nothing: a row of ids or two.
-  state = layout.parameter_bytes + layout.optimizer_bytes
+  state = report.parameter_bytes + report.optimizer_bytes
   assert compiled.argument_bytes == pytest.approx(state, rel=0.01)
   # Weights travel, twice at least: v5e gathers them, v5p has all-reduces alone.
   sent = sum(one.bytes for one in compiled.collectives if one.axes == "fsdp")
-  assert sent > 2 * 2 * layout.whole_bytes / 4 * (N - 1) / N
+  assert sent > 2 * 2 * report.whole_bytes / 4 * (N - 1) / N

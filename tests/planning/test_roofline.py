@@ -13,17 +13,20 @@ from flaxlm.config import (
   Config,
   DataConfig,
   ModelConfig,
-  MoEConfig,
+  ResolvedMoE,
   TrainingConfig,
+  load_config,
   mesh_shape,
 )
 from flaxlm.planning.cost import attention_passes, forward_work, kv_cache_bytes
 from flaxlm.planning.devices import Device, find_device
 from flaxlm.planning.memory import state_bytes
+from flaxlm.planning.planner import resolve
 from flaxlm.planning.roofline import (
   OPERATIONS,
   StepTimes,
   axis_bandwidth,
+  decode_work,
   network_bytes,
   plan_decoding,
   plan_training,
@@ -248,6 +251,28 @@ def test_decoding_turns_from_weights_to_cache():
   assert point(64, 8192 * 16).fits is False
 
 
+def test_gemma3_27b_decodes_128k_tokens_on_one_h100():
+  """54 GB of weights and 11 GB of cache, which would be 67 if all layers kept all slots."""
+  cfg = resolve(load_config("gemma3_27b"))
+  point = plan_decoding(cfg, mesh_shape({}), find_device("h100"), 1, 131_072)
+  cache = 2 * 16 * 128 * 2 * (10 * 131_072 + 52 * 1599)
+  expected = 2 * 27_009_346_304 + cache + 4 * 262_208
+  assert point.bytes_per_device == pytest.approx(expected, rel=1e-6)
+  assert point.fits and point.min_devices == 1
+
+
+def test_a_decoding_step_attends_to_the_slots_that_its_layers_keep():
+  model = dict(depth=3, width=64, num_heads=2, vocab_size=128, context=4096)
+  windowed = dict(window=8, layer_pattern="LLG")
+  flops = {}
+  for name, fields in (("all", {}), ("some", windowed)):
+    cfg = dataclasses.replace(CFG, model=ModelConfig(**model | fields).resolve())
+    flops[name], _, num_bytes = decode_work(cfg, rows=5, context=4096)
+    assert num_bytes == kv_cache_bytes(cfg.model, 5, 4096, 2)
+  ring = 8 + 512 + 64 - 1
+  assert flops["all"] - flops["some"] == 5 * 4 * 64 * 2 * (4096 - ring)
+
+
 def test_decoding_on_a_mesh():
   """`tensor` halves what is read; `fsdp` makes the weights travel instead."""
   device = find_device("h200")
@@ -260,8 +285,8 @@ def test_decoding_on_a_mesh():
 
 
 def test_decoding_reads_the_experts_that_are_asked():
-  moe = MoEConfig(num_experts=8, experts_per_token=2)
-  model = dataclasses.replace(LLAMA3_8B, moe=moe).resolve()
+  moe = ResolvedMoE(num_experts=8, experts_per_token=2, expert_width=14_336)
+  model = dataclasses.replace(LLAMA3_8B, moe=moe)
   cfg = dataclasses.replace(CFG, model=model)
   one, many = read_parameters(cfg, 1), read_parameters(cfg, 1000)
   expert = 32 * 3 * 4096 * 14_336

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flaxlm shard`: the layout that training really has, and what really travels."""
+"""`flaxlm shard`: the sharding that training really has, and what really travels."""
 
 import dataclasses
 import json
@@ -13,10 +13,10 @@ from flaxlm.errors import ConfigError
 from flaxlm.nn.models import build_model
 from flaxlm.planning.compile import compile_step
 from flaxlm.planning.devices import ANY
-from flaxlm.planning.layout import explain, lay_out
 from flaxlm.planning.memory import state_bytes
 from flaxlm.planning.planner import resolve
 from flaxlm.planning.roofline import network_bytes
+from flaxlm.planning.sharding_report import explain, report_sharding
 from flaxlm.sharding import axes_of, check_replication, find_replication, make_mesh
 from flaxlm.training.step import abstract_params
 
@@ -30,13 +30,13 @@ TINY = resolve(
 )
 
 
-def test_it_is_the_layout_that_training_has():
+def test_it_is_the_sharding_that_training_has():
   sizes = {"data": 2, "fsdp": 2, "tensor": 2}
   params = abstract_params(build_model(TINY.model, TINY.training), make_mesh(sizes))
   leaves = jax.tree_util.tree_leaves_with_path(params)
-  layout = lay_out(TINY, sizes, None, compiled=False)
-  assert len(leaves) == len(layout.parameters)
-  for one, (path, leaf) in zip(layout.parameters, leaves, strict=True):
+  report = report_sharding(TINY, sizes, None, compiled=False)
+  assert len(leaves) == len(report.parameters)
+  for one, (path, leaf) in zip(report.parameters, leaves, strict=True):
     assert one.name == "/".join(key.key for key in path)
     in_use = [
       tuple(a for a in axes_of(e) if sizes.get(a, 1) > 1) for e in leaf.sharding.spec
@@ -46,7 +46,7 @@ def test_it_is_the_layout_that_training_has():
     assert one.bytes_per_device == leaf.dtype.itemsize * jax.numpy.prod(
       jax.numpy.array(shard)
     )
-  assert layout.parameter_bytes == sum(one.bytes_per_device for one in layout.parameters)
+  assert report.parameter_bytes == sum(one.bytes_per_device for one in report.parameters)
 
 
 def test_the_contract_of_json(capsys: pytest.CaptureFixture):

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from flaxlm.config import MeshConfig, ResolvedConfig, mesh_shape, slow_axes
 from flaxlm.planning.collectives import Collective
-from flaxlm.planning.compile import Compiled, compile_step
+from flaxlm.planning.compile import CompiledStep, compile_step
 from flaxlm.planning.devices import ANY, Device, find_device
 from flaxlm.planning.memory import (
   Sizes,
@@ -53,7 +53,7 @@ REASONS: Mapping[str, str] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ParameterLayout:
+class ParameterSharding:
   """One parameter: its logical names by dim, the mesh axes that cut each, and why."""
 
   name: str
@@ -66,19 +66,19 @@ class ParameterLayout:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-  """All parameters of a config on a mesh; bytes are of one device."""
+class ShardingReport:
+  """How all parameters of a config are sharded over a mesh; bytes are per device."""
 
   name: str
   sizes: Sizes
-  parameters: Sequence[ParameterLayout]
+  parameters: Sequence[ParameterSharding]
   parameter_bytes: int
   optimizer_bytes: int
   whole_bytes: int  # of the parameters, unsharded
   replication: Replication
   analytic: Mapping[str, float]  # bytes that one device sends in a step, by mesh axis
   bandwidth: Mapping[str, float | None]  # and how many a second; None where not known
-  compiled: Compiled | None
+  compiled: CompiledStep | None
   padding: str = ""  # what there is to say of the vocabulary's
   slow: Sequence[str] = ()  # axes on the network between slices or hosts
 
@@ -87,11 +87,12 @@ class Layout:
     return [] if self.compiled is None else self.compiled.collectives
 
 
-def lay_out(
+def report_sharding(
   cfg: ResolvedConfig, mesh: MeshConfig, device: str | None, compiled: bool
-) -> Layout:
-  """The layout of a resolved config's parameters and, if `compiled`, the collectives of
-  its training step, compiled for `device` (None: for simulated CPU devices).
+) -> ShardingReport:
+  """How the parameters of a resolved config are sharded and, if `compiled`, which
+  collectives its training step has when it is compiled for `device` (None: for simulated
+  CPU devices).
 
   Raises `ConfigError` for a mesh that the config does not divide over.
   """
@@ -109,7 +110,7 @@ def lay_out(
   ]
   state = state_bytes(cfg.model, cfg.training, cfg.optimizer, sizes)
   analytic = network_bytes(cfg, sizes, state)
-  return Layout(
+  return ShardingReport(
     name=cfg.name or "config",
     sizes=sizes,
     parameters=parameters,
@@ -127,9 +128,9 @@ def lay_out(
 
 def describe_parameter(
   path: tuple, names: tuple[str, ...], leaf: jax.ShapeDtypeStruct, sizes: Sizes
-) -> ParameterLayout:
+) -> ParameterSharding:
   assert isinstance(leaf.sharding, jax.sharding.NamedSharding)
-  return ParameterLayout(
+  return ParameterSharding(
     name=name_of(path),
     shape=leaf.shape,
     dtype=str(leaf.dtype),
@@ -162,40 +163,40 @@ def explain(names: Sequence[str], sizes: Sizes) -> str:
 # -- For scripts and people ----------------------------------------------------------------
 
 
-def to_json(layout: Layout) -> dict[str, Any]:
+def to_json(report: ShardingReport) -> dict[str, Any]:
   """The schema that scripts rely on (docs/design.md, section 2)."""
   return {
-    "name": layout.name,
-    "mesh": {axis: n for axis, n in layout.sizes.items() if n > 1},
-    "slow_axes": list(layout.slow),
-    "parameters": [dataclasses.asdict(one) for one in layout.parameters],
-    "collectives": [dataclasses.asdict(one) for one in layout.collectives],
+    "name": report.name,
+    "mesh": {axis: n for axis, n in report.sizes.items() if n > 1},
+    "slow_axes": list(report.slow),
+    "parameters": [dataclasses.asdict(one) for one in report.parameters],
+    "collectives": [dataclasses.asdict(one) for one in report.collectives],
     "bytes_per_device": {
-      "parameters": layout.parameter_bytes,
-      "optimizer_state": layout.optimizer_bytes,
+      "parameters": report.parameter_bytes,
+      "optimizer_state": report.optimizer_bytes,
     },
-    "whole_bytes": layout.whole_bytes,
-    "replicated_fraction": layout.replication.fraction,
-    "analytic_bytes": dict(layout.analytic),
-    "bytes_per_second": dict(layout.bandwidth),
-    "compiled_for": layout.compiled and layout.compiled.target,
-    "error": layout.compiled and layout.compiled.error,
+    "whole_bytes": report.whole_bytes,
+    "replicated_fraction": report.replication.fraction,
+    "analytic_bytes": dict(report.analytic),
+    "bytes_per_second": dict(report.bandwidth),
+    "compiled_for": report.compiled and report.compiled.target,
+    "error": report.compiled and report.compiled.error,
   }
 
 
-def print_layout(layout: Layout, out: TextIO) -> None:
-  """The same as tables."""
+def print_sharding(report: ShardingReport, out: TextIO) -> None:
+  """The report as tables."""
   console = Console(file=out, highlight=False, width=None if out.isatty() else 120)
-  devices = math.prod(layout.sizes.values())
-  mesh = describe_mesh(layout.sizes, layout.slow)
-  console.print(f"{layout.name} on {mesh}: {devices} devices")
-  console.print(f"{layout.padding}\n" if layout.padding else "")
+  devices = math.prod(report.sizes.values())
+  mesh = describe_mesh(report.sizes, report.slow)
+  console.print(f"{report.name} on {mesh}: {devices} devices")
+  console.print(f"{report.padding}\n" if report.padding else "")
   table = Table(title="Parameters", title_justify="left", box=None, padding=(0, 2, 0, 0))
   for title in ("", "parameter", "shape", "dims:axes", "per device"):
     justify: Any = "right" if title == "per device" else "left"
     table.add_column(title, justify=justify, overflow="fold")
   notes: dict[str, int] = {}
-  for one in layout.parameters:
+  for one in report.parameters:
     note = notes.setdefault(one.reason, len(notes) + 1)
     dims = [
       f"{name}:{'+'.join(axes)}" if axes else name
@@ -207,23 +208,25 @@ def print_layout(layout: Layout, out: TextIO) -> None:
   console.print(table, "")
   for reason, note in notes.items():
     console.print(f"({note}) {reason}")
-  share = layout.parameter_bytes / layout.whole_bytes
+  share = report.parameter_bytes / report.whole_bytes
   console.print(
     "",
-    f"parameters per device       {size(layout.parameter_bytes)} "
-    f"({share:.2%} of {size(layout.whole_bytes)})",
-    f"optimizer state per device  {size(layout.optimizer_bytes)}",
-    f"left whole                  {layout.replication.fraction:.3%} of the bytes that "
+    f"parameters per device       {size(report.parameter_bytes)} "
+    f"({share:.2%} of {size(report.whole_bytes)})",
+    f"optimizer state per device  {size(report.optimizer_bytes)}",
+    f"left whole                  {report.replication.fraction:.3%} of the bytes that "
     "the mesh could cut",
     "",
     sep="\n",
   )
-  if layout.compiled is not None:
-    print_collectives(layout, layout.compiled, console)
-  print_traffic(layout, console)
+  if report.compiled is not None:
+    print_collectives(report, report.compiled, console)
+  print_traffic(report, console)
 
 
-def print_collectives(layout: Layout, compiled: Compiled, console: Console) -> None:
+def print_collectives(
+  report: ShardingReport, compiled: CompiledStep, console: Console
+) -> None:
   title = f"Collectives of one step, compiled for {compiled.target}; bytes that one sends"
   if compiled.error is not None:
     console.print(f"{title}: {compiled.error}")
@@ -231,22 +234,22 @@ def print_collectives(layout: Layout, compiled: Compiled, console: Console) -> N
   table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
   for title in ("kind", "axes", "count", "bytes"):
     table.add_column(title, justify="left" if title in ("kind", "axes") else "right")
-  for one in layout.collectives:
+  for one in report.collectives:
     table.add_row(one.kind, one.axes, str(one.count), size(one.bytes))
   console.print(table, "")
 
 
-def print_traffic(layout: Layout, console: Console) -> None:
+def print_traffic(report: ShardingReport, console: Console) -> None:
   """Along each axis: the bytes by the formula, what compiles to, and the seconds."""
-  for axis, expected in layout.analytic.items():
+  for axis, expected in report.analytic.items():
     texts = [f"{size(round(expected))} by the formula"]
-    if layout.compiled is not None and layout.compiled.error is None:
-      found = sum(c.bytes for c in layout.collectives if axis in c.axes.split("+"))
+    if report.compiled is not None and report.compiled.error is None:
+      found = sum(c.bytes for c in report.collectives if axis in c.axes.split("+"))
       # Between slices a TPU's program sends through its hosts: no collective in sight.
-      hidden = axis in layout.slow and not found
+      hidden = axis in report.slow and not found
       texts.insert(0, "sent by the hosts" if hidden else f"{size(found)} compiled")
-    rate = layout.bandwidth[axis]
+    rate = report.bandwidth[axis]
     if rate:
       texts.append(f"{duration(expected / rate)} at {rate / 1e9:g} GB/s")
-    where = " (data-centre network)" if axis in layout.slow else ""
+    where = " (data-centre network)" if axis in report.slow else ""
     console.print(f"{axis}{where}: {', '.join(texts)}")

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a corpus is: documents or pairs, each of a split, and a fingerprint of them all."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+Log = Callable[[str], None]
+SPLITS = ("train", "validation")
+
+
+class Document(NamedTuple):
+  """The bytes start..end of a file, a document of `split`."""
+
+  split: str
+  name: str
+  path: Path
+  start: int
+  end: int
+  digest: str  # of the whole file
+
+  def read(self) -> str:
+    with self.path.open("rb") as file:
+      file.seek(self.start)
+      return file.read(self.end - self.start).decode("utf-8", "replace")
+
+
+class Pair(NamedTuple):
+  """A text of `split` in two languages."""
+
+  split: str
+  source: str
+  target: str
+  domain: str  # the catalogue that it comes from, as gettext calls it
+
+
+@dataclass(frozen=True)
+class Corpus:
+  """A corpus that was found: where its documents lie, or its pairs themselves.
+
+  `sources.read_documents` and `sources.read_pairs` read the text.
+  """
+
+  name: str
+  fingerprint: str  # of all text and how it is split
+  train_fingerprint: str  # of the train split: a tokenizer depends on no more
+  documents: tuple[Document, ...] = field(default=(), repr=False)  # of local files
+  pairs: tuple[Pair, ...] = field(default=(), repr=False)  # of catalogues
+  tfds_folder: Path | None = None  # of a public dataset

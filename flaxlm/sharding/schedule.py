@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The schedule of a pipeline: how its stages share the time of a step."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from flaxlm.config import TrainingConfig
+
+
+class Schedule(NamedTuple):
+  """How many stages there are, and how often the microbatches of a batch pass them all."""
+
+  stages: int  # S
+  microbatches: int  # M, a multiple of S
+  repeats: int = 1  # R
+
+  @property
+  def visits(self) -> int:
+    """Ticks in which a stage has work."""
+    return self.microbatches * self.repeats
+
+  @property
+  def ticks(self) -> int:
+    """Ticks from the first microbatch at the first stage to the last one at the last."""
+    return self.visits + self.stages - 1
+
+  @property
+  def bubble(self) -> float:
+    """The share of the ticks in which a stage waits."""
+    return 1 - self.visits / self.ticks
+
+
+def make_schedule(stages: int, microbatches: int | None, repeats: int) -> Schedule:
+  """The schedule of so many stages; by default there are as many microbatches as stages.
+
+  Without a pipeline (one stage) the whole batch passes at once.
+  """
+  if stages == 1:
+    return Schedule(1, 1)
+  return Schedule(stages, microbatches or stages, repeats)
+
+
+def training_schedule(training: TrainingConfig, sizes: Mapping[str, int]) -> Schedule:
+  """The schedule of a training step on a mesh of these axis sizes."""
+  repeats = training.pipeline_repeats
+  return make_schedule(sizes["stage"], training.pipeline_microbatches, repeats)
