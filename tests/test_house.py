@@ -35,7 +35,8 @@ ROWS = [
   [""],  # flaxlm/__init__.py
   ["errors"],
   ["config"],
-  ["checkpoint", "distributed", "platform", "runs", "sharding", "tokenizers"],
+  ["checkpoint", "distributed", "platform", "sharding", "tokenizers"],
+  ["runs"],
   ["data", "nn"],
   ["decoding"],
   ["interop", "training"],

@@ -36,7 +36,7 @@ VARIANTS = {
 
 def build(**moe) -> MoE:
   moe = MoEConfig(**dict(num_experts=E, expert_width=F) | moe)
-  return MoE(ModelConfig(width=D, depth=2, moe=moe).resolve())
+  return MoE(ModelConfig(width=D, depth=2, vocab_size=8, moe=moe).resolve())
 
 
 def init(moe: MoE):

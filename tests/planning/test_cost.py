@@ -22,8 +22,8 @@ from flaxlm.config import (
   TrainingConfig,
   load_config,
 )
-from flaxlm.nn.attention import Placement, visible
 from flaxlm.nn.base import Source
+from flaxlm.nn.masks import Placement, visible
 from flaxlm.nn.models import build_model, init_cache, init_params
 from flaxlm.planning.cost import (
   active_parameters,
