@@ -39,7 +39,7 @@ ROWS = [
 ]
 # Inside nn there are rows too.
 NN_ROWS = [
-  ["cache", "layers", "pipeline", "positions"],
+  ["cache", "layers", "pipeline", "positions", "vocabulary"],
   ["base"],
   ["attention", "moe"],
   ["stack"],

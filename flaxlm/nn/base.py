@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from flaxlm.config import ResolvedModel
 from flaxlm.nn.layers import LOWEST, Einsum, Embedding, activate, build_norm
+from flaxlm.nn.vocabulary import mask_padding_ids
 from flaxlm.sharding import constrain
 
 
@@ -118,7 +119,7 @@ class LanguageModel(nn.Module):
     if cfg.logit_softcap is not None:
       logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
     if cfg.is_padded:  # padding has no probability, and no gradient
-      logits_BTV = jnp.where(jnp.arange(cfg.vocab_size) < cfg.num_ids, logits_BTV, LOWEST)
+      logits_BTV = mask_padding_ids(logits_BTV, cfg.num_ids, LOWEST)
     return constrain(logits_BTV, "batch", "length", "act_vocab")
 
 
