@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from flaxlm import __version__
 from flaxlm.commands.bench import add_bench
 from flaxlm.commands.checkpoints import add_ckpt, add_export, add_import
-from flaxlm.commands.infer import add_embed, add_infer
+from flaxlm.commands.embed import add_embed
+from flaxlm.commands.infer import add_infer
 from flaxlm.commands.launch import add_launch
 from flaxlm.commands.look import add_look
 from flaxlm.commands.parsing import Parser

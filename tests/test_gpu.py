@@ -12,10 +12,16 @@ import pytest
 
 from flaxlm.config import ModelConfig, TrainingConfig
 from flaxlm.data.objectives import next_token
-from flaxlm.decoding.prefill import Request, prefill_logits
-from flaxlm.nn.attention import attend
-from flaxlm.nn.kernels.cudnn import attend_cudnn
-from flaxlm.nn.masks import Placement, Reach, Scoring, Sight, visible
+from flaxlm.decoding.prefill import Request, prefill_prompts
+from flaxlm.nn.attention import (
+  Placement,
+  Reach,
+  Scoring,
+  Sight,
+  attend,
+  attend_cudnn,
+  visible,
+)
 from flaxlm.nn.models import build_model, init_params
 from flaxlm.platform import kernel_head_dim
 from flaxlm.training.step import loss_and_gradient
@@ -92,7 +98,7 @@ def test_prompts_read_by_cudnn_are_read_as_without(window):
   for path in ("blocked", "cudnn"):  # cudnn: where it can, with a cache
     model, params = with_path(cfg, path)
     request = Request(prompts, 4, num_ids=512)
-    logits_BV, cache = prefill_logits(model, params, request, mesh=None)
+    logits_BV, cache = prefill_prompts(model, params, request, mesh=None)
     found.append(jax.device_get((logits_BV[:3], cache.layers[0][0][:1, :, -64:])))
   for ours, theirs in zip(*map(jax.tree.leaves, found), strict=True):
     error = np.linalg.norm(np.float32(ours) - np.float32(theirs))

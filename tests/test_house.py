@@ -47,7 +47,7 @@ ROWS = [
 ]
 # Inside nn there are rows too.
 NN_ROWS = [
-  ["masks", "execution", "pipeline"],
+  ["masks", "vocabulary", "execution", "pipeline"],
   ["kernels"],
   ["layers", "positions", "cache"],
   ["base"],

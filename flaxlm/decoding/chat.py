@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations with an imported run, by the template that came with its tokenizer."""
+"""Conversations with an imported run, in the chat template of its tokenizer."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -14,17 +14,18 @@ Message = dict[str, str]  # "role" (system, user, assistant) and "content"
 
 
 def load_chat(run_dir: Path) -> Callable[[Sequence[Message]], str] | None:
-  """What turns messages into a prompt for the next answer; None for a run without it.
+  """A function that turns messages into a prompt; None if the run has no chat template.
 
-  The start of the text is left to the tokenizer. Raises `ConfigError` if the template
-  cannot be used, `DataError` if it fails.
+  The prompt does not have the start-of-text token, which the tokenizer adds. Raises
+  `ConfigError` without jinja2, `DataError` if the template is damaged; the function
+  raises `DataError` if the template fails.
   """
-  said: dict[str, Any] = {}
+  settings: dict[str, Any] = {}
   folder = run_dir / KEPT
   try:
     if (folder / TOKENIZER_CONFIG).is_file():
-      said = json.loads((folder / TOKENIZER_CONFIG).read_text("utf-8"))
-    text = said.get("chat_template")
+      settings = json.loads((folder / TOKENIZER_CONFIG).read_text("utf-8"))
+    text = settings.get("chat_template")
     if (folder / TEMPLATE).is_file():
       text = (folder / TEMPLATE).read_text("utf-8")
   except (OSError, ValueError, AttributeError) as e:
@@ -44,14 +45,14 @@ def load_chat(run_dir: Path) -> Callable[[Sequence[Message]], str] | None:
 
   environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
   environment.globals["raise_exception"] = refuse
-  end = said.get("eos_token")
+  end = settings.get("eos_token")
   end = end.get("content") if isinstance(end, dict) else end
 
-  def prompt(messages: Sequence[Message]) -> str:
+  def to_prompt(messages: Sequence[Message]) -> str:
     values = {"bos_token": "", "eos_token": end or "", "add_generation_prompt": True}
     try:
       return environment.from_string(text).render(messages=[*messages], **values)
     except (TemplateError, TypeError, ValueError) as e:
       raise DataError(f"the chat template of {run_dir} fails: {e}", "--no-chat") from e
 
-  return prompt
+  return to_prompt

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text in, text out: prompts are encoded, continued, and decoded as they grow."""
+"""Text in, text out: prompts are encoded, continued, and decoded token by token."""
 
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
 
-from flaxlm.decoding.generate import Memory, generate
+from flaxlm.decoding.beams import beam_search
+from flaxlm.decoding.generate import PrefixCache, generate
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import Sampling
-from flaxlm.decoding.search import beam_search
 from flaxlm.decoding.speculative import speculate
 from flaxlm.errors import ConfigError
 from flaxlm.tokenizers import AnyTokenizer
@@ -19,37 +19,37 @@ DEFAULT_NEW_TOKENS = 128
 
 @dataclasses.dataclass
 class Completion:
-  """One continued prompt, growing token by token."""
+  """A prompt and its continuation, which grows token by token."""
 
   prompt: str
   completion: str = ""
   tokens: list[int] = dataclasses.field(default_factory=list)
   logprobs: list[float] = dataclasses.field(default_factory=list)
-  # "stop": end of text, a stop string or token; "length"; "time"
+  # "stop" (the end of text, a stop string or a stop token), "length" or "time"
   finish_reason: str | None = None
-  # The likeliest tokens at each step with their log-probabilities, if they were asked for.
+  # On request: the likeliest tokens at each step, with their log-probabilities.
   top_logprobs: list[list[tuple[int, float]]] | None = None
 
   def as_json(self) -> dict:
-    """The fields that have a value, in their order."""
+    """The fields that are not None, in their order."""
     fields = dataclasses.asdict(self)
     return {name: value for name, value in fields.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stopping:
-  """What ends a completion besides its length and the end of the text."""
+  """What ends a completion, besides its length and the end of text."""
 
   strings: Sequence[str] = ()
   tokens: Sequence[int] = ()
-  max_seconds: float | None = None  # looked at between blocks of tokens
-  max_tokens: int | None = None  # of a row that shares its batch with longer ones
+  max_seconds: float | None = None  # checked between blocks of tokens
+  max_tokens: int | None = None  # for a row that shares its batch with longer ones
 
   def check(self) -> None:
     if any(not text for text in self.strings):
-      raise ConfigError("a stop string is empty", "leave --stop out to have none")
+      raise ConfigError("a stop string is empty", "leave --stop out")
     if self.max_seconds is not None and not self.max_seconds > 0:
-      raise ConfigError(f"max-seconds is {self.max_seconds}", "it is above 0")
+      raise ConfigError(f"max-seconds is {self.max_seconds}", "use more than 0")
 
 
 def complete(
@@ -60,16 +60,19 @@ def complete(
   stop: Sequence[str] | Stopping | Sequence[Stopping] = (),
   on_text: Callable[[int, str], None] | None = None,
   num_top: int = 0,
-  memory: Memory | None = None,
+  prefix_cache: PrefixCache | None = None,
 ) -> list[Completion]:
-  """Continues each prompt until the end of text, a stop, or the length.
+  """Continues each prompt until the end of text, a stop, or its length.
 
-  `on_text(row, piece)` is called with the text that has become certain, as soon as it
-  has; the pieces of a row add up to its completion. `stop` is stop strings, or all that
-  stops, for every row or one for each. `memory` keeps what was read for the next call.
+  Args:
+    stop: stop strings for all rows, or a `Stopping` for all or for each of them.
+    on_text: `on_text(row, piece)` is called with new text as soon as no later token can
+      change it; the pieces of a row add up to its completion.
+    num_top: how many of the likeliest tokens to report at each step.
+    prefix_cache: keeps what this call reads for a next one, as in a conversation.
   """
   request = make_request(run, prompts, max_new_tokens, num_top)
-  return complete_request(run, request, prompts, sampling, stop, on_text, memory)
+  return complete_request(run, request, prompts, sampling, stop, on_text, prefix_cache)
 
 
 def complete_request(
@@ -79,23 +82,22 @@ def complete_request(
   sampling: Sampling,
   stop: Sequence[str] | Stopping | Sequence[Stopping] = (),
   on_text: Callable[[int, str], None] | None = None,
-  memory: Memory | None = None,
+  prefix_cache: PrefixCache | None = None,
 ) -> list[Completion]:
   """`complete` for ids that are known already; `prompts` are what the results are for."""
   started = time.monotonic()
-  stops = stops_of(stop, len(prompts))
+  stops = stopping_of_rows(stop, len(prompts))
   num_top = request.num_top
   rows = [
-    _Row(Completion(prompt), run.tokenizer, of_row)
-    for prompt, of_row in zip(prompts, stops, strict=True)
+    _GrowingCompletion(Completion(prompt), run.tokenizer, row_stop)
+    for prompt, row_stop in zip(prompts, stops, strict=True)
   ]
-  whole = (run.model, run.params, request, sampling)
   if run.draft is None:
-    blocks = generate(*whole, run.mesh, memory)
+    blocks = generate(run.model, run.params, request, sampling, run.mesh, prefix_cache)
   else:
-    blocks = speculate(*whole, run.draft, run.mesh)
+    blocks = speculate(run.model, run.params, request, sampling, run.draft, run.mesh)
   for block in blocks:
-    late = time.monotonic() - started
+    seconds = time.monotonic() - started
     for i, row in enumerate(rows):
       tops: list = []
       if num_top:
@@ -109,7 +111,7 @@ def complete_request(
         ]
       tokens, logprobs = block.tokens_BT[i].tolist(), block.logprobs_BT[i].tolist()
       piece = row.extend(tokens, logprobs, tops)
-      if row.stop.max_seconds is not None and late >= row.stop.max_seconds:
+      if row.stop.max_seconds is not None and seconds >= row.stop.max_seconds:
         piece += row.finish("time")
       if piece and on_text is not None:
         on_text(i, piece)
@@ -122,16 +124,18 @@ def complete_request(
   return [row.result for row in rows]
 
 
-def stops_of(stop: Sequence[str] | Stopping | Sequence[Stopping], count: int) -> list:
-  """A checked `Stopping` for each row."""
+def stopping_of_rows(
+  stop: Sequence[str] | Stopping | Sequence[Stopping], count: int
+) -> list[Stopping]:
+  """A `Stopping` for each of `count` rows. Raises `ConfigError` if one is wrong."""
   if isinstance(stop, Stopping):
     stops = [stop] * count
-  elif stop and all(isinstance(of_row, Stopping) for of_row in stop):
-    stops = [*stop]
+  elif stop and all(isinstance(row_stop, Stopping) for row_stop in stop):
+    stops = [*stop]  # type: ignore[list-item]
   else:
-    stops = [Stopping(strings=[*stop])] * count
-  for of_row in stops:
-    of_row.check()
+    stops = [Stopping(strings=[*stop])] * count  # type: ignore[list-item]
+  for row_stop in stops:
+    row_stop.check()
   return stops
 
 
@@ -145,10 +149,12 @@ def search(
 ) -> list[Completion]:
   """The `num_best` likeliest completions of each prompt by beam search, best first.
 
-  Their `logprobs` hold one number, the hypothesis' score: see `beam_search`.
+  The `logprobs` of each hold one number, its score: see `beam_search`.
   """
   if num_best > num_beams:
-    raise ConfigError(f"{num_best} of {num_beams} beams", "ask for more beams")
+    raise ConfigError(
+      f"{num_best} completions of {num_beams} beams", f"use {num_best} beams or more"
+    )
   request = make_request(run, prompts, max_new_tokens)
   found = beam_search(
     run.model, run.params, request, num_beams, run.tokenizer.eos_id, alpha, run.mesh
@@ -169,9 +175,9 @@ def search(
 def make_request(
   run: Run, prompts: Sequence[str], max_new_tokens: int | None, num_top: int = 0
 ) -> Request:
-  """The prompts as ids; for an encoder-decoder they are what is read, not continued.
+  """The request for some prompts, which an encoder-decoder reads instead of continuing.
 
-  Without `max_new_tokens` it asks for as many as fit, at most `DEFAULT_NEW_TOKENS`.
+  Without `max_new_tokens`, as many tokens as fit, at most `DEFAULT_NEW_TOKENS`.
   """
   tokenizer = run.tokenizer
   encoded = [tokenizer.encode(prompt) for prompt in prompts]
@@ -187,18 +193,18 @@ def make_request(
   return Request(starts, max_new_tokens, num_ids, sources, num_top)
 
 
-class _Row:
-  """A completion and its text so far; holds back what may begin a stop string."""
+class _GrowingCompletion:
+  """A completion that takes tokens, and holds back text that may begin a stop string."""
 
   def __init__(self, result: Completion, tokenizer: AnyTokenizer, stop: Stopping):
     self.result, self.stop = result, stop
     self.ends = {*tokenizer.eos_ids, *stop.tokens}
     self.stream = tokenizer.stream()
-    self.held = max(map(len, stop.strings), default=1) - 1
-    self.shown = 0
+    self.num_held = max(map(len, stop.strings), default=1) - 1  # characters
+    self.num_shown = 0
 
-  def extend(self, tokens: list[int], logprobs: list[float], tops: list = ()) -> str:  # type: ignore[assignment]
-    """Takes a block's tokens; returns the text that has become certain."""
+  def extend(self, tokens: list[int], logprobs: list[float], tops: list = ()) -> str:
+    """Adds the tokens of a block; returns the text that has become certain."""
     result = self.result
     for at, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
       if result.finish_reason is not None:
@@ -215,22 +221,23 @@ class _Row:
         self.end("length")
     certain = len(result.completion)
     if result.finish_reason is None:
-      certain = max(self.shown, certain - self.held)
+      certain = max(self.num_shown, certain - self.num_held)
     return self._show(certain)
 
   def finish(self, reason: str = "length") -> str:
-    """Ends a row that used up its length or time; returns the rest of its text."""
+    """Ends a completion whose length or time is used up; returns the rest of its text."""
     self.end(reason)
     return self._show(len(self.result.completion))
 
   def end(self, reason: str) -> None:
     if self.result.finish_reason is None:
       self._add(self.stream.flush())
+      # The flushed text may have completed a stop string.
       self.result.finish_reason = self.result.finish_reason or reason
 
   def _add(self, piece: str) -> None:
     result = self.result
-    start = max(0, len(result.completion) - self.held)
+    start = max(0, len(result.completion) - self.num_held)
     result.completion += piece
     found = [
       at for text in self.stop.strings if (at := result.completion.find(text, start)) >= 0
@@ -240,6 +247,6 @@ class _Row:
       result.finish_reason = "stop"
 
   def _show(self, certain: int) -> str:
-    piece = self.result.completion[self.shown : certain]
-    self.shown = max(self.shown, certain)
+    piece = self.result.completion[self.num_shown : certain]
+    self.num_shown = max(self.num_shown, certain)
     return piece

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an encoder is for: filling in masked tokens, and sentence embeddings."""
+"""What encoders are used for: filling in masked tokens, and sentence embeddings."""
 
 import functools
 from collections.abc import Sequence
@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.decoding.loading import Run
-from flaxlm.decoding.prefill import padded
+from flaxlm.decoding.prefill import pad_rows
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.vocabulary import mask_padding_ids
 from flaxlm.sharding import batch_shards, on_host, use_mesh
 from flaxlm.tokenizers import MASK
 
@@ -28,23 +29,27 @@ class Filled(NamedTuple):
 
 
 def fill_masks(run: Run, texts: Sequence[str], num_candidates: int = 5) -> list[Filled]:
-  """Fills every `[MASK]` of each text with its likeliest token, each on its own.
+  """Replaces every `[MASK]` of each text by its likeliest token, independently.
 
-  Raises `ConfigError` for a text without a mask, too long, or a model that cannot fill.
+  Raises `ConfigError` for a model that cannot fill masks, and for a text that has no mask
+  or is too long.
   """
   mask_id = run.tokenizer.mask_id
   if run.cfg.model.family != "encoder" or mask_id is None:
-    raise ConfigError(f"{run.path} is not a model that fills masks", "train an encoder")
+    raise ConfigError(f"{run.path} cannot fill masks", "use the run of an encoder")
   rows = encode_rows(run, texts, masked=True)
   for text, row in zip(texts, rows, strict=True):
     if mask_id not in row:
       raise ConfigError(f"{text!r} has no {MASK}", f'as in "import {MASK}"')
-  all_logits_BTV = in_batches(run, rows, all_logits)
+  num_ids = jnp.int32(run.tokenizer.vocab_size)
+  all_logits_BTV = map_in_batches(
+    run, rows, functools.partial(logits_of_rows, num_ids=num_ids)
+  )
   results = []
   for text, row, logits_TV in zip(texts, rows, all_logits_BTV, strict=True):
     candidates, ids = [], list(row)
     for at in np.flatnonzero(np.array(row) == mask_id).tolist():
-      logits_V = logits_TV[at, : run.tokenizer.vocab_size].astype(np.float64)
+      logits_V = logits_TV[at].astype(np.float64)
       logits_V[mask_id] = -np.inf
       probs_V = np.exp(logits_V - logits_V.max())
       probs_V /= probs_V.sum()
@@ -60,29 +65,29 @@ def fill_masks(run: Run, texts: Sequence[str], num_candidates: int = 5) -> list[
 def embed_texts(
   run: Run, texts: Sequence[str], normalised: bool = False
 ) -> list[np.ndarray]:
-  """One vector (D,) a text: the mean of its hidden vectors, its own tokens only.
+  """A vector (D,) for each text: the mean of the hidden vectors of its tokens.
 
-  `normalised` scales it to length 1. Raises `ConfigError` for what is no encoder, and for
-  an empty or too long text.
+  `normalised` scales it to length 1. Raises `ConfigError` if the run is not an encoder,
+  and for a text that is empty or too long.
   """
   if run.cfg.model.family != "encoder":
-    raise ConfigError(f"{run.path} is not an encoder", "embed takes an encoder's run")
+    raise ConfigError(f"{run.path} is not an encoder", "use the run of an encoder")
   rows = encode_rows(run, texts)
-  means_BD = in_batches(run, rows, mean_hidden)
+  means_BD = map_in_batches(run, rows, mean_hidden)
   if normalised:
     means_BD = [mean_D / np.linalg.norm(mean_D) for mean_D in means_BD]
   return means_BD
 
 
 def encode_rows(run: Run, texts: Sequence[str], masked: bool = False) -> list[list[int]]:
-  """The ids of each text behind its start token, as in training."""
+  """The ids of each text, with its special tokens, as in training."""
   context = run.model.cfg.context
   rows = []
   for text in texts:
     encode = run.tokenizer.encode_masked if masked else run.tokenizer.encode
     ids = encode(text)
     if not ids:
-      raise ConfigError("a text is empty", "give it a word")
+      raise ConfigError("a text is empty", "give it at least one word")
     row = run.tokenizer.framed(ids, "text")
     if len(row) > context:
       raise ConfigError(
@@ -92,13 +97,16 @@ def encode_rows(run: Run, texts: Sequence[str], masked: bool = False) -> list[li
   return rows
 
 
-def in_batches(run: Run, rows: Sequence[Sequence[int]], function: Any) -> list[np.ndarray]:
-  """`function(model, params, tokens_BT, lengths_B)` of the rows, on the run's mesh."""
+def map_in_batches(
+  run: Run, rows: Sequence[Sequence[int]], function: Any
+) -> list[np.ndarray]:
+  """Applies `function(model, params, tokens_BT, lengths_B)` to the rows on the run's mesh;
+  one result for each row."""
   multiple = batch_shards(run.mesh.shape)
   results: list[np.ndarray] = []
   for start in range(0, len(rows), ROWS_AT_A_TIME):
     some = rows[start : start + ROWS_AT_A_TIME]
-    tokens_BT, lengths_B = padded(some, multiple * -(-len(some) // multiple))
+    tokens_BT, lengths_B = pad_rows(some, multiple * -(-len(some) // multiple))
     with use_mesh(run.mesh):
       values = function(run.model, run.params, tokens_BT, lengths_B)
     results += list(on_host(values)[: len(some)])
@@ -106,25 +114,31 @@ def in_batches(run: Run, rows: Sequence[Sequence[int]], function: Any) -> list[n
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def all_logits(
-  model: LanguageModel, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array
+def logits_of_rows(
+  model: LanguageModel,
+  params: Any,
+  tokens_BT: jax.Array,
+  lengths_B: jax.Array,
+  num_ids: jax.Array,
 ) -> jax.Array:
-  """Logits (B, T, V) of right-padded rows."""
-  segments_BT = _real(tokens_BT, lengths_B).astype(jnp.int32)
-  return model.apply({"params": params}, tokens_BT, None, segments_BT).value
+  """Logits (B, T, V) of right-padded rows; -inf for ids from `num_ids` on."""
+  segments_BT = is_real_token(tokens_BT, lengths_B).astype(jnp.int32)
+  logits_BTV = model.apply({"params": params}, tokens_BT, None, segments_BT).value
+  return mask_padding_ids(logits_BTV, num_ids)
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def mean_hidden(
   model: LanguageModel, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array
 ) -> jax.Array:
-  """The mean over each right-padded row's own tokens, its start token too, (B, D)."""
-  real_BT = _real(tokens_BT, lengths_B)
+  """The mean hidden vector (B, D) of each right-padded row, special tokens included."""
+  real_BT = is_real_token(tokens_BT, lengths_B)
   variables, segments_BT = {"params": params}, real_BT.astype(jnp.int32)
   output = model.apply(variables, tokens_BT, None, segments_BT, method="hidden")
   sums_BD = (output.value.astype(jnp.float32) * real_BT[..., None]).sum(1)
   return sums_BD / lengths_B[:, None]
 
 
-def _real(tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+def is_real_token(tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+  """False for the padding of right-padded rows (B, T)."""
   return jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Autoregressive decoding: prefill the prompts, then a jitted loop over the KV cache.
+"""Autoregressive decoding: prefill the prompts, then decode steps in a jitted loop.
 
-The loop runs in blocks of a fixed number of steps, since an early exit would make an
-accelerator wait for the host at every token; the host looks between blocks.
+The loop runs in blocks of a fixed number of steps. An early exit would make an accelerator
+wait for the host at every token, so the host looks at the tokens only between blocks.
 """
 
 import dataclasses
@@ -17,35 +17,36 @@ from jax.sharding import Mesh
 
 from flaxlm.decoding.prefill import (
   BLOCK_STEPS,
-  Past,
+  CachedPrefix,
   Request,
-  prefill_logits,
+  prefill_prompts,
 )
 from flaxlm.decoding.sampling import (
-  ASK_WHAT_WAS_SEEN,
+  HISTORY_RULES,
   Sampling,
-  Seen,
+  TokenHistory,
   rules_in_use,
   sample,
 )
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import NonFiniteError
 from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.vocabulary import mask_padding_ids
 from flaxlm.sharding import on_host, use_mesh
 
 
 class DecodeState(NamedTuple):
-  """What one step hands to the next. `token_B` is chosen, but not yet in the cache."""
+  """What one decode step hands to the next."""
 
   cache: Any  # a KVCache, or an RNN's state
-  token_B: jax.Array
-  seen: Seen | None  # None where no rule asks what was seen
+  token_B: jax.Array  # the last sampled token, which is not in the cache yet
+  history: TokenHistory | None  # None where no rule needs it
 
 
-class Chosen(NamedTuple):
-  """Tokens that a block chose, (B, T) each; `finite_B` is False where logits were not.
+class TokenBlock(NamedTuple):
+  """The tokens of a block of steps, (B, T), and the X likeliest ones of each, (B, T, X).
 
-  The likeliest tokens of each step, as many as the request asks for, are (B, T, X).
+  `finite_B` is False for rows whose logits were NaN or infinite.
   """
 
   tokens_BT: Any
@@ -54,27 +55,27 @@ class Chosen(NamedTuple):
   top_logprobs_BTX: Any
   finite_B: Any
 
-  def each(self, change: Callable[[Any], Any]) -> "Chosen":
-    """Changes every array that has a T."""
+  def map_steps(self, change: Callable[[Any], Any]) -> "TokenBlock":
+    """Applies `change` to every array with a dimension T."""
     changed = jax.tree.map(change, self._replace(finite_B=None))
     return changed._replace(finite_B=self.finite_B)
 
 
 @dataclasses.dataclass
-class Memory:
-  """What the last call of `generate` has read, for a next one that begins with it.
+class PrefixCache:
+  """Holds what the last call of `generate` has read, for a prompt that begins the same way.
 
-  Of the first row only. A call that is broken off in the middle of a block forgets all.
+  Only the first row is kept. A call that is interrupted inside a block leaves it empty.
   """
 
-  past: Past | None = None
+  prefix: CachedPrefix | None = None
 
 
-class How(NamedTuple):
-  """What of choosing tokens is compiled in: the rules in use, and how many are told."""
+class StaticSampling(NamedTuple):
+  """The part of sampling that is compiled in; its other settings are traced arrays."""
 
-  rules: tuple[str, ...] = ()
-  num_top: int = 0
+  rules: tuple[str, ...] = ()  # in use, see `rules_in_use`
+  num_top: int = 0  # likeliest tokens to report at each step
 
 
 def generate(
@@ -83,136 +84,142 @@ def generate(
   request: Request,
   sampling: Sampling,
   mesh: Mesh | None = None,
-  memory: Memory | None = None,
-) -> Iterator[Chosen]:
+  prefix_cache: PrefixCache | None = None,
+) -> Iterator[TokenBlock]:
   """Yields the rows' next tokens, a block at a time, as host arrays.
 
   Args:
     model: of any family that writes text.
-    params: its parameters, as they lie on the mesh; `prepare_params` lays them out once
-      for many calls.
-    request: the prompts; `max_new_tokens` is the length of what is yielded, per row.
+    params: its parameters, sharded over the mesh. For many calls, lay them out once with
+      `prepare_params`.
+    request: the prompts; every row gets `max_new_tokens` tokens in all.
     sampling: settings for as many rows as there are prompts.
     mesh: where `params` live; None for a single device.
-    memory: of an earlier call, for prompts that begin with the same tokens; kept up.
+    prefix_cache: filled by an earlier call, and updated by this one.
 
-  The caller stops by not asking for more. Raises `ConfigError` when a row would outgrow
-  the model's context, `NonFiniteError` when logits are NaN or infinite.
+  The caller stops by asking for no more blocks. Raises `ConfigError` when a row would
+  outgrow the model's context, `NonFiniteError` when logits are NaN or infinite.
   """
   request.check(model.cfg)
-  num_rows, ids = len(request.prompts), jnp.int32(request.num_ids)
-  how = How(rules_in_use(sampling), request.num_top)
+  num_rows, num_ids = len(request.prompts), jnp.int32(request.num_ids)
+  static = StaticSampling(rules_in_use(sampling), request.num_top)
   with use_mesh(mesh):
     params = prepare_params(params, model.cfg)
-    past = None if memory is None else memory.past
-    logits_BV, cache = prefill_logits(model, params, request, mesh, past)
+    prefix = None if prefix_cache is None else prefix_cache.prefix
+    logits_BV, cache = prefill_prompts(model, params, request, mesh, prefix)
     batch = logits_BV.shape[0]
-    sampling = for_batch(sampling, batch)
-    seen = None
-    if ASK_WHAT_WAS_SEEN & set(how.rules):
-      seen = first_seen(request, sampling, logits_BV.shape)
-    state = DecodeState(cache, jnp.zeros(batch, jnp.int32), seen)
-    state, chosen = choose(logits_BV, state, sampling, ids, how)
+    sampling = repeat_to_batch(sampling, batch)
+    history = None
+    if HISTORY_RULES & set(static.rules):
+      history = history_of_prompts(request, sampling, logits_BV.shape)
+    state = DecodeState(cache, jnp.zeros(batch, jnp.int32), history)
+    state, sampled = sample_step(logits_BV, state, sampling, num_ids, static)
 
-  def decode() -> Chosen:
+  def decode() -> TokenBlock:
     nonlocal state
-    if memory is not None:
-      memory.past = None  # its cache is given away
+    if prefix_cache is not None:
+      prefix_cache.prefix = None  # the block donates its cache
     with use_mesh(mesh):
-      state, chosen = decode_block(model, params, state, sampling, ids, how)
-    return chosen
+      state, sampled = decode_block(model, params, state, sampling, num_ids, static)
+    return sampled
 
-  tokens, ahead = [*request.prompts[0]], runs_ahead(model, memory)
-  for block in range(request.num_blocks + 1):
-    last = block == request.num_blocks
-    following = decode() if ahead and not last else None
-    on_host = to_host(chosen, num_rows)
-    if memory is not None:
-      tokens += on_host.tokens_BT[0].tolist()
-      memory.past = Past(tuple(tokens[:-1]), state.cache)  # the last is not in it yet
-    most = request.max_new_tokens - (1 + (block - 1) * BLOCK_STEPS if block else 0)
-    yield on_host.each(functools.partial(first_tokens, most=most))
-    if not last:
-      chosen = decode() if following is None else following
+  tokens, ahead = [*request.prompts[0]], runs_ahead(model, prefix_cache)
+  for number in range(request.num_blocks + 1):
+    is_last = number == request.num_blocks
+    following = decode() if ahead and not is_last else None
+    block = block_on_host(sampled, num_rows)
+    if prefix_cache is not None:
+      tokens += block.tokens_BT[0].tolist()
+      # The cache does not hold the newest token yet.
+      prefix_cache.prefix = CachedPrefix(tuple(tokens[:-1]), state.cache)
+    num_before = 1 + (number - 1) * BLOCK_STEPS if number else 0
+    num_left = request.max_new_tokens - num_before
+    yield block.map_steps(lambda x_BT, num_left=num_left: x_BT[:, :num_left])
+    if not is_last:
+      sampled = decode() if following is None else following
 
 
-def runs_ahead(model: LanguageModel, memory: Memory | None) -> bool:
-  """Whether the device begins a block before the host has seen the one before.
+def runs_ahead(model: LanguageModel, prefix_cache: PrefixCache | None) -> bool:
+  """Whether the device starts a block before the host has read the one before.
 
-  A CPU would compute what a caller who stops never sees; an RNN's memory would be of it.
+  Not on a CPU, which would compute a block in vain for a caller who stops. Not for an RNN
+  with a prefix cache either: its state cannot go back from the block that nobody read.
   """
-  remembers_end = memory is not None and model.cfg.family == "rnn"
-  return jax.default_backend() != "cpu" and not remembers_end
+  keeps_rnn_state = prefix_cache is not None and model.cfg.family == "rnn"
+  return jax.default_backend() != "cpu" and not keeps_rnn_state
 
 
-@functools.partial(jax.jit, static_argnames=("model", "how"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("model", "static"), donate_argnames="state")
 def decode_block(
   model: LanguageModel,
   params: Any,
   state: DecodeState,
   sampling: Sampling,
   num_ids: jax.Array,
-  how: How,
-) -> tuple[DecodeState, Chosen]:
-  """`BLOCK_STEPS` tokens for every row: each step feeds one token and chooses the next."""
+  static: StaticSampling,
+) -> tuple[DecodeState, TokenBlock]:
+  """`BLOCK_STEPS` decode steps: each feeds every row's last token and samples the next."""
 
-  def step(state: DecodeState, _: None) -> tuple[DecodeState, Chosen]:
+  def decode_step(state: DecodeState, _: None) -> tuple[DecodeState, TokenBlock]:
     output = model.apply({"params": params}, state.token_B[:, None], cache=state.cache)
     state = state._replace(cache=output.cache)
-    return choose(output.value[:, -1], state, sampling, num_ids, how)
+    return sample_step(output.value[:, -1], state, sampling, num_ids, static)
 
-  state, chosen = jax.lax.scan(step, state, length=BLOCK_STEPS)
-  by_row = chosen.each(lambda x_TB1: x_TB1.swapaxes(0, 1).squeeze(2))
-  return state, by_row._replace(finite_B=chosen.finite_B.all(0))
+  state, steps = jax.lax.scan(decode_step, state, length=BLOCK_STEPS)
+  block = steps.map_steps(lambda x_TB1: x_TB1.swapaxes(0, 1).squeeze(2))
+  return state, block._replace(finite_B=steps.finite_B.all(0))
 
 
-@functools.partial(jax.jit, static_argnames="how", donate_argnames="state")
-def choose(
+@functools.partial(jax.jit, static_argnames="static", donate_argnames="state")
+def sample_step(
   logits_BV: jax.Array,
   state: DecodeState,
   sampling: Sampling,
   num_ids: jax.Array,
-  how: How,
-) -> tuple[DecodeState, Chosen]:
-  """Draws each row's next token from the logits of its last position.
+  static: StaticSampling,
+) -> tuple[DecodeState, TokenBlock]:
+  """Samples each row's next token from the logits of its last position.
 
-  Ids from `num_ids` on are the vocabulary's padding, and never drawn.
+  Ids from `num_ids` on are padding of the vocabulary, and never sampled.
   """
-  real_V = jnp.arange(logits_BV.shape[-1]) < num_ids
-  logits_BV = jnp.where(real_V, logits_BV, -jnp.inf)
-  seen, lengths_B = state.seen, state.cache.lengths_B
-  drawn = sample(logits_BV, lengths_B, sampling, how.rules, seen, how.num_top)
-  if seen is not None:
-    seen = seen.add(drawn.token_B, sampling)
-  chosen = Chosen(*drawn, finite_B=jnp.isfinite(drawn.logprob_B))
-  chosen = chosen.each(lambda x_B: x_B[:, None])
-  return DecodeState(state.cache, drawn.token_B, seen), chosen
+  logits_BV = mask_padding_ids(logits_BV, num_ids)
+  history, lengths_B = state.history, state.cache.lengths_B
+  sampled = sample(logits_BV, lengths_B, sampling, static.rules, history, static.num_top)
+  if history is not None:
+    history = history.add(sampled.token_B, sampling)
+  block = TokenBlock(
+    tokens_BT=sampled.token_B,
+    logprobs_BT=sampled.logprob_B,
+    top_tokens_BTX=sampled.top_tokens_BX,
+    top_logprobs_BTX=sampled.top_logprobs_BX,
+    finite_B=jnp.isfinite(sampled.logprob_B),
+  )
+  state = DecodeState(state.cache, sampled.token_B, history)
+  return state, block.map_steps(lambda x_B: x_B[:, None])
 
 
-def for_batch(sampling: Sampling, batch: int) -> Sampling:
-  """As many rows as a bucket has, by repeating."""
-  return sampling.each_row(lambda x: np.resize(x, (batch, *x.shape[1:])))
+def repeat_to_batch(sampling: Sampling, batch: int) -> Sampling:
+  """The settings for the rows of a batch whose size was rounded up, repeated to fill it."""
+  return sampling.map_rows(lambda x: np.resize(x, (batch, *x.shape[1:])))
 
 
-def first_seen(request: Request, sampling: Sampling, shape: tuple[int, ...]) -> Seen:
-  """What the prompts hold; nothing is generated yet."""
+def history_of_prompts(
+  request: Request, sampling: Sampling, shape: tuple[int, ...]
+) -> TokenHistory:
+  """The history before anything is generated; `shape` is that of the logits (B, V)."""
   in_prompt_BV = np.zeros(shape, bool)
   for row, prompt in enumerate(request.prompts):
     in_prompt_BV[row, [*prompt]] = True
   states_B = jnp.asarray(sampling.states_B)
-  return Seen(jnp.asarray(in_prompt_BV), jnp.zeros(shape, jnp.int32), states_B)
+  return TokenHistory(jnp.asarray(in_prompt_BV), jnp.zeros(shape, jnp.int32), states_B)
 
 
-def first_tokens(x_BT: np.ndarray, most: int) -> np.ndarray:
-  return x_BT[:, :most]
-
-
-def to_host(chosen: Chosen, num_rows: int) -> Chosen:
-  """The real rows of a block. Raises `NonFiniteError`."""
-  chosen = jax.tree.map(lambda x: on_host(x)[:num_rows], chosen)
-  if not chosen.finite_B.all():
-    row = int(np.argmin(chosen.finite_B))
+def block_on_host(block: TokenBlock, num_rows: int) -> TokenBlock:
+  """The first `num_rows` rows of a block, as numpy arrays. Raises `NonFiniteError`."""
+  block = jax.tree.map(lambda x: on_host(x)[:num_rows], block)
+  if not block.finite_B.all():
+    row = int(np.argmin(block.finite_B))
     raise NonFiniteError(
       f"the logits of row {row} are NaN or infinite", "the parameters are damaged"
     )
-  return chosen
+  return block

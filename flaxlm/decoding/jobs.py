@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many prompts from a JSON-lines file: batched by length, in order, resumable.
+"""Many prompts from a JSON-lines file: batched by length, and resumable.
 
-Finished rows are appended to OUTPUT.partial as they come; a job that was killed reads
-them and goes on with the rest. The output itself appears whole, in the input's order.
+Finished prompts are appended to OUTPUT.partial; a run that was killed reads them, and
+continues with the rest. The output appears when it is complete, in the input's order.
 """
 
 import dataclasses
@@ -14,43 +14,43 @@ from typing import Any, NamedTuple
 
 from flaxlm.decoding.completions import Stopping, complete, make_request
 from flaxlm.decoding.constraint import regex_of_schema
-from flaxlm.decoding.generate import Memory
+from flaxlm.decoding.generate import PrefixCache
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import BLOCK_STEPS, SMALLEST_PREFIX, common_length
-from flaxlm.decoding.sampling import Settings, stack_settings
+from flaxlm.decoding.sampling import SamplingSettings, stack_settings
 from flaxlm.errors import ConfigError
 
 
-class Job(NamedTuple):
-  """One line of the input: a prompt, and what differs from the defaults."""
+class PromptJob(NamedTuple):
+  """One line of the input: a prompt, and how it is to be completed."""
 
   prompt: str
-  settings: Settings
+  settings: SamplingSettings
   stop: Stopping
   max_new_tokens: int | None
   num_samples: int = 1
 
 
-class Sized(NamedTuple):
-  """A job and what decides its batch."""
+class SizedJob(NamedTuple):
+  """A job, and the lengths that decide which batch it joins."""
 
-  place: int  # among all jobs
-  job: Job
-  length: int  # of the prompt, in tokens
+  index: int  # of the job in the input
+  job: PromptJob
+  length: int  # tokens of the prompt
   num_new: int
 
 
-SETTINGS = {field.name for field in dataclasses.fields(Settings)}
-KEYS = {*SETTINGS, "prompt", "stop", "stop_tokens", "max_seconds", "max_new_tokens"}
-KEYS |= {"json_schema", "num_samples", "id"}  # the id is the user's own
+SETTING_KEYS = {field.name for field in dataclasses.fields(SamplingSettings)}
+JOB_KEYS = {*SETTING_KEYS, "prompt", "stop", "stop_tokens", "max_seconds", "max_new_tokens"}
+JOB_KEYS |= {"json_schema", "num_samples", "id"}  # an id is for the user alone
 
 
-def read_jobs(text: str, defaults: Job) -> list[Job]:
-  """The jobs of a JSON-lines text; row i draws with the default's seed + i.
+def read_jobs(text: str, defaults: PromptJob) -> list[PromptJob]:
+  """The jobs of a JSON-lines text; job i draws with the default seed + i.
 
-  Raises `ConfigError`, which names the line, for what is no job.
+  Raises `ConfigError`, with the line's number, for a line that is not a job.
   """
-  jobs: list[Job] = []
+  jobs: list[PromptJob] = []
   for number, line in enumerate(text.splitlines(), 1):
     if not line.strip():
       continue
@@ -65,12 +65,12 @@ def read_jobs(text: str, defaults: Job) -> list[Job]:
   return jobs
 
 
-def read_job(values: dict[str, Any], defaults: Job, index: int) -> Job:
-  if unknown := sorted(set(values) - KEYS):
-    raise ConfigError(f"{unknown[0]!r} is not one of {', '.join(sorted(KEYS))}", "")
+def read_job(values: dict[str, Any], defaults: PromptJob, index: int) -> PromptJob:
+  if unknown := sorted(set(values) - JOB_KEYS):
+    raise ConfigError(f"{unknown[0]!r} is not one of {', '.join(sorted(JOB_KEYS))}")
   if not isinstance(values.get("prompt"), str):
-    raise ConfigError("there is no prompt, or it is not a text", "")
-  own = {name: value for name, value in values.items() if name in SETTINGS}
+    raise ConfigError("there is no prompt, or it is not a string")
+  own = {name: value for name, value in values.items() if name in SETTING_KEYS}
   if "logit_bias" in own:
     own["logit_bias"] = {int(token): bias for token, bias in own["logit_bias"].items()}
   if "json_schema" in values:
@@ -89,13 +89,13 @@ def read_job(values: dict[str, Any], defaults: Job, index: int) -> Job:
   num_samples = values.get("num_samples", defaults.num_samples)
   for name, count in (("max_new_tokens", num_new), ("num_samples", num_samples)):
     if count is not None and (type(count) is not int or count < 1):
-      raise ConfigError(f"{name} is {count!r}", "")
-  return Job(values["prompt"], settings, stop, num_new, num_samples)
+      raise ConfigError(f"{name} is {count!r}")
+  return PromptJob(values["prompt"], settings, stop, num_new, num_samples)
 
 
-def run_jobs(
+def complete_jobs(
   run: Run,
-  jobs: Sequence[Job],
+  jobs: Sequence[PromptJob],
   output: Path,
   batch_size: int,
   num_top: int = 0,
@@ -103,21 +103,23 @@ def run_jobs(
 ) -> None:
   """Writes one JSON object per sample, in the order of the jobs.
 
-  `on_done(n)` is called whenever n more jobs are done, those of an earlier, killed run
-  first. Raises `ConfigError` if what is there belongs to another job.
+  `on_done(n)` is called whenever n more jobs are done; first with those that an earlier,
+  killed run has done. Raises `ConfigError` if OUTPUT.partial is of other jobs or settings.
   """
   partial = output.with_name(output.name + ".partial")
-  mark = {"job": fingerprint(run, jobs, num_top)}
-  done = read_partial(partial, mark)
+  header = {"job": fingerprint(run, jobs, num_top)}
+  done = read_partial(partial, header)
   on_done(len(done))
-  sized = [size(run, index, job) for index, job in enumerate(jobs) if index not in done]
-  memory = Memory() if shares_a_prefix(run, jobs) else None
+  sized = [
+    measure_job(run, index, job) for index, job in enumerate(jobs) if index not in done
+  ]
+  prefix_cache = PrefixCache() if share_a_prefix(run, jobs) else None
   with partial.open("a", encoding="utf-8") as file:
     if not done:
       file.truncate(0)
-      print(json.dumps(mark), file=file, flush=True)
-    for batch in batches(sized, batch_size, run.model.cfg.context):
-      results = run_batch(run, batch, num_top, memory)
+      print(json.dumps(header), file=file, flush=True)
+    for batch in batch_jobs(sized, batch_size, run.model.cfg.context):
+      results = complete_batch(run, batch, num_top, prefix_cache)
       for index, samples in results.items():
         done[index] = samples
         print(json.dumps({"index": index, "samples": samples}), file=file, flush=True)
@@ -131,69 +133,81 @@ def run_jobs(
   partial.unlink()
 
 
-def run_batch(
-  run: Run, batch: Sequence[Sized], num_top: int, memory: Memory | None
+def complete_batch(
+  run: Run,
+  batch: Sequence[SizedJob],
+  num_top: int,
+  prefix_cache: PrefixCache | None,
 ) -> dict[int, list[dict]]:
   """The samples of each job, by its index: sample n of a job draws with its seed + n."""
-  rows = [of for of in batch for _ in range(of.job.num_samples)]
-  settings = [row for of in batch for row in of.job.settings.samples(of.job.num_samples)]
-  found = complete(
+  rows: list[SizedJob] = []
+  settings: list[SamplingSettings] = []
+  for sized in batch:
+    rows += [sized] * sized.job.num_samples
+    settings += sized.job.settings.for_samples(sized.job.num_samples)
+  completions = complete(
     run,
-    [of.job.prompt for of in rows],
+    [row.job.prompt for row in rows],
     stack_settings(settings, run.tokenizer),
-    max(of.num_new for of in batch),
-    [dataclasses.replace(of.job.stop, max_tokens=of.num_new) for of in rows],
+    max(row.num_new for row in rows),
+    [dataclasses.replace(row.job.stop, max_tokens=row.num_new) for row in rows],
     num_top=num_top,
-    memory=memory,
+    prefix_cache=prefix_cache,
   )
-  results: dict[int, list[dict]] = {of.place: [] for of in batch}
-  for of, completion in zip(rows, found, strict=True):
-    results[of.place].append(completion.as_json())
+  results: dict[int, list[dict]] = {sized.index: [] for sized in batch}
+  for row, completion in zip(rows, completions, strict=True):
+    results[row.index].append(completion.as_json())
   return results
 
 
-def size(run: Run, index: int, job: Job) -> Sized:
-  """Raises `ConfigError`, which names the job, if it does not fit the model."""
+def measure_job(run: Run, index: int, job: PromptJob) -> SizedJob:
+  """Raises `ConfigError`, with the job's number, if it does not fit the model."""
   request = make_request(run, [job.prompt], job.max_new_tokens)
   try:
     request.check(run.model.cfg)
   except ConfigError as e:
     raise ConfigError(f"prompt {index + 1}: {e.cause}", e.cure) from e
-  return Sized(index, job, len(request.prompts[0]), request.max_new_tokens)
+  return SizedJob(index, job, len(request.prompts[0]), request.max_new_tokens)
 
 
-def batches(sized: Sequence[Sized], batch_size: int, context: int) -> Iterator[list[Sized]]:
-  """Jobs of like length together; none that would not fit the context side by side.
+def batch_jobs(
+  sized: Sequence[SizedJob], batch_size: int, context: int
+) -> Iterator[list[SizedJob]]:
+  """Batches of jobs of similar length, which fit the context together.
 
-  `batch_size` counts samples; a job with more of them is a batch of its own.
+  A batch has at most `batch_size` samples; a job with more is a batch of its own.
   """
-  order = sorted(sized, key=lambda of: (-(-of.num_new // BLOCK_STEPS), of.length, of.place))
-  batch: list[Sized] = []
-  for of in order:
-    both = [*batch, of]
-    fits = max(x.length for x in both) + max(x.num_new for x in both) <= context
-    if batch and (sum(x.job.num_samples for x in both) > batch_size or not fits):
+  by_length = lambda x: (-(-x.num_new // BLOCK_STEPS), x.length, x.index)
+  batch: list[SizedJob] = []
+  for job in sorted(sized, key=by_length):
+    longer = [*batch, job]
+    fits = max(x.length for x in longer) + max(x.num_new for x in longer) <= context
+    if batch and (sum(x.job.num_samples for x in longer) > batch_size or not fits):
       yield batch
-      both = [of]
-    batch = both
+      longer = [job]
+    batch = longer
   if batch:
     yield batch
 
 
-def shares_a_prefix(run: Run, jobs: Sequence[Job]) -> bool:
+def share_a_prefix(run: Run, jobs: Sequence[PromptJob]) -> bool:
+  """Whether all prompts begin with the same `SMALLEST_PREFIX` tokens."""
   first = min((job.prompt for job in jobs), default="")
   last = max((job.prompt for job in jobs), default="")
   encode = run.tokenizer.encode
   return common_length(encode(first), encode(last), SMALLEST_PREFIX) == SMALLEST_PREFIX
 
 
-def fingerprint(run: Run, jobs: Sequence[Job], num_top: int) -> str:
-  said = repr((str(run.path), run.step, num_top, [*jobs]))
-  return hashlib.sha256(said.encode()).hexdigest()
+def fingerprint(run: Run, jobs: Sequence[PromptJob], num_top: int) -> str:
+  everything = repr((str(run.path), run.step, num_top, [*jobs]))
+  return hashlib.sha256(everything.encode()).hexdigest()
 
 
-def read_partial(path: Path, mark: dict[str, str]) -> dict[int, list[dict]]:
-  """What an earlier run of the same job has done; a last line cut short does not count."""
+def read_partial(path: Path, header: dict[str, str]) -> dict[int, list[dict]]:
+  """The samples that an earlier run has written, by the index of their job.
+
+  A last line that was cut short is removed.
+  """
   try:
     lines = path.read_text("utf-8").splitlines(keepends=True)
   except FileNotFoundError:
@@ -201,8 +215,11 @@ def read_partial(path: Path, mark: dict[str, str]) -> dict[int, list[dict]]:
   except (OSError, UnicodeDecodeError) as e:
     raise ConfigError(f"{path} cannot be read: {e}") from e
   whole = [json.loads(line) for line in lines if line.endswith("\n")]
-  if whole and whole[0] != mark:
-    raise ConfigError(f"{path} is of another job", "remove it, or choose another --output")
+  if whole and whole[0] != header:
+    raise ConfigError(
+      f"{path} belongs to other prompts or settings",
+      "remove it, or choose another --output",
+    )
   if lines and not lines[-1].endswith("\n"):
     path.write_text("".join(lines[:-1]), "utf-8")
   return {record["index"]: record["samples"] for record in whole[1:]}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading prompts into a cache: what is asked for, and the prefill.
+"""Prefill: a request's prompts are read into a cache.
 
 Nothing is read twice: equal prompts are read once (several samples of one prompt), and so
-is a prefix that all prompts share, or that an earlier call has read. Lengths, cache size
+is a prefix that all prompts share or that an earlier call has read. Lengths, cache size
 and batch are rounded up to buckets, so that requests of all lengths share a few compiled
 programs.
 """
@@ -25,17 +25,17 @@ from flaxlm.sharding import batch_shards
 
 BLOCK_STEPS = 16
 SMALLEST_BUCKET = 32
-CHUNK = MAX_NEW_IN_RING  # tokens of a prompt that are read at a time
-SMALLEST_PREFIX = 64  # shared by all prompts, and worth a pass of its own
+CHUNK = MAX_NEW_IN_RING  # tokens of a prompt that one pass reads
+SMALLEST_PREFIX = 64  # tokens that all prompts share, worth a pass of their own
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What is to be continued: ids of each row, which may differ in length.
+  """The rows to continue, as token ids; they may differ in length.
 
-  `num_ids` are the tokenizer's ids, at most the vocabulary's padded size. `sources` are
-  what an encoder-decoder reads; its prompts are what it has written so far. `num_top` of
-  the likeliest tokens are told for each step.
+  `num_ids` is the number of the tokenizer's ids, which may be smaller than the model's
+  vocabulary. `sources` are what an encoder-decoder reads; its prompts are then what it has
+  written so far. `num_top` is how many of the likeliest tokens each step reports.
   """
 
   prompts: Sequence[Sequence[int]]
@@ -45,17 +45,15 @@ class Request:
   num_top: int = 0
 
   def check(self, cfg: ResolvedModel) -> None:
-    """Refuses what JAX would swallow silently: no prompt, one too long, an unknown id.
-
-    Raises `ConfigError`.
-    """
+    """Raises `ConfigError` for prompts that JAX would accept silently, and decode wrongly:
+    none at all, an empty one, one that is too long, or an unknown id."""
     if self.max_new_tokens < 1:
       raise ConfigError(f"max-new-tokens is {self.max_new_tokens}", "it is at least 1")
     if not 0 <= self.num_top <= self.num_ids:
       raise ConfigError(f"top-logprobs is {self.num_top}", "0 to the vocabulary's size")
-    reads = cfg.family == "encoder_decoder"
-    if reads != (self.sources is not None) or cfg.family == "encoder":
-      raise ConfigError(f"a model of family {cfg.family} does not continue this", "")
+    needs_sources = cfg.family == "encoder_decoder"
+    if needs_sources != (self.sources is not None) or cfg.family == "encoder":
+      raise ConfigError(f"a model of family {cfg.family} does not continue such a request")
     for rows in (self.prompts, self.sources or []):
       if (rows is self.prompts and not rows) or not all(map(len, rows)):
         raise ConfigError("a prompt has no tokens", "begin it with the end-of-text token")
@@ -76,122 +74,143 @@ class Request:
 
   @property
   def num_blocks(self) -> int:
-    """Blocks of steps after the token that the prefill chooses."""
+    """Blocks of decode steps that follow the first token, which the prefill gives."""
     return -(-(self.max_new_tokens - 1) // BLOCK_STEPS)
 
   def slots(self, shared: int) -> int:
-    """Room in the cache, in a bucket: sized to the request, not to the context.
+    """Slots of a cache for this request, rounded up to a bucket.
 
-    Padding is written, too, behind a `shared` prefix and at the end of a prompt.
+    They depend on the request, not on the model's context. There is room for padding,
+    which the prefill writes behind a `shared` prefix and at the end of a prompt.
     """
     longest = max(map(len, self.prompts))
-    ends = (longest + self.num_blocks * BLOCK_STEPS, padded_length(shared))
-    return bucket(max(*ends, shared + padded_length(longest - shared)), fine=True)
+    decoded = longest + self.num_blocks * BLOCK_STEPS
+    prefilled = shared + padded_length(longest - shared)
+    return bucket(max(decoded, prefilled, padded_length(shared)), fine=True)
 
 
-def _check_ids(rows: Sequence[Sequence[int]], vocab_size: int) -> None:
+def _check_ids(rows: Sequence[Sequence[int]], num_ids: int) -> None:
   for token in (min(map(min, rows), default=0), max(map(max, rows), default=0)):
-    if not 0 <= token < vocab_size:
+    if not 0 <= token < num_ids:
       raise ConfigError(
-        f"token id {token} is not in the model's vocabulary of {vocab_size}",
+        f"token id {token} is not in the model's vocabulary of {num_ids}",
         "the tokenizer does not fit the model",
       )
 
 
 def bucket(size: int, smallest: int = SMALLEST_BUCKET, fine: bool = False) -> int:
-  """The next power of two, at least `smallest`; if `fine`, or the next 3/2 of one."""
+  """`size` rounded up to a power of two, at least `smallest`.
+
+  If `fine`, also to 3/2 of a power of two.
+  """
   power = max(smallest, 1 << (size - 1).bit_length())
   between = power // 4 * 3
   return between if fine and smallest < between and size <= between else power
 
 
-class Past(NamedTuple):
-  """What a call has read of one row, for calls that begin with the same tokens."""
+class CachedPrefix(NamedTuple):
+  """The tokens of one row that an earlier call has read, and its cache."""
 
   tokens: tuple[int, ...]
   cache: Any
 
-  def usable(self, cfg: ResolvedModel, common: int) -> int:
-    """How much of `common` first tokens the cache still has: an RNN keeps its end only."""
-    return common if self.cache.can_return(cfg, len(self.tokens) - common) else 0
+  def reusable_length(self, cfg: ResolvedModel, num_common: int) -> int:
+    """How many of the first `num_common` tokens the cache can serve.
+
+    All or none: a KV cache can be cut back to them, but an RNN keeps only its last state.
+    """
+    num_back = len(self.tokens) - num_common
+    return num_common if self.cache.can_return(cfg, num_back) else 0
 
 
-def prefill_logits(
+def prefill_prompts(
   model: LanguageModel,
   params: Any,
   request: Request,
   mesh: Mesh | None,
-  past: Past | None = None,
+  prefix: CachedPrefix | None = None,
 ) -> tuple[jax.Array, Any]:
-  """The logits (B, V) that follow each prompt, and the cache; B is in a bucket."""
-  multiple = 1 if mesh is None else batch_shards(mesh.shape)
-  fill = lambda count: multiple * bucket(-(-count // multiple), smallest=1)
+  """The logits (B, V) that follow each prompt, and the cache.
+
+  B is the number of prompts rounded up to a bucket that the mesh can split.
+  """
+  shards = 1 if mesh is None else batch_shards(mesh.shape)
+  batch_of = lambda count: shards * bucket(-(-count // shards), smallest=1)
   sources = request.sources or [()] * len(request.prompts)
   rows = [(tuple(p), tuple(s)) for p, s in zip(request.prompts, sources, strict=True)]
   unique = {row: number for number, row in enumerate(dict.fromkeys(rows))}
-  prompts, sources = ([*of] for of in zip(*unique, strict=True))
-  batch, shared = fill(len(prompts)), 0
+  prompts, sources = ([*column] for column in zip(*unique, strict=True))
+  batch, shared = batch_of(len(prompts)), 0
   if request.sources is None:
-    shared = shared_prefix(model.cfg, prompts, past)
+    shared = shared_prefix(model.cfg, prompts, prefix)
   slots = request.slots(shared)
   if request.sources is not None:
-    source_BS, source_lengths_B = padded(sources, batch)
-    cache = start_with_source(model, params, source_BS, source_lengths_B, slots)
+    source_BS, source_lengths_B = pad_rows(sources, batch)
+    cache = init_cache_with_source(model, params, source_BS, source_lengths_B, slots)
   elif shared:
-    if past is None or shared > len(past.tokens):
-      start = empty(model, multiple, slots)
-      _, cache = read(model, params, [prompts[0][:shared]], start)
+    if prefix is None or shared > len(prefix.tokens):
+      cache = init_empty_cache(model, shards, slots)
+      _, cache = prefill_rows(model, params, [prompts[0][:shared]], cache)
     else:
-      cache = past.cache
-    cache = spread(model.cfg, cache, np.zeros(batch, np.int32), np.int32(shared), slots)
+      cache = prefix.cache
+    rows_B = np.zeros(batch, np.int32)
+    cache = repeat_prefix(model.cfg, cache, rows_B, np.int32(shared), slots)
   else:
-    cache = empty(model, batch, slots)
-  logits_BV, cache = read(model, params, [prompt[shared:] for prompt in prompts], cache)
+    cache = init_empty_cache(model, batch, slots)
+  rest = [prompt[shared:] for prompt in prompts]
+  logits_BV, cache = prefill_rows(model, params, rest, cache)
   if len(unique) < len(rows):
-    rows_B = np.zeros(fill(len(rows)), np.int32)
+    rows_B = np.zeros(batch_of(len(rows)), np.int32)
     rows_B[: len(rows)] = [unique[row] for row in rows]
-    logits_BV, cache = take(logits_BV, cache, rows_B)
+    logits_BV, cache = take_rows(logits_BV, cache, rows_B)
   return logits_BV, cache
 
 
 def shared_prefix(
-  cfg: ResolvedModel, prompts: Sequence[Sequence[int]], past: Past | None
+  cfg: ResolvedModel, prompts: Sequence[Sequence[int]], prefix: CachedPrefix | None
 ) -> int:
-  """How many first tokens need not be read row by row; one of each prompt is, always.
+  """How many first tokens all rows can get from one cache, instead of reading them.
 
-  What all prompts share is worth a pass of its own only where there are several.
+  At least one token of each prompt is always read. A prefix that all prompts share is
+  read in a pass of its own only if it is long enough, and longer than the cached one.
   """
-  first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # share the least
-  most = min(map(len, prompts)) - 1
-  among = common_length(first, last, most)
-  of_past = 0
-  if past is not None:
-    of_past = past.usable(cfg, common_length(past.tokens, first, among))
-  alone = len(prompts) == 1 or among < SMALLEST_PREFIX or among <= of_past
-  return of_past if alone else among
+  # Of all prompts, the first and the last in order have the least in common.
+  first, last = min(map(tuple, prompts)), max(map(tuple, prompts))
+  shared_by_all = common_length(first, last, min(map(len, prompts)) - 1)
+  cached = 0
+  if prefix is not None:
+    num_common = common_length(prefix.tokens, first, shared_by_all)
+    cached = prefix.reusable_length(cfg, num_common)
+  if len(prompts) == 1 or shared_by_all < SMALLEST_PREFIX:
+    return cached
+  return max(cached, shared_by_all)
 
 
 def common_length(first: Sequence[int], second: Sequence[int], most: int) -> int:
+  """The length of the common prefix of two sequences, at most `most`."""
   pairs = zip(first[:most], second, strict=False)
   differ = (n for n, (a, b) in enumerate(pairs) if a != b)
   return next(differ, min(most, len(first), len(second)))
 
 
-def read(
-  model: LanguageModel, params: Any, prompts: Sequence[Sequence[int]], cache: Any
+def prefill_rows(
+  model: LanguageModel, params: Any, rows: Sequence[Sequence[int]], cache: Any
 ) -> tuple[jax.Array, Any]:
-  """Reads prompts into a cache, a chunk at a time: (logits (B, V) after each, cache)."""
+  """Reads rows into a cache, a chunk at a time: (logits (B, V) after each, cache)."""
   batch = cache.lengths_B.shape[0]
   last_BD = np.zeros((batch, model.cfg.width), model.run.dtype)
-  for start in range(0, max(map(len, prompts)), CHUNK):
-    chunk = [prompt[start : start + CHUNK] for prompt in prompts]
-    tokens_BT, num_new_B = padded(chunk, batch)
-    last_BD, cache = extend(model, params, tokens_BT, num_new_B, cache, last_BD)
-  return head(model, params, last_BD), cache
+  for start in range(0, max(map(len, rows)), CHUNK):
+    chunk = [row[start : start + CHUNK] for row in rows]
+    tokens_BT, num_new_B = pad_rows(chunk, batch)
+    last_BD, cache = prefill_chunk(model, params, tokens_BT, num_new_B, cache, last_BD)
+  return logits_of_hidden(model, params, last_BD), cache
 
 
-def padded(rows: Sequence[Sequence[int]], batch: int) -> tuple[np.ndarray, np.ndarray]:
-  """(tokens_BT, lengths_B): rows right-padded to a bucket, and rows of one token more."""
+def pad_rows(rows: Sequence[Sequence[int]], batch: int) -> tuple[np.ndarray, np.ndarray]:
+  """(tokens_BT, lengths_B): rows padded at the right to a bucket.
+
+  Rows that only fill up the batch have one token.
+  """
   lengths_B = np.array([*map(len, rows), *[1] * (batch - len(rows))], np.int32)
   tokens_BT = np.zeros((batch, bucket(int(lengths_B.max()))), np.int32)
   for number, row in enumerate(rows):
@@ -200,13 +219,13 @@ def padded(rows: Sequence[Sequence[int]], batch: int) -> tuple[np.ndarray, np.nd
 
 
 def padded_length(length: int) -> int:
-  """The slots that `read` writes for a prompt."""
+  """The slots that the prefill writes for a row of `length` tokens."""
   whole = max(0, length - 1) // CHUNK * CHUNK
   return whole + bucket(length - whole)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def extend(
+def prefill_chunk(
   model: LanguageModel,
   params: Any,
   tokens_BT: jax.Array,
@@ -214,10 +233,10 @@ def extend(
   cache: Any,
   last_BD: jax.Array,
 ) -> tuple[jax.Array, Any]:
-  """Reads the first `num_new_B` of right-padded tokens: (hidden of each last, cache).
+  """Reads the first `num_new_B` tokens of each row: (hidden vector of its last, cache).
 
-  A row without new tokens keeps `last_BD`. Slots past a row's length hold its padding's
-  keys; no query looks there before the slot is overwritten.
+  A row without new tokens keeps `last_BD`. Slots past a row's length hold the keys of its
+  padding; no query looks there before the slot is overwritten.
   """
   output = model.apply(
     {"params": params}, tokens_BT, cache=cache, num_new_B=num_new_B, method="hidden"
@@ -228,39 +247,39 @@ def extend(
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def head(model: LanguageModel, params: Any, x_BD: jax.Array) -> jax.Array:
+def logits_of_hidden(model: LanguageModel, params: Any, x_BD: jax.Array) -> jax.Array:
   return model.apply({"params": params}, x_BD[:, None], method="logits")[:, 0]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "batch", "slots"))
-def empty(model: LanguageModel, batch: int, slots: int) -> Any:
+def init_empty_cache(model: LanguageModel, batch: int, slots: int) -> Any:
   return init_cache(model, batch, slots)
 
 
-@jax.jit
-def take(logits_BV: jax.Array, cache: Any, rows_B: jax.Array) -> tuple[jax.Array, Any]:
-  return logits_BV[rows_B], cache.take(rows_B)
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "slots"))
-def spread(
-  cfg: ResolvedModel, cache: Any, rows_B: jax.Array, length: jax.Array, slots: int
-) -> Any:
-  """The first `length` tokens of some rows, with room for `slots` of them."""
-  cache = cache.take(rows_B)
-  lengths_B = jnp.full_like(cache.lengths_B, length)
-  return cache._replace(lengths_B=lengths_B).resized(cfg, slots)
-
-
 @functools.partial(jax.jit, static_argnames=("model", "slots"))
-def start_with_source(
+def init_cache_with_source(
   model: LanguageModel,
   params: Any,
   source_BS: jax.Array,
   lengths_B: jax.Array,
   slots: int,
 ) -> Any:
-  """An empty cache that knows what the encoder made of right-padded sources."""
+  """An empty cache for the text, with the encoder's output for right-padded sources."""
   segments_BS = (jnp.arange(source_BS.shape[1]) < lengths_B[:, None]).astype(jnp.int32)
   source = Source(source_BS, segments_BS=segments_BS)
   return model.apply({"params": params}, source, slots, method="start")
+
+
+@jax.jit
+def take_rows(logits_BV: jax.Array, cache: Any, rows_B: jax.Array) -> tuple[jax.Array, Any]:
+  return logits_BV[rows_B], cache.take(rows_B)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "slots"))
+def repeat_prefix(
+  cfg: ResolvedModel, cache: Any, rows_B: jax.Array, length: jax.Array, slots: int
+) -> Any:
+  """A cache with the first `length` tokens of the rows `rows_B`, resized to `slots`."""
+  cache = cache.take(rows_B)
+  lengths_B = jnp.full_like(cache.lengths_B, length)
+  return cache._replace(lengths_B=lengths_B).resized(cfg, slots)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing the next token from logits, each row by its own settings.
+"""Sampling the next token from logits, with settings of its own for each row.
 
-Settings are arrays, so changing a value never recompiles. What compiles is the set of
-rules that some row uses, in the order of `RULES`; rules that nobody uses cost nothing.
-No rule sorts the vocabulary: what sorting would find, a search over thresholds does.
+Settings are traced arrays, so changing a value never recompiles. Only the set of rules that
+some row uses is compiled in, in the order of `RULES`; unused rules cost nothing. No rule
+sorts the vocabulary: a search for the threshold finds what a sort would find.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ from flaxlm.errors import ConfigError
 from flaxlm.tokenizers import AnyTokenizer
 
 OFF_TOP_K = 2**30
-BLOCK = 256  # tokens that `draw` chooses among at a time
+BLOCK = 256  # tokens in a block of `draw`
 INF = float("inf")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-  """One row's settings, each of which does nothing by default but for the temperature."""
+class SamplingSettings:
+  """The sampling settings of one row. By default only the temperature does anything."""
 
   temperature: float = 1.0  # 0: greedy
   top_k: int | None = None
@@ -38,23 +38,22 @@ class Settings:
   frequency_penalty: float = 0.0
   logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
   banned_tokens: Sequence[int] = ()
-  regex: str | None = None  # of the whole answer
+  regex: str | None = None  # the whole answer matches it
   seed: int = 0
 
   def check(self) -> None:
     """Raises `ConfigError` for values out of range."""
-    fraction = (0, 1, "it is from 0 to 1, or left out")
-    share = (math.ulp(0), 1, "it is above 0 and at most 1, or left out")
+    above_0 = math.ulp(0)
     for name, low, high, cure in (
-      ("temperature", 0, 1e38, "0 is greedy, 1 the model's own"),
-      ("top_k", 1, INF, "it is at least 1, or left out"),
-      ("top_p", *share),
-      ("min_p", *fraction),
-      ("typical_p", *share),
-      ("repetition_penalty", 1e-3, 1e3, "1 is none, 1.1 a usual one"),
-      ("presence_penalty", -100, 100, "0 is none"),
-      ("frequency_penalty", -100, 100, "0 is none"),
-      ("seed", 0, 2**31 - 1, "it is from 0 to 2147483647"),
+      ("temperature", 0, 1e38, "0 is greedy, 1 the model's own distribution"),
+      ("top_k", 1, INF, "use at least 1, or leave it out"),
+      ("top_p", above_0, 1, "use a value above 0, at most 1, or leave it out"),
+      ("min_p", 0, 1, "use 0 to 1, or leave it out"),
+      ("typical_p", above_0, 1, "use a value above 0, at most 1, or leave it out"),
+      ("repetition_penalty", 1e-3, 1e3, "1 is no penalty, 1.1 a usual one"),
+      ("presence_penalty", -100, 100, "use -100 to 100; 0 is no penalty"),
+      ("frequency_penalty", -100, 100, "use -100 to 100; 0 is no penalty"),
+      ("seed", 0, 2**31 - 1, "use 0 to 2147483647"),
     ):
       value = getattr(self, name)
       if value is not None and not low <= value <= high:
@@ -63,14 +62,15 @@ class Settings:
       if token < 0 or math.isnan(bias) or bias == INF:
         raise ConfigError(f"logit-bias of token {token} is {bias}", "as in 50256=-5")
     if self.regex is not None and not isinstance(self.regex, str):
-      raise ConfigError(f"regex is {self.regex!r}", "it is a text")
+      raise ConfigError(f"regex is {self.regex!r}", "use a string")
     if self.regex is not None and -INF in self.biases.values():
       raise ConfigError(
-        "banned tokens may leave a regex no way on", "leave one of them out"
+        "with banned tokens, an answer may be unable to match the regex",
+        "use banned tokens or a regex, not both",
       )
 
-  def samples(self, count: int) -> "list[Settings]":
-    """The settings of so many samples: sample n draws with `seed + n`."""
+  def for_samples(self, count: int) -> "list[SamplingSettings]":
+    """The settings of `count` samples: sample n draws with `seed + n`."""
     self.check()
     return [dataclasses.replace(self, seed=(self.seed + n) % 2**31) for n in range(count)]
 
@@ -80,35 +80,36 @@ class Settings:
 
 
 class Sampling(NamedTuple):
-  """Each row's settings as arrays; build with `make_sampling` or `stack_settings`."""
+  """The settings of all rows as arrays; see `make_sampling` and `stack_settings`."""
 
   temperature_B: Any
   top_k_B: Any  # OFF_TOP_K: off
-  top_p_B: Any  # 1: off, as typical_p
+  top_p_B: Any  # 1: off; so is typical_p
   min_p_B: Any
   typical_p_B: Any
   repetition_penalty_B: Any
   presence_penalty_B: Any
   frequency_penalty_B: Any
-  bias_ids_BX: Any  # X tokens whose logits change by so much; unused ones by 0
-  biases_BX: Any
-  seeds_B: Any  # all the randomness that a row has
-  states_B: Any  # of the automaton, at first; 0: free
-  automaton: Automaton  # of all rows
+  bias_ids_BX: Any  # X tokens whose logits are changed
+  biases_BX: Any  # by how much; 0 where a row has fewer of them
+  seeds_B: Any  # a row's only source of randomness
+  states_B: Any  # the automaton's initial states; 0: unconstrained
+  automaton: Automaton  # shared by all rows
 
-  def each_row(self, change: Callable[[Any], Any]) -> "Sampling":
-    """Changes every array that has a B."""
+  def map_rows(self, change: Callable[[Any], Any]) -> "Sampling":
+    """Applies `change` to every array with a dimension B."""
     return Sampling(*map(change, self[:-1]), automaton=self.automaton)  # type: ignore[misc]
 
 
-class Seen(NamedTuple):
-  """What the tokens of each row so far come to, for the rules that ask."""
+class TokenHistory(NamedTuple):
+  """What the rules need to know about the tokens of each row so far."""
 
   in_prompt_BV: jax.Array
-  counts_BV: jax.Array  # of what was generated
-  states_B: jax.Array  # of the automaton
+  counts_BV: jax.Array  # how often each token was generated
+  states_B: jax.Array  # the automaton's states
 
-  def add(self, token_B: jax.Array, sampling: Sampling) -> "Seen":
+  def add(self, token_B: jax.Array, sampling: Sampling) -> "TokenHistory":
+    """The history after one more generated token of each row."""
     rows_B, states_B = jnp.arange(token_B.shape[0]), self.states_B
     if sampling.automaton.kinds_V.size:
       num_tokens = self.counts_BV.shape[1]
@@ -117,8 +118,11 @@ class Seen(NamedTuple):
     return self._replace(counts_BV=counts_BV, states_B=states_B)
 
 
-class Drawn(NamedTuple):
-  """Next tokens (B,), their log-probabilities under the model itself, and its best ones."""
+class SampledTokens(NamedTuple):
+  """The next tokens (B,), and the X likeliest ones (B, X).
+
+  Log-probabilities are those of the model itself, before any rule.
+  """
 
   token_B: jax.Array
   logprob_B: jax.Array
@@ -127,17 +131,19 @@ class Drawn(NamedTuple):
 
 
 def make_sampling(batch: int, temperature: float = 1.0, **settings: Any) -> Sampling:
-  """The same settings for every row, row i with `seed + i`.
+  """The same settings for every row, except that row i draws with `seed + i`.
 
-  Keywords are the fields of `Settings`. Raises `ConfigError` for values out of range.
+  Keywords are the fields of `SamplingSettings`. Raises `ConfigError` for a bad value.
   """
-  return stack_settings(Settings(temperature=temperature, **settings).samples(batch))
+  return stack_settings(
+    SamplingSettings(temperature=temperature, **settings).for_samples(batch)
+  )
 
 
 def stack_settings(
-  rows: Sequence[Settings], tokenizer: AnyTokenizer | None = None
+  rows: Sequence[SamplingSettings], tokenizer: AnyTokenizer | None = None
 ) -> Sampling:
-  """Rows with settings of their own; `tokenizer` is for those with a regex.
+  """Each row's own settings; rows with a regex need the `tokenizer`.
 
   Raises `ConfigError` for values out of range.
   """
@@ -147,7 +153,7 @@ def stack_settings(
   automaton, states = NO_AUTOMATON, {}
   if expressions:
     if tokenizer is None:
-      raise ConfigError("a regex is of text: it needs the tokenizer")
+      raise ConfigError("a regex needs the tokenizer")
     automaton, initial = build_automaton(expressions, tokenizer)
     states = dict(zip(expressions, initial, strict=True))
 
@@ -156,7 +162,9 @@ def stack_settings(
     return np.array([off if value is None else value for value in values], dtype)
 
   longest = max((len(row.biases) for row in rows), default=0)
-  width = 1 << (longest - 1).bit_length() if longest else 0  # few shapes: few programs
+  width = (
+    1 << (longest - 1).bit_length() if longest else 0
+  )  # a power of two, so that few programs compile
   ids_BX = np.zeros((len(rows), width), np.int32)
   biases_BX = np.zeros((len(rows), width), np.float32)
   for number, row in enumerate(rows):
@@ -182,113 +190,129 @@ def stack_settings(
   )
 
 
-# -- Rules: logits in, logits out, cut ones at -inf ----------------------------------------
+# -- Rules: logits in, logits out; -inf where a token is cut ------------------------------
 
 
 class Rule(NamedTuple):
-  """`used` looks at the settings on the host, `apply` is traced."""
+  """`used` tells on the host whether some row uses the rule; `apply` is traced."""
 
   used: Callable[[Sampling], Any]
-  apply: Callable[[jax.Array, Sampling, Seen | None], jax.Array]
+  apply: Callable[[jax.Array, Sampling, TokenHistory | None], jax.Array]
 
 
-def add_bias(logits_BV: jax.Array, sampling: Sampling, _: Seen | None) -> jax.Array:
+def add_bias(logits_BV: jax.Array, sampling: Sampling, _: TokenHistory | None) -> jax.Array:
   rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
   return logits_BV.at[rows_B1, sampling.bias_ids_BX].add(sampling.biases_BX)
 
 
 def penalise_repetition(
-  logits_BV: jax.Array, sampling: Sampling, seen: Seen | None
+  logits_BV: jax.Array, sampling: Sampling, history: TokenHistory | None
 ) -> jax.Array:
-  """Tokens of the prompt and the answer so far (Keskar et al., 2019, section 4.1)."""
-  assert seen is not None
+  """Makes tokens of prompt and answer less likely (Keskar et al., 2019, section 4.1)."""
+  assert history is not None
   penalty_B1 = sampling.repetition_penalty_B[:, None]
   worse_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
-  return jnp.where(seen.in_prompt_BV | (seen.counts_BV > 0), worse_BV, logits_BV)
+  return jnp.where(history.in_prompt_BV | (history.counts_BV > 0), worse_BV, logits_BV)
 
 
 def penalise_presence(
-  logits_BV: jax.Array, sampling: Sampling, seen: Seen | None
+  logits_BV: jax.Array, sampling: Sampling, history: TokenHistory | None
 ) -> jax.Array:
-  """Tokens of the answer so far, once and for each time, as OpenAI's interface has it."""
-  assert seen is not None
-  logits_BV -= sampling.presence_penalty_B[:, None] * (seen.counts_BV > 0)
-  return logits_BV - sampling.frequency_penalty_B[:, None] * seen.counts_BV
+  """Makes tokens of the answer less likely, once and for each time, as OpenAI's API does."""
+  assert history is not None
+  logits_BV -= sampling.presence_penalty_B[:, None] * (history.counts_BV > 0)
+  return logits_BV - sampling.frequency_penalty_B[:, None] * history.counts_BV
 
 
-def keep_to_form(logits_BV: jax.Array, sampling: Sampling, seen: Seen | None) -> jax.Array:
-  """Only tokens with which the answer can still become what was asked for."""
-  assert seen is not None
-  allowed_BV = sampling.automaton.allowed(seen.states_B, logits_BV.shape[1])
-  return keep(logits_BV, allowed_BV)
+def apply_constraint(
+  logits_BV: jax.Array, sampling: Sampling, history: TokenHistory | None
+) -> jax.Array:
+  """Keeps the tokens after which the answer can still match its regular expression."""
+  assert history is not None
+  allowed_BV = sampling.automaton.allowed(history.states_B, logits_BV.shape[1])
+  return keep_only(logits_BV, allowed_BV)
 
 
 def apply_temperature(
-  logits_BV: jax.Array, sampling: Sampling, _: Seen | None
+  logits_BV: jax.Array, sampling: Sampling, _: TokenHistory | None
 ) -> jax.Array:
-  logits_BV = logits_BV - logits_BV.max(-1, keepdims=True)  # a tiny temperature: no inf
-  temperature_B = jnp.where(cold(sampling), 1.0, sampling.temperature_B)
+  logits_BV = logits_BV - logits_BV.max(-1, keepdims=True)  # no overflow if it is tiny
+  temperature_B = jnp.where(is_greedy(sampling), 1.0, sampling.temperature_B)
   return logits_BV / temperature_B[:, None]
 
 
-def cold(sampling: Sampling) -> Any:
-  """Rows (B,) that take the likeliest token, and draw nothing."""
+def is_greedy(sampling: Sampling) -> Any:
+  """The rows (B,) that take the likeliest token and draw nothing."""
   return sampling.temperature_B < np.finfo(np.float32).tiny
 
 
-def cut_top_k(logits_BV: jax.Array, sampling: Sampling, _: Seen | None) -> jax.Array:
-  """Fan et al. (2018); tokens as likely as the k-th stay."""
+def cut_top_k(
+  logits_BV: jax.Array, sampling: Sampling, _: TokenHistory | None
+) -> jax.Array:
+  """Keeps the k likeliest tokens (Fan et al., 2018), and those as likely as the k-th."""
   ones_BV = jnp.isfinite(logits_BV).astype(jnp.float32)
-  budget_B = sampling.top_k_B.astype(jnp.float32)
-  return keep(logits_BV, foremost(logits_BV, ones_BV, budget_B))
+  k_B = sampling.top_k_B.astype(jnp.float32)
+  return keep_only(logits_BV, is_within_budget(logits_BV, ones_BV, k_B))
 
 
-def cut_top_p(logits_BV: jax.Array, sampling: Sampling, _: Seen | None) -> jax.Array:
-  """Holtzman et al. (2020): until likelier tokens have the mass top_p."""
-  return keep(logits_BV, foremost(logits_BV, *mass(logits_BV, sampling.top_p_B)))
+def cut_top_p(
+  logits_BV: jax.Array, sampling: Sampling, _: TokenHistory | None
+) -> jax.Array:
+  """Keeps the likeliest tokens, as many as have the mass top_p (Holtzman et al., 2020)."""
+  probs_BV, budget_B = jax.nn.softmax(logits_BV, -1), mass_budget(sampling.top_p_B)
+  return keep_only(logits_BV, is_within_budget(logits_BV, probs_BV, budget_B))
 
 
-def cut_min_p(logits_BV: jax.Array, sampling: Sampling, _: Seen | None) -> jax.Array:
-  """Nguyen et al. (2024): a share of the likeliest token's probability."""
+def cut_min_p(
+  logits_BV: jax.Array, sampling: Sampling, _: TokenHistory | None
+) -> jax.Array:
+  """Keeps tokens at least min_p times as likely as the likeliest (Nguyen et al., 2024)."""
   below_BV = logits_BV - logits_BV.max(-1, keepdims=True)
-  return keep(logits_BV, below_BV >= jnp.log(sampling.min_p_B)[:, None])
+  return keep_only(logits_BV, below_BV >= jnp.log(sampling.min_p_B)[:, None])
 
 
-def cut_typical(logits_BV: jax.Array, sampling: Sampling, _: Seen | None) -> jax.Array:
-  """Meister et al. (2023): top-p, but for those whose surprise is nearest the entropy."""
+def cut_typical(
+  logits_BV: jax.Array, sampling: Sampling, _: TokenHistory | None
+) -> jax.Array:
+  """As top-p, but keeps the tokens whose surprise, -log p, is nearest to its mean, the
+  entropy (Meister et al., 2023)."""
   logp_BV = jax.nn.log_softmax(logits_BV, -1)
   entropy_B1 = -jnp.where(logp_BV > -INF, jnp.exp(logp_BV) * logp_BV, 0).sum(
     -1, keepdims=True
   )
   nearness_BV = -jnp.abs(logp_BV + entropy_B1)
-  return keep(logits_BV, foremost(nearness_BV, *mass(logits_BV, sampling.typical_p_B)))
+  probs_BV, budget_B = jax.nn.softmax(logits_BV, -1), mass_budget(sampling.typical_p_B)
+  return keep_only(logits_BV, is_within_budget(nearness_BV, probs_BV, budget_B))
 
 
-def keep(logits_BV: jax.Array, kept_BV: jax.Array) -> jax.Array:
+def keep_only(logits_BV: jax.Array, kept_BV: jax.Array) -> jax.Array:
   return jnp.where(kept_BV, logits_BV, -INF)
 
 
-def mass(logits_BV: jax.Array, share_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Probabilities, and the budget for them: without end when the share is 1, as sums of
+def mass_budget(share_B: jax.Array) -> jax.Array:
+  """The probability that may be kept: no limit where the share is 1, because sums of
   probabilities round up to 1 long before the last token."""
-  budget_B = jnp.where(share_B >= 1, INF, share_B)
-  return jax.nn.softmax(logits_BV, -1), budget_B
+  return jnp.where(share_B >= 1, INF, share_B)
 
 
-def foremost(keys_BV: jax.Array, weights_BV: jax.Array, budget_B: jax.Array) -> jax.Array:
-  """The tokens whose betters, by key, weigh less than the budget; equals stay together.
+def is_within_budget(
+  keys_BV: jax.Array, weights_BV: jax.Array, budget_B: jax.Array
+) -> jax.Array:
+  """True for each token if all tokens with a larger key weigh less than the budget.
 
-  Bisects the key's bits: 32 sums over the vocabulary, where a sort of it takes ten times
-  as long on a CPU.
+  Tokens with equal keys get the same answer. The smallest such key is found by bisecting
+  its bits: 32 sums over the vocabulary, a tenth of the time of a sort on a CPU.
   """
   bits_BV = jax.lax.bitcast_convert_type(keys_BV, jnp.int32)
-  order_BV = jnp.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)  # as the floats'
+  order_BV = jnp.where(
+    bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV
+  )  # ordered as the floats are
 
   def halve(_: jax.Array, ends: tuple[jax.Array, jax.Array]) -> tuple:
     low_B, high_B = ends
     middle_B = (low_B & high_B) + ((low_B ^ high_B) >> 1)  # their mean, without overflow
-    betters_BV = jnp.where(order_BV > middle_B[:, None], weights_BV, 0)
-    fits_B = betters_BV.sum(-1) < budget_B
+    larger_BV = jnp.where(order_BV > middle_B[:, None], weights_BV, 0)
+    fits_B = larger_BV.sum(-1) < budget_B
     return jnp.where(fits_B, low_B, middle_B + 1), jnp.where(fits_B, middle_B, high_B)
 
   whole = jnp.iinfo(jnp.int32)
@@ -306,21 +330,21 @@ RULES: dict[str, Rule] = {
   "presence": Rule(
     lambda s: (s.presence_penalty_B != 0) | (s.frequency_penalty_B != 0), penalise_presence
   ),
-  "form": Rule(lambda s: s.states_B > 0, keep_to_form),
-  "temperature": Rule(lambda s: ~cold(s), apply_temperature),
+  "constraint": Rule(lambda s: s.states_B > 0, apply_constraint),
+  "temperature": Rule(lambda s: ~is_greedy(s), apply_temperature),
   "top_k": Rule(lambda s: s.top_k_B < OFF_TOP_K, cut_top_k),
   "top_p": Rule(lambda s: s.top_p_B < 1, cut_top_p),
   "min_p": Rule(lambda s: s.min_p_B > 0, cut_min_p),
   "typical": Rule(lambda s: s.typical_p_B < 1, cut_typical),
 }
-ASK_WHAT_WAS_SEEN = {"repetition", "presence", "form"}
+HISTORY_RULES = {"repetition", "presence", "constraint"}
 GREEDY_RULES = tuple(RULES)[: tuple(RULES).index("temperature")]
 
 
 def rules_in_use(sampling: Sampling) -> tuple[str, ...]:
-  """The names of the rules that some row uses: static, as they decide what compiles.
+  """The names of the rules that some row uses; they are compiled in.
 
-  Where no row draws, what follows the temperature changes nothing.
+  If no row draws, the rules from the temperature on change nothing, and are left out.
   """
   used = tuple(name for name, rule in RULES.items() if np.any(rule.used(sampling)))
   return used if "temperature" in used else tuple(n for n in used if n in GREEDY_RULES)
@@ -331,34 +355,35 @@ def sample(
   lengths_B: jax.Array,
   sampling: Sampling,
   rules: tuple[str, ...] = (),
-  seen: Seen | None = None,
+  history: TokenHistory | None = None,
   num_top: int = 0,
-) -> Drawn:
-  """Each row's next token, by its settings.
+) -> SampledTokens:
+  """Each row's next token, by its own settings, and the `num_top` likeliest ones.
 
-  A row's draw depends on its seed and its length so far: on nothing else in the batch.
-  Log-probabilities are the model's own, before any rule.
+  A row's draw depends on its logits, seed and length so far: on no other row.
   """
-  own_BV = logits_BV = logits_BV.astype(jnp.float32)
+  model_BV = logits_BV = logits_BV.astype(jnp.float32)
   sampling = jax.tree.map(jnp.asarray, sampling)
   for name in rules:
     if name in GREEDY_RULES:
-      logits_BV = RULES[name].apply(logits_BV, sampling, seen)
+      logits_BV = RULES[name].apply(logits_BV, sampling, history)
   token_B = first_highest(logits_BV)
   if "temperature" in rules:
     for name in rules:
       if name not in GREEDY_RULES:
-        logits_BV = RULES[name].apply(logits_BV, sampling, seen)
+        logits_BV = RULES[name].apply(logits_BV, sampling, history)
     drawn_B = draw(jnp.exp(logits_BV), uniforms(sampling.seeds_B, lengths_B))
-    token_B = jnp.where(cold(sampling), token_B, drawn_B).astype(jnp.int32)
-  total_B = jax.nn.logsumexp(own_BV, -1)
-  chosen_B = jnp.take_along_axis(own_BV, token_B[:, None], -1)[:, 0]
-  top_BX, top_tokens_BX = jax.lax.top_k(own_BV, num_top)
-  return Drawn(token_B, chosen_B - total_B, top_tokens_BX, top_BX - total_B[:, None])
+    token_B = jnp.where(is_greedy(sampling), token_B, drawn_B).astype(jnp.int32)
+  total_B = jax.nn.logsumexp(model_BV, -1)
+  chosen_B = jnp.take_along_axis(model_BV, token_B[:, None], -1)[:, 0]
+  top_BX, top_tokens_BX = jax.lax.top_k(model_BV, num_top)
+  return SampledTokens(
+    token_B, chosen_B - total_B, top_tokens_BX, top_BX - total_B[:, None]
+  )
 
 
 def uniforms(seeds_B: jax.Array, lengths_B: jax.Array) -> jax.Array:
-  """Two random numbers (B, 2) of each row's own."""
+  """Two random numbers for each row, (B, 2)."""
 
   def of_row(seed: jax.Array, length: jax.Array) -> jax.Array:
     return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), length), (2,))
@@ -367,28 +392,28 @@ def uniforms(seeds_B: jax.Array, lengths_B: jax.Array) -> jax.Array:
 
 
 def first_highest(logits_BV: jax.Array) -> jax.Array:
-  """`argmax`, as two passes that XLA vectorises: a quarter of the time on a CPU."""
+  """`argmax` in two passes that XLA vectorises: a quarter of the time on a CPU."""
   highest_BV = logits_BV == logits_BV.max(-1, keepdims=True)
   return jnp.where(highest_BV, jnp.arange(logits_BV.shape[-1]), OFF_TOP_K).min(-1)
 
 
 def draw(weights_BV: jax.Array, uniforms_B2: jax.Array) -> jax.Array:
-  """Token ids (B,), each as likely as its weight says: the distribution, inverted.
+  """Token ids (B,), drawn in proportion to their weights by inverting the distribution.
 
-  Twice, for a block of tokens and for one in it: short sums, and finer steps than the 24
-  bits of one float32. Gumbel noise would need V random numbers for these two.
+  First a block of tokens is drawn, then a token in it: sums stay short, and steps are finer
+  than the 24 bits of one float32. Gumbel noise would need V random numbers instead of two.
   """
   B, V = weights_BV.shape
   padded_BV = jnp.pad(weights_BV, ((0, 0), (0, -V % BLOCK)))
   blocks_BXW = padded_BV.reshape(B, -1, BLOCK)
-  block_B = invert(blocks_BXW.sum(-1), uniforms_B2[:, 0])
+  block_B = inverse_cdf(blocks_BXW.sum(-1), uniforms_B2[:, 0])
   inside_BW = jnp.take_along_axis(blocks_BXW, block_B[:, None, None], 1)[:, 0]
-  return block_B * BLOCK + invert(inside_BW, uniforms_B2[:, 1])
+  return block_B * BLOCK + inverse_cdf(inside_BW, uniforms_B2[:, 1])
 
 
-def invert(weights_BX: jax.Array, uniforms_B: jax.Array) -> jax.Array:
-  """The first index at which the running sum passes the uniform's share of the whole."""
-  # A prefix sum may round below the one before it: only what has weight is looked at.
+def inverse_cdf(weights_BX: jax.Array, uniforms_B: jax.Array) -> jax.Array:
+  """The first index at which the running sum exceeds the uniform's share of the total."""
+  # Indices without weight are left out: rounding could let the running sum fall there.
   sums_BX = jnp.where(weights_BX > 0, jnp.cumsum(weights_BX, -1), 0)
   target_B = uniforms_B * sums_BX.max(-1)
   return jnp.argmax(sums_BX > target_B[:, None], -1)

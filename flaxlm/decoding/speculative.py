@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speculative decoding (Leviathan et al., 2023): some tokens are guessed, then checked by
-one pass of the model over all of them.
+"""Speculative decoding (Leviathan et al., 2023): a draft guesses some tokens, and one pass
+of the model over all of them verifies them.
 
-A guess counts where it is the very token that the model draws itself at that place. A draw
-depends on logits, seed and length alone, so that the tokens are those of `generate`, drawn
-or greedy; a guess x is right as often as the model draws it, p(x), which is what rejection
-sampling accepts of a draft without a distribution. Guesses come from a smaller model's
-greedy choice, or from what followed the last two tokens earlier in the text.
+A guess is accepted if it is the token that the model itself samples at that place. What it
+samples depends only on logits, seed and length, so the tokens are those of `generate`,
+greedy or drawn. A guess x is accepted as often as the model draws it, with probability
+p(x), as in rejection sampling from a draft without a distribution. Guesses are a smaller
+model's greedy choices, or what followed the last two tokens earlier in the text.
 """
 
 import dataclasses
@@ -19,53 +19,62 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxlm.decoding.generate import Chosen, DecodeState, How, choose, for_batch, to_host
-from flaxlm.decoding.prefill import Request, prefill_logits
-from flaxlm.decoding.sampling import ASK_WHAT_WAS_SEEN, Sampling, rules_in_use, sample
+from flaxlm.decoding.generate import (
+  DecodeState,
+  StaticSampling,
+  TokenBlock,
+  block_on_host,
+  repeat_to_batch,
+  sample_step,
+)
+from flaxlm.decoding.prefill import Request, prefill_prompts
+from flaxlm.decoding.sampling import HISTORY_RULES, Sampling, rules_in_use, sample
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.vocabulary import mask_padding_ids
 from flaxlm.sharding import use_mesh
 
 PASSES = 4  # of the model in a block
-MOST_GUESSES = 32
+MAX_DRAFT_TOKENS = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-  """Who guesses, and how many tokens at a time; without a model, the text's own n-grams."""
+  """What guesses `num_tokens` at a time: a smaller model or, without one, n-grams."""
 
   model: LanguageModel | None = None
   params: Any = None
   num_tokens: int = 4
 
   def check(self, model: LanguageModel, rules: tuple[str, ...]) -> None:
-    """Raises `ConfigError` for what cannot be checked in one pass."""
-    if not 1 <= self.num_tokens <= MOST_GUESSES:
-      raise ConfigError(f"draft-tokens is {self.num_tokens}", f"1 to {MOST_GUESSES}")
-    if asking := sorted(ASK_WHAT_WAS_SEEN & set(rules)):
-      raise ConfigError(f"a draft with the rule {asking[0]}", "leave one of them out")
+    """Raises `ConfigError` for guesses that one pass of `model` cannot verify."""
+    if not 1 <= self.num_tokens <= MAX_DRAFT_TOKENS:
+      raise ConfigError(f"draft-tokens is {self.num_tokens}", f"1 to {MAX_DRAFT_TOKENS}")
+    if needing := sorted(HISTORY_RULES & set(rules)):
+      raise ConfigError(f"a draft with the rule {needing[0]}", "leave one of them out")
     for part in (model, self.model):
       if part is not None and part.cfg.family != "decoder":
-        raise ConfigError(f"a draft with a model of family {part.cfg.family}", "a decoder")
+        raise ConfigError(
+          f"a draft with a model of family {part.cfg.family}", "use a decoder"
+        )
 
 
-class Guessing(NamedTuple):
-  """What is compiled in: the rules in use, and who guesses how much."""
+class StaticDraft(NamedTuple):
+  """The part of a draft that is compiled in."""
 
-  how: How
   model: LanguageModel | None
   num_tokens: int
 
 
 class SpeculativeState(NamedTuple):
-  """`token_B` is chosen, but not yet in a cache. No row grows past its limit."""
+  """What one pass hands to the next. No row grows past its limit."""
 
   cache: Any
-  token_B: jax.Array
-  texts_BS: jax.Array  # all tokens so far, `token_B` last
+  token_B: jax.Array  # the last sampled token, which is not in a cache yet
+  texts_BS: jax.Array  # all tokens so far; `token_B` is the last
   draft_cache: Any
-  limit_B: jax.Array  # most tokens in the cache
+  limit_B: jax.Array  # the most tokens that the cache may hold
 
 
 def speculate(
@@ -75,71 +84,76 @@ def speculate(
   sampling: Sampling,
   draft: Draft,
   mesh: Mesh | None = None,
-) -> Iterator[Chosen]:
-  """Yields what `generate` yields; arguments and errors as there."""
+) -> Iterator[TokenBlock]:
+  """Yields the tokens that `generate` yields; arguments and errors are the same."""
   request.check(model.cfg)
   rules = rules_in_use(sampling)
   draft.check(model, rules)
   if draft.model is not None:
     request.check(draft.model.cfg)
-  guessing = Guessing(How(rules, request.num_top), draft.model, draft.num_tokens)
-  num_rows, ids = len(request.prompts), jnp.int32(request.num_ids)
-  # A row that is done is run on at its limit, and writes its guesses behind it.
+  static = StaticSampling(rules, request.num_top)
+  static_draft = StaticDraft(draft.model, draft.num_tokens)
+  num_rows, num_ids = len(request.prompts), jnp.int32(request.num_ids)
+  # A finished row goes on at its limit, and writes its guesses behind it.
   roomy = dataclasses.replace(
     request, max_new_tokens=request.max_new_tokens + draft.num_tokens + 1
   )
   with use_mesh(mesh):
     params = prepare_params(params, model.cfg)
-    logits_BV, cache = prefill_logits(model, params, roomy, mesh)
+    logits_BV, cache = prefill_prompts(model, params, roomy, mesh)
     draft_cache, draft_params = None, draft.params
     if draft.model is not None:
       draft_params = prepare_params(draft_params, draft.model.cfg)
-      _, draft_cache = prefill_logits(draft.model, draft_params, roomy, mesh)
+      _, draft_cache = prefill_prompts(draft.model, draft_params, roomy, mesh)
     batch = logits_BV.shape[0]
-    sampling = for_batch(sampling, batch)
+    sampling = repeat_to_batch(sampling, batch)
     first = DecodeState(cache, jnp.zeros(batch, jnp.int32), None)
-    first, chosen = choose(logits_BV, first, sampling, ids, guessing.how)
-    state = start(request, first, draft_cache)
-  queue = Queue(num_rows, request.max_new_tokens)
-  yield from queue.add(to_host(chosen, num_rows), np.ones((num_rows, 1), bool))
-  while not queue.done:
+    first, block = sample_step(logits_BV, first, sampling, num_ids, static)
+    state = init_speculation(request, first, draft_cache)
+  buffer = RowBuffer(num_rows, request.max_new_tokens)
+  yield from buffer.add(block_on_host(block, num_rows), np.ones((num_rows, 1), bool))
+  while not buffer.is_done:
     with use_mesh(mesh):
-      state, chosen, real_BT = check_guesses(
-        model, params, state, sampling, ids, guessing, draft_params
+      state, block, accepted_BT = verify_block(
+        model, params, state, sampling, num_ids, static, static_draft, draft_params
       )
-    yield from queue.add(to_host(chosen, num_rows), np.asarray(real_BT)[:num_rows])
+    accepted_BT = np.asarray(accepted_BT)[:num_rows]
+    yield from buffer.add(block_on_host(block, num_rows), accepted_BT)
 
 
-class Queue:
-  """Rows grow unevenly; what all of them have is handed on."""
+class RowBuffer:
+  """Collects rows that grow unevenly, and yields the steps that all of them have."""
 
-  def __init__(self, num_rows: int, most: int):
+  def __init__(self, num_rows: int, max_steps: int):
     self.rows: list[list[list]] = [[] for _ in range(num_rows)]
-    self.most, self.given = most, 0
+    self.max_steps, self.num_yielded = max_steps, 0
 
   @property
-  def done(self) -> bool:
-    return self.given == self.most
+  def is_done(self) -> bool:
+    return self.num_yielded == self.max_steps
 
-  def add(self, chosen: Chosen, real_BT: np.ndarray) -> Iterator[Chosen]:
+  def add(self, block: TokenBlock, accepted_BT: np.ndarray) -> Iterator[TokenBlock]:
+    """Adds each row's accepted tokens; yields a block if every row has grown."""
     for number, row in enumerate(self.rows):
-      steps = zip(*(x[number] for x in chosen[:-1]), real_BT[number], strict=True)
-      row += [values for *values, real in steps if real]
-    ready = min(self.most, *map(len, self.rows))
-    if ready > self.given:
-      parts = [row[self.given : ready] for row in self.rows]
-      self.given = ready
+      steps = zip(*(x[number] for x in block[:-1]), accepted_BT[number], strict=True)
+      row += [values for *values, is_accepted in steps if is_accepted]
+    num_complete = min(self.max_steps, *map(len, self.rows))
+    if num_complete > self.num_yielded:
+      parts = [row[self.num_yielded : num_complete] for row in self.rows]
+      self.num_yielded = num_complete
       columns = zip(*(zip(*part, strict=True) for part in parts), strict=True)
-      tokens_BT, logprobs_BT, *tops = (np.array(column) for column in columns)
-      yield Chosen(tokens_BT, logprobs_BT, tops[0], tops[1], chosen.finite_B)
+      tokens, logprobs, top_tokens, top_logprobs = map(np.array, columns)
+      yield TokenBlock(tokens, logprobs, top_tokens, top_logprobs, block.finite_B)
 
 
-def start(request: Request, first: DecodeState, draft_cache: Any) -> SpeculativeState:
-  """The state after the prefill and the first token."""
+def init_speculation(
+  request: Request, first: DecodeState, draft_cache: Any
+) -> SpeculativeState:
+  """The state after the prefill and the first sampled token."""
   batch = first.token_B.shape[0]
   lengths_B = np.ones(batch, np.int32)
   lengths_B[: len(request.prompts)] = [*map(len, request.prompts)]
-  texts_BS = np.zeros((batch, request.slots(0) + 2 * MOST_GUESSES), np.int32)
+  texts_BS = np.zeros((batch, request.slots(0) + 2 * MAX_DRAFT_TOKENS), np.int32)
   for row, prompt in enumerate(request.prompts):
     texts_BS[row, : len(prompt)] = prompt
   texts = jnp.asarray(texts_BS).at[jnp.arange(batch), lengths_B].set(first.token_B)
@@ -147,81 +161,94 @@ def start(request: Request, first: DecodeState, draft_cache: Any) -> Speculative
   return SpeculativeState(first.cache, first.token_B, texts, draft_cache, limit_B)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "guessing"), donate_argnames="state")
-def check_guesses(
+@functools.partial(
+  jax.jit, static_argnames=("model", "static", "draft"), donate_argnames="state"
+)
+def verify_block(
   model: LanguageModel,
   params: Any,
   state: SpeculativeState,
   sampling: Sampling,
   num_ids: jax.Array,
-  guessing: Guessing,
+  static: StaticSampling,
+  draft: StaticDraft,
   draft_params: Any,
-) -> tuple[SpeculativeState, Chosen, jax.Array]:
-  """Some passes of the model: (state, tokens, which of them are the text (B, T))."""
-  T = guessing.num_tokens + 1
-  by_token = sampling.each_row(lambda x: jnp.repeat(jnp.asarray(x), T, 0))
+) -> tuple[SpeculativeState, TokenBlock, jax.Array]:
+  """`PASSES` passes of the model: (state, sampled tokens, which are accepted (B, T))."""
+  T = draft.num_tokens + 1
+  by_token = sampling.map_rows(lambda x: jnp.repeat(jnp.asarray(x), T, 0))
 
-  def one_pass(state: SpeculativeState, _: None) -> tuple[SpeculativeState, tuple]:
+  def verify(state: SpeculativeState, _: None) -> tuple[SpeculativeState, tuple]:
     B, lengths_B = state.token_B.shape[0], state.cache.lengths_B
-    guesses_BT, draft_cache = guess(state, guessing, draft_params, num_ids)
+    guesses_BT, draft_cache = draft_tokens(state, draft, draft_params, num_ids)
     tokens_BT = jnp.concatenate([state.token_B[:, None], guesses_BT], 1)
     output = model.apply({"params": params}, tokens_BT, cache=state.cache)
-    real_V = jnp.arange(output.value.shape[-1]) < num_ids
-    logits_RV = jnp.where(real_V, output.value, -jnp.inf).reshape(B * T, -1)
+    logits_RV = mask_padding_ids(output.value, num_ids).reshape(B * T, -1)
     lengths_BT = lengths_B[:, None] + 1 + jnp.arange(T)
-    rules, num_top = guessing.how
-    drawn = sample(logits_RV, lengths_BT.reshape(-1), by_token, rules, None, num_top)
-    drawn = jax.tree.map(lambda x: x.reshape(B, T, *x.shape[1:]), drawn)
-    right_BT = jnp.cumprod(drawn.token_B[:, :-1] == guesses_BT, 1)
-    num_real_B = jnp.minimum(1 + right_BT.sum(1), state.limit_B - lengths_B)
-    real_BT = jnp.arange(T) < num_real_B[:, None]
-    last_B1 = jnp.maximum(num_real_B - 1, 0)[:, None]
-    newest_B = jnp.take_along_axis(drawn.token_B, last_B1, 1)[:, 0]
-    lengths_B += num_real_B
+    sampled = sample(
+      logits_RV, lengths_BT.reshape(-1), by_token, static.rules, None, static.num_top
+    )
+    sampled = jax.tree.map(lambda x: x.reshape(B, T, *x.shape[1:]), sampled)
+    sampled_BT = sampled.token_B
+    right_BT = jnp.cumprod(sampled_BT[:, :-1] == guesses_BT, 1)
+    # Each pass gives a token more than there were right guesses, up to the row's limit.
+    num_new_B = jnp.minimum(1 + right_BT.sum(1), state.limit_B - lengths_B)
+    accepted_BT = jnp.arange(T) < num_new_B[:, None]
+    last_B1 = jnp.maximum(num_new_B - 1, 0)[:, None]
+    newest_B = jnp.take_along_axis(sampled_BT, last_B1, 1)[:, 0]
+    lengths_B += num_new_B
     if draft_cache is not None:
       draft_cache = draft_cache._replace(lengths_B=lengths_B)
     state = SpeculativeState(
       output.cache._replace(lengths_B=lengths_B),
-      jnp.where(num_real_B > 0, newest_B, state.token_B),
-      state.texts_BS.at[jnp.arange(B)[:, None], lengths_BT].set(drawn.token_B, mode="drop"),
+      jnp.where(num_new_B > 0, newest_B, state.token_B),
+      state.texts_BS.at[jnp.arange(B)[:, None], lengths_BT].set(sampled_BT, mode="drop"),
       draft_cache,
       state.limit_B,
     )
-    finite_B = (jnp.isfinite(drawn.logprob_B) | ~real_BT).all(1)
-    return state, (Chosen(*drawn, finite_B), real_BT)  # type: ignore[call-arg]
+    block = TokenBlock(
+      tokens_BT=sampled_BT,
+      logprobs_BT=sampled.logprob_B,
+      top_tokens_BTX=sampled.top_tokens_BX,
+      top_logprobs_BTX=sampled.top_logprobs_BX,
+      finite_B=(jnp.isfinite(sampled.logprob_B) | ~accepted_BT).all(1),
+    )
+    return state, (block, accepted_BT)
 
-  state, (chosen, real_PBT) = jax.lax.scan(one_pass, state, length=PASSES)
-  by_row = lambda x_PBT: jnp.concatenate([*x_PBT], 1)
-  finite_B = chosen.finite_B.all(0)
-  return state, chosen.each(by_row)._replace(finite_B=finite_B), by_row(real_PBT)
+  state, (blocks, accepted_PBT) = jax.lax.scan(verify, state, length=PASSES)
+  join_passes = lambda x_PBT: jnp.concatenate([*x_PBT], 1)
+  block = blocks.map_steps(join_passes)._replace(finite_B=blocks.finite_B.all(0))
+  return state, block, join_passes(accepted_PBT)
 
 
-def guess(
-  state: SpeculativeState, guessing: Guessing, draft_params: Any, num_ids: jax.Array
+def draft_tokens(
+  state: SpeculativeState, draft: StaticDraft, draft_params: Any, num_ids: jax.Array
 ) -> tuple[jax.Array, Any]:
-  """The next tokens (B, T) as the draft has them, and its cache with `token_B` and them."""
-  if guessing.model is None:
-    return guess_again(state.texts_BS, state.cache.lengths_B + 1, guessing.num_tokens), None
-  model = guessing.model
+  """The draft's guesses (B, T), and its cache with `token_B` and all of them."""
+  if draft.model is None:
+    lengths_B = state.cache.lengths_B + 1
+    return draft_from_ngrams(state.texts_BS, lengths_B, draft.num_tokens), None
+  model = draft.model
 
   def step(carry: tuple[jax.Array, Any], _: None) -> tuple[tuple, jax.Array]:
     token_B, cache = carry
     output = model.apply({"params": draft_params}, token_B[:, None], cache=cache)
-    real_V = jnp.arange(output.value.shape[-1]) < num_ids
-    token_B = jnp.argmax(jnp.where(real_V, output.value[:, -1], -jnp.inf), -1)
-    token_B = token_B.astype(jnp.int32)
+    logits_BV = mask_padding_ids(output.value[:, -1], num_ids)
+    token_B = jnp.argmax(logits_BV, -1).astype(jnp.int32)
     return (token_B, output.cache), token_B
 
-  # One step more than there are guesses: the last of them has to be in the cache, too.
-  start = (state.token_B, state.draft_cache)
-  (_, cache), tokens_TB = jax.lax.scan(step, start, length=guessing.num_tokens + 1)
+  # One step more than there are guesses: the last of them must be in the cache, too.
+  carry = (state.token_B, state.draft_cache)
+  (_, cache), tokens_TB = jax.lax.scan(step, carry, length=draft.num_tokens + 1)
   return tokens_TB[:-1].T, cache
 
 
-def guess_again(texts_BS: jax.Array, lengths_B: jax.Array, num_tokens: int) -> jax.Array:
-  """What followed the last two tokens when they last stood together, or anything.
+def draft_from_ngrams(
+  texts_BS: jax.Array, lengths_B: jax.Array, num_tokens: int
+) -> jax.Array:
+  """What followed the last two tokens where they last occurred before (B, num_tokens).
 
-  As in prompt lookup decoding (Saxena, 2023).
+  If they never did, any tokens. As in prompt lookup decoding (Saxena, 2023).
   """
 
   def of_row(text_S: jax.Array, length: jax.Array) -> jax.Array:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters laid out for decoding: the same numbers, where the loop reads them once.
+"""Parameters laid out for decoding: the same numbers, in the layout that reads fastest.
 
-Each layer has arrays of its own, since a slice of a stacked one is a copy at every token.
-Each projection is one matrix (outputs, inputs): XLA's CPU compiler fuses a reshape into
-the product, which then runs on one core. A tied embedding is such a matrix as it is.
+Each layer has arrays of its own, since a slice of a stacked array is a copy at every token.
+Each projection is one matrix (outputs, inputs): with a reshape before the product, XLA's
+CPU compiler fuses the two into a loop that runs on one core. A tied embedding is such a
+matrix already.
 """
 
 import functools
@@ -15,36 +16,35 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flaxlm.config import ResolvedModel
+from flaxlm.nn.stack import is_split
 
 # Projections, and how many dims of their kernel are contracted.
 PROJECTIONS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
-
-
 KINDS = ("float32", "bfloat16", "int8")
 
 
 def prepare_params(params: Any, cfg: ResolvedModel, kind: str | None = None) -> Any:
-  """The parameters as `generate` reads them fastest; a copy, made leaf by leaf.
+  """A copy of the parameters, laid out for decoding; made leaf by leaf.
 
-  `kind` is what matrices are kept as, None for what they are. int8 has a scale for each
-  output, and experts are not matrices: they stay. Norms and biases always do.
+  `kind` is the dtype that matrices are stored in; None keeps theirs. int8 matrices have a
+  scale for each output. Norms, biases and experts, which are no matrices, keep their dtype.
   """
   assert kind is None or kind in KINDS
-  if is_prepared(params):
+  if is_laid_out_for_decoding(params):
     return params
   prepared = {}
   for path, leaf in flatten_dict(params).items():
-    inputs = 0  # dims, of a matrix
+    num_inputs = 0  # contracted dims of a matrix
     if path[-1] == "kernel" and path[-2] in PROJECTIONS and "experts" not in path:
-      path, inputs = (*path[:-1], "matrix"), PROJECTIONS[path[-2]]
+      path, num_inputs = (*path[:-1], "matrix"), PROJECTIONS[path[-2]]
     elif path == ("embedding", "table") and cfg.tied_embeddings:
       path = ("embedding", "matrix")
     if "blocks" in path:
       layer = path.index("blocks") + 1
-      for n, part in enumerate(lay_out_layers(leaf, inputs)):
+      for n, part in enumerate(matrices_of_layers(leaf, num_inputs)):
         prepared[(*path[:layer], str(n), *path[layer:])] = part
     else:
-      prepared[path] = lay_out(leaf, inputs)
+      prepared[path] = as_matrix(leaf, num_inputs)
   for path in [path for path in prepared if path[-1] == "matrix"]:
     if kind == "int8":
       prepared[path], prepared[(*path[:-1], "scale")] = quantise(prepared[path])
@@ -53,26 +53,31 @@ def prepare_params(params: Any, cfg: ResolvedModel, kind: str | None = None) -> 
   return unflatten_dict(prepared)
 
 
+def is_laid_out_for_decoding(params: Any) -> bool:
+  """Whether a model's parameters have been through `prepare_params`."""
+  return is_split(params.get("decoder", params)["blocks"])
+
+
+@functools.partial(jax.jit, static_argnames="num_inputs")
+def as_matrix(kernel: jax.Array, num_inputs: int) -> jax.Array:
+  """A kernel as (outputs, inputs), if its first `num_inputs` dims are contracted.
+
+  With 0 of them it is no kernel, and returned as it is.
+  """
+  if not num_inputs:
+    return kernel
+  return kernel.reshape(math.prod(kernel.shape[:num_inputs]), -1).T
+
+
+@functools.partial(jax.jit, static_argnames="num_inputs")
+def matrices_of_layers(stacked: jax.Array, num_inputs: int) -> list[jax.Array]:
+  """`as_matrix` of each layer of a stacked array."""
+  return [as_matrix(of_layer, num_inputs) for of_layer in stacked]
+
+
 @jax.jit
 def quantise(matrix_OI: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """int8 of each output's own scale: its largest weight is 127 of it."""
+  """An int8 matrix and a scale for each output, 1/127 of its largest weight."""
   matrix_OI = matrix_OI.astype(jnp.float32)
   scale_O1 = jnp.maximum(jnp.abs(matrix_OI).max(1, keepdims=True), 1e-30) / 127
   return jnp.round(matrix_OI / scale_O1).astype(jnp.int8), scale_O1[:, 0]
-
-
-def is_prepared(params: Any) -> bool:
-  return "0" in params.get("decoder", params)["blocks"]
-
-
-@functools.partial(jax.jit, static_argnames="inputs")
-def lay_out(leaf: jax.Array, inputs: int) -> jax.Array:
-  """A kernel as (outputs, inputs), its first `inputs` dims being contracted; 0: as is."""
-  if not inputs:
-    return leaf
-  return leaf.reshape(math.prod(leaf.shape[:inputs]), -1).T
-
-
-@functools.partial(jax.jit, static_argnames="inputs")
-def lay_out_layers(stacked: jax.Array, inputs: int) -> list[jax.Array]:
-  return [lay_out(of_layer, inputs) for of_layer in stacked]

@@ -12,6 +12,7 @@ from flaxlm.nn.execution import Execution
 from flaxlm.nn.kernels.fused import activate
 from flaxlm.nn.layers import Einsum, Embedding, build_norm
 from flaxlm.nn.masks import LOWEST
+from flaxlm.nn.vocabulary import mask_padding_ids
 from flaxlm.sharding import constrain
 
 
@@ -101,7 +102,7 @@ class LanguageModel(nn.Module):
     if cfg.logit_softcap is not None:
       logits_BTV = cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap)
     if cfg.is_padded:  # padding has no probability, and no gradient
-      logits_BTV = jnp.where(jnp.arange(cfg.vocab_size) < cfg.num_ids, logits_BTV, LOWEST)
+      logits_BTV = mask_padding_ids(logits_BTV, cfg.num_ids, LOWEST)
     return constrain(logits_BTV, "batch", "length", "act_vocab")
 
 

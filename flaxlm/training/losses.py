@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from flaxlm.nn.vocabulary import mask_padding_ids
+
 
 def cross_entropy(
   logits_BTV: jax.Array,
@@ -26,7 +28,6 @@ def cross_entropy(
     if num_ids is None:
       mean_BT = logits_BTV.mean(-1)
     else:
-      real_V = jnp.arange(logits_BTV.shape[-1]) < num_ids
-      mean_BT = jnp.where(real_V, logits_BTV, 0.0).sum(-1) / num_ids
+      mean_BT = mask_padding_ids(logits_BTV, num_ids, 0.0).sum(-1) / num_ids
     target_logits_BT = (1 - smoothing) * target_logits_BT + smoothing * mean_BT
   return jax.nn.logsumexp(logits_BTV, -1) - target_logits_BT

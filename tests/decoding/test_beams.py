@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from flaxlm.config import ModelConfig
+from flaxlm.decoding.beams import beam_search, length_penalty
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import make_sampling
-from flaxlm.decoding.search import beam_search, length_penalty
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel, Source
 from flaxlm.nn.models import build_model, init_params

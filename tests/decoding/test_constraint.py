@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers of a given form: the automaton says what `re` says, and no draw leaves it."""
+"""Constrained decoding: the automaton says what `re` says, and no draw leaves it."""
 
 import json
 import re
@@ -12,9 +12,9 @@ from test_completions import BYTES, make_run
 
 from flaxlm.decoding.completions import Stopping, complete
 from flaxlm.decoding.constraint import FREE, NEVER, build_automaton, regex_of_schema
-from flaxlm.decoding.jobs import Job, read_jobs, run_jobs
+from flaxlm.decoding.jobs import PromptJob, complete_jobs, read_jobs
 from flaxlm.decoding.loading import Run
-from flaxlm.decoding.sampling import Settings, make_sampling, stack_settings
+from flaxlm.decoding.sampling import SamplingSettings, make_sampling, stack_settings
 from flaxlm.errors import ConfigError
 from flaxlm.tokenizers import train_tokenizer
 
@@ -72,7 +72,7 @@ def test_many_tokens_are_of_few_kinds():
   assert len(set(automaton.kinds_V[BPE.encode("7") + BPE.encode("8")])) == 1
 
 
-def answers(run: Run, rows: list[Settings], count: int = 40) -> list:
+def answers(run: Run, rows: list[SamplingSettings], count: int = 40) -> list:
   sampling = stack_settings(rows, run.tokenizer)
   return complete(run, ["a"] * len(rows), sampling, count)
 
@@ -81,8 +81,10 @@ def answers(run: Run, rows: list[Settings], count: int = 40) -> list:
 def test_every_answer_has_the_form(run, temperature):
   """Of letters that the model would hardly write; rows beside it are what they were."""
   expression = r"[0-9]{2,4}|xyz+"
-  rows = [Settings(temperature=temperature, regex=expression, seed=n) for n in range(6)]
-  free = Settings(temperature=temperature, seed=9)
+  rows = [
+    SamplingSettings(temperature=temperature, regex=expression, seed=n) for n in range(6)
+  ]
+  free = SamplingSettings(temperature=temperature, seed=9)
   *formed, beside = answers(run, [*rows, free])
   for answer in formed:
     if answer.finish_reason == "stop":
@@ -98,8 +100,8 @@ def test_every_answer_has_the_form(run, temperature):
 
 def test_a_form_of_anything_changes_nothing(run):
   texts = "(?s).*"
-  rows = [Settings(temperature=1.0, seed=n) for n in range(3)]
-  formed = [Settings(temperature=1.0, seed=n, regex=texts) for n in range(3)]
+  rows = [SamplingSettings(temperature=1.0, seed=n) for n in range(3)]
+  formed = [SamplingSettings(temperature=1.0, seed=n, regex=texts) for n in range(3)]
   for free, within in zip(answers(run, rows, 8), answers(run, formed, 8), strict=True):
     if "\N{REPLACEMENT CHARACTER}" not in free.completion:
       assert within.completion == free.completion
@@ -109,8 +111,10 @@ def test_a_form_of_anything_changes_nothing(run):
 def test_jobs_answer_in_json(run, tmp_path):
   lines = [{"prompt": "a", "json_schema": SCHEMA}, {"prompt": "b", "regex": "(no|yes)"}]
   text = "\n".join(map(json.dumps, lines))
-  jobs = read_jobs(text, Job("", Settings(temperature=0.0), Stopping(), 80, 2))
-  run_jobs(run, jobs, tmp_path / "out.jsonl", 4)
+  jobs = read_jobs(
+    text, PromptJob("", SamplingSettings(temperature=0.0), Stopping(), 80, 2)
+  )
+  complete_jobs(run, jobs, tmp_path / "out.jsonl", 4)
   found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
   for answer in found[:2]:
     assert answer["finish_reason"] == "stop", answer
@@ -121,9 +125,12 @@ def test_jobs_answer_in_json(run, tmp_path):
 @pytest.mark.parametrize(
   "make, cause",
   [
-    (lambda: stack_settings([Settings(regex="(")], BYTES), "cannot be used"),
-    (lambda: stack_settings([Settings(regex="a", banned_tokens=[3])], BYTES), "banned"),
-    (lambda: stack_settings([Settings(regex=3)], BYTES), "regex is 3"),  # type: ignore[arg-type]
+    (lambda: stack_settings([SamplingSettings(regex="(")], BYTES), "cannot be used"),
+    (
+      lambda: stack_settings([SamplingSettings(regex="a", banned_tokens=[3])], BYTES),
+      "banned",
+    ),
+    (lambda: stack_settings([SamplingSettings(regex=3)], BYTES), "regex is 3"),  # type: ignore[arg-type]
     (lambda: make_sampling(1, regex="a"), "needs the tokenizer"),
     (lambda: regex_of_schema("{"), "schema cannot be used"),
     (lambda: regex_of_schema({"type": "nonsense"}), "nonsense"),

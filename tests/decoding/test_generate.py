@@ -15,17 +15,17 @@ from jax.sharding import Mesh
 from flaxlm.config import ModelConfig
 from flaxlm.decoding.generate import (
   DecodeState,
-  How,
-  choose,
+  StaticSampling,
   decode_block,
   generate,
+  sample_step,
 )
 from flaxlm.decoding.prefill import (
   BLOCK_STEPS,
   SMALLEST_BUCKET,
   Request,
   bucket,
-  extend,
+  prefill_chunk,
 )
 from flaxlm.decoding.sampling import Sampling, make_sampling
 from flaxlm.errors import ConfigError, NonFiniteError
@@ -111,7 +111,7 @@ def greedy(rows: int) -> Sampling:
 
 
 def take(sampling: Sampling, rows: Sequence[int]) -> Sampling:
-  return sampling.each_row(lambda rule: np.asarray(rule)[np.asarray(rows)])
+  return sampling.map_rows(lambda rule: np.asarray(rule)[np.asarray(rows)])
 
 
 # -- The cache changes nothing -------------------------------------------------------------
@@ -237,12 +237,12 @@ def test_ids_that_only_pad_the_vocabulary_are_never_drawn(rules: dict[str, Any])
 def test_requests_of_many_lengths_share_the_compiled_programs():
   model, params = model_of("gqa")
   run(model, params, PROMPTS, make_sampling(4, 0.7), SMALLEST_BUCKET - 8)
-  before = extend._cache_size(), decode_block._cache_size()
+  before = prefill_chunk._cache_size(), decode_block._cache_size()
   for length in (1, 5, 8):
     for rules in ({"temperature": 0.0}, {"temperature": 1.3, "seed": length}):
       prompts = [[token] * length for token in (1, 2, 3, 4)]
       run(model, params, prompts, make_sampling(4, **rules), SMALLEST_BUCKET - 8)
-  assert (extend._cache_size(), decode_block._cache_size()) == before
+  assert (prefill_chunk._cache_size(), decode_block._cache_size()) == before
 
 
 @pytest.mark.parametrize("size", [1, 2, 31, 32, 33, 64, 65, 1000])
@@ -260,12 +260,12 @@ def test_the_cache_is_donated():
   tokens_BT = np.zeros((4, SMALLEST_BUCKET), np.int32)
   cache = init_cache(model, 4, SMALLEST_BUCKET)
   num_new_B, last_BD = np.ones(4, np.int32), np.zeros((4, 16), np.float32)
-  _, read = extend(model, params, tokens_BT, num_new_B, cache, last_BD)
+  _, read = prefill_chunk(model, params, tokens_BT, num_new_B, cache, last_BD)
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
   state = DecodeState(read, jnp.zeros(4, jnp.int32), None)
-  state, _ = choose(jnp.zeros((4, 64)), state, sampling, ids, How())
+  state, _ = sample_step(jnp.zeros((4, 64)), state, sampling, ids, StaticSampling())
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(read))
-  again, _ = decode_block(model, params, state, sampling, ids, How())
+  again, _ = decode_block(model, params, state, sampling, ids, StaticSampling())
   assert isinstance(again, DecodeState)
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(again))

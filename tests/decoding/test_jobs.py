@@ -11,13 +11,19 @@ from test_completions import make_run
 from flaxlm.decoding import jobs as jobs_module
 from flaxlm.decoding.chat import load_chat
 from flaxlm.decoding.completions import Stopping, complete
-from flaxlm.decoding.jobs import Job, batches, read_jobs, run_jobs, size
+from flaxlm.decoding.jobs import (
+  PromptJob,
+  batch_jobs,
+  complete_jobs,
+  measure_job,
+  read_jobs,
+)
 from flaxlm.decoding.loading import Run
-from flaxlm.decoding.sampling import Settings, make_sampling
+from flaxlm.decoding.sampling import SamplingSettings, make_sampling
 from flaxlm.errors import ConfigError, DataError
 from flaxlm.runs import KEPT
 
-DEFAULTS = Job("", Settings(temperature=1.0, seed=5), Stopping(), 6)
+DEFAULTS = PromptJob("", SamplingSettings(temperature=1.0, seed=5), Stopping(), 6)
 LINES = [
   {"prompt": "a"},
   {"prompt": "b é and more", "max_new_tokens": 3, "seed": 77, "id": "mine"},
@@ -42,7 +48,7 @@ def written(path: Path) -> list[dict]:
 
 def test_each_prompt_is_answered_as_if_alone(run, tmp_path):
   jobs, done = read_jobs(as_text(LINES), DEFAULTS), []
-  run_jobs(run, jobs, tmp_path / "out.jsonl", 3, on_done=done.append)
+  complete_jobs(run, jobs, tmp_path / "out.jsonl", 3, on_done=done.append)
   found = written(tmp_path / "out.jsonl")
   assert [answer["prompt"] for answer in found] == [
     "a",
@@ -75,37 +81,40 @@ def test_each_prompt_is_answered_as_if_alone(run, tmp_path):
 
 def test_a_killed_job_goes_on(run, tmp_path, monkeypatch):
   jobs = read_jobs(as_text(LINES), DEFAULTS)
-  run_jobs(run, jobs, tmp_path / "whole.jsonl", 2)
-  batch, calls = jobs_module.run_batch, []
+  complete_jobs(run, jobs, tmp_path / "whole.jsonl", 2)
+  batch, calls = jobs_module.complete_batch, []
 
   def killed(*arguments: Any) -> Any:
-    calls.append([of.place for of in arguments[1]])
+    calls.append([sized.index for sized in arguments[1]])
     if len(calls) == 2:
       raise KeyboardInterrupt
     return batch(*arguments)
 
-  monkeypatch.setattr(jobs_module, "run_batch", killed)
+  monkeypatch.setattr(jobs_module, "complete_batch", killed)
   output, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
   with pytest.raises(KeyboardInterrupt):
-    run_jobs(run, jobs, output, 2)
+    complete_jobs(run, jobs, output, 2)
   assert not output.exists()
   with partial.open("a") as file:
     file.write('{"index": 3, "sam')  # killed in the middle of a line
-  with pytest.raises(ConfigError, match="is of another job"):
-    run_jobs(run, jobs[1:], output, 2)
-  run_jobs(run, jobs, output, 2)
+  with pytest.raises(ConfigError, match="belongs to other prompts or settings"):
+    complete_jobs(run, jobs[1:], output, 2)
+  complete_jobs(run, jobs, output, 2)
   assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
   assert not partial.exists()
   assert sorted(calls[0] + [place for call in calls[2:] for place in call]) == [*range(5)]
 
 
 def test_batches_are_of_like_length_and_fit(run):
-  jobs = [Job("a" * length, Settings(), Stopping(), 20) for length in (5, 90, 7, 80, 100)]
+  jobs = [
+    PromptJob("a" * length, SamplingSettings(), Stopping(), 20)
+    for length in (5, 90, 7, 80, 100)
+  ]
   jobs[0] = jobs[0]._replace(max_new_tokens=140)
-  sized = [size(run, place, job) for place, job in enumerate(jobs)]
-  found = [[of.place for of in batch] for batch in batches(sized, 2, 160)]
+  sized = [measure_job(run, place, job) for place, job in enumerate(jobs)]
+  found = [[sized.index for sized in batch] for batch in batch_jobs(sized, 2, 160)]
   assert found == [[2, 3], [1, 4], [0]]
-  assert all(len(batch) == 1 for batch in batches(sized, 1, 160))
+  assert all(len(batch) == 1 for batch in batch_jobs(sized, 1, 160))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +140,7 @@ def test_what_is_no_job_is_refused_by_its_line(line: str, complaint: str):
 def test_a_prompt_that_is_too_long_is_named(run, tmp_path):
   jobs = read_jobs(as_text([{"prompt": "a"}, {"prompt": "a" * 170}]), DEFAULTS)
   with pytest.raises(ConfigError, match="prompt 2: prompt of 171 tokens"):
-    run_jobs(run, jobs, tmp_path / "out.jsonl", 2)
+    complete_jobs(run, jobs, tmp_path / "out.jsonl", 2)
 
 
 def test_time_and_tokens_end_an_answer(run):

@@ -17,7 +17,7 @@ from test_generate import model_of
 from flaxlm.config import ModelConfig
 from flaxlm.decoding import generate as generate_module
 from flaxlm.decoding import prefill
-from flaxlm.decoding.generate import Memory, decode_block, generate
+from flaxlm.decoding.generate import PrefixCache, decode_block, generate
 from flaxlm.decoding.prefill import (
   CHUNK,
   SMALLEST_PREFIX,
@@ -25,7 +25,7 @@ from flaxlm.decoding.prefill import (
   bucket,
   common_length,
   padded_length,
-  prefill_logits,
+  prefill_prompts,
 )
 from flaxlm.decoding.sampling import make_sampling, stack_settings
 from flaxlm.decoding.weights import prepare_params
@@ -42,13 +42,13 @@ def tokens_of(*arguments: Any, **options: Any) -> list[list[int]]:
 def read_count(monkeypatch: pytest.MonkeyPatch) -> list[int]:
   """Grows by the number of tokens that each pass of the prefill reads."""
   counts: list[int] = []
-  extend = prefill.extend
+  prefill_chunk = prefill.prefill_chunk
 
   def counting(model, params, tokens_BT, num_new_B, cache, last_BD):
     counts.append(int(num_new_B.sum()))
-    return extend(model, params, tokens_BT, num_new_B, cache, last_BD)
+    return prefill_chunk(model, params, tokens_BT, num_new_B, cache, last_BD)
 
-  monkeypatch.setattr(prefill, "extend", counting)
+  monkeypatch.setattr(prefill, "prefill_chunk", counting)
   return counts
 
 
@@ -114,18 +114,22 @@ def test_a_conversation_reads_only_what_is_new(name, ahead, monkeypatch):
   model, params = model_of(name)
   assert not generate_module.runs_ahead(model, None)
   monkeypatch.setattr(generate_module, "runs_ahead", lambda *_: ahead)
-  greedy, memory = make_sampling(1, 0.0), Memory()
+  greedy, prefix_cache = make_sampling(1, 0.0), PrefixCache()
   prompt = [3, 1, 4]
-  answer = tokens_of(model, params, Request([prompt], 6, 64), greedy, memory=memory)[0]
+  answer = tokens_of(
+    model, params, Request([prompt], 6, 64), greedy, prefix_cache=prefix_cache
+  )[0]
   counts = read_count(monkeypatch)
   for cut, more in ((6, [9, 2]), (4, [8])):
     turn = [*prompt, *answer[:cut], *more]
-    with_memory = tokens_of(model, params, Request([turn], 7, 64), greedy, memory=memory)
+    with_cache = tokens_of(
+      model, params, Request([turn], 7, 64), greedy, prefix_cache=prefix_cache
+    )
     assert counts == [len(more)]
-    assert with_memory == tokens_of(model, params, Request([turn], 7, 64), greedy)
+    assert with_cache == tokens_of(model, params, Request([turn], 7, 64), greedy)
     counts.clear()
   other = Request([[7, 7, 7]], 7, 64)
-  assert tokens_of(model, params, other, greedy, memory=memory) == tokens_of(
+  assert tokens_of(model, params, other, greedy, prefix_cache=prefix_cache) == tokens_of(
     model, params, other, greedy
   )
 
@@ -134,26 +138,32 @@ def test_an_rnn_remembers_its_end_alone():
   model = build_model(ModelConfig(family="rnn", depth=2, width=16, vocab_size=64))
   params = jax.jit(lambda seed: init_params(model, seed))(np.uint32(0))
   params = jax.tree.map(lambda x: x * 3, nn.unbox(params))
-  greedy, memory = make_sampling(1, 0.0), Memory()
-  (answer,) = tokens_of(model, params, Request([[3, 1]], 6, 64), greedy, memory=memory)
+  greedy, prefix_cache = make_sampling(1, 0.0), PrefixCache()
+  (answer,) = tokens_of(
+    model, params, Request([[3, 1]], 6, 64), greedy, prefix_cache=prefix_cache
+  )
   for turn in ([3, 1, *answer[:2], 5], [3, 1, *answer, 5]):
     request = Request([turn], 5, 64)
     plain = tokens_of(model, params, request, greedy)
-    assert tokens_of(model, params, request, greedy, memory=memory) == plain
+    assert tokens_of(model, params, request, greedy, prefix_cache=prefix_cache) == plain
 
 
 def test_a_call_that_is_broken_off_forgets():
   model, params = model_of("gqa")
-  memory = Memory()
+  prefix_cache = PrefixCache()
   blocks = generate(
-    model, params, Request([[1, 2]], 40, 64), make_sampling(1, 0.0), memory=memory
+    model,
+    params,
+    Request([[1, 2]], 40, 64),
+    make_sampling(1, 0.0),
+    prefix_cache=prefix_cache,
   )
   next(blocks)
-  assert memory.past is not None
-  assert memory.past.tokens == (1, 2)
+  assert prefix_cache.prefix is not None
+  assert prefix_cache.prefix.tokens == (1, 2)
   next(blocks)
-  assert len(memory.past.tokens) == 2 + 16
-  assert memory.past.cache.lengths_B.tolist() == [2 + 16]
+  assert len(prefix_cache.prefix.tokens) == 2 + 16
+  assert prefix_cache.prefix.cache.lengths_B.tolist() == [2 + 16]
 
 
 def test_rules_that_ask_what_was_seen_hold_over_blocks():
@@ -203,7 +213,7 @@ def test_random_requests_compile_once_a_bucket(count: int):
   nothing of a request stays."""
   model, params = model_of("gqa")
   params = prepare_params(params, model.cfg)
-  rng, functions = np.random.default_rng(0), (prefill.extend, decode_block)
+  rng, functions = np.random.default_rng(0), (prefill.prefill_chunk, decode_block)
   before, buckets = [f._cache_size() for f in functions], (set(), set())
   used = []
   for number in range(count):
@@ -238,6 +248,8 @@ def test_beams_of_a_long_prompt():
   """Search reads through the same prefill: rows of one program whatever they share."""
   model, params = model_of("gqa")
   request = Request([[1, 2, 3], [1, 2, 3]], 4, 64)
-  logits_BV, cache = prefill_logits(model, prepare_params(params, model.cfg), request, None)
+  logits_BV, cache = prefill_prompts(
+    model, prepare_params(params, model.cfg), request, None
+  )
   assert logits_BV.shape[0] == cache.lengths_B.shape[0] == 2
   assert stack_settings([]).seeds_B.shape == (0,)

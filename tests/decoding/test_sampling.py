@@ -16,8 +16,8 @@ from flaxlm.decoding.sampling import (
   GREEDY_RULES,
   RULES,
   Sampling,
-  Seen,
-  Settings,
+  SamplingSettings,
+  TokenHistory,
   draw,
   make_sampling,
   rules_in_use,
@@ -32,7 +32,7 @@ NUM_DRAWS = 4096
 jitted = jax.jit(sample, static_argnames=("rules", "num_top"))
 CUTS = ("top_k", "top_p", "min_p", "typical")
 DRAWING = ("temperature", *CUTS)
-EVERY_RULE = tuple(name for name in RULES if name != "form")  # test_constraint.py
+EVERY_RULE = tuple(name for name in RULES if name != "constraint")  # test_constraint.py
 
 
 def logits_of(seed: int, rows: int = 1, spread: float = 2.0) -> np.ndarray:
@@ -187,7 +187,7 @@ def test_penalties_and_biases_follow_their_definitions(seed: int):
   prompt, answer = rng.integers(0, VOCAB, 6).tolist(), rng.integers(0, VOCAB, 9).tolist()
   in_prompt_V = np.isin(np.arange(VOCAB), prompt)
   counts_V = np.bincount(answer, minlength=VOCAB)
-  seen = Seen(
+  seen = TokenHistory(
     jnp.asarray(in_prompt_V)[None], jnp.asarray(counts_V)[None], jnp.zeros(1, int)
   )
   banned = {token: -np.inf for token in rules.pop("banned_tokens")}
@@ -207,7 +207,7 @@ def test_penalties_and_biases_follow_their_definitions(seed: int):
 
 
 def test_what_was_drawn_is_seen():
-  seen = Seen(jnp.zeros((2, 4), bool), jnp.zeros((2, 4), int), jnp.zeros(2, int))
+  seen = TokenHistory(jnp.zeros((2, 4), bool), jnp.zeros((2, 4), int), jnp.zeros(2, int))
   greedy = make_sampling(2, 0.0)
   seen = seen.add(jnp.array([1, 3]), greedy).add(jnp.array([1, 0]), greedy)
   assert seen.counts_BV.tolist() == [[0, 2, 0, 0], [1, 0, 0, 1]]
@@ -278,12 +278,12 @@ def test_tokens_of_no_probability_are_never_drawn():
 def mixed(batch: int, seed: int = 0) -> Sampling:
   """Rows with different rules: greedy, plain, and each of the filters."""
   kinds = [{"temperature": 0.0}, {}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}]
-  rows = [Settings(**kinds[i % len(kinds)], seed=seed + i) for i in range(batch)]
+  rows = [SamplingSettings(**kinds[i % len(kinds)], seed=seed + i) for i in range(batch)]
   return stack_settings(rows)
 
 
 def take(sampling: Sampling, rows: Any) -> Sampling:
-  return sampling.each_row(lambda rule: np.asarray(rule)[rows])
+  return sampling.map_rows(lambda rule: np.asarray(rule)[rows])
 
 
 def test_a_rows_draw_depends_on_no_other_row():
@@ -354,7 +354,7 @@ def test_changing_values_recompiles_nothing():
 )
 def test_only_rules_that_some_row_uses_are_compiled(rules: dict[str, Any], names: tuple):
   """Of greedy rows, only those that change which token is the likeliest."""
-  rows = [Settings(), Settings(**rules)]
+  rows = [SamplingSettings(), SamplingSettings(**rules)]
   used = rules_in_use(stack_settings(rows))
   assert {*used} == {"temperature", *names}
   assert used == tuple(name for name in RULES if name in used)

@@ -13,7 +13,12 @@ from flaxlm.config import ModelConfig
 from flaxlm.decoding import speculative
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import make_sampling
-from flaxlm.decoding.speculative import MOST_GUESSES, Draft, guess_again, speculate
+from flaxlm.decoding.speculative import (
+  MAX_DRAFT_TOKENS,
+  Draft,
+  draft_from_ngrams,
+  speculate,
+)
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import build_model
 
@@ -75,9 +80,9 @@ def test_a_row_draws_from_the_models_distribution():
 def test_right_guesses_save_passes(monkeypatch):
   model, params = model_of("gqa")
   calls = []
-  check = speculative.check_guesses
+  check = speculative.verify_block
   counting = lambda *arguments: calls.append(1) or check(*arguments)
-  monkeypatch.setattr(speculative, "check_guesses", counting)
+  monkeypatch.setattr(speculative, "verify_block", counting)
   request, greedy = Request(PROMPTS[:1], 33, 64), make_sampling(1, 0.0)
   spoken(model, params, request, greedy, drafts()["itself"])
   assert len(calls) == 2, "4 passes of 4 tokens each, twice"
@@ -88,7 +93,7 @@ def test_what_followed_before_is_guessed():
   texts_BS[0, :8] = [7, 5, 6, 9, 8, 5, 6, 0]  # 5 6 was followed by 9 8 5
   texts_BS[1, :8] = [5, 6, 1, 5, 6, 2, 5, 6]  # twice: the later one counts
   texts_BS[2, :1] = [3]
-  guesses = guess_again(texts_BS, np.array([7, 8, 1]), 3)
+  guesses = draft_from_ngrams(texts_BS, np.array([7, 8, 1]), 3)
   assert guesses[0].tolist() == [9, 8, 5]
   assert guesses[1].tolist() == [2, 5, 6]
   assert guesses.shape == (3, 3), "and anything where there is nothing to go by"
@@ -98,7 +103,7 @@ def test_what_followed_before_is_guessed():
   ("draft", "rules", "complaint"),
   [
     (Draft(num_tokens=0), {}, "draft-tokens is 0"),
-    (Draft(num_tokens=MOST_GUESSES + 1), {}, "draft-tokens is 33"),
+    (Draft(num_tokens=MAX_DRAFT_TOKENS + 1), {}, "draft-tokens is 33"),
     (Draft(), {"repetition_penalty": 1.2}, "rule repetition"),
     (Draft(build_model(ModelConfig(family="rnn", vocab_size=64))), {}, "family rnn"),
   ],

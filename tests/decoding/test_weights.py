@@ -13,10 +13,10 @@ from test_generate import model_of
 from test_prefill import tokens_of
 
 from flaxlm.config import ModelConfig
-from flaxlm.decoding.generate import DecodeState, How, decode_block
+from flaxlm.decoding.generate import DecodeState, StaticSampling, decode_block
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import make_sampling
-from flaxlm.decoding.weights import is_prepared, prepare_params
+from flaxlm.decoding.weights import is_laid_out_for_decoding, prepare_params
 from flaxlm.nn.cache import Narrow, narrowed, widened
 from flaxlm.nn.execution import Execution
 from flaxlm.nn.models import build_model, init_cache, init_params
@@ -30,8 +30,8 @@ def unboxed(model: Any) -> Any:
 def test_prepared_parameters_are_the_same_numbers(name: str):
   model, params = model_of(name)
   prepared = prepare_params(params, model.cfg)
-  assert is_prepared(prepared)
-  assert not is_prepared(params)
+  assert is_laid_out_for_decoding(prepared)
+  assert not is_laid_out_for_decoding(params)
   assert prepare_params(prepared, model.cfg) is prepared
   tokens_BT = np.arange(12).reshape(2, 6)
   apply = jax.jit(lambda params: model.apply({"params": params}, tokens_BT).value)
@@ -139,7 +139,7 @@ def compiled(batch: int, kind: str | None) -> Any:
   model = build_model(ModelConfig(depth=2, width=128, num_heads=2, vocab_size=512))
   params = jax.eval_shape(lambda: prepare_params(unboxed(model), model.cfg, kind))
   state = DecodeState(init_cache(model, batch, 64), np.zeros(batch, np.int32), None)
-  rules = (make_sampling(batch, 0.0), np.int32(512), How())
+  rules = (make_sampling(batch, 0.0), np.int32(512), StaticSampling())
   return decode_block.lower(model, params, state, *rules).compile()
 
 

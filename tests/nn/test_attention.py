@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from flaxlm.config import MESH_AXES, ModelConfig, TrainingConfig
-from flaxlm.decoding.prefill import Request, prefill_logits
+from flaxlm.decoding.prefill import Request, prefill_prompts
 from flaxlm.errors import ConfigError
 from flaxlm.nn.attention import attend
 from flaxlm.nn.execution import Execution
@@ -130,7 +130,7 @@ def test_prompts_are_read_by_cudnn_where_it_can(window, asked, monkeypatch):
     model = build_model(cfg, run, kernel_head_dim=256 * on_gpu)
     params = jax.jit(lambda m=model: nn.unbox(init_params(m, 0)))()
     asked.clear()
-    logits_BV, _ = prefill_logits(model, params, request, mesh=None)
+    logits_BV, _ = prefill_prompts(model, params, request, mesh=None)
     assert len(asked) == (2 if on_gpu and wanted == "auto" else 0)
     found.append(np.asarray(logits_BV[:3], np.float32))
   for logits in found[1:]:

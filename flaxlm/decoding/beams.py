@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Beam search: the likeliest completions instead of drawn ones.
 
-As in Wu et al. (2016, section 7) and Vaswani et al. (2017, section 6.1): hypotheses that
-ended are ranked by their log-probability over a length penalty, ((5 + length) / 6)^alpha.
-A hypothesis ends if its end is among the W best ways to go on, and the search is over
-when W have ended, so that one beam is greedy decoding.
+As in Wu et al. (2016, section 7) and Vaswani et al. (2017, section 6.1): finished
+hypotheses are ranked by their log-probability over a length penalty,
+((5 + length) / 6)^alpha. A hypothesis is finished when the end of text is among the W best
+continuations of a prompt; the search stops when W are finished, so that a search with one
+beam is greedy decoding.
 """
 
 import functools
@@ -15,31 +16,35 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxlm.decoding.prefill import BLOCK_STEPS, Request, prefill_logits
+from flaxlm.decoding.prefill import BLOCK_STEPS, Request, prefill_prompts
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import ConfigError, NonFiniteError
 from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.vocabulary import mask_padding_ids
 from flaxlm.sharding import on_host, use_mesh
 
-NEVER = -1e9  # the score of what does not exist; infinities would make NaN when scaled
+NO_SCORE = -1e9  # of a hypothesis that does not exist; infinity would make NaN if scaled
 MOST_BEAMS = 256
 
 
 class Beams(NamedTuple):
-  """W hypotheses of each of B prompts, going on (alive) and ended. Rows of the cache are
-  prompt by prompt; scores of the ended ones are penalised for length."""
+  """W hypotheses that go on (alive) and W that ended, for each of B prompts.
+
+  The cache has B x W rows, in that order. Scores are log-probabilities; those of the ended
+  hypotheses are divided by the length penalty.
+  """
 
   cache: Any
   tokens_BWT: jax.Array  # alive
   scores_BW: jax.Array
-  ended_BWT: jax.Array  # their last token is the end of text
+  ended_BWT: jax.Array  # each with the end of text as its last token
   ended_scores_BW: jax.Array
-  lengths_BW: jax.Array  # of the ended ones
+  lengths_BW: jax.Array  # of the ended hypotheses
   step: jax.Array
 
 
 class Hypothesis(NamedTuple):
-  """One result: its tokens, the end of text too if it got there, and its score."""
+  """One result: its tokens, with the end of text if it `ended`, and its score."""
 
   tokens: list[int]
   score: float
@@ -58,7 +63,7 @@ def beam_search(
   """For each prompt its `num_beams` best hypotheses, best first.
 
   `alpha` 0 ranks by log-probability alone; larger values favour longer ones. Raises
-  `ConfigError` for what cannot be searched, `NonFiniteError` as `generate` does.
+  `ConfigError` for too many beams or a bad request, `NonFiniteError` as `generate` does.
   """
   if not 1 <= num_beams <= MOST_BEAMS:
     raise ConfigError(f"beams is {num_beams}", f"it can be 1 to {MOST_BEAMS}")
@@ -66,9 +71,9 @@ def beam_search(
   num_steps = request.max_new_tokens
   with use_mesh(mesh):
     params = prepare_params(params, model.cfg)
-    logits_BV, cache = prefill_logits(model, params, request, mesh)
+    logits_BV, cache = prefill_prompts(model, params, request, mesh)
     ids = jnp.int32(request.num_ids)
-    beams = start(logits_BV, cache, ids, num_beams, num_steps, eos_id, alpha)
+    beams = init_beams(logits_BV, cache, ids, num_beams, num_steps, eos_id, alpha)
     while int(beams.step) < num_steps:
       beams, done = search_block(model, params, beams, ids, eos_id, alpha)
       if bool(done):
@@ -80,12 +85,12 @@ def beam_search(
 
 
 def _ranked(beams: Beams, row: int, alpha: float) -> list[Hypothesis]:
-  """A prompt's hypotheses: the ended ones, then, where they are too few, others."""
+  """A prompt's hypotheses: the ended ones, then unfinished ones if those are too few."""
   step, num_beams = int(beams.step), beams.scores_BW.shape[1]
   found = []
   for beam in range(num_beams):
     score = float(beams.ended_scores_BW[row, beam])
-    if score > NEVER / 2:
+    if score > NO_SCORE / 2:
       length = int(beams.lengths_BW[row, beam])
       tokens = beams.ended_BWT[row, beam, :length].tolist()
       found.append(Hypothesis(tokens, score, True))
@@ -101,7 +106,7 @@ def length_penalty(length: Any, alpha: float) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("num_beams", "num_steps", "eos_id", "alpha"))
-def start(
+def init_beams(
   logits_BV: jax.Array,
   cache: Any,
   num_ids: jax.Array,
@@ -110,16 +115,16 @@ def start(
   eos_id: int,
   alpha: float,
 ) -> Beams:
-  """One hypothesis per prompt, grown by its first token to `num_beams` of them."""
+  """The beams after the first token: the `num_beams` best continuations of each prompt."""
   B = logits_BV.shape[0]
   empty_BWT = jnp.zeros((B, num_beams, num_steps), jnp.int32)
-  scores_BW = jnp.full((B, num_beams), NEVER).at[:, 0].set(0.0)
+  scores_BW = jnp.full((B, num_beams), NO_SCORE).at[:, 0].set(0.0)
   beams = Beams(
     cache=cache.take(jnp.repeat(jnp.arange(B), num_beams)),
     tokens_BWT=empty_BWT,
     scores_BW=scores_BW,
     ended_BWT=empty_BWT,
-    ended_scores_BW=jnp.full((B, num_beams), NEVER),
+    ended_scores_BW=jnp.full((B, num_beams), NO_SCORE),
     lengths_BW=jnp.zeros((B, num_beams), jnp.int32),
     step=jnp.int32(0),
   )
@@ -138,7 +143,7 @@ def search_block(
   eos_id: int,
   alpha: float,
 ) -> tuple[Beams, jax.Array]:
-  """Some steps, and whether all searches are over."""
+  """`BLOCK_STEPS` steps: (beams, whether the search for every prompt is over)."""
   B, W, num_steps = beams.tokens_BWT.shape
 
   def step(beams: Beams, _: None) -> tuple[Beams, None]:
@@ -154,26 +159,25 @@ def search_block(
       eos_id,
       alpha,
     )
-    # The last block may be longer than what is left; the cache has room for it.
+    # The last block may have more steps than are left; the cache has room for them.
     over, cache = beams.step >= num_steps, grown.cache
     keep = lambda old, new: jnp.where(over, old, new)
     beams, grown = beams._replace(cache=None), grown._replace(cache=None)
     return jax.tree.map(keep, beams, grown)._replace(cache=cache), None
 
   beams, _ = jax.lax.scan(step, beams, length=BLOCK_STEPS)
-  return beams, (beams.ended_scores_BW > NEVER / 2).all()
+  return beams, (beams.ended_scores_BW > NO_SCORE / 2).all()
 
 
 def grow(
   beams: Beams, logits_BWV: jax.Array, num_ids: jax.Array, eos_id: int, alpha: float
 ) -> Beams:
-  """Each hypothesis by one token: the W best that go on, and up to W that ended."""
+  """Extends the hypotheses by one token: the W best go on, and up to W more have ended."""
   B, W, num_steps = beams.tokens_BWT.shape
-  real_V = jnp.arange(logits_BWV.shape[-1]) < num_ids
-  logits_BWV = jnp.where(real_V, logits_BWV.astype(jnp.float32), -jnp.inf)
+  logits_BWV = mask_padding_ids(logits_BWV.astype(jnp.float32), num_ids)
   logprobs_BWV = jax.nn.log_softmax(logits_BWV, -1)
   totals_BC = (beams.scores_BW[:, :, None] + logprobs_BWV).reshape(B, -1)
-  # 2 W candidates, of which at most W end: enough of them go on.
+  # At most W of the 2 W candidates end, so at least W go on.
   scores_BC, flat_BC = jax.lax.top_k(totals_BC, 2 * W)
   parents_BC, tokens_BC = jnp.divmod(flat_BC, logits_BWV.shape[-1])
   texts_BCT = jnp.take_along_axis(beams.tokens_BWT, parents_BC[:, :, None], 1)
@@ -182,15 +186,15 @@ def grow(
   )
   ends_BC = tokens_BC == eos_id
 
-  alive_BC = jnp.where(ends_BC, NEVER, scores_BC)
+  alive_BC = jnp.where(ends_BC, NO_SCORE, scores_BC)
   alive_BW, picked_BW = jax.lax.top_k(alive_BC, W)
   parents_BW = jnp.take_along_axis(parents_BC, picked_BW, 1)
   rows_R = (jnp.arange(B)[:, None] * W + parents_BW).reshape(-1)
 
   length = beams.step + 1
-  over_B1 = (beams.ended_scores_BW > NEVER / 2).all(1, keepdims=True)
-  counts_BC = ends_BC & (jnp.arange(2 * W) < W) & (scores_BC > NEVER / 2) & ~over_B1
-  penalised_BC = jnp.where(counts_BC, scores_BC / length_penalty(length, alpha), NEVER)
+  over_B1 = (beams.ended_scores_BW > NO_SCORE / 2).all(1, keepdims=True)
+  counts_BC = ends_BC & (jnp.arange(2 * W) < W) & (scores_BC > NO_SCORE / 2) & ~over_B1
+  penalised_BC = jnp.where(counts_BC, scores_BC / length_penalty(length, alpha), NO_SCORE)
   all_scores = jnp.concatenate([beams.ended_scores_BW, penalised_BC], 1)
   all_texts = jnp.concatenate([beams.ended_BWT, texts_BCT], 1)
   all_lengths = jnp.concatenate([beams.lengths_BW, jnp.full((B, 2 * W), length)], 1)

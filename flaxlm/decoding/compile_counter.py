@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many programs XLA compiled while something ran, and for how long."""
+"""Counts the programs that XLA compiles while something runs, and how long that takes."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ import jax
 EVENT = "/jax/core/compile/backend_compile_duration"
 
 
-class Compiled:
-  """Programs and seconds, counted as they are compiled; from the cache on disk too."""
+class CompileCounter:
+  """Compiled programs and seconds; a program loaded from the cache on disk counts too."""
 
   def __init__(self) -> None:
     self.programs, self.seconds = 0, 0.0
@@ -25,10 +25,10 @@ class Compiled:
 
 
 @contextlib.contextmanager
-def count_compiled() -> Iterator[Compiled]:
-  compiled = Compiled()
-  jax.monitoring.register_event_duration_secs_listener(compiled.add)
+def count_compilations() -> Iterator[CompileCounter]:
+  counter = CompileCounter()
+  jax.monitoring.register_event_duration_secs_listener(counter.add)
   try:
-    yield compiled
+    yield counter
   finally:
-    jax.monitoring.unregister_event_duration_listener(compiled.add)
+    jax.monitoring.unregister_event_duration_listener(counter.add)

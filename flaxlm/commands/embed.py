@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`flaxlm embed`: sentence embeddings from an encoder."""
+
+import argparse
+import json
+from typing import Any
+
+from flaxlm.commands.parsing import add_devices, open_output, open_run
+from flaxlm.errors import ConfigError
+
+
+def add_embed(commands: Any) -> None:
+  parser = commands.add_parser("embed", help="sentence embeddings from an encoder's run")
+  parser.add_argument("path", nargs="?", metavar="RUN", help="default: the newest run")
+  parser.add_argument("--text", action="append", default=[], help="may be repeated")
+  parser.add_argument("--normalise", action="store_true", help="scale to length 1")
+  parser.add_argument("--json", action="store_true", help="one JSON object per text")
+  parser.add_argument("--output", help="write to this file instead of stdout")
+  parser.add_argument("--runs-dir", default="runs")
+  add_devices(parser)
+  parser.set_defaults(run=run_embed)
+
+
+def run_embed(args: argparse.Namespace, _: list[str]) -> int:
+  if not args.text:
+    raise ConfigError("there is no text", 'give --text "..."')
+  run = open_run(args)
+
+  from flaxlm.decoding.encoding import embed_texts
+
+  vectors = embed_texts(run, args.text, args.normalise)
+  with open_output(args.output) as out:
+    for text, vector_D in zip(args.text, vectors, strict=True):
+      values = [float(x) for x in vector_D]
+      if args.json:
+        print(json.dumps({"text": text, "embedding": values}), file=out)
+      else:
+        print(" ".join(f"{x:.6g}" for x in values), file=out)
+  return 0
