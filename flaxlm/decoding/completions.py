@@ -131,9 +131,9 @@ def stopping_of_rows(
   if isinstance(stop, Stopping):
     stops = [stop] * count
   elif stop and all(isinstance(row_stop, Stopping) for row_stop in stop):
-    stops = [*stop]  # type: ignore[list-item]
+    stops = [*stop]
   else:
-    stops = [Stopping(strings=[*stop])] * count  # type: ignore[list-item]
+    stops = [Stopping(strings=[*stop])] * count
   for row_stop in stops:
     row_stop.check()
   return stops
@@ -203,7 +203,7 @@ class _GrowingCompletion:
     self.num_held = max(map(len, stop.strings), default=1) - 1  # characters
     self.num_shown = 0
 
-  def extend(self, tokens: list[int], logprobs: list[float], tops: list = ()) -> str:
+  def extend(self, tokens: list[int], logprobs: list[float], tops: Sequence = ()) -> str:
     """Adds the tokens of a block; returns the text that has become certain."""
     result = self.result
     for at, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
