@@ -26,6 +26,7 @@ EVERY_FILE = [
   *SOURCES,
   *DOORS,
   *sorted((ROOT / "configs").rglob("*.py")),
+  *sorted((ROOT / "benchmarks").rglob("*.py")),
   *sorted((ROOT / "tests").rglob("*.py")),
 ]
 

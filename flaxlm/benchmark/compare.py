@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two files of results, line by line: what became faster or slower beyond the noise.
+"""Compares two files of results: which cases became faster or slower beyond the noise.
 
-A figure's range over its rounds is its noise band. Two figures differ only if their bands
-do not touch, and their medians differ by more than a threshold (5 % unless told): three
-to five rounds of one process do not see what differs from one process to the next. A
-figure of one round has no band, and the threshold is all there is.
+Two figures differ only if their ranges over rounds do not overlap and their medians differ
+by more than a threshold (default 5 %). The threshold is needed because the rounds of one
+process do not show what varies between processes; a figure of a single round has no range,
+so the threshold alone decides.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ SLOWER = 1  # the exit status
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """What became of one case; `change` is the new speed / the old one."""
+  """The comparison of one case; `change` is the new speed / the old one."""
 
   suite: str
   case: str
@@ -41,15 +41,15 @@ def compare_files(
 ) -> list[Verdict]:
   """A verdict for every case of either file.
 
-  Raises `DataError` for a file that is not made of results, `ConfigError` if they come
-  from different devices, or have no case in common.
+  Raises `DataError` for a file that does not hold results, `ConfigError` if the files come
+  from different devices or have no case in common.
   """
   old, new = merged(read_lines(before)), merged(read_lines(after))
   if not any_device:
     check_devices(old, new, before, after)
   if not old.keys() & new.keys():
     raise ConfigError(
-      f"{before} and {after} have no case in common", "were the same suites run?"
+      f"{before} and {after} have no case in common", "run the same suites for both"
     )
   verdicts = []
   for suite, case in {**old, **new}:
@@ -66,7 +66,7 @@ def judge_pair(
   if a.unit != b.unit:
     raise DataError(
       f"{suite} {case} is in {a.unit} in one file and in {b.unit} in the other",
-      "they come from different versions of the benchmark",
+      "measure both with the same version of flaxlm",
     )
   better = UNITS[a.unit].better
   if not better:
@@ -89,7 +89,7 @@ def judge_pair(
 
 
 def read_lines(path: Path) -> list[Result]:
-  """The results in a file of JSON lines. Raises `DataError` with the line's number."""
+  """The results in a file of JSON lines. Raises `DataError`, which names the line."""
   try:
     text = path.read_text("utf-8")
   except (OSError, UnicodeDecodeError) as e:
@@ -99,7 +99,9 @@ def read_lines(path: Path) -> list[Result]:
     if line.strip():
       results.append(parse_line(line, f"{path}:{place}"))
   if not results:
-    raise DataError(f"{path} has no results", "flaxlm bench --json --output FILE makes one")
+    raise DataError(
+      f"{path} has no results", "flaxlm bench --json --output FILE writes them"
+    )
   return results
 
 
@@ -107,27 +109,31 @@ def parse_line(line: str, where: str) -> Result:
   try:
     values: Any = json.loads(line)
   except (json.JSONDecodeError, RecursionError) as e:
-    raise DataError(f"{where} is not JSON: {e}", "flaxlm bench --json makes it") from e
+    raise DataError(
+      f"{where} is not JSON: {e}", "flaxlm bench --json writes JSON lines"
+    ) from e
   if not isinstance(values, dict):
     raise DataError(f"{where} is not a JSON object")
   for name, kind in REQUIRED.items():
     if not isinstance(values.get(name), kind):
-      raise DataError(f"{where} has no {name}", "a line of flaxlm bench --json does")
+      raise DataError(f"{where} has no {name}", "every line of flaxlm bench --json has one")
   for name in FIGURES:
     value: Any = values.get(name)
     if type(value) not in (int, float) or not 0 <= value < float("inf"):
-      raise DataError(f"{where}: {name} is {value!r}", "it is a number, 0 or more")
+      raise DataError(f"{where}: {name} is {value!r}", "it must be a number, 0 or more")
   if not values["low"] <= values["median"] <= values["high"]:
     raise DataError(f"{where}: low <= median <= high does not hold")
   if values["unit"] not in UNITS:
-    raise DataError(f"{where}: unit {values['unit']!r} is not known", ", ".join(UNITS))
+    raise DataError(
+      f"{where}: unit {values['unit']!r} is not known", f"known: {', '.join(UNITS)}"
+    )
   if UNITS[values["unit"]].better and not values["low"] > 0:
-    raise DataError(f"{where}: low is {values['low']}", "speeds and times are above 0")
+    raise DataError(f"{where}: low is {values['low']}", "speeds and times must be above 0")
   return from_mapping(values)
 
 
 def merged(results: Sequence[Result]) -> dict[Key, Result]:
-  """By suite and case. Repeated lines (other peers, other runs) make one wider band."""
+  """By suite and case. Repeated lines (other peers, other runs) become one wider range."""
   groups: dict[Key, list[Result]] = {}
   for result in results:
     groups.setdefault((result.suite, result.case), []).append(result)
@@ -149,7 +155,7 @@ def check_devices(
     if old[key].device != new[key].device:
       raise ConfigError(
         f"{before} is of {old[key].device}, {after} of {new[key].device}",
-        "--any-device compares them nevertheless",
+        "--any-device compares them all the same",
       )
 
 
@@ -163,7 +169,7 @@ NOTES = {
 
 
 def print_verdicts(verdicts: Sequence[Verdict], out: TextIO) -> None:
-  """The worst first; then how many there are of each."""
+  """The slower cases first, the worst of them on top; then how many there are of each."""
   order = ("slower", "faster", "noise", "changed", "missing", "new", "same")
   ranked = sorted(verdicts, key=lambda v: (order.index(v.word), v.change or 1.0))
   width = max(len(f"{v.suite} {v.case}") for v in verdicts)

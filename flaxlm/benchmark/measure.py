@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one way to take a time: compiled and warmed up apart, rounds in turn, waited for."""
+"""How a time is taken: compiling apart, rounds of all sides in turn, results awaited."""
 
 import dataclasses
 import math
@@ -11,18 +11,18 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from flaxlm.benchmark.report import Result, Work, figures, summarise
+from flaxlm.benchmark.report import Demand, Result, figures, summarise, with_ratio
 from flaxlm.config import MeshConfig
 from flaxlm.errors import FlaxLMError
 
 Size = Literal["tiny", "small", "large"]  # for tests, for a CPU, for an accelerator
 
-MOST_CALLS = 1000  # in a round
+MAX_CALLS = 1000  # in a round
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-  """How large the cases are, and how long they are measured."""
+class BenchOptions:
+  """How large the cases are, how long they are measured, and against whom."""
 
   size: Size = "small"
   rounds: int = 5
@@ -31,21 +31,21 @@ class Setting:
   mesh: MeshConfig = dataclasses.field(default_factory=lambda: {"data": -1})
 
   def pick(self, tiny: Any, small: Any, large: Any) -> Any:
-    """The one of three that fits the size."""
+    """The one of three values that belongs to the size."""
     return {"tiny": tiny, "small": small, "large": large}[self.size]
 
 
 class Side(NamedTuple):
-  """Something to be timed: `call(*prepare())`, where preparing does not count."""
+  """Something to be timed: `call(*prepare())`, of which only the call is timed."""
 
   call: Callable[..., Any]
   prepare: Callable[[], Sequence[Any]] = tuple
-  queued: bool = False  # calls of a round follow each other; only the last is waited for
+  queued: bool = False  # wait only for the last call of a round
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-  """Seconds per call, a figure per round; the first call apart, and what it returned."""
+  """Seconds per call, one figure per round; the first call, and its result, apart."""
 
   first_seconds: float
   rounds: Sequence[float]
@@ -56,13 +56,13 @@ class Timing:
     return statistics.median(self.rounds)
 
 
-def measure(sides: Mapping[str, Side], setting: Setting) -> dict[str, Timing]:
-  """Times all sides, a round of each in turn and in turning order: a machine that slows
-  down, or a neighbour that wakes up, meets them all.
+def measure(sides: Mapping[str, Side], options: BenchOptions) -> dict[str, Timing]:
+  """Times all sides in alternating order, one round of each in turn, so that a machine
+  that slows down, or a busy neighbour, affects all of them.
 
-  Every call is waited for, unless they are `queued`, as pieces of a larger program are: an
-  accelerator is done with a small one sooner than the host has seen to it. A round of a
-  side has as many calls as fill `round_seconds`.
+  A round of a side has as many calls as fill `round_seconds`. Every call is waited for,
+  unless the side is `queued`: the parts of a larger program are, because an accelerator
+  finishes a small one sooner than the host notices.
   """
   first, result, calls = {}, {}, {}
   for name, side in sides.items():
@@ -70,17 +70,17 @@ def measure(sides: Mapping[str, Side], setting: Setting) -> dict[str, Timing]:
     started = time.perf_counter()
     result[name] = jax.block_until_ready(side.call(*arguments))
     first[name] = time.perf_counter() - started
-    warm = _seconds(side, 1)
-    calls[name] = max(1, min(MOST_CALLS, math.ceil(setting.round_seconds / warm)))
+    warm = _seconds_per_call(side, 1)
+    calls[name] = max(1, min(MAX_CALLS, math.ceil(options.round_seconds / warm)))
   rounds: dict[str, list[float]] = {name: [] for name in sides}
-  for number in range(setting.rounds):
+  for number in range(options.rounds):
     order = list(sides)[:: 1 if number % 2 == 0 else -1]
     for name in order:
-      rounds[name].append(_seconds(sides[name], calls[name]))
+      rounds[name].append(_seconds_per_call(sides[name], calls[name]))
   return {name: Timing(first[name], rounds[name], result[name]) for name in sides}
 
 
-def _seconds(side: Side, calls: int) -> float:
+def _seconds_per_call(side: Side, calls: int) -> float:
   if side.queued:
     arguments = jax.block_until_ready(side.prepare())
     started = time.perf_counter()
@@ -98,40 +98,46 @@ def _seconds(side: Side, calls: int) -> float:
 
 
 def timed(
-  name: tuple[str, str],
+  suite: str,
+  case: str,
   timing: Timing,
   unit: str,
   amount: float = 1.0,
-  work: Work | None = None,
+  demand: Demand | None = None,
 ) -> Result:
-  """The result of a (suite, case); `amount` is what one call handles."""
-  result = summarise(*name, figures(timing.rounds, unit, amount), unit)
+  """The result of a timing; `amount` is how much of the unit one call handles."""
+  result = summarise(suite, case, figures(timing.rounds, unit, amount), unit)
   result.first_seconds, result.seconds = timing.first_seconds, timing.median
-  if work is not None:
-    result.flops, result.bytes = work.flops, work.bytes
-    result.footprint, result.dtype = work.footprint, work.dtype
+  if demand is not None:
+    result.flops, result.bytes = demand.flops, demand.bytes
+    result.footprint, result.dtype = demand.footprint, demand.dtype
   return result
 
 
 def against(result: Result, peer: str, theirs: Timing, ours: Timing, gate: str) -> Result:
   """A copy of `result` with its ratio to a peer that was timed in the same rounds."""
-  pairs = zip(ours.rounds, theirs.rounds, strict=True)
-  ratios = [theirs / ours for ours, theirs in pairs]
-  return dataclasses.replace(
-    result,
-    peer=peer,
-    ratio=statistics.median(ratios),
-    ratio_low=min(ratios),
-    ratio_high=max(ratios),
-    correct=gate,
-  )
+  pairs = zip(theirs.rounds, ours.rounds, strict=True)
+  return with_ratio(result, peer, [their / our for their, our in pairs], gate)
 
 
 def agree(what: str, ours: Any, theirs: Any, tolerance: float) -> str:
-  """The gate: the largest difference / the largest value. Raises where it is too large."""
+  """Checks the largest difference / the largest value, and says what it is.
+
+  Raises `FlaxLMError` if it is above the tolerance.
+  """
   ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
   error = float(np.max(np.abs(ours - theirs)) / max(float(np.max(np.abs(theirs))), 1e-30))
-  text = f"{what} agrees to {error:.1e}"
+  return within(f"{what} agrees", error, tolerance)
+
+
+def within(what: str, error: float, tolerance: float) -> str:
+  """Says how large the error is. Raises `FlaxLMError` if it is above the tolerance."""
+  text = f"{what} to {error:.1e}"
   if not error <= tolerance:
-    raise FlaxLMError(f"a speed without a result: {text}, {tolerance:.0e} is allowed")
+    raise wrong_result(f"{text}, {tolerance:.0e} is allowed")
   return text
+
+
+def wrong_result(what: str) -> FlaxLMError:
+  """The error of a program that was timed but did not compute what it should."""
+  return FlaxLMError(f"a speed without a result: {what}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGES = ("flaxlm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 ACCELERATOR_PACKAGES = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
-# What makes the same program run at another speed.
+# Variables that change the speed of the same program.
 FLAGS = (
   "XLA_FLAGS",
   "LIBTPU_INIT_ARGS",
@@ -29,14 +29,14 @@ def versions() -> dict[str, str]:
 
 
 def flags() -> dict[str, str]:
-  """Environment variables that were set, of those that change speeds."""
+  """Those environment variables that change speeds and are set."""
   jax_flags = [name for name in os.environ if name.startswith(("JAX_", "MALLOC_"))]
   return {name: os.environ[name] for name in sorted({*FLAGS, *jax_flags} & {*os.environ})}
 
 
 def device() -> str:
-  """What computes, as JAX calls it; of a CPU its name, and the cores at hand."""
-  import jax  # a comparison of files needs no devices
+  """The accelerator's name as JAX gives it, or the CPU's and its usable cores."""
+  import jax  # not needed to compare files
 
   devices = jax.devices()
   if devices[0].platform != "cpu":
@@ -56,10 +56,10 @@ def processor() -> str:
 
 
 def commit(checkout: Path = Path(__file__).parents[2]) -> str | None:
-  """The commit of the checkout that this file lies in, read off .git; None without one."""
+  """The commit of the checkout that holds this file, read from .git; None without one."""
   try:
     git = checkout / ".git"
-    if git.is_file():  # of a worktree: "gitdir: PATH"
+    if git.is_file():  # a worktree: "gitdir: PATH"
       git = checkout / git.read_text("utf-8").removeprefix("gitdir:").strip()
     head = (git / "HEAD").read_text("utf-8").strip()
     name = head.removeprefix("ref:").strip()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A benchmark's results: what was measured, with its spread, where, and against whom."""
+"""A benchmark's results: what was measured, its range, on which machine, against whom."""
 
 import dataclasses
 import functools
@@ -14,10 +14,10 @@ from flaxlm.errors import FlaxLMError
 
 
 class Unit(NamedTuple):
-  """How a unit reads: which way is better (0: neither), and what one of it is."""
+  """Whether more (1) or less (-1) of a unit is better, or neither (0), and its scale."""
 
   better: int
-  scale: float = 1.0  # of seconds, or of an amount per second
+  scale: float = 1.0  # how many of the unit are one second, or one per second
 
 
 UNITS = {
@@ -35,14 +35,15 @@ UNITS = {
   "parameters": Unit(0),
   "tokens": Unit(0),
   "predicted / measured": Unit(0),
+  "of the time": Unit(0),  # a share
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-  """What one call has to do at least, by formula: operations, and bytes to and fro.
+class Demand:
+  """The least that one call has to do, by formula: FLOPs, and bytes read and written.
 
-  `footprint` is how many different bytes it touches: what decides which memory serves it.
+  `footprint` is the number of distinct bytes, which decides which memory serves them.
   """
 
   flops: float
@@ -52,13 +53,13 @@ class Work:
 
   @property
   def intensity(self) -> float | None:
-    """FLOPs per byte; None for what does not compute, or does not touch memory."""
+    """FLOPs per byte; None if there are no FLOPs or no bytes."""
     return self.flops / self.bytes if self.flops and self.bytes else None
 
 
 @dataclasses.dataclass
 class Result:
-  """One figure of one case; fractions and ratios are None where nothing is to divide."""
+  """One figure of one case; fractions and ratios are None where they are not known."""
 
   suite: str
   case: str
@@ -69,13 +70,13 @@ class Result:
   peak_fraction: float | None = None
   measured_limit_fraction: float | None = None
   peer: str | None = None
-  ratio: float | None = None  # speed of ours / of the peer's, the median of paired rounds
+  ratio: float | None = None  # our speed / the peer's, the median over paired rounds
   ratio_low: float | None = None
   ratio_high: float | None = None
-  correct: str | None = None  # what the correctness gate saw
+  correct: str | None = None  # what the correctness check found
   rounds: int = 1
-  first_seconds: float | None = None  # of the first call: compiling, above all
-  seconds: float | None = None  # of one call, once warm: the median
+  first_seconds: float | None = None  # of the first call, mostly compiling
+  seconds: float | None = None  # of one later call, the median
   flops: float | None = None
   bytes: float | None = None
   footprint: float | None = None
@@ -86,42 +87,46 @@ class Result:
   commit: str | None = None
 
   @property
-  def work(self) -> Work | None:
+  def demand(self) -> Demand | None:
     if self.flops is None or self.bytes is None:
       return None
-    return Work(self.flops, self.bytes, self.dtype or "float32", self.footprint)
+    return Demand(self.flops, self.bytes, self.dtype or "float32", self.footprint)
 
 
-def summarise(
-  suite: str,
-  case: str,
-  rounds: Sequence[float],
-  unit: str,
-  peer_rounds: Sequence[float] = (),
-) -> Result:
-  """Median and range over rounds; ratios are taken round by round, since machines drift."""
+def summarise(suite: str, case: str, rounds: Sequence[float], unit: str) -> Result:
+  """Median and range over rounds, and where they were measured.
+
+  Raises `FlaxLMError` if a round has no finite figure.
+  """
+  assert unit in UNITS, unit
   if not all(map(math.isfinite, rounds)):
     raise FlaxLMError(f"{suite} {case}: a round has no figure: {rounds}")
   result = Result(suite, case, statistics.median(rounds), min(rounds), max(rounds), unit)
   result.rounds = len(rounds)
   result.versions, result.flags, result.device, result.commit = origin_of_run()
-  if peer_rounds:
-    pairs = list(zip(rounds, peer_rounds, strict=True))
-    faster = UNITS[unit].better >= 0
-    ratios = [ours / theirs if faster else theirs / ours for ours, theirs in pairs]
-    result.ratio = statistics.median(ratios)
-    result.ratio_low, result.ratio_high = min(ratios), max(ratios)
   return result
+
+
+def with_ratio(result: Result, peer: str, ratios: Sequence[float], gate: str) -> Result:
+  """A copy with our speed / the peer's, taken round by round because machines drift."""
+  return dataclasses.replace(
+    result,
+    peer=peer,
+    ratio=statistics.median(ratios),
+    ratio_low=min(ratios),
+    ratio_high=max(ratios),
+    correct=gate,
+  )
 
 
 @functools.cache
 def origin_of_run() -> tuple[dict[str, str], dict[str, str], str, str | None]:
-  """Asked once: what runs is what was loaded, whatever is committed meanwhile."""
+  """Asked once: the code that runs is what was loaded, whatever is committed later."""
   return versions(), flags(), device(), commit()
 
 
 def figures(seconds: Sequence[float], unit: str, amount: float = 1.0) -> list[float]:
-  """Seconds per call in a unit: `amount` per second, or time, of `amount` each."""
+  """Seconds per call in a unit of rate (`amount` per second) or of time (per `amount`)."""
   better, scale = UNITS[unit]
   if better > 0:
     return [scale * amount / one for one in seconds]
@@ -143,7 +148,7 @@ HEADINGS = ("suite", "case", "median", "range", "unit", "of peak", "of limit", "
 
 
 def print_results(results: Sequence[Result], out: TextIO) -> None:
-  """A table; below it what was compared, and what the correctness gates saw."""
+  """A table; below it what was checked, and on which machine."""
   if not results:
     return
   rows = [HEADINGS, *(table_row(result) for result in results)]
@@ -188,7 +193,7 @@ def ratio_text(result: Result) -> str:
 
 
 def gates(results: Sequence[Result]) -> list[str]:
-  """What was checked before a figure counted: of every ratio, and a suite's others."""
+  """What was checked: a line for every ratio, and one for the rest of each suite."""
   lines, others = [], dict[str, list[Result]]()
   for result in results:
     if result.correct and result.peer:
@@ -203,7 +208,7 @@ def gates(results: Sequence[Result]) -> list[str]:
 
 
 def origin(result: Result) -> str:
-  """One line: on what, with what, of which commit."""
+  """One line: the device, the versions, the flags, the commit."""
   packages = ", ".join(f"{name} {version}" for name, version in result.versions.items())
   flags_text = " ".join(f"{name}={value}" for name, value in result.flags.items())
   parts = [result.device, packages, flags_text, f"commit {result.commit or 'unknown'}"]
@@ -219,6 +224,6 @@ def number(value: float) -> str:
 
 
 def from_mapping(values: Mapping[str, Any]) -> Result:
-  """A result of a line's values; keys that we do not know are left out."""
+  """The result of a JSON line's values; unknown keys are ignored."""
   known = {field.name for field in dataclasses.fields(Result)}
   return Result(**{key: value for key, value in values.items() if key in known})

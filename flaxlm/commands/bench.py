@@ -12,21 +12,21 @@ from flaxlm.errors import ConfigError
 
 SUITES = {
   "matmul": "matrix products: square ones, a model's shapes, by dtype",
-  "memory": "passes over arrays of growing size; host to device and back",
+  "memory": "passes over arrays of growing size; transfers to the device and back",
   "collectives": "bus bandwidth by kind, mesh axis and size (--mesh, --simulated-devices)",
   "attention": "by path, forward and backward",
   "loss": "hidden vectors to logits to cross-entropy, by vocabulary",
-  "optimizer": "the update alone, by rule",
-  "train": "a training step, in fresh processes",
-  "decode": "prompts and answers, by batch",
-  "data": "tokenizers and Grain's batches, on the host",
-  "compile": "a fresh process's way to its first step, cold and from the compile cache",
-  "predictions": "what the planner predicts from this run's ceilings, and the clock",
-  "families": "decoder, RNN, encoder, encoder-decoder trained and compared (minutes)",
+  "optimizer": "an optimizer's update alone, by rule",
+  "train": "training steps, in fresh processes",
+  "decode": "prefill and decoding, by batch",
+  "data": "training a tokenizer, encoding, and batches, on the host",
+  "compile": "from a fresh process to its first step, without and with the compile cache",
 }
-DESCRIPTION = """Measures what this machine achieves, of its published peak and of its own
-measured limits: best matrix product and memory bandwidth of the same run. Figures are
-medians over rounds, with their range; each is checked for correctness before it counts."""
+# What moved to the folder benchmarks/ of the source, where it serves developers.
+MOVED = ("families", "predictions")
+DESCRIPTION = """Measures this machine against its published peak and its own limits: the
+best matrix product and the memory bandwidth of the same run. Figures are medians over
+rounds, with their range; every result is checked before its speed counts."""
 SIZES = ("tiny", "small", "large")
 
 
@@ -34,16 +34,16 @@ def add_bench(commands: Any) -> None:
   rows = [f"  {name:12} {text}" for name, text in SUITES.items()]
   epilog = "\n".join(
     [
-      "suites (none or `all` = all but families):",
+      "suites (none, or `all`, runs all of them):",
       *rows,
       "",
-      "flaxlm bench compare A B: two files of --json lines. Exit status 0: nothing became",
-      "slower; 1: something did, beyond the ranges of both and --threshold.",
+      "flaxlm bench compare A B compares two files of --json lines. Exit status 1: a case",
+      "became slower by more than --threshold, and beyond the ranges of both; else 0.",
     ]
   )
   parser = commands.add_parser(
     "bench",
-    help="achieved speed on this machine",
+    help="the speed of this machine, against its limits",
     usage="flaxlm bench [SUITE ...] [options] | flaxlm bench compare A B [options]",
     description=DESCRIPTION,
     epilog=epilog,
@@ -51,21 +51,28 @@ def add_bench(commands: Any) -> None:
   )
   parser.add_argument("what", nargs="*", metavar="SUITE")
   parser.add_argument(
-    "--vs", choices=("torch", "llama.cpp"), help="a peer, measured in turn where it can"
+    "--vs",
+    choices=("torch", "llama.cpp"),
+    help="measure this peer too, in the suites that it can do",
   )
   parser.add_argument("--json", action="store_true", help="one JSON object per figure")
   parser.add_argument(
-    "--output", help="write here; FILE.jsonl: JSON lines, FILE.html: a page with a roofline"
-  )
-  parser.add_argument("--rounds", type=int, default=5, help="of each case; default: 5")
-  parser.add_argument(
-    "--size", choices=SIZES, help="of the cases; default: small on a CPU, else large"
+    "--output", help="a file to write; .jsonl: JSON lines, .html: a page with a roofline"
   )
   parser.add_argument(
-    "--threshold", type=float, default=0.05, help="compare: changes that are none; 0.05"
+    "--rounds", type=int, default=5, help="rounds of each case; default: 5"
   )
   parser.add_argument(
-    "--any-device", action="store_true", help="compare: figures of different devices too"
+    "--size", choices=SIZES, help="size of the cases; default: small on a CPU, else large"
+  )
+  parser.add_argument(
+    "--threshold",
+    type=float,
+    default=0.05,
+    help="compare: relative changes to ignore; default: 0.05",
+  )
+  parser.add_argument(
+    "--any-device", action="store_true", help="compare: also files from different devices"
   )
   add_devices(parser)
   parser.set_defaults(run=run_bench)
@@ -76,30 +83,36 @@ def run_bench(args: argparse.Namespace, _: list[str]) -> int:
   if what[0] == "compare":
     return run_compare(args, what[1:])
   if "all" in what:
-    what = [name for name in SUITES if name != "families"]
+    what = list(SUITES)
   for name in what:
+    if name in MOVED:
+      raise ConfigError(
+        f"{name} is not a suite any more",
+        f"python -m benchmarks.{name}, in a checkout of the source",
+      )
     if name not in SUITES:
       raise ConfigError(f"unknown suite {name!r}", f"all, compare, {', '.join(SUITES)}")
   if args.rounds < 1:
-    raise ConfigError(f"rounds is {args.rounds}", "it is at least 1")
+    raise ConfigError(f"rounds is {args.rounds}", "it must be at least 1")
 
   from flaxlm.config import parse_mesh
   from flaxlm.platform import start_jax
 
   start_jax(args.simulated_devices)
 
-  from flaxlm.benchmark.measure import Setting
-  from flaxlm.benchmark.suites import default_size, run_suites
+  from flaxlm.benchmark.measure import BenchOptions
+  from flaxlm.benchmark.suites.run import default_size, run_suites
 
-  setting = Setting(
+  options = BenchOptions(
     size=args.size or default_size(),  # type: ignore[arg-type]
     rounds=args.rounds,
     peer=args.vs,
     mesh=parse_mesh(args.mesh),
   )
   log = lambda line: print(line, file=sys.stderr)
-  with open_output(args.output) as out:  # before minutes of work
-    write(*run_suites(what, setting, log), args, out)
+  with open_output(args.output) as out:  # opened first: a bad path fails before the work
+    results, ceilings = run_suites(what, options, log)
+    write(results, ceilings, args, out)
   return 0
 
 
@@ -121,7 +134,9 @@ def run_compare(args: argparse.Namespace, paths: list[str]) -> int:
   if len(paths) != 2:
     raise ConfigError(f"compare takes two files, not {len(paths)}", "compare A B")
   if not 0 <= args.threshold < 1:
-    raise ConfigError(f"threshold is {args.threshold}", "it is a share, as 0.05")
+    raise ConfigError(
+      f"threshold is {args.threshold}", "it must be at least 0 and below 1, like 0.05"
+    )
 
   from flaxlm.benchmark.compare import SLOWER, as_values, compare_files, print_verdicts
 

@@ -38,7 +38,7 @@ class Device:
   # Best published measurement / peak: of a large bfloat16 product, of a copy.
   matmul_fraction: float | None = None
   bandwidth_fraction: float | None = None
-  # What somebody measured here and now, at the shapes at hand (`benchmark.predictions`):
+  # What somebody measured here and now, at the shapes at hand (`benchmarks/predictions`):
   # FLOP/s of a `products.Product`; bytes per second by part of a step's traffic, which a
   # CPU's arithmetic limits; seconds of one operation that does next to nothing.
   product_rates: Mapping[Any, float] = dataclasses.field(default_factory=dict)

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from flaxlm.benchmark.compare import compare_files, print_verdicts, read_lines
 from flaxlm.benchmark.report import Result, as_json
 from flaxlm.errors import ConfigError, DataError
 
+ROOT = Path(__file__).parents[2]
 STEADY = (100.0, 98.0, 102.0)
 
 
@@ -149,6 +151,14 @@ def test_keys_of_other_versions_do_no_harm(tmp_path):
   path = tmp_path / "a.jsonl"
   path.write_text(json.dumps(GOOD | {"of the future": 1}), "utf-8")
   assert read_lines(path) == [line("x", STEADY)]
+
+
+def test_figures_against_a_peer_can_be_compared():
+  """Every unit that a suite writes is known; shares of the time once were not."""
+  path = ROOT / "docs/benchmarks/2026-11-27-decode-1-vs-transformers-xeon-2-cores.jsonl"
+  verdicts = compare_files(path, path)
+  assert {verdict.word for verdict in verdicts} == {"same"}
+  assert "of the time" in {line.unit for line in read_lines(path)}
 
 
 def test_exit_status(files, capsys):

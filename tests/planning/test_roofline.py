@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flaxlm.benchmark.measure import Setting
-from flaxlm.benchmark.predictions import for_decoding, models
+from benchmarks.predictions.models import for_decoding, models
 from flaxlm.config import (
   Config,
   DataConfig,
@@ -216,12 +215,12 @@ OFF_BY = {("h200", "gpt2 12x768"): 0.16}
 
 @pytest.mark.parametrize("name", ["h100", "h200"])
 def test_the_data_sheet_and_a_gpu_agree(name):
-  """Within 15 % of what `bench predictions` timed on one, training and decoding."""
+  """Within 15 % of what `benchmarks.predictions` timed on one, training and decoding."""
   path = ROOT / f"docs/benchmarks/2026-11-27-predictions-{name}.jsonl"
   lines = map(json.loads, path.read_text().splitlines())
   seconds = {line["case"]: line["seconds"] for line in lines}
   device, sizes = find_device(name), mesh_shape({})
-  for case, cfg in models(Setting(size="large")).items():
+  for case, cfg in models("large").items():
     predicted = plan_training(cfg, sizes, device).times.seconds
     off = OFF_BY.get((name, case), 0.15)
     assert predicted == pytest.approx(seconds[f"train {case}"], rel=off)

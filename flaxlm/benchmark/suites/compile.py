@@ -1,36 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a fresh process to a compiled training step: cold, and with JAX's compile cache.
+"""From a fresh process to its first training step, without and with JAX's compile cache.
 
-Each figure is of a process of its own, `python -m flaxlm.benchmark.compile`, which gets a
-folder for the cache: empty for the cold one, that same folder again for the warm one.
+Each figure comes from a process of its own, which runs this file's `main` with a folder for
+the cache: an empty one for the cold start, the same folder again for the warm one.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from flaxlm.benchmark.measure import Setting, agree
+import jax
+import numpy as np
+
+from flaxlm.benchmark.measure import BenchOptions, agree
+from flaxlm.benchmark.processes import run_python
 from flaxlm.benchmark.report import Result, summarise
-from flaxlm.errors import FlaxLMError
+from flaxlm.config import DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from flaxlm.data.objectives import next_token
+from flaxlm.nn.models import build_model
+from flaxlm.platform import kernel_head_dim, start_jax
+from flaxlm.sharding import make_mesh
+from flaxlm.training.optimizer import build_optimizer
+from flaxlm.training.step import (
+  SEED,
+  abstract_batch,
+  abstract_state,
+  compile_train_step,
+  init_state,
+  put_batch,
+)
 
-MOST_ROUNDS = 3  # a process compiles for seconds
-SHAPES = {"tiny": (1, 8, 1), "small": (4, 128, 4), "large": (12, 768, 12)}
+MAX_ROUNDS = 3  # because a process compiles for seconds
+SHAPES = {"tiny": (1, 8, 1), "small": (4, 128, 4), "large": (12, 768, 12)}  # L, D, N
 
 
-def bench_compile(setting: Setting) -> list[Result]:
+def bench_compile(options: BenchOptions) -> list[Result]:
   """Seconds of tracing, of compiling, and of the whole start, cold and warm."""
   kinds: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
-  for _ in range(min(MOST_ROUNDS, setting.rounds)):
+  for _ in range(min(MAX_ROUNDS, options.rounds)):
     with tempfile.TemporaryDirectory() as folder:
       for runs in kinds.values():
-        runs.append(start(setting.size, folder))
+        runs.append(run_start(options.size, folder))
   losses = [run["loss"] for runs in kinds.values() for run in runs]
   gate = agree("the first loss of each process", losses[1:], losses[:1], 1e-6)
-  depth, width, _ = SHAPES[setting.size]
+  depth, width, _ = SHAPES[options.size]
   results = []
   for kind, runs in kinds.items():
     for part in ("trace", "compile", "start to first step"):
@@ -40,38 +56,17 @@ def bench_compile(setting: Setting) -> list[Result]:
   return results
 
 
-def start(size: str, folder: str) -> dict[str, Any]:
+def run_start(size: str, folder: str) -> dict[str, Any]:
   started = time.perf_counter()
-  command = [sys.executable, "-m", __name__, size, folder]
-  run = subprocess.run(command, capture_output=True, text=True, check=False)
-  if run.returncode:
-    raise FlaxLMError(f"compiling in a fresh process failed: {run.stderr.strip()[-400:]}")
+  output = run_python("-m", "flaxlm.benchmark.suites.compile", size, folder)
   seconds = time.perf_counter() - started
-  return {"start to first step": seconds} | json.loads(run.stdout.splitlines()[-1])
+  return {"start to first step": seconds} | json.loads(output.splitlines()[-1])
 
 
-# -- In the child ------------------------------------------------------------------------
+# -- In that process -----------------------------------------------------------------------
 
 
 def main() -> None:
-  import jax
-  import numpy as np
-
-  from flaxlm.config import DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
-  from flaxlm.data.objectives import next_token
-  from flaxlm.nn.models import build_model
-  from flaxlm.platform import kernel_head_dim, start_jax
-  from flaxlm.sharding import make_mesh
-  from flaxlm.training.optimizer import build_optimizer
-  from flaxlm.training.step import (
-    SEED,
-    abstract_batch,
-    abstract_state,
-    compile_train_step,
-    init_state,
-    put_batch,
-  )
-
   size, folder = sys.argv[1:]
   start_jax(cache_dir=Path(folder))
   depth, width, heads = SHAPES[size]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The peer of the training benchmark: the same transformer as a plain PyTorch module."""
+"""The peer of the suite `train`: the same transformer as a plain PyTorch module."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from flaxlm.benchmark.train import OPTIMIZER, Case, time_steps
-from flaxlm.config import ModelConfig
+from flaxlm.benchmark.training_case import OPTIMIZER, Case, time_steps
+from flaxlm.config import ResolvedModel
 
 
 class Block(nn.Module):
   """Pre-norm attention and feed-forward, as nanoGPT writes them."""
 
-  def __init__(self, cfg: ModelConfig):
+  def __init__(self, cfg: ResolvedModel):
     super().__init__()
     D = cfg.width
     self.num_heads = cfg.num_heads
@@ -35,9 +35,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
   """Learned positions, tied head; the mean next-token loss of (B, T) tokens."""
 
-  def __init__(self, cfg: ModelConfig):
+  def __init__(self, cfg: ResolvedModel):
     super().__init__()
-    assert cfg.vocab_size is not None
     self.embedding = nn.Embedding(cfg.vocab_size, cfg.width)
     self.positions = nn.Embedding(cfg.context, cfg.width)
     self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
@@ -52,16 +51,16 @@ class GPT(nn.Module):
     return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
   @torch.no_grad()
-  def load(self, work: dict[str, np.ndarray]) -> None:
-    """Copies parameters from the tree that both sides share."""
+  def load(self, inputs: dict[str, np.ndarray]) -> None:
+    """Copies the parameters that `write_inputs` made for both sides."""
     D = self.embedding.weight.shape[1]
     put = lambda to, array: to.copy_(torch.from_numpy(np.ascontiguousarray(array)))
-    put(self.embedding.weight, work["embedding/table"])
-    put(self.positions.weight, work["positions/table"])
-    put(self.final_norm.weight, work["final_norm/scale"])
-    put(self.final_norm.bias, work["final_norm/bias"])
+    put(self.embedding.weight, inputs["embedding/table"])
+    put(self.positions.weight, inputs["positions/table"])
+    put(self.final_norm.weight, inputs["final_norm/scale"])
+    put(self.final_norm.bias, inputs["final_norm/bias"])
     for layer, block in enumerate(self.blocks):
-      of = lambda name: work[f"blocks/{name}"][layer]  # noqa: B023
+      of = lambda name: inputs[f"blocks/{name}"][layer]  # noqa: B023
       qkv = [of(f"attention/{name}/kernel").reshape(D, D).T for name in "qkv"]
       put(block.qkv.weight, np.concatenate(qkv))
       put(block.o.weight, of("attention/o/kernel").reshape(D, D).T)
@@ -74,12 +73,12 @@ class GPT(nn.Module):
 
 
 def torch_side(
-  case: Case, work: dict[str, np.ndarray], compiled: bool = False
+  case: Case, inputs: dict[str, np.ndarray], compiled: bool = False
 ) -> dict[str, Any]:
-  """PyTorch on the same work, eager or compiled, on the device that it has."""
+  """PyTorch, eager or compiled, on the same inputs, on its GPU if it has one."""
   device = "cuda" if torch.cuda.is_available() else "cpu"
   model = GPT(case.model)
-  model.load(work)
+  model.load(inputs)
   model.to(device)
   forward = torch.compile(model) if compiled else model
   half = torch.autocast(device, torch.bfloat16, enabled=case.dtype == "bfloat16")
@@ -107,4 +106,4 @@ def torch_side(
     optimizer.zero_grad(set_to_none=True)
     return loss.detach()
 
-  return time_steps(case, work["windows"], step, lambda loss: loss.item())
+  return time_steps(case, inputs["windows"], step, lambda loss: loss.item())

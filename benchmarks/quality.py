@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What narrow weights and a narrow cache cost: perplexity of a text under a trained run.
 
-    python -m flaxlm.benchmark.quality RUN TEXT...
+    python -m benchmarks.quality RUN TEXT...
 
 Every choice reads the same windows of the same text through a cache, as decoding does.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxlm.benchmark.report import Result, print_json, print_results, summarise
+from benchmarks.writing import add_output, write
+from flaxlm.benchmark.report import Result, summarise
 from flaxlm.decoding.loading import Run, load_run, prepare_for_decoding
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import init_cache
@@ -33,25 +33,34 @@ CHOICES: dict[str, tuple[str | None, bool]] = {
 ROWS = 8
 
 
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("run", type=Path)
+  parser.add_argument("texts", type=Path, nargs="+")
+  add_output(parser)
+  args = parser.parse_args()
+  start_jax()
+  run = load_run(args.run, make_mesh({"data": -1}))
+  texts = [path.read_text("utf-8") for path in args.texts]
+  write(bench_quality(run, texts), args)
+
+
 def bench_quality(
-  run: Run, texts: Sequence[str], most_tokens: int = 100_000
+  run: Run, texts: Sequence[str], max_tokens: int = 100_000
 ) -> list[Result]:
   """Perplexity of each choice. Raises `ConfigError` if the text is too short."""
-  ids = [id_ for text in texts for id_ in run.tokenizer.encode(text)][:most_tokens]
+  ids = [id_ for text in texts for id_ in run.tokenizer.encode(text)][:max_tokens]
   window = min(run.model.cfg.context, 512)
   count = len(ids) // window // ROWS * ROWS
   if not count:
     raise ConfigError(f"a text of {len(ids)} tokens", f"give {ROWS * window} or more")
   windows = np.array(ids[: count * window], np.int32).reshape(-1, ROWS, window)
-  return [
-    summarise(
-      "quality",
-      name,
-      [perplexity(prepare_for_decoding(run, *choice), windows)],
-      "perplexity",
-    )
-    for name, choice in CHOICES.items()
-  ]
+  results = []
+  for name, (weights, narrow_cache) in CHOICES.items():
+    prepared = prepare_for_decoding(run, weights, narrow_cache)
+    figure = perplexity(prepared, windows)
+    results.append(summarise("quality", name, [figure], "perplexity"))
+  return results
 
 
 def perplexity(run: Run, windows: np.ndarray) -> float:
@@ -68,19 +77,6 @@ def perplexity(run: Run, windows: np.ndarray) -> float:
   with use_mesh(run.mesh):
     losses = [float(loss(run.params, tokens_BT)) for tokens_BT in windows]
   return float(np.exp(np.mean(losses)))
-
-
-def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("run", type=Path)
-  parser.add_argument("texts", type=Path, nargs="+")
-  parser.add_argument("--json", action="store_true")
-  args = parser.parse_args()
-  start_jax()
-  run = load_run(args.run, make_mesh({"data": -1}))
-  texts = [path.read_text("utf-8") for path in args.texts]
-  write = print_json if args.json else print_results
-  write(bench_quality(run, texts), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """The input pipeline, on the host: text to ids, and ids to batches through Grain.
 
-The text is Python's own library, as far as it is needed. No accelerator takes part.
+The text is the source of Python's standard library. No accelerator takes part.
 """
 
-import sysconfig
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from flaxlm.benchmark.measure import Setting, Side, agree, measure, timed
+from flaxlm.benchmark.measure import BenchOptions, Side, agree, measure, timed, wrong_result
 from flaxlm.benchmark.report import Result
+from flaxlm.benchmark.texts import python_sources
 from flaxlm.config import DataConfig
 from flaxlm.data.batches import Batches
 from flaxlm.data.prepare import TokenStore
-from flaxlm.errors import FlaxLMError
 from flaxlm.tokenizers import Tokenizer, train_tokenizer
 
-BATCHES = 50  # taken at a time
+BATCHES = 50  # per call
 
 
-def bench_data(setting: Setting) -> list[Result]:
-  """Training a tokenizer, encoding with it, and batches by index and read ahead."""
-  texts = python_sources(setting.pick(20_000, 2_000_000, 8_000_000))
-  vocab_size = setting.pick(300, 4096, 32_000)
-  results, tokenizer = bench_tokenizer(texts, vocab_size, setting)
+def bench_data(options: BenchOptions) -> list[Result]:
+  """Training a tokenizer, encoding with it, and making batches by index and ahead."""
+  texts = python_sources(options.pick(20_000, 2_000_000, 8_000_000))
+  vocab_size = options.pick(300, 4096, 32_000)
+  results, tokenizer = bench_tokenizer(texts, vocab_size, options)
   ids = [np.append(tokenizer.bos_id, x) for x in tokenizer.encode_batch(texts)]
   with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "tokens.npy"
@@ -38,56 +37,44 @@ def bench_data(setting: Setting) -> list[Result]:
       num_bytes=sum(map(len, texts)),
       gzip_bits_per_byte=None,
     )
-    results += bench_batches(store, setting)
+    results += bench_batches(store, options)
   return results
 
 
-def python_sources(num_characters: int) -> list[str]:
-  """Texts of Python's library, in the order of their names, up to a size."""
-  texts, left = [], num_characters
-  for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
-    if left <= 0:
-      break
-    if "site-packages" not in path.parts and "test" not in path.parts:
-      texts.append(path.read_text("utf-8", "replace")[:left])
-      left -= len(texts[-1])
-  return texts
-
-
 def bench_tokenizer(
-  texts: list[str], vocab_size: int, setting: Setting
+  texts: list[str], vocab_size: int, options: BenchOptions
 ) -> tuple[list[Result], Tokenizer]:
   num_bytes = float(sum(len(text.encode()) for text in texts))
   train = Side(lambda: train_tokenizer("bpe", texts, vocab_size))
-  training = measure({"train": train}, setting)["train"]
+  training = measure({"train": train}, options)["train"]
   tokenizer: Tokenizer = training.result
   with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "tokenizer.json"
     tokenizer.save(path)
-    # A tokenizer remembers words: each round begins with one that has read nothing.
+    # A tokenizer caches words, so each call gets a new one.
     encode = Side(lambda fresh: fresh.encode_batch(texts), lambda: (Tokenizer.load(path),))
-    encoding = measure({"encode": encode}, setting)["encode"]
+    encoding = measure({"encode": encode}, options)["encode"]
   ids = encoding.result
   if [tokenizer.decode(x.tolist()) for x in ids] != texts:
-    raise FlaxLMError("a speed without a result: decode(encode(text)) is not the text")
+    raise wrong_result("decode(encode(text)) is not the text")
   gate = "decode(encode(text)) is the text"
   count = float(sum(map(len, ids)))
   results = [
-    timed(("data", f"train bpe {vocab_size}"), training, "MB/s", num_bytes),
-    timed(("data", f"encode bpe {vocab_size}"), encoding, "MB/s", num_bytes),
-    timed(("data", f"encode bpe {vocab_size}, tokens"), encoding, "tokens/s", count),
+    timed("data", f"train bpe {vocab_size}", training, "MB/s", num_bytes),
+    timed("data", f"encode bpe {vocab_size}", encoding, "MB/s", num_bytes),
+    timed("data", f"encode bpe {vocab_size}, tokens", encoding, "tokens/s", count),
   ]
   for result in results:
     result.correct = gate
   return results, tokenizer
 
 
-def bench_batches(store: TokenStore, setting: Setting) -> list[Result]:
-  """Batches per second: made when asked for, and made ahead on Grain's thread."""
-  batch_size, seq_len = setting.pick((2, 8), (16, 256), (64, 2048))
+def bench_batches(store: TokenStore, options: BenchOptions) -> list[Result]:
+  """Batches per second, made on demand and made ahead on Grain's thread."""
+  batch_size, seq_len = options.pick((2, 8), (16, 256), (64, 2048))
   cfg = DataConfig(seq_len=seq_len, batch_size=batch_size)
   batches = Batches(store, cfg, vocab_size=store.vocab_size, seed=0, num_epochs=None)
-  count = setting.pick(2, BATCHES, BATCHES)
+  count = options.pick(2, BATCHES, BATCHES)
   wanted = [batches[n].tokens_BT for n in range(count)]
   case = f"B{batch_size} T{seq_len}"
   results = []
@@ -97,8 +84,8 @@ def bench_batches(store: TokenStore, setting: Setting) -> list[Result]:
       "read ahead": Side(lambda: [next(ahead).tokens_BT for _ in range(count)]),
     }
     for name, side in sides.items():
-      timing = measure({name: side}, setting)[name]
-      result = timed(("data", f"batches {name} {case}"), timing, "batches/s", count)
+      timing = measure({name: side}, options)[name]
+      result = timed("data", f"batches {name} {case}", timing, "batches/s", count)
       result.correct = agree("every token", timing.result, wanted, 0.0)
       results.append(result)
   return results

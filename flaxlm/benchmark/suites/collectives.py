@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Collectives along each axis of a mesh, by size.
 
-The bandwidth is the bus bandwidth of nccl-tests: bytes that cross the busiest link in the
-best algorithm, so that it compares with the link's own rate whatever the number of devices
-n. With b bytes in the larger of what goes in and what comes out of one device, in time t:
+The bandwidth is the bus bandwidth of nccl-tests: the bytes that cross the busiest link in
+the best algorithm, which can be compared with the link's own rate for any number of devices
+n. With b the larger of the bytes into and out of one device, and t the time:
 
   all_reduce      2 b (n - 1) / n / t
-  all_gather        b (n - 1) / n / t       b: what comes out
-  reduce_scatter    b (n - 1) / n / t       b: what goes in
+  all_gather        b (n - 1) / n / t       b: the output
+  reduce_scatter    b (n - 1) / n / t       b: the input
   all_to_all        b (n - 1) / n / t
-  permute           b / t                   each sends all to its neighbour
+  permute           b / t                   each device sends everything to its neighbour
 """
 
 import functools
@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flaxlm.benchmark.measure import Setting, Side, agree, measure, timed
+from flaxlm.benchmark.measure import BenchOptions, Side, agree, measure, timed
 from flaxlm.benchmark.report import Result
 from flaxlm.errors import ConfigError
 from flaxlm.sharding import make_mesh
@@ -27,9 +27,9 @@ from flaxlm.sharding import make_mesh
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute")
 
 
-def bench_collectives(setting: Setting) -> list[Result]:
-  """GB/s of bus bandwidth. Raises `ConfigError` with a single device."""
-  mesh = make_mesh(setting.mesh)
+def bench_collectives(options: BenchOptions) -> list[Result]:
+  """GB/s of bus bandwidth. Raises `ConfigError` if there is only one device."""
+  mesh = make_mesh(options.mesh)
   axes = [axis for axis, size in mesh.shape.items() if size > 1]
   if not axes:
     raise ConfigError(
@@ -38,15 +38,15 @@ def bench_collectives(setting: Setting) -> list[Result]:
   results = []
   for axis in axes:
     for kind in KINDS:
-      for size in setting.pick((2**12,), (2**16, 2**20, 2**24), (2**20, 2**24, 2**28)):
-        results.append(bench_collective(kind, axis, size, mesh, setting))
+      for size in options.pick((2**12,), (2**16, 2**20, 2**24), (2**20, 2**24, 2**28)):
+        results.append(bench_collective(kind, axis, size, mesh, options))
   return results
 
 
 def bench_collective(
-  kind: str, axis: str, num_bytes: int, mesh: Mesh, setting: Setting
+  kind: str, axis: str, num_bytes: int, mesh: Mesh, options: BenchOptions
 ) -> Result:
-  """One collective of float32 numbers, `num_bytes` in the larger of its two sides."""
+  """One collective of float32 numbers; the larger of input and output has `num_bytes`."""
   n = mesh.shape[axis]
   length = num_bytes // 4 // n * n
   local = length // n if kind == "all_gather" else length
@@ -59,10 +59,10 @@ def bench_collective(
     in_specs=spec,
     out_specs=spec,
   )
-  timing = measure({kind: Side(jax.jit(function), lambda: (x,))}, setting)[kind]
+  timing = measure({kind: Side(jax.jit(function), lambda: (x,))}, options)[kind]
   bus = bus_bytes(kind, 4 * length, n)
   case = f"{kind} {axis}={n} {megabytes(4 * length)}"
-  result = timed(("collectives", case), timing, "GB/s", bus)
+  result = timed("collectives", case, timing, "GB/s", bus)
   expected = reference(kind, whole, mesh, axis)
   result.correct = agree("every device", timing.result, expected, 1e-6)
   return result
@@ -91,7 +91,7 @@ def bus_bytes(kind: str, num_bytes: float, n: int) -> float:
 
 
 def reference(kind: str, whole: np.ndarray, mesh: Mesh, axis: str) -> np.ndarray:
-  """What every device should hold, by numpy: whole is (devices, values)."""
+  """The values (devices, values) that every device should hold, computed by numpy."""
   place, n = mesh.axis_names.index(axis), mesh.shape[axis]
   grid = np.moveaxis(whole.reshape(*mesh.devices.shape, -1), place, 0)  # (n, ..., values)
   parts = np.stack(np.split(grid, n, -1)) if grid.shape[-1] >= n else grid

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch's side of single operations, eager and compiled, on the device that it has."""
+"""Single operations in PyTorch, eager and compiled, on its GPU if it has one."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,11 +18,11 @@ def torch_product(a: np.ndarray, b: np.ndarray, dtype: str) -> Side:
 
 
 def torch_attention(
-  arrays: Sequence[np.ndarray], dtype: str, backward: bool, size: str
+  arrays: Sequence[np.ndarray], dtype: str, backward: bool, compiled: bool
 ) -> dict[str, Side]:
   """`scaled_dot_product_attention`, which picks the best backend that it has.
 
-  `arrays` are q, k, v and the output's gradient, (B, T, heads, H); so are the results.
+  `arrays` are q, k, v and the output's gradient, all (B, T, heads, H), as the results are.
   """
   q, k, v, grad = (put(x, dtype).transpose(1, 2).contiguous() for x in arrays)
   grouped = q.shape[1] != k.shape[1]
@@ -45,7 +45,7 @@ def torch_attention(
     return waited_for(call)
 
   sides = {"torch eager": Side(run(forward))}
-  if size != "tiny":
+  if compiled:
     sides["torch compiled"] = Side(run(torch.compile(forward)))
   return sides
 
@@ -56,7 +56,7 @@ def put(x: np.ndarray, dtype: str) -> torch.Tensor:
 
 
 def waited_for(function: Callable) -> Callable:
-  """A call that returns when the device has done it."""
+  """The function, made to return only when the device is done."""
 
   def call(*args: Any) -> Any:
     result = function(*args)

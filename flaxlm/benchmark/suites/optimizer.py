@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizer's update alone: gradients and state in, new parameters and state out.
 
-Every rule reads gradients and parameters and writes parameters; its moments it reads and
-writes. Muon's matrix products come on top: 2 per iteration in each orientation, by formula.
+Every rule reads gradients and parameters, writes parameters, and reads and writes its
+moments. Muon's Newton-Schulz iterations are counted as FLOPs on top.
 """
 
 import functools
@@ -13,19 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flaxlm.benchmark.measure import Setting, Side, measure, timed
-from flaxlm.benchmark.report import Result, Work
+from flaxlm.benchmark.measure import BenchOptions, Side, measure, timed, wrong_result
+from flaxlm.benchmark.report import Demand, Result
 from flaxlm.config import OptimizerConfig
-from flaxlm.errors import FlaxLMError
+from flaxlm.planning.products import NEWTON_SCHULZ_STEPS
 from flaxlm.training.optimizer import build_optimizer
 
-# Arrays of the parameters' size that are kept beside them.
+# Arrays of the parameters' size in the optimizer's state.
 MOMENTS = {"adamw": 2, "lion": 1, "sgd": 1, "muon": 1}
 
 
-def bench_optimizer(setting: Setting) -> list[Result]:
-  """Milliseconds of an update, by rule, on blocks of a transformer's shapes."""
-  depth, width = setting.pick((1, 8), (4, 384), (12, 2048))
+def bench_optimizer(options: BenchOptions) -> list[Result]:
+  """Milliseconds of an update by rule, on the kernels of a transformer's blocks."""
+  depth, width = options.pick((1, 8), (4, 384), (12, 2048))
   results = []
   for kind in MOMENTS:
     params = make_params(depth, width)
@@ -33,17 +33,19 @@ def bench_optimizer(setting: Setting) -> list[Result]:
       OptimizerConfig(kind=kind, schedule="constant", warmup_steps=0, weight_decay=0.0),  # type: ignore[arg-type]
       num_steps=1,
     )
-    # The gradient of |p|^2 / 2 is p: a step along any rule's update shortens p.
+    # The gradient is that of |p|^2 / 2, which is p, so that every rule must shorten p.
     update = jax.jit(functools.partial(apply_update, optimizer), donate_argnums=(0, 1))
     state = jax.jit(optimizer.init)(params)
     side = Side(update, functools.partial(copied, params, state))
-    timing = measure({kind: side}, setting)[kind]
+    timing = measure({kind: side}, options)[kind]
     count = sum(x.size for x in jax.tree.leaves(params))
     total = 4.0 * count * (3 + 2 * MOMENTS[kind])
     footprint = 4.0 * count * (2 + MOMENTS[kind])
-    work = Work(muon_flops(params) if kind == "muon" else 0.0, total, footprint=footprint)
+    demand = Demand(
+      muon_flops(params) if kind == "muon" else 0.0, total, footprint=footprint
+    )
     case = f"{kind} {count / 1e6:.3g}M parameters"
-    result = timed(("optimizer", case), timing, "ms", work=work)
+    result = timed("optimizer", case, timing, "ms", demand=demand)
     result.correct = shortens(kind, params, timing.result[0])
     results.append(result)
   return results
@@ -56,13 +58,13 @@ def apply_update(optimizer: Any, params: Any, state: Any, gradient: Any) -> tupl
 
 @jax.jit
 def copied(params: Any, state: Any) -> tuple[Any, Any, Any]:
-  """Arguments of an update: what it may overwrite is copied, the gradient is p."""
+  """The arguments of an update, copied because it overwrites them; the gradient is p."""
   copy = lambda tree: jax.tree.map(jnp.copy, tree)
   return copy(params), copy(state), copy(params)
 
 
 def make_params(depth: int, width: int) -> Any:
-  """The kernels of `depth` blocks, named as the model's."""
+  """The kernels of `depth` blocks, with the model's names."""
   rng = np.random.default_rng(0)
   D, F, N = width, 4 * width, 4
   array = lambda *shape: jnp.asarray(0.1 * rng.standard_normal(shape, np.float32))
@@ -75,11 +77,8 @@ def make_params(depth: int, width: int) -> Any:
   }
 
 
-NEWTON_SCHULZ_STEPS = 5
-
-
 def muon_flops(params: Any) -> float:
-  """Newton-Schulz on (n, m), n <= m: X X^T, its square, and that times X, a step."""
+  """Each Newton-Schulz step on (n, m), n <= m: X X^T, its square, and their sum times X."""
   flops = 0.0
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     depth, *dims = leaf.shape
@@ -90,8 +89,8 @@ def muon_flops(params: Any) -> float:
 
 
 def shortens(kind: str, before: Any, after: Any) -> str:
-  """The gate: finite, and a step down |p|^2."""
+  """Checks that the update made the parameters shorter, which also means finite."""
   old, new = (float(optax.tree.norm(tree)) for tree in (before, after))
   if not new < old:
-    raise FlaxLMError(f"a speed without a result: {kind} took |p| from {old} to {new}")
+    raise wrong_result(f"{kind} took |p| from {old} to {new}")
   return f"a step down |p|^2 took |p| from {old:.4f} to {new:.4f}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's `generate` with our weights, greedily: PyTorch's best attention."""
+"""transformers' greedy `generate` with our weights, on PyTorch's fused attention."""
 
 import json
 import tempfile
@@ -14,12 +14,11 @@ import transformers
 from flaxlm.config import ResolvedConfig
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.huggingface import save_checkpoint
-from flaxlm.nn.base import LanguageModel
 
 
-def load(cfg: ResolvedConfig, _: LanguageModel, params: Any) -> Callable[..., np.ndarray]:
-  """Answers prompts of one length; the weights as a GPT-2 of theirs, through the files
-  that `flaxlm export` writes."""
+def load_transformers(cfg: ResolvedConfig, params: Any) -> Callable[..., np.ndarray]:
+  """A function that answers prompts of one length; their GPT-2 gets our weights through the
+  files that `flaxlm export` writes."""
   transformers.utils.logging.set_verbosity_error()
   transformers.utils.logging.disable_progress_bar()
   dtype = cfg.training.dtype

@@ -11,7 +11,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from flaxlm.benchmark.data import python_sources
+from flaxlm.benchmark.texts import python_sources
 from flaxlm.config import ResolvedConfig
 from flaxlm.decoding.loading import Run
 from flaxlm.interop.gguf import export_gguf
@@ -20,11 +20,11 @@ from flaxlm.sharding import make_mesh
 from flaxlm.tokenizers import train_tokenizer
 
 
-def load(
+def load_llama_cpp(
   cfg: ResolvedConfig, model: LanguageModel, params: Any
 ) -> Callable[..., np.ndarray]:
-  """Answers one prompt, the weights in our dtype, on as many threads as cores."""
-  # A GGUF has a tokenizer, though ids go in and ids come out here.
+  """A function that answers one prompt, with weights in our dtype, on every core."""
+  # A GGUF file must have a tokenizer, although only ids go in and come out here.
   size = min(4096, cfg.model.vocab_size)
   tokenizer = train_tokenizer("bpe", python_sources(100_000), size)
   with tempfile.TemporaryDirectory() as folder:
@@ -38,11 +38,11 @@ def load(
       n_threads=threads,
       n_threads_batch=threads,
       verbose=False,
-      use_mmap=False,  # the file goes
+      use_mmap=False,  # because the file is deleted
     )
 
   def answer(prompts: Sequence[Sequence[int]], new: int) -> np.ndarray:
-    peer.reset()  # else it would remember the prompt
+    peer.reset()  # or it would reuse the prompt's cache
     (ids,) = prompts
     tokens = peer.generate([*ids], temp=0.0, top_k=1, repeat_penalty=1.0)
     return np.array([[*itertools.islice(tokens, new)]])

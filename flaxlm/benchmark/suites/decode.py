@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Greedy decoding by batch: the prefill of the prompts, and the decoding after it.
+
+A decoding step reads every weight and the cache (`planning.roofline.decode_work`); a
+prefill is a forward pass in which the head sees only the last token. With a peer, whole
+answers of GPT-2's smallest shape are timed, prefill included, because peers do not report
+the two separately.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxlm.benchmark.measure import (
+  BenchOptions,
+  Side,
+  against,
+  measure,
+  timed,
+  wrong_result,
+)
+from flaxlm.benchmark.report import Demand, Result, summarise
+from flaxlm.benchmark.suites.memory import PASSES, ROW
+from flaxlm.config import ModelConfig, ResolvedConfig, TrainingConfig, load_config
+from flaxlm.decoding.generate import generate
+from flaxlm.decoding.prefill import Request
+from flaxlm.decoding.sampling import make_sampling
+from flaxlm.decoding.weights import prepare_params
+from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.models import build_model, init_params
+from flaxlm.planning.cost import forward_work
+from flaxlm.planning.roofline import decode_work, read_parameters
+from flaxlm.platform import kernel_head_dim
+
+CHECKED_TOKENS = 8
+# How far a token's logit may be below the highest to count as the likeliest, / their range.
+LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+
+
+def bench_decode(options: BenchOptions) -> list[Result]:
+  """Tokens per second of prefills and of answers, by batch."""
+  cfg, prompt, new = llama_shape(options)
+  model, params = random_model(cfg)
+  results = []
+  for batch in options.pick((2,), (1, 4, 16), (1, 8, 64)):
+    results += bench_batch(cfg, model, params, batch, prompt, new, options)
+  if options.peer is not None:
+    results += bench_against(options.peer, options)
+  return results
+
+
+def bench_batch(
+  cfg: ResolvedConfig,
+  model: LanguageModel,
+  params: Any,
+  batch: int,
+  prompt: int,
+  new: int,
+  options: BenchOptions,
+) -> list[Result]:
+  """Prefill and decoding of one batch, checked against a forward pass without a cache."""
+  request = random_request(cfg, batch, prompt, new)
+  greedy = make_sampling(batch, temperature=0.0)
+  prepared = prepare_params(params, cfg.model)  # once for many calls
+  start = functools.partial(generate, model, prepared, request, greedy)
+
+  def started() -> tuple[Any, Callable[[], list]]:
+    answer = start()
+    return next(answer), lambda: list(answer)
+
+  prefill = measure({"prefill": Side(lambda: next(start()))}, options)["prefill"]
+  decode_side = Side(lambda first, rest: [first, *rest()], started)
+  decode = measure({"decode": decode_side}, options)["decode"]
+  gate = check_likeliest(model, params, request, whole_answer(decode.result))
+  shape = f"{cfg.model.depth}x{cfg.model.width} B{batch}"
+  results = [
+    timed(
+      "decode",
+      f"prefill {shape} {prompt}",
+      prefill,
+      "tokens/s",
+      batch * prompt,
+      prefill_demand(cfg, batch, prompt),
+    ),
+    timed(
+      "decode",
+      f"decode {shape} {prompt}+{new - 1}",
+      decode,
+      "tokens/s",
+      batch * (new - 1),
+      answer_demand(cfg, batch, prompt, new),
+    ),
+  ]
+  for result in results:
+    result.correct = gate
+  return results
+
+
+# -- Against a peer ------------------------------------------------------------------------
+
+
+def bench_against(peer: str, options: BenchOptions) -> list[Result]:
+  """Whole answers, ours and the peer's in turn, with the same weights.
+
+  Two more figures say which share of our time, of the whole answer and of the steps after
+  the prefill, it would take only to read the memory that they read.
+  """
+  cfg, prompt, new = gpt2_shape(options)
+  model, params = random_model(cfg)
+  prepared = prepare_params(params, cfg.model)
+  answer = load_peer(peer, cfg, model, params)
+  results = []
+  for batch in options.pick((2,), (1, 8), (1, 8, 64)):
+    if batch > 1 and peer == "llama.cpp":
+      continue  # its Python binding answers one row at a time
+    request = random_request(cfg, batch, prompt, new)
+    greedy = make_sampling(batch, temperature=0.0)
+    ours = functools.partial(generate, model, prepared, request, greedy)
+    sides = {
+      "flaxlm": Side(lambda ours=ours: whole_answer(ours())),
+      peer: Side(functools.partial(answer, request.prompts, new)),
+      "prefill": Side(lambda ours=ours: next(ours())),
+      "read": weight_reading_side(cfg, batch),
+    }
+    timings = measure(sides, options)
+    gate = check_both(
+      model, params, request, timings["flaxlm"].result, timings[peer].result
+    )
+    case = f"answer {cfg.model.depth}x{cfg.model.width} B{batch} {prompt}+{new}"
+    demand = answer_demand(cfg, batch, prompt, new)
+    result = timed("decode", case, timings["flaxlm"], "tokens/s", batch * new, demand)
+    results.append(against(result, peer, timings[peer], timings["flaxlm"], gate))
+    # A step reads the weights and the cache; the prefill reads the weights once.
+    weights = read_parameters(cfg, batch) * jnp.dtype(cfg.training.dtype).itemsize
+    read = np.array(timings["read"].rounds)
+    read_by_steps = read * demand.bytes / weights
+    whole, prefill = (np.array(timings[name].rounds) for name in ("flaxlm", "prefill"))
+    shares = {
+      "answer": (read + read_by_steps) / whole,
+      "steps": read_by_steps / (whole - prefill),
+    }
+    for part, share in shares.items():
+      name = f"{case}, of reading in {part}"
+      results.append(summarise("decode", name, share.tolist(), "of the time"))
+      results[-1].correct = gate
+  return results
+
+
+def load_peer(
+  peer: str, cfg: ResolvedConfig, model: LanguageModel, params: Any
+) -> Callable[..., np.ndarray]:
+  """A function of prompts and a number of new tokens that the peer answers greedily."""
+  if peer == "torch":
+    from flaxlm.benchmark.peers.hugging_face import load_transformers
+
+    return load_transformers(cfg, params)
+  from flaxlm.benchmark.peers.llama_cpp import load_llama_cpp
+
+  return load_llama_cpp(cfg, model, params)
+
+
+def weight_reading_side(cfg: ResolvedConfig, batch: int) -> Side:
+  """Reads as many bytes as a step reads of weights, by the fastest pass of `memory`."""
+  length = read_parameters(cfg, batch) // ROW * ROW
+  numbers = jnp.ones(length, cfg.training.dtype)
+  return Side(jax.jit(PASSES["read"][0]), lambda: (numbers, None))
+
+
+# -- Models and requests -------------------------------------------------------------------
+
+
+def llama_shape(options: BenchOptions) -> tuple[ResolvedConfig, int, int]:
+  """A LLaMA shape, the prompt's length, and the number of new tokens."""
+  depth, width, heads, vocab, prompt, new = options.pick(
+    (1, 16, 2, 64, 4, 9), (6, 384, 6, 8192, 64, 65), (16, 2048, 16, 32_000, 512, 129)
+  )
+  model = ModelConfig(
+    depth=depth,
+    width=width,
+    num_heads=heads,
+    num_kv_heads=heads // 2,
+    vocab_size=vocab,
+    context=max(64, 2 * (prompt + new)),
+  ).resolve()
+  return ResolvedConfig(model=model, training=precision(options)), prompt, new
+
+
+def gpt2_shape(options: BenchOptions) -> tuple[ResolvedConfig, int, int]:
+  """GPT-2 with 124M parameters, the prompt's length, and the number of new tokens."""
+  model = load_config("gpt2_124m").model
+  if options.size == "tiny":
+    shape = dict(depth=1, width=16, num_heads=2, vocab_size=512, context=64, ffn_width=None)
+    model = dataclasses.replace(model, **shape)  # type: ignore[arg-type]
+  cfg = ResolvedConfig(model=model.resolve(), training=precision(options))
+  return cfg, 32, options.pick(9, 128, 128)
+
+
+def precision(options: BenchOptions) -> TrainingConfig:
+  """Weights as wide as the computation: bfloat16 on an accelerator."""
+  dtype = options.pick("float32", "float32", "bfloat16")
+  return TrainingConfig(dtype=dtype, param_dtype=dtype)
+
+
+def whole_answer(blocks: Iterable[Any]) -> np.ndarray:
+  return np.concatenate([block.tokens_BT for block in blocks], 1)
+
+
+def random_model(cfg: ResolvedConfig) -> tuple[LanguageModel, Any]:
+  model = build_model(cfg.model, cfg.training, kernel_head_dim())
+  init = jax.jit(lambda seed: nn.unbox(init_params(model, seed)))
+  return model, init(jnp.uint32(0))
+
+
+def random_request(cfg: ResolvedConfig, batch: int, prompt: int, new: int) -> Request:
+  V = cfg.model.vocab_size
+  prompts = np.random.default_rng(0).integers(0, V, (batch, prompt)).tolist()
+  return Request(prompts, new, num_ids=V)
+
+
+# -- What is checked -----------------------------------------------------------------------
+
+
+def check_likeliest(
+  model: LanguageModel,
+  params: Any,
+  request: Request,
+  tokens: np.ndarray,
+  count: int = CHECKED_TOKENS,
+) -> str:
+  """Checks that each answer begins with the likeliest tokens of a forward pass."""
+  count = min(count, tokens.shape[1])
+  rows = np.concatenate([np.asarray(request.prompts), tokens[:, :count]], 1)
+  text = f"{count} tokens of each answer are the likeliest of an uncached forward pass"
+  allowed = LOGIT_TOLERANCE[jnp.dtype(model.run.dtype).name]
+  if not largest_deficit(model, params, rows, count) <= allowed:
+    raise wrong_result(f"it is not true that {text}")
+  return text
+
+
+@functools.partial(jax.jit, static_argnames=("model", "count"))
+def largest_deficit(
+  model: LanguageModel, params: Any, rows: jax.Array, count: int
+) -> jax.Array:
+  """How far the logits of the last `count` tokens are below the highest at most, as a share
+  of the logits' range."""
+  logits = model.apply({"params": params}, rows).value[:, -count - 1 : -1]
+  logits = logits.astype(jnp.float32)
+  chosen = jnp.take_along_axis(logits, rows[:, -count:, None], -1)[..., 0]
+  return ((logits.max(-1) - chosen) / (logits.max(-1) - logits.min(-1))).max()
+
+
+def check_both(
+  model: LanguageModel, params: Any, request: Request, ours: Any, theirs: Any
+) -> str:
+  """Checks every token of both sides; after a near tie their answers may differ."""
+  for tokens in (ours, theirs):
+    text = check_likeliest(model, params, request, tokens, tokens.shape[1])
+  return f"{(ours == theirs).mean():.1%} of the tokens are the same; {text}"
+
+
+# -- What there is to do -------------------------------------------------------------------
+
+
+def prefill_demand(cfg: ResolvedConfig, batch: int, prompt: int) -> Demand:
+  work = forward_work(cfg.model, batch, prompt)
+  dtype = cfg.training.dtype
+  weights = float(read_parameters(cfg, batch * prompt) * jnp.dtype(dtype).itemsize)
+  return Demand(work.matmul + work.head / prompt + work.attention, weights, dtype, weights)
+
+
+def answer_demand(cfg: ResolvedConfig, batch: int, prompt: int, new: int) -> Demand:
+  """All steps of an answer, with the cache at its mean length."""
+  steps = new - 1
+  flops, weights, cache = decode_work(cfg, batch, prompt + new // 2)
+  num_bytes = weights + cache
+  return Demand(steps * flops, steps * num_bytes, cfg.training.dtype, num_bytes)

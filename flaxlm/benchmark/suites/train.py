@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training speed on shapes of nanoGPT's recipes, against PyTorch if asked.
+
+Each side runs in a fresh process of its own, one round of each side in turn. All start from
+the same parameters, see the same batches and update with the same AdamW; the losses of
+their first steps must agree before a speed counts. FLOPs are strict (see `planning.cost`),
+so that the fraction of the published peak is the MFU.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+
+from flaxlm.benchmark.ceilings import this_device
+from flaxlm.benchmark.measure import BenchOptions, within, wrong_result
+from flaxlm.benchmark.processes import run_python
+from flaxlm.benchmark.report import Demand, Result, summarise, with_ratio
+from flaxlm.benchmark.training_case import (
+  CASES,
+  OPTIMIZER,
+  Case,
+  find_case,
+  time_steps,
+  write_inputs,
+)
+from flaxlm.config import DataConfig, ResolvedConfig, TrainingConfig, mesh_shape
+from flaxlm.data.objectives import next_token
+from flaxlm.nn.models import build_model
+from flaxlm.planning.cost import step_cost
+from flaxlm.planning.devices import ANY
+from flaxlm.planning.memory import state_bytes
+from flaxlm.planning.roofline import traffic_bytes, with_path
+from flaxlm.platform import kernel_head_dim, start_jax
+from flaxlm.sharding import make_mesh
+from flaxlm.training.optimizer import build_optimizer
+from flaxlm.training.step import abstract_state, compile_train_step, init_state, put_batch
+
+# Every round starts one process per side.
+MAX_ROUNDS, MAX_ROUNDS_ALONE = 3, 2
+LOSS_TOLERANCES = {"float32": 2e-4, "bfloat16": 1e-2}  # relative, over the first steps
+PEERS = {"torch": ("torch eager", "torch compiled")}
+
+
+def bench_train(options: BenchOptions) -> list[Result]:
+  """Tokens per second of each case, and the ratios to PyTorch, eager and compiled.
+
+  Raises `FlaxLMError` if a side fails, or if their losses disagree.
+  """
+  results = []
+  for name, case in CASES[options.size].items():
+    names = ["flaxlm", *PEERS.get(options.peer or "", ())]
+    sides: dict[str, list[dict[str, Any]]] = {side: [] for side in names}
+    with tempfile.TemporaryDirectory() as folder:
+      inputs = Path(folder) / "inputs.npz"
+      write_inputs(case, inputs)
+      most = MAX_ROUNDS if options.peer else MAX_ROUNDS_ALONE
+      for number in range(min(most, options.rounds)):
+        order = list(sides) if number % 2 == 0 else list(reversed(sides))
+        for side in order:
+          sides[side].append(run_side(side, name, inputs))
+    results += summarise_sides(name, case, sides)
+  return results
+
+
+def summarise_sides(
+  name: str, case: Case, sides: dict[str, list[dict[str, Any]]]
+) -> list[Result]:
+  """One result without peers, else one for each peer."""
+  ours, demand = sides["flaxlm"], training_demand(case)
+  rates = [run["rate"] for run in ours]
+  result = summarise("train", name, rates, "tokens/s")
+  result.first_seconds = statistics.median(run["first_seconds"] for run in ours)
+  result.seconds = case.tokens / result.median
+  result.flops = demand.flops / ours[0]["devices"]
+  result.bytes, result.dtype = demand.bytes / ours[0]["devices"], demand.dtype
+  result.correct = check_losses(ours[0]["losses"])
+  compared = []
+  for peer, theirs in sides.items():
+    if peer != "flaxlm":
+      tolerance = LOSS_TOLERANCES[case.dtype]
+      gate = compare_losses(ours[0]["losses"], theirs[0]["losses"], tolerance)
+      pairs = zip(rates, theirs, strict=True)
+      ratios = [rate / run["rate"] for rate, run in pairs]
+      compared.append(with_ratio(result, peer, ratios, gate))
+  return compared or [result]
+
+
+def training_demand(case: Case) -> Demand:
+  """Of one step: strict FLOPs, and the bytes that the planner counts."""
+  cfg = ResolvedConfig(
+    model=case.model,
+    data=DataConfig(seq_len=case.model.context, batch_size=case.batch_size),
+    optimizer=OPTIMIZER,
+    training=TrainingConfig(dtype=case.dtype),
+  )
+  sizes = mesh_shape({})
+  cfg, _ = with_path(cfg, sizes, this_device() or ANY)
+  state = state_bytes(cfg.model, cfg.training, cfg.optimizer, sizes)
+  num_bytes = traffic_bytes(cfg, sizes, state)
+  return Demand(step_cost(cfg).strict_flops, num_bytes, case.dtype)
+
+
+def check_losses(losses: list[float]) -> str:
+  """Without a peer the losses must at least be finite."""
+  if not np.isfinite(losses).all():
+    raise wrong_result(f"the losses are {losses}")
+  return f"losses of {len(losses)} steps are finite: {losses[0]:.3f} to {losses[-1]:.3f}"
+
+
+def compare_losses(
+  ours: list[float], theirs: list[float], tolerance: float = LOSS_TOLERANCES["float32"]
+) -> str:
+  error = float(np.max(np.abs(np.subtract(ours, theirs)) / np.abs(theirs)))
+  return within(f"losses of {len(ours)} steps agree", error, tolerance)
+
+
+def run_side(side: str, case: str, inputs: Path) -> dict[str, Any]:
+  """One side's rate and first losses, from a process of its own that runs `main`."""
+  module = "flaxlm.benchmark.suites.train"
+  output = run_python("-m", module, side, case, str(inputs))
+  return json.loads(output.splitlines()[-1])
+
+
+# -- In that process -----------------------------------------------------------------------
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser()
+  parser.add_argument("side", choices=("flaxlm", *PEERS["torch"]))
+  parser.add_argument("case")
+  parser.add_argument("inputs", type=Path)
+  args = parser.parse_args()
+  case, inputs = find_case(args.case), dict(np.load(args.inputs, allow_pickle=False))
+  if args.side == "flaxlm":
+    print(json.dumps(flaxlm_side(case, inputs)))
+  else:
+    from flaxlm.benchmark.peers.torch_training import torch_side
+
+    print(json.dumps(torch_side(case, inputs, compiled=args.side == "torch compiled")))
+
+
+def flaxlm_side(case: Case, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+  """The same train step, batches and mesh as `flaxlm train`."""
+  start_jax()
+  mesh = make_mesh({"data": -1})
+  training = TrainingConfig(dtype=case.dtype)
+  model = build_model(case.model, training, kernel_head_dim())
+  optimizer = build_optimizer(OPTIMIZER, num_steps=1)
+  state = init_state(model, optimizer, mesh, seed=0)
+  arrays = {name: array for name, array in inputs.items() if name != "windows"}
+  params = flax.traverse_util.unflatten_dict(arrays, sep="/")
+  target = abstract_state(model, optimizer, mesh).params
+  params = jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), params, target)
+  state = state._replace(params=params)
+  train_step = compile_train_step(model, optimizer, training, mesh)
+  seed = jax.numpy.uint32(0)
+  lengths_B = np.full(case.batch_size, case.model.context + 1)
+
+  def step(window: np.ndarray) -> jax.Array:
+    nonlocal state
+    batch = put_batch(next_token(window, lengths_B, bos_id=0), mesh)
+    state, metrics = train_step(state, batch, seed)
+    return metrics["loss"]
+
+  found = time_steps(case, inputs["windows"], step, jax.block_until_ready)
+  return found | {"devices": mesh.size}
+
+
+if __name__ == "__main__":
+  main()

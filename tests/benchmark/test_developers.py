@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The measurements in benchmarks/, for developers, run on tiny cases."""
+
+import math
+from pathlib import Path
+
+import pytest
+from conftest import tiny
+
+from benchmarks.families import bench_families
+from benchmarks.predictions.__main__ import bench_predictions
+from benchmarks.quality import CHOICES, bench_quality
+from flaxlm import cli
+from flaxlm.benchmark.measure import BenchOptions
+from flaxlm.decoding.loading import load_run
+from flaxlm.sharding import make_mesh
+from tests.benchmark.test_suites import check_results
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_predictions():
+  check_results("predictions", bench_predictions(BenchOptions("tiny", 1, 0.0)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["decoder", "encoder"])
+def test_families(name: str, monkeypatch, cache_root):
+  monkeypatch.setenv("FLAXLM_DATA_DIR", str(cache_root))
+  monkeypatch.setenv("PYTHONPATH", str(ROOT))
+  results = bench_families([name], num_steps=5)
+  assert [result.case for result in results] == [
+    f"{name} {figure}"
+    for figure in ("parameters", "tokens", "held-out loss", "training", "decoding")
+  ]
+  assert all(result.median > 0 for result in results)
+
+
+@pytest.mark.slow
+def test_quality(corpus: str, tmp_path: Path, monkeypatch):
+  """int8 costs little; a run that guesses bytes has a perplexity below their number."""
+  monkeypatch.setenv("FLAXLM_DATA_DIR", str(tmp_path))
+  arguments = tiny(corpus, training__num_steps=4)
+  assert cli.main(["train", *arguments, f"--runs_dir={tmp_path}", "--name=a"]) == 0
+  run = load_run(tmp_path / "a", make_mesh({"data": -1}))
+  results = bench_quality(run, ["3 times 4 is 12.\n" * 100])
+  assert [result.case for result in results] == list(CHOICES)
+  perplexities = [result.median for result in results]
+  assert all(1 < perplexity < 300 for perplexity in perplexities)
+  assert all(math.isclose(x, perplexities[0], rel_tol=0.05) for x in perplexities)
