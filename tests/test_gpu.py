@@ -13,15 +13,9 @@ import pytest
 from flaxlm.config import ModelConfig, TrainingConfig
 from flaxlm.data.objectives import next_token
 from flaxlm.decoding.prefill import Request, prefill_prompts
-from flaxlm.nn.attention import (
-  Placement,
-  Reach,
-  Scoring,
-  Sight,
-  attend,
-  attend_cudnn,
-  visible,
-)
+from flaxlm.nn.attention import attend
+from flaxlm.nn.kernels.cudnn import attend_cudnn
+from flaxlm.nn.masks import Placement, Reach, Scoring, Sight, visible
 from flaxlm.nn.models import build_model, init_params
 from flaxlm.platform import kernel_head_dim
 from flaxlm.training.step import loss_and_gradient

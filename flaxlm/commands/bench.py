@@ -104,7 +104,7 @@ def run_bench(args: argparse.Namespace, _: list[str]) -> int:
   from flaxlm.benchmark.suites.run import default_size, run_suites
 
   options = BenchOptions(
-    size=args.size or default_size(),  # type: ignore[arg-type]
+    size=args.size or default_size(),
     rounds=args.rounds,
     peer=args.vs,
     mesh=parse_mesh(args.mesh),

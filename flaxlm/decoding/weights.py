@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flaxlm.config import ResolvedModel
-from flaxlm.nn.stack import is_split
+from flaxlm.nn.execution import is_split
 
 # Projections, and how many dims of their kernel are contracted.
 PROJECTIONS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
