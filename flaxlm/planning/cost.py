@@ -260,9 +260,15 @@ def step_cost(cfg: ResolvedConfig) -> StepCost:
 
 
 def kv_cache_bytes(
-  cfg: ResolvedModel, rows: int, context: int, item_size: int, source_len: int = 0
+  cfg: ResolvedModel,
+  rows: int,
+  context: int,
+  item_size: int,
+  source_len: int = 0,
+  parts: int = 1,
 ) -> int:
-  """Bytes of the cache that `rows` rows of `context` tokens decode from.
+  """Bytes of the cache that `rows` rows of `context` tokens decode from, on one of the
+  `parts` members of a `tensor` axis.
 
   Local layers keep a ring of slots, the others all of them (`ResolvedModel.cache_slots`);
   a decoder with an encoder also keeps each layer's keys and values of the source. A number
@@ -270,11 +276,12 @@ def kv_cache_bytes(
   """
   lengths = 4 * rows  # int32: the tokens of each row so far
   if cfg.family == "rnn":  # float32 always: a vector per layer, two with an LSTM's cell
-    return lengths + rows * cfg.depth * cfg.width * 4 * (2 if cfg.cell == "lstm" else 1)
+    vectors = rows * cfg.depth * (2 if cfg.cell == "lstm" else 1)
+    return lengths + vectors * 4 * cfg.width // parts
   slots = sum(cfg.cache_slots(kind, context) for kind in cfg.layer_kinds())
   segments = 0
   if cfg.family == "encoder_decoder":
     slots += cfg.depth * source_len
     segments = 4 * rows * source_len  # int32: which tokens of the source are real
-  per_slot = 2 * cfg.num_kv_heads * cfg.head_dim * item_size
+  per_slot = 2 * cfg.num_kv_heads // parts * cfg.head_dim * item_size
   return lengths + segments + rows * slots * per_slot

@@ -413,6 +413,6 @@ def decoding_memory(
   return {
     # Decoding unstacks the layers, and then every stage holds all of them.
     "parameters": (state.elements + (sizes["stage"] - 1) * state.stored_in_blocks) * item,
-    "kv_cache": kv_cache_bytes(cfg.model, local, context, item, source_len(cfg)) // parts,
+    "kv_cache": kv_cache_bytes(cfg.model, local, context, item, source_len(cfg), parts),
     "logits": local * (V // parts) * 4,
   }
