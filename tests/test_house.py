@@ -253,6 +253,25 @@ def test_nn_knows_nothing_of_the_experiment():
   assert not wrong
 
 
+def test_nn_asks_no_device():
+  """What the devices can do comes in as a value; the compiler's own choice by platform
+  (`jax.lax.platform_dependent`) is none of these."""
+  asking = {"devices", "local_devices", "device_count", "local_device_count"}
+  asking |= {"default_backend", "process_count", "process_index"}
+  wrong = []
+  for module, path in MODULES.items():
+    if folder(module) == "nn":
+      for name, node in imports(TREES[path]):
+        first, *rest = name.split(".")
+        if name.startswith("flaxlm.platform") or (first == "jax" and asking & {*rest}):
+          wrong.append(at(path, node, name))
+      for node in ast.walk(TREES[path]):
+        called = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        if called in {f"jax.{name}" for name in asking}:
+          wrong.append(at(path, node, called))
+  assert not wrong
+
+
 def test_a_command_imports_what_it_needs_when_it_runs():
   allowed = ("", "commands.parsing", "config", "errors")
   wrong = [

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches as an index: batch number n is a pure function of (seed, n).
 
-What is in a row, `rows` says. Grain orders and groups the rows; nothing has state, so a
-run resumes at any batch, on any number of processes.
+`rows` decides what is in a row; Grain shuffles the rows and groups them. Nothing has state,
+so a run can resume at any batch and on any number of processes.
 """
 
 import contextlib
@@ -24,9 +24,8 @@ PREFETCHED_BATCHES = 4
 class Batches:
   """The batches of a split, for one process of several: `batches[n]`, `iterate(start)`.
 
-  `cfg.batch_size` counts rows over all processes. A batch is cut into `num_parts`, of
-  which this process has `parts`: all of them side by side are the same batch, however
-  many there are.
+  `cfg.batch_size` counts the rows of all processes. A batch is cut into `num_parts` parts,
+  and this process reads `parts` of them. All parts side by side are always the same batch.
   """
 
   def __init__(
@@ -40,12 +39,12 @@ class Batches:
     parts: Sequence[int] = (0,),
     num_parts: int = 1,
   ):
-    """With a `seed` each epoch has an order of its own; without, rows stay in order.
+    """With a `seed` each epoch is shuffled in its own way; without, rows stay in order.
 
-    `num_epochs`, which is not the config's, None never ends. A last batch is filled up
-    with rows of weight 0.
-    Raises `DataError` if the tokenizer has more ids than the model's `vocab_size`, and,
-    when rows are shuffled (training), if an epoch is less than one batch.
+    There are `num_epochs` epochs (this is not the config's field); None: they never end.
+    The last batch is filled up with rows of weight 0.
+    Raises `DataError` if the tokenizer has more ids than the model's `vocab_size` or, when
+    rows are shuffled (training), if an epoch is smaller than one batch.
     """
     if store.vocab_size > vocab_size:
       raise DataError(
@@ -88,7 +87,7 @@ class Batches:
 
   @contextlib.contextmanager
   def iterate(self, start: int = 0) -> Iterator[Iterator[Batch]]:
-    """`with batches.iterate(n) as it`: batch n, n + 1, ..., read ahead on a thread."""
+    """`with batches.iterate(n) as it`: batches n, n + 1, ..., read ahead by a thread."""
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED_BATCHES)
     iterator = iter(self._dataset[start:].to_iter_dataset(options))
     try:
@@ -97,7 +96,7 @@ class Batches:
       iterator.close()
 
   def _assemble(self, n: int, first: np.ndarray) -> Batch:
-    """This process's parts of batch n, of which the first has these rows."""
+    """This process's parts of batch n; `first` has the rows of the first part."""
     starts = [n * self._num_parts + part for part in self._mine]
     rows = [first, *(self._parts[start] for start in starts[1:])]
     places = [start * self._size + np.arange(self._size) for start in starts]

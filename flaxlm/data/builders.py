@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TFDS datasets: ours, built from local files, and the public ones.
+"""TFDS datasets: our own, built from local files, and the public ones.
 
-Always array_record files and `as_data_source`: TFDS's default format needs TensorFlow.
+They are always read from array_record files by `as_data_source`, because TFDS's default
+format needs TensorFlow.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ PAIR_FEATURES = ("source", "target")
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Silences TFDS: no progress bars, no notes, nothing on stdout."""
+  """Silences TFDS: no progress bars, no log messages, nothing on stdout."""
   tfds.disable_progress_bar()
   verbosity = absl_logging.get_verbosity()
   absl_logging.set_verbosity(absl_logging.ERROR)
@@ -39,7 +40,7 @@ def _quiet() -> Iterator[None]:
 
 
 class LocalConfig(tfds.core.BuilderConfig):
-  """The corpus, in a name that changes with its content: TFDS prepares a name once."""
+  """A corpus under a name that changes with its content: TFDS prepares each name once."""
 
   def __init__(self, corpus: Corpus):
     kind = corpus.name.partition(":")[0]
@@ -115,7 +116,7 @@ def read_local(corpus: Corpus, split: str, root: Path) -> TextSource:
 
 @_quiet()
 def read_local_pairs(corpus: Corpus, split: str, root: Path) -> Pairs:
-  """A split of a corpus of pairs, by the way of a TFDS dataset as `read_local`."""
+  """A split of a local corpus of pairs, by way of a TFDS dataset as in `read_local`."""
   records = _local_records(LocalPairs, corpus, split, root)
   source, target = (TextSource(records, feature) for feature in PAIR_FEATURES)
   return source, target
@@ -150,9 +151,9 @@ def read_prepared(folder: Path, split: str) -> TextSource:
 def read_prepared_pairs(folder: Path, split: str) -> Pairs:
   """A split of the dataset of pairs in `folder`; splits are chosen as in `read_prepared`.
 
-  Features called `source` and `target` are what they say. Of two languages, those of a
-  configuration called A-B, as wmt14_translate/de-en, are learnt from B to A, as from
-  English; other datasets say themselves which one is the input.
+  Features called `source` and `target` are used as such. In a configuration A-B of two
+  languages, such as wmt14_translate/de-en, B (English) is the source and A the target.
+  Other datasets say themselves which feature is the input.
   """
   builder = tfds.builder_from_directory(str(folder))
   texts = _text_features(builder)
@@ -214,12 +215,12 @@ def download(dataset: str, root: Path, log: Log) -> Path:
 
 
 def _public_names(message: str) -> set[str]:
-  # Only the error lists them: tfds.list_builders() imports TensorFlow.
+  # The error message is the only list: tfds.list_builders() imports TensorFlow.
   return {line[3:] for line in message.splitlines() if line.startswith("\t- ")}
 
 
 def _reachable(url: str) -> bool:
-  """Whether a server answers in time; TFDS itself would try for minutes."""
+  """Whether a server answers soon; TFDS itself would keep trying for minutes."""
   answers = []
 
   def ask() -> None:
@@ -228,11 +229,11 @@ def _reachable(url: str) -> bool:
       urllib.request.urlopen(request, timeout=REACHABLE_SECONDS).close()
       answers.append(True)
     except urllib.error.HTTPError:
-      answers.append(True)  # it answers, if only to refuse HEAD
+      answers.append(True)  # it answers, even if it refuses HEAD
     except (OSError, ValueError):
       pass
 
-  # A thread, because no timeout covers the name look-up.
+  # In a thread, because the timeout does not cover the name look-up.
   thread = threading.Thread(target=ask, daemon=True)
   thread.start()
   thread.join(REACHABLE_SECONDS)

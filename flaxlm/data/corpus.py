@@ -11,7 +11,7 @@ SPLITS = ("train", "validation")
 
 
 class Document(NamedTuple):
-  """The bytes start..end of a file, a document of `split`."""
+  """A document of `split`: the bytes start..end of a file."""
 
   split: str
   name: str
@@ -32,19 +32,19 @@ class Pair(NamedTuple):
   split: str
   source: str
   target: str
-  domain: str  # the catalogue that it comes from, as gettext calls it
+  domain: str  # gettext's name for the catalogue that it comes from
 
 
 @dataclass(frozen=True)
 class Corpus:
-  """A corpus that was found: where its documents lie, or its pairs themselves.
+  """A corpus that was found: where its documents are, or its pairs themselves.
 
   `sources.read_documents` and `sources.read_pairs` read the text.
   """
 
   name: str
-  fingerprint: str  # of all text and how it is split
-  train_fingerprint: str  # of the train split: a tokenizer depends on no more
+  fingerprint: str  # of all text and of how it is split
+  train_fingerprint: str  # of the train split, on which alone a tokenizer depends
   documents: tuple[Document, ...] = field(default=(), repr=False)  # of local files
   pairs: tuple[Pair, ...] = field(default=(), repr=False)  # of catalogues
   tfds_folder: Path | None = None  # of a public dataset

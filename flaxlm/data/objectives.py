@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is predicted from what: windows of tokens become batches of arrays."""
+"""What is predicted from what: makes batches of arrays from windows of tokens."""
 
 from typing import NamedTuple
 
@@ -26,17 +26,17 @@ class Batch(NamedTuple):
 
 
 class Masking(NamedTuple):
-  """What `masked` needs to know besides the text."""
+  """The settings of `masked`."""
 
-  fraction: float  # of the tokens to be predicted
+  fraction: float  # the share of tokens to predict
   mask_id: int
   ordinary_ids: np.ndarray  # all ids but the special ones
 
 
 def next_token(windows: np.ndarray, lengths_B: np.ndarray, bos_id: int) -> Batch:
-  """Each token predicts the next, a document's last one the next document's bos.
+  """Each token predicts the next; the last one of a document predicts the next bos.
 
-  `windows` is (B, T + 1) ids, of which row b has lengths_B[b]; the rest is padding.
+  `windows` has (B, T + 1) ids; those of row b after lengths_B[b] are padding.
   """
   tokens_BT, targets_BT = windows[:, :-1], windows[:, 1:]
   real_BT = np.arange(tokens_BT.shape[1]) < lengths_B[:, None] - 1
@@ -57,11 +57,11 @@ def masked(
   masking: Masking,
   random_3BT: np.ndarray,
 ) -> Batch:
-  """Some tokens are hidden, and predicted from all others (Devlin et al., 2019, 3.1).
+  """Some tokens are hidden and predicted from all others (Devlin et al., 2019, 3.1).
 
-  Of the tokens to be predicted, the same share of each row and at least one, 80% become
-  the mask, 10% another id at random, and 10% stay: the model cannot know that a token is
-  right. bos is never among them. `random_3BT`, uniform in [0, 1), decides all of it.
+  The same share of each row, but at least one token, is predicted. 80% of these become the
+  mask, 10% a random id, and 10% stay, so that the model never knows whether a token that it
+  sees is right. bos is never predicted. `random_3BT`, uniform in [0, 1), decides it all.
   """
   real_BT = np.arange(tokens_BT.shape[1]) < lengths_B[:, None]
   positions_BT, segments_BT = _places(tokens_BT, real_BT, bos_id)
@@ -88,11 +88,11 @@ def seq2seq(
   targets: tuple[np.ndarray, np.ndarray],
   bos_id: int,
 ) -> Batch:
-  """Each target, token by token from bos to its end, is predicted from its source.
+  """Each target is predicted from its source, token by token from bos to the end.
 
-  Both are windows and their lengths as `next_token` takes them, (B, S + 1) and
-  (B, T + 1), and hold the same pairs in the same order, each text after its bos. A
-  source is given without bos but with its end, which is the bos that follows.
+  `sources` and `targets` are windows and lengths as `next_token` takes them, (B, S + 1) and
+  (B, T + 1). They hold the same pairs in the same order, each text after its bos. In the
+  batch a source has no bos before it, but its end: the bos that follows it.
   """
   source, target = next_token(*sources, bos_id), next_token(*targets, bos_id)
   return target._replace(
@@ -105,7 +105,7 @@ def seq2seq(
 def _places(
   tokens_BT: np.ndarray, real_BT: np.ndarray, bos_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """(positions, segments) of the documents, each of which begins with bos."""
+  """(positions, segments) of tokens; each document begins with bos."""
   index_T = np.arange(tokens_BT.shape[1], dtype=np.int32)
   starts_BT = tokens_BT == bos_id
   starts_BT[:, :1] = True

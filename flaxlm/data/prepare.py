@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to tokens, once: a corpus becomes one long array of ids per split, on disk.
 
-Each document is `bos` and its ids, documents follow one another in a fixed order. Of
-pairs there are two such arrays, of the sources and of the targets. What was prepared is
-found again by the fingerprints of the corpus and of the tokenizer, and then costs no more
-than hashing the corpus.
+Each document is `bos` and its ids; documents follow one another in a fixed order. A corpus
+of pairs becomes two such arrays, of the sources and of the targets. The results are found
+again by the fingerprints of the corpus and of the tokenizer, which costs only the time to
+hash the corpus.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ from flaxlm.data.sources import (
 from flaxlm.errors import DataError
 from flaxlm.tokenizers import MASK, AnyTokenizer, load_tokenizer, train_tokenizer
 
-# Enters the keys of all that is stored: raise it when this file stores anything else,
-# or `train_tokenizer` makes another tokenizer from the same texts.
+# A part of the keys of everything that is stored: raise it when this file stores something
+# else, or when `train_tokenizer` makes another tokenizer from the same texts.
 _FORMAT = 1
 CHUNK_CHARACTERS = 2**22  # tokenized at a time
-# A tokenizer is trained on pieces spread evenly over the corpus. On the standard
-# library with 4,096 ids that takes a sixth of the time that all of it takes, and makes
+# A tokenizer is trained on pieces spread evenly over the corpus. For the standard library
+# and 4,096 ids this takes a sixth of the time that the whole corpus would take, and gives
 # 3.56 bytes per held-out token instead of 3.58.
 SAMPLE_CHARACTERS_PER_ID = 512
 SAMPLE_PIECE = 4096
@@ -48,7 +48,7 @@ SIDES = ("source", "target")  # of a pair
 
 @dataclass(frozen=True)
 class TokenStore:
-  """The tokens of a split: one array, mapped from disk; bos begins each document."""
+  """The tokens of a split: one array, mapped from disk; each document begins with bos."""
 
   tokens: np.ndarray
   bos_id: int
@@ -57,7 +57,7 @@ class TokenStore:
   num_bytes: int  # of text
   gzip_bits_per_byte: float | None  # of the text under `gzip -9`; validation only
   mask_id: int | None = None  # of tokenizers for masked models
-  special_ids: tuple[int, ...] = ()  # bos and mask among them: never text
+  special_ids: tuple[int, ...] = ()  # ids that are never text, such as bos and mask
 
   @property
   def num_tokens(self) -> int:
@@ -66,7 +66,7 @@ class TokenStore:
 
 @dataclass(frozen=True)
 class PairStore:
-  """The tokens of a split of pairs: document n of the one side belongs to the other's."""
+  """The tokens of a split of pairs: document n of `target` belongs to n of `source`."""
 
   source: TokenStore
   target: TokenStore
@@ -82,7 +82,7 @@ class PairStore:
 
   @property
   def num_tokens(self) -> int:
-    """Of both sides."""
+    """Tokens of both sides."""
     return self.source.num_tokens + self.target.num_tokens
 
 
@@ -106,20 +106,20 @@ def prepare(
   objective: str = "next_token",
   meanwhile: Callable[[], object] = lambda: None,
 ) -> Prepared:
-  """The tokens of `corpus` (see `find_corpus`), from the store if they are there.
+  """The tokens of `corpus` (see `find_corpus`); they are made only if they are not stored.
 
-  The objective (see `DataConfig`) decides what is read: for seq2seq pairs, for which the
-  stores are `PairStore`s, else documents; and for masked, that the tokenizer has `[MASK]`.
-  Several processes may call this at once: one prepares, the others wait. `log` takes
-  lines about progress. `meanwhile` is called first if there is much to do: it may start
-  other work. Raises `DataError`.
+  The objective (see `DataConfig`) decides what is read: pairs for seq2seq, whose stores are
+  `PairStore`s, and documents otherwise. For masked the tokenizer has `[MASK]`. Several
+  processes may call this at once: one prepares, the others wait. `log` takes lines about
+  progress. `meanwhile` is called before long work, so that it can start other work in
+  parallel. Raises `DataError`.
   """
   plan = _Plan(find_corpus(corpus, log), cfg, objective, data_dir())
   prepared = _find(plan)
   if prepared is not None:
     return prepared
-  # TFDS replaces Python's import while it is imported itself: no other thread may import
-  # anything then, as compiling does.
+  # While TFDS is imported it replaces Python's import function, so no other thread may
+  # import anything at that time, and compiling does.
   from flaxlm.data import builders  # noqa: F401
 
   meanwhile()
@@ -128,7 +128,7 @@ def prepare(
     if prepared is None:
       _build(plan, log)
       prepared = _find(plan)
-  assert prepared is not None, "just built"
+  assert prepared is not None, "it has just been built"
   return prepared
 
 
@@ -155,7 +155,7 @@ def held_out_texts(corpus: Corpus, most_bytes: int, log: Log = to_stderr) -> lis
 
 @dataclass(frozen=True)
 class _Plan:
-  """What is prepared, and where it is kept."""
+  """What is to be prepared, and where it is kept."""
 
   corpus: Corpus
   cfg: TokenizerConfig
@@ -164,12 +164,12 @@ class _Plan:
 
   @property
   def kind(self) -> tuple[str, ...]:
-    """What else than text and tokenizer a stored result depends on, as part of its key."""
+    """The part of a key for what a result depends on besides text and tokenizer."""
     return {"next_token": (), "masked": ("masked",), "seq2seq": ("pairs",)}[self.objective]
 
   @property
   def tokenizer_path(self) -> Path:
-    """The tokenizer.json given, or where the one trained on this corpus is kept."""
+    """The tokenizer.json that was given, or the place of the one trained on this corpus."""
     if self.cfg.path is not None:
       return Path(self.cfg.path)
     train = self.corpus.train_fingerprint
@@ -177,12 +177,12 @@ class _Plan:
     return self.root / "tokenizers" / f"{key}.json"
 
   def fingerprint(self, tokenizer: AnyTokenizer) -> str:
-    """Of the tokens."""
+    """The fingerprint of the tokens."""
     pairs = self.kind if self.objective == "seq2seq" else ()
     return _key(self.corpus.fingerprint, tokenizer.fingerprint, *pairs)
 
   def texts(self, split: str) -> dict[str, Sequence[str]]:
-    """The texts of a split, by the name of the file that takes their tokens."""
+    """The texts of a split, by the name of the file for their tokens."""
     folder = self.root / "tfds"
     if self.objective != "seq2seq":
       return {split: read_documents(self.corpus, split, folder)}
@@ -191,7 +191,7 @@ class _Plan:
 
 
 def _find(plan: _Plan) -> Prepared | None:
-  """What was prepared before, if it is there and whole."""
+  """What was prepared before, if it is complete; else None."""
   try:
     tokenizer = load_tokenizer(plan.tokenizer_path)
   except DataError:
@@ -224,20 +224,20 @@ def _open_pairs(
 def _open(
   folder: Path, meta: dict[str, Any], name: str, tokenizer: AnyTokenizer
 ) -> TokenStore:
-  """A stored array. Raises `ValueError` unless it is as long as `meta` says."""
+  """A stored array. Raises `ValueError` if its length is not the one in `meta`."""
   about = meta[name]
   tokens = np.load(folder / f"{name}.npy", mmap_mode="r")
   if len(tokens) != about["num_tokens"]:
     raise ValueError(f"{len(tokens)} tokens instead of {about['num_tokens']}")
   return TokenStore(
     tokens,
-    tokenizer.bos_id,
-    tokenizer.vocab_size,
-    about["num_documents"],
-    about["num_bytes"],
-    about["gzip_bits_per_byte"],
-    tokenizer.mask_id,
-    tokenizer.special_ids,
+    bos_id=tokenizer.bos_id,
+    vocab_size=tokenizer.vocab_size,
+    num_documents=about["num_documents"],
+    num_bytes=about["num_bytes"],
+    gzip_bits_per_byte=about["gzip_bits_per_byte"],
+    mask_id=tokenizer.mask_id,
+    special_ids=tokenizer.special_ids,
   )
 
 
@@ -268,7 +268,8 @@ def _build(plan: _Plan, log: Log) -> None:
 def _load_or_train(plan: _Plan, parts: Sequence[Sequence[str]], log: Log) -> AnyTokenizer:
   """The tokenizer of these texts: documents, or the sources and the targets of pairs."""
   path, cfg = plan.tokenizer_path, plan.cfg
-  with contextlib.suppress(DataError):  # none yet, or damaged; a given one is whole
+  # There may be none yet, or a damaged one; one that was given has been checked.
+  with contextlib.suppress(DataError):
     return load_tokenizer(path)
   start = time.perf_counter()
   size = cfg.vocab_size * SAMPLE_CHARACTERS_PER_ID // len(parts)
@@ -286,7 +287,7 @@ def _load_or_train(plan: _Plan, parts: Sequence[Sequence[str]], log: Log) -> Any
 
 
 def _sample(texts: Sequence[str], size: int) -> Iterator[str]:
-  """About `size` characters of `texts`, in pieces as evenly spaced as can be."""
+  """About `size` characters of `texts`, in evenly spaced pieces."""
   stride = max(SAMPLE_PIECE, SAMPLE_PIECE * _num_characters(texts) // size)
   start = 0
   for text in texts:
@@ -301,7 +302,7 @@ def _sample_whole(texts: Sequence[str], size: int) -> Iterator[str]:
 
 
 def _num_characters(texts: Sequence[str]) -> int:
-  """About how many there are, after a look at a thousand texts."""
+  """The number of characters, estimated from a thousand texts."""
   step = len(texts) // 1000 + 1
   return step * sum(len(texts[n]) for n in range(0, len(texts), step))
 
@@ -312,7 +313,7 @@ def _tokenize(texts: Sequence[str], tokenizer: AnyTokenizer, path: Path) -> dict
   bos = np.array([tokenizer.bos_id], dtype)
   num_tokens = num_bytes = 0
   with path.open("wb") as file:
-    # NumPy leaves room in the header for the length to grow: it is written twice.
+    # The header is written again when the length is known: NumPy leaves room for it.
     header = {"descr": dtype.str, "fortran_order": False, "shape": (0,)}
     np.lib.format.write_array_header_1_0(file, header)
     for chunk in _chunks(texts):
@@ -343,7 +344,7 @@ def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _gzip_bits_per_byte(texts: Sequence[str]) -> float:
-  """What `gzip -9` makes of the text: the mark that a language model has to beat."""
+  """Bits per byte of `gzip -9`: what a language model has to beat."""
   gzip = zlib.compressobj(9, wbits=31)
   num_bytes = compressed = 0
   for text in texts:
@@ -354,14 +355,14 @@ def _gzip_bits_per_byte(texts: Sequence[str]) -> float:
 
 
 def _key(*parts: Any) -> str:
-  """A short name for all that a stored result depends on."""
+  """A short name made of everything that a stored result depends on."""
   return hashlib.sha256(json.dumps([_FORMAT, *parts]).encode()).hexdigest()[:24]
 
 
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-  """A folder that gets its name when it is complete, in place of a damaged one."""
-  partial = folder.with_suffix(".partial")  # ours alone: `locked`
+  """A folder that gets its name once it is complete, and then replaces a damaged one."""
+  partial = folder.with_suffix(".partial")  # no other process writes to it: see `locked`
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
   yield partial

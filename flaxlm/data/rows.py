@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each row of a batch holds: a window of a text, or as many pairs as fit in it.
+"""What each row of a batch holds: a window of a text, or as many pairs as fit.
 
-Which tokens are in which row is settled when the store is opened. A row is a contiguous
-part of the stored tokens, so that reading it costs the same everywhere in the corpus.
+Which tokens are in which row is decided when the store is opened. A row is a contiguous
+part of the stored tokens, so it costs the same to read everywhere in the corpus.
 """
 
 import math
@@ -22,12 +22,12 @@ CURE = "delete the data directory; it will be prepared again"
 class TextRows:
   """Row i of a text is the window tokens[i*T : (i+1)*T + 1].
 
-  Windows overlap by one token, so that every token but the first is a target of
-  `next_token` exactly once.
+  Windows overlap by one token, so that in `next_token` every token except the first is a
+  target exactly once.
   """
 
   def __init__(self, store: TokenStore, cfg: DataConfig, seed: int):
-    """The `seed` is of what is masked. Raises `DataError` if there is no `[MASK]`."""
+    """`seed` decides what is masked. Raises `DataError` without a `[MASK]` for that."""
     self.store, self.seq_len, self.seed = store, cfg.seq_len, seed
     self.num_rows = math.ceil((store.num_tokens - 1) / cfg.seq_len)
     self.masking = None
@@ -41,8 +41,10 @@ class TextRows:
       self.masking = Masking(cfg.mask_fraction, store.mask_id, ordinary_ids)
 
   def batch(self, rows_B: np.ndarray, places_B: np.ndarray) -> Batch:
-    """These rows. Row b comes at places_B[b] of all that is ever read: all epochs' rows
-    have their own, so that what is masked in a row is another choice in each epoch.
+    """The rows with these numbers.
+
+    `places_B` are their places in the sequence of rows of all epochs, so that other tokens
+    of a row are masked in each epoch.
     """
     store, starts_B = self.store, np.maximum(rows_B, 0) * self.seq_len
     windows = _windows(store, starts_B, self.seq_len + 1)
@@ -61,13 +63,13 @@ class TextRows:
 
 
 class PairRows:
-  """A row has the next pairs in stored order whose sources and targets both fit.
+  """A row holds the next pairs, in stored order, whose sources and targets both fit.
 
-  A pair that is too long for a row of its own is cut.
+  A pair that is too long even for a row of its own is cut.
   """
 
   def __init__(self, store: PairStore, cfg: DataConfig):
-    """Raises `DataError` if the stored pairs are not what was written."""
+    """Raises `DataError` if the stored pairs are damaged."""
     self.store = store
     self.source_len, self.seq_len = cfg.source_len or cfg.seq_len, cfg.seq_len
     source_P, target_P = _starts(store.source), _starts(store.target)
@@ -83,7 +85,7 @@ class PairRows:
     self.source_R, self.target_R = source_P[first_R], target_P[first_R]
 
   def batch(self, rows_B: np.ndarray, places_B: np.ndarray) -> Batch:
-    """These rows, wherever they come."""
+    """The rows with these numbers; their places do not matter."""
     source = self._side(self.store.source, self.source_R, rows_B, self.source_len)
     target = self._side(self.store.target, self.target_R, rows_B, self.seq_len)
     return seq2seq(source, target, self.store.bos_id)
@@ -101,18 +103,18 @@ Rows = TextRows | PairRows
 
 
 def make_rows(store: Store, cfg: DataConfig, seed: int) -> Rows:
-  """The rows that an objective makes of a store. Raises `DataError`."""
+  """The rows that the config's objective makes of a store. Raises `DataError`."""
   if isinstance(store, PairStore):
-    assert cfg.objective == "seq2seq", "prepared for it"
+    assert cfg.objective == "seq2seq", "the store is made for this objective"
     return PairRows(store, cfg)
-  assert cfg.objective != "seq2seq", "prepared for it"
+  assert cfg.objective != "seq2seq", "the store is made for another objective"
   return TextRows(store, cfg, seed)
 
 
 def _windows(store: TokenStore, starts_B: np.ndarray, width: int) -> np.ndarray:
-  """`width` tokens from each start; the text's first token, a bos, follows its last.
+  """`width` tokens from each start on; after the last token comes the first one, a bos.
 
-  Raises `DataError` if they are not tokens of the store's vocabulary.
+  Raises `DataError` if a token is not in the store's vocabulary.
   """
   tokens = store.tokens
   windows = tokens[(starts_B[:, None] + np.arange(width)) % len(tokens)]
@@ -124,7 +126,7 @@ def _windows(store: TokenStore, starts_B: np.ndarray, width: int) -> np.ndarray:
 
 
 def _starts(store: TokenStore) -> np.ndarray:
-  """Where each document starts, and where the last one ends."""
+  """Where each document starts, and at last where the last one ends."""
   return np.append(np.flatnonzero(store.tokens == store.bos_id), store.num_tokens)
 
 
@@ -133,7 +135,8 @@ def _first_pairs(
 ) -> np.ndarray:
   """The first pair of each row, and the number of pairs.
 
-  What a row begins with decides where it ends, so each pair is asked at once.
+  The first pair of a row decides where the row ends, so the ends of the rows that would
+  begin with each pair are computed together.
   """
   num_pairs = len(starts_of_sides[0]) - 1
   ends_P = np.full(num_pairs, num_pairs)

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a corpus consists of: documents or pairs, their split, a fingerprint of it all.
+"""Finds corpora, and reads their text: which documents or pairs there are, how they are
+split, and a fingerprint of all of it.
 
-`find_corpus` lists and hashes with the standard library alone, in 0.1 s for `stdlib`,
-so that a second run, whose tokens are stored already, imports nothing. The text itself
-goes through TFDS, in `builders`.
+`find_corpus` lists and hashes files with the standard library alone, in 0.1 s for `stdlib`,
+so that a second run, whose tokens are stored already, has nothing to import. The text
+itself is read through TFDS, by `builders`.
 
-A local file of UTF-8 text is a document, or several, cut at line ends, if it is longer
-than 2 MiB. A file or folder called `train` or `validation` keeps that split; any other
-file is in validation if the SHA-256 of its relative path is 0 modulo 20. Neither split
-stays empty: the file with the smallest hash fills it. Of a single file the last 5% are
+A local file of UTF-8 text is one document; if it is longer than 2 MiB it is cut at line
+ends into several. A file or folder called `train` or `validation` belongs to that split;
+any other file is in validation if the SHA-256 of its relative path is 0 modulo 20. A split
+that would be empty gets the file with the smallest hash. Of a single file the last 5% are
 validation.
 
-`gettext:LANG` is made of pairs: what programs say in English, and in LANG. They come from
-the catalogues of installed Python packages, which are read as data and never imported. A
-pair is in validation if the SHA-256 of its source is 0 modulo 20, so that no source is in
+`gettext:LANG` consists of pairs: the messages of programs in English and in LANG. They come
+from the catalogues of installed Python packages, which are read as data and never imported.
+A pair is in validation if the SHA-256 of its source is 0 modulo 20, so that no source is in
 both splits.
 """
 
@@ -37,14 +38,14 @@ from typing import BinaryIO
 from flaxlm.data.corpus import SPLITS, Corpus, Document, Log, Pair
 from flaxlm.errors import ConfigError, DataError
 
-# Python distributions differ in whether they ship the tests.
+# Some Python distributions ship the tests, others do not.
 STDLIB_EXCLUDED = frozenset(
   ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
 )
 DOCUMENT_BYTES = 2**20
-# A number of things that most languages count with the form that they use for many.
+# A number for which most languages use the plural form of "many".
 MANY = 5
-_LISTING_VERSION = 1  # enters fingerprints: raise it when the rules of this file change
+_LISTING_VERSION = 1  # a part of fingerprints: raise it when the rules of this file change
 
 
 def to_stderr(line: str) -> None:
@@ -52,7 +53,7 @@ def to_stderr(line: str) -> None:
 
 
 def data_dir() -> Path:
-  """Where prepared data are kept; deleting it costs the time to prepare them again."""
+  """Where prepared data are kept. It may be deleted: data are then prepared again."""
   if "FLAXLM_DATA_DIR" in os.environ:
     return Path(os.environ["FLAXLM_DATA_DIR"])
   cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -71,7 +72,8 @@ def find_corpus(name: str, log: Log = to_stderr) -> Corpus:
     python = (path for path in _walk(root, STDLIB_EXCLUDED) if path.suffix == ".py")
     return _local_corpus(name, root, python, log)
   if kind == "files" and rest:
-    return _local_corpus(name, *_match(rest), log)
+    root, paths = _match(rest)
+    return _local_corpus(name, root, paths, log)
   if kind == "tfds" and rest:
     return _tfds_corpus(name, rest, log)
   if kind == "gettext" and rest:
@@ -123,9 +125,9 @@ def read_pairs(
 
 @contextlib.contextmanager
 def locked(root: Path, log: Log) -> Iterator[None]:
-  """One process at a time works in `root`; the system frees a dead process's lock.
+  """Lets one process at a time work in `root`; the system frees the lock of a dead process.
 
-  Raises `DataError` where `root` cannot be written, in the body too.
+  Raises `DataError` for every `OSError`, also in the body: then `root` cannot be written.
   """
   try:
     root.mkdir(parents=True, exist_ok=True)
@@ -153,7 +155,7 @@ def _walk(root: Path, excluded: frozenset[str] = frozenset()) -> Iterator[Path]:
 
 
 def _match(pattern: str) -> tuple[Path, Iterator[Path]]:
-  """(the folder that names are relative to, the files) of a glob, a folder, a file."""
+  """(the folder to which names are relative, the files) of a glob, a folder or a file."""
   path = Path(pattern).expanduser()
   if path.is_dir():
     return path, _walk(path)
@@ -193,7 +195,8 @@ def _local_corpus(name: str, root: Path, paths: Iterator[Path], log: Log) -> Cor
     raise DataError(f"{name} is too small: no {missing.pop()} text", "add a file")
   return Corpus(
     name,
-    *_fingerprints(documents),
+    fingerprint=_fingerprint(documents),
+    train_fingerprint=_train_fingerprint(documents),
     documents=tuple(documents),
   )
 
@@ -215,12 +218,12 @@ def _digest_of_text(path: Path) -> str | None:
 
 
 def _split(named: Mapping[str, str | None]) -> dict[str, str]:
-  """The split of each of these, by the rule at the top of this page; some have one."""
+  """The split of each name, by the rule at the top of this file, if none is given."""
   hashes = {name: int(hashlib.sha256(name.encode()).hexdigest(), 16) for name in named}
   splits = {name: named[name] or SPLITS[hashes[name] % 20 == 0] for name in named}
   for split in SPLITS:
     if split not in splits.values():
-      # Only where nothing else is left does a file of a named split move.
+      # A file of a named split moves only if there are no others.
       candidates = [name for name in named if named[name] is None] or named
       splits[min(candidates, key=hashes.__getitem__)] = split
   return splits
@@ -232,7 +235,7 @@ def _named_split(name: str) -> str | None:
 
 
 def _cut(path: Path, split: str | None) -> Iterator[tuple[str, int, int]]:
-  """(split, start, end) of each document in a file; no split means both, 95% to 5%."""
+  """(split, start, end) of each document in a file; without a split, 95% and 5% of it."""
   size = path.stat().st_size
   with path.open("rb") as file:
     if split is None:
@@ -250,7 +253,7 @@ def _cut(path: Path, split: str | None) -> Iterator[tuple[str, int, int]]:
 
 
 def _line_start(file: BinaryIO, position: int, end: int) -> int:
-  """Where a line starts soon after `position`; where a character does if none does."""
+  """Where the next line starts after `position`; if none starts soon, a character."""
   file.seek(position)
   if file.readline(DOCUMENT_BYTES).endswith(b"\n") and file.tell() < end:
     return file.tell()
@@ -260,14 +263,12 @@ def _line_start(file: BinaryIO, position: int, end: int) -> int:
   return position
 
 
-def _fingerprints(parts: Sequence[Document | Pair]) -> tuple[str, str]:
-  """(of all parts, of those to train on)."""
-  train = [part for part in parts if part.split == "train"]
-  return _fingerprint(parts), _fingerprint(train)
+def _train_fingerprint(parts: Sequence[Document | Pair]) -> str:
+  return _fingerprint([part for part in parts if part.split == "train"])
 
 
 def _fingerprint(parts: Sequence[Document | Pair]) -> str:
-  # Not the path: where a file lies does not matter.
+  # The path is left out: it does not matter where a file lies.
   listing = [tuple(x for x in part if not isinstance(x, Path)) for part in parts]
   return hashlib.sha256(json.dumps([_LISTING_VERSION, listing]).encode()).hexdigest()
 
@@ -276,9 +277,9 @@ def _fingerprint(parts: Sequence[Document | Pair]) -> str:
 
 
 def _gettext_corpus(name: str, language: str, log: Log) -> Corpus:
-  """The pairs of all catalogues of a language; each pair once, in the catalogues' order.
+  """The pairs of all catalogues of a language, each pair once, in the catalogues' order.
 
-  What is left in English, and what is empty, teaches no translation.
+  Messages that are empty or were left in English are skipped.
   """
   catalogues = _catalogues()
   if language not in catalogues:
@@ -295,7 +296,7 @@ def _gettext_corpus(name: str, language: str, log: Log) -> Corpus:
   for relative, path in catalogues[language]:
     try:
       translations = list(_translations(path))
-    # Whatever `GNUTranslations` may raise for a damaged file.
+    # All that `GNUTranslations` may raise for a damaged file.
     except (OSError, ValueError, LookupError, ArithmeticError, struct.error):
       skipped.append(relative)
       continue
@@ -309,7 +310,12 @@ def _gettext_corpus(name: str, language: str, log: Log) -> Corpus:
     raise DataError(f"{name} is too small: {len(sources)} texts", "pip install Django")
   splits = _split(dict.fromkeys(sources))
   pairs = [Pair(splits[pair[0]], *pair, domain) for pair, domain in found.items()]
-  return Corpus(name, *_fingerprints(pairs), pairs=tuple(pairs))
+  return Corpus(
+    name,
+    fingerprint=_fingerprint(pairs),
+    train_fingerprint=_train_fingerprint(pairs),
+    pairs=tuple(pairs),
+  )
 
 
 def _catalogues() -> dict[str, list[tuple[str, Path]]]:
@@ -317,7 +323,7 @@ def _catalogues() -> dict[str, list[tuple[str, Path]]]:
   catalogues: dict[str, list[tuple[str, Path]]] = {}
   packages = ("site-packages", "dist-packages")
   roots = [root for root in map(Path, sys.path) if root.name in packages]
-  # Desktop programs, as Gramps, put theirs beside the packages.
+  # Desktop programs such as Gramps install their catalogues beside the packages.
   roots.append(Path(sysconfig.get_path("data"), "share", "locale"))
   for root in roots:
     for folder, subfolders, files in os.walk(root):
@@ -331,10 +337,10 @@ def _catalogues() -> dict[str, list[tuple[str, Path]]]:
 
 
 def _translations(path: Path) -> Iterator[tuple[str, str]]:
-  """(English, translation) of each message of a .mo file, of a plural one both forms.
+  """(English, translation) of each message of a .mo file; both forms of a plural message.
 
-  `GNUTranslations` answers questions but does not list what can be asked: the messages
-  are read off the file, whose layout is in the manual of GNU gettext, section 10.3.
+  `GNUTranslations` translates messages but does not list them, so they are read from the
+  file, whose layout is in the manual of GNU gettext, section 10.3.
   """
   raw = path.read_bytes()
   translations = gettext.GNUTranslations(io.BytesIO(raw))
@@ -343,10 +349,10 @@ def _translations(path: Path) -> Iterator[tuple[str, str]]:
   for n in range(count):
     length, start = struct.unpack_from(f"{order}2I", raw, table + 8 * n)
     message = raw[start : start + length].decode(translations.charset() or "ascii")
-    if not message:  # the header: its translation is about the file
+    if not message:  # the header, whose translation describes the file
       continue
     one, _, many = message.partition("\0")
-    english = one.rpartition("\4")[2]  # behind the context, if there is one
+    english = one.rpartition("\4")[2]  # after the context, if there is one
     if many:
       yield english, translations.ngettext(one, many, 1)
       yield many, translations.ngettext(one, many, MANY)
@@ -359,7 +365,7 @@ def _translations(path: Path) -> Iterator[tuple[str, str]]:
 
 def _tfds_corpus(name: str, dataset: str, log: Log) -> Corpus:
   root = data_dir() / "tfds"
-  # A default configuration has a name that only TFDS knows; then it is asked each time.
+  # Only TFDS knows the name of a default configuration, so it is asked each time.
   versions = sorted((root / dataset).glob("*.*.*/dataset_info.json"))
   if versions:
     folder = versions[-1].parent

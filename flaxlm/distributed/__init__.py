@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes as one job: who belongs to it, who agrees, who is still there."""
+"""Several processes as one job: which belong to it, whether they agree, which still run."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which job this process belongs to, read off what its starter left in the environment.
+"""Which job this process belongs to, by the environment variables that its launcher sets.
 
-| starter | process | count | process 0 is at |
+| launcher | process | count | address of process 0 |
 |---|---|---|---|
 | a user, `flaxlm launch` | JAX_PROCESS_ID | JAX_NUM_PROCESSES | JAX_COORDINATOR_ADDRESS |
 | Open MPI's mpirun | OMPI_COMM_WORLD_RANK | OMPI_COMM_WORLD_SIZE | OMPI_MCA_orte_hnp_uri |
@@ -9,8 +9,8 @@
 | GKE, TPU slices | TPU_WORKER_ID | TPU_WORKER_HOSTNAMES | the first of them |
 | Cloud TPU VM | agent-worker-number | worker-network-endpoints | the first of them |
 
-The first that applies decides. JAX_COORDINATOR_ADDRESS, or JAX_COORDINATOR_PORT alone,
-replaces the coordinator of any of them. The last asks the machine's metadata server.
+The first row that applies decides. JAX_COORDINATOR_ADDRESS, or JAX_COORDINATOR_PORT alone,
+replaces the coordinator of any row. The last row asks the machine's metadata server.
 """
 
 import ipaddress
@@ -26,8 +26,9 @@ from flaxlm.errors import ConfigError
 
 ADDRESS, COUNT, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 PORT = "JAX_COORDINATOR_PORT"
-LOCAL = "FLAXLM_LOCAL_PROCESSES"  # of each machine, which are counted one by one
-TPU_PORT = 8482  # JAX's own choice, which firewalls of TPU networks know
+LOCAL = "FLAXLM_LOCAL_PROCESSES"  # processes of each machine, which are numbered in turn
+TPU_PORT = 8482  # JAX's own choice, which the firewalls of TPU networks let through
+SLICES, SLICE = "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"
 LOOPBACK = "127.0.0.1"
 METADATA = "http://{}/computeMetadata/v1/instance/attributes/{}"
 
@@ -37,7 +38,7 @@ Metadata = Callable[[str], str | None]
 
 @dataclass(frozen=True)
 class Job:
-  """One process of several. `host` and `port` are where process 0 is found."""
+  """One of several processes. `host` and `port` are the address of process 0."""
 
   process: int
   num_processes: int
@@ -55,8 +56,8 @@ class Job:
 def detect(environment: Environment, metadata: Metadata = lambda _: None) -> Job | None:
   """The job of this process; None if it is alone.
 
-  `metadata` reads an attribute of a Cloud TPU VM. Raises `ConfigError`, with the names of
-  the variables, where they are half set or contradict each other.
+  `metadata` reads an attribute of a Cloud TPU VM. Raises `ConfigError`, which names the
+  variables, if only some of them are set or they contradict each other.
   """
   job = (
     _plain(environment)
@@ -68,7 +69,7 @@ def detect(environment: Environment, metadata: Metadata = lambda _: None) -> Job
   if job is None:
     if ADDRESS in environment:
       raise ConfigError(
-        f"{ADDRESS} is set, but neither {COUNT} nor {PROCESS}, nor is there a starter",
+        f"{ADDRESS} is set, but neither {COUNT} nor {PROCESS}, and no launcher was found",
         f"set all three, or unset {ADDRESS}",
       )
     return None
@@ -116,7 +117,7 @@ def _open_mpi(environment: Environment) -> Job | None:
   if names[0] not in environment:
     return None
   numbers = _numbers(environment, names)
-  # Open MPI 4 names mpirun's addresses; 5 has only the name of the job.
+  # Open MPI 4 gives mpirun's addresses, Open MPI 5 only the name of the job.
   uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
   found = re.search(r"tcp://([^,:]+)|tcp6://\[([^,\]]+)", uri)
   host = (found.group(1) or found.group(2)) if found else ""
@@ -125,7 +126,7 @@ def _open_mpi(environment: Environment) -> Job | None:
 
 
 def _slurm(environment: Environment) -> Job | None:
-  # An sbatch script has a job, but is no step: only what srun starts has a node list.
+  # An sbatch script belongs to a job but is not a step: only srun sets a step's node list.
   nodes = environment.get("SLURM_STEP_NODELIST")
   if nodes is None or "SLURM_PROCID" not in environment:
     return None
@@ -167,16 +168,15 @@ def _tpu_vm(environment: Environment, metadata: Metadata) -> Job | None:
 
 
 def _slices(environment: Environment, hosts: list[str], source: str, worker: str) -> Job:
-  """Slices of TPUs side by side: processes count through the first slice, then the next."""
-  slices, current = (
-    _number(environment, name) if environment.get(name) else default
-    for name, default in (("MEGASCALE_NUM_SLICES", 1), ("MEGASCALE_SLICE_ID", 0))
-  )
+  """Slices of TPUs side by side: the processes of the first slice are numbered first."""
+  given = environment.get
+  slices = _number(environment, SLICES) if given(SLICES) else 1
+  current = _number(environment, SLICE) if given(SLICE) else 0
   num_processes = len(hosts) * slices
   process = current * len(hosts)
   if num_processes > 1:
     process += _numbers(environment, [worker])[0]
-  first = environment.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]
+  first = given("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]
   return Job(process, num_processes, first.split(":")[0], TPU_PORT, source)
 
 
@@ -197,7 +197,7 @@ def _numbers(environment: Environment, names: list[str]) -> list[int]:
 def _number(environment: Environment, name: str) -> int:
   text = environment[name].strip()
   if not re.fullmatch(r"[0-9]{1,9}", text):
-    raise ConfigError(f"{name} is {environment[name]!r}", "it is a number, from 0 on")
+    raise ConfigError(f"{name} is {environment[name]!r}", "it is a number from 0 on")
   return int(text)
 
 
@@ -218,7 +218,7 @@ def first_node(nodes: str) -> str:
 
 
 def tasks_on_node(text: str, node: int) -> int:
-  """Of `4(x2),3`, the tasks on each node of a Slurm step: 4 on nodes 0 and 1, 3 on 2."""
+  """Tasks on a node of a Slurm step: `4(x2),3` means 4 on nodes 0 and 1, and 3 on 2."""
   for tasks, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", text):
     node -= int(times or 1)
     if node < 0:
@@ -236,7 +236,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _port_of(name: str) -> int:
-  """A port that follows from a job's name, above what systems hand out by themselves."""
+  """A port derived from a job's name, above those that systems assign by themselves."""
   return 61_440 + zlib.crc32(name.encode()) % 4_000
 
 
@@ -244,7 +244,7 @@ def _port_of(name: str) -> int:
 
 
 def metadata_of(environment: Environment) -> Metadata:
-  """A reader of this machine's attributes; one that finds nothing where no TPU is."""
+  """A reader of this machine's attributes; on a machine without TPUs it finds nothing."""
   chips = [path for path in ("/dev/accel0", "/dev/vfio/0") if Path(path).exists()]
   if not chips or "TPU_SKIP_MDS_QUERY" in environment:
     return lambda _: None
@@ -253,11 +253,11 @@ def metadata_of(environment: Environment) -> Metadata:
 
 
 def read_attribute(server: str, name: str) -> str | None:
-  """An attribute of a Google machine, None if it has none or is none."""
+  """An attribute of a Google machine; None if it, or such a machine, does not exist."""
   request = urllib.request.Request(
     METADATA.format(server, name), headers={"Metadata-Flavor": "Google"}
   )
-  # A proxy knows nothing of the machine that asks.
+  # Not through a proxy, which knows nothing about the machine that asks.
   direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
   try:
     with direct.open(request, timeout=5) as answer:

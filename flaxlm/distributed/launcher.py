@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes of one job on this machine: started, listened to, ended together."""
+"""Starts several processes of one job on this machine, relays their output, and ends them
+together."""
 
 import contextlib
 import ctypes
@@ -19,8 +20,8 @@ from flaxlm.distributed.detect import ADDRESS, COUNT, LOCAL, LOOPBACK, PROCESS
 from flaxlm.errors import INTERRUPTED, PREEMPTED, PeerLostError
 
 GOOD_ENDS = (0, PREEMPTED, INTERRUPTED)
-# A process that fails takes others along, within milliseconds: so long all are looked at
-# before one is called the first.
+# When a process fails, others fail within milliseconds because of it. All are watched for
+# so many seconds before one is said to be the first.
 LOOK_AROUND = 1.0
 TOKEN = "FLAXLM_JOB_TOKEN"
 
@@ -28,10 +29,10 @@ TOKEN = "FLAXLM_JOB_TOKEN"
 def launch(command: Sequence[str], num_processes: int, grace_seconds: float = 10.0) -> int:
   """Runs `command` as processes 0 to N - 1 of one job; returns the exit code of the job.
 
-  Output comes line by line behind `[n] `, but for what process 0 prints on stdout, which
-  is the job's result. Signals go to all. If one fails the others are ended: by SIGTERM,
-  and after `grace_seconds` by SIGKILL; the one that failed first decides the exit code,
-  128 + n after signal n.
+  Each line of output gets the prefix `[n] `, except process 0's stdout, which is the result
+  of the job. Signals are forwarded to all processes. If one fails, the others are ended: by
+  SIGTERM, and after `grace_seconds` by SIGKILL. The one that failed first decides the exit
+  code, which is 128 + n after signal n.
   """
   shared = {
     ADDRESS: f"{LOOPBACK}:{free_port()}",
@@ -57,7 +58,7 @@ def launch(command: Sequence[str], num_processes: int, grace_seconds: float = 10
 
 
 def start(command: Sequence[str], environment: Mapping[str, str]) -> Any:
-  """One process, in a session of its own: Ctrl-C reaches it through us, once."""
+  """One process in a session of its own, so that Ctrl-C reaches it once, through us."""
   return subprocess.Popen(
     command,
     env=environment,
@@ -80,8 +81,11 @@ def wait(
   relayed: Sequence[Sequence[threading.Thread]],
   grace_seconds: float,
 ) -> int:
-  """Until all have ended, by themselves or because one failed; that is told after what
-  the ended have said, which is `relayed`."""
+  """Waits until all have ended, by themselves or because one failed; returns the exit code.
+
+  A failure is reported after the output of the ended processes, which the threads in
+  `relayed` pass on.
+  """
   while True:
     codes = [child.poll() for child in children]
     if all(code in GOOD_ENDS for code in codes):
@@ -98,7 +102,7 @@ def wait(
       thread.join(timeout=0.2)
   first = first_to_fail(codes)
   code = codes[first]
-  assert code is not None, "it has failed"
+  assert code is not None, "a process that has failed has ended"
   print(
     f"flaxlm launch: process {first} {describe(code)}; ending the others",
     file=sys.stderr,
@@ -118,9 +122,9 @@ def wait(
 
 
 def first_to_fail(codes: Sequence[int | None]) -> int:
-  """Whose end explains the others': a signal's before an error's before a lost peer's.
+  """The process whose end explains the others: a signal before an error before a lost peer.
 
-  An abort comes last: that is how JAX ends a process when another has gone.
+  An abort comes last, because JAX aborts a process when another one is gone.
   """
 
   def rank(number: int) -> int:
@@ -143,7 +147,7 @@ def describe(code: int) -> str:
 
 
 def exit_code(code: int) -> int:
-  """A shell's: 128 + n after signal n."""
+  """The exit code as a shell gives it: 128 + n after signal n."""
   return 128 - code if code < 0 else code
 
 
@@ -167,14 +171,16 @@ def relays(number: int, child: Any) -> list[threading.Thread]:
 def relay(source: IO[bytes], target: IO[bytes], prefix: bytes) -> None:
   for line in source:
     whole = line if line.endswith(b"\n") else line + b"\n"
-    with contextlib.suppress(BrokenPipeError, ValueError):  # keep the child's pipe empty
-      target.write(prefix + whole)  # one write: lines of two processes do not mix
+    with contextlib.suppress(
+      BrokenPipeError, ValueError
+    ):  # go on emptying the child's pipe
+      target.write(prefix + whole)  # in one call, so that lines of two processes do not mix
       target.flush()
 
 
 @contextlib.contextmanager
 def forwarded_signals(children: Sequence[Any]) -> Iterator[None]:
-  """SIGTERM and Ctrl-C go to every child, each time that they come."""
+  """Forwards every SIGTERM and Ctrl-C to all children."""
 
   def forward(number: int, _: Any) -> None:
     for child in children:
@@ -191,7 +197,7 @@ def forwarded_signals(children: Sequence[Any]) -> Iterator[None]:
 
 
 def free_port() -> int:
-  """A port of loopback that nobody uses, and most likely nobody will in a moment."""
+  """A loopback port that is free now, and most likely still free in a moment."""
   with socket.socket() as sock:
     sock.bind((LOOPBACK, 0))
     return int(sock.getsockname()[1])

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One JSON object a line over a socket: no pickle, no line longer than the cap."""
+"""JSON objects over a socket, one per line: no pickle, and a limit on the length."""
 
 import json
 import socket
 from typing import Any
 
-MOST_BYTES = 64 * 1024  # of a line; a whole config is a tenth of it
+MOST_BYTES = 64 * 1024  # of a line; a whole config needs a tenth of it
 
 
 class Garbage(Exception):
-  """What came is not ours: too long, not JSON, or no object."""
+  """The other side does not speak our protocol: too long, not JSON, or not an object."""
 
 
 class Line:
-  """A connection; the kernel closes it when the process behind it ends, however."""
+  """A connection; the kernel closes it when the other process ends, however it ends."""
 
   def __init__(self, sock: socket.socket):
     self.socket = sock
@@ -24,7 +24,7 @@ class Line:
     self.socket.sendall(json.dumps(message).encode() + b"\n")
 
   def receive(self) -> list[dict[str, Any]] | None:
-    """The messages that one read completes, perhaps none; None at the end.
+    """The messages that one read completes, possibly none; None if it is closed.
 
     Raises `Garbage`, and `TimeoutError` if the socket has a timeout.
     """
@@ -51,5 +51,5 @@ def _parse(line: bytes) -> dict[str, Any]:
   except (ValueError, RecursionError) as e:
     raise Garbage(str(e)) from e
   if not isinstance(message, dict):
-    raise Garbage("no object")
+    raise Garbage("not an object")
   return message

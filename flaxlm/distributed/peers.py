@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of a job, while it runs: who is still there, and what all agree on.
+"""The processes of a job while it runs: which are still there, and what all agree on.
 
-The connections of the rendezvous stay open. The kernel closes those of a process that
-dies, so process 0 knows at once, and tells the others; one that is merely silent is lost
-after the heartbeat. JAX would notice the first after its own heartbeat, and then abort
-with a C++ stack; a collective with the dead would fail or hang.
+The connections of the rendezvous stay open. When a process dies the kernel closes its
+connection, so process 0 knows at once and tells the others. A process that is silent for
+longer than the heartbeat counts as lost. JAX would notice a dead process only after its own
+heartbeat, and then abort with a C++ stack; a collective with it would fail or hang.
 """
 
 import contextlib
@@ -31,32 +31,32 @@ from flaxlm.errors import (
 
 T = TypeVar("T")
 
-EXPLAIN = 1.0  # seconds; the kernel tells of a death within milliseconds
-LINGER = 0.5  # seconds, at most, for the others to hear why
+EXPLAIN = 1.0  # seconds to learn of another's death, which takes milliseconds
+LINGER = 0.5  # seconds, at most, until the others have heard why this process ends
 CURE = "its own log says why; the same command resumes from the last checkpoint"
 
 
 class Alone:
-  """A process that is the whole job: nothing to agree on, no network."""
+  """A process that is the whole job: there is nothing to agree on, and no network."""
 
   process, num_processes = 0, 1
 
   def decide(self, function: Callable[[], T]) -> T:
-    """What process 0 computes, on every process; a value that JSON can tell."""
+    """Returns what process 0 computes, on every process; it has to be a JSON value."""
     return function()
 
   def agree(self, name: str, value: str = "") -> None:
-    """Waits for all. Raises `ConfigError` if they do not have the same value."""
+    """Waits for all processes. Raises `ConfigError` if they have different values."""
 
   def stop_at(self, step: int, requested: int) -> int:
-    """Asked before each step: the signal because of which all stop here, else 0."""
+    """Call it before each step: returns the signal for which all stop now, else 0."""
     return requested
 
   def leave(self, error: BaseException | None = None) -> None:
     """Says goodbye; after an error the others end too."""
 
   def explain(self) -> None:
-    """After an error that may be another's fault: does not return if it was."""
+    """Call it after an error that another process may have caused: returns if none did."""
 
 
 class Peers(Alone):
@@ -68,11 +68,11 @@ class Peers(Alone):
     self._heartbeat = heartbeat_seconds
     self._changed = threading.Condition()
     self._sending = threading.Lock()
-    # What was said in each round of `decide` and `agree`, and who has voted in it.
+    # Process 0's answer, and the votes, in each round of `decide` and `agree`.
     self._round = 0
     self._said: dict[int, Any] = {}
     self._votes: dict[int, dict[int, str]] = {}
-    # Of the stop: steps begun, the signal, and the step after which all stop.
+    # About stopping: steps begun, the signal, and the step after which all stop.
     self._begun = 0
     self._asked = False
     self._signal: int | None = None
@@ -126,10 +126,10 @@ class Peers(Alone):
   # -- Stopping after the same step ------------------------------------------------------
 
   def stop_at(self, step: int, requested: int) -> int:
-    """All stop after the newest step that any of them had begun when it was told.
+    """All stop after the latest step that any process had begun when it was told to.
 
-    A process that is told says which step it is in, and begins no other until it knows
-    the last one. Like JAX's own preemption service, but for Ctrl-C too.
+    A process that is told reports its step, and begins no other until it knows the last
+    one. JAX's own preemption service works like this too, but not for Ctrl-C.
     """
     with self._changed:
       if requested and not self._asked:
@@ -144,7 +144,7 @@ class Peers(Alone):
       return 0
 
   def _freeze(self, number: int) -> None:
-    """Process 0, told of a signal: asks everybody for the step that they are in."""
+    """Process 0 has heard of a signal, and asks all processes for their steps."""
     if self._signal is None:
       self._signal = number
       self._begun_by[0] = self._begun
@@ -187,12 +187,15 @@ class Peers(Alone):
     time.sleep(EXPLAIN)  # the watch ends the process if a peer is gone
 
   def _tell(self, message: dict[str, Any]) -> None:
-    """Process 0 to all, the others to process 0."""
+    """Sends a message: process 0 to all others, the others to process 0."""
     for number, line in self._lines.items():
       self._send(number, line, message)
 
   def _send(self, number: int, line: Line, message: dict[str, Any]) -> None:
-    with self._sending, contextlib.suppress(OSError):  # the watch sees who is gone
+    with (
+      self._sending,
+      contextlib.suppress(OSError),
+    ):  # the watch notices closed connections
       if number not in self._gone:
         line.send(message)
 
@@ -263,7 +266,7 @@ class Peers(Alone):
       self._tell({"last_step": self._last_step})
 
   def _bye(self, number: int, message: dict[str, Any]) -> None:
-    """A peer is done, or failed and says why; process 0 passes that on."""
+    """A peer is done, or has failed and says why."""
     code = message["bye"]
     if code == 0:
       self._done.add(number)

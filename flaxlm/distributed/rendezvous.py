@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """All processes of a job meet before JAX starts, and compare what has to be the same.
 
-JAX itself aborts with a C++ stack when a process is missing, and trains on when counts or
-configs differ. Here process 0 listens, every other one says who it is, and all get the
-same verdict: welcome, or one line that names who is missing or differs.
+JAX itself aborts with a C++ stack when a process is missing, and trains on when configs
+differ. Here process 0 listens, all others connect and say who they are, and all get the
+same verdict: welcome, or one line that names the processes that are missing or differ.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ from flaxlm.distributed.detect import Job, is_loopback
 from flaxlm.distributed.lines import Garbage, Line
 from flaxlm.errors import ConfigError, FlaxLMError, PeerLostError
 
-VERSION = 1  # of what is said
-ODD_ONES_OUT = 5.0  # seconds to see the others once something differs
-STRANGER = 10.0  # seconds that a connection may take to say who it is
-REPORT = 30.0  # seconds between lines about who is missing
+VERSION = 1  # of the protocol
+ODD_ONES_OUT = 5.0  # seconds to wait for the others once something differs
+STRANGER = 10.0  # seconds within which a connection has to say who it is
+REPORT = 30.0  # seconds between lines about the processes that are missing
 MOST_DIFFERENCES = 3  # in one line
 
 Claims = Mapping[str, str]
@@ -34,7 +34,7 @@ Claims = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Card:
-  """Who a process is, for messages about it."""
+  """The identity of a process, for messages about it."""
 
   process: int
   host: str
@@ -46,9 +46,9 @@ class Card:
 
 @dataclass(frozen=True)
 class Meeting:
-  """What the processes go on with: connections that stay open, and JAX's coordinator."""
+  """The result of the rendezvous: connections that stay open, and JAX's coordinator."""
 
-  lines: dict[int, Line]  # of process 0 to all others; of those to process 0
+  lines: dict[int, Line]  # from process 0 to all others, or from another to process 0
   cards: dict[int, Card]
   coordinator: str
   bind: str
@@ -56,7 +56,7 @@ class Meeting:
 
 @dataclass
 class _Guests:
-  """Those who came, in process 0's eyes."""
+  """The processes that have connected to process 0, which is among them."""
 
   claims: dict[int, Claims] = field(default_factory=dict)
   cards: dict[int, Card] = field(default_factory=dict)
@@ -73,12 +73,12 @@ def meet(
   token: str = "",
   log: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> Meeting:
-  """Returns when all processes are there and claim the same.
+  """Returns when all processes have come and have the same claims.
 
-  `bind` is the address or the interface on which process 0 listens; None is loopback on
-  one host, and else the address that the job's `host` stands for. Processes without
-  `token` are not listened to. Raises `PeerLostError` if after `seconds` somebody is
-  missing, `ConfigError` if somebody claims something else.
+  `bind` is the address or the interface on which process 0 listens; None: loopback on one
+  host, else the address of the job's `host`. Connections without `token` are refused.
+  Raises `PeerLostError` if a process is still missing after `seconds`, and `ConfigError` if
+  claims differ.
   """
   claims = {"number of processes": str(job.num_processes), **claims}
   card = Card(job.process, socket.gethostname(), os.getpid())
@@ -116,7 +116,7 @@ def _host(
         line.close()
       raise error
     port = _free_port(address, job.port + 1)
-  # Others reach process 0 by the name that they used; JAX listens where we did.
+  # The others know how they have reached process 0; JAX listens at the same address.
   welcome = {"port": port, "cards": [_say(guests.cards[n]) for n in sorted(guests.cards)]}
   for number, line in guests.lines.items():
     try:
@@ -135,7 +135,8 @@ def _wait_for_guests(
   token: str,
   log: Callable[[str], None],
 ) -> None:
-  """Until all have come, or the deadline; a little longer once something differs."""
+  """Waits until all have come or the deadline has passed; once something differs, only
+  `ODD_ONES_OUT` seconds more."""
   arrived: dict[Line, float] = {}
   report = time.monotonic() + REPORT
   with selectors.DefaultSelector() as selector:
@@ -165,7 +166,7 @@ def _wait_for_guests(
         line.close()
       if verdict(job, guests.claims, guests.cards, guests.twice) is not None:
         deadline = min(deadline, time.monotonic() + ODD_ONES_OUT)
-        # From here on nothing is waited for but the others' claims.
+        # From here on it waits only for the claims of the others.
         if len(guests.claims) + len(guests.twice) >= job.num_processes:
           deadline = 0.0
       if time.monotonic() > report:
@@ -176,7 +177,7 @@ def _wait_for_guests(
 
 
 def _admit(guests: _Guests, line: Line, message: dict[str, Any], token: str) -> bool:
-  """Whether this is a process of our job, which then is among the guests."""
+  """Adds a process of our job to the guests; False for anything else."""
   try:
     if message["rendezvous"] != VERSION or not _same(message["token"], token):
       return False
@@ -204,11 +205,11 @@ def verdict(
   cards: Mapping[int, Card],
   twice: list[tuple[Card, Card]],
 ) -> FlaxLMError | None:
-  """What is wrong with those who came, in one line, or None."""
+  """What is wrong with the processes that have come, in one line; or None."""
   if twice:
     return ConfigError(
       " and ".join(f"{first} and {second}" for first, second in twice[:MOST_DIFFERENCES])
-      + " say that they are the same process",
+      + " have the same process number",
       "give each process a number of its own",
     )
   lines = []
@@ -220,7 +221,7 @@ def verdict(
       lines.append(f"{key} is {_who_says_what(sayings, cards)}")
   outside = [card for process, card in cards.items() if process >= job.num_processes]
   if not lines and outside:
-    lines = [f"{outside[0]} is one too many: there are {job.num_processes}"]
+    lines = [f"{outside[0]} is one too many: the job has {job.num_processes} processes"]
   if not lines:
     return None
   if len(lines) > MOST_DIFFERENCES:
@@ -285,21 +286,21 @@ def _join(job: Job, card: Card, claims: Claims, seconds: float, token: str) -> M
     except OSError as e:
       reason = str(e)
     else:
-      # Process 0 listened before this, and gives up after as many seconds.
+      # Process 0 has listened for some time already, and gives up after as many seconds.
       sock.settimeout(seconds + 2 * ODD_ONES_OUT)
       line = Line(sock)
       answer = _ask(line, hello)
       if answer is not None:
         sock.settimeout(None)
         return _welcomed(job, line, answer)
-      reason = "it hung up without a word; is FLAXLM_JOB_TOKEN the same on all?"
+      reason = "it closed the connection; is FLAXLM_JOB_TOKEN the same on all processes?"
       line.close()
     time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
     pause = min(2 * pause, 2.0)
 
 
 def _ask(line: Line, hello: dict[str, Any]) -> dict[str, Any] | None:
-  """The verdict, for which process 0 may take its time; None if it hangs up."""
+  """The verdict of process 0, which may take long; None if it closes the connection."""
   try:
     line.send(hello)
     messages: list[dict[str, Any]] | None = []
@@ -316,7 +317,7 @@ def _welcomed(job: Job, line: Line, answer: dict[str, Any]) -> Meeting:
     kind = PeerLostError if answer.get("code") == PeerLostError.exit_code else ConfigError
     raise kind(str(answer["refused"]), str(answer.get("cure", "")))
   cards = {card.process: card for card in map(_hear, answer["cards"])}
-  # The address that answered, not the name, which may have several.
+  # The address that has answered, because a name may have several.
   host = line.socket.getpeername()[0]
   return Meeting({0: line}, cards, _join_address(host, int(answer["port"])), "")
 
@@ -328,7 +329,7 @@ def _say(card: Card) -> list[Any]:
 def _hear(said: Any) -> Card:
   process, host, pid = said
   if not (isinstance(process, int) and 0 <= process < 10**9 and isinstance(pid, int)):
-    raise ValueError("no card")
+    raise ValueError("not a card")
   return Card(process, str(host)[:255], pid)
 
 
@@ -356,7 +357,7 @@ def _resolve(host: str, what: str) -> str:
 
 
 def interface_address(name: str) -> str | None:
-  """The IPv4 address of a network interface, as of eth0; None if there is no such one."""
+  """The IPv4 address of a network interface such as eth0; None if it does not exist."""
   if sys.platform != "linux" or len(name) > 15 or "/" in name:
     return None
   import fcntl

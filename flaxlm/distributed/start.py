@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starting JAX as one of several processes, and leaving it again.
 
-First the rendezvous, then `jax.distributed.initialize` with all that it would otherwise
-guess. A process that is alone starts nothing here.
+First comes the rendezvous, then `jax.distributed.initialize`, which is given every value
+that it would otherwise guess. For a process that is alone nothing is started.
 """
 
 import atexit
@@ -27,15 +27,16 @@ from flaxlm.errors import ConfigError, exit_code_of
 
 BIND, TOKEN = "FLAXLM_BIND", "FLAXLM_JOB_TOKEN"
 DEVICES = "JAX_LOCAL_DEVICE_IDS"
-# JAX's own watch is the second to notice, and aborts with a C++ stack.
+# JAX's own heartbeat, in ours: `peers` should notice a lost process first, because JAX
+# aborts with a C++ stack.
 JAX_HEARTBEATS = 3
 
 
 @contextlib.contextmanager
 def joined(cfg: Config) -> Iterator[Alone]:
-  """The other processes of this job, after they have all met and JAX has started.
+  """The processes of this job, once all of them have met and JAX has started.
 
-  An error that leaves the block is told to the others, which then end too.
+  When an error leaves the block, the other processes are told and end too.
   """
   job = detect(os.environ, metadata_of(os.environ))
   if job is None:
@@ -50,9 +51,9 @@ def joined(cfg: Config) -> Iterator[Alone]:
       yield peers
       peers.agree("the end")
   except BaseException as e:
-    peers.explain()  # collectives and saves fail, too, when another has died
+    peers.explain()  # collectives and saves also fail because another process has died
     peers.leave(e)
-    # JAX's goodbye would wait for the others, for minutes.
+    # JAX's own shutdown would wait minutes for the others.
     code = exit_code_of(e)
     atexit.register(lambda: (sys.stderr.flush(), os._exit(code)))
     raise
@@ -61,7 +62,7 @@ def joined(cfg: Config) -> Iterator[Alone]:
 
 
 def claims(cfg: Config) -> dict[str, str]:
-  """What has to be the same on all processes: versions, and every field of the config."""
+  """Values that have to be the same on all processes: versions, and all config fields."""
   fields = {name: str(operator.attrgetter(name)(cfg)) for name, _, _ in knobs(Config)}
   versions = {
     "flaxlm": __version__,
@@ -73,8 +74,8 @@ def claims(cfg: Config) -> dict[str, str]:
 
 
 def start_runtime(job: Job, coordinator: str, bind: str, heartbeat: float) -> None:
-  """`jax.distributed.initialize`; nothing that it could detect is left to it."""
-  # We agree on the last step ourselves, and handle SIGTERM ourselves.
+  """`jax.distributed.initialize`, with every value given that it could detect itself."""
+  # `peers` agrees on the last step, and the training loop handles SIGTERM.
   jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(
@@ -90,14 +91,14 @@ def start_runtime(job: Job, coordinator: str, bind: str, heartbeat: float) -> No
     first_line = next(iter(str(e).splitlines()), "")
     raise ConfigError(
       f"JAX cannot start as process {job.process}: {first_line}",
-      "start JAX in no other way in this process",
+      "do not start JAX in any other way in this process",
     ) from e
 
 
 def device_ids(job: Job, environment: Mapping[str, str]) -> list[int] | None:
-  """This process's share of the machine's GPUs; None = all that it sees.
+  """This process's share of the machine's GPUs; None: all that it sees.
 
-  Starters that bind a GPU to each process show it just that one.
+  A launcher that binds a GPU to each process shows each process only that one.
   """
   if DEVICES in environment:  # JAX reads it
     return None
@@ -114,7 +115,7 @@ def device_ids(job: Job, environment: Mapping[str, str]) -> list[int] | None:
 
 
 def num_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int:
-  """NVIDIA GPUs that a process sees, without starting CUDA."""
+  """The number of NVIDIA GPUs that this process sees, found without starting CUDA."""
   if environment.get("JAX_PLATFORMS", "cuda") not in ("cuda", "gpu"):
     return 0
   visible = environment.get("CUDA_VISIBLE_DEVICES")
@@ -125,10 +126,10 @@ def num_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> in
 
 @contextlib.contextmanager
 def only_ours_on_stdout() -> Iterator[None]:
-  """Sends what libraries print (Gloo does) to stderr: stdout is for results."""
+  """Sends what libraries print, such as Gloo, to stderr: stdout is for results."""
   try:
     target = sys.stdout.fileno()
-  except (OSError, ValueError, AttributeError):  # captured: nothing to keep clean
+  except (OSError, ValueError, AttributeError):  # stdout is captured and has no descriptor
     yield
     return
   sys.stdout.flush()

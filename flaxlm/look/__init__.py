@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of what a model is made of: each a `View`, written as one page or one PNG."""
+"""Pictures of a model and of what it does: each is a `View`, saved as a page or a PNG."""

@@ -16,8 +16,8 @@ from flaxlm.nn.base import LanguageModel
 
 MOST_TOKENS = 256
 MOST_WEIGHTS = 1 << 25  # two bytes each, before they are deflated: 67 MB
-# From which share of its weight on a head is said to look at one thing, mostly or partly,
-# and how much of the entropy of an even spread counts as even.
+# The share of its weight from which on a head looks at one thing mostly, or partly, and the
+# share of the largest possible entropy from which on it looks at all evenly.
 MOSTLY, PARTLY, EVENLY = 0.5, 0.25, 0.9
 
 TITLES = {
@@ -28,10 +28,10 @@ TITLES = {
 
 
 def check_attention(cfg: ResolvedModel, layer: int | None, head: int | None) -> None:
-  """Raises `ConfigError` if the model has no such layer or head, or no attention."""
+  """Raises `ConfigError` if the model has no attention, or no such layer or head."""
   if cfg.family == "rnn":
     raise ConfigError(
-      "model.family=rnn has no attention: what it has read is one state",
+      "model.family=rnn has no attention: it remembers what it has read in one state",
       "look at a decoder, encoder or encoder_decoder; look tokens takes an rnn",
     )
   depth = max(cfg.depth, (cfg.encoder_depth or 0) if cfg.family == "encoder_decoder" else 0)
@@ -43,7 +43,7 @@ def check_attention(cfg: ResolvedModel, layer: int | None, head: int | None) -> 
 def look_attention(
   run: Run, reading: Reading, most: int, layer: int | None = None, head: int | None = None
 ) -> View:
-  """Every head's map for one text, or those of one layer, or one head of each layer."""
+  """Every head's map for one text; or only those of one layer, or of one head per layer."""
   cfg = run.model.cfg
   ids, cuts = complete_reading(run, reading, most)
   check_size(cfg, len(ids), len(reading.source_ids or []), layer, head)
@@ -90,9 +90,9 @@ def capture(
   layer: int | None,
   head: int | None,
 ) -> dict[str, jax.Array]:
-  """The maps (L, N, T, S) of the first row, by name; of one layer or head if so asked.
+  """The maps (L, N, T, S) of the first row, by name; of one layer or head, if it is given.
 
-  Encoder and decoder may differ in depth: one that has no such layer has no map.
+  Encoder and decoder may differ in depth: a stack without this layer has no map.
   """
   options = {} if source is None else {"source": source}
   output = model.apply({"params": params}, tokens_BT, capture=True, **options)
@@ -106,7 +106,7 @@ def capture(
 def check_size(
   cfg: ResolvedModel, num_tokens: int, num_source: int, layer: int | None, head: int | None
 ) -> None:
-  """Raises `ConfigError` if the maps would make a page that no browser opens."""
+  """Raises `ConfigError` if the page would be too large for a browser."""
   depth = 1 if layer is not None else cfg.depth
   encoder = 1 if layer is not None else (cfg.encoder_depth or 0)
   of_decoder = depth * num_tokens * (num_tokens + num_source)
@@ -128,11 +128,12 @@ def layer_kind(cfg: ResolvedModel, layer: int) -> str:
 
 
 def head_figures(weights_LNTS: np.ndarray, shown: dict[str, Any]) -> list[dict[str, Any]]:
-  """What tells the heads of one kind of map apart, one entry a head.
+  """Numbers that tell the heads of one kind of map apart, one entry per head.
 
-  Means over the queries; of causal maps the first one, which sees itself alone, is left
-  out if there are others. `entropy` is in bits, `distance` in tokens, the rest are shares
-  of the weight. Weight that goes to learned sinks is one more outcome of the entropy.
+  They are means over the queries. In causal maps the first query, which sees only itself,
+  is left out if there are others. `entropy` is in bits and `distance` in tokens; the others
+  are shares of the weight. Weight that goes to learned sinks is one more outcome of the
+  entropy.
   """
   name, causal = shown["kind"], shown["causal"]
   weights = weights_LNTS.astype(np.float64)
@@ -167,7 +168,7 @@ def head_figures(weights_LNTS: np.ndarray, shown: dict[str, Any]) -> list[dict[s
 
 
 def entropy_bits(weights: np.ndarray) -> np.ndarray:
-  """Of each distribution along the last dim, and what it lacks to 1."""
+  """The entropy of each distribution along the last dim; the rest to 1 is one outcome."""
   rest = np.maximum(1 - weights.sum(-1, keepdims=True), 0)
   rest[rest < 1e-4] = 0  # rounding, not a sink
   whole = np.concatenate([weights, rest], -1)
@@ -175,7 +176,7 @@ def entropy_bits(weights: np.ndarray) -> np.ndarray:
 
 
 def looks_at(shares: dict[str, float], even: bool, name: str) -> str:
-  """A head in words: one thing that has most of its weight, or how it is spread."""
+  """A head in words: what has most of its weight, or how the weight is spread."""
   of = "source token" if name == "cross" else "token"
   best = max(shares, key=lambda key: shares[key])
   thing = "itself" if best == "itself" else f"the {best} {of}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a chart is, for the page and for the PNG alike."""
+"""Charts as values, which both the page and the PNG draw."""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +11,17 @@ import numpy as np
 def line_chart(
   title: str,
   series: Sequence[dict[str, Any]],
-  labels: tuple[str, str],
+  x_label: str,
+  y_label: str,
   log: str = "",
-  marks: Sequence[tuple[str, float, str]] = (),
+  marks: Sequence[dict[str, Any]] = (),
   says: str = "",
 ) -> dict[str, Any]:
-  """Curves. `log` names axes, a mark is (what, where, along which); NaN makes a gap."""
+  """Curves, each with a `name`, `x` and `y`; NaN makes a gap.
+
+  `log` names the logarithmic axes. A mark is a line across the chart: it has a `name`, and
+  stands `at` a number of an `axis`.
+  """
   plain = lambda y: [
     float(f"{x:.9g}") if x is not None and math.isfinite(x) else None for x in y
   ]
@@ -25,19 +30,24 @@ def line_chart(
     "title": title,
     "says": says,
     "series": [one | {"y": plain(one["y"])} for one in series],
-    "x_label": labels[0],
-    "y_label": labels[1],
+    "x_label": x_label,
+    "y_label": y_label,
     "log_x": "x" in log,
     "log_y": "y" in log,
-    "marks": [{"name": name, "at": at, "axis": axis} for name, at, axis in marks],
+    "marks": [*marks],
   }
 
 
 def heat_map(
-  title: str, values: np.ndarray, axes: tuple[tuple[str, list[int]], tuple[str, list[int]]]
+  title: str,
+  values: np.ndarray,
+  *,
+  x_label: str,
+  columns: list[int],
+  y_label: str,
+  rows: list[int],
 ) -> dict[str, Any]:
-  """A matrix; `axes` name the columns and the rows, and give their numbers."""
-  (x_label, columns), (y_label, rows) = axes
+  """A matrix, with the numbers that its columns and its rows stand for."""
   return {
     "form": "map",
     "title": title,

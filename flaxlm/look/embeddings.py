@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedding table as a map: its two widest directions, and each token's neighbours."""
+"""The embedding table as a map: two principal directions, and each token's neighbours."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ ROWS_AT_A_TIME = 1024
 
 
 def look_embeddings(run: Run, num_tokens: int | None = None) -> View:
-  """The first `num_tokens` ids (of a BPE: the commonest) on a plane."""
+  """The first `num_tokens` ids on a plane; in a BPE these are the most frequent ones."""
   size = run.tokenizer.vocab_size
   if num_tokens is not None and num_tokens > size:
     raise ConfigError(f"tokens is {num_tokens}", f"the tokenizer has {size}")
@@ -31,9 +31,9 @@ def look_embeddings(run: Run, num_tokens: int | None = None) -> View:
   x, y = (f"{share:.1%}" for share in explained_C)
   notes = [
     f"{run.path} at step {run.step}, model.family={run.cfg.model.family}",
-    f"Each token is a vector of {table_ND.shape[1]} numbers; across lie {x} of their "
-    f"variance, upwards {y}. What is near here may be far in the other directions: the "
-    f"neighbours listed are by the cosine of the whole vectors.",
+    f"Each token is a vector of {table_ND.shape[1]} numbers; the horizontal axis has {x} "
+    f"of their variance, the vertical axis {y}. Tokens that are near here may be far apart "
+    "in the other directions: the neighbours are listed by the cosine of whole vectors.",
   ]
   return View(
     "embeddings",
@@ -59,9 +59,9 @@ def look_embeddings(run: Run, num_tokens: int | None = None) -> View:
 
 
 def principal(table_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Each row along the two directions of most variance, (N, 2), and their shares of it."""
+  """Each row along the two directions of the largest variance, (N, 2), and their shares."""
   centred_ND = table_ND - table_ND.mean(0)
-  # The singular vectors of the table are those of this D x D matrix, whatever N is.
+  # This D x D matrix has the right singular vectors of the table, and its size is fixed.
   _, squares_D, directions_DD = np.linalg.svd(centred_ND.T @ centred_ND, hermitian=True)
   points_NC = np.zeros((len(table_ND), 2))
   some = centred_ND @ directions_DD[:2].T
@@ -72,7 +72,7 @@ def principal(table_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nearest(table_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """The rows nearest to each row by cosine, itself apart, and the cosines, best first."""
+  """The rows nearest to each row by cosine, without itself, and the cosines; best first."""
   N = len(table_ND)
   count = min(NUM_NEAREST, N - 1)
   norms_N1 = np.linalg.norm(table_ND, axis=1, keepdims=True)
@@ -92,7 +92,7 @@ def nearest(table_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sort_of(tokenizer: AnyTokenizer, id_: int) -> str:
-  """What a token looks like: the colours of the map."""
+  """The kind of a token by its spelling, which decides its colour."""
   if id_ in tokenizer.special_ids or id_ == tokenizer.mask_id:
     return "special"
   try:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One picture as one file: HTML that needs nothing else, or a PNG.
+"""Saves one picture as one file: HTML that needs nothing else, or a PNG.
 
-A page is a fixed frame, style and script, and the data as JSON. The script writes text
-only as text, and a policy in the page forbids everything else: no network, and no script
-but ours, whatever a token spells.
+A page consists of a fixed frame, style and script, and of the data as JSON. The script
+writes text only as text. A content security policy forbids network access and all other
+scripts, whatever the text of a token is.
 """
 
 import base64
@@ -40,7 +40,7 @@ def check_output(path: Path) -> None:
 
 
 def save_view(view: View, path: Path) -> int:
-  """Writes the picture, by the suffix of `path`; returns the number of bytes."""
+  """Writes the picture as the suffix of `path` says; returns the number of bytes."""
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
@@ -88,14 +88,14 @@ def read_asset(name: str) -> str:
 
 
 def digest(text: str) -> str:
-  """What a content security policy knows an inline element by."""
+  """The hash by which a content security policy allows an inline element."""
   return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def to_json(values: Mapping[str, Any]) -> str:
-  """JSON that can stand inside a script element: no `<`, no `&`, ASCII only."""
+  """JSON that is safe inside a script element: ASCII without `<`, `>` and `&`."""
   text = json.dumps(values, default=pack, allow_nan=False, separators=(",", ":"))
-  for character in "<>&":  # outside of strings JSON has none of them
+  for character in "<>&":  # JSON has them only inside strings
     text = text.replace(character, f"\\u{ord(character):04x}")
   return text
 
@@ -111,7 +111,7 @@ def pack(value: Any) -> dict[str, Any]:
 
 
 def unpack(packed: Mapping[str, Any]) -> np.ndarray:
-  """The numbers of `pack`, as the page reads them."""
+  """The numbers that were given to `pack`, as the page reads them."""
   data = zlib.decompress(base64.b64decode(packed["deflated"]))
   array = np.frombuffer(data, np.dtype(packed["type"]).newbyteorder("<"))
   values = array.astype(np.float64).reshape(packed["shape"])

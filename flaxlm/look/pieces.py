@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a picture shows of a text: its tokens, legible, and the rows that a model reads."""
+"""A text in a picture: its tokens in legible form, and the rows that a model reads."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -18,22 +18,22 @@ from flaxlm.nn.base import Source
 from flaxlm.sharding import batch_shards, use_mesh
 from flaxlm.tokenizers import MASK, AnyTokenizer, Role
 
-# How what has no shape of its own is drawn.
+# How characters that cannot be seen are drawn.
 DRAWN = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍"}
 
 
 class Piece(NamedTuple):
-  """A token as it is shown. `label` is legible whatever the bytes are."""
+  """A token as it is shown; `label` is legible, whatever the bytes are."""
 
   id: int
   label: str
-  hex: str  # its bytes of text, none for a special
+  hex: str  # its bytes of text; empty for a special token
   name: str  # what the vocabulary calls it
   special: bool
 
 
 def describe(tokenizer: AnyTokenizer, ids: Sequence[int]) -> list[Piece]:
-  """The tokens of some ids, with what the padding of a vocabulary stands for."""
+  """The tokens of some ids; ids in the padding of a vocabulary are called unused."""
   return [_describe(tokenizer, int(id_)) for id_ in ids]
 
 
@@ -47,7 +47,7 @@ def _describe(tokenizer: AnyTokenizer, id_: int) -> Piece:
 
 
 def legible(data: bytes) -> str:
-  """Bytes as text of which every character can be seen; `\\xe6` for half a character."""
+  """Bytes as text in which every character is visible; `\\xe6` for half a character."""
   text = data.decode("utf-8", "backslashreplace")
   return "".join(map(_legible, text))
 
@@ -55,8 +55,9 @@ def legible(data: bytes) -> str:
 def _legible(character: str) -> str:
   if character in DRAWN:
     return DRAWN[character]
-  # What turns, joins or hides its neighbours is spelled out (as U+202E), and so is what
-  # belongs on top of the character before, which may be another token's.
+  # A character that reverses, joins or hides its neighbours (such as U+202E) is spelled
+  # out, and so is one that combines with the character before it, which may be another
+  # token's.
   if character.isprintable() and not unicodedata.combining(character):
     return character
   return character.encode("unicode_escape").decode()
@@ -65,7 +66,7 @@ def _legible(character: str) -> str:
 class Reading(NamedTuple):
   """What a model is to read: the ids of a row and, for an encoder-decoder, of a source.
 
-  `ids` is None where the model is to answer the source by itself.
+  `ids` is None if the model is to answer the source by itself.
   """
 
   ids: list[int] | None
@@ -80,7 +81,7 @@ def make_reading(
   source: str | None,
   most: int,
 ) -> Reading:
-  """A text as the model's family reads it, cut to `most` tokens and to its context.
+  """A text as the model's family reads it, cut to `most` tokens and to the context.
 
   Raises `ConfigError` for a text that is missing, empty, or not for this family.
   """
@@ -104,8 +105,8 @@ def make_reading(
     ids = ids[:most]
     if cfg.vocab_size is not None and max(ids) >= cfg.vocab_size:
       raise ConfigError(
-        f"the {what} has the id {max(ids)}, the model ids below {cfg.vocab_size}",
-        "the tokenizer knows more than the model: choose another text",
+        f"the {what} has the id {max(ids)}; the model has only ids below {cfg.vocab_size}",
+        "the tokenizer has more ids than the model: choose another text",
       )
     return ids
 
@@ -126,7 +127,8 @@ def make_reading(
 
 
 def complete_reading(run: Run, reading: Reading, most: int) -> tuple[list[int], list[str]]:
-  """The ids of the row, the model's own greedy answer if there was no text; and cuts."""
+  """The ids of the row, which are the model's greedy answer if no text was given, and what
+  to tell about cuts."""
   if reading.ids is not None:
     return reading.ids, reading.cuts
   start = run.tokenizer.framed([], "prompt")
@@ -146,7 +148,8 @@ def apply_to_row(
 ) -> Any:
   """`function(model, params, tokens_BT, source, *args)` of one row, on the run's mesh.
 
-  The row is repeated until every device has one; the function returns no batch dim.
+  The row is repeated so that every device has one. The function returns results of the
+  first row, without a batch dim.
   """
   copies = batch_shards(run.mesh.shape)
   repeat = lambda row: np.tile(np.array(row, np.int32), (copies, 1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same pictures as still images, drawn by matplotlib (the extra `look`)."""
+"""The pictures as PNGs, drawn by matplotlib (the extra `look`)."""
 
 import math
 import warnings
@@ -11,7 +11,7 @@ import numpy as np
 from flaxlm.look.view import View
 
 MOST_NAMED = 40  # tokens whose names fit along a map
-MOST_HEADS = 16  # of a row and of a column of small maps
+MOST_HEADS = 16  # in a row, and three times as many rows, of small maps
 WRAP = 118  # characters of a line of tokens
 MOST_LETTERS = 40  # of a token
 
@@ -21,10 +21,10 @@ def draw(view: View, path: Path) -> None:
   import matplotlib.style
   from matplotlib.figure import Figure
 
-  # Not what the user's matplotlibrc says; and a token may spell $x$.
+  # The user's matplotlibrc has no effect. A token may be $x$, which is no formula.
   styles = ["default", {"text.parse_math": view.kind in ("positions", "run")}]
   with matplotlib.style.context(styles), warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "Glyph .* missing")  # drawn as a box
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # a box is drawn instead
     figure = Figure(layout="constrained", dpi=120)
     DRAW[view.kind](figure, view)
     figure.suptitle(view.title, fontsize=13, parse_math=False)
@@ -32,7 +32,7 @@ def draw(view: View, path: Path) -> None:
 
 
 def draw_attention(figure: Any, view: View) -> None:
-  """Every head's map, a row a layer; one head alone with its tokens."""
+  """Every head's map, one row per layer; a single head is drawn with its tokens."""
   maps = view.data["maps"]
   blocks = []  # (title, weights, map) of each small picture, row by row
   for one, figures in zip(maps, view.figures["maps"], strict=True):
@@ -78,7 +78,7 @@ def draw_embeddings(figure: Any, view: View) -> None:
   low, span = points.min(0), np.maximum(np.ptp(points, 0), 1e-12)
   for token, point in zip(tokens, points, strict=True):
     cell = tuple((np.array([16, 40]) * (point - low) / span).astype(int).tolist())
-    if cell not in taken:  # names where there is room for them
+    if cell not in taken:  # only where there is room for a name
       taken.add(cell)
       ax.annotate(token["label"][:16], point, fontsize=7, family="monospace")
   x, y = view.figures["explained"]
@@ -88,7 +88,7 @@ def draw_embeddings(figure: Any, view: View) -> None:
 
 
 def draw_tokens(figure: Any, view: View) -> None:
-  """The text, each token on the colour of its surprise, its bits below."""
+  """The text: the colour of a token shows its surprisal, whose bits stand below it."""
   figure.set_layout_engine("none")
   lines: list[list[tuple[int, dict[str, Any]]]] = [[]]
   at = 0
@@ -124,7 +124,9 @@ def draw_tokens(figure: Any, view: View) -> None:
       text = dict(family="monospace", fontsize=9, transform=figure.transFigure)
       x = 0.03 + 0.94 * at / WRAP
       figure.text(
-        *(x, y, token["label"][:MOST_LETTERS]),
+        x,
+        y,
+        token["label"][:MOST_LETTERS],
         color="white" if share > 0.55 else "black",
         bbox=dict(facecolor=colours(0.9 * share), edgecolor="0.85", pad=1.5),
         **text,

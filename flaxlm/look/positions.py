@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model's positions do: added vectors, rotations, or biases of the scores.
+"""What a model's positional encoding does: added vectors, rotations, or biases of scores.
 
 Everything is computed by the functions that the model itself calls.
 """
@@ -27,26 +27,26 @@ from flaxlm.nn.positions import (
 
 MOST_ROWS = 256  # positions of a heat map
 MOST_POINTS = 512  # distances of a curve
-MOST_CURVES = 16  # heads of one chart; of more a heat map is made
-TURNED, UNSTRETCHED = "as the model turns", "before stretching"
+MOST_CURVES = 16  # heads in one chart of curves; more make a heat map
+TURNED, UNSTRETCHED = "as the model rotates", "before stretching"
 
 SAYS = {
-  "rope": "Queries and keys are turned, pair of dims by pair, by an angle that grows with "
-  "the position: a score depends on the distance alone (Su et al., 2021).",
+  "rope": "Each pair of dims of queries and keys is rotated by an angle that grows with "
+  "the position, so that a score depends only on the distance (Su et al., 2021).",
   "learned": "A trained vector for each position is added to the embedded token.",
   "sinusoidal": "A fixed vector of sines and cosines for each position is added to the "
   "embedded token (Vaswani et al., 2017).",
   "alibi": "Each head subtracts its slope times the distance from its scores "
   "(Press et al., 2022).",
-  "relative": "Each head adds a trained number to its scores, by the bucket of the "
-  "distance (Raffel et al., 2020).",
-  "none": "The model has no positions (model.positions=none): it tells the order of tokens "
-  "only by what its causal mask hides.",
+  "relative": "Each head adds a trained number to its scores, one for each bucket of "
+  "distances (Raffel et al., 2020).",
+  "none": "The model has no positions (model.positions=none): only the causal mask tells "
+  "it about the order of tokens.",
 }
 
 
 def check_positions(cfg: ResolvedModel) -> None:
-  """Raises `ConfigError` for a family that has none."""
+  """Raises `ConfigError` for a family that has no positions."""
   if cfg.family == "rnn":
     raise ConfigError(
       "model.family=rnn has no positions: it reads one token after the other",
@@ -57,11 +57,13 @@ def check_positions(cfg: ResolvedModel) -> None:
 def look_positions(
   cfg: ResolvedModel, name: str, origin: str, params: Any | None = None
 ) -> View:
-  """The positions of a model; `params` None shows trained ones as they are born."""
+  """The positions of a model; without `params`, trained ones as they are initialised."""
   check_positions(cfg)
   notes = [f"{origin}, model.positions={cfg.positions}", SAYS[cfg.positions]]
   if cfg.positions in ("learned", "relative") and params is None:
-    notes.append("Untrained: what is drawn is noise. Give a run to see what it has learnt.")
+    notes.append(
+      "Untrained: the picture shows noise. Give a run to see what it has learnt."
+    )
   charts: list[dict[str, Any]] = []
   figures: dict[str, Any] = {"positions": cfg.positions}
   if cfg.positions == "rope":
@@ -84,12 +86,12 @@ def look_positions(
 
 
 def shown(count: int, most: int) -> np.ndarray:
-  """0, 1, ... below `count`; if these are more than `most`, every second, third, ..."""
+  """0, 1, ... below `count`; every second, third, ... of them if they exceed `most`."""
   return np.arange(0, count, -(-count // most), dtype=np.int32)
 
 
 def spread(most: int) -> np.ndarray:
-  """Distances 0, 1, ... `most`, all of the short ones and fewer of the long ones."""
+  """Distances from 0 to `most`: all of the short ones, and fewer of the long ones."""
   if most < MOST_POINTS:
     return np.arange(most + 1, dtype=np.int32)
   near = np.arange(MOST_POINTS // 4)
@@ -101,7 +103,7 @@ def spread(most: int) -> np.ndarray:
 
 
 def add_rope(cfg: ResolvedModel, kind: str, charts: list[dict[str, Any]]) -> dict[str, Any]:
-  """The speed of each pair, what is turned where, and how a score fades."""
+  """The wavelength of each pair, its angle at each position, and how a score fades."""
   rope, local = cfg.rope, kind == "L"
   own_theta = local and rope.local_theta is not None
   theta = rope.local_theta if own_theta else rope.theta
@@ -113,7 +115,7 @@ def add_rope(cfg: ResolvedModel, kind: str, charts: list[dict[str, Any]]) -> dic
     which = " (local layers)" if local else " (global layers)"
   cos_sin = lambda at: rotation(jnp.asarray(at)[None], head_dim, rope, local)
 
-  # The angle at position 1 is the speed, in radians, as the model's own function has it.
+  # The angle at position 1, by the model's own function, is the speed in radians.
   cos_P, sin_P = (np.asarray(part)[0, 0] for part in cos_sin([1]))
   speeds_P = np.arctan2(sin_P, cos_P).astype(np.float64)
   pairs = [*range(len(speeds_P))]
@@ -135,29 +137,36 @@ def add_rope(cfg: ResolvedModel, kind: str, charts: list[dict[str, Any]]) -> dic
     angles_TP = distances_T[:, None] * plain_P
     before_T = fade((np.cos(angles_TP)[None], np.sin(angles_TP)[None]), cos_sin([0]))
     scores.append({"name": UNSTRETCHED, "x": at, "y": before_T})
-    marks = [("original context", float(rope.original_context or 0), "x")]
+    original = float(rope.original_context)
+    marks = [{"name": "original context", "at": original, "axis": "x"}]
   charts += [
     line_chart(
       f"Tokens for one whole turn, by pair of dims{which}",
       turns,
-      ("pair of dims", "tokens"),
+      x_label="pair of dims",
+      y_label="tokens",
       log="y",
-      marks=[("context", float(cfg.context), "y")],
-      says="The first pairs turn within a few tokens and tell neighbours apart; those "
-      "that take longer than the context never come round, and tell far from near.",
+      marks=[{"name": "context", "at": float(cfg.context), "axis": "y"}],
+      says="The first pairs turn once within a few tokens and tell neighbours apart. Pairs "
+      "that need more tokens than the context never complete a turn: they tell far from "
+      "near.",
     ),
     heat_map(
       f"The cosine of each pair's angle{which}",
       cosines_TP.T,
-      (("position", positions_T.tolist()), ("pair of dims", pairs)),
+      x_label="position",
+      columns=positions_T.tolist(),
+      y_label="pair of dims",
+      rows=pairs,
     ),
     line_chart(
       f"Score of equal queries and keys, by distance{which}",
       scores,
-      ("distance in tokens", "score / score at distance 0"),
+      x_label="distance in tokens",
+      y_label="score / score at distance 0",
       log="x",
       marks=marks,
-      says="Query and key are the same vector of ones before they are turned.",
+      says="Before the rotation, query and key are the same vector of ones.",
     ),
   ]
   return figures | {
@@ -169,7 +178,7 @@ def add_rope(cfg: ResolvedModel, kind: str, charts: list[dict[str, Any]]) -> dic
 
 
 def fade(cos_sin: Any, at_zero: Any) -> np.ndarray:
-  """q . k of vectors of ones, the key at 0, the query turned; over that at distance 0."""
+  """q . k of vectors of ones, the key at position 0, relative to that at distance 0."""
   cos_sin = tuple(jnp.asarray(part, jnp.float32) for part in cos_sin)
   num_dims = 2 * cos_sin[0].shape[-1]
   ones = lambda count: jnp.ones((1, count, 1, num_dims))
@@ -191,7 +200,7 @@ def learned_tables(cfg: ResolvedModel, params: Any | None) -> list[tuple[str, np
 def table_of(
   params: Any | None, stack: str, name: str, shape: tuple[int, int]
 ) -> np.ndarray:
-  """A trained table, or one as it is born."""
+  """A trained table, or one as it is initialised."""
   if params is None:
     module = Embedding(shape, ("slots", "embed"))
     born = module.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
@@ -203,7 +212,7 @@ def table_of(
 def add_vectors(
   positions: np.ndarray, table_TD: np.ndarray, stack: str, charts: list[dict[str, Any]]
 ) -> dict[str, Any]:
-  """The table, and how alike the vectors of two positions are."""
+  """The table, and how similar the vectors of two positions are."""
   of_stack = f" ({stack})" if stack else ""
   at = positions.tolist()
   dims = shown(table_TD.shape[1], 2 * MOST_ROWS)
@@ -211,7 +220,10 @@ def add_vectors(
     heat_map(
       f"The vector of each position{of_stack}",
       table_TD[:, dims],
-      (("dim", dims.tolist()), ("position", at)),
+      x_label="dim",
+      columns=dims.tolist(),
+      y_label="position",
+      rows=at,
     )
   )
   norms_T = np.linalg.norm(table_TD.astype(np.float64), axis=1)
@@ -221,7 +233,10 @@ def add_vectors(
     heat_map(
       f"Cosine of the vectors of two positions{of_stack}",
       cosines_TT,
-      (("position", at), ("position", at)),
+      x_label="position",
+      columns=at,
+      y_label="position",
+      rows=at,
     )
   )
   step = at[1] - at[0] if len(at) > 1 else 1
@@ -231,7 +246,8 @@ def add_vectors(
     line_chart(
       f"Mean cosine by distance{of_stack}",
       [{"name": "cosine", "x": [by * step for by in steps], "y": means}],
-      ("distance in tokens", "cosine"),
+      x_label="distance in tokens",
+      y_label="cosine",
     )
   )
   return {
@@ -281,8 +297,9 @@ def add_relative(
     line_chart(
       f"The bucket of each distance{of_stack}",
       [{"name": "bucket", "x": distances.tolist(), "y": buckets.tolist()}],
-      (f"{apart}, in tokens", "bucket"),
-      says=f"From {cfg.relative_distance} tokens on all distances are one.",
+      x_label=f"{apart}, in tokens",
+      y_label="bucket",
+      says=f"All distances from {cfg.relative_distance} tokens on share a bucket.",
     ),
   ]
   return {"bias_of_buckets": table.tolist()}
@@ -291,11 +308,12 @@ def add_relative(
 def bias_chart(
   title: str, distances: np.ndarray, bias_NS: np.ndarray, apart: str
 ) -> dict[str, Any]:
-  """Added to the scores by each head: curves, or a map if the heads are many."""
+  """What each head adds to its scores: curves, or a heat map for many heads."""
   label, at = f"{apart}, in tokens", distances.tolist()
   if len(bias_NS) > MOST_CURVES:
-    return heat_map(title, bias_NS, ((label, at), ("head", [*range(len(bias_NS))])))
+    heads = [*range(len(bias_NS))]
+    return heat_map(title, bias_NS, x_label=label, columns=at, y_label="head", rows=heads)
   series = [
     {"name": f"head {n}", "x": at, "y": of_head} for n, of_head in enumerate(bias_NS)
   ]
-  return line_chart(title, series, (label, "added to the score"))
+  return line_chart(title, series, label, "added to the score")

@@ -13,7 +13,7 @@ from flaxlm.look.charts import line_chart
 from flaxlm.look.view import View
 from flaxlm.runs import LOG, METRICS, SAMPLE, load_config_of
 
-# (title, y label, {metric: name}). What is not here is drawn after these.
+# (title, y label, {metric: name}). Other metrics are drawn after these.
 CHARTS = [
   ("Loss", "nats per token", {"train/loss": "training", "eval/loss": "held out"}),
   (
@@ -45,11 +45,11 @@ def look_run(path: Path) -> View:
       if name in curves
     ]
     if series:
-      charts.append(line_chart(title, series, ("step", label)))
+      charts.append(line_chart(title, series, "step", label))
   for name in sorted(set(curves) - drawn):
     steps, values = curves[name]
     series = [{"name": name, "x": steps, "y": values}]
-    charts.append(line_chart(name, series, ("step", "")))
+    charts.append(line_chart(name, series, "step", ""))
   last_step = max(steps[-1] for steps, _ in curves.values())
   figures = {
     "last_step": last_step,
@@ -80,7 +80,7 @@ def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float | None]]]:
     return {}
   for line in lines:
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-      record = json.loads(line)  # a line cut by a kill is none
+      record = json.loads(line)  # a line that a kill has cut is skipped
       step = int(record.pop("step"))
       for name, value in record.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -91,7 +91,7 @@ def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float | None]]]:
 
 
 def config_rows(cfg: Config) -> list[dict[str, Any]]:
-  """Every field of the config, with what it means and whether it is not the default."""
+  """Every field of the config, with its meaning and whether it differs from the default."""
   changed = difference(Config(), cfg)
   rows = []
   for name, _, field in knobs(Config):
@@ -115,7 +115,7 @@ def config_rows(cfg: Config) -> list[dict[str, Any]]:
 
 
 def last_lines(path: Path) -> list[str]:
-  """Of a text that the run has written, if it has."""
+  """The last lines of a file that the run has written; none if it does not exist."""
   try:
     return path.read_text("utf-8", "replace").splitlines()[-MOST_LINES:]
   except OSError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A text in tokens, and how likely the model thought each of them."""
+"""The tokens of a text, and how likely each of them is to the model."""
 
 import functools
 import math
@@ -22,13 +22,13 @@ ROWS_AT_A_TIME = 32
 ASKED = {
   "decoder": "given the tokens before it",
   "rnn": "given the tokens before it",
-  "encoder": "with it masked, given all others",
+  "encoder": "given all others, with it masked",
   "encoder_decoder": "given the source and the tokens before it",
 }
 
 
 class Scores(NamedTuple):
-  """What the model thought at each place: of the token there, and of the best ones."""
+  """The model's scores at each place: of the token there, and of the likeliest ones."""
 
   logprobs_T: Any  # nats
   ranks_T: Any  # 1 = the likeliest
@@ -46,7 +46,7 @@ def look_tokens(run: Run, reading: Reading, most: int) -> View:
   else:
     places, scores, after = score_following(run, ids, reading.source_ids)
   if not places:
-    cuts = [*cuts, "The tokenizer has no mask: the model was not asked."]
+    cuts = [*cuts, "The tokenizer has no mask, so the model gives no probabilities."]
   pieces = describe(tokenizer, ids)
   tokens: list[dict[str, Any]] = [piece._asdict() for piece in pieces]
   for at, score in zip(places, scores, strict=True):
@@ -59,7 +59,7 @@ def look_tokens(run: Run, reading: Reading, most: int) -> View:
   num_ids = run.model.cfg.num_ids
   notes = [
     f"{run.path} at step {run.step}, model.family={family}: each token's probability is "
-    f"asked {ASKED[family]}. A guess among all {num_ids:,} ids would take "
+    f"{ASKED[family]}. A random guess among all {num_ids:,} ids would cost "
     f"{math.log2(num_ids):.1f} bits.",
   ]
   title = f"A text as {run.cfg.name} reads it"
@@ -67,7 +67,7 @@ def look_tokens(run: Run, reading: Reading, most: int) -> View:
 
 
 def text_figures(pieces: Sequence[Piece], tokens: Sequence[dict]) -> dict[str, Any]:
-  """Of the whole text: its sizes, and its surprisal where the model was asked."""
+  """The size of the whole text, and its surprisal at the places that were scored."""
   num_bytes = sum(len(piece.hex.split()) for piece in pieces)
   own = [piece for piece in pieces if not piece.special]
   asked = [token["bits"] for token in tokens if token.get("bits") is not None]
@@ -84,7 +84,7 @@ def text_figures(pieces: Sequence[Piece], tokens: Sequence[dict]) -> dict[str, A
 
 
 def to_entry(run: Run, score: Scores, known: bool) -> dict[str, Any]:
-  """A place's scores for the page; `known`: a token stands there, not a question."""
+  """A place's scores for the page; `known`: a token stands there, not a mask or nothing."""
   best = describe(run.tokenizer, score.best_ids_TC.tolist())
   chances = np.exp(score.best_logprobs_TC.astype(np.float64)).tolist()
   entry: dict[str, Any] = {
@@ -104,7 +104,8 @@ def to_entry(run: Run, score: Scores, known: bool) -> dict[str, Any]:
 def score_following(
   run: Run, ids: Sequence[int], source_ids: Sequence[int] | None
 ) -> tuple[list[int], list[Scores], Scores]:
-  """Places asked (all but the first), their scores, and those of what would come next."""
+  """The places scored (all but the first), their scores, and those of the token after the
+  text."""
   scores = apply_to_row(run, next_scores, ids, source_ids)
   of_place = [Scores(*(part[at] for part in scores)) for at in range(len(ids))]
   return [*range(1, len(ids))], of_place[:-1], of_place[-1]
@@ -134,7 +135,8 @@ def score(logits_TV: jax.Array, targets_T: jax.Array) -> Scores:
 
 
 def score_masked(run: Run, ids: Sequence[int]) -> tuple[list[int], list[Scores], None]:
-  """Each place's scores when it alone is masked (Salazar et al., 2020), specials apart."""
+  """Each place's scores when only it is masked (Salazar et al., 2020); special tokens have
+  none."""
   mask_id = run.tokenizer.mask_id
   if mask_id is None:
     return [], [], None

@@ -17,9 +17,9 @@ ITEM_BITS = {"pred": 8, "bf16": 16, "f16": 16, "c64": 64, "c128": 128}  # else i
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """All exchanges of one kind over the same mesh axes, in one run of the program.
+  """All collectives of one kind over the same mesh axes, in one run of the program.
 
-  `bytes` is what one device sends in all of them, by the ring algorithm.
+  `bytes` is what one device sends in all of them together, by the ring algorithm.
   """
 
   kind: str
@@ -29,11 +29,11 @@ class Collective:
 
 
 def find_collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
-  """The collectives of a program, those in loops as often as they run; largest first."""
+  """The collectives of a program, largest first; in a loop, once for each iteration."""
   runs = _runs(text)
   counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
   for computation, lines in _computations(text):
-    groups_of = {}  # the groups stand where an exchange starts, the result where it ends
+    groups_of = {}  # an async collective's groups are in its start, its result in its end
     for line in lines:
       found = re.match(
         rf"\s*(?:ROOT )?%?(\S+) = (.*?) ({'|'.join(KINDS)})(-start|-done)?\(%?([\w.\-]+)",
@@ -45,7 +45,7 @@ def find_collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
       if stage == "-start":
         groups_of[name] = line
         continue
-      if computation.startswith("all-reduce-scatter"):  # how a TPU program spells it
+      if computation.startswith("all-reduce-scatter"):  # TPU programs write it like this
         kind = "reduce-scatter"
       groups = _groups(groups_of[operand] if stage else line, sizes)
       axes, size = _axes_of(groups, sizes)
@@ -53,7 +53,7 @@ def find_collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
         continue
       entry = counts[kind, axes]
       entry[0] += runs[computation]
-      whole = found[3] == "all-reduce"  # before anything is scattered
+      whole = found[3] == "all-reduce"  # its result is not scattered yet
       sent = _sent(
         kind, _shape_bytes(shape) // (size if whole and kind != found[3] else 1), size
       )
@@ -63,7 +63,7 @@ def find_collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
 
 
 def _sent(kind: str, result_bytes: int, size: int) -> float:
-  """Bytes that one device sends; a result is the gathered, or the scattered, array."""
+  """Bytes that one device sends for a result: the gathered, or the scattered, array."""
   share = (size - 1) / size
   match kind:
     case "all-gather" | "all-to-all":
@@ -87,7 +87,7 @@ def _shape_bytes(shape: str) -> int:
 
 
 def _groups(line: str, sizes: Mapping[str, int]) -> Sequence[Sequence[int]]:
-  """Which devices exchange with which, by their number in the mesh."""
+  """The groups of devices that exchange data, by their numbers in the mesh."""
   number = math.prod(sizes.values())
   pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
   if pairs:
@@ -102,7 +102,7 @@ def _groups(line: str, sizes: Mapping[str, int]) -> Sequence[Sequence[int]]:
   listed = re.search(r"replica_groups=\{(\{.*?\})\}", line)
   if listed:
     return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
-  return [list(range(number))]  # none given: everybody
+  return [list(range(number))]  # no groups are given: all devices are one
 
 
 def _named_groups(axes: str, order: str, used: str) -> Sequence[Sequence[int]]:
@@ -135,7 +135,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _axes_of(groups: Sequence[Sequence[int]], sizes: Mapping[str, int]) -> tuple[str, int]:
-  """The mesh axes along which the members of a group differ, and how many they are."""
+  """The mesh axes along which members of a group differ, and the size of a group."""
   shape, used = list(sizes.values()), set()
   for group in groups:
     places = np.array(np.unravel_index(list(group), shape)).T
@@ -159,7 +159,7 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _runs(text: str) -> dict[str, int]:
-  """How often each computation runs: called from a loop, once per round."""
+  """How often each computation runs; one that a loop calls runs once per iteration."""
   bodies = dict(_computations(text))
   entry = re.search(r"^ENTRY %?(\S+) ", text, re.MULTILINE)
   runs: dict[str, int] = defaultdict(int)
@@ -183,8 +183,8 @@ def _runs(text: str) -> dict[str, int]:
 
 
 def _rounds(line: str, condition: Sequence[str], body: Sequence[str]) -> int:
-  """How often a loop runs: as the compiler says, or the constant that its counter is
-  compared with / the counter's step.
+  """The iterations of a loop: as the compiler says, else the constant that its counter is
+  compared with, divided by the counter's step.
   """
   known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
   if known:
@@ -197,8 +197,8 @@ def _rounds(line: str, condition: Sequence[str], body: Sequence[str]) -> int:
 
 
 def _step(body: Sequence[str], place: int) -> int:
-  """What a loop adds to its counter, which has this place in the tuple that it carries."""
-  made = {}  # name: what makes it
+  """What a loop adds to its counter, the element number `place` of the tuple it carries."""
+  made = {}  # the instruction that computes each name
   for line in body:
     found = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*)", line)
     if found:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real compiler's word on a training step, for chips that are not here.
+"""What the real compiler says of a training step, for chips that this machine lacks.
 
 libtpu (extra `tpu`) compiles for whole TPU slices on any machine, and XLA's GPU compiler
-(extra `cuda-compile`) for NVIDIA GPUs that a text describes. Both are told so by the
-environment and start only once in a process, so the work is done in a child:
-`python -m flaxlm.planning.compile`, a request on stdin, a result on stdout, both JSON.
+(extra `cuda-compile`) for NVIDIA GPUs that are described by a text. Both are configured by
+the environment and start only once in a process. So a child process does the work:
+`python -m flaxlm.planning.compile` reads a request from stdin and writes a result to
+stdout, both as JSON.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from flaxlm.planning.collectives import Collective, find_collectives
 from flaxlm.planning.devices import ANY, Device, find_device
 from flaxlm.planning.memory import Sizes
 
-# Quiet, no question to a metadata server, and more than one compiler at a time.
+# Without messages, without asking a metadata server, and several compilers at a time.
 TPU_ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -34,9 +35,9 @@ TPU_ENVIRONMENT = {
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-TPU_NAMES = {"7x": "tpu7x"}  # libtpu's, where ours differ
+TPU_NAMES = {"7x": "tpu7x"}  # libtpu's names where they differ from ours
 
-# What XLA wants to know of a Hopper GPU; the rest of the family is not described yet.
+# The description of a Hopper GPU for XLA; other generations are not described yet.
 HOPPER = """gpu_device_info {{ name: "{name}"
   cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
   core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
@@ -56,9 +57,10 @@ HOPPER_NAMES = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledStep:
-  """What the compiler says of one training step; bytes are of one device.
+  """What the compiler says of one training step; bytes are per device.
 
-  `error` is why it refused, such as memory that does not suffice; then all else is None.
+  `error` is why it refused, for example because memory does not suffice; then the bytes
+  are None.
   """
 
   target: str
@@ -67,24 +69,24 @@ class CompiledStep:
   output_bytes: int | None = None
   temp_bytes: int | None = None
   peak_bytes: int | None = None
-  alias_bytes: int | None = None  # of the outputs, those that reuse arguments
+  alias_bytes: int | None = None  # of outputs that reuse the memory of arguments
   collectives: Sequence[Collective] = ()
   error: str | None = None
 
   def difference(self, analytic_bytes: int) -> float | None:
-    """The analytic memory / the compiler's peak - 1."""
+    """Analytic memory / the compiler's peak - 1."""
     return None if not self.peak_bytes else analytic_bytes / self.peak_bytes - 1
 
 
 def compile_step(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledStep:
   """Compiles the training step of a resolved config for a mesh of `device`.
 
-  Raises `ConfigError` when there is no compiler for it here.
+  Raises `ConfigError` when this machine has no compiler for that device.
   """
   if device.kind == "gpu" and device.name not in HOPPER_NAMES:
     known = [*HOPPER_NAMES, "v4, v5e, v5p, v6e, 7x (TPU)", "cpu (simulated)"]
     raise ConfigError(
-      f"nothing compiles for {device.name} without one",
+      f"cannot compile for {device.name} on a machine without one",
       f"use --compile with {', '.join(known)}",
     )
   name = "cpu" if device is ANY else device.name
@@ -96,7 +98,7 @@ def compile_step(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledS
   )
   if device.kind == "tpu":
     environment |= TPU_ENVIRONMENT
-    # libtpu dies of a flag for this machine's own processor, which it does not know.
+    # libtpu aborts on flags for the CPU, which it does not know.
     flags = os.environ.get("XLA_FLAGS", "").split()
     environment["XLA_FLAGS"] = " ".join(f for f in flags if not f.startswith("--xla_cpu_"))
   child = subprocess.run(
@@ -109,7 +111,7 @@ def compile_step(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledS
   )
   lines = child.stdout.splitlines()
   if child.returncode or not lines:
-    if child.returncode < 0:  # libtpu aborts on some parts of a slice
+    if child.returncode < 0:  # libtpu aborts on some meshes that fill a part of a slice
       raise FlaxLMError(
         f"the compiler for {device.name} crashed (signal {-child.returncode})",
         "a mesh that fills a whole slice is the safest: 4, 8, 16, 32, ... devices",
@@ -123,7 +125,7 @@ def compile_step(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledS
   return CompiledStep(**result)
 
 
-# -- In the child ------------------------------------------------------------------------
+# -- In the child process -----------------------------------------------------------------
 
 
 def main() -> None:
@@ -139,7 +141,8 @@ def main() -> None:
 
 
 def tpu_options() -> dict[str, Any]:
-  """Least effort: three to seven times faster, and up to 6 % more memory (measured)."""
+  """The least effort: compiles three to seven times faster, to programs that take up to 6 %
+  more memory (measured)."""
   import jax
 
   if jax.__version_info__ < (0, 11):
@@ -148,7 +151,7 @@ def tpu_options() -> dict[str, Any]:
 
 
 def compile_here(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledStep:
-  """`compile_step` in this process, which must have the right environment."""
+  """`compile_step` in this process, whose environment must be right for the compiler."""
   import jax
 
   from flaxlm.nn.models import build_model
@@ -170,7 +173,7 @@ def compile_here(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledS
   memory = compiled.memory_analysis()
   arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   peak = memory.peak_memory_in_bytes
-  if device.kind != "tpu":  # other backends leave the temporaries out of their peak
+  if device.kind != "tpu":  # the peak of other backends does not include temporaries
     peak = max(peak, arguments + temporaries)
   return CompiledStep(
     target=target,
@@ -185,17 +188,17 @@ def compile_here(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledS
 
 
 def explain(message: str) -> str:
-  """One line of a compiler's error; of a full memory, by how much."""
+  """A compiler's error in one line; when memory does not suffice, by how much."""
   used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
   if used:
-    return f"out of memory: {used[1]} needed, {used[2]} there"
+    return f"out of memory: {used[1]} needed, {used[2]} available"
   return message.splitlines()[0][:200]
 
 
 def make_target_mesh(
   sizes: Sizes, device: Device, slow: Sequence[str] = ()
 ) -> tuple[str, Any]:
-  """What is compiled for, in words, and the mesh of its devices."""
+  """The target of the compilation in words, and the mesh of its devices."""
   import jax
   from jax.experimental import mesh_utils
   from jax.sharding import AxisType, Mesh
@@ -211,16 +214,16 @@ def make_target_mesh(
       grid = hybrid_grid(sizes, slow, devices)
     else:
       grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-  except (NotImplementedError, ValueError, AssertionError):  # part of a slice
+  except (NotImplementedError, ValueError, AssertionError):  # only a part of a slice
     grid = consecutive_grid(outer, inner, devices)
   assert isinstance(grid.flat[0], jax.Device)
   return target, Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def target_devices(device: Device, number: int, slices: int = 1) -> tuple[str, list[Any]]:
-  """`number` devices of each slice to compile for, slice by slice.
+  """The target in words, and its devices: `number` of each slice, slice by slice.
 
-  Raises `ConfigError` when nothing here can.
+  Raises `ConfigError` when this machine has no compiler for them.
   """
   import jax
   from jax.experimental import topologies
@@ -233,7 +236,7 @@ def target_devices(device: Device, number: int, slices: int = 1) -> tuple[str, l
   if device.kind == "tpu":
     options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
     if device.name == "v4":
-      options["chip_config_name"] = "megacore"  # two cores, one device: as Cloud has it
+      options["chip_config_name"] = "megacore"  # two cores are one device, as on Cloud
     name = TPU_NAMES.get(device.name, device.name)
     name += ":" + "x".join(map(str, slice_shape(device, number)))
     platform, package, extra = "tpu", "libtpu", "tpu"
@@ -253,7 +256,7 @@ def target_devices(device: Device, number: int, slices: int = 1) -> tuple[str, l
     )
   except (RuntimeError, ImportError, NotImplementedError) as e:
     raise ConfigError(
-      f"no compiler for {name} here: {str(e).splitlines()[0]}",
+      f"this machine has no compiler for {name}: {str(e).splitlines()[0]}",
       f"{package} is needed: pip install 'flaxlm[{extra}]'",
     ) from e
   chosen: dict[int, list[Any]] = {}
@@ -264,7 +267,7 @@ def target_devices(device: Device, number: int, slices: int = 1) -> tuple[str, l
 
 
 def slice_shape(device: Device, number: int) -> tuple[int, ...]:
-  """The most compact slice of at least `number` devices: hosts hold 2 x 2 chips."""
+  """The most compact slice of at least `number` devices; a host has 2 x 2 chips."""
   chips = -(-number // device.devices_per_chip)
   while True:
     shapes = [
@@ -278,7 +281,8 @@ def slice_shape(device: Device, number: int) -> tuple[int, ...]:
 
 
 def _factorisations(number: int, factors: int) -> list[tuple[int, ...]]:
-  """Every non-decreasing way to write a number as a product; a last 1 is put behind."""
+  """Every non-decreasing way to write a number as a product of so many factors; a slice of
+  fewer than 8 chips in three dims is 2 x 2 x 1."""
   if factors == 1:
     return [(number,)]
   if factors == 3 and number % 4 == 0 and number < 8:

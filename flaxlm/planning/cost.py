@@ -2,7 +2,7 @@
 """What a model costs, in closed form: its parameters by part, and its FLOPs.
 
 A multiply-add is two FLOPs, and the backward pass costs twice the forward pass. Two
-conventions are in use, and they differ by 4-13 %; never compare across them:
+conventions are in use, and they differ by 4-13 %; never compare figures across them:
 
 - *strict*: 6 per parameter that multiplies (a tied head once, no lookup, of experts only
   the active ones) plus attention over the keys that a query really sees (`visible_keys`),
@@ -11,8 +11,9 @@ conventions are in use, and they differ by 4-13 %; never compare across them:
 - *loose*: attention over all keys, 12 L N H T per token (PaLM, Chowdhery et al., 2022,
   appendix B; nanoGPT).
 
-What the chips *execute* is a third figure: blocks of a causal mask computed for nothing,
-and the forward pass again under remat. Time follows from it, MFU does not.
+What the chips *execute* is a third figure: it includes the masked part of the blocks that
+attention computes, and the second forward pass under remat. Step time follows from it; MFU
+does not.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al., 2022)
 
 
 def parameters(cfg: ResolvedModel) -> dict[str, int]:
-  """Number of parameters by part; the sum is the model's. `cfg` is resolved."""
+  """Number of parameters by part; their sum is the model's."""
   V, D = cfg.vocab_size, cfg.width
   parts = dict.fromkeys(("embedding", "positions", "attention", "ffn", "norms", "head"), 0)
   parts["embedding"] = (V + cfg.num_token_types) * D
@@ -44,7 +45,7 @@ def parameters(cfg: ResolvedModel) -> dict[str, int]:
 
 
 def stacks(cfg: ResolvedModel) -> list[tuple[int, bool]]:
-  """(depth, reads a source) of each stack of blocks."""
+  """(depth, whether it reads a source) of each stack of blocks."""
   if cfg.family == "encoder_decoder":
     return [(cfg.encoder_depth, False), (cfg.depth, True)]
   return [(cfg.depth, False)]
@@ -78,7 +79,7 @@ def _norm(cfg: ResolvedModel) -> int:
 
 
 def _projections(cfg: ResolvedModel) -> tuple[int, int, int]:
-  """Weights of one attention's queries, of its keys and values, and of its output."""
+  """Weights of one attention layer: of queries, of keys and values, and of the output."""
   D, N, K, H = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
   return D * N * H, 2 * D * K * H, N * H * D
 
@@ -92,7 +93,7 @@ def _attention(cfg: ResolvedModel) -> int:
 
 
 def _ffn(cfg: ResolvedModel) -> tuple[int, int, int]:
-  """Parameters of one feed-forward, of its router, and weights that a token multiplies."""
+  """Parameters of a feed-forward and of its router, and the weights that one token uses."""
   D, F, moe = cfg.width, cfg.ffn_width, cfg.moe
   matrices = 3 if cfg.gated else 2
   if not moe.num_experts:
@@ -106,13 +107,13 @@ def _ffn(cfg: ResolvedModel) -> tuple[int, int, int]:
 
 
 def _cell(cfg: ResolvedModel) -> int:
-  """One recurrent layer: what each gate reads of the input and of the state, and biases."""
+  """Parameters of one recurrent layer: each gate reads the input and the state; biases."""
   gates = {"lstm": 4, "gru": 3}[cfg.cell]
   return gates * 2 * cfg.width**2 + 4 * cfg.width
 
 
 def active_parameters(cfg: ResolvedModel) -> int:
-  """Parameters that one token passes through: all but the experts that it skips."""
+  """Parameters that one token uses: all but those of the experts that it skips."""
   skipped = 0
   if cfg.moe.num_experts:
     ffn, router, active = _ffn(cfg)
@@ -125,11 +126,11 @@ def active_parameters(cfg: ResolvedModel) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class ForwardFlops:
-  """FLOPs of one forward pass over some rows, in the three countings of this module."""
+  """FLOPs of one forward pass over some rows, counted in the three ways of this module."""
 
-  matmul: float  # weights times tokens, without the head
+  matmul: float  # products with weights, without the head
   head: float
-  attention: float  # over the keys that queries see
+  attention: float  # strict: over the keys that queries see
   attention_loose: float  # over all keys
   attention_executed: float  # over the blocks that are computed
 
@@ -142,8 +143,11 @@ class ForwardFlops:
     return self.matmul + self.head + self.attention_loose
 
   def step(self, training: TrainingConfig) -> float:
-    """FLOPs that one training step executes: forward, twice that backward, and again what
-    was not kept; of attention, whose output alone is no help, only its last product is.
+    """FLOPs that one training step executes.
+
+    The backward pass costs twice the forward pass, and what was not kept is computed again.
+    Attention is computed again unless all of it is kept: its output alone does not help,
+    because the backward pass needs the weights.
     """
     again = self.head * (training.loss_chunks > 1)
     if training.remat not in ("none", "dots"):
@@ -153,14 +157,17 @@ class ForwardFlops:
 
 
 def attention_passes(training: TrainingConfig) -> int:
-  """How often a step computes attention: forward, twice backward, and perhaps again."""
+  """How often a step computes attention: once forward, twice backward, once if remat."""
   return 3 + (training.remat != "none")
 
 
 def forward_work(
   cfg: ResolvedModel, rows: int, seq_len: int, source_len: int | None = None
 ) -> ForwardFlops:
-  """One forward pass over `rows` rows; `source_len` is an encoder-decoder's."""
+  """FLOPs of one forward pass over `rows` rows of `seq_len` tokens.
+
+  `source_len` is the length of an encoder-decoder's source; None: as long as the target.
+  """
   D, V = cfg.width, cfg.vocab_size
   S = seq_len if source_len is None else source_len
   matmul, seen, loose, executed = 0.0, 0.0, 0.0, 0.0
@@ -187,7 +194,7 @@ def forward_work(
 
 
 def _layer_weights(cfg: ResolvedModel, queries: int, source: int, cross: bool) -> float:
-  """Weights of one layer, each as often as it multiplies in a row."""
+  """Weights of one layer, each counted as often as a row multiplies with it."""
   if cfg.family == "rnn":
     return queries * (_cell(cfg) - 4 * cfg.width)
   q, kv, o = _projections(cfg)
@@ -222,7 +229,7 @@ def visible_keys(
 
 
 def computed_keys(queries: int, window: int | None, causal: bool) -> float:
-  """Keys per query in the blocks that attention computes (`nn.attention`)."""
+  """Keys per query in the blocks of queries that attention computes (`nn.attention`)."""
   if not causal:
     return queries
   pairs = 0
@@ -234,16 +241,16 @@ def computed_keys(queries: int, window: int | None, causal: bool) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
-  """One training step on the global batch."""
+  """FLOPs of one training step on the global batch."""
 
-  tokens: int  # targets; an encoder-decoder's source tokens come on top
+  tokens: int  # target tokens; those of an encoder-decoder's source are not counted
   strict_flops: float
   loose_flops: float
   executed_flops: float
 
 
 def step_cost(cfg: ResolvedConfig) -> StepCost:
-  """FLOPs of one step of a resolved config, whatever its accumulation."""
+  """FLOPs of one training step of a resolved config; accumulation does not change them."""
   data = cfg.data
   source = data.source_len or data.seq_len
   work = forward_work(cfg.model, data.batch_size, data.seq_len, source)
@@ -253,9 +260,15 @@ def step_cost(cfg: ResolvedConfig) -> StepCost:
 
 
 def kv_cache_bytes(
-  cfg: ResolvedModel, rows: int, context: int, item_size: int, source_len: int = 0
+  cfg: ResolvedModel,
+  rows: int,
+  context: int,
+  item_size: int,
+  source_len: int = 0,
+  parts: int = 1,
 ) -> int:
-  """Bytes of the cache that `rows` rows of `context` tokens decode from.
+  """Bytes of the cache that `rows` rows of `context` tokens decode from, on one of the
+  `parts` members of a `tensor` axis.
 
   Local layers keep a ring of slots, the others all of them (`ResolvedModel.cache_slots`);
   a decoder with an encoder also keeps each layer's keys and values of the source. A number
@@ -263,11 +276,12 @@ def kv_cache_bytes(
   """
   lengths = 4 * rows  # int32: the tokens of each row so far
   if cfg.family == "rnn":  # float32 always: a vector per layer, two with an LSTM's cell
-    return lengths + rows * cfg.depth * cfg.width * 4 * (2 if cfg.cell == "lstm" else 1)
+    vectors = rows * cfg.depth * (2 if cfg.cell == "lstm" else 1)
+    return lengths + vectors * 4 * cfg.width // parts
   slots = sum(cfg.cache_slots(kind, context) for kind in cfg.layer_kinds())
   segments = 0
   if cfg.family == "encoder_decoder":
     slots += cfg.depth * source_len
     segments = 4 * rows * source_len  # int32: which tokens of the source are real
-  per_slot = 2 * cfg.num_kv_heads * cfg.head_dim * item_size
+  per_slot = 2 * cfg.num_kv_heads // parts * cfg.head_dim * item_size
   return lengths + segments + rows * slots * per_slot

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes of memory per device, by part, of a training step and of decoding.
 
-Nothing is guessed where it can be asked: the state's shapes and layouts are those of
-`training`, by the same table of sharding rules, on a mesh without devices; what the
-layers keep for the backward pass is read off the traced model. What we add is at which
-moments memory can peak, and a few temporaries of each.
+As little as possible is estimated. The shapes and shardings of the state are those of
+`training`, by the same table of rules, on a mesh without devices. What the layers keep for
+the backward pass is read off the traced model. This module adds the moments at which memory
+can peak, and the temporaries of each.
 """
 
 import dataclasses
@@ -47,10 +47,11 @@ Sizes = Mapping[str, int]
 
 @dataclasses.dataclass(frozen=True)
 class PeakMemory:
-  """What lies on a device when most does: `peak` names the moment, `parts` its parts.
+  """Bytes on a device at each moment of a step at which memory can peak, by part.
 
-  `moments` has all: at the loss (every activation, and the logits), in the layers'
-  backward pass (activations and gradients), in the head's, and in the update.
+  The moments are the loss (all activations, and the logits), the backward pass of the
+  layers (activations and gradients), that of the head, and the update. `peak` names the
+  moment that needs most, and `parts` are the parts of that one.
   """
 
   moments: Mapping[str, Mapping[str, int]]
@@ -69,8 +70,10 @@ class PeakMemory:
 
 
 def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMemory:
-  """The memory of one training step of a resolved config, on a device that stores rows of
-  `lanes` elements. Raises `ConfigError` when a dim or the batch does not divide.
+  """Peak memory of one training step of a resolved config on one device.
+
+  The device stores arrays in rows of `lanes` elements. Raises `ConfigError` when the mesh
+  does not divide a dim or the batch.
   """
   model_cfg, training = cfg.model, cfg.training
   state = state_bytes(model_cfg, training, cfg.optimizer, sizes, lanes)
@@ -88,7 +91,7 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   kept_keys = keys * (depth if training.remat == "none" else 1)
   activations = rows * kept.per_row // sizes["context"] + kept_keys
   activations = activations * schedule.ticks // schedule.visits  # a stage keeps all ticks
-  # Computed again, or its gradients:
+  # One layer's activations, computed again, or their gradients.
   together = rows * schedule.stages // schedule.microbatches  # rows in a layer at once
   one_layer = together * kept_bytes(cfg, sizes["tensor"], "none").per_row // depth
   one_layer = one_layer // sizes["context"] + keys
@@ -107,21 +110,22 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   gradients = {"gradients": state.parameters}
   between = {"activations": activations, "weight_copies": copies}  # forward and backward
   if schedule.stages > 1:
-    # Every stage has a place for each microbatch, and for its gradient; dealt out in
-    # rounds, layers lie where they are stored and where they run, and so their gradients.
+    # Every stage holds all microbatches and their gradients. With repeats, layers and their
+    # gradients lie twice: where they are stored and where they run.
     everywhere = rows * schedule.stages * T // sizes["context"] * model_cfg.width * item
     dealt = state.stored_in_blocks * jnp.dtype(training.param_dtype).itemsize
     between["pipeline"] = 2 * everywhere + 2 * dealt * (schedule.repeats > 1)
   moments = {
     "loss": between
     | {
-      # In float32, and their gradient: narrow, but for a vocabulary in parts (by libtpu).
+      # In float32. Their gradient is in the compute dtype, except that libtpu keeps it in
+      # float32 when the vocabulary is cut.
       "logits": logits + logits * (item if sizes["tensor"] == 1 else 4) // 4,
       "temporary": head * item if casts or gathered else 0,  # gathered and converted
     },
     "backward": between | gradients | {"temporary": one_layer + state.largest_layer * item},
-    # The head's gradient is summed up whole: at once if that frees more (the logits'
-    # gradient) than it makes, else last of all.
+    # The head's gradient is summed unsharded: at once, if that frees more memory (the
+    # gradient of the logits) than it takes, else after everything else.
     "head": (between if logits > head * 4 // sizes["fsdp"] else gradients)
     | {"logits": logits, "temporary": head * 4 if gathered else 0},
     "update": gradients | {"temporary": state.update_temporaries},
@@ -134,14 +138,14 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
 
 @dataclasses.dataclass(frozen=True)
 class StateBytes:
-  """The state's bytes on one device, and the numbers of elements behind them."""
+  """Bytes of the training state on one device, and the element counts behind them."""
 
   parameters: int
   optimizer_state: int
   elements: int  # of parameters, on this device
-  stored_in_blocks: int  # elements of the blocks, padded as they are stored
-  largest_layer: int  # of one whole layer's parameters, gathered over fsdp
-  update_temporaries: int  # what the update rule makes on its way
+  stored_in_blocks: int  # elements of the blocks, with the padding of the device's tiles
+  largest_layer: int  # elements of one layer's parameters, gathered over fsdp
+  update_temporaries: int  # bytes of the update rule's intermediate results
 
 
 def state_bytes(
@@ -151,7 +155,7 @@ def state_bytes(
   sizes: Sizes,
   lanes: int = 1,
 ) -> StateBytes:
-  """The training state on one device, by the rules that training itself lays it out by."""
+  """The training state on one device, sharded by the rules that training uses."""
   return _state_bytes(cfg, _precision(training), optimizer, tuple(sizes.items()), lanes)
 
 
@@ -190,11 +194,11 @@ def _state_bytes(
 
 
 def _update_temporaries(params: Any, blocks: Sequence[Any], width: int, kind: str) -> int:
-  """The others write the new state over the old; Muon makes whole updates."""
+  """Bytes that an update rule needs besides the state, which most overwrite in place."""
   if kind != "muon":
     return 0
-  # Newton-Schulz multiplies a stack X of matrices: X, X X^T and its square, in float32,
-  # the products whole on every device.
+  # Muon makes all updates at once. Newton-Schulz has a stack X of matrices, X X^T and its
+  # square in float32; the products are unsharded on every device.
   most = 0
   for leaf in blocks:
     matrices, *dims = leaf.shape
@@ -204,7 +208,7 @@ def _update_temporaries(params: Any, blocks: Sequence[Any], width: int, kind: st
 
 
 def abstract_mesh(sizes: Sizes) -> Any:
-  """A mesh without devices: all that the rules need."""
+  """A mesh without devices, which is all that the sharding rules need."""
   types = (AxisType.Auto,) * len(sizes)
   return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
 
@@ -213,7 +217,7 @@ def abstract_mesh(sizes: Sizes) -> Any:
 def abstract_trees(
   cfg: ResolvedModel, training: TrainingConfig, optimizer: OptimizerConfig
 ) -> tuple[Any, Any]:
-  """Named shapes of the parameters, and shapes of the optimizer's state."""
+  """Shapes and logical names of the parameters, and shapes of the optimizer's state."""
   model = build_model(cfg, training)
   boxed = jax.eval_shape(functools.partial(init_params, model), SEED)
   plain = with_shardings(boxed, abstract_mesh(dict.fromkeys(MESH_AXES, 1)))
@@ -221,7 +225,7 @@ def abstract_trees(
 
 
 def _precision(training: TrainingConfig) -> TrainingConfig:
-  """What of a run decides the state's bytes: one key for all ways to run."""
+  """The part of a run that decides the bytes of the state, as a key for the cache."""
   dtypes = dict(dtype=training.dtype, param_dtype=training.param_dtype)
   return TrainingConfig(attention="blocked", **dtypes)  # type: ignore[arg-type]
 
@@ -232,12 +236,14 @@ def tree_bytes(tree: Any, lanes: int = 1) -> int:
 
 
 def stored_size(leaf: jax.ShapeDtypeStruct, lanes: int) -> int:
-  """Elements that one device stores of an array: a TPU fills up rows of 128 lanes along
-  one dim, for which the compiler takes the one that wastes least.
+  """Elements that one device stores for an array, padding included.
+
+  A TPU pads one dim to a multiple of its 128 lanes; the compiler takes the dim that wastes
+  least.
   """
   assert leaf.sharding is not None
   shape, size = leaf.sharding.shard_shape(leaf.shape), local_size(leaf)
-  dims = shape[1:] if len(shape) > 2 else shape  # never the layers'
+  dims = shape[1:] if len(shape) > 2 else shape  # the dim of the layers is never padded
   if len(shape) < 2:
     return size
   return min(size // dim * lanes * math.ceil(dim / lanes) for dim in dims)
@@ -257,42 +263,41 @@ def _split_over(leaf: Any, axis: str) -> bool:
 
 
 def local_rows(cfg: ResolvedConfig, sizes: Sizes) -> int:
-  """Rows of one micro-batch on one device; raises `ConfigError` if they do not divide."""
+  """Rows of one micro-batch on one device; `ConfigError` if the batch does not divide."""
   check_batch(cfg, sizes)
   return cfg.data.batch_size // (batch_shards(sizes) * cfg.training.accumulation_steps)
 
 
 def gathered_keys(cfg: ResolvedConfig, sizes: Sizes) -> int:
-  """Bytes of one row's keys and values, of one layer, that the other members of
-  `context` have made."""
+  """Bytes of one row's keys and values in one layer that a device gathers from the other
+  members of `context`."""
   model, others = cfg.model, sizes["context"] - 1
-  assert model.num_kv_heads and model.head_dim
   width = 2 * model.num_kv_heads // sizes["tensor"] * model.head_dim
   item = jnp.dtype(cfg.training.dtype).itemsize
   return cfg.data.seq_len * width * item * others // sizes["context"]
 
 
 class Kept(NamedTuple):
-  """Bytes that the backward pass of the layers needs from the forward pass."""
+  """Bytes that the layers keep from the forward pass for the backward pass."""
 
   per_row: int  # activations
-  fixed: int  # copies of parameters: converted, or cut out of their stack
+  fixed: int  # copies of parameters, converted or sliced out of their stack
 
 
 def kept_bytes(cfg: ResolvedConfig, parts: int, remat: Remat) -> Kept:
-  """What one of `parts` members of a `tensor` axis keeps. Parameters are not among it."""
+  """What one of the `parts` members of a `tensor` axis keeps, besides the parameters."""
   remat = "full" if remat == "offload" else remat  # the rest is in the host's memory
   fused = cfg.training.attention == "cudnn"
   path: Any = OUTLINE if fused else "blocked"
   run = dataclasses.replace(
     _precision(cfg.training), remat=remat, scanned=True, attention=path
   )
-  lengths = (cfg.data.seq_len, source_len(cfg))
-  return _kept_bytes(_local_model(cfg.model, parts), run, lengths)
+  model = _local_model(cfg.model, parts)
+  return _kept_bytes(model, run, cfg.data.seq_len, source_len(cfg))
 
 
 def source_len(cfg: ResolvedConfig) -> int:
-  """Source tokens in a row: an encoder-decoder's, else none."""
+  """Source tokens in a row of an encoder-decoder; 0 for other families."""
   if cfg.model.family != "encoder_decoder":
     return 0
   return cfg.data.source_len or cfg.data.seq_len
@@ -300,7 +305,6 @@ def source_len(cfg: ResolvedConfig) -> int:
 
 def _local_model(cfg: ResolvedModel, parts: int) -> ResolvedModel:
   """The share of a model that one member of a `tensor` axis computes."""
-  assert cfg.num_kv_heads and cfg.ffn_width and cfg.moe.expert_width
   return dataclasses.replace(
     cfg,
     num_heads=cfg.num_heads // parts,
@@ -311,20 +315,31 @@ def _local_model(cfg: ResolvedModel, parts: int) -> ResolvedModel:
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_bytes(cfg: ResolvedModel, run: TrainingConfig, lengths: tuple[int, int]) -> Kept:
-  """Read off the traced model: what grows with the rows, and what does not."""
+def _kept_bytes(
+  cfg: ResolvedModel, run: TrainingConfig, seq_len: int, source_len: int
+) -> Kept:
+  """What the traced model keeps for one row and for two tells what grows with the rows."""
   model = build_model(cfg, run)
-  boxed = jax.eval_shape(functools.partial(init_params, model), SEED)
-  one, two = (_residual_bytes(model, nn.unbox(boxed), n, lengths) for n in (1, 2))
+  params = nn.unbox(jax.eval_shape(functools.partial(init_params, model), SEED))
+  one, two = (_residual_bytes(model, params, n, seq_len, source_len) for n in (1, 2))
   return Kept(two - one, max(0, 2 * one - two))
 
 
-def _residual_bytes(model: Any, params: Any, rows: int, lengths: tuple[int, int]) -> int:
-  target, source = (
-    jax.ShapeDtypeStruct((rows, length), jnp.int32) if length else None
-    for length in lengths
+def _residual_bytes(
+  model: Any, params: Any, rows: int, seq_len: int, source_len: int
+) -> int:
+  target: Any = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32)
+  source: Any = jax.ShapeDtypeStruct((rows, source_len), jnp.int32) if source_len else None
+  batch = Batch(
+    tokens_BT=target,
+    targets_BT=target,
+    positions_BT=target,
+    segments_BT=target,
+    weights_BT=target,
+    source_BS=source,
+    source_positions_BS=source,
+    source_segments_BS=source,
   )
-  batch: Any = Batch(*[target] * 5, *[source] * 3)  # type: ignore[arg-type]
 
   def hidden(params: Any, batch: Batch) -> Any:
     dropout = model.cfg.dropout > 0
@@ -339,7 +354,7 @@ def _residual_bytes(model: Any, params: Any, rows: int, lengths: tuple[int, int]
 
 
 def residual_bytes(function: Callable, differentiated: Any, *others: Any) -> int:
-  """Bytes that the backward pass of `function` needs, besides its arguments."""
+  """Bytes that the backward pass of `function` needs besides its arguments."""
 
   def residuals(differentiated: Any, *others: Any) -> list[jax.Array]:
     return jax.tree.leaves(jax.vjp(lambda x: function(x, *others), differentiated)[1])
@@ -356,8 +371,10 @@ def residual_bytes(function: Callable, differentiated: Any, *others: Any) -> int
 
 
 def _origins(jaxpr: Any) -> Callable[[Any], Any]:
-  """What an array is a view of: q, k and v each keep their own reshape of one input, which
-  the compiler stores once. Looks through reshapes, here and in the layers' loop.
+  """A function that finds the array which another one is a reshape of.
+
+  q, k and v each keep their own reshape of one input, which the compiler stores once. The
+  function looks through reshapes, also inside the loop over layers.
   """
   makers = {var: (eqn, n) for eqn in jaxpr.eqns for n, var in enumerate(eqn.outvars)}
 
@@ -392,11 +409,10 @@ def decoding_memory(
   item = jnp.dtype(training.dtype).itemsize
   shards, parts = batch_shards(sizes), sizes["tensor"]
   V = cfg.model.vocab_size
-  assert V is not None
   local = math.ceil(rows / shards)
   return {
-    # Taken apart, layers are whole on every stage.
+    # Decoding unstacks the layers, and then every stage holds all of them.
     "parameters": (state.elements + (sizes["stage"] - 1) * state.stored_in_blocks) * item,
-    "kv_cache": kv_cache_bytes(cfg.model, local, context, item, source_len(cfg)) // parts,
+    "kv_cache": kv_cache_bytes(cfg.model, local, context, item, source_len(cfg), parts),
     "logits": local * (V // parts) * 4,
   }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flaxlm plan`: one config, one mesh, one kind of device, and what people ask of them."""
+"""`flaxlm plan`: answers what the command line asks about a config on a mesh of devices."""
 
 import dataclasses
 import math
@@ -25,14 +25,14 @@ class Questions:
   compiled: bool = False
   searched: bool = False
   batches: Sequence[int] = ()  # to decode with
-  contexts: Sequence[int] | None = None  # none: a few up to the model's
-  tokens: float | None = None
-  price: float | None = None
+  contexts: Sequence[int] | None = None  # None: three, up to the model's
+  tokens: float | None = None  # to train on
+  price: float | None = None  # per device and hour
   network: float | None = None  # bytes per second out of a device, beyond its domain
 
 
 def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
-  """Answers all of it; raises `ConfigError` for a mesh or a device that cannot be."""
+  """Answers the questions. Raises `ConfigError` for an impossible mesh or device."""
   device = ANY if asked.device is None else find_device(asked.device)
   if asked.network is not None:
     device = dataclasses.replace(device, network_bandwidth=asked.network)
@@ -41,7 +41,7 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
   cfg = dataclasses.replace(resolve(cfg), mesh=dict(asked.mesh))
   number = asked.num_devices
   if number is None and dict(asked.mesh) == {"data": -1}:
-    number = 1  # nobody said anything about devices
+    number = 1  # neither a mesh nor a number of devices was given
   choices = []
   if asked.searched:
     choices = search(cfg, device, number or math.prod(mesh_shape(asked.mesh).values()))
@@ -53,7 +53,7 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
     cfg, found = choices[0].cfg, choices[0].plan
   else:
     sizes = mesh_shape(asked.mesh, number)
-    cfg = padded(cfg, sizes)
+    cfg = with_padded_vocabulary(cfg, sizes)
     found = plan_training(cfg, sizes, device)
   return Report(
     name=cfg.name or "config",
@@ -69,14 +69,15 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
 
 
 def resolve(cfg: Config) -> ResolvedConfig:
-  """`cfg` with every number of the model known. A tokenizer that is yet to be trained
-  counts as full.
+  """`cfg` with every number of the model known.
+
+  A tokenizer that is not trained yet counts with the vocabulary that it is to have.
   """
   return cfg.resolve(cfg.model.vocab_size or expected_vocab_size(cfg.tokenizer))
 
 
-def padded(cfg: ResolvedConfig, sizes: Mapping[str, int]) -> ResolvedConfig:
-  """`cfg` with the vocabulary that training gives it on such a mesh."""
+def with_padded_vocabulary(cfg: ResolvedConfig, sizes: Mapping[str, int]) -> ResolvedConfig:
+  """`cfg` with its vocabulary padded as training pads it on such a mesh."""
   return dataclasses.replace(cfg, model=cfg.model.padded(sizes["tensor"]))
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matrix products of a training step and of a decoding step, one by one.
 
-FLOPs alone say what a step costs where every product runs at the same rate. On a CPU a
-small product, or a batch of them, runs at a third of the rate of a large one; whoever has
-measured the shapes at hand predicts with those rates (`Device.product_rates`).
+FLOPs alone predict the time of a step where every product runs at the same rate. On a CPU
+a small product, or a batch of small ones, runs at a third of the rate of a large one. Where
+the shapes at hand were measured, predictions use those rates (`Device.product_rates`).
 """
 
 import functools
@@ -37,7 +37,7 @@ class Product(NamedTuple):
 
   @property
   def elements(self) -> int:
-    """Of both operands and the result."""
+    """Elements of both operands and of the result."""
     M, K, N, G = self
     return G * (M * K + K * N + M * N)
 
@@ -48,7 +48,7 @@ class Product(NamedTuple):
 
   @property
   def gradients(self) -> tuple["Product", "Product"]:
-    """Those of the backward pass: the left operand's gradient, and the right one's."""
+    """The products of the backward pass: gradients of the left and of the right operand."""
     M, K, N, G = self
     return Product(M, N, K, G), Product(K, M, N, G)
 
@@ -57,8 +57,8 @@ Products = Counter[Product]
 
 
 def is_listed(cfg: ResolvedConfig) -> bool:
-  """Whether this module knows the products of a resolved config: dense decoders without
-  remat, accumulation or a loss in chunks."""
+  """Whether this module can list the products of a resolved config: those of dense decoders
+  without remat, accumulation, or a loss in chunks."""
   model, training = cfg.model, cfg.training
   return (
     model.family == "decoder"
@@ -69,11 +69,10 @@ def is_listed(cfg: ResolvedConfig) -> bool:
 
 
 def training_products(cfg: ResolvedConfig) -> Products:
-  """How often each product occurs in a step on one device, forward, backward, update;
-  those inside a fused kernel of attention apart."""
+  """How often each product occurs in a training step on one device: in the forward pass,
+  the backward pass and the update. Those inside a fused attention kernel are left out."""
   model = cfg.model
   B, T = cfg.data.batch_size, cfg.data.seq_len
-  assert model.num_kv_heads and model.head_dim and model.vocab_size
   K, H, G = model.num_kv_heads, model.head_dim, model.num_heads // model.num_kv_heads
   forward = weight_products(model, B * T)
   blocked = cfg.training.attention != "cudnn"
@@ -94,8 +93,8 @@ def training_products(cfg: ResolvedConfig) -> Products:
 
 
 def weight_products(model: ResolvedModel, rows: int) -> Products:
-  """Tokens times weights, forward, of `rows` tokens: all layers, and the head."""
-  assert model.num_kv_heads and model.head_dim and model.ffn_width and model.vocab_size
+  """The products with weights of a forward pass over `rows` tokens: of all layers and the
+  head."""
   D, F, L = model.width, model.ffn_width, model.depth
   queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
   found = Counter[Product]()
@@ -112,8 +111,9 @@ def weight_products(model: ResolvedModel, rows: int) -> Products:
 
 
 def muon_products(model: ResolvedModel) -> Products:
-  """Newton-Schulz on every kernel of the blocks as (n, m), n <= m, a layer a matrix:
-  X X^T, its square, and that times X, in each iteration (Jordan, 2024)."""
+  """The products of Newton-Schulz on every kernel of the blocks, each layer's as a matrix
+  of shape (n, m), n <= m: X X^T, its square, and that times X, in each iteration (Jordan,
+  2024)."""
   found = Counter[Product]()
   for n, m, layers in _kernels(model):
     found[Product(n, m, n, layers)] += NEWTON_SCHULZ_STEPS
@@ -124,7 +124,7 @@ def muon_products(model: ResolvedModel) -> Products:
 
 @functools.lru_cache(maxsize=8)
 def _kernels(model: ResolvedModel) -> list[tuple[int, int, int]]:
-  """(n, m, matrices) of every kernel that Muon updates, by its own view of them."""
+  """(n, m, number of matrices) of every kernel that Muon updates, as Muon reshapes them."""
   boxed = jax.eval_shape(functools.partial(init_params, build_model(model)), SEED)
   params = nn.unbox(boxed)
   is_view = lambda x: x is None or hasattr(x, "reduction_axis")

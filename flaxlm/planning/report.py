@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan as a page for people and as JSON for scripts."""
+"""A plan as tables for people and as JSON for scripts."""
 
 import dataclasses
 import math
@@ -14,19 +14,19 @@ from flaxlm.planning.devices import ANY
 from flaxlm.planning.roofline import DecodePoint, Plan
 from flaxlm.planning.search import Choice
 
-MOST_CHOICES = 20  # of a search, shown to people; JSON has all
+MOST_CHOICES = 20  # of a search that the tables show; JSON has all
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-  """Everything that one call of `flaxlm plan` found out."""
+  """Everything that one call of `flaxlm plan` has found out."""
 
   name: str
   plan: Plan
-  padding: str = ""  # what there is to say of the vocabulary's
+  padding: str = ""  # a line about the padding of the vocabulary, if it has any
   tokens: float | None = None  # to train on
   price: float | None = None  # per device and hour
-  cure: Choice | None = None  # what would fit, for a plan that does not
+  cure: Choice | None = None  # the cheapest change that fits, if the plan does not
   choices: Sequence[Choice] = ()
   decoding: Sequence[DecodePoint] = ()
   compiled: CompiledStep | None = None
@@ -49,7 +49,7 @@ class Report:
 
 
 def to_json(report: Report) -> dict[str, Any]:
-  """The schema that scripts rely on; bytes and seconds, no rounding."""
+  """The report in the schema that scripts rely on: bytes and seconds, not rounded."""
   plan, times = report.plan, report.plan.times
   result: dict[str, Any] = {
     "name": report.name,
@@ -126,7 +126,7 @@ def _choice(choice: Choice) -> dict[str, Any]:
 
 
 def print_report(report: Report, out: TextIO) -> None:
-  """The same as tables, the verdict last."""
+  """The report as tables, with the verdict last."""
   console = Console(file=out, highlight=False)
   plan = report.plan
   device = plan.device.name if plan.num_devices == 1 else f"{plan.num_devices} x"
@@ -142,15 +142,15 @@ def print_report(report: Report, out: TextIO) -> None:
     _print_choices(report.choices, console)
   if report.compiled is not None:
     _print_compiled(report.compiled, plan, console)
-  print(verdict(report), file=out)  # rich would break the flags over lines
+  print(verdict(report), file=out)  # rich would break lines in the middle of the flags
 
 
 def verdict(report: Report) -> str:
-  """FITS or DOES NOT FIT, by how much, and the cheapest change that does."""
+  """FITS or DOES NOT FIT, by how much, and the cheapest change that would fit."""
   plan = report.plan
   usable, total = plan.device.usable_bytes, plan.memory.total
   if usable is None:
-    why = f"how much a {plan.device.name} has is not known"
+    why = f"the memory of a {plan.device.name} is not known"
     if plan.device is ANY:
       why = "name a --device to learn whether it fits"
     return f"{size(total)} per device; {why}"
@@ -287,7 +287,7 @@ def _print_compiled(compiled: CompiledStep, plan: Plan, console: Console) -> Non
       table.add_row(name, size(value))
     table.add_row("analytic", size(plan.memory.total))
     if plan.device.kind == "gpu":
-      table.add_row("attention", "blocked: cuDNN's compiles on its GPU only")
+      table.add_row("attention", "blocked: cuDNN's compiles only on a machine with a GPU")
     difference = compiled.difference(plan.memory.total)
     table.add_row(
       "analytic / peak - 1", "?" if difference is None else f"{difference:+.1%}"

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time on paper: what a step costs in arithmetic, in memory traffic, and on each mesh axis.
 
-What overlaps is an assumption, and this is ours: on one device matrix products and passes
-over memory take turns; the weights and gradients of `data` and `fsdp` travel meanwhile;
-what the other axes exchange is needed at once, so everybody waits for it; and in a pipeline
-a stage waits for the first microbatch to come and the last one to go.
-Formulas are those of the scaling book (jax-ml.github.io/scaling-book): a gathered array
-of b bytes takes b (n - 1) / n / W on an axis of n, its reduction the same, both twice that.
+What overlaps is an assumption. Ours: on one device, matrix products and passes over memory
+take turns; the exchanges over `data` and `fsdp` (weights and gradients) overlap with them;
+the exchanges over the other axes do not, because their results are needed at once; and in
+a pipeline a stage waits for the first microbatch to arrive and for the last one to leave.
+Formulas are those of the scaling book (jax-ml.github.io/scaling-book): gathering an array
+of b bytes on an axis of n devices takes b (n - 1) / n / W, reduce-scattering it the same,
+and an all-reduce twice that.
 """
 
 import dataclasses
@@ -50,15 +51,17 @@ from flaxlm.planning.products import (
 from flaxlm.sharding import batch_shards, describe_mesh, training_schedule
 
 COLLECTIVE_SECONDS = 1e-6  # no exchange is faster, however small (scaling book)
-# Passes over an array that a layer keeps: written, read, and its gradient likewise; an
-# array computed again is written once more.
+# Passes over memory for an array that a layer keeps: it is written and read, and so is its
+# gradient. An array that is computed again is written once more.
 PASSES, PASSES_AGAIN = 4, 5
-# Kernels that XLA makes of a greedy decoding step on a kind of device: of a layer, and
-# around the layers (in HLO, of LLaMA and of GPT shapes: 22 and 29, 24 and 37 for a CPU; 14
-# and 9, 15 and 9 for an H100). A CPU's are those besides products with weights, whose rates
-# include what a call costs.
+# Kernels of a greedy decoding step, by kind of device: in each layer, and outside the
+# layers (counted in HLO for LLaMA and GPT shapes: 22 and 29, 24 and 37 on a CPU; 14 and 9,
+# 15 and 9 on an H100). On a CPU products with weights are not among them: their measured
+# rates include what a call costs.
 OPERATIONS = {"cpu": (23, 32), "gpu": (14, 9)}
-LOGIT_PASSES = 6  # logits: written, read for the maximum, the sum and the gradient; it too
+# Passes over the logits: written; read for the maximum, the sum and the gradient, which is
+# written and read.
+LOGIT_PASSES = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Plan:
   times: "StepTimes"
   mfu: float | None  # strict, of the published peak
   slow: Sequence[str] = ()  # axes on the network between slices or hosts
-  attention: Path | None = None  # over whole rows
+  attention: Path | None = None  # of training's whole rows
 
   @property
   def mesh(self) -> str:
@@ -113,7 +116,7 @@ class StepTimes:
 
   @property
   def seconds(self) -> float | None:
-    """The whole step, by this module's assumption about what overlaps."""
+    """Seconds of the whole step, by this module's assumption about what overlaps."""
     times = [self.compute, self.memory, *self.network.values()]
     if any(time is None for time in times):
       return None
@@ -125,14 +128,14 @@ class StepTimes:
 
   @property
   def waiting(self) -> float | None:
-    """Seconds in which a stage has no microbatch; the head counts as if it were in one."""
+    """Seconds in which a stage has no microbatch; the head counts as part of the stages."""
     if self.compute is None or self.memory is None:
       return None
     return (self.compute + self.memory) * self.bubble / (1 - self.bubble)
 
   @property
   def limited_by(self) -> str | None:
-    """compute, memory, bubble, or network:AXIS, whichever alone takes longest."""
+    """compute, memory, bubble or network:AXIS: the one that takes longest by itself."""
     if self.seconds is None:
       return None
     named = {"compute": self.compute, "memory": self.memory, "bubble": self.waiting}
@@ -167,7 +170,7 @@ def plan_training(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Plan:
 def with_path(
   cfg: ResolvedConfig, sizes: Sizes, device: Device
 ) -> tuple[ResolvedConfig, Path | None]:
-  """The config with the path that attention takes on such a mesh, and why it does."""
+  """The config with the attention path that such a mesh takes, and the path's reason."""
   model = build_model(cfg.model, cfg.training, device.kernel_head_dim)
   path = training_path(model.cfg, model.run, sizes, cfg.data.seq_len, source_len(cfg))
   if path is None:
@@ -192,7 +195,8 @@ def step_times(
 def compute_seconds(
   cfg: ResolvedConfig, sizes: Sizes, device: Device, cost: StepCost
 ) -> float | None:
-  """FLOPs at the attainable rate, or product by product where their rates were measured."""
+  """Seconds of arithmetic: each product at its measured rate where rates were measured,
+  else all FLOPs at the attainable rate."""
   num_devices = math.prod(sizes.values())
   fused, rate = cfg.training.attention == "cudnn", device.attention_rate
   executed, kernel = cost.executed_flops, 0.0
@@ -223,7 +227,8 @@ def product_seconds(products: Products, device: Device, dtype: str) -> float | N
 
 
 def memory_seconds(parts: Mapping[str, float], device: Device) -> float | None:
-  """Bytes by part, each at its own measured bandwidth, else at the memory's."""
+  """Seconds to move these bytes: each part at its own measured bandwidth, if there is one,
+  else at the memory's."""
   general, seconds = attainable_bandwidth(device), 0.0
   for part, num_bytes in parts.items():
     rate = device.pass_bandwidths.get(part, general)
@@ -234,7 +239,7 @@ def memory_seconds(parts: Mapping[str, float], device: Device) -> float | None:
 
 
 def attainable_flops(device: Device, dtype: str) -> float | None:
-  """The best that was measured, where somebody did, else the peak."""
+  """The best rate that was measured on such a device, else the published peak."""
   peak = device.flops(dtype)
   return peak and peak * (device.matmul_fraction or 1.0)
 
@@ -245,24 +250,25 @@ def attainable_bandwidth(device: Device) -> float | None:
 
 
 def traffic_bytes(cfg: ResolvedConfig, sizes: Sizes, state: StateBytes) -> float:
-  """Bytes that one device reads and writes in a step, besides operands in its caches."""
+  """Bytes that one device reads from memory and writes to it in a step; operands that stay
+  in its caches are not counted."""
   return sum(traffic_parts(cfg, sizes, state).values())
 
 
 def traffic_parts(cfg: ResolvedConfig, sizes: Sizes, state: StateBytes) -> dict[str, float]:
-  """`traffic_bytes` by what is read and written."""
+  """`traffic_bytes` by part."""
   training, model = cfg.training, cfg.model
   rows = local_rows(cfg, sizes)
   passes = PASSES if training.remat == "none" else PASSES_AGAIN
   T = cfg.data.seq_len
   kept = kept_bytes(cfg, sizes["tensor"], "none").per_row
   activations = passes * rows * kept / sizes["context"]
-  assert model.vocab_size is not None
   logits = rows * T / sizes["context"] * (model.vocab_size // sizes["tensor"]) * 4
   weights = 3 * gathered_elements(state, sizes) * jnp.dtype(training.dtype).itemsize
   logit_passes = LOGIT_PASSES + (training.loss_chunks > 1)  # computed again
   times = training.accumulation_steps
-  schedule = training_schedule(training, sizes)  # reads and sums anew for each microbatch
+  # Each microbatch reads the weights and adds to the gradients.
+  schedule = training_schedule(training, sizes)
   in_blocks = state.stored_in_blocks * sizes["fsdp"]
   weights_of_blocks = 3 * in_blocks * jnp.dtype(training.dtype).itemsize
   return {
@@ -275,12 +281,12 @@ def traffic_parts(cfg: ResolvedConfig, sizes: Sizes, state: StateBytes) -> dict[
 
 
 def blocks_bytes(cfg: ResolvedConfig, state: StateBytes) -> int:
-  """Of the parameters of the layers that one device has, or of their gradients."""
+  """Bytes of the parameters of the layers on one device, or of their gradients."""
   return state.stored_in_blocks * jnp.dtype(cfg.training.param_dtype).itemsize
 
 
 def gathered_elements(state: StateBytes, sizes: Sizes) -> int:
-  """Parameters that one device multiplies with in a step: its share, whole over fsdp."""
+  """Parameters that one device uses in a step: its own, with those gathered over fsdp."""
   return state.elements * sizes["fsdp"]
 
 
@@ -298,9 +304,10 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes, state: StateBytes) -> dict[
   num_layers = sum(depth * (2 + reads_source) for depth, reads_source in stacks(model)) / 2
   again = training.remat == "full"
   schedule = training_schedule(training, sizes)
-  stretch = schedule.ticks / schedule.visits  # who waits computes all the same
+  # A stage without a microbatch computes as well, on data that is thrown away.
+  stretch = schedule.ticks / schedule.visits
   num_layers *= stretch
-  # A tied table has two gradients, of the lookup and of the logits: each is summed.
+  # A tied embedding has two gradients, of the lookup and of the logits, and each is summed.
   table = parameters(model)["embedding"] * model.tied_embeddings
   twice = table * jnp.dtype(training.param_dtype).itemsize
   gradients = state.parameters + twice // (sizes["tensor"] * sizes["fsdp"])
@@ -314,8 +321,9 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes, state: StateBytes) -> dict[
     state.stored_in_blocks * sizes["fsdp"] * (schedule.ticks / schedule.repeats - 1)
   )
   sent = {
-    # A microbatch at each tick, and its gradient; all of them to every stage, and back;
-    # layers to where they run; gradients of what is not of a stage, summed.
+    # At each tick a microbatch, and its gradient; before and after the ticks all of them to
+    # every stage and back; with repeats, layers to where they run; and the sum of the
+    # gradients of all parameters that are not in a stage.
     "stage": 2
     * parts
     * vector_bytes
@@ -325,25 +333,28 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes, state: StateBytes) -> dict[
     + 4 * parts * vector_bytes * (sizes["stage"] - 1)
     + 2 * parts * blocks * (schedule.repeats > 1) * share("stage")
     + 2 * (gradients - blocks) * share("stage"),
-    # Gradients, summed: reduced and gathered again; in a pipeline at every tick.
+    # An all-reduce of the gradients; in a pipeline at every tick.
     "data": 2 * (gradients + at_ticks) * share("data"),
-    # Weights gathered forward and backward, gradients reduced to their owner; a stage does
-    # so at every tick, with the layers of one visit.
+    # Weights gathered forward and backward, gradients reduce-scattered; a pipeline does so
+    # at every tick, for the layers of one visit.
     "fsdp": 3 * parts * gathered * item * share("fsdp"),
-    # Two sums per layer forward and backward (Shoeybi et al., 2019), embedding and head. As
-    # scattered sums and gathers they cost the same, but inputs are gathered again backward.
+    # Two all-reduces per layer, forward and backward (Shoeybi et al., 2019), and those of
+    # embedding and head. With sequence_parallel they are reduce-scatters and all-gathers,
+    # which cost the same, but the inputs are gathered once more in the backward pass.
     "tensor": 2
     * parts
     * vector_bytes
     * (num_layers * (4 + 2 * again + training.sequence_parallel) + 2)
     * share("tensor"),
-    # Keys and values, gathered in each layer; their gradients, scattered; the rest as data.
+    # Keys and values, gathered in each layer; their gradients, reduce-scattered; and the
+    # gradients of the parameters, as along `data`.
     "context": (2 + again) * parts * rows * num_layers * gathered_keys(cfg, sizes)
     + 2 * gradients * share("context"),
     "expert": 0.0,
   }
   if sizes["expert"] > 1:
-    # Tokens to their experts and back, forward and backward; the rest as along `data`.
+    # Tokens to their experts and back, forward and backward; and the gradients of all other
+    # parameters, as along `data`.
     moved = (4 + 2 * again) * parts * vector_bytes * model.moe.experts_per_token
     dense = 2 * gradients
     sent["expert"] = (moved * model.depth * stretch + dense) * share("expert")
@@ -355,11 +366,12 @@ def axis_bandwidth(
 ) -> float | None:
   """Bytes per second that one device sends along a mesh axis.
 
-  Later mesh axes vary fastest, so they get the nearest neighbours. A torus shares its
-  axes out evenly among the mesh axes in use; on a switch every axis has all of it. An
-  axis that leaves the domain moves at the rate of its members' network together. A `slow`
-  axis lies outside all others: its members are in as many slices or hosts, each with the
-  network of one device.
+  Later mesh axes vary fastest, so their members are the nearest neighbours. The axes of a
+  torus are shared out evenly among the mesh axes in use; on a switch every mesh axis has
+  the full bandwidth. An axis that is larger than the domain has the bandwidth of the
+  network cards of all its members within a domain. A `slow` axis lies outside all others:
+  each of its members is in a slice or host of its own, and has the network card of one
+  device.
   """
   if axis in slow:
     return device.network_bandwidth
@@ -384,13 +396,13 @@ def axis_bandwidth(
 
 @dataclasses.dataclass(frozen=True)
 class DecodePoint:
-  """Decoding `batch` rows at `context` tokens: memory per device, and time per token."""
+  """Decoding `batch` rows of `context` tokens: memory per device, and time per step."""
 
   batch: int
   context: int
   bytes_per_device: int
   fits: bool | None
-  min_devices: int | None  # that hold weights and cache at all
+  min_devices: int | None  # the fewest that together hold the weights and the cache
   seconds: float | None  # per step: one token for every row
   tokens_per_second: float | None
   limited_by: str | None
@@ -401,8 +413,8 @@ def plan_decoding(
 ) -> DecodePoint:
   """One point of the bandwidth roofline: every step reads the weights and the cache.
 
-  Laid out by the same rules as training: rows over `data`, `fsdp` and `expert`, heads over
-  `tensor`. So `fsdp` gathers the weights at every step, which `tensor` does not have to.
+  Arrays are sharded as in training: rows over `data`, `fsdp` and `expert`, heads over
+  `tensor`. So `fsdp` has to gather the weights at every step; `tensor` does not.
   """
   memory = decoding_memory(cfg, sizes, batch, context)
   item = jnp.dtype(cfg.training.dtype).itemsize
@@ -430,7 +442,7 @@ def plan_decoding(
 def _decode_times(
   cfg: ResolvedConfig, sizes: Sizes, device: Device, batch: int, context: int
 ) -> dict[str, float | None]:
-  """Seconds of one step by what takes them; compute and weights come first."""
+  """Seconds of one step by their cause; compute and weights come first."""
   model, tensor = cfg.model, sizes["tensor"]
   item = jnp.dtype(cfg.training.dtype).itemsize
   rows = math.ceil(batch / batch_shards(sizes))
@@ -439,7 +451,7 @@ def _decode_times(
   flops, weights, cache = decode_work(cfg, rows, context)
   weights, cache = weights / tensor / sizes["expert"], cache / tensor
   vectors = rows * model.width * item * model.depth
-  exchanges = {  # bytes, and how many there are
+  exchanges = {  # bytes in all, and the number of exchanges
     "fsdp": (weights, model.depth),
     "tensor": (4 * vectors, 2 * model.depth),
     "expert": (2 * vectors * model.moe.experts_per_token, 2 * model.depth),
@@ -464,7 +476,7 @@ def _decode_times(
 
 
 def decode_work(cfg: ResolvedConfig, rows: int, context: int) -> tuple[float, float, float]:
-  """One step of `rows` rows, whole: FLOPs, bytes of weights, bytes of cache."""
+  """One decoding step of `rows` rows, unsharded: FLOPs, bytes of weights and of cache."""
   model, item = cfg.model, jnp.dtype(cfg.training.dtype).itemsize
   work = forward_work(model, rows, 1)
   flops, source = work.matmul + work.head, source_len(cfg)
@@ -476,12 +488,13 @@ def decode_work(cfg: ResolvedConfig, rows: int, context: int) -> tuple[float, fl
 
 
 def read_parameters(cfg: ResolvedConfig, rows: int) -> int:
-  """Parameters that a step reads: no input table, and no expert that nobody asked for."""
+  """Parameters that a decoding step reads: not the input embedding, and of the experts only
+  those that a row has chosen."""
   model = cfg.model
   parts = parameters(model)
   total, active = sum(parts.values()), active_parameters(model)
   lookup = 0 if model.tied_embeddings else parts["embedding"]
-  # A row visits A of E experts; of independent rows a share of 1 - (1 - A/E)^rows.
+  # A row chooses A of E experts; independent rows together a share of 1 - (1 - A/E)^rows.
   if model.moe.num_experts:
     share = model.moe.experts_per_token / model.moe.num_experts
     skipped = (total - active) / (1 - share) if share < 1 else 0.0

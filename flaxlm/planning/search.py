@@ -21,19 +21,19 @@ from flaxlm.planning.roofline import Plan, plan_training
 from flaxlm.sharding import least_rows
 
 REMATS: tuple[Remat, ...] = ("none", "dots", "full")
-MOST_DEVICES = 4096  # looked at for a plan that does not fit
+MOST_DEVICES = 4096  # the most that are tried for a plan that does not fit
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """One way to run a config, and what it comes to."""
+  """One way to run a config, and its plan."""
 
   cfg: ResolvedConfig
   plan: Plan
 
   @property
   def flags(self) -> str:
-    """The command line that chooses it."""
+    """The command-line flags that choose it."""
     training = self.cfg.training
     return (
       f"--mesh {self.plan.mesh} --training.remat={training.remat} "
@@ -42,10 +42,11 @@ class Choice:
 
 
 def search(cfg: ResolvedConfig, device: Device, num_devices: int) -> list[Choice]:
-  """All that can be laid out on `num_devices`, the fastest that fits first.
+  """Every mesh and remat policy that is possible on `num_devices`; the fastest that fits
+  comes first.
 
-  Of each mesh and policy only the least accumulation that fits is kept: more is slower.
-  The axes that `cfg.mesh` lays on the slow network keep their sizes.
+  Each has the least accumulation that fits, because more is slower. The axes that
+  `cfg.mesh` puts on the slow network keep their sizes.
   """
   given, slow = mesh_sizes(cfg.mesh), slow_axes(cfg.mesh)
   choices = [
@@ -72,7 +73,7 @@ def meshes(cfg: ResolvedConfig, num_devices: int) -> Iterator[dict[str, int]]:
 def _best_accumulation(
   cfg: ResolvedConfig, device: Device, sizes: Sizes, remat: Remat
 ) -> Choice | None:
-  """The least accumulation that fits, or the most of all if none does."""
+  """The choice with the least accumulation that fits; if none fits, with the most."""
   rows = cfg.data.batch_size // least_rows(cfg.training, sizes)
   steps = [n for n in range(1, rows + 1) if rows % n == 0]
 
@@ -86,9 +87,9 @@ def _best_accumulation(
     return None
   try:
     most = choose(steps[-1])
-  except ConfigError:  # a dim that this mesh does not divide
+  except ConfigError:  # this mesh does not divide some dim
     return None
-  # One more sum of gradients may cost more than the first halving of the rows saves.
+  # The sums of gradients that accumulation needs may take more memory than fewer rows save.
   if most.plan.fits is False and choose(1).plan.fits is False:
     return most
   return next(choice for n in steps if (choice := choose(n)).plan.fits is not False)
@@ -102,8 +103,8 @@ def _rank(choice: Choice) -> tuple:
 
 
 def cheapest_fit(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Choice | None:
-  """The least change that makes a config fit: first how it runs, then the mesh, then more
-  devices. None if nothing up to `MOST_DEVICES` does.
+  """The smallest change that makes a config fit: of remat and accumulation, else of the
+  mesh, else of the number of devices. None if nothing up to `MOST_DEVICES` fits.
   """
   same_mesh = [_best_accumulation(cfg, device, sizes, remat) for remat in REMATS]
   fitting = [choice for choice in same_mesh if choice and choice.plan.fits]

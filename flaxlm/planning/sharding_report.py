@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flaxlm shard`: where each parameter lies and why, and what a step sends for it."""
+"""`flaxlm shard`: how each parameter is sharded and why, and what a step sends for it."""
 
 import dataclasses
 import math
@@ -34,7 +34,7 @@ from flaxlm.sharding import (
   with_shardings,
 )
 
-# Why a rule of `sharding.RULES` is as it is, by logical name.
+# The reason for each rule of `sharding.RULES`, by logical name.
 REASONS: Mapping[str, str] = {
   "embed": "every kernel's model width is cut, and gathered for its layer only (ZeRO-3)",
   "heads": "whole query heads: attention needs no exchange, its output one sum (Megatron)",
@@ -43,9 +43,9 @@ REASONS: Mapping[str, str] = {
   "vocab": "rows of the table, columns of the logits: the softmax sums over them",
   "hidden": "gates and state of the recurrent cells",
   "experts": "whole experts; tokens travel to them",
-  "expert_ffn": "each expert cut as a feed-forward is",
+  "expert_ffn": "each expert is cut like a feed-forward",
   "layers": "stacked; each stage of a pipeline holds its own",
-  "head_dim": "within a head everything meets everything",
+  "head_dim": "attention needs all dims of a head together",
   "norm": "a vector; cutting it would cost more than it saves",
   "router": "every token scores every expert",
   "slots": "looked up by position",
@@ -77,9 +77,9 @@ class ShardingReport:
   whole_bytes: int  # of the parameters, unsharded
   replication: Replication
   analytic: Mapping[str, float]  # bytes that one device sends in a step, by mesh axis
-  bandwidth: Mapping[str, float | None]  # and how many a second; None where not known
+  bandwidth: Mapping[str, float | None]  # bytes per second, by mesh axis; None: not known
   compiled: CompiledStep | None
-  padding: str = ""  # what there is to say of the vocabulary's
+  padding: str = ""  # a line about the padding of the vocabulary, if it has any
   slow: Sequence[str] = ()  # axes on the network between slices or hosts
 
   @property
@@ -145,13 +145,13 @@ def describe_parameter(
 
 
 def explain(names: Sequence[str], sizes: Sizes) -> str:
-  """Why an array with these names is cut as it is, or is not."""
+  """Why an array with these logical names is cut as it is, or is not cut."""
   cuts, idle = [], []
   for name in names:
     for axis in RULES[name]:
       if sizes[axis] > 1:
         cuts.append(f"{name} over {axis}={sizes[axis]}: {REASONS[name]}")
-      elif name != "layers":  # a pipeline is not only a cut
+      elif name != "layers":  # a pipeline is more than a way to cut parameters
         idle.append(f"{axis} would cut {name}")
   if cuts:
     return "; ".join(cuts)
@@ -164,7 +164,7 @@ def explain(names: Sequence[str], sizes: Sizes) -> str:
 
 
 def to_json(report: ShardingReport) -> dict[str, Any]:
-  """The schema that scripts rely on (docs/design.md, section 2)."""
+  """The report in the schema that scripts rely on (docs/design.md, section 2)."""
   return {
     "name": report.name,
     "mesh": {axis: n for axis, n in report.sizes.items() if n > 1},
@@ -227,7 +227,7 @@ def print_sharding(report: ShardingReport, out: TextIO) -> None:
 def print_collectives(
   report: ShardingReport, compiled: CompiledStep, console: Console
 ) -> None:
-  title = f"Collectives of one step, compiled for {compiled.target}; bytes that one sends"
+  title = f"Collectives of one step, compiled for {compiled.target}; bytes sent per device"
   if compiled.error is not None:
     console.print(f"{title}: {compiled.error}")
     return
@@ -240,12 +240,12 @@ def print_collectives(
 
 
 def print_traffic(report: ShardingReport, console: Console) -> None:
-  """Along each axis: the bytes by the formula, what compiles to, and the seconds."""
+  """Along each axis: the bytes by the formula, those of the compiled step, the seconds."""
   for axis, expected in report.analytic.items():
     texts = [f"{size(round(expected))} by the formula"]
     if report.compiled is not None and report.compiled.error is None:
       found = sum(c.bytes for c in report.collectives if axis in c.axes.split("+"))
-      # Between slices a TPU's program sends through its hosts: no collective in sight.
+      # Between slices a TPU sends through its hosts, and its program has no collective.
       hidden = axis in report.slow and not found
       texts.insert(0, "sent by the hosts" if hidden else f"{size(found)} compiled")
     rate = report.bandwidth[axis]
