@@ -74,7 +74,8 @@ def bench_families(names: Sequence[str], num_steps: int) -> list[Result]:
     print(f"{name} ...", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
       path = train_family(name, num_steps, Path(folder))
-      lines = [json.loads(line) for line in (path / "metrics.jsonl").open()]
+      text = (path / "metrics.jsonl").read_text("utf-8")
+      lines = [json.loads(line) for line in text.splitlines()]
       run = load_run(path, make_mesh({"data": -1}))
     tokens = column(lines, "train/tokens")
     num_parameters = sum(x.size for x in jax.tree.leaves(run.params))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import tiny
 
-from benchmarks.families import bench_families
+from benchmarks.families import FAMILIES, bench_families
 from benchmarks.predictions.__main__ import bench_predictions
 from benchmarks.quality import CHOICES, bench_quality
 from flaxlm import cli
@@ -25,10 +25,14 @@ def test_predictions():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["decoder", "encoder"])
-def test_families(name: str, monkeypatch, cache_root):
-  monkeypatch.setenv("FLAXLM_DATA_DIR", str(cache_root))
+@pytest.mark.parametrize(
+  ("name", "knobs"),
+  [("decoder", {}), ("encoder", {"data__objective": "masked", "model__family": "encoder"})],
+)
+def test_families(name: str, knobs: dict, corpus: str, tmp_path: Path, monkeypatch):
+  monkeypatch.setenv("FLAXLM_DATA_DIR", str(tmp_path))
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
+  monkeypatch.setitem(FAMILIES, name, ["stdlib_tiny", *tiny(corpus, **knobs)])
   results = bench_families([name], num_steps=5)
   assert [result.case for result in results] == [
     f"{name} {figure}"
@@ -41,7 +45,7 @@ def test_families(name: str, monkeypatch, cache_root):
 def test_quality(corpus: str, tmp_path: Path, monkeypatch):
   """int8 costs little; a run that guesses bytes has a perplexity below their number."""
   monkeypatch.setenv("FLAXLM_DATA_DIR", str(tmp_path))
-  arguments = tiny(corpus, training__num_steps=4)
+  arguments = tiny(corpus, training__num_steps=4, data__batch_size=8)
   assert cli.main(["train", *arguments, f"--runs_dir={tmp_path}", "--name=a"]) == 0
   run = load_run(tmp_path / "a", make_mesh({"data": -1}))
   results = bench_quality(run, ["3 times 4 is 12.\n" * 100])
