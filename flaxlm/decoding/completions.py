@@ -117,9 +117,9 @@ def stopping_of_rows(
   if isinstance(stop, Stopping):
     stops = [stop] * count
   elif stop and all(isinstance(row_stop, Stopping) for row_stop in stop):
-    stops = [*stop]  # type: ignore[list-item]
+    stops = [*stop]
   else:
-    stops = [Stopping(strings=[*stop])] * count  # type: ignore[list-item]
+    stops = [Stopping(strings=[*stop])] * count
   for row_stop in stops:
     row_stop.check()
   return stops

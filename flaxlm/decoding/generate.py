@@ -134,8 +134,7 @@ def generate(
       # The cache does not hold the newest token yet.
       prefix_cache.prefix = CachedPrefix(tuple(tokens[:-1]), state.cache)
     num_before = 1 + (number - 1) * BLOCK_STEPS if number else 0
-    num_left = request.max_new_tokens - num_before
-    yield block.map_steps(lambda x_BT, num_left=num_left: x_BT[:, :num_left])
+    yield first_steps(block, request.max_new_tokens - num_before)
     if not is_last:
       sampled = decode() if following is None else following
 
@@ -213,6 +212,10 @@ def history_of_prompts(
     in_prompt_BV[row, [*prompt]] = True
   states_B = jnp.asarray(sampling.states_B)
   return TokenHistory(jnp.asarray(in_prompt_BV), jnp.zeros(shape, jnp.int32), states_B)
+
+
+def first_steps(block: TokenBlock, count: int) -> TokenBlock:
+  return block.map_steps(lambda x_BT: x_BT[:, :count])
 
 
 def block_on_host(block: TokenBlock, num_rows: int) -> TokenBlock:

@@ -34,7 +34,7 @@ class PromptJob(NamedTuple):
 class SizedJob(NamedTuple):
   """A job, and the lengths that decide which batch it joins."""
 
-  index: int  # of the job in the input
+  number: int  # of the job in the input, from 0
   job: PromptJob
   length: int  # tokens of the prompt
   num_new: int
@@ -154,9 +154,9 @@ def complete_batch(
     num_top=num_top,
     prefix_cache=prefix_cache,
   )
-  results: dict[int, list[dict]] = {sized.index: [] for sized in batch}
+  results: dict[int, list[dict]] = {sized.number: [] for sized in batch}
   for row, completion in zip(rows, completions, strict=True):
-    results[row.index].append(completion.as_json())
+    results[row.number].append(completion.as_json())
   return results
 
 
@@ -177,7 +177,7 @@ def batch_jobs(
 
   A batch has at most `batch_size` samples; a job with more is a batch of its own.
   """
-  by_length = lambda x: (-(-x.num_new // BLOCK_STEPS), x.length, x.index)
+  by_length = lambda x: (-(-x.num_new // BLOCK_STEPS), x.length, x.number)
   batch: list[SizedJob] = []
   for job in sorted(sized, key=by_length):
     longer = [*batch, job]

@@ -218,7 +218,7 @@ def penalise_repetition(
 def penalise_presence(
   logits_BV: jax.Array, sampling: Sampling, history: TokenHistory | None
 ) -> jax.Array:
-  """Makes tokens of the answer less likely, once and for each time, as OpenAI's API does."""
+  """Makes tokens of the answer less likely, once or for each time, as in OpenAI's API."""
   assert history is not None
   logits_BV -= sampling.presence_penalty_B[:, None] * (history.counts_BV > 0)
   return logits_BV - sampling.frequency_penalty_B[:, None] * history.counts_BV

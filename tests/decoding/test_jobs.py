@@ -84,7 +84,7 @@ def test_a_killed_job_goes_on(run, tmp_path, monkeypatch):
   batch, calls = jobs_module.complete_batch, []
 
   def killed(*arguments: Any) -> Any:
-    calls.append([sized.index for sized in arguments[1]])
+    calls.append([sized.number for sized in arguments[1]])
     if len(calls) == 2:
       raise KeyboardInterrupt
     return batch(*arguments)
@@ -111,7 +111,7 @@ def test_batches_are_of_like_length_and_fit(run):
   ]
   jobs[0] = jobs[0]._replace(max_new_tokens=140)
   sized = [measure_job(run, place, job) for place, job in enumerate(jobs)]
-  found = [[sized.index for sized in batch] for batch in batch_jobs(sized, 2, 160)]
+  found = [[sized.number for sized in batch] for batch in batch_jobs(sized, 2, 160)]
   assert found == [[2, 3], [1, 4], [0]]
   assert all(len(batch) == 1 for batch in batch_jobs(sized, 1, 160))
 
