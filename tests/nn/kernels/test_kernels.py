@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels that no law meets alone: each equals the plain form that it stands for."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxlm.nn.attention import attend
+from flaxlm.nn.kernels.cached import attend_cached
+from flaxlm.nn.kernels.fused import activate, activated, apart, normalised
+from flaxlm.nn.kernels.products import matrix_dot, rows_dot
+from flaxlm.nn.masks import Placement, Scoring, Sight, visible
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("everything", [False, True])
+def test_attention_over_a_cache_is_attention(rows, new, everything):
+  """One query of one row takes a form of its own (`mix_one`), all others the blocked one."""
+  N, K, S, H = 4, 2, 12, 8
+  q, k, v, bias, sinks = (
+    jax.random.normal(jax.random.key(seed), shape)
+    for seed, shape in enumerate(
+      [(rows, new, N, H), (rows, S, K, H), (rows, S, K, H), (rows, N, new, S), (N,)]
+    )
+  )
+  slots_BT = jnp.arange(5, 5 + rows)[:, None] + jnp.arange(new)
+  mask_BTS = visible(Placement(slots_BT), S, window=4 if everything else None)
+  sight = Sight(mask_BTS, bias if everything else None)
+  scoring = Scoring(H**-0.5, 2.0 if everything else None)
+  sinks_N = sinks if everything else None
+  expected = jax.jit(lambda: attend(q, k, v, sight, scoring, sinks_N)[0])()
+  cached = jax.jit(
+    lambda: attend_cached(q, k.swapaxes(1, 2), v.swapaxes(1, 2), sight, scoring, sinks_N)
+  )()
+  np.testing.assert_allclose(cached, expected, atol=2e-6)
+
+
+def test_rows_times_a_matrix_are_a_tensor_product():
+  x = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
+  kernel = jax.random.normal(jax.random.key(1), (4, 5, 6, 7))
+  np.testing.assert_allclose(
+    rows_dot(x, kernel, 2), np.tensordot(x, kernel, 2), rtol=1e-5, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_matrix_laid_out_for_decoding_is_the_kernel(rows):
+  """With the scale of each output, and the bias after it."""
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((rows, 1, 16)).astype(np.float32)
+  matrix = rng.integers(-127, 128, (24, 16)).astype(np.int8)
+  scale, bias = rng.random(24).astype(np.float32), rng.random((4, 6)).astype(np.float32)
+  found = jax.jit(matrix_dot)(x, dict(matrix=matrix, scale=scale, bias=bias))
+  expected = x[:, 0] @ (matrix * scale[:, None]).T + bias.reshape(-1)
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_norm_is_its_formula_with_its_gradient(centred, dtype):
+  """In bfloat16 it is computed again for the backward pass, which changes nothing."""
+  x = (3 * jax.random.normal(jax.random.key(0), (4, 32)) + 1).astype(dtype)
+  scale, bias = jax.random.normal(jax.random.key(1), (2, 32))
+
+  def plain(x, scale, bias):
+    x = x.astype(jnp.float32)
+    centre = x.mean(-1, keepdims=True) if centred else 0
+    variance = ((x - centre) ** 2).mean(-1, keepdims=True)
+    return (x - centre) / jnp.sqrt(variance + 1e-6) * scale + bias
+
+  norm = functools.partial(normalised, centred, 1e-6)
+  assert norm(x, scale, bias).dtype == dtype
+  for function in (
+    lambda f: f,
+    lambda f: jax.grad(lambda *a: (f(*a) ** 2).sum(), (0, 1, 2)),
+  ):
+    found = jax.tree.leaves(jax.jit(function(norm))(x, scale, bias))
+    exact = jax.tree.leaves(jax.jit(function(plain))(x.astype(jnp.float32), scale, bias))
+    for ours, theirs in zip(found, exact, strict=True):
+      error = np.linalg.norm(np.float32(ours) - theirs) / np.linalg.norm(theirs)
+      assert error < (1e-5 if dtype == jnp.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "silu", "relu"])
+def test_an_activation_that_is_computed_again_is_the_activation(kind):
+  h, gate = jax.random.normal(jax.random.key(0), (2, 64))
+  gated = lambda h, gate: activate(gate, kind) * h
+  np.testing.assert_allclose(activated(kind, h, None), activate(h, kind), rtol=1e-6)
+  ours = jax.grad(lambda h, gate: activated(kind, h, gate).sum(), (0, 1))(h, gate)
+  plain = jax.grad(lambda h, gate: gated(h, gate).sum(), (0, 1))(h, gate)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, plain
+  )
+
+
+@pytest.mark.parametrize("first", [-3, 0, 7])
+def test_tables_kept_apart_are_the_tables(first):
+  """Whichever branch of the conditional runs."""
+  tables = lambda x: (jnp.cos(x * 0.1), jnp.sin(x * 0.1))
+  x = jnp.arange(first, first + 5)
+  jax.tree.map(np.testing.assert_array_equal, jax.jit(apart(tables))(x), jax.jit(tables)(x))
