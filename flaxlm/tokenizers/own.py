@@ -26,7 +26,7 @@ END_OF_TEXT = "<|endoftext|>"
 # Stands for a token to be guessed (Devlin et al., 2019).
 MASK = "[MASK]"
 
-# A text's use: continued by a decoder, read by an encoder, or by an encoder-decoder.
+# A text's use: a decoder continues it, an encoder reads it, an encoder-decoder reads it.
 Role = Literal["prompt", "text", "source"]
 
 MAX_FILE_BYTES = 64 * 2**20  # parsing a hostile tokenizer.json costs many times its size
