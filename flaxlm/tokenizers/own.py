@@ -26,14 +26,14 @@ END_OF_TEXT = "<|endoftext|>"
 # Stands for a token to be guessed (Devlin et al., 2019).
 MASK = "[MASK]"
 
-# A text's use: a decoder continues it, an encoder reads it, an encoder-decoder reads it.
+# A text's use: a decoder continues it, an encoder reads it, or an encoder-decoder does.
 Role = Literal["prompt", "text", "source"]
 
 MAX_FILE_BYTES = 64 * 2**20  # parsing a hostile tokenizer.json costs many times its size
 MAX_KNOWN_WORDS = 2**20
 
 # The words that a text is split into; no token spans two of them. The pattern follows
-# Llama 3's, with an eye to source code: a word includes one blank or punctuation mark before
+# Llama 3's, with an eye to source code: a word includes a blank or punctuation mark before
 # it, punctuation includes the line end and indentation after it. Classes are spelled out,
 # and everything beyond ASCII counts as a letter: `\p{L}` depends on the Unicode version,
 # and the pattern must mean the same to Oniguruma and to `re`.
