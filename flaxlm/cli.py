@@ -30,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """Runs one command and returns its exit code (docs/training.md lists them)."""
   arguments = list(sys.argv[1:] if arguments is None else arguments)
   debug = os.environ.get("FLAXLM_DEBUG") == "1"
-  # XLA reports two compiler hints as missing processor features, pages of it, each time
-  # that it loads a program from the compile cache.
+  # When XLA loads a program from the compile cache, it takes two compiler hints for missing
+  # processor features, and prints pages about them.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   try:
     args, rest = build_parser().parse_known_args(arguments)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands: each is parsed here and calls one function of the package.
+"""The commands: what each one reads and prints; the work is done by other packages.
 
-What a command needs is imported when it runs, so that --help is instant.
+A command imports what it needs when it runs, so that --help is instant.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flaxlm ckpt`, `flaxlm import` and `flaxlm export`."""
+"""`flaxlm ckpt`, `flaxlm import` and `flaxlm export`: stored checkpoints."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from flaxlm.errors import CheckpointError, ConfigError
 
 
 def add_ckpt(commands: Any) -> None:
-  parser = commands.add_parser("ckpt", help="what is stored, and whether it is whole")
+  parser = commands.add_parser("ckpt", help="list checkpoints, or verify their files")
   parser.add_argument("action", choices=("list", "verify"))
   parser.add_argument("path", nargs="?", metavar="RUN", help="default: the newest run")
   parser.add_argument("--json", action="store_true")
@@ -46,7 +46,7 @@ def run_ckpt(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def add_import(commands: Any) -> None:
-  parser = commands.add_parser("import", help="a run from a Hugging Face checkpoint")
+  parser = commands.add_parser("import", help="make a run from a Hugging Face checkpoint")
   parser.add_argument("folder", metavar="DIR", help="config.json and safetensors")
   parser.add_argument("path", metavar="RUN", help="the run directory to make")
   add_dtype(parser, "default: the checkpoint's")
@@ -72,17 +72,19 @@ def run_import(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def add_export(commands: Any) -> None:
-  parser = commands.add_parser("export", help="a run as a Hugging Face checkpoint")
+  parser = commands.add_parser("export", help="write a run as a Hugging Face checkpoint")
   parser.add_argument("path", metavar="RUN")
   parser.add_argument("folder", metavar="DIR", help="the directory (gguf: file) to make")
   parser.add_argument(
     "--format",
     choices=("safetensors", "gguf"),
     default="safetensors",
-    help="default: safetensors; gguf is llama.cpp's",
+    help="default: safetensors; gguf is the format of llama.cpp",
   )
   add_dtype(parser, "default: the run's")
-  parser.add_argument("--shard-size", default="5GB", help="most of a file (default: 5GB)")
+  parser.add_argument(
+    "--shard-size", default="5GB", help="largest size of a file (default: 5GB)"
+  )
   parser.add_argument("--runs-dir", default="runs")
   add_devices(parser)
   parser.set_defaults(run=run_export)

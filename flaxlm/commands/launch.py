@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flaxlm launch`."""
+"""`flaxlm launch`: several processes of one job on this machine."""
 
 import argparse
 import sys
@@ -13,9 +13,9 @@ def add_launch(commands: Any) -> None:
     "launch",
     help="train with several processes on this machine",
     usage="flaxlm launch --processes N -- train [CONFIG] [--section.field=value ...]",
-    description="Starts N processes of one job, which share this machine's GPUs; with "
-    "--simulated_devices=M each has M devices. If one fails, all end. For several "
-    "machines see docs/launch/.",
+    description="Starts N processes of one job, which share this machine's GPUs. With "
+    "--simulated_devices=M, each of them has M devices. If one fails, all are ended. For "
+    "several machines see docs/launch/.",
   )
   parser.add_argument("--processes", type=int, required=True, metavar="N")
   parser.add_argument(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flaxlm look`."""
+"""`flaxlm look`: pictures of a model's parts."""
 
 import argparse
 import json
@@ -27,8 +27,8 @@ def add_look(commands: Any) -> None:
   attention = add("attention", "what each head of each layer attends to", run_attention)
   add_run(attention)
   add_text(attention, 256)
-  attention.add_argument("--layer", type=int, help="only this one, from 0 on")
-  attention.add_argument("--head", type=int, help="only this one of each layer")
+  attention.add_argument("--layer", type=int, help="only this layer, counted from 0")
+  attention.add_argument("--head", type=int, help="only this head of each layer")
 
   embeddings = add("embeddings", "the embedding table as a map", run_embeddings)
   add_run(embeddings)
@@ -51,8 +51,8 @@ def add_look(commands: Any) -> None:
 
 def add_subject(subjects: Any, name: str, text: str, run: Any) -> Any:
   parser = subjects.add_parser(name, help=text, description=text)
-  parser.add_argument("--output", help="a .html or .png; default: look/ in the run")
-  parser.add_argument("--json", action="store_true", help="print the figures too")
+  parser.add_argument("--output", help="a .html or .png file; default: look/ in the run")
+  parser.add_argument("--json", action="store_true", help="also print the figures")
   parser.set_defaults(run=run)
   return parser
 
@@ -68,11 +68,16 @@ def add_run(parser: Any) -> None:
 
 
 def add_text(parser: Any, most: int) -> None:
-  parser.add_argument("--text", help="what the model reads (encoder_decoder: writes)")
-  parser.add_argument("--text-file", help="a file with it, or - for stdin")
-  parser.add_argument("--source", help="encoder_decoder: what it reads")
   parser.add_argument(
-    "--max-tokens", type=int, default=most, help=f"the text is cut there (default: {most})"
+    "--text", help="the text that the model reads (encoder_decoder: writes)"
+  )
+  parser.add_argument("--text-file", help="a file with the text, or - for stdin")
+  parser.add_argument("--source", help="encoder_decoder: the text that it reads")
+  parser.add_argument(
+    "--max-tokens",
+    type=int,
+    default=most,
+    help=f"cut the text to so many (default: {most})",
   )
 
 
@@ -115,8 +120,8 @@ def run_positions(args: argparse.Namespace, arguments: list[str]) -> int:
     view = look_positions(model, str(cfg.name), f"config {cfg.name}")
     return finish(args, view, None, f"{cfg.name}_positions.html")
   if arguments[1:]:
-    cure = f"leave out {arguments[1]}, or name the config's file, as configs/NAME.py"
-    raise ConfigError(f"{named} is a run: its config stands", cure)
+    cure = f"leave out {arguments[1]}, or name a config file, like configs/NAME.py"
+    raise ConfigError(f"{named} is a run, whose config cannot be overridden", cure)
   args.path = named
   path = find(args)
   model_cfg = load_config_of(path).model
@@ -136,7 +141,7 @@ def run_run(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def find(args: argparse.Namespace) -> Path:
-  """The run's directory, once it is known that the picture can be written."""
+  """The run's directory. Checks first that the picture can be written."""
   from flaxlm.runs import find_run
 
   check_output(args)
@@ -144,9 +149,9 @@ def find(args: argparse.Namespace) -> Path:
 
 
 def open_text(args: argparse.Namespace, check: Any) -> tuple[Path, Any]:
-  """The run's directory, and the text as its family reads it.
+  """The run's directory, and the text as the model's family reads it.
 
-  What is wrong with the arguments shows here, before the checkpoint is read.
+  Raises `ConfigError` for wrong arguments, before the checkpoint is read.
   """
   from flaxlm.look.pieces import make_reading
   from flaxlm.runs import TOKENIZER, load_config_of
@@ -162,7 +167,7 @@ def open_text(args: argparse.Namespace, check: Any) -> tuple[Path, Any]:
   text = read_text(args.text_file) if args.text_file else args.text
   tokenizer = load_tokenizer(path / TOKENIZER)
   reading = make_reading(cfg.model, tokenizer, text, args.source, args.max_tokens)
-  args.path = str(path)  # the newest run, if none was named, stays the one
+  args.path = str(path)  # a run that is newer by the time it is opened is not meant
   return path, reading
 
 
@@ -174,7 +179,7 @@ def check_output(args: argparse.Namespace) -> None:
 
 
 def finish(args: argparse.Namespace, view: Any, path: Path | None, name: str = "") -> int:
-  """Writes the picture, and says where; the figures go to stdout if asked for."""
+  """Writes the picture, and prints its path; with --json, its figures."""
   from flaxlm.look.page import save_view
 
   where = path / "look" / f"{args.subject}.html" if path is not None else Path(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What commands share: the parser, the config, the run, files to read and write."""
+"""Shared by the commands: the parser, the config, the run, files to read and write."""
 
 import argparse
 import contextlib
@@ -16,7 +16,7 @@ DEFAULT_CONFIG = "stdlib_tiny"
 
 
 class Parser(argparse.ArgumentParser):
-  """argparse whose errors are ours: one line of cause, one of cure, exit code 2."""
+  """An argument parser with our errors: a line of cause, a line of cure, exit code 2."""
 
   def __init__(self, *args: Any, **kwargs: Any):
     super().__init__(*args, **{"allow_abbrev": False, **kwargs})
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_config(arguments: list[str]) -> Any:
-  """The config of `[CONFIG] [--section.field=value ...]`, checked."""
+  """The checked config from `[CONFIG] [--section.field=value ...]`."""
   named = bool(arguments) and not arguments[0].startswith("--")
   base = load_config(arguments[0] if named else DEFAULT_CONFIG)
   cfg = override(base, arguments[1:] if named else arguments)
@@ -42,7 +42,7 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
 
 
 def open_run(args: argparse.Namespace, needs_text: bool = True) -> Any:
-  """The run that the command line names, on the devices that it names."""
+  """Opens the run that the command line names, on the devices that it names."""
   from flaxlm.config import parse_mesh
   from flaxlm.data.sources import data_dir
   from flaxlm.decoding.loading import load_run
@@ -63,7 +63,7 @@ def add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def open_output(path: str | None) -> Any:
-  """The file to write to, or stdout left open."""
+  """A context with the file to write to, or with stdout, which stays open."""
   if path is None:
     return contextlib.nullcontext(sys.stdout)
   try:

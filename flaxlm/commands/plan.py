@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flaxlm plan` and `flaxlm shard`."""
+"""`flaxlm plan` and `flaxlm shard`: a config on a mesh, before anything runs."""
 
 import argparse
 import json
@@ -15,30 +15,42 @@ from flaxlm.errors import ConfigError
 def add_plan(commands: Any) -> None:
   parser = commands.add_parser(
     "plan",
-    help="memory, time and cost of a config on a mesh of chips that you need not have",
+    help="memory, time and cost of a config on a mesh of chips; none are needed",
     usage="flaxlm plan [CONFIG] [--mesh AXIS=SIZE,...] [--device NAME] [options] "
     "[--section.field=value ...]",
     description="CONFIG and its overrides are those of `flaxlm train`.",
   )
   parser.add_argument(
-    "--mesh", help="as in data=2@dcn,fsdp=8; an axis may be -1 with --devices"
+    "--mesh", help="as in data=2@dcn,fsdp=8; with --devices, one axis may be -1"
   )
-  parser.add_argument("--device", help="as in h200 or v5e; none = no times, no verdict")
-  parser.add_argument("--devices", type=int, metavar="N", help="how many there are")
+  parser.add_argument(
+    "--device", help="as in h200 or v5e; without it: no times, no verdict"
+  )
+  parser.add_argument("--devices", type=int, metavar="N", help="the number of devices")
   parser.add_argument(
     "--network",
     type=float,
     metavar="GB/s",
-    help="out of one device, between slices or hosts; none = the device table's",
+    help="of one device, between slices or hosts; default: from the table of devices",
   )
-  parser.add_argument("--compile", action="store_true", help="ask the real compiler too")
   parser.add_argument(
-    "--search", action="store_true", help="every mesh, remat and accumulation, ranked"
+    "--compile", action="store_true", help="also compile the step, for its real memory"
   )
-  parser.add_argument("--decode", action="store_true", help="speed of decoding as well")
-  parser.add_argument("--batch", action="append", type=int, help="rows; may be repeated")
-  parser.add_argument("--context", action="append", type=int, help="may be repeated")
-  parser.add_argument("--tokens", type=float, help="to train on; none = 20 per parameter")
+  parser.add_argument(
+    "--search",
+    action="store_true",
+    help="rank every choice of mesh, remat and accumulation",
+  )
+  parser.add_argument("--decode", action="store_true", help="also the speed of decoding")
+  parser.add_argument(
+    "--batch", action="append", type=int, help="decode: rows; may be repeated"
+  )
+  parser.add_argument(
+    "--context", action="append", type=int, help="decode: tokens; may be repeated"
+  )
+  parser.add_argument(
+    "--tokens", type=float, help="tokens to train on; default: 20 per parameter"
+  )
   parser.add_argument("--price", type=float, help="of one device for one hour")
   parser.add_argument("--json", action="store_true", help="one JSON object")
   parser.add_argument("--output", help="write to this file instead of stdout")
@@ -55,7 +67,7 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
     given = getattr(args, name)
     for value in given if isinstance(given, list) else [given]:
       if value is not None and value <= 0:
-        raise ConfigError(f"{name} is {value}", "it is more than 0")
+        raise ConfigError(f"{name} is {value}", "it must be more than 0")
   questions = Questions(
     mesh=cfg.mesh if args.mesh is None else parse_mesh(args.mesh),
     device=args.device,
@@ -83,16 +95,18 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
 def add_shard(commands: Any) -> None:
   parser = commands.add_parser(
     "shard",
-    help="where each parameter lies on a mesh, why, and what a step sends",
+    help="how each parameter is sharded on a mesh, why, and a step's collectives",
     usage="flaxlm shard [CONFIG] [--mesh AXIS=SIZE,...] [--device NAME] [options] "
     "[--section.field=value ...]",
     description="CONFIG and its overrides are those of `flaxlm train`. The step compiles "
-    "for simulated CPU devices, or with --device for real ones that need not be here.",
+    "for simulated CPU devices, or with --device for real ones, which need not be present.",
   )
   parser.add_argument("--mesh", help="as in data=2@dcn,fsdp=4,tensor=2")
-  parser.add_argument("--device", help="to compile for, as in v5e (with the extra [tpu])")
+  parser.add_argument(
+    "--device", help="compile for this one, as in v5e (needs the extra [tpu])"
+  )
   parser.add_argument("--compile", action="store_true", help="the default")
-  parser.add_argument("--no-compile", action="store_true", help="the parameters only")
+  parser.add_argument("--no-compile", action="store_true", help="only the parameters")
   parser.add_argument("--json", action="store_true", help="one JSON object")
   parser.add_argument("--output", help="write to this file instead of stdout")
   parser.set_defaults(run=run_shard, takes_overrides=True)
@@ -108,7 +122,7 @@ def run_shard(args: argparse.Namespace, arguments: list[str]) -> int:
   cfg = resolve(read_config(arguments))
   mesh = cfg.mesh if args.mesh is None else parse_mesh(args.mesh)
   if args.mesh is None and dict(mesh) == {"data": -1}:
-    mesh = {"data": 1}  # nobody said anything about devices
+    mesh = {"data": 1}  # neither the flag nor the config says anything about devices
   report = report_sharding(cfg, mesh, args.device, compiled=not args.no_compile)
   with open_output(args.output) as out:
     if args.json:

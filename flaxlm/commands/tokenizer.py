@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flaxlm tokenizer train`, `compare` and `encode`: how text becomes ids."""
+"""`flaxlm tokenizer train`, `compare` and `encode`."""
 
 import argparse
 import functools
@@ -14,7 +14,7 @@ from flaxlm.config import check_config, override
 from flaxlm.errors import ConfigError
 
 COMPARED_BYTES = 2**22  # of held-out text, at most
-SOURCES = "a tokenizer.json, a run, or byte or bpe:SIZE of the corpus"
+SOURCES = "a tokenizer.json, a run, or byte or bpe:SIZE, trained on the corpus"
 HEADINGS = "      ids      tokens bytes/token tokens/word ids used    MB/s lossless"
 
 
@@ -23,24 +23,28 @@ def add_tokenizer(commands: Any) -> None:
   actions = parser.add_subparsers(
     dest="action", required=True, metavar="ACTION", parser_class=Parser
   )
-  made = actions.add_parser("train", help="a tokenizer.json from a corpus")
+  made = actions.add_parser("train", help="train on a corpus, and write a tokenizer.json")
   made.add_argument("--kind", default="bpe", help="byte or bpe; default: bpe")
-  made.add_argument("--vocab-size", help="default: tokenizer.vocab_size's")
+  made.add_argument("--vocab-size", help="default: that of tokenizer.vocab_size")
   made.add_argument("--output", default="tokenizer.json", help="default: tokenizer.json")
   made.set_defaults(run=run_train)
-  compare = actions.add_parser("compare", help="tokenizers on the same held-out text")
+  compare = actions.add_parser(
+    "compare", help="compare tokenizers on the same held-out text"
+  )
   compare.add_argument("tokenizers", nargs="+", metavar="TOKENIZER", help=SOURCES)
   compare.add_argument("--json", action="store_true")
-  compare.add_argument("--output", help="a file instead of the screen")
+  compare.add_argument("--output", help="write to this file instead of stdout")
   compare.set_defaults(run=run_compare)
-  encode = actions.add_parser("encode", help="a text's ids, and what each stands for")
+  encode = actions.add_parser(
+    "encode", help="print the ids of a text, and what each stands for"
+  )
   encode.add_argument("tokenizer", metavar="TOKENIZER", help=SOURCES)
   encode.add_argument("--text", required=True, help="- for standard input")
   encode.add_argument("--json", action="store_true")
   encode.set_defaults(run=run_encode)
   for action in (made, compare, encode):
     action.add_argument(
-      "--corpus", default="stdlib", help="as data.corpus; default: stdlib"
+      "--corpus", default="stdlib", help="a corpus, as in data.corpus; default: stdlib"
     )
 
 
@@ -95,16 +99,16 @@ def run_encode(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def corpus_of(args: argparse.Namespace) -> Callable[[], Any]:
-  """The corpus that the command line names, looked through once, if anything asks."""
+  """A function that finds the corpus of the command line, at its first call only."""
   from flaxlm.data.sources import find_corpus
 
   return functools.cache(lambda: find_corpus(args.corpus))
 
 
 def find_tokenizer(name: str, corpus: Callable[[], Any]) -> Any:
-  """A file's, a run's, or one trained on the corpus as training would.
+  """The tokenizer of a file or a run, or one trained on the corpus.
 
-  Raises `ConfigError` for a name that is none of them, `DataError` for a damaged file.
+  Raises `ConfigError` for a name that is none of these, `DataError` for a damaged file.
   """
   from flaxlm.tokenizers import load_tokenizer
 
@@ -114,11 +118,14 @@ def find_tokenizer(name: str, corpus: Callable[[], Any]) -> Any:
   kind, _, size = name.partition(":")
   if (kind == "bpe" and size) or name == "byte":
     return train(corpus, kind, size or None)
-  raise ConfigError(f"{name!r} is no tokenizer", f"it is {SOURCES}")
+  raise ConfigError(f"{name!r} is not a tokenizer", f"use {SOURCES}")
 
 
 def train(corpus: Callable[[], Any], kind: str, vocab_size: str | None) -> Any:
-  """As training would, and kept as training keeps it. Raises `ConfigError`."""
+  """The tokenizer that training would use; cached as training caches it.
+
+  Raises `ConfigError`.
+  """
   from flaxlm.config import Config
   from flaxlm.data.prepare import corpus_tokenizer
 
@@ -134,8 +141,8 @@ def num_bytes(text: str) -> int:
 
 
 def measure(tokenizer: Any, texts: list[str], size: int) -> dict[str, Any]:
-  """What it makes of texts of `size` bytes: how few tokens, of how many ids, how fast, how
-  exactly."""
+  """How a tokenizer does on texts of `size` bytes: tokens, ids used, speed, and whether
+  decoding gives the text again."""
   start = time.perf_counter()
   encoded = tokenizer.encode_batch(texts)
   seconds = time.perf_counter() - start

@@ -29,7 +29,7 @@ def add_train(commands: Any) -> None:
     f"running it again resumes. Default: {DEFAULT_CONFIG}.",
     epilog=describe_knobs(),
   )
-  # Not an argument: argparse would take the value of `--model.depth 2` for it.
+  # CONFIG is not declared: argparse would take the 2 of `--model.depth 2` for it.
   parser.set_defaults(run=run_train, takes_overrides=True)
 
 
@@ -40,7 +40,7 @@ def run_train(_: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def describe_knobs() -> str:
-  """Every config field: how to spell it, its type and default, and what it means."""
+  """Every config field: its flag, meaning, type and default."""
   lines = ["config fields (--section.field=value):"]
   for name, kind, field in knobs(Config):
     default = field.default
@@ -63,12 +63,16 @@ def add_eval(commands: Any) -> None:
   parser.add_argument("path", nargs="?", metavar="RUN", help="default: the newest run")
   parser.add_argument("--split", choices=("validation", "train"), default="validation")
   parser.add_argument("--corpus", help="default: the corpus that the run was trained on")
-  parser.add_argument("--batches", type=int, help="at most so many; default: all")
+  parser.add_argument("--batches", type=int, help="use at most so many; default: all")
   parser.add_argument(
-    "--bleu", action="store_true", help="translate the split's pairs and score them"
+    "--bleu",
+    action="store_true",
+    help="translate the pairs of the split, and score the result",
   )
-  parser.add_argument("--beams", type=int, default=4, help="bleu: beams of the search")
-  parser.add_argument("--pairs", type=int, default=500, help="bleu: at most so many pairs")
+  parser.add_argument("--beams", type=int, default=4, help="bleu: number of beams")
+  parser.add_argument(
+    "--pairs", type=int, default=500, help="bleu: use at most so many pairs"
+  )
   parser.add_argument("--json", action="store_true")
   parser.add_argument("--output", help="write to this file instead of stdout")
   parser.add_argument("--runs-dir", default="runs")

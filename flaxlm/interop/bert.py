@@ -13,7 +13,7 @@ from flaxlm.interop.settings import ACTIVATION_NAMES, Keys, Settings, to_keys
 
 # -- BERT (Devlin et al., 2019), RoBERTa (Liu et al., 2019) --------------------------------
 
-# RoBERTa numbers positions from its padding's id + 1 on.
+# The id of RoBERTa's first position: 1 more than that of its padding.
 ROBERTA_OFFSET = 2
 
 
@@ -49,7 +49,7 @@ ROBERTA = (
 
 
 def with_head(rows: tuple[Weight, ...], bias: str, head: str, tied: bool) -> Any:
-  """The table of an encoder with its head: one that is not tied keeps its bias twice."""
+  """The table of an encoder with its head. An untied head is stored with its bias twice."""
   biases = array(f"{bias}.bias", "head_bias"), array(f"{head}.bias", "head_bias")
   return *rows, *biases[: 1 if tied else 2], *linear(head, "head")[:1]
 
@@ -80,7 +80,7 @@ def read_bert(hf: Settings, head: str = "cls.predictions.bias", **ours: Any) -> 
   hf.demand(position_embedding_type="absolute", is_decoder=False)
   defaults = {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "tie_word_embeddings": True}
   fields = hf.fields(KEYS, defaults) | ours
-  has_head = hf.has(head)  # a bare encoder, as for sentence embeddings, has none
+  has_head = hf.has(head)  # encoders for sentence embeddings have none
   if not has_head:
     fields["tied_embeddings"] = True
   return ModelConfig(
@@ -125,7 +125,7 @@ def write_roberta(cfg: ResolvedModel) -> dict[str, Any]:
 
 
 def t5_stack(name: str, ffn: int) -> tuple[Weight, ...]:
-  """One of the two stacks; its feed-forward is part number `ffn` of a layer."""
+  """One of the two stacks. Its feed-forward is sub-layer number `ffn` of a layer."""
   layer, ours = name + ".block.{l}.layer.", f"{name}/blocks/"
   attention, dense = layer + "0.SelfAttention.", f"{layer}{ffn}.DenseReluDense."
   bias = f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -196,8 +196,8 @@ def read_t5(hf: Settings) -> ModelConfig:
     raise hf.refused("feed_forward_proj", f"it can be {', '.join(FFNS)}")
   activation: Any
   activation, gated = FFNS[ffn]
-  # T5 scales what goes into a tied head; 1.1 and FLAN have a head of their own and do
-  # not. Newer files say so by a key, and may tie a head that is not scaled.
+  # T5 scales the input of its tied head. T5 1.1 and FLAN-T5 have an untied head, without
+  # scaling. Newer files have a key for it, and may tie a head without scaling.
   tied = hf.get(bool, "tie_word_embeddings", True)
   scaled = hf.get(bool, "scale_decoder_outputs", tied)
   tied = tied and not (hf.has("lm_head.weight") and not scaled)
@@ -228,7 +228,7 @@ def write_t5(cfg: ResolvedModel) -> dict[str, Any]:
 
 # -- Families ------------------------------------------------------------------------------
 
-# Names that the first checkpoints, converted from TensorFlow, still have.
+# Older names, in the first checkpoints, which were converted from TensorFlow.
 GAMMA_BETA = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
 FAMILIES = (
@@ -272,7 +272,7 @@ FAMILIES = (
       ("encoder.embed_tokens.weight", "shared.weight"),
       ("decoder.embed_tokens.weight", "shared.weight"),
     ),
-    # A bias that the first layers of T5's first checkpoints had, and nobody read.
+    # T5's first checkpoints have this bias in their first layer; no model uses it.
     ignored=(
       r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",
     ),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What flaxlm knows of a family: its table of weights, and its config, both ways."""
+"""A family of checkpoints: its table of weights, and its config, in both directions."""
 
 import dataclasses
 import re
@@ -14,17 +14,19 @@ from flaxlm.interop.settings import Settings, canonical
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """One kind of checkpoint of Hugging Face's.
+  """One kind of Hugging Face checkpoint.
 
-  model_type: as in its config.json.
-  architectures: its classes; the first one with a language model's head, which we write.
-  weights: its table. Rows for parameters that a config does not have mean nothing.
-  read: Settings -> ModelConfig. write: ResolvedModel -> keys of config.json; what cannot be
-    said in this family need not be refused there, `Family.keys` reads back and compares.
-  prefix: of every name but the head's, which files saved from the bare model lack.
-  renamed: (ending, ending) of older names.
-  tied: (name, name) of tensors that may stand in a file besides their twin.
-  ignored: regular expressions of tensors that are no parameters.
+  model_type: as in config.json.
+  architectures: its classes. We write the first, which has a language model's head.
+  weights: its table. Rows for parameters that a config does not have are ignored.
+  read: makes a ModelConfig of Settings.
+  write: makes the keys of config.json of a ResolvedModel. It need not refuse what this
+    family cannot express: `Family.keys` reads the keys back and compares.
+  prefix: of every name except the head's. Files saved from the model without its head
+    leave it out.
+  renamed: pairs of name endings, (older, newer).
+  tied: (name, twin): a file may hold both tensors, which are the same.
+  ignored: regular expressions for tensors that are not parameters.
   """
 
   model_type: str
@@ -41,32 +43,32 @@ class Family:
     return any(re.search(pattern, name) for pattern in self.ignored)
 
   def keys(self, cfg: ResolvedModel, names: tuple[str, ...]) -> dict[str, Any]:
-    """The config.json of a model of ours, whose tensors will be called `names`.
+    """The config.json of our model `cfg`; `names` are those of its tensors in the file.
 
-    Raises `CheckpointError`, with the fields that have no place in this family.
+    Raises `CheckpointError`, with the fields that this family cannot express.
     """
     keys = {"model_type": self.model_type, **self.write(cfg.resolve())}
-    said = Settings(keys, self.model_type, names)
-    misfits = differences(canonical(cfg), canonical(self.read(said)))
+    written = Settings(keys, self.model_type, names)
+    misfits = differences(canonical(cfg), canonical(self.read(written)))
     if misfits:
       raise CheckpointError(
         f"{self.model_type} has no place for {', '.join(misfits)}",
-        f"as {self.model_type} it would be another model",
+        f"exported as {self.model_type}, it would be a different model",
       )
     return keys
 
   def expected(
     self, cfg: ResolvedModel, shapes: Mapping[str, Shape]
   ) -> dict[str, tuple[Weight, tuple[int, ...], Shape]]:
-    """{their name: (row, place in our stack, its shape)}; `shapes` are our parameters'.
+    """{name of their tensor: (row of the table, index in our stacked array, its shape)}.
 
-    Raises `CheckpointError` where a parameter has no row.
+    `shapes` are those of our parameters. Raises `CheckpointError` if one has no row.
     """
     table = self.weights(cfg)
-    homeless = shapes.keys() - {path for row in table for path in row.ours}
-    if homeless:
+    unmapped = shapes.keys() - {path for row in table for path in row.ours}
+    if unmapped:
       raise CheckpointError(
-        f"{self.model_type} has no place for the parameters {', '.join(sorted(homeless))}"
+        f"{self.model_type} has no place for the parameters {', '.join(sorted(unmapped))}"
       )
     return {
       name: (row, place, shape)
@@ -76,8 +78,10 @@ class Family:
 
 
 def differences(ours: Any, theirs: Any, prefix: str = "model.") -> list[str]:
-  """Fields in which two configs differ, as `model.window=8 (not 16)`; numbers may be
-  rounded, as JSON and other libraries do."""
+  """The fields in which two configs differ, with our values, as `model.window=8`.
+
+  Floats may differ by rounding, which JSON and other libraries do.
+  """
   found = []
   for field in dataclasses.fields(ours):
     mine, other = getattr(ours, field.name), getattr(theirs, field.name)

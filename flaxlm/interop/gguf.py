@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One GGUF file, for llama.cpp, of a run that is a GPT-2, LLaMA, Mistral, Qwen 2 or 3.
+"""Exports a GPT-2, LLaMA, Mistral, Qwen 2 or Qwen 3 run as one GGUF file, for llama.cpp.
 
-Its tensors are those of the Hugging Face export, which go through one at a time; their
-names in llama.cpp, and the format, are the business of the `gguf` package.
+The tensors are those of the Hugging Face export, written one at a time. The `gguf` package
+knows their names in llama.cpp, and the file format.
 """
 
 import json
@@ -24,10 +24,11 @@ from flaxlm.nn.positions import inverse_wavelengths, stretched_frequencies
 
 
 class Architecture(NamedTuple):
-  """llama.cpp's name of a family, and whether the dims that turn together are neighbours
-  there, as in LLaMA's own weights, instead of half a head apart."""
+  """How llama.cpp has a family."""
 
   name: str
+  # Whether RoPE rotates neighbouring dims together, as in LLaMA's own weights, instead of
+  # dims that are half a head apart.
   neighbours: bool
 
 
@@ -39,9 +40,9 @@ ARCHITECTURES = {
   "qwen3": Architecture("qwen3", False),
 }
 
-# llama.cpp knows a fixed list of ways to cut a text before the merges; what a
-# tokenizer.json says, by how its pattern begins. Ours is nearest to Llama 3's.
-CUTS = {
+# llama.cpp has a fixed list of ways to split a text before the merges. Here they are by the
+# beginning of the pattern in tokenizer.json. Our own pattern is nearest to Llama 3's.
+PRE_TOKENIZERS = {
   "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|": "llama-bpe",
   "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}|": "qwen2",
   "[ !-/:-@\\[-`{-~]?[A-Za-z": "llama-bpe",
@@ -49,28 +50,29 @@ CUTS = {
 
 
 def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
-  """Writes the file; returns the architecture's name. Matrices are of `dtype`, float32 or
-  bfloat16 (None: as the run's parameters), vectors float32.
+  """Writes the file, and returns the architecture's name in llama.cpp.
 
-  Raises `CheckpointError` if llama.cpp has no place for the model or its tokenizer,
-  `ConfigError` without the gguf package.
+  Matrices are written in `dtype`, float32 or bfloat16 (None: that of the run's
+  parameters), vectors in float32. Raises `CheckpointError` if llama.cpp cannot express the
+  model or its tokenizer, `ConfigError` without the gguf package.
   """
   try:
     import gguf
   except ImportError as e:
     raise ConfigError("GGUF needs the gguf package", "pip install 'flaxlm[gguf]'") from e
   if path.exists():
-    raise CheckpointError(f"{path} is there already", "choose another name, or remove it")
+    raise CheckpointError(f"{path} exists already", "choose another name, or remove it")
   cfg = run.model.cfg.unpadded
   try:
     family = find_fitting(run, [FAMILIES[name] for name in ARCHITECTURES])
   except CheckpointError as e:
-    cure = f"GGUF is for the families {', '.join(ARCHITECTURES)}"
+    cure = f"GGUF export supports the families {', '.join(ARCHITECTURES)}"
     raise CheckpointError(e.cause, cure) from e
   architecture = ARCHITECTURES[family.model_type]
   if cfg.window is not None and cfg.window < cfg.context:
     raise CheckpointError(
-      f"GGUF: llama.cpp has no window in {architecture.name}", "export to safetensors"
+      f"GGUF: llama.cpp does not support a window in {architecture.name}",
+      "export to safetensors",
     )
   _, expected = describe(run.cfg.model, run.params, family)
   read = reader(run.cfg.model, run.params, expected)
@@ -102,7 +104,7 @@ def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
     writer.write_ti_data_to_file()
     for theirs, (_, _, shape) in expected.items():
       array = read(theirs).astype(jnp.bfloat16 if is_narrow(shape) else np.float32)
-      array = laid_out(theirs, array, cfg, architecture)
+      array = to_gguf(theirs, array, cfg, architecture)
       array = array.view(np.uint16) if is_narrow(shape) else array
       writer.write_tensor_data(np.ascontiguousarray(array))
     if factors is not None:
@@ -117,14 +119,15 @@ def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
 
 
 def is_input_first(name: str, architecture: Architecture) -> bool:
-  """GPT-2's projections are (in, out) in its own files, but (out, in) here."""
+  """Whether a tensor is (inputs, outputs) in the export; GGUF wants (outputs, inputs)."""
   return architecture.name == "gpt2" and ".h." in name and name.endswith("weight")
 
 
-def laid_out(
+def to_gguf(
   name: str, array: np.ndarray, cfg: ResolvedModel, architecture: Architecture
 ) -> np.ndarray:
-  """Queries' and keys' rows from halves of a head to neighbours, matrices (out, in)."""
+  """A tensor as GGUF has it: matrices (outputs, inputs), and the rows of queries and keys
+  in pairs of neighbours where the architecture wants them so."""
   if is_input_first(name, architecture):
     return array.T
   for part, heads in (("q_proj", cfg.num_heads), ("k_proj", cfg.num_kv_heads)):
@@ -136,8 +139,10 @@ def laid_out(
 
 
 def frequency_factors(cfg: ResolvedModel, architecture: Architecture) -> np.ndarray | None:
-  """By how much scaling slows each pair down; None without. Raises `CheckpointError` for
-  scaling that changes more than that, or that the architecture does not read.
+  """The factor by which RoPE scaling lowers the frequency of each pair; None without it.
+
+  Raises `CheckpointError` for scaling that also changes the scores, and for any that the
+  architecture does not read.
   """
   rope = cfg.rope
   if rope.scaling == "none":
@@ -145,7 +150,7 @@ def frequency_factors(cfg: ResolvedModel, architecture: Architecture) -> np.ndar
   assert cfg.head_dim is not None
   scaled, size = stretched_frequencies(cfg.head_dim, rope)
   if size != 1 or architecture.name != "llama":
-    raise CheckpointError(f"GGUF: no place for rope.scaling={rope.scaling} in this family")
+    raise CheckpointError(f"GGUF: this family cannot have rope.scaling={rope.scaling}")
   plain = inverse_wavelengths(cfg.head_dim, rope.theta)
   return np.array([a / b for a, b in zip(plain, scaled, strict=True)], np.float32)
 
@@ -171,13 +176,13 @@ def add_settings(writer: Any, cfg: ResolvedModel, name: str) -> None:
 
 
 def add_tokenizer(writer: Any, run: Run) -> None:
-  """The merges and ids of a byte-level BPE. Raises `CheckpointError` for any other."""
+  """Writes ids and merges. Raises `CheckpointError` unless it is a byte-level BPE."""
   import gguf
 
-  said = json.loads(run.tokenizer.to_json())
-  model, added = said["model"], {one["id"]: one for one in said["added_tokens"]}
+  spec = json.loads(run.tokenizer.to_json())
+  model, added = spec["model"], {one["id"]: one for one in spec["added_tokens"]}
   if model["type"] != "BPE" or model.get("byte_fallback"):
-    raise CheckpointError("GGUF: only byte-level BPE tokenizers have a place here")
+    raise CheckpointError("GGUF: the tokenizer is not a byte-level BPE")
   words = {number: word for word, number in model["vocab"].items()}
   words |= {number: one["content"] for number, one in added.items()}
   numbers = range(run.model.cfg.num_ids)
@@ -189,7 +194,7 @@ def add_tokenizer(writer: Any, run: Run) -> None:
   )
   merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
   writer.add_tokenizer_model("gpt2")
-  writer.add_tokenizer_pre(find_cut(json.dumps(said["pre_tokenizer"])))
+  writer.add_tokenizer_pre(find_pre_tokenizer(json.dumps(spec["pre_tokenizer"])))
   writer.add_token_list([words.get(number, f"[PAD{number}]") for number in numbers])
   writer.add_token_types([kind(number) for number in numbers])
   writer.add_token_merges(merges)
@@ -199,13 +204,13 @@ def add_tokenizer(writer: Any, run: Run) -> None:
   writer.add_add_bos_token(starts)
 
 
-def find_cut(pre_tokenizer: str) -> str:
-  """llama.cpp's name of a way to cut texts. Raises `CheckpointError` if it has none."""
-  for start, name in CUTS.items():
+def find_pre_tokenizer(pre_tokenizer: str) -> str:
+  """llama.cpp's name for a way to split texts. Raises `CheckpointError` if it has none."""
+  for start, name in PRE_TOKENIZERS.items():
     if json.dumps(start)[1:-1] in pre_tokenizer:
       return name
   if '"use_regex": true' in pre_tokenizer and '"Split"' not in pre_tokenizer:
     return "gpt-2"
   raise CheckpointError(
-    "GGUF: llama.cpp does not cut texts as this tokenizer does", "export to safetensors"
+    "GGUF: llama.cpp does not split texts as this tokenizer does", "export to safetensors"
   )

@@ -203,7 +203,7 @@ BLOOM_KEYS: Keys = (
   ("layer_norm_epsilon", "norm_epsilon"),
   ("tie_word_embeddings", "tied_embeddings"),
 )
-# Older files: the same under other names.
+# Names of keys in older files.
 BLOOM_NAMES = {"n_embed": "hidden_size", "num_hidden_layers": "n_layer"}
 BLOOM_NAMES["num_attention_heads"] = "n_head"
 
@@ -263,7 +263,7 @@ def read_opt(hf: Settings) -> ModelConfig:
     raise CheckpointError(
       f"{hf.origin}: the embedding is projected to another width (word_embed_proj_dim), "
       "as in OPT-350m alone",
-      "flaxlm has no such projections; every other OPT works",
+      "flaxlm does not support it; every other OPT works",
     )
   placement: Any = "pre" if hf.get(bool, "do_layer_norm_before", True) else "post"
   return ModelConfig(

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints from and to Hugging Face's layout: config.json and safetensors.
+"""Reads and writes checkpoints in Hugging Face's layout: config.json and safetensors.
 
-Tensors go one at a time, from the file to their shards and back; what is stacked over
-layers is filled on the devices, slice by slice, so that the host never holds more than
-one tensor. Nothing is guessed: a tensor too many, too few or of another shape is an error,
-and so is a config that the other side cannot express.
+Tensors go one at a time from the file to their shards, and back. Arrays stacked over layers
+are filled on the devices, slice by slice, so that the host never holds more than one
+tensor. Nothing is guessed: a missing, unexpected or misshapen tensor is an error, and so is
+a config that the other side cannot express.
 """
 
 import functools
@@ -36,11 +36,11 @@ from flaxlm.interop.settings import Settings, read_json
 from flaxlm.nn.models import abstract_params, build_model, init_params
 
 CONFIG = "config.json"
-MOST_LISTED = 8  # of each list of misfits
+MAX_LISTED = 8  # names in an error's list
 
 
 class Loaded(NamedTuple):
-  """A checkpoint of Hugging Face's as a model of ours."""
+  """A Hugging Face checkpoint as a model of ours."""
 
   cfg: ResolvedModel
   params: Any  # sharded over the mesh
@@ -58,16 +58,16 @@ class Loaded(NamedTuple):
 def load_checkpoint(folder: Path, mesh: Mesh, dtype: str | None = None) -> Loaded:
   """The model in `folder`, its parameters on `mesh`.
 
-  `dtype` of the parameters is float32 or bfloat16; None keeps the checkpoint's, and makes
-  float32 of any other (float16 has no place here; float32 holds all of it). Norms are
-  float32 always. A vocabulary that the mesh does not divide is padded. Raises
-  `CheckpointError` for whatever does not fit.
+  `dtype` of the parameters is float32 or bfloat16. None keeps a checkpoint's bfloat16, and
+  makes float32 of everything else: float16 is not supported, but float32 holds its values.
+  Norms are always float32. A vocabulary that the mesh does not divide is padded. Raises
+  `CheckpointError` for a checkpoint that is damaged or not supported.
   """
   values = read_json(folder / CONFIG)
   family = find_family(values.get("model_type"), str(folder / CONFIG))
   if values.get("quantization_config") is not None:
     raise CheckpointError(
-      f"{folder} is quantized", "import the weights as they were trained"
+      f"{folder} is quantized", "import the weights before quantization"
     )
   tensors = open_checkpoint(folder)
   cfg = read_config(family, Settings(values, str(folder / CONFIG), tensors))
@@ -86,13 +86,13 @@ def load_checkpoint(folder: Path, mesh: Mesh, dtype: str | None = None) -> Loade
     arrays = row.layout.to_ours(found[name].read(), inner)
     for path, array in zip(row.ours, arrays, strict=True):
       whole = abstract[path].shape[row.stacked :]
-      params[path] = put(params.get(path), abstract[path], filled(array, whole), place)
+      params[path] = put(params.get(path), abstract[path], zero_padded(array, whole), place)
   return Loaded(cfg, unflatten_dict(params, sep="/"), dtype, family)
 
 
 def real_shapes(cfg: ResolvedModel, flat: Mapping[str, Any]) -> dict[str, Shape]:
-  """The shapes of some parameters without the padding of the vocabulary: there it has no
-  place."""
+  """The shapes of parameters without the padding of the vocabulary, as a checkpoint has
+  them."""
   if not cfg.is_padded:
     return {path: array.shape for path, array in flat.items()}
   init = functools.partial(init_params, build_model(cfg.unpadded))
@@ -100,14 +100,14 @@ def real_shapes(cfg: ResolvedModel, flat: Mapping[str, Any]) -> dict[str, Shape]
   return {path: real[path].shape for path in flat}
 
 
-def filled(array: np.ndarray, shape: Shape) -> np.ndarray:
-  """`array` with zeros behind it where `shape` is larger."""
+def zero_padded(array: np.ndarray, shape: Shape) -> np.ndarray:
+  """`array` with zeros at the end of each dim, up to `shape`."""
   missing = [(0, n - m) for n, m in zip(shape, array.shape, strict=True)]
   return np.pad(array, missing) if array.shape != shape else array
 
 
 def read_config(family: Family, hf: Settings) -> ResolvedModel:
-  """The model of a config.json, checked. Raises `CheckpointError`."""
+  """The checked model config of a config.json. Raises `CheckpointError`."""
   cfg = family.read(hf)
   try:
     data = DataConfig(objective=OBJECTIVES[cfg.family], seq_len=1)  # type: ignore[arg-type]
@@ -123,7 +123,10 @@ def read_config(family: Family, hf: Settings) -> ResolvedModel:
 def match(
   family: Family, tensors: Mapping[str, Tensor], expected: Mapping[str, Shape]
 ) -> dict[str, Tensor]:
-  """The tensor of each expected name. Raises `CheckpointError` with three lists."""
+  """The tensor of each expected name.
+
+  Raises `CheckpointError`, with lists of the missing, unexpected and misshapen ones.
+  """
   found: dict[str, Tensor] = {}
   unexpected = []
   twins = dict(family.tied)
@@ -134,7 +137,9 @@ def match(
     for candidate in (name, family.prefix + name):
       if candidate in expected or candidate in twins:
         if candidate in found:
-          raise CheckpointError(f"{tensor.path}: {given} stands for {candidate}, twice")
+          raise CheckpointError(
+            f"{tensor.path}: {candidate} is there twice, once as {given}"
+          )
         found[candidate] = tensor
         break
     else:
@@ -147,7 +152,7 @@ def match(
       if same.shape != other.shape or (same.read() != other.read()).any():
         raise CheckpointError(
           f"{other.path}: {twin} is not {target}, to which the config ties it",
-          "if it is meant to differ, config.json says tie_word_embeddings: false",
+          "if they are meant to differ, set tie_word_embeddings: false in config.json",
         )
   missing = [name for name in expected if name not in found]
   misshaped = [
@@ -158,14 +163,14 @@ def match(
   lists = {"missing": missing, "unexpected": unexpected, "wrong shape": misshaped}
   if any(lists.values()):
     text = "; ".join(f"{title}: {some(names)}" for title, names in lists.items() if names)
-    raise CheckpointError(f"the tensors are not those of its config: {text}")
+    raise CheckpointError(f"the tensors do not fit config.json: {text}")
   return found
 
 
 def some(names: list[str]) -> str:
-  """The first names of a list, and how many more there are."""
-  more = len(names) - MOST_LISTED
-  return ", ".join(names[:MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
+  """The first names of a list, and the number of others."""
+  more = len(names) - MAX_LISTED
+  return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def put(
@@ -174,7 +179,10 @@ def put(
   part: np.ndarray,
   place: tuple[int, ...],
 ) -> jax.Array:
-  """`whole` (zeros if None) with `part` at `place` of its leading dims, on the devices."""
+  """`whole` (None: zeros) with `part` written at the index `place` of its leading dims.
+
+  All of it stays on the devices, sharded like `target`.
+  """
   sharding = target.sharding
   assert isinstance(sharding, NamedSharding)
   stacked = len(place)
@@ -194,7 +202,7 @@ def _zeros(shape: Shape, dtype: Any, sharding: NamedSharding) -> jax.Array:
 
 @functools.cache
 def _filler(sharding: NamedSharding, stacked: int) -> Callable:
-  """Writes a slice where it belongs, in place."""
+  """A jitted function that writes one slice of a stacked array in place."""
 
   def fill(whole: jax.Array, part: jax.Array, place: jax.Array) -> jax.Array:
     start = (*place, *[0] * part.ndim)
@@ -209,7 +217,7 @@ def _filler(sharding: NamedSharding, stacked: int) -> Callable:
 def save_checkpoint(
   folder: Path, cfg: ResolvedModel, params: Any, family: Family, dtype: str, most: int
 ) -> dict[str, Any]:
-  """Writes safetensors of at most `most` bytes each; returns the keys of config.json.
+  """Writes safetensors files of at most `most` bytes; returns the keys of config.json.
 
   Raises `CheckpointError` where `family` cannot express the model.
   """
@@ -223,14 +231,14 @@ def save_checkpoint(
 def reader(
   cfg: ResolvedModel, params: Any, expected: Mapping[str, Any]
 ) -> Callable[[str], np.ndarray]:
-  """Their tensor of a name in `expected`, on the host."""
+  """A function that returns the tensor of a name in `expected`, on the host."""
   flat = flatten_dict(params, sep="/")
   shapes = real_shapes(cfg, flat)
 
   def read(name: str) -> np.ndarray:
     row, place, _ = expected[name]
     real = lambda path: tuple(slice(dim) for dim in shapes[path][row.stacked :])
-    return row.layout.to_theirs([take(flat[p], place)[real(p)] for p in row.ours])
+    return row.layout.to_theirs([slice_at(flat[p], place)[real(p)] for p in row.ours])
 
   return read
 
@@ -238,7 +246,7 @@ def reader(
 def describe(
   cfg: ResolvedModel, params: Any, family: Family
 ) -> tuple[dict[str, Any], dict[str, tuple[Weight, tuple[int, ...], Shape]]]:
-  """The config.json of a model in `family`, and its tensors as `Family.expected` has them.
+  """The keys of config.json for a model in `family`, and the result of `Family.expected`.
 
   Raises `CheckpointError` where `family` cannot express the model.
   """
@@ -250,15 +258,15 @@ def describe(
   return keys | {"architectures": [family.architectures[headless]]}, expected
 
 
-def take(whole: jax.Array | np.ndarray, place: tuple[int, ...]) -> np.ndarray:
-  """What lies at `place` of the leading dims, on the host."""
+def slice_at(whole: jax.Array | np.ndarray, place: tuple[int, ...]) -> np.ndarray:
+  """The slice at the index `place` of the leading dims, on the host."""
   if not place or isinstance(whole, np.ndarray):
     return np.asarray(whole[place])
-  return np.asarray(_taker(len(place))(whole, np.array(place, np.int32)))
+  return np.asarray(_slicer(len(place))(whole, np.array(place, np.int32)))
 
 
 @functools.cache
-def _taker(stacked: int) -> Callable:
+def _slicer(stacked: int) -> Callable:
   def part(whole: jax.Array, place: jax.Array) -> jax.Array:
     start = (*place, *[0] * (whole.ndim - stacked))
     sizes = (*[1] * stacked, *whole.shape[stacked:])

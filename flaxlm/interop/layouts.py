@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a tensor of Hugging Face's relates to parameters of ours: a `Weight`, one table row.
+"""How Hugging Face's tensors correspond to our parameters: a `Weight` is one table row.
 
-A row names their tensor, our parameters (several where theirs are fused) and a layout,
-which goes both ways. `{l}` and `{e}` in a name stand for the layer and the expert: ours
-are stacked along these, theirs lie apart. All of it is numpy, one tensor at a time.
+A row names their tensor, our parameters (several where theirs is fused), and a layout that
+converts in both directions. `{l}` and `{e}` in a name stand for the layer and the expert:
+our arrays are stacked over them, theirs are separate. All of it is numpy, one tensor at a
+time.
 """
 
 import dataclasses
@@ -15,12 +16,12 @@ import numpy as np
 
 Shape = tuple[int, ...]
 
-STRIPE = 128  # rows; their part of a column fits a core's cache
+STRIPE = 128  # rows of a stripe: few enough to stay in a core's cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The same array; also the base of the other layouts."""
+  """The same array on both sides; also the base class of the other layouts."""
 
   def shape(self, ours: Sequence[Shape]) -> Shape:
     """The shape of their tensor."""
@@ -35,12 +36,14 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Dense(Layout):
-  """A matrix or bias of one or more projections side by side, as (outputs, inputs).
+  """The matrix or bias of a projection, or of several fused ones, as (outputs, inputs).
 
-  `inputs` is how many of our leading dims are contracted, 0 for a bias. `transposed` is
-  False for (inputs, outputs), as GPT-2 has it. `interleaved`: the fused parts alternate
-  from head to head, as in GPT-NeoX, instead of following one another. `pairs` > 0: the
-  first so many dims of a head turn in neighbouring pairs, as in GPT-J, not in halves.
+  inputs: how many of our leading dims are contracted; 0 for a bias.
+  transposed: False if theirs is (inputs, outputs), as in GPT-2.
+  interleaved: the fused parts alternate from head to head, as in GPT-NeoX, instead of
+    following one another.
+  pairs: the first so many dims of a head are rotated in neighbouring pairs, as in GPT-J,
+    instead of in halves.
   """
 
   inputs: int = 1
@@ -82,13 +85,13 @@ class Dense(Layout):
     return transpose(matrix) if self.transposed else matrix
 
   def halves(self, head_dim: int) -> np.ndarray:
-    """Which of their dims each of ours is: even ones, odd ones, those that do not turn."""
+    """For each of our dims the index of theirs: even, odd, then those not rotated."""
     turning = np.arange(self.pairs)
     return np.concatenate([turning[::2], turning[1::2], np.arange(self.pairs, head_dim)])
 
 
 def transpose(matrix: np.ndarray) -> np.ndarray:
-  """A copy of `matrix.T`, made in stripes: 9 times as fast as in one go (4096 x 14336)."""
+  """A copy of `matrix.T`, made in stripes: 9 times as fast as at once (4096 x 14336)."""
   result = np.empty(matrix.shape[::-1], matrix.dtype)
   for start in range(0, len(matrix), STRIPE):
     stripe = slice(start, start + STRIPE)
@@ -98,7 +101,7 @@ def transpose(matrix: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Heads(Layout):
-  """A vector over all heads, ours cut into (heads, head dim)."""
+  """A vector over all heads; ours is (heads, head dim)."""
 
   def shape(self, ours: Sequence[Shape]) -> Shape:
     return (math.prod(ours[0]),)
@@ -112,7 +115,7 @@ class Heads(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class FromOne(Layout):
-  """A norm's scale, stored as its distance from 1 (Gemma)."""
+  """A norm's scale, stored as the difference from 1 (Gemma)."""
 
   def to_ours(self, theirs: np.ndarray, ours: Sequence[Shape]) -> list[np.ndarray]:
     return [1 + theirs.astype(np.float32)]
@@ -123,7 +126,7 @@ class FromOne(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Rows(Layout):
-  """A table behind so many rows that only padding reads (OPT's, RoBERTa's positions)."""
+  """A table after `unused` rows that only padding reads (positions of OPT and RoBERTa)."""
 
   unused: int
 
@@ -139,7 +142,7 @@ class Rows(Layout):
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-  """One row of a family's table: their tensor, our parameters, and how they relate."""
+  """One row of a family's table: their tensor, our parameters, and the layout."""
 
   theirs: str
   ours: tuple[str, ...]
@@ -147,15 +150,15 @@ class Weight:
 
   @property
   def stacked(self) -> int:
-    """How many leading dims of ours run over layers and experts."""
+    """How many leading dims of ours are stacked over layers and experts."""
     return self.theirs.count("{l}") + self.theirs.count("{e}")
 
   def tensors(
     self, shapes: Mapping[str, Shape]
   ) -> Iterator[tuple[str, Shape, tuple[int, ...]]]:
-    """(name, shape, place in our stack) of every tensor of theirs that the row means.
+    """(name, shape, index in our stacked array) of each of their tensors in this row.
 
-    `shapes` are our parameters'; a row for parameters that are not there means none.
+    `shapes` are those of our parameters; if the row's are not among them, there are none.
     """
     present = [path in shapes for path in self.ours]
     if not all(present):
@@ -175,12 +178,12 @@ class Weight:
 
 
 def array(theirs: str, ours: str, layout: Layout = Layout()) -> Weight:
-  """Any other tensor; the same on both sides, if no layout is given."""
+  """A row for one tensor and one parameter; by default the same on both sides."""
   return Weight(theirs, (ours,), layout)
 
 
 def norm(theirs: str, ours: str, layout: Layout = Layout()) -> tuple[Weight, ...]:
-  """A norm's scale, and its bias where there is one."""
+  """Rows for a norm's scale, and its bias if there is one."""
   return (
     array(f"{theirs}.weight", f"{ours}/scale", layout),
     array(f"{theirs}.bias", f"{ours}/bias"),
@@ -190,7 +193,7 @@ def norm(theirs: str, ours: str, layout: Layout = Layout()) -> tuple[Weight, ...
 def linear(
   theirs: str, ours: str | tuple[str, ...], inputs: int = 1, **layout: int
 ) -> tuple[Weight, ...]:
-  """A projection (several, if fused) and its bias where there is one; see `Dense`."""
+  """Rows for a projection, or several fused ones, and its bias if any; see `Dense`."""
   paths = (ours,) if isinstance(ours, str) else ours
   matrix = Dense(inputs, **layout)  # type: ignore[arg-type]
   bias = dataclasses.replace(matrix, inputs=0, transposed=False)

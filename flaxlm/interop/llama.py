@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaMA and the families that descend from it: same names, other details.
+"""LLaMA and the families derived from it: the same names, other details.
 
 Sources: the configuration and modelling files of each family in `transformers`.
 """
@@ -76,7 +76,7 @@ def head_norms(layout: Layout) -> tuple[Weight, ...]:
 
 
 def experts(router: str, each: str, gate: str, up: str, down: str) -> tuple[Weight, ...]:
-  """A router and its experts, whose numbers stand for `{e}` in `each`."""
+  """Rows for a router and its experts; `{e}` in `each` is the expert's number."""
   ours = "blocks/ffn/experts/"
   return (
     *linear(BLOCK + router, "blocks/ffn/router"),
@@ -111,7 +111,7 @@ PHI3 = (
 
 
 def from_one(rows: tuple[Weight, ...]) -> tuple[Weight, ...]:
-  """The same table for Gemma, whose norms multiply by 1 + weight."""
+  """The table for Gemma, whose norms multiply by 1 + weight."""
   is_norm = lambda row: row.ours[0].endswith("norm/scale")
   return tuple(
     dataclasses.replace(row, layout=FromOne()) if is_norm(row) else row for row in rows
@@ -137,7 +137,10 @@ def read(
   activation: tuple[str, str] = ("hidden_act", "silu"),
   **ours: Any,
 ) -> ModelConfig:
-  """What all of them share: `defaults` by their key, `ours` are a family's own fields."""
+  """The config that all of them share.
+
+  `defaults` are by their key, `ours` are a family's own fields.
+  """
   general = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
   fields = hf.fields(KEYS, {**general, "tie_word_embeddings": False, **defaults})
   cfg = ModelConfig(**fields, activation=hf.activation(*activation), **ours)
@@ -170,8 +173,9 @@ def write_llama(cfg: ResolvedModel) -> dict[str, Any]:
 
 
 def read_mistral(hf: Settings) -> ModelConfig:
-  said = "sliding_window" in hf.values  # null is none; a file without it means 4096
-  window = hf.get(int, "sliding_window", None) if said else 4096
+  window: int | None = 4096  # of a file without the key; null means no window
+  if "sliding_window" in hf.values:
+    window = hf.get(int, "sliding_window", None)
   return read(hf, {"max_position_embeddings": 131_072}, window=window)
 
 
@@ -201,7 +205,7 @@ def write_mixtral(cfg: ResolvedModel) -> dict[str, Any]:
 
 
 def windows(hf: Settings) -> dict[str, Any]:
-  """Qwen's: the first `max_window_layers` are global, the rest is local."""
+  """Qwen's windows: the first `max_window_layers` layers are global, the others local."""
   if not hf.get(bool, "use_sliding_window", False):
     return {}
   depth = hf.get(int, "num_hidden_layers")
@@ -244,7 +248,7 @@ def qwen_moe(hf: Settings) -> MoEConfig:
   width = hf.get(int, "moe_intermediate_size")
   shared = hf.get(int, "shared_expert_intermediate_size", 0)
   if width < 1 or shared % width:
-    raise hf.refused("shared_expert_intermediate_size", f"a multiple of {width}")
+    raise hf.refused("shared_expert_intermediate_size", f"use a multiple of {width}")
   return MoEConfig(
     num_experts=experts,
     experts_per_token=hf.get(int, "num_experts_per_tok"),
@@ -287,7 +291,7 @@ def write_qwen2_moe(cfg: ResolvedModel) -> dict[str, Any]:
 def read_qwen3_moe(hf: Settings) -> ModelConfig:
   window = None
   if hf.get(bool, "use_sliding_window", False):
-    window = hf.get(int, "sliding_window", 4096)  # of every layer
+    window = hf.get(int, "sliding_window", 4096)  # in every layer
   moe, biases = qwen_moe(hf), attention_bias(hf)
   return read(hf, {}, qk_norm="head", moe=moe, window=window, **biases)
 
@@ -322,7 +326,7 @@ def read_gemma(hf: Settings, **ours: Any) -> ModelConfig:
   ours |= dict(embedding_scaled=True, **attention_bias(hf))
   cfg = read(hf, defaults, (key, "gelu_pytorch_tanh"), **ours)
   if key == "hidden_act" and cfg.activation == "gelu":
-    # The first files say gelu and were trained with the approximation.
+    # The first files say gelu, but were trained with its tanh approximation.
     cfg = dataclasses.replace(cfg, activation="gelu_tanh")
   return cfg
 
@@ -332,7 +336,7 @@ def write_gemma(cfg: ResolvedModel) -> dict[str, Any]:
 
 
 def read_gemma2(hf: Settings, pattern: str = "LG", **ours: Any) -> ModelConfig:
-  """Gemma 2 and, with other fields, 3."""
+  """Gemma 2 and, with other fields, Gemma 3."""
   scalar = hf.get(float, "query_pre_attn_scalar", 256.0)
   if scalar <= 0:
     raise hf.refused("query_pre_attn_scalar", "it is positive")
@@ -364,7 +368,7 @@ def write_gemma2(cfg: ResolvedModel) -> dict[str, Any]:
   }
 
 
-# What the text's part of files with pictures leaves out.
+# Keys that the text config of a model with image input leaves out.
 GEMMA_3_DEFAULTS: dict[str, Any] = {
   "vocab_size": 262_208,
   "num_attention_heads": 8,
@@ -400,16 +404,16 @@ def write_gemma3(cfg: ResolvedModel) -> dict[str, Any]:
   return {**keys, "rope_local_base_freq": theta, "use_bidirectional_attention": False}
 
 
-def read_gemma3_pictures(hf: Settings) -> ModelConfig:
-  """A Gemma 3 that also sees pictures: what it does with text."""
+def read_gemma3_multimodal(hf: Settings) -> ModelConfig:
+  """The language model of a Gemma 3 with image input."""
   text = hf.inner("text_config")
   if text is None:
     raise hf.refused("text_config", "it is an object")
   return read_gemma3(text)
 
 
-def write_gemma3_pictures(cfg: ResolvedModel) -> dict[str, Any]:
-  raise CheckpointError("gemma3 has what sees pictures", "a run of flaxlm is gemma3_text")
+def write_gemma3_multimodal(cfg: ResolvedModel) -> dict[str, Any]:
+  raise CheckpointError("gemma3 has image input, which flaxlm lacks", "use gemma3_text")
 
 
 # -- Families ------------------------------------------------------------------------------
@@ -447,8 +451,8 @@ FAMILIES = (
     lambda _: tuple(
       dataclasses.replace(row, theirs=f"language_model.{row.theirs}") for row in GEMMA_3
     ),
-    read_gemma3_pictures,
-    write_gemma3_pictures,
+    read_gemma3_multimodal,
+    write_gemma3_multimodal,
     prefix="language_model.",
     tied=(("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),),
     ignored=(r"^vision_tower\.", r"^multi_modal_projector\."),

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Safetensors files, read and written one tensor at a time.
 
-Eight bytes say how long a JSON header is; it says each tensor's dtype, shape and place in
-what follows. The header is capped before it is parsed and checked whole before a byte of
-data is read, so that nothing in it can ask for more than the file has. Plain reads, not a
-memory map: a map of a file that shrinks ends the process, and holds what it has read.
+A file begins with the length of its JSON header in eight bytes; the header has the dtype,
+shape and place of each tensor in the data that follow. The header's size is limited before
+it is parsed, and all of it is checked before data are read, so that it cannot ask for more
+than the file has. Tensors are read with plain reads, not from a memory map: with a map the
+process dies if the file shrinks, and the pages that were read stay in memory.
 """
 
 import dataclasses
@@ -33,20 +34,20 @@ DTYPES: Mapping[str, np.dtype] = {
   "F64": np.dtype(np.float64),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# What buffers are made of, which are skipped: their sizes, to check where tensors lie.
+# Sizes of other dtypes. Such tensors are buffers, which are skipped, but they have a place.
 OTHER_SIZES = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "U16": 2}
 OTHER_SIZES |= {"U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# How files begin that torch.save writes: a zip archive, a pickle, its legacy magic number.
+# How the files of torch.save begin: a zip archive, or a pickle of some protocol.
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 PICKLE_NAMES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """Where a tensor lies: `start` counts bytes from the beginning of the file."""
+  """Where a tensor is: `start` is the offset in the file, in bytes."""
 
   path: Path
   dtype: str
@@ -54,7 +55,7 @@ class Tensor:
   start: int
 
   def read(self) -> np.ndarray:
-    """Its values. Raises `CheckpointError` for a dtype that no parameter can have."""
+    """The values. Raises `CheckpointError` for a dtype that no parameter can have."""
     if self.dtype not in DTYPES:
       raise CheckpointError(
         f"{self.path} has tensors of {self.dtype}", f"flaxlm reads {', '.join(DTYPES)}"
@@ -65,7 +66,7 @@ class Tensor:
     except OSError as e:
       raise CheckpointError(f"{self.path} cannot be read: {e}") from e
     if values.size < count:
-      raise CheckpointError(f"{self.path} became shorter while it was read")
+      raise CheckpointError(f"{self.path} was cut short while it was read")
     return values.reshape(self.shape)
 
 
@@ -73,9 +74,9 @@ class Tensor:
 
 
 def open_checkpoint(folder: Path) -> dict[str, Tensor]:
-  """Every tensor of a directory, in one file or in those that its index names.
+  """Every tensor of a directory, from one file or from those that its index names.
 
-  Raises `CheckpointError`, also where there are only pickles.
+  Raises `CheckpointError`, also if there are only pickles.
   """
   if not folder.is_dir():
     raise CheckpointError(f"{folder} is not a directory")
@@ -102,19 +103,19 @@ def _open_index(folder: Path) -> dict[str, Tensor]:
   for file, tensors in files.items():
     stray = [name for name in tensors if where.get(name) != file]
     if stray:
-      raise CheckpointError(f"{folder / INDEX} does not know of {stray[0]} in {file}")
+      raise CheckpointError(f"{folder / INDEX} does not list {stray[0]} of {file}")
   return {name: files[file][name] for name, file in where.items()}
 
 
 def _inside(folder: Path, file: Any) -> Path:
-  """The file of an index entry, which must lie in `folder` itself."""
+  """The file of an index entry, which must be in `folder` itself."""
   plain = isinstance(file, str) and file == Path(file).name and "\\" not in file
   if not plain or "\0" in file or not file.endswith(".safetensors"):
     if isinstance(file, str) and any(Path(file).match(name) for name in PICKLE_NAMES):
       raise _pickled(folder / Path(file).name)
     raise CheckpointError(
       f"{folder / INDEX} names the file {file!r}",
-      "it can be the plain name of a .safetensors file beside the index",
+      "use the plain name of a .safetensors file beside the index",
     )
   return folder / file
 
@@ -127,7 +128,7 @@ def _pickled(path: Path) -> CheckpointError:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-  """The tensors of one file. Raises `CheckpointError` unless all of it is in order."""
+  """The tensors of one file. Raises `CheckpointError` if anything in it is wrong."""
   try:
     if not path.is_file():
       raise CheckpointError(f"{path} is not a file")
@@ -135,12 +136,12 @@ def read_header(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
       start = file.read(8)
       length = int.from_bytes(start, "little")
-      # A header of 640 bytes begins like a pickle, too; but then its brace follows.
+      # The length 640 has the same first bytes as a pickle, but then a brace follows.
       if start.startswith(PICKLES) and file.read(1) != b"{":
         raise _pickled(path)
       file.seek(8)
       if size < 8 or length > size - 8:
-        raise CheckpointError(f"{path} is cut short, or no safetensors file")
+        raise CheckpointError(f"{path} is cut short, or not a safetensors file")
       if length > MAX_HEADER_BYTES:
         raise CheckpointError(
           f"{path}: a header of {length} bytes", f"at most {MAX_HEADER_BYTES}"
@@ -167,17 +168,17 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 
 def _entry(path: Path, name: str, entry: Any, base: int) -> tuple[Tensor, int, int]:
-  """A tensor and the range of bytes that the header gives it."""
+  """A tensor, and the range of bytes that the header gives it."""
   try:
     dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
     whole = all(type(number) is int and number >= 0 for number in (first, last, *shape))
     if not whole or len(shape) > MAX_RANK or not isinstance(dtype, str):
       raise ValueError("sizes")
   except (KeyError, TypeError, ValueError) as e:
-    raise CheckpointError(f"{path}: the entry of {name} is not in order ({e})") from e
+    raise CheckpointError(f"{path}: the entry of {name} is wrong ({e})") from e
   known = DTYPES[dtype].itemsize if dtype in DTYPES else OTHER_SIZES.get(dtype)
   if known is None:
-    raise CheckpointError(f"{path}: {name} is of the unknown dtype {dtype[:20]!r}")
+    raise CheckpointError(f"{path}: {name} has the unknown dtype {dtype[:20]!r}")
   if last - first != known * math.prod(shape):
     raise CheckpointError(f"{path}: {name} has {last - first} bytes for {dtype} {shape}")
   return Tensor(path, dtype, tuple(shape), base + first), first, last
@@ -187,7 +188,7 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> tuple[Tensor, int, i
 
 
 def plan_files(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-  """Names in files of at most `most` bytes each; a larger tensor has one for itself."""
+  """The names in each file, of at most `most` bytes; a larger tensor has its own file."""
   files: list[list[str]] = [[]]
   filled = 0
   for name, size in sizes.items():
@@ -200,8 +201,8 @@ def plan_files(sizes: Mapping[str, int], most: int) -> list[list[str]]:
 
 
 def write_header(file: BinaryIO, shapes: Mapping[str, Shape], dtype: np.dtype) -> None:
-  """What comes before the tensors, which then follow in this order, as they are."""
-  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists
+  """Writes all that comes before the tensors, which must follow in the same order."""
+  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires it
   end = 0
   for name, shape in shapes.items():
     start, end = end, end + math.prod(shape) * dtype.itemsize
@@ -222,8 +223,10 @@ def write_files(
   most: int,
   values: Any,
 ) -> list[Path]:
-  """Writes `values(name)` of every name of `shapes`, and an index if it takes several
-  files; never more than one tensor is in memory. Returns the files."""
+  """Writes `values(name)` for every name of `shapes`; returns the files.
+
+  Only one tensor is in memory at a time. Several files get an index.
+  """
   sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
   files = plan_files(sizes, most)
   several = len(files) > 1

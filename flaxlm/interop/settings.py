@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's config.json, read key by key with types and bounds, and written.
+"""Hugging Face's config.json: read key by key, with types and bounds, and written.
 
-What both sides say in the same way stands in a table of (their key, our field) and goes
-both ways (`Settings.fields`, `to_keys`); the rest is a family's own.
+Values that both sides express alike are in a table of (their key, our field), which
+is used in both directions (`Settings.fields`, `to_keys`). Each family converts the rest.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from flaxlm.config import (
 from flaxlm.errors import CheckpointError
 
 MAX_JSON_BYTES = 32 * 2**20
-MOST = 2**31  # of any whole number in a config
+MOST = 2**31  # limit of integers in a config
 MOST_LAYERS = 10_000
 
 Keys = tuple[tuple[str, str], ...]
@@ -46,11 +46,11 @@ ACTIVATION_NAMES = {
   "relu": "relu",
 }
 
-_MUST_BE_THERE = object()
+_REQUIRED = object()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """The object in a JSON file. Raises `CheckpointError`, also for keys that come twice."""
+  """The object in a JSON file. Raises `CheckpointError`, also for duplicate keys."""
   try:
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
@@ -61,7 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: bytes, origin: str) -> dict[str, Any]:
-  """The object that `text` spells; `origin` names it in errors."""
+  """The JSON object in `text`; `origin` names it in errors."""
   try:
     values = json.loads(text.decode("utf-8"), object_pairs_hook=_no_doubles)
   except (ValueError, RecursionError) as e:
@@ -80,9 +80,9 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class Settings:
-  """The values of a config.json and the names of the tensors beside it.
+  """The values of a config.json, and the names of the tensors beside it.
 
-  Every method raises `CheckpointError` for a value that cannot be meant.
+  Every method raises `CheckpointError` for a value of the wrong type or out of bounds.
   """
 
   def __init__(self, values: Mapping[str, Any], origin: str, names: Iterable[str] = ()):
@@ -92,40 +92,42 @@ class Settings:
     return CheckpointError(f"{self.origin}: {key} is {self.values.get(key)!r}", cure)
 
   def inner(self, *keys: str) -> "Settings | None":
-    """The object under the first of `keys` that is there, not null and not empty."""
+    """The object under the first of `keys` that is present, not null and not empty."""
     for key in keys:
       value = self.values.get(key)
       if value:
         if not isinstance(value, dict):
-          raise self.refused(key, "it is an object")
+          raise self.refused(key, "it must be an object")
         return Settings(value, f"{self.origin}: {key}", self.names)
     return None
 
-  def get(self, kind: Any, key: str, default: Any = _MUST_BE_THERE) -> Any:
-    """The int, float, bool or str under `key`; `default` where it is missing or null."""
+  def get(self, kind: Any, key: str, default: Any = _REQUIRED) -> Any:
+    """The int, float, bool or str under `key`; `default` if it is missing or null."""
     value = self.values.get(key)
     if value is None:
-      if default is _MUST_BE_THERE:
+      if default is _REQUIRED:
         raise CheckpointError(f"{self.origin} has no {key}")
       return default
     if kind is float and type(value) is int and abs(value) < MOST:
       value = float(value)
     if type(value) is not kind:
-      raise self.refused(key, f"it is a {kind.__name__}")
+      raise self.refused(key, f"it must be of type {kind.__name__}")
     if (kind is int and not -MOST < value < MOST) or (
       kind is float and not math.isfinite(value)
     ):
-      raise self.refused(key, "out of bounds")
+      raise self.refused(key, "it is out of bounds")
     return value
 
   def fields(self, keys: Keys, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Our fields that stand under other names in theirs. A field that may be None may
-    be missing there; so may what `defaults` (by their key) has, and no other."""
+    """Our fields, {name: value}, from a table of (their key, our field).
+
+    A key may be missing if our field may be None, or if `defaults` (by their key) has it.
+    """
     hints = typing.get_type_hints(ModelConfig)
     found = {}
     for key, field in keys:
       arguments = typing.get_args(hints[field])
-      default = None if arguments else _MUST_BE_THERE
+      default = None if arguments else _REQUIRED
       default = (defaults or {}).get(key, default)
       found[field] = self.get(arguments[0] if arguments else hints[field], key, default)
     depth = found.get("depth", 0)
@@ -136,26 +138,26 @@ class Settings:
   def activation(self, key: str, default: str) -> Any:
     name = self.get(str, key, default)
     if name not in ACTIVATIONS:
-      raise self.refused(key, f"it can be {', '.join(ACTIVATIONS)}")
+      raise self.refused(key, f"use one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
   def demand(self, **values: Any) -> None:
-    """Refuses, by name, every key that is there with another value than these."""
+    """Raises `CheckpointError` for a key that is present with another value than these."""
     for key, wanted in values.items():
       value = self.values.get(key)
       if value is not None and value != wanted:
-        raise self.refused(key, f"flaxlm can only do {wanted!r}")
+        raise self.refused(key, f"flaxlm supports only {wanted!r}")
 
   def has(self, end: str) -> bool:
-    """Whether some tensor's name ends so."""
+    """Whether the name of some tensor has this ending."""
     return any(name.endswith(end) for name in self.names)
 
   # -- Positions and windows
 
   def rope(self, head_dim: int, context: int, defaults: Mapping[str, float]) -> RopeConfig:
-    """RoPE as newer files have it (rope_parameters) or older ones (rope_theta and others).
+    """RoPE, from newer files (rope_parameters) or older ones (rope_theta and others).
 
-    `defaults` may have rope_theta and partial_rotary_factor, for files without.
+    `defaults` may have rope_theta and partial_rotary_factor, for files without them.
     """
     scaling = self.inner("rope_parameters", "rope_scaling") or Settings({}, self.origin)
     both = Settings(dict(defaults) | dict(self.values) | dict(scaling.values), self.origin)
@@ -165,7 +167,7 @@ class Settings:
       fraction=rotary_fraction(int(head_dim * share), head_dim),
     )
     if rope["theta"] <= 1:
-      raise both.refused("rope_theta", "it is more than 1")
+      raise both.refused("rope_theta", "it must be more than 1")
     older = scaling.get(str, "type", "default")
     kind = scaling.get(str, "rope_type", older)
     original = self.values.get("original_max_position_embeddings")
@@ -179,7 +181,7 @@ class Settings:
       case "llama3":
         slow = scaling.get(float, "low_freq_factor")
         if scaling.get(float, "high_freq_factor") <= slow:
-          raise scaling.refused("high_freq_factor", f"it is more than {slow}")
+          raise scaling.refused("high_freq_factor", f"it must be more than {slow}")
         return RopeConfig(
           **rope,
           scaling="llama3",
@@ -201,27 +203,28 @@ class Settings:
         )
     raise CheckpointError(
       f"{self.origin}: RoPE scaling {kind!r} is not supported",
-      "flaxlm knows default, linear, llama3 and yarn",
+      "supported: default, linear, llama3 and yarn",
     )
 
   def layer_pattern(self, depth: int, default: str) -> str:
-    """L and G of every layer: their layer_types, or `default` over and over."""
+    """The shortest pattern of L and G from their layer_types, or else from `default`,
+    repeated over the layers."""
     kinds = self.values.get("layer_types")
     if kinds is None:
       return shortest_period((default * depth)[:depth])
     letters = {"full_attention": "G", "sliding_attention": "L"}
     if not isinstance(kinds, list) or len(kinds) != depth:
-      raise CheckpointError(f"{self.origin}: layer_types is no list of {depth} kinds")
+      raise CheckpointError(f"{self.origin}: layer_types is not a list of {depth} kinds")
     unknown = [kind for kind in kinds if not isinstance(kind, str) or kind not in letters]
     if unknown:
       raise CheckpointError(
-        f"{self.origin}: layer_types has {unknown[0]!r}", f"known: {', '.join(letters)}"
+        f"{self.origin}: layer_types has {unknown[0]!r}", f"supported: {', '.join(letters)}"
       )
     return shortest_period("".join(letters[kind] for kind in kinds))
 
 
 def head_dim(hf: Settings, cfg: ModelConfig) -> int:
-  """The head dim of a config that may not have resolved it, and may be nonsense."""
+  """The head dim of a config that is neither resolved nor checked yet."""
   heads = cfg.num_heads
   if not cfg.head_dim and (heads < 1 or cfg.width < heads or cfg.width % heads):
     raise CheckpointError(f"{hf.origin}: {heads} heads cannot share a width of {cfg.width}")
@@ -229,21 +232,21 @@ def head_dim(hf: Settings, cfg: ModelConfig) -> int:
 
 
 def rotary_fraction(num_dims: int, head_dim: int) -> float:
-  """The fraction of `head_dim` from which `nn.positions` finds `num_dims` again."""
+  """The fraction of `head_dim` from which `nn.positions` computes exactly `num_dims`."""
   if num_dims == head_dim:
     return 1.0
   if not 0 < num_dims < head_dim or num_dims % 2:
     raise CheckpointError(
-      f"RoPE turns {num_dims} dims of a head of {head_dim}", "it is an even number"
+      f"RoPE rotates {num_dims} dims of a head of {head_dim}", "use an even number"
     )
   fraction = num_dims / head_dim
-  while 2 * int(head_dim * fraction / 2) < num_dims:  # a quotient that was rounded down
+  while 2 * int(head_dim * fraction / 2) < num_dims:  # the quotient was rounded down
     fraction = math.nextafter(fraction, 1)
   return fraction
 
 
 def shortest_period(kinds: str) -> str:
-  """The shortest string that, repeated and cut off, gives `kinds`."""
+  """The shortest string that gives `kinds` when it is repeated and cut to its length."""
   sizes = range(1, len(kinds))
   whole = (kinds[:size] for size in sizes if kinds.startswith(kinds[size:]))
   return next(whole, kinds)
@@ -258,12 +261,12 @@ def to_keys(cfg: ResolvedModel, keys: Keys) -> dict[str, Any]:
 
 
 def rope_keys(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
-  """RoPE in the keys that every version of transformers reads."""
+  """RoPE in the keys that all versions of transformers read."""
   theta, scaling = rope.theta, None
   match rope.scaling:
     case "linear":
       scaling = {"rope_type": "linear", "factor": rope.factor}
-    case "ntk":  # fixed: nothing but a larger base
+    case "ntk":  # a fixed factor: the same as a larger base
       num_dims = 2 * int(head_dim * rope.fraction / 2)
       theta *= rope.factor ** (num_dims / max(1, num_dims - 2))
     case "llama3":
@@ -291,15 +294,15 @@ def rope_keys(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
 
 
 def layer_types(cfg: ResolvedModel) -> list[str]:
-  """Their name of every layer's kind."""
+  """Their name for the kind of each layer."""
   names = {"G": "full_attention", "L": "sliding_attention"}
   return [names[cfg.period[n % len(cfg.period)]] for n in range(cfg.depth)]
 
 
 def canonical(cfg: ModelConfig) -> ResolvedModel:
-  """`cfg` as the models see it, without what only training reads or nothing reads.
+  """`cfg` without fields that only training reads, or that have no effect here.
 
-  Two configs that compute the same have the same canonical one.
+  Two configs that compute the same have the same canonical config.
   """
   cfg = cfg.resolve()
   kinds = cfg.layer_kinds()
@@ -356,7 +359,7 @@ def canonical_moe(cfg: ResolvedModel) -> Any:
     return ResolvedMoE(expert_width=cfg.ffn_width)
   return dataclasses.replace(
     cfg.moe,
-    capacity_factor=None,  # decoding serves every choice
+    capacity_factor=None,  # decoding drops no token
     load_balance_weight=plain.load_balance_weight,
     router_z_weight=plain.router_z_weight,
     shared_gated=cfg.moe.shared_gated and cfg.moe.num_shared_experts > 0,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole directories: a checkpoint of Hugging Face's becomes a run of ours, and back.
+"""Whole directories: a Hugging Face checkpoint becomes a run of ours, and back.
 
-What is not weights comes along: the tokenizer, which ids are special, and the files that
-only the other side reads, which lie untouched in the run's `huggingface/`.
+Besides the weights, a run keeps the tokenizer, the special ids, and the files that only
+Hugging Face's libraries read, unchanged in its folder `huggingface/`.
 """
 
 import contextlib
@@ -42,11 +42,19 @@ from flaxlm.tokenizers.imported import (
 from flaxlm.tokenizers.own import MAX_FILE_BYTES
 
 GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
-# Files that come along as they are, if they are there: only the other side reads them.
-ALONG: tuple[str, ...] = (
-  *(GENERATION, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
-  *("chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt"),
-  *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+# Files that are copied unchanged: only Hugging Face's libraries read them.
+COPIED = (
+  GENERATION,
+  TOKENIZER_CONFIG,
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "chat_template.jinja",
+  "vocab.json",
+  "merges.txt",
+  "vocab.txt",
+  "tokenizer.model",
+  "spiece.model",
+  "sentencepiece.bpe.model",
 )
 START = "decoder_start_token_id"
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", START)
@@ -58,9 +66,9 @@ TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", START)
 def import_run(
   folder: Path, run_dir: Path, mesh: Mesh, dtype: str | None = None
 ) -> tuple[Loaded, list[str]]:
-  """Makes a run directory of `folder`; also returns what the user should know.
+  """Makes a run directory from `folder`; also returns notes for the user.
 
-  Raises `CheckpointError` (or `DataError`, for its tokenizer), and then leaves nothing.
+  Raises `CheckpointError` (`DataError` for the tokenizer), and then leaves nothing behind.
   """
   notes = []
   with new_folder(run_dir) as partial:
@@ -78,7 +86,7 @@ def import_run(
     finally:
       store.close()
     (partial / KEPT).mkdir()
-    for name in (CONFIG, *ALONG):
+    for name in (CONFIG, *COPIED):
       if (folder / name).is_file() and (folder / name).stat().st_size <= MAX_FILE_BYTES:
         shutil.copyfile(folder / name, partial / KEPT / name)
     (partial / CONFIG).write_text(to_json(run_config(loaded, run_dir)), "utf-8")
@@ -86,7 +94,7 @@ def import_run(
 
 
 def run_config(loaded: Loaded, run_dir: Path) -> ResolvedConfig:
-  """The config of the run: the model, and a data section that fits it."""
+  """The config of an imported run: its model, and a data section that fits it."""
   family = loaded.cfg.family
   return ResolvedConfig(
     name=run_dir.name,
@@ -101,21 +109,23 @@ def run_config(loaded: Loaded, run_dir: Path) -> ResolvedConfig:
 
 
 def import_tokenizer(folder: Path, run_dir: Path, config: dict[str, Any]) -> None:
-  """Copies tokenizer.json, and writes beside it what other files say of its specials."""
+  """Copies tokenizer.json, and writes the special ids of other files beside it."""
   backend = load_backend(folder / TOKENIZER)
   optional = lambda name: read_json(folder / name) if (folder / name).is_file() else {}
-  said = Settings(optional(TOKENIZER_CONFIG), str(folder / TOKENIZER_CONFIG))
+  named = Settings(optional(TOKENIZER_CONFIG), str(folder / TOKENIZER_CONFIG))
   ids = config | {k: v for k, v in optional(GENERATION).items() if v is not None}
-  specials = read_specials(backend, said, Settings(ids, str(folder / GENERATION)))
+  specials = read_specials(backend, named, Settings(ids, str(folder / GENERATION)))
   shutil.copyfile(folder / TOKENIZER, run_dir / TOKENIZER)
   specials.save(run_dir / SPECIALS)
 
 
-def read_specials(backend: tokenizers.Tokenizer, said: Settings, ids: Settings) -> Specials:
-  """Special ids: by number in the model's files, else by name in the tokenizer's."""
+def read_specials(
+  backend: tokenizers.Tokenizer, names: Settings, ids: Settings
+) -> Specials:
+  """Special ids: from the numbers in the model's files, else from the tokenizer's names."""
 
   def named(role: str) -> int | None:
-    token = said.values.get(f"{role}_token")
+    token = names.values.get(f"{role}_token")
     content = token.get("content") if isinstance(token, dict) else token
     return backend.token_to_id(content) if isinstance(content, str) else None
 
@@ -128,12 +138,14 @@ def read_specials(backend: tokenizers.Tokenizer, said: Settings, ids: Settings) 
     end = numbered("eos")
     ends = [] if end is None else [end]
   if not all(type(end) is int and 0 <= end < 2**31 for end in ends):
-    raise ids.refused("eos_token_id", "it is an id or a list of ids")
+    raise ids.refused("eos_token_id", "it must be an id or a list of ids")
   bos = numbered("bos")
-  if ids.values.get("is_encoder_decoder") is True:  # T5 starts with its padding
+  if (
+    ids.values.get("is_encoder_decoder") is True
+  ):  # T5's decoder starts with the padding id
     bos = ids.get(int, START, numbered("pad"))
   prefix, suffix = frame(backend)
-  if said.get(bool, "add_bos_token", False) and bos is not None and bos not in prefix:
+  if names.get(bool, "add_bos_token", False) and bos is not None and bos not in prefix:
     prefix = (bos, *prefix)
   masks = (backend.token_to_id(name) for name in ("[MASK]", "<mask>"))
   mask = next((mask for mask in (named("mask"), *masks) if mask is not None), None)
@@ -144,16 +156,16 @@ def read_specials(backend: tokenizers.Tokenizer, said: Settings, ids: Settings) 
 
 
 def export_run(run: Run, folder: Path, dtype: str | None, most: int) -> Family:
-  """Writes a run so that `from_pretrained(folder)` opens it; returns as what.
+  """Writes a run so that `from_pretrained(folder)` opens it; returns its family.
 
-  `dtype` None is that of its parameters; `most` bytes go into a file. Raises
-  `CheckpointError` if no family of Hugging Face's is such a model.
+  `dtype` None is that of the parameters; a file has at most `most` bytes. Raises
+  `CheckpointError` if no Hugging Face family can express the model.
   """
   kept = run.path / KEPT
   origin = read_json(kept / CONFIG) if (kept / CONFIG).is_file() else {}
-  came_from = origin.get("model_type")
+  imported_from = origin.get("model_type")
   family = find_fitting(
-    run, sorted(FAMILIES.values(), key=lambda f: f.model_type != came_from)
+    run, sorted(FAMILIES.values(), key=lambda f: f.model_type != imported_from)
   )
   cfg = run.cfg.model
   with new_folder(folder) as partial:
@@ -167,7 +179,7 @@ def export_run(run: Run, folder: Path, dtype: str | None, most: int) -> Family:
     if cfg.family == "encoder_decoder" and ids.get(START) is None:
       ids[START] = ids.get("pad_token_id") or 0  # as T5 does
     ids = {key: value for key, value in ids.items() if value is not None}
-    # An id that is not said is null: the defaults of some classes are out of range.
+    # Unknown ids are written as null: the defaults of some classes are out of range.
     write_json(partial / CONFIG, dict.fromkeys(TOKEN_KEYS[:3]) | ids | keys)
     if not (partial / GENERATION).exists() and cfg.family != "encoder":
       write_json(partial / GENERATION, ids)
@@ -175,9 +187,9 @@ def export_run(run: Run, folder: Path, dtype: str | None, most: int) -> Family:
 
 
 def find_fitting(run: Run, families: Iterable[Family]) -> Family:
-  """The first of `families` that the run's model is.
+  """The first of `families` that can express the run's model.
 
-  Raises `CheckpointError`, with what is in the way of the nearest one.
+  Raises `CheckpointError` with the shortest list of obstacles.
   """
   refusals: list[CheckpointError] = []
   for family in families:
@@ -190,8 +202,8 @@ def find_fitting(run: Run, families: Iterable[Family]) -> Family:
 
 
 def copy_kept(run_dir: Path, folder: Path) -> None:
-  """The other side's own files, as they came."""
-  for name in ALONG:
+  """Copies the files that came with an imported run."""
+  for name in COPIED:
     if (run_dir / KEPT / name).is_file():
       shutil.copyfile(run_dir / KEPT / name, folder / name)
   if (run_dir / TOKENIZER).is_file():
@@ -199,8 +211,8 @@ def copy_kept(run_dir: Path, folder: Path) -> None:
 
 
 def export_tokenizer(run: Run, folder: Path) -> dict[str, Any]:
-  """Writes a tokenizer of ours so that theirs frames a text as the model has seen it;
-  returns the special ids."""
+  """Writes our tokenizer for Hugging Face's library, which then adds the special tokens
+  that the model was trained with. Returns the special ids."""
   tokenizer = run.tokenizer
   assert not isinstance(tokenizer, ImportedTokenizer)
   tokenizer.save(folder / TOKENIZER)
@@ -211,7 +223,7 @@ def export_tokenizer(run: Run, folder: Path) -> dict[str, Any]:
     single=f"$A {end}" if reads else f"{end} $A", special_tokens=[(end, tokenizer.eos_id)]
   )
   (folder / TOKENIZER).write_text(backend.to_str(pretty=True), "utf-8")
-  said = {
+  keys = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": end,
     "eos_token": end,
@@ -220,8 +232,8 @@ def export_tokenizer(run: Run, folder: Path) -> dict[str, Any]:
     "clean_up_tokenization_spaces": False,
   }
   if tokenizer.mask_id is not None:
-    said["mask_token"] = backend.id_to_token(tokenizer.mask_id)
-  write_json(folder / TOKENIZER_CONFIG, said)
+    keys["mask_token"] = backend.id_to_token(tokenizer.mask_id)
+  write_json(folder / TOKENIZER_CONFIG, keys)
   return dict.fromkeys(TOKEN_KEYS[: 4 if reads else 3], tokenizer.eos_id)
 
 
@@ -230,13 +242,13 @@ def export_tokenizer(run: Run, folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-  """A folder beside `path`, which becomes it when all has gone well.
+  """A temporary folder beside `path`, which is renamed to `path` if all goes well.
 
-  Raises `CheckpointError` if there is something at `path` already.
+  Raises `CheckpointError` if `path` exists already, and is not an empty folder.
   """
   try:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-      raise CheckpointError(f"{path} is there already", "choose another name, or remove it")
+      raise CheckpointError(f"{path} exists already", "choose another name, or remove it")
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
   except OSError as e:

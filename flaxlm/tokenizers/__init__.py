@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to ids and back: tokenizers trained here (`own`), and others' (`imported`)."""
+"""Text to ids and back: tokenizers trained here (`own`), and `imported` ones."""
 
 from flaxlm.tokenizers.imported import (
   AnyTokenizer,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers that came with an imported checkpoint: any tokenizer.json, used as it is.
+"""Tokenizers of imported checkpoints: any tokenizer.json, used unchanged.
 
-A `ImportedTokenizer` can do for a run what our own `Tokenizer` can. It reads text as
-Hugging Face's would: the name of a special token in it is that token.
+An `ImportedTokenizer` has the methods of our own `Tokenizer`. It encodes text as Hugging
+Face's library does: the name of a special token in a text becomes that token.
 """
 
 import functools
@@ -27,19 +27,19 @@ from flaxlm.tokenizers.own import (
 )
 
 SPECIALS = "special_tokens.json"
-# Text before the first piece of a stream: alone, many decoders drop a piece's first blank.
+# Text before the first piece of a stream: many decoders drop a text's first blank.
 ANCHOR = "a"
 
 
 class Specials(NamedTuple):
-  """What tokenizer.json does not say, as it is stored beside it."""
+  """Special ids that tokenizer.json does not have; they are stored beside it."""
 
-  bos_id: int | None = None  # begins a text, or what an encoder-decoder writes
+  bos_id: int | None = None  # begins a text; begins the output of an encoder-decoder
   eos_ids: tuple[int, ...] = ()  # end a completion
   pad_id: int | None = None
   mask_id: int | None = None
-  prefix: tuple[int, ...] = ()  # before and after every text that a model reads
-  suffix: tuple[int, ...] = ()
+  prefix: tuple[int, ...] = ()  # before every text that a model reads
+  suffix: tuple[int, ...] = ()  # and after it
 
   def save(self, path: Path) -> None:
     path.write_text(json.dumps(self._asdict(), indent=2) + "\n", "utf-8")
@@ -53,17 +53,17 @@ class Specials(NamedTuple):
       specials = Specials(**values)
       ids = [i for x in specials for i in (x if isinstance(x, tuple) else [x])]
       if not all(i is None or (type(i) is int and 0 <= i < 2**31) for i in ids):
-        raise ValueError("ids are whole numbers")
+        raise ValueError("an id is not an integer from 0 on")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
       raise DataError(f"{path} cannot be read: {e}", "import the checkpoint again") from e
     return specials
 
 
 class ImportedTokenizer(Vocabulary):
-  """Any tokenizer of the tokenizers library, with the specials of its checkpoint.
+  """Any tokenizer of the tokenizers library, with the special ids of its checkpoint.
 
-  Attributes are those of `Tokenizer`. Without an end of text, `eos_id` is -1, which no
-  token is; without a beginning, the end begins, as in GPT-2.
+  It has the attributes of `Tokenizer`. Without an end of text, `eos_id` is -1, which is no
+  token's id. Without a start of text, the end of text is used, as in GPT-2.
   """
 
   def __init__(self, backend: tokenizers.Tokenizer, specials: Specials):
@@ -71,7 +71,9 @@ class ImportedTokenizer(Vocabulary):
     backend.no_padding()
     self._backend, self._specials = backend, specials
     vocab = backend.get_vocab(with_added_tokens=True)
-    self.vocab_size: int = 1 + max(vocab.values(), default=0)  # ids may leave gaps
+    self.vocab_size: int = 1 + max(
+      vocab.values(), default=0
+    )  # there may be gaps between the ids
     self.eos_ids = frozenset(specials.eos_ids)
     self.eos_id: int = next(iter(specials.eos_ids), -1)
     starts = (specials.bos_id, *specials.eos_ids, specials.pad_id, 0)
@@ -82,26 +84,29 @@ class ImportedTokenizer(Vocabulary):
     self.special_ids: tuple[int, ...] = tuple(sorted(named | self.eos_ids | {self.bos_id}))
 
   def encode_masked(self, text: str) -> list[int]:
-    """The ids of `text`, in which each `[MASK]` is `mask_id`; `DataError` without one."""
+    """The ids of `text`, with `mask_id` for each `[MASK]`.
+
+    Raises `DataError` if the tokenizer has no mask.
+    """
     if self.mask_id is None:
       raise DataError(f"the tokenizer has no {MASK}", "only masked models fill in text")
     return self.encode(text.replace(MASK, self._backend.id_to_token(self.mask_id) or MASK))
 
   def framed(self, ids: Sequence[int], role: Role) -> list[int]:
-    """`ids` as the model was trained to see them; see `Tokenizer.framed`."""
+    """`ids` with the special tokens around them; see `Tokenizer.framed`."""
     prefix, suffix = self._specials.prefix, self._specials.suffix
     if role != "prompt":
       return [*prefix, *ids, *suffix]
     return [*prefix, *ids] or [self.bos_id]
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of `ids`; specials have none, nor have ids past the vocabulary."""
+    """The text of `ids`; special tokens and unknown ids have none."""
     known = [i for i in ids if 0 <= i < self.vocab_size]
     with rust_errors("cannot decode the ids"):
       return self._backend.decode(known, skip_special_tokens=True)
 
   def stream(self) -> "ImportedStream":
-    """A decoder for ids that come one by one."""
+    """A decoder for ids that arrive one by one."""
     return ImportedStream(self)
 
   @functools.cached_property
@@ -126,13 +131,13 @@ class ImportedTokenizer(Vocabulary):
     return pieces
 
   def save(self, path: str | Path) -> None:
-    """Writes tokenizer.json, and the specials beside it."""
+    """Writes tokenizer.json, and the special ids beside it."""
     Path(path).write_text(self._backend.to_str(pretty=True), "utf-8")
     self._specials.save(Path(path).with_name(SPECIALS))
 
   @staticmethod
   def load(path: Path) -> "ImportedTokenizer":
-    """A tokenizer.json with the specials beside it; `DataError` if one is damaged."""
+    """Reads tokenizer.json and the special ids beside it; `DataError` if one is damaged."""
     specials = Specials.load(path.with_name(SPECIALS))
     return ImportedTokenizer(load_backend(path), specials)
 
@@ -141,14 +146,14 @@ AnyTokenizer = Tokenizer | ImportedTokenizer
 
 
 def load_tokenizer(path: Path) -> AnyTokenizer:
-  """A tokenizer.json of ours, or an imported one: that has specials beside it."""
+  """Our own tokenizer, or an imported one if there are special ids beside the file."""
   if path.with_name(SPECIALS).is_file():
     return ImportedTokenizer.load(path)
   return Tokenizer.load(path)
 
 
 class ImportedStream:
-  """Ids in, text out as soon as it is certain; the pieces add up to the whole."""
+  """Turns ids into text as soon as it is certain; the pieces add up to the whole text."""
 
   def __init__(self, tokenizer: ImportedTokenizer):
     self._decode = tokenizer.decode
@@ -159,16 +164,16 @@ class ImportedStream:
     """The characters that `token_id` completes."""
     self._ids.append(token_id)
     text = self._decode(self._ids)
-    if text.endswith("\ufffd"):  # a character that may be unfinished
+    if text.endswith("\ufffd"):  # a character that may be incomplete
       return ""
     piece = text[len(self._decode(self._ids[: self._shown])) :]
-    # The ids before the last ones that showed something no longer change anything.
+    # Ids before those of the last piece have no effect on later text.
     self._ids = self._ids[self._shown :] if piece else self._ids
     self._shown = len(self._ids)
     return piece
 
   def flush(self) -> str:
-    """What is left at the end: U+FFFD if a character was cut short."""
+    """The rest of the text: U+FFFD if the last character is incomplete."""
     text = self._decode(self._ids)
     piece = text[len(self._decode(self._ids[: self._shown])) :]
     self._shown = len(self._ids)
@@ -188,7 +193,7 @@ def load_backend(path: Path) -> tokenizers.Tokenizer:
 
 
 def frame(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """What the tokenizer puts before and after a text, by its own post-processor."""
+  """The ids that the tokenizer's post-processor adds before and after a text."""
   with rust_errors("cannot encode the text"):
     bare = backend.encode(ANCHOR, add_special_tokens=False).ids
     whole = backend.encode(ANCHOR, add_special_tokens=True).ids
@@ -199,7 +204,7 @@ def frame(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ..
 
 
 def expected_vocab_size(cfg: TokenizerConfig) -> int:
-  """What the tokenizer will have, unless the text is too short for so many ids."""
+  """The number of ids that the tokenizer will have, if the text is long enough for them."""
   if cfg.path is not None:
     return load_tokenizer(Path(cfg.path)).vocab_size
   return cfg.vocab_size if cfg.kind == "bpe" else 257

@@ -2,8 +2,8 @@
 """Text to ids and back: byte-level BPE, trained here, with nothing downloaded.
 
 `train_tokenizer` makes a `Tokenizer`; `save` and `load` use Hugging Face's
-`tokenizer.json`, so other tools read ours. Ids stand for bytes, hence every string
-survives: decode(encode(s)) == s.
+`tokenizer.json`, which other tools read. Ids stand for bytes, so every string can be
+encoded, and decode(encode(s)) == s.
 """
 
 import codecs
@@ -21,21 +21,22 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from flaxlm.errors import DataError
 
-# Begins every document and, by following one, ends it.
+# Begins every document; the one that follows a document ends it.
 END_OF_TEXT = "<|endoftext|>"
 # Stands for a token to be guessed (Devlin et al., 2019).
 MASK = "[MASK]"
 
-# What a text is for: to be continued, to be read by an encoder, to be read and answered.
+# A text's use: a decoder continues it, an encoder reads it, or an encoder-decoder does.
 Role = Literal["prompt", "text", "source"]
 
 MAX_FILE_BYTES = 64 * 2**20  # parsing a hostile tokenizer.json costs many times its size
 MAX_KNOWN_WORDS = 2**20
 
-# No token crosses the end of one of these. After Llama 3, and for source code too: a
-# word takes a blank or punctuation mark before it, punctuation the line end and indent
-# after it. Classes are spelled out, and all beyond ASCII counts as letters: `\p{L}`
-# depends on the Unicode version, and this must mean the same to Oniguruma and to `re`.
+# The words that a text is split into; no token spans two of them. The pattern follows
+# Llama 3's, with an eye to source code: a word includes a blank or punctuation mark before
+# it, punctuation includes the line end and indentation after it. Classes are spelled out,
+# and everything beyond ASCII counts as a letter: `\p{L}` depends on the Unicode version,
+# and the pattern must mean the same to Oniguruma and to `re`.
 _WORDS = "|".join(
   (
     "[ !-/:-@\\[-`{-~]?[A-Za-z\u0080-\U0010ffff]+",
@@ -49,7 +50,7 @@ _WORDS = "|".join(
 
 
 class Vocabulary:
-  """What our tokenizers and imported ones have in common: ids, and what they stand for."""
+  """The base class of all tokenizers: ids, and the bytes that they stand for."""
 
   _backend: tokenizers.Tokenizer
 
@@ -64,11 +65,11 @@ class Vocabulary:
     return hashlib.sha256(self.to_json().encode()).hexdigest()
 
   def to_json(self) -> str:
-    """What stands in its tokenizer.json."""
+    """The text of its tokenizer.json."""
     return self._backend.to_str()
 
   def encode(self, text: str) -> list[int]:
-    """The ids of `text`, no specials added. A lone surrogate becomes "?"."""
+    """The ids of `text`, without special tokens. A lone surrogate becomes "?"."""
     return self.encode_batch([text])[0].tolist()
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -83,23 +84,23 @@ class Vocabulary:
     return [np.array(encoding.ids, np.uint32) for encoding in batch]
 
   def token_bytes(self) -> np.ndarray:
-    """How many bytes of text each id stands for (V,), int32; 0 for specials."""
+    """How many bytes of text each id stands for, (V,) int32; 0 for specials."""
     return np.array([len(piece) for piece in self._pieces], np.int32)
 
   def bytes_of(self, token_id: int) -> bytes:
-    """The bytes of text that an id stands for; none for specials, and past the last id."""
+    """The bytes of text that an id stands for; none for specials and for unknown ids."""
     return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else b""
 
   def name_of(self, token_id: int) -> str | None:
-    """What the vocabulary calls an id; None past the last id, and where it has a gap."""
+    """The vocabulary's name for an id; None for an unknown id."""
     return self._backend.id_to_token(token_id)
 
 
 class Tokenizer(Vocabulary):
   """A byte-level BPE tokenizer with a special token, `<|endoftext|>`.
 
-  `bos_id` begins a document and `eos_id` ends one; in ours they are the same id. One for
-  masked language models has another, `[MASK]`: `mask_id`, which is None in all others.
+  `bos_id` begins a document and `eos_id` ends one; here they are the same id. A tokenizer
+  for masked language models also has `[MASK]`: `mask_id`, which is None in all others.
   """
 
   def __init__(self, backend: tokenizers.Tokenizer):
@@ -111,7 +112,7 @@ class Tokenizer(Vocabulary):
       raise DataError(f"the tokenizer has no {END_OF_TEXT}", "add it as a special token")
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True  # a special token's name in a text is just text
+    backend.encode_special_tokens = True  # its name in a text is ordinary text
     self._backend = backend
     self.bos_id: int = end
     self.eos_id: int = end
@@ -130,13 +131,13 @@ class Tokenizer(Vocabulary):
     )
 
   def framed(self, ids: Sequence[int], role: Role) -> list[int]:
-    """`ids` with the specials that a model is trained to see around a text."""
+    """`ids` with the special tokens around them, as the model is trained to see them."""
     return [*ids, self.eos_id] if role == "source" else [self.bos_id, *ids]
 
   def encode_masked(self, text: str) -> list[int]:
-    """The ids of `text`, in which each `[MASK]` is a token to be guessed: `mask_id`.
+    """The ids of `text`, with `mask_id` for each `[MASK]`.
 
-    A blank before it belongs to the guess, for tokens of words begin with their blank.
+    A blank before the mask is part of it, as a word's token includes the blank before it.
     Raises `DataError` if the tokenizer has no `[MASK]`.
     """
     if self.mask_id is None:
@@ -147,8 +148,8 @@ class Tokenizer(Vocabulary):
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """The ids (uint32) of each text, as `encode` gives them.
 
-    The Rust library tracks the offsets of every character and reaches 2 MB/s. Splitting
-    with `re` and remembering the ids of each word is five times faster, and the same.
+    The Rust library tracks the offset of every character, and reaches 2 MB/s. Splitting
+    with `re`, and caching the ids of each word, gives the same ids five times as fast.
     """
     if not self._splits_as_ours:
       return super().encode_batch(texts)
@@ -167,12 +168,12 @@ class Tokenizer(Vocabulary):
   def decode(self, ids: Iterable[int]) -> str:
     """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
 
-    Specials have no text, nor have ids past the vocabulary (of a padded embedding).
+    Special tokens have no text, and neither do padding ids of the model's vocabulary.
     """
     return b"".join(map(self.bytes_of, ids)).decode("utf-8", "replace")
 
   def stream(self) -> "TextStream":
-    """A decoder for ids that come one by one."""
+    """A decoder for ids that arrive one by one."""
     return TextStream(self)
 
   def save(self, path: str | Path) -> None:
@@ -209,7 +210,7 @@ class Tokenizer(Vocabulary):
 
 
 class TextStream:
-  """Ids in, whole characters out, which add up to `decode`'s text."""
+  """Turns ids into whole characters, one id at a time; the pieces add up to `decode`."""
 
   def __init__(self, tokenizer: Tokenizer):
     self._bytes_of = tokenizer.bytes_of
@@ -220,18 +221,18 @@ class TextStream:
     return self._decoder.decode(self._bytes_of(token_id))
 
   def flush(self) -> str:
-    """What is left at the end: U+FFFD if a character was cut short."""
+    """The rest of the text: U+FFFD if the last character is incomplete."""
     return self._decoder.decode(b"", final=True)
 
 
 def train_tokenizer(
   kind: str, texts: Iterable[str], vocab_size: int, masked: bool = False
 ) -> Tokenizer:
-  """A tokenizer of `kind` (see `TokenizerConfig`), the same for the same texts.
+  """A tokenizer of `kind` (see `TokenizerConfig`); the same texts give the same one.
 
-  byte: id = byte, and texts and vocab_size play no part. bpe: at most `vocab_size` ids,
-  fewer where the texts run out of pairs to merge (Sennrich et al., 2016), yet all bytes.
-  If `masked`, the last id is that of `[MASK]`.
+  byte: an id for each byte; `texts` and `vocab_size` are not used. bpe: all bytes, and
+  merges (Sennrich et al., 2016) up to `vocab_size` ids, or until the texts have no more
+  pairs to merge. If `masked`, the last id is that of `[MASK]`.
   """
   if kind == "byte":
     vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
@@ -242,12 +243,12 @@ def train_tokenizer(
     raise ValueError(f"unknown kind of tokenizer {kind!r}: byte or bpe")
   backend.pre_tokenizer = _pre_tokenizer()
   backend.decoder = decoders.ByteLevel()
-  # Other tools take the blank before [MASK] for its own, as `encode_masked` does.
+  # With `lstrip`, other tools count the blank before [MASK] to it, as `encode_masked` does.
   mask = tokenizers.AddedToken(MASK, lstrip=True, special=True)
   specials = [END_OF_TEXT, mask] if masked else [END_OF_TEXT]
   if kind == "bpe":
     trainer = trainers.BpeTrainer(
-      vocab_size=vocab_size - len(specials),  # they come after
+      vocab_size=vocab_size - len(specials),  # which are added below
       initial_alphabet=byte_alphabet(),
       show_progress=False,
     )
@@ -271,7 +272,7 @@ def _word_pattern() -> re.Pattern[str]:
 
 @functools.cache
 def byte_alphabet() -> list[str]:
-  """The character that byte-level BPE writes for each byte 0..255 (GPT-2's table)."""
+  """The character that stands for each byte 0..255 in byte-level BPE (GPT-2's table)."""
   printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
   others = (b for b in range(256) if b not in printable)
   moved = {byte: 256 + n for n, byte in enumerate(others)}
@@ -280,7 +281,8 @@ def byte_alphabet() -> list[str]:
 
 @contextmanager
 def rust_errors(cause: str, cure: str = "") -> Iterator[None]:
-  """Any failure of the Rust library, a panic (no `Exception`) too, as `DataError`."""
+  """Turns failures of the Rust library into `DataError`, also panics, which are not an
+  `Exception`."""
   try:
     yield
   except BaseException as e:

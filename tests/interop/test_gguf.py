@@ -15,7 +15,12 @@ from flaxlm.cli import main
 from flaxlm.config import ModelConfig, RopeConfig
 from flaxlm.decoding.loading import load_run
 from flaxlm.errors import CheckpointError
-from flaxlm.interop.gguf import ARCHITECTURES, export_gguf, find_cut, frequency_factors
+from flaxlm.interop.gguf import (
+  ARCHITECTURES,
+  export_gguf,
+  find_pre_tokenizer,
+  frequency_factors,
+)
 from flaxlm.interop.transfer import export_run
 from flaxlm.nn.positions import inverse_wavelengths
 from flaxlm.sharding import make_mesh
@@ -119,9 +124,12 @@ class TestParity:
 
 def test_how_texts_are_cut():
   said = lambda tokenizer: json.dumps(json.loads(tokenizer.to_json())["pre_tokenizer"])
-  assert find_cut(said(train_tokenizer("bpe", ["def f(): pass"] * 9, 300))) == "llama-bpe"
-  with pytest.raises(CheckpointError, match="does not cut"):
-    find_cut('{"type": "Whitespace"}')
+  assert (
+    find_pre_tokenizer(said(train_tokenizer("bpe", ["def f(): pass"] * 9, 300)))
+    == "llama-bpe"
+  )
+  with pytest.raises(CheckpointError, match="does not split texts"):
+    find_pre_tokenizer('{"type": "Whitespace"}')
 
 
 def test_scaled_positions():
@@ -150,7 +158,7 @@ def test_what_llama_cpp_has_no_place_for(tmp_path: Path, capsys: pytest.CaptureF
   run = own_run(tmp_path, dataclasses.replace(SMALL, positions="alibi"))
   target = tmp_path / "model.gguf"
   assert main(["export", str(run), str(target), "--format", "gguf"]) == 4
-  assert "GGUF is for the families" in capsys.readouterr().err
+  assert "GGUF export supports the families" in capsys.readouterr().err
   target.write_text("mine")
   assert main(["export", str(run), str(target), "--format", "gguf"]) == 4
   assert target.read_text() == "mine"

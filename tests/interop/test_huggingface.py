@@ -97,7 +97,7 @@ def test_export_then_import_is_identity(variant: str, tmp_path: Path):
 def test_a_vocabulary_that_the_mesh_does_not_divide_is_padded(tmp_path: Path):
   """On the way in; on the way out the padding stays behind."""
   family, cfg = config_of("llama_3")
-  cfg = dataclasses.replace(cfg, vocab_size=101, tied_embeddings=False)
+  cfg = dataclasses.replace(cfg, vocab_size=101, num_ids=101, tied_embeddings=False)
   for name in "ab":
     (tmp_path / name).mkdir()
   params = random_params(cfg)

@@ -93,9 +93,9 @@ def test_nothing_is_overwritten_and_nothing_is_left_behind(
   run_dir: Path, mesh: Any, tmp_path: Path
 ):
   source = run_dir.parent / "hub"
-  with pytest.raises(CheckpointError, match="there already"):
+  with pytest.raises(CheckpointError, match="exists already"):
     import_run(source, run_dir, mesh)
-  with pytest.raises(CheckpointError, match="there already"):
+  with pytest.raises(CheckpointError, match="exists already"):
     export_run(load_run(run_dir, mesh), source, None, MOST)
   broken = tmp_path / "broken"
   broken.mkdir()

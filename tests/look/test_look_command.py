@@ -95,7 +95,7 @@ BAD = {
   "most": (["attention", "--text=a", "--max-tokens=1"], 2, "at least 2"),
   "suffix": (["tokens", "--text=a", "--output=a.pdf"], 2, "neither .html nor .png"),
   "ids": (["embeddings", "--tokens=1"], 2, "at least 2"),
-  "overrides": (["positions", "bare", "--model.depth=2"], 2, "its config stands"),
+  "overrides": (["positions", "bare", "--model.depth=2"], 2, "cannot be overridden"),
   "subject": (["atention"], 2, "attention"),
   "nothing": ([], 2, "SUBJECT"),
   "flag": (["run", "--txt=a"], 2, "--txt"),

@@ -70,8 +70,8 @@ def test_encoded(corpus, capsys):
   [
     (["train", "--vocab-size=3"], 2, "at least 257"),
     (["train", "--kind=words"], 2, "it can be byte, bpe"),
-    (["compare", "bpe"], 2, "no tokenizer"),
-    (["compare", "no/such/run"], 2, "no tokenizer"),
+    (["compare", "bpe"], 2, "is not a tokenizer"),
+    (["compare", "no/such/run"], 2, "is not a tokenizer"),
     (["encode", "train.txt", "--text=a"], 3, "not a tokenizer.json"),
     (["train", "--output=no/such/folder.json", "--kind=byte"], 2, "cannot be written"),
     (["compare", "byte", "--corpus=files:nothing*"], 3, "nothing"),
