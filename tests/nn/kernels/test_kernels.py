@@ -19,7 +19,7 @@ from flaxlm.nn.masks import Placement, Scoring, Sight, visible
 @pytest.mark.parametrize("new", [1, 3])
 @pytest.mark.parametrize("everything", [False, True])
 def test_attention_over_a_cache_is_attention(rows, new, everything):
-  """One query of one row takes a form of its own (`mix_one`), all others the blocked one."""
+  """One query of one row takes a form of its own (`mix_one`), all others another."""
   N, K, S, H = 4, 2, 12, 8
   q, k, v, bias, sinks = (
     jax.random.normal(jax.random.key(seed), shape)
