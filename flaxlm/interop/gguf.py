@@ -132,7 +132,6 @@ def to_gguf(
     return array.T
   for part, heads in (("q_proj", cfg.num_heads), ("k_proj", cfg.num_kv_heads)):
     if architecture.neighbours and f".{part}." in name:
-      assert heads is not None
       halves = array.reshape(heads, 2, -1, *array.shape[1:])
       return halves.swapaxes(1, 2).reshape(array.shape)
   return array
@@ -147,7 +146,6 @@ def frequency_factors(cfg: ResolvedModel, architecture: Architecture) -> np.ndar
   rope = cfg.rope
   if rope.scaling == "none":
     return None
-  assert cfg.head_dim is not None
   scaled, size = stretched_frequencies(cfg.head_dim, rope)
   if size != 1 or architecture.name != "llama":
     raise CheckpointError(f"GGUF: this family cannot have rope.scaling={rope.scaling}")

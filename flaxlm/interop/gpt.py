@@ -78,7 +78,6 @@ def write_gpt2(cfg: ResolvedModel) -> dict[str, Any]:
 
 
 def gptj(cfg: ResolvedModel) -> tuple[Weight, ...]:
-  assert cfg.head_dim is not None
   turning = 2 * int(cfg.head_dim * cfg.rope.fraction / 2)
   return (
     array("transformer.wte.weight", "embedding/table"),
@@ -112,7 +111,6 @@ def read_gptj(hf: Settings) -> ModelConfig:
 
 
 def write_gptj(cfg: ResolvedModel) -> dict[str, Any]:
-  assert cfg.head_dim is not None
   return {**write_gpt2(cfg), "rotary_dim": 2 * int(cfg.head_dim * cfg.rope.fraction / 2)}
 
 
@@ -164,7 +162,6 @@ def read_neox(hf: Settings) -> ModelConfig:
 
 
 def write_neox(cfg: ResolvedModel) -> dict[str, Any]:
-  assert cfg.head_dim is not None
   rope = rope_keys(cfg.rope, cfg.head_dim)
   return {
     **to_keys(cfg, NEOX_KEYS),

@@ -150,7 +150,6 @@ def read(
 
 
 def write(cfg: ResolvedModel) -> dict[str, Any]:
-  assert cfg.head_dim is not None
   return {
     **to_keys(cfg, KEYS),
     "hidden_act": ACTIVATION_NAMES[cfg.activation],
@@ -278,7 +277,6 @@ def read_qwen2_moe(hf: Settings) -> ModelConfig:
 
 
 def write_qwen2_moe(cfg: ResolvedModel) -> dict[str, Any]:
-  assert cfg.moe.expert_width is not None
   shared = cfg.moe.num_shared_experts * cfg.moe.expert_width
   return {
     **write_qwen2(cfg),
@@ -356,7 +354,6 @@ def read_gemma2(hf: Settings, pattern: str = "LG", **ours: Any) -> ModelConfig:
 
 
 def write_gemma2(cfg: ResolvedModel) -> dict[str, Any]:
-  assert cfg.attention_scale is not None
   return {
     **write_gemma(cfg),
     "hidden_activation": ACTIVATION_NAMES[cfg.activation],

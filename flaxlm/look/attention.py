@@ -74,7 +74,6 @@ def look_attention(
     maps.append(shown | drawn)
   notes = [f"{run.path} at step {run.step}, model.family={cfg.family}"]
   if cfg.num_kv_heads != cfg.num_heads:
-    assert cfg.num_kv_heads is not None
     group = cfg.num_heads // cfg.num_kv_heads
     notes.append(f"{group} query heads share each key/value head.")
   title = f"What the heads of {run.cfg.name} attend to"

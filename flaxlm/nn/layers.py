@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers that are not attention: projections, norms, embeddings, feed-forward."""
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -34,8 +36,8 @@ class Einsum(nn.Module):
     kept = len(outputs) - (len(weights) - contracted)
     assert inputs == outputs[:kept] + weights[:contracted], self.equation
     assert outputs == inputs[:kept] + weights[contracted:], self.equation
-    if self.has_variable("params", "matrix"):  # laid out for decoding: decoding/weights.py
-      y = matrix_dot(x.astype(self.dtype), self.variables["params"])
+    if (laid_out := laid_out_for_decoding(self)) is not None:
+      y = matrix_dot(x.astype(self.dtype), laid_out)
       y = y.astype(self.output_dtype or self.dtype)
       return y.reshape(x.shape[:kept] + self.shape[contracted:])
     init = nn.initializers.variance_scaling(
@@ -58,6 +60,13 @@ class Einsum(nn.Module):
       bias = self.param("bias", zeros, self.shape[contracted:], self.param_dtype)
       y += bias.astype(self.dtype)
     return y
+
+
+def laid_out_for_decoding(module: nn.Module) -> Mapping[str, jax.Array] | None:
+  """A projection's parameters, if decoding/weights.py has made its kernel a matrix."""
+  if not module.has_variable("params", "matrix"):
+    return None
+  return module.variables["params"]
 
 
 class RMSNorm(nn.Module):
@@ -103,23 +112,22 @@ class Embedding(nn.Module):
   param_dtype: jnp.dtype = jnp.float32
 
   def setup(self):
-    if self.has_variable("params", "matrix"):  # laid out for decoding: the same table
+    if laid_out_for_decoding(self) is not None:  # the same table
       return
     init = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.names)
     self.table = self.param("table", init, self.shape, self.param_dtype)
 
   def __call__(self, ids_BT: jax.Array) -> jax.Array:
     """Vectors (B, T, D). Ids must be in range: JAX clamps what is not."""
-    if self.has_variable("params", "matrix"):
-      params = self.variables["params"]
+    if (params := laid_out_for_decoding(self)) is not None:
       x_BTD = params["matrix"][ids_BT].astype(self.dtype)
       return x_BTD * params["scale"][ids_BT][..., None] if "scale" in params else x_BTD
     return self.table.astype(self.dtype)[ids_BT]
 
   def logits(self, x_BTD: jax.Array) -> jax.Array:
     """x . table^T, (B, T, V) in float32 (Press & Wolf, 2017)."""
-    if self.has_variable("params", "matrix"):
-      logits_RV = matrix_dot(x_BTD.astype(self.dtype), self.variables["params"])
+    if (params := laid_out_for_decoding(self)) is not None:
+      logits_RV = matrix_dot(x_BTD.astype(self.dtype), params)
       return logits_RV.reshape(*x_BTD.shape[:2], -1)
     return rows_dot(x_BTD, self.table.astype(self.dtype).T, 1, jnp.float32)
 

@@ -38,7 +38,6 @@ class Evaluator:
   ):
     """`num_batches` None evaluates on the whole split."""
     self.batches, self.num_batches, self.mesh = batches, num_batches, mesh
-    assert model.cfg.vocab_size is not None
     sizes = tokenizer.token_bytes()[: model.cfg.vocab_size]
     padding = model.cfg.vocab_size - len(sizes)
     self.token_bytes_V = np.pad(sizes, (0, padding)).astype(np.float32)
