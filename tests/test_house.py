@@ -205,6 +205,34 @@ def test_inside_nn_masks_come_before_kernels_before_layers_before_models():
   assert not wrong
 
 
+def test_inside_benchmark_the_core_comes_before_peers_before_suites():
+  rooms = ["peers", "suites"]
+
+  def rank(module: str) -> int:
+    room = module.split(".")[1:2]
+    return 1 + rooms.index(room[0]) if room and room[0] in rooms else 0
+
+  wrong = [
+    at(path, node, f"{module} imports {other}")
+    for module, path in MODULES.items()
+    if folder(module) == "benchmark"
+    for other, node in imported_modules(TREES[path])
+    if folder(other) == "benchmark" and rank(other) > rank(module)
+  ]
+  assert not wrong
+
+
+def test_the_package_imports_nothing_that_stays_outside_the_wheel():
+  outside = {"benchmarks", "configs", "tests"}
+  wrong = [
+    at(path, node, name)
+    for path in SOURCES
+    for name, node in imports(TREES[path])
+    if name.split(".")[0] in outside
+  ]
+  assert not wrong
+
+
 @pytest.mark.parametrize("graph", [imports_of_modules, imports_of_folders])
 def test_no_imports_go_in_a_circle(graph):
   """A lazy import counts: two files that need each other are one file."""

@@ -27,7 +27,10 @@ def test_predictions():
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "knobs"),
-  [("decoder", {}), ("encoder", {"data__objective": "masked", "model__family": "encoder"})],
+  [
+    ("decoder", {"model__context": 128}),
+    ("encoder", {"data__objective": "masked", "model__family": "encoder"}),
+  ],
 )
 def test_families(name: str, knobs: dict, corpus: str, tmp_path: Path, monkeypatch):
   monkeypatch.setenv("FLAXLM_DATA_DIR", str(tmp_path))
