@@ -14,7 +14,7 @@ from flaxlm.commands.embed import add_embed
 from flaxlm.commands.infer import add_infer
 from flaxlm.commands.launch import add_launch
 from flaxlm.commands.look import add_look
-from flaxlm.commands.parsing import Parser
+from flaxlm.commands.parsing import Parser, with_hyphens
 from flaxlm.commands.plan import add_plan, add_shard
 from flaxlm.commands.tokenizer import add_tokenizer
 from flaxlm.commands.train import add_eval, add_train
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   # processor features, and prints pages about them.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   try:
-    args, rest = build_parser().parse_known_args(arguments)
+    args, rest = build_parser().parse_known_args(with_hyphens(arguments))
     if rest and not args.takes_overrides:
       raise ConfigError(f"unknown argument {rest[0]}", f"flaxlm {args.command} --help")
     return args.run(args, rest)
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       raise
     error = OutOfMemoryError(
       f"out of device memory: {str(e).splitlines()[0]}",
-      "lower --data.batch_size, raise --training.accumulation_steps, or "
+      "lower --data.batch-size, raise --training.accumulation-steps, or "
       "use --training.remat=full",
     )
     print(f"flaxlm: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ know: there are few, each with its reason, and tests show them to jaxlib.
 """
 
 import ctypes
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -75,6 +76,7 @@ def start_jax(
   had.
   """
   keep_freed_memory()
+  leave_out_absent_tpu(os.environ)
   flags: tuple[Flag, ...] = ()
   if simulated_devices is None:
     flags = set_flags(os.environ, flags_for(os.environ))
@@ -96,6 +98,32 @@ def start_jax(
     jax.config.update("jax_compilation_cache_dir", str(cache_dir))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   return flags
+
+
+def leave_out_absent_tpu(
+  environment: Mapping[str, str], devices: Path = Path("/dev")
+) -> bool:
+  """Chooses the CPU where libtpu is installed, as to plan for TPUs, but there is no TPU.
+
+  JAX would load libtpu to look for one, and libtpu prints lines of warnings. It is
+  left to JAX wherever something hints at an accelerator: a choice of the user's (in the
+  environment or in jax.config, where JAX also puts the TPUs that it sees on the PCI bus),
+  devices of a TPU or a GPU, variables of a TPU's host, or another plugin of JAX. Returns
+  whether it chose. To be called before the first use of a device.
+  """
+  if jax.config.values["jax_platforms"] or importlib.util.find_spec("libtpu") is None:
+    return False
+  device_files = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd", "dxg")
+  if any(True for pattern in device_files for _ in devices.glob(pattern)):
+    return False
+  variables = ("TPU_WORKER", "TPU_ACCELERATOR", "TPU_NAME", "JAX_FORCE_TPU", "MEGASCALE_")
+  if any(name.startswith(variables) for name in environment):
+    return False
+  plugins = importlib.metadata.entry_points(group="jax_plugins")
+  if any("cuda" not in plugin.name for plugin in plugins):  # there is no NVIDIA GPU
+    return False
+  jax.config.update("jax_platforms", "cpu")
+  return True
 
 
 def kernel_head_dim() -> int:

@@ -91,7 +91,7 @@ def locked(run_dir: Path, process: int = 0) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = (run_dir / f".lock-{process}").open("w")
   except OSError as e:
-    raise CheckpointError(f"{run_dir} cannot be written: {e}", "choose --runs_dir") from e
+    raise CheckpointError(f"{run_dir} cannot be written: {e}", "choose --runs-dir") from e
   with lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,7 +120,7 @@ def resume_step(cfg: Config, warn: Callable[[str], None] | None = None) -> int:
   if resume == "must":
     raise CheckpointError(
       f"{cfg.run_dir} has no checkpoint to resume from",
-      "check --name and --runs_dir, or use --checkpoint.resume=auto",
+      "check --name and --runs-dir, or use --checkpoint.resume=auto",
     )
   make_room_after(directory, 0)
   return 0

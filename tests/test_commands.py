@@ -199,7 +199,7 @@ def test_divergence_stops_with_its_own_code(flaxlm, corpus):
   )
   run = flaxlm("train", *tiny(corpus, training__num_steps=50, **knobs))
   assert run.returncode == 5, run.stderr
-  assert "lower --optimizer.learning_rate" in run.stderr
+  assert "lower --optimizer.learning-rate" in run.stderr
 
 
 def test_sharded_over_simulated_devices(flaxlm, corpus, tmp_path):
@@ -241,8 +241,8 @@ def test_a_vocabulary_is_padded_for_a_mesh_and_stays_so(flaxlm, corpus, tmp_path
 
 
 BAD_INPUTS = {
-  "typo": (["train", "--training.num_step=5"], 2, "did you mean --training.num_steps"),
-  "short typo": (["train", "--steps=5"], 2, "did you mean --training.num_steps"),
+  "typo": (["train", "--training.num_step=5"], 2, "did you mean --training.num-steps"),
+  "short typo": (["train", "--steps=5"], 2, "did you mean --training.num-steps"),
   "wrong type": (["train", "--training.num_steps=ten"], 2, "expected a whole number"),
   "range": (["train", "--model.dropout=1.5"], 2, "from 0 to 0.999"),
   "heads": (["train", "--model.num_kv_heads=3"], 2, "1, 2, 4"),
@@ -292,7 +292,7 @@ def test_bad_input(flaxlm, tmp_path, name):
 def test_help_names_every_knob(flaxlm):
   run = flaxlm("train", "--help")
   assert run.returncode == 0
-  for knob in ("--model.num_kv_heads", "--optimizer.schedule", "--mesh", "cosine|linear"):
+  for knob in ("--model.num-kv-heads", "--optimizer.schedule", "--mesh", "cosine|linear"):
     assert knob in run.stdout
 
 

@@ -27,6 +27,7 @@ from flaxlm.config import (
   TrainingConfig,
   check_config,
   difference,
+  flag,
   from_json,
   knobs,
   load_config,
@@ -124,7 +125,7 @@ def test_a_flag_given_twice_alike_is_fine():
 
 def test_a_flag_given_twice_unlike_is_refused():
   error = refusal("--model.num-heads=2", "--seed=1", "--model.num_heads=4")
-  assert "--model.num_heads is given twice, as 2 and as 4" in error.cause
+  assert "--model.num-heads is given twice, as 2 and as 4" in error.cause
 
 
 # -- Mistakes ------------------------------------------------------------------------------
@@ -135,18 +136,18 @@ def test_a_flag_given_twice_unlike_is_refused():
   [
     ("--modle.depth=2", "--model.depth"),
     ("--model.dpeth=2", "--model.depth"),
-    ("--optimiser.learning_rate=1", "--optimizer.learning_rate"),
-    ("--learning_rate=1", "--optimizer.learning_rate"),
-    ("--num_steps=3", "--training.num_steps"),
-    ("--steps=3", "--training.num_steps"),
-    ("--data.seqlen=3", "--data.seq_len"),
-    ("--model.num-head", "--model.num_heads"),
+    ("--optimiser.learning_rate=1", "--optimizer.learning-rate"),
+    ("--learning_rate=1", "--optimizer.learning-rate"),
+    ("--num_steps=3", "--training.num-steps"),
+    ("--steps=3", "--training.num-steps"),
+    ("--data.seqlen=3", "--data.seq-len"),
+    ("--model.num-head", "--model.num-heads"),
     ("--mehs=data=8", "--mesh"),
   ],
 )
 def test_a_typo_gets_the_nearest_name(typo: str, meant: str):
   error = refusal(typo)
-  assert f"unknown option {typo.partition('=')[0].replace('-', '_')[2:]}" in (
+  assert f"unknown option {typo.partition('=')[0].replace('_', '-')[2:]}" in (
     error.cause.replace("--", "")
   )
   assert meant in error.cure
@@ -154,7 +155,7 @@ def test_a_typo_gets_the_nearest_name(typo: str, meant: str):
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_every_field_answers_to_its_last_word(name: str):
-  assert f"--{name}" in refusal(f"--wrong.{name.split('.')[-1]}=1").cure
+  assert flag(name) in refusal(f"--wrong.{name.split('.')[-1]}=1").cure
 
 
 @pytest.mark.parametrize("text", ["--", "--=3", "--model=3", "--model.depth.x=3", "--.=1"])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flags of XLA: known to it, never the user's, only where they belong."""
 
+import json
 import os
 import subprocess
 import sys
@@ -67,3 +68,45 @@ def test_importing_sets_nothing():
     check=True,
   )
   assert run.stdout.strip() == "None"
+
+
+LIBTPU = """
+import json, sys
+from pathlib import Path
+import jax
+from flaxlm.platform import leave_out_absent_tpu
+environment, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
+print(leave_out_absent_tpu(environment, folder), jax.config.jax_platforms)
+"""
+
+
+@pytest.mark.parametrize(
+  ("installed", "chosen", "host", "device", "expected"),
+  [
+    (True, {}, {}, None, "True cpu"),
+    (False, {}, {}, None, "False None"),
+    (True, {"JAX_PLATFORMS": "tpu"}, {}, None, "False tpu"),
+    (True, {}, {"TPU_WORKER_ID": "0"}, None, "False None"),
+    (True, {}, {}, "accel0", "False None"),
+    (True, {}, {}, "nvidia0", "False None"),
+  ],
+)
+def test_an_absent_tpu_is_not_looked_for(
+  tmp_path, installed, chosen, host, device, expected
+):
+  """Where libtpu is installed and nothing hints at an accelerator; else JAX decides."""
+  (tmp_path / "dev").mkdir()
+  if device:
+    (tmp_path / "dev" / device).touch()
+  if installed:
+    (tmp_path / "libtpu.py").write_text("")
+  unset = ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")
+  environment = {name: value for name, value in os.environ.items() if name not in unset}
+  run = subprocess.run(
+    [sys.executable, "-c", LIBTPU, json.dumps(host), tmp_path / "dev"],
+    env=environment | chosen | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert run.stdout.strip() == expected

@@ -76,6 +76,10 @@ class CheckpointStore:
       with contextlib.suppress(Exception):  # a failed write, of which `wait` has told
         self._manager.close()
 
+  def reload(self) -> None:
+    """Reads from disk again which steps exist, after others have moved some of them."""
+    self._manager.reload()
+
   def _finish(self, step: int) -> None:
     # Orbax reports a failed write only to those who wait.
     try:
@@ -92,7 +96,7 @@ class CheckpointStore:
     first_line = next(iter(str(e).splitlines()), type(e).__name__)
     return CheckpointError(
       f"step {step} could not be saved below {self.directory}: {first_line}",
-      "check free space and permissions, or choose another --runs_dir",
+      "check free space and permissions, or choose another --runs-dir",
     )
 
   def restore_progress(self, step: int) -> dict:

@@ -10,6 +10,7 @@ from typing import Any
 from flaxlm.commands.parsing import (
   add_devices,
   add_dtype,
+  find_named_run,
   open_run,
 )
 from flaxlm.errors import CheckpointError, ConfigError
@@ -26,9 +27,9 @@ def add_ckpt(commands: Any) -> None:
 
 def run_ckpt(args: argparse.Namespace, _: list[str]) -> int:
   from flaxlm.checkpoint.manifest import damage, saved_steps
-  from flaxlm.runs import CHECKPOINTS, find_run
+  from flaxlm.runs import CHECKPOINTS
 
-  directory = find_run(args.path, args.runs_dir) / CHECKPOINTS
+  directory = find_named_run(args) / CHECKPOINTS
   whole = True
   for step in saved_steps(directory):
     files = [path for path in (directory / str(step)).rglob("*") if path.is_file()]

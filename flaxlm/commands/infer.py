@@ -15,6 +15,7 @@ from flaxlm.commands.parsing import (
   open_run,
   read_text,
 )
+from flaxlm.config import flag
 from flaxlm.errors import ConfigError
 
 # Flags that are fields of `SamplingSettings`: type and help.
@@ -151,10 +152,6 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
     help="a smaller run that guesses tokens ahead; ngram: guess from the text so far",
   )
   parser.add_argument("--draft-tokens", type=int, default=4, help="guesses at a time")
-
-
-def flag(name: str) -> str:
-  return "--" + name.replace("_", "-")
 
 
 def check(args: argparse.Namespace) -> None:

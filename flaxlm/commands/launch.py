@@ -14,7 +14,7 @@ def add_launch(commands: Any) -> None:
     help="train with several processes on this machine",
     usage="flaxlm launch --processes N -- train [CONFIG] [--section.field=value ...]",
     description="Starts N processes of one job, which share this machine's GPUs. With "
-    "--simulated_devices=M, each of them has M devices. If one fails, all are ended. For "
+    "--simulated-devices=M, each of them has M devices. If one fails, all are ended. For "
     "several machines see docs/launch/.",
   )
   parser.add_argument("--processes", type=int, required=True, metavar="N")

@@ -10,6 +10,7 @@ from typing import Any
 from flaxlm.commands.parsing import (
   Parser,
   add_devices,
+  find_named_run,
   open_run,
   read_config,
   read_text,
@@ -142,10 +143,8 @@ def run_run(args: argparse.Namespace, _: list[str]) -> int:
 
 def find(args: argparse.Namespace) -> Path:
   """The run's directory. Checks first that the picture can be written."""
-  from flaxlm.runs import find_run
-
   check_output(args)
-  return find_run(args.path, args.runs_dir)
+  return find_named_run(args)
 
 
 def open_text(args: argparse.Namespace, check: Any) -> tuple[Path, Any]:
@@ -167,7 +166,6 @@ def open_text(args: argparse.Namespace, check: Any) -> tuple[Path, Any]:
   text = read_text(args.text_file) if args.text_file else args.text
   tokenizer = load_tokenizer(path / TOKENIZER)
   reading = make_reading(cfg.model, tokenizer, text, args.source, args.max_tokens)
-  args.path = str(path)  # a run that is newer by the time it is opened is not meant
   return path, reading
 
 

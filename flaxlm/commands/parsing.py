@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import sys
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,22 @@ class Parser(argparse.ArgumentParser):
     raise ConfigError(message, f"{self.prog} --help")
 
 
+def with_hyphens(arguments: Sequence[str]) -> list[str]:
+  """The arguments with flags spelled in one way: `--top_p=0.9` becomes `--top-p=0.9`.
+
+  Both spellings are accepted. Values, and whatever follows a `--` alone, stay as they are.
+  """
+  spelled: list[str] = []
+  for number, argument in enumerate(arguments):
+    if argument == "--":
+      return [*spelled, *arguments[number:]]
+    if argument.startswith("--"):
+      name, equals, value = argument.partition("=")
+      argument = name.replace("_", "-") + equals + value
+    spelled.append(argument)
+  return spelled
+
+
 def read_config(arguments: list[str]) -> Any:
   """The checked config from `[CONFIG] [--section.field=value ...]`."""
   named = bool(arguments) and not arguments[0].startswith("--")
@@ -41,16 +58,29 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--simulated-devices", type=int, help="CPU only")
 
 
+def find_named_run(args: argparse.Namespace) -> Path:
+  """The directory of the run that the command line names; else of the newest, and says so.
+
+  Once found, `args.path` names it: what asks again gets the same run, and says nothing.
+  """
+  from flaxlm.runs import find_run
+
+  path = find_run(args.path, args.runs_dir)
+  if args.path is None:
+    print(f"no RUN is named: taking the newest, {path}", file=sys.stderr)
+    args.path = str(path)
+  return path
+
+
 def open_run(args: argparse.Namespace, needs_text: bool = True) -> Any:
   """Opens the run that the command line names, on the devices that it names."""
   from flaxlm.config import parse_mesh
   from flaxlm.data.sources import data_dir
   from flaxlm.decoding.loading import load_run
   from flaxlm.platform import start_jax
-  from flaxlm.runs import find_run
   from flaxlm.sharding import make_mesh
 
-  path = find_run(args.path, args.runs_dir)
+  path = find_named_run(args)
   warn = lambda line: print(line, file=sys.stderr)
   for flag in start_jax(args.simulated_devices, data_dir() / "xla"):
     warn(flag.line)

@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import os
 from typing import Any
 
 from flaxlm.commands.parsing import (
@@ -61,7 +62,9 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
   from flaxlm.config import parse_mesh
   from flaxlm.planning.planner import Questions, plan
   from flaxlm.planning.report import print_report, to_json
+  from flaxlm.platform import leave_out_absent_tpu
 
+  leave_out_absent_tpu(os.environ)
   cfg = read_config(arguments)
   for name in ("devices", "network", "tokens", "price", "batch", "context"):
     given = getattr(args, name)

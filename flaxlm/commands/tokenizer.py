@@ -130,7 +130,7 @@ def train(corpus: Callable[[], Any], kind: str, vocab_size: str | None) -> Any:
   from flaxlm.data.prepare import corpus_tokenizer
 
   fields = [f"--tokenizer.kind={kind}"]
-  fields += [f"--tokenizer.vocab_size={vocab_size}"] if vocab_size else []
+  fields += [f"--tokenizer.vocab-size={vocab_size}"] if vocab_size else []
   cfg = override(Config(), fields)
   check_config(cfg)
   return corpus_tokenizer(corpus(), cfg.tokenizer)

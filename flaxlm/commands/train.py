@@ -15,7 +15,7 @@ from flaxlm.commands.parsing import (
   open_run,
   read_config,
 )
-from flaxlm.config import Config, knobs
+from flaxlm.config import Config, flag, knobs
 from flaxlm.errors import ConfigError
 
 
@@ -36,7 +36,7 @@ def add_train(commands: Any) -> None:
 def run_train(_: argparse.Namespace, arguments: list[str]) -> int:
   from flaxlm.training.loop import train
 
-  return train(read_config(arguments))
+  return train(read_config(arguments), arguments)
 
 
 def describe_knobs() -> str:
@@ -54,7 +54,7 @@ def describe_knobs() -> str:
     else:
       kind_text = getattr(kind, "__name__", str(kind))
     text = str(default).lower() if default is None else str(default)
-    lines.append(f"  --{name}  {field.metadata['help']}  [{kind_text}, {text}]")
+    lines.append(f"  {flag(name)}  {field.metadata['help']}  [{kind_text}, {text}]")
   return "\n".join(lines).replace("%", "%%")
 
 

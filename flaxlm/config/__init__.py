@@ -42,10 +42,12 @@ from flaxlm.config.schema import (
 from flaxlm.config.text import (
   difference,
   find_config,
+  flag,
   from_json,
   load_config,
   override,
   to_json,
+  without,
 )
 
 __all__ = [
@@ -74,6 +76,7 @@ __all__ = [
   "check_config",
   "difference",
   "find_config",
+  "flag",
   "from_json",
   "knob",
   "knobs",
@@ -85,4 +88,5 @@ __all__ = [
   "parse_mesh",
   "slow_axes",
   "to_json",
+  "without",
 ]

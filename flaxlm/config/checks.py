@@ -65,7 +65,7 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
   if cfg.data.seq_len > cfg.model.context:
     yield (
       f"data.seq_len={cfg.data.seq_len} is longer than model.context={cfg.model.context}",
-      f"set --model.context={cfg.data.seq_len} or --data.seq_len={cfg.model.context}",
+      f"set --model.context={cfg.data.seq_len} or --data.seq-len={cfg.model.context}",
     )
   if cfg.data.source_len is not None and cfg.data.source_len > cfg.model.context:
     yield (
@@ -123,7 +123,7 @@ def _model_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
   if model.parallel != "none" and model.norm_placement != "pre":
     yield (
       f"model.parallel={model.parallel} with model.norm_placement={model.norm_placement}",
-      "side by side they have their norms in front: --model.norm_placement=pre",
+      "side by side they have their norms in front: --model.norm-placement=pre",
     )
   if model.moe.experts_per_token > model.moe.num_experts > 0:
     yield (

@@ -2,7 +2,7 @@
 """Configs as text: Python files, command-line overrides, JSON.
 
 An experiment comes from a Python file that builds a `Config` (`load_config`), is changed
-on the command line (`override`: `--optimizer.learning_rate=1e-3`), and travels in a run
+on the command line (`override`: `--optimizer.learning-rate=1e-3`), and travels in a run
 directory as JSON (`to_json`, `from_json`). Standard library only: importing is instant.
 """
 
@@ -12,7 +12,7 @@ import json
 import runpy
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,6 +72,7 @@ def _is_file(path: Path) -> bool:
 def override(cfg: Config, arguments: Sequence[str]) -> Config:
   """`cfg` changed by `--section.field=value` or `--section.field value` arguments.
 
+  Underscores in names may be written as hyphens.
   Raises one `ConfigError` for all unknown names (with the nearest one) and wrong types.
   """
   mistakes: list[ConfigError] = []
@@ -83,7 +84,7 @@ def override(cfg: Config, arguments: Sequence[str]) -> Config:
       if not argument.startswith("--"):
         raise ConfigError(f"expected --section.field=value, got {argument!r}")
       name, equals, text = argument[2:].partition("=")
-      name = name.replace("-", "_")
+      name = name.replace("-", "_")  # both spellings are accepted; we print hyphens
       kind = _field_type(name)
       if not equals:
         if kind is bool and (not remaining or remaining[0].startswith("--")):
@@ -91,9 +92,9 @@ def override(cfg: Config, arguments: Sequence[str]) -> Config:
         elif remaining and not remaining[0].startswith("--"):
           text = remaining.pop(0)
         else:
-          raise ConfigError(f"--{name} needs a value")
+          raise ConfigError(f"{flag(name)} needs a value")
       if seen.get(name, text) != text:
-        raise ConfigError(f"--{name} is given twice, as {seen[name]} and as {text}")
+        raise ConfigError(f"{flag(name)} is given twice, as {seen[name]} and as {text}")
       seen[name] = text
       cfg = _replace(cfg, name.split("."), _parse(kind, text, name))
     except ConfigError as e:
@@ -104,20 +105,45 @@ def override(cfg: Config, arguments: Sequence[str]) -> Config:
   return cfg
 
 
+def flag(name: str) -> str:
+  """The flag that sets a field, as we print it: `--training.num-steps`."""
+  return "--" + name.replace("_", "-")
+
+
+def without(arguments: Sequence[str], fields: Collection[str]) -> list[str]:
+  """The arguments of a command line but for those that set one of `fields`."""
+  kept: list[str] = []
+  skipping = False  # the value of a field that is left out, as in `--name longer`
+  for argument in arguments:
+    if argument.startswith("--"):
+      name, equals, _ = argument[2:].partition("=")
+      leave_out = name.replace("-", "_") in fields
+      skipping = leave_out and not equals
+      if leave_out:
+        continue
+    elif skipping:
+      skipping = False
+      continue
+    kept.append(argument)
+  return kept
+
+
 def _field_type(name: str) -> Any:
   table = {path: kind for path, kind, _ in knobs(Config)}
   if name in table:
     return table[name]
   last = name.split(".")[-1]
   near = [path for path in table if path.split(".")[-1] == last]
-  if not near and "." not in name:  # --steps means --training.num_steps
+  if not near and "." not in name:  # --steps means --training.num-steps
     near = [path for path in table if last in path.split(".")[-1].split("_")]
     near = sorted(near, key=len)[:2]
   near = near or difflib.get_close_matches(name, table, 2, 0.6)
   cure = (
-    f"did you mean --{' or --'.join(near)}?" if near else "flaxlm train --help lists all"
+    f"did you mean {' or '.join(map(flag, near))}?"
+    if near
+    else "flaxlm train --help lists all"
   )
-  raise ConfigError(f"unknown option --{name}", cure)
+  raise ConfigError(f"unknown option {flag(name)}", cure)
 
 
 def _replace(cfg: Any, path: list[str], value: Any) -> Any:
@@ -139,7 +165,7 @@ def _parse(kind: Any, text: str, name: str) -> Any:
     near = difflib.get_close_matches(text, arguments, 1)
     cure = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(
-      f"--{name}: {text!r} is not a choice", f"{cure}it can be {', '.join(arguments)}"
+      f"{flag(name)}: {text!r} is not a choice", f"{cure}it can be {', '.join(arguments)}"
     )
   if typing.get_origin(kind) is Mapping:
     return parse_mesh(text)
@@ -154,7 +180,7 @@ def _parse(kind: Any, text: str, name: str) -> Any:
     return kind(text)
   except (ValueError, KeyError, OverflowError):
     want = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-    raise ConfigError(f"--{name}: expected {want}, got {text!r}") from None
+    raise ConfigError(f"{flag(name)}: expected {want}, got {text!r}") from None
 
 
 # -- JSON ------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class Batches:
     if store.vocab_size > vocab_size:
       raise DataError(
         f"the tokenizer has {store.vocab_size} ids, the model only {vocab_size}",
-        f"set --model.vocab_size={store.vocab_size} or more, or none",
+        f"set --model.vocab-size={store.vocab_size} or more, or none",
       )
     batch_size = cfg.batch_size
     self._rows = make_rows(store, cfg, seed or 0)
@@ -58,7 +58,7 @@ class Batches:
       raise DataError(
         f"the corpus has {num_rows} rows of data.seq_len={cfg.seq_len} tokens, "
         f"fewer than data.batch_size={batch_size}",
-        f"set --data.batch_size={max(1, num_rows)} or less, or add text",
+        f"set --data.batch-size={max(1, num_rows)} or less, or add text",
       )
     if batch_size % num_parts:
       raise ValueError(f"batch_size={batch_size} does not divide by {num_parts}")

@@ -246,7 +246,7 @@ def missing(job: Job, cards: Mapping[int, Card], seconds: float) -> PeerLostErro
   who = f"process{'es' * (len(absent) > 1)} {_ranges(absent)} of {job.num_processes}"
   return PeerLostError(
     f"{who}" if not seconds else f"waited {seconds:.0f} s: {who} did not come",
-    "see their own logs; --job.start_seconds waits longer",
+    "see their own logs; --job.start-seconds waits longer",
   )
 
 

@@ -37,7 +37,7 @@ class Choice:
     training = self.cfg.training
     return (
       f"--mesh {self.plan.mesh} --training.remat={training.remat} "
-      f"--training.accumulation_steps={training.accumulation_steps}"
+      f"--training.accumulation-steps={training.accumulation_steps}"
     )
 
 

@@ -87,7 +87,7 @@ class Watchdog:
         return
     error = HangError(
       f"no progress for {self.seconds:g} s; where every thread stands is above",
-      "a longer --training.hang_seconds, or none, waits longer",
+      "a longer --training.hang-seconds, or none, waits longer",
     )
     faulthandler.dump_traceback(all_threads=True)
     print(f"flaxlm: {error}", file=sys.stderr, flush=True)

@@ -244,7 +244,7 @@ def test_leaving_in_the_middle_prints_nothing():
 def test_a_corpus_smaller_than_a_batch():
   with pytest.raises(DataError, match=r"25 rows .* data.batch_size=26") as error:
     make_batches(batch_size=26, seed=0)
-  assert "--data.batch_size=25" in error.value.cure
+  assert "--data.batch-size=25" in error.value.cure
   assert make_batches(batch_size=26).num_batches == 1  # evaluation fills the batch up
 
 

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end of a run: a sample of what the model writes, and commands to try next."""
+
+import shlex
+from collections.abc import Sequence
+
+from flaxlm.config import without
+from flaxlm.decoding.completions import complete, search
+from flaxlm.decoding.encoding import fill_masks
+from flaxlm.decoding.loading import Run
+from flaxlm.decoding.sampling import make_sampling
+from flaxlm.runs import SAMPLE
+from flaxlm.tokenizers import MASK
+from flaxlm.training.reporting import Reporter
+
+
+def show_sample(run: Run, reporter: Reporter, arguments: Sequence[str] = ()) -> None:
+  """Prints what the model makes of `sample_prompt`, and what to try next.
+
+  Every process of a job computes the sample, for the model may be spread over all of them.
+  `arguments` are those of the command that trained the run.
+  """
+  family, prompt = run.cfg.model.family, run.cfg.training.sample_prompt
+  infer = f"python infer.py {run.path}"
+  if family == "encoder":
+    prompt = prompt if MASK in prompt else f"import {MASK}"
+    (filled,) = fill_masks(run, [prompt])
+    text = filled.filled
+    tries = [f'{infer} --fill "{prompt}"', f'flaxlm embed {run.path} --text "a sentence"']
+  elif family == "encoder_decoder":
+    prompt = prompt or "Search"
+    (found,) = search(run, [prompt], num_beams=4)
+    text = f"{prompt} => {found.completion}"
+    tries = [f'{infer} --prompt "{prompt}" --beams 4', f"flaxlm eval {run.path} --bleu"]
+  else:
+    sampling = make_sampling(1, temperature=0.8, top_p=0.95, seed=run.cfg.seed)
+    (sample,) = complete(run, [prompt], sampling)
+    text = sample.prompt + sample.completion
+    tries = [f'{infer} --prompt "{prompt or "Once"}"']
+  reporter.end_progress()
+  reporter.log("a sample:")
+  if reporter.writes:
+    print(text, flush=True)
+    (run.path / SAMPLE).write_text(f"{text}\n", "utf-8")
+  tries.append(longer(arguments, f"{run.cfg.name}_longer", 2 * run.step))
+  tries.append(f"tensorboard --logdir {run.cfg.runs_dir}   (pip install tensorboard)")
+  reporter.log("next, try:\n" + "\n".join(f"  {line}" for line in tries))
+
+
+def longer(arguments: Sequence[str], name: str, num_steps: int) -> str:
+  """The command that trains the same config for more steps, into a run of its own."""
+  same = without(arguments, ("name", "training.num_steps"))
+  command = ["python", "train.py", *same, f"--name={name}"]
+  return shlex.join([*command, f"--training.num-steps={num_steps}"])

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs on the devices: the model, its compiled training step, the state of step 0.
+
+Compiling takes longer than preparing data, so it starts in a thread as soon as the size of
+the vocabulary is known.
+"""
+
+import dataclasses
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from flaxlm.checkpoint.store import CheckpointStore
+from flaxlm.config import Config, ResolvedConfig, ResolvedModel
+from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.kernels.paths import Path as AttentionPath
+from flaxlm.nn.kernels.paths import training_path
+from flaxlm.nn.models import build_model
+from flaxlm.platform import kernel_head_dim
+from flaxlm.sharding import check_replication
+from flaxlm.tokenizers import expected_vocab_size
+from flaxlm.training.optimizer import Optimizer, build_optimizer
+from flaxlm.training.step import (
+  SEED,
+  TrainState,
+  TrainStep,
+  abstract_batch,
+  abstract_state,
+  compile_train_step,
+  init_state,
+)
+
+
+class Program(NamedTuple):
+  """A compiled training step, the model and optimizer in it, and the state of step 0."""
+
+  model: LanguageModel
+  optimizer: Optimizer
+  train_step: TrainStep
+  state: TrainState | None  # None for a run that resumes: its state is stored
+
+
+class Compiler:
+  """Compiles programs of one run in a thread, one for each model that is asked for."""
+
+  def __init__(self, cfg: Config, mesh: Mesh, fresh: bool):
+    """`fresh` makes the state of step 0, too."""
+    self.cfg, self.mesh, self.fresh = cfg, mesh, fresh
+    self._thread = ThreadPoolExecutor(1, "compile")
+    self._programs: dict[ResolvedModel, Future[Program]] = {}
+
+  def start(self, model_cfg: ResolvedModel) -> None:
+    """Starts compiling and returns at once; once for each model."""
+    if model_cfg not in self._programs:
+      self._programs[model_cfg] = self._thread.submit(
+        build_program, model_cfg, self.cfg, self.mesh, self.fresh
+      )
+
+  def program(self, model_cfg: ResolvedModel) -> Program:
+    """Waits for the program of a model. Raises what compiling it raised."""
+    self.start(model_cfg)
+    return self._programs[model_cfg].result()
+
+  def __enter__(self) -> "Compiler":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._thread.shutdown()
+
+
+def build_program(
+  model_cfg: ResolvedModel, cfg: Config, mesh: Mesh, fresh: bool
+) -> Program:
+  """Compiles the training step of a config; `fresh` makes the state of step 0, too."""
+  model = build_model(model_cfg, cfg.training, kernel_head_dim())
+  optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
+  abstract = abstract_state(model, optimizer, mesh)
+  check_replication(abstract.params, mesh.shape, cfg.training.replication_tolerance)
+  state = init_state(model, optimizer, mesh, cfg.seed) if fresh else None
+  train_step = compile_train_step(model, optimizer, cfg.training, mesh)
+  train_step.lower(abstract, abstract_batch(cfg.data, mesh), SEED).compile()
+  return Program(model, optimizer, train_step, state)
+
+
+def restore_state(
+  store: CheckpointStore, step: int, program: Program, mesh: Mesh
+) -> TrainState:
+  """The stored state of a step, sharded over the mesh as a new one would be."""
+  target = abstract_state(program.model, program.optimizer, mesh)
+  items = store.restore(step, params=target.params, opt_state=target.opt_state)
+  counter = jax.device_put(np.int32(step), target.step.sharding)
+  return TrainState(counter, items["params"], items["opt_state"])
+
+
+def resolve_model(
+  cfg: Config, num_ids: int, mesh: Mesh, before: ResolvedConfig | None
+) -> ResolvedModel:
+  """The model with every number known, for a tokenizer of `num_ids` ids.
+
+  A new run pads its vocabulary for the mesh. A run that resumes, from the config `before`,
+  keeps the rows that it has.
+  """
+  model = cfg.model.resolve(num_ids)
+  if before is not None and before.model.num_ids == model.num_ids:
+    return dataclasses.replace(model, vocab_size=before.model.vocab_size)
+  return model.padded(mesh.shape["tensor"])
+
+
+def choose_attention(cfg: Config, mesh: Mesh) -> AttentionPath | None:
+  """The path that attention takes in a training step; None for an RNN.
+
+  Raises `ConfigError` for a path that is asked for but cannot compute this model here.
+  """
+  model_cfg = cfg.model.resolve(expected_vocab_size(cfg.tokenizer))
+  run = build_model(model_cfg, cfg.training, kernel_head_dim()).run
+  source_len = cfg.data.source_len or cfg.data.seq_len
+  return training_path(model_cfg, run, mesh.shape, cfg.data.seq_len, source_len)

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of a run, and what happens between them: metrics, evaluation, saving.
+
+The devices never wait for the host: it dispatches a step, then reads the metrics of the
+step before.
+"""
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from flaxlm.checkpoint.store import CheckpointStore
+from flaxlm.config import Config
+from flaxlm.data.batches import Batches
+from flaxlm.errors import INTERRUPTED, PREEMPTED, NonFiniteError
+from flaxlm.training.evaluation import Evaluator, describe_evaluation
+from flaxlm.training.reporting import Reporter
+from flaxlm.training.signals import Stop
+from flaxlm.training.step import Metrics, TrainState, TrainStep, put_batch
+from flaxlm.training.watchdog import Watchdog
+
+MOST_SKIPPED_STEPS = 3  # in a row, before a run that keeps diverging is stopped
+
+
+class Trainer:
+  """The steps of one run, and what happens between them."""
+
+  def __init__(
+    self,
+    cfg: Config,
+    fingerprint: str,
+    mesh: Mesh,
+    train_step: TrainStep,
+    evaluator: Evaluator,
+    store: CheckpointStore,
+    reporter: Reporter,
+    watchdog: Watchdog,
+  ):
+    self.cfg, self.fingerprint, self.mesh = cfg, fingerprint, mesh
+    self.train_step, self.evaluator = train_step, evaluator
+    self.store, self.reporter, self.watchdog = store, reporter, watchdog
+    self.clock = Clock()
+    self.skipped = 0
+    self.evaluated = False
+
+  def steps(
+    self, state: TrainState, first_step: int, batches: Batches, stop: Stop
+  ) -> tuple[TrainState, int]:
+    """Runs until num_steps, the end of the data, or a signal; returns the exit code.
+
+    While the devices work on step n, the host reads the metrics of step n - 1.
+    """
+    training, seed = self.cfg.training, np.uint32(self.cfg.seed)
+    step, saved, pending, stopped = first_step, first_step, None, 0
+    with batches.iterate(first_step) as rows:
+      while step < training.num_steps:
+        stopped = stop.at(step)
+        if stopped:
+          break
+        with self.clock.waiting_for_data():
+          batch = next(rows, None)
+        if batch is None:
+          self.reporter.log(f"the data end after step {step}: {training.num_steps} asked")
+          break
+        if jax.default_backend() == "cpu":
+          # While something is still being computed, the next program runs in a thread of
+          # the pool, and so would all after it: their memory is mapped anew each time.
+          jax.block_until_ready(state)
+        state, metrics = self.train_step(state, put_batch(batch, self.mesh), seed)
+        step += 1
+        self.report(pending)
+        pending = (step, metrics)
+        evaluate = step % training.eval_every_steps == 0
+        save = step % self.cfg.checkpoint.every_steps == 0
+        if evaluate or save:
+          self.report(pending)
+          pending = None
+          if evaluate:
+            self.evaluate(step, state)
+          if save:
+            self.save(step, state)
+            saved = step
+          self.clock.restart()
+    self.report(pending)
+    stopped = stopped or stop.at(step)
+    if stopped:
+      self.reporter.log(f"{signal.Signals(stopped).name}: saving step {step}")
+    elif step > first_step and step % training.eval_every_steps:
+      self.evaluate(step, state)
+    if step > saved:
+      self.save(step, state)
+    with self.watchdog.resting():  # a large checkpoint takes its time
+      self.store.wait()
+    if stopped:
+      return state, INTERRUPTED if stopped == signal.SIGINT else PREEMPTED
+    return state, 0
+
+  def report(self, pending: tuple[int, Metrics] | None) -> None:
+    """Waits for a step's metrics and writes them; stops a run that has diverged."""
+    if pending is None:
+      return
+    step, metrics = pending
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    self.watchdog.progress()
+    self.reporter.advance(step)
+    if not self.clock.first_step_done:
+      seconds = time.perf_counter() - self.clock.started
+      self.reporter.log(f"compiled and made the first step in {seconds:.1f} s")
+    self.clock.step_done(values["tokens"])
+    if values.pop("finite"):
+      self.skipped = 0
+    else:
+      self.skipped += 1
+      self.reporter.log(f"step {step} skipped: its loss or gradient is NaN or infinite")
+      if self.skipped >= MOST_SKIPPED_STEPS:
+        raise NonFiniteError(
+          f"{self.skipped} steps in a row, up to step {step}, were NaN or infinite",
+          "lower --optimizer.learning-rate, or lengthen --optimizer.warmup-steps",
+        )
+    if step % self.cfg.training.log_every_steps == 0:
+      named = {f"train/{name}": value for name, value in values.items()}
+      self.reporter.metrics(step, named | self.clock.rates())
+
+  def evaluate(self, step: int, state: TrainState) -> None:
+    # The first evaluation compiles.
+    with contextlib.nullcontext() if self.evaluated else self.watchdog.resting():
+      values = self.evaluator(
+        state.params, self.watchdog.progress if self.evaluated else lambda: None
+      )
+    self.evaluated = True
+    self.reporter.metrics(step, values)
+    self.reporter.log(f"step {step:>6}  held-out: {describe_evaluation(values)}")
+
+  def save(self, step: int, state: TrainState) -> None:
+    # The next batch has the step's number: nothing else is needed to go on with the data.
+    progress = {"step": step, "corpus": self.fingerprint}
+    self.watchdog.progress()
+    self.store.save(step, state.params, state.opt_state, progress)
+
+
+class Clock:
+  """Rates over blocks of steps; a block ends when its last step's result was read."""
+
+  def __init__(self):
+    self.first_step_done = False
+    self.restart()
+
+  def restart(self) -> None:
+    """Leaves out what is not training: evaluation, saving, and compiling before it."""
+    self.started = time.perf_counter()
+    self.tokens = self.data_seconds = 0.0
+
+  @contextlib.contextmanager
+  def waiting_for_data(self) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    self.data_seconds += time.perf_counter() - started
+
+  def step_done(self, tokens: float) -> None:
+    if self.first_step_done:
+      self.tokens += tokens
+    else:  # the first step includes compiling
+      self.first_step_done = True
+      self.restart()
+
+  def rates(self) -> dict[str, float]:
+    """Tokens per second and the share of time spent waiting for data, of this block."""
+    seconds = time.perf_counter() - self.started
+    rates = {}
+    if self.tokens:
+      rates["perf/tokens_per_sec"] = self.tokens / seconds
+      rates["perf/data_wait_fraction"] = self.data_seconds / seconds
+    self.restart()
+    return rates
