@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plants defects in a copy of the tree, one at a time, to see whether the tests notice.
+"""Plants defects in a copy of the tree, one at a time, and sees if tests find them.
 
-    python tests/planted.py            all of them, about a quarter of an hour
-    python tests/planted.py rope moe   those whose words or file contain one of these
+    python tests/planted.py            all of them: about 25 minutes
+    python tests/planted.py moe RoPE   those whose words or file name contain one of these
 
-The list is in `planted_defects.py`. A defect that its tests do not find asks for a test. One
-that can no longer be planted asks for an entry that follows the code.
+The list is in `planted_defects.py`. A defect that is not found needs a test that finds it.
+An entry that no longer fits the code, as after a move, is an error: bring it up to date.
 """
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -20,21 +21,21 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 COPIED = ("flaxlm", "configs", "tests", "train.py", "infer.py", "pyproject.toml")
 OPTIONS = ("-n", "0", "-x", "-q", "-p", "no:cacheprovider")
-PASSED, FAILED = 0, 1  # exit codes of pytest; all others mean that no test was run
+PASSED, FAILED = 0, 1  # exit codes of pytest; the others mean that it could not run them
 
 
 class Defect(NamedTuple):
-  """One small mistake, and who should find it."""
+  """One small mistake, and the tests that should find it."""
 
-  what: str  # goes wrong, in one line
+  what: str  # goes wrong
   file: str
-  old: str  # stands in the file exactly once
+  old: str  # occurs in the file exactly once
   new: str
-  tests: str  # arguments of pytest, below tests/
+  tests: str  # test files or node ids below tests/, separated by spaces
 
 
 class PlantingError(Exception):
-  """A defect that is no more what the list says."""
+  """An entry of the list that does not fit the code, or whose tests do not run."""
 
 
 def mutated(defect: Defect, root: Path = ROOT) -> str:
@@ -48,8 +49,8 @@ def mutated(defect: Defect, root: Path = ROOT) -> str:
     ]
     places = ", ".join(str(p.relative_to(root)) for p in others) or "nowhere"
     raise PlantingError(
-      f"{defect.what!r}: its old text stands {count} times in {defect.file}, not once; "
-      f"found in: {places}"
+      f"{defect.what!r}: its old text occurs {count} times in {defect.file}, not once; "
+      f"files that have it: {places}"
     )
   for test in defect.tests.split():
     if not (root / "tests" / test.partition("::")[0]).exists():
@@ -61,7 +62,7 @@ def mutated(defect: Defect, root: Path = ROOT) -> str:
 
 
 def copy_tree(folder: Path) -> Path:
-  """A copy of what the tests need, to be changed at will."""
+  """Copies what the tests need into a folder, where defects can be planted."""
   folder.mkdir(parents=True, exist_ok=True)
   for name in COPIED:
     if (ROOT / name).is_dir():
@@ -73,27 +74,22 @@ def copy_tree(folder: Path) -> Path:
 
 
 def run_tests(copy: Path, tests: list[str]) -> subprocess.CompletedProcess:
-  """The fast tests among these, in the copy and of the copy."""
+  """Runs the fast ones of these tests, in the copy and against the copy."""
   return subprocess.run(
     [sys.executable, "-m", "pytest", *OPTIONS, *(f"tests/{test}" for test in tests)],
     cwd=copy,
-    env=_environment(copy),
+    # Bytecode could be stale: a defect is planted within a second, often at equal length.
+    env=os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
   )
 
 
-def _environment(copy: Path) -> dict[str, str]:
-  import os
-
-  return os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-
-
 def is_found(defect: Defect, copy: Path) -> bool:
-  """Whether a named test fails with the defect planted; the copy is whole afterwards.
+  """Whether one of its tests fails with the defect planted; takes it out again.
 
-  Raises `PlantingError` if the tests do not run at all.
+  Raises `PlantingError` if the tests do not run.
   """
   path = copy / defect.file
   whole = path.read_text("utf-8")

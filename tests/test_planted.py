@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The list of planted defects is up to date, and, slowly, the tests find every one.
+"""The list of planted defects follows the code, and the tests find every one (slow).
 
-A defect that goes unnoticed is reported by its name. `python tests/planted.py` runs the same
-without pytest, and takes words that choose among them.
+`python tests/planted.py` runs them without pytest, and takes words that choose among them.
 """
 
 from collections import Counter
