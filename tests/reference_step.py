@@ -440,12 +440,16 @@ def step(params, moments, number, parts, weight, *, cfg, optimizer, training):
     decay_mask=matrices(params),
     clip_norm=optimizer.clip_norm,
   )
+  real = lambda segments: 0 if segments is None else np.sum(np.asarray(segments) > 0)
   squares: list[float] = []
   map_tree(lambda g: squares.append(np.sum(g**2)), gradient)
   reported = {
     "loss": loss,
     "gradient_norm": math.sqrt(sum(squares)),
     "learning_rate": rate,
+    "tokens": sum(
+      real(rows.segments_BT) + real(rows.source_segments_BS) for rows, _ in parts
+    ),
   }
   return params, moments, reported
 

@@ -97,6 +97,14 @@ def test_enough_beams_find_the_best_of_all(name: str, alpha: float):
   np.testing.assert_allclose([h.score for h in ended], np.sort(scores)[::-1], atol=1e-4)
 
 
+def test_longer_texts_may_be_less_likely():
+  """As much as Wu et al. (2016), equation 14, say: lp(Y) = ((5 + |Y|) / 6)^alpha."""
+  assert length_penalty(1, 0.6) == 1
+  assert length_penalty(7, 1.0) == 2
+  assert length_penalty(19, 0.5) == 2
+  assert length_penalty(50, 0.0) == 1
+
+
 def test_a_longer_search_passes_block_borders():
   """The answer does not change where blocks end, nor with what was asked besides."""
   model, params = model_of("decoder")

@@ -21,14 +21,17 @@ from flaxlm.decoding.generate import PrefixCache, decode_block, generate
 from flaxlm.decoding.prefill import (
   CHUNK,
   SMALLEST_PREFIX,
+  CachedPrefix,
   Request,
   bucket,
   common_length,
   padded_length,
   prefill_prompts,
+  shared_prefix,
 )
 from flaxlm.decoding.sampling import make_sampling, stack_settings
 from flaxlm.decoding.weights import prepare_params
+from flaxlm.nn.cache import KVCache
 from flaxlm.nn.models import build_model, init_params
 
 NUM_NEW = 20
@@ -103,6 +106,17 @@ def test_a_shared_prefix_is_read_once(name, monkeypatch):
   monkeypatch.setattr(prefill, "SMALLEST_PREFIX", SMALLEST_PREFIX)
   assert tokens_of(model, params, Request(prompts, NUM_NEW, 64), greedy) == together
   assert len({tuple(row) for row in together}) > 1
+
+
+def test_a_token_of_each_prompt_is_always_read():
+  """Where one is the beginning of another, and where one was read before to its end: its
+  logits are those of its last token."""
+  cfg = model_of("gqa")[0].cfg
+  prompt = [*range(SMALLEST_PREFIX + 6)]
+  assert shared_prefix(cfg, [prompt, [*prompt, 1]], None) == len(prompt) - 1
+  earlier = CachedPrefix(tuple(prompt), KVCache((), np.array([len(prompt)])))
+  assert shared_prefix(cfg, [prompt], earlier) == len(prompt) - 1
+  assert shared_prefix(cfg, [[*prompt, 1]], earlier) == len(prompt)
 
 
 @pytest.mark.parametrize(("name", "ahead"), [("gqa", False), ("gpt2", True)])

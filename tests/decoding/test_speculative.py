@@ -88,6 +88,33 @@ def test_right_guesses_save_passes(monkeypatch):
   assert len(calls) == 2, "4 passes of 4 tokens each, twice"
 
 
+def test_a_draft_goes_on_from_what_was_accepted(monkeypatch):
+  """Wrong guesses leave nothing behind: each pass accepts as many as the model's likeliest
+  tokens, given the text so far, are the ones that are drawn, and one more."""
+  model, params = model_of("gqa")
+  verify, accepted = speculative.verify_block, []
+
+  def verify_and_count(*arguments):
+    state, block, accepted_BT = verify(*arguments)
+    accepted.extend(np.asarray(accepted_BT)[0].reshape(speculative.PASSES, -1).sum(1))
+    return state, block, accepted_BT
+
+  monkeypatch.setattr(speculative, "verify_block", verify_and_count)
+  prompt, draft = PROMPTS[0], drafts()["itself"]
+  drawn = make_sampling(1, 0.6, seed=2)
+  tokens, _ = spoken(model, params, Request([prompt], 33, 64), drawn, draft)
+  text = np.array([*prompt, *tokens[0]])
+  likeliest = np.asarray(model.apply({"params": params}, text[None]).value[0].argmax(-1))
+  place, expected = len(prompt) + 1, []  # the first new token comes with the prefill
+  while place < len(text):
+    guesses = likeliest[place - 1 : place - 1 + draft.num_tokens]
+    right = np.cumprod(guesses[: len(text) - place] == text[place : place + len(guesses)])
+    expected.append(min(1 + right.sum(), len(text) - place))
+    place += expected[-1]
+  assert [count for count in accepted if count] == expected
+  assert {1, 2, 3} <= set(expected), "or there was little to go wrong"
+
+
 def test_what_followed_before_is_guessed():
   texts_BS = np.zeros((3, 16), np.int32)
   texts_BS[0, :8] = [7, 5, 6, 9, 8, 5, 6, 0]  # 5 6 was followed by 9 8 5

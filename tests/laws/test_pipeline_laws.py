@@ -3,6 +3,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,7 +174,11 @@ def test_the_bubble_shrinks_with_rounds_and_microbatches():
 
 
 def test_every_microbatch_has_dropout_of_its_own():
-  """Equal rows in different microbatches come out different, and twice the same."""
+  """Equal rows in different microbatches come out different, and twice the same.
+
+  The dropout of embeddings, which draws for all rows at once, is left out: the rows would
+  differ by it alone.
+  """
   mesh = mesh_of(stage=2)
   run = dataclasses.replace(RUN, pipeline_microbatches=4)
   model = build_model(dataclasses.replace(CFG, dropout=0.5), run)
@@ -183,7 +188,12 @@ def test_every_microbatch_has_dropout_of_its_own():
   def hidden(params, seed):
     rngs = {"dropout": jax.random.key(seed)}
     options = dict(deterministic=False, rngs=rngs, method="hidden")
-    return model.apply({"params": params}, tokens_BT, **options).value
+    with nn.intercept_methods(leave_embeddings):
+      return model.apply({"params": params}, tokens_BT, **options).value
+
+  def leave_embeddings(call, args, kwargs, context):
+    of_all = isinstance(context.module, nn.Dropout) and len(args[0]) == len(tokens_BT)
+    return args[0] if of_all else call(*args, **kwargs)
 
   drop = use_mesh(mesh)(jax.jit(hidden))
   first, again, other = (np.asarray(drop(params, seed)) for seed in (0, 0, 1))

@@ -134,3 +134,11 @@ def test_residual_branches_start_small():
   ratio = np.std(blocks["ffn"]["down"]["kernel"]) * cfg.ffn_width**0.5
   np.testing.assert_allclose(ratio, (2 * cfg.depth) ** -0.5, rtol=0.05)
   np.testing.assert_allclose(np.std(blocks["ffn"]["up"]["kernel"]) * 128**0.5, 1, rtol=0.05)
+  # All heads are the inputs of attention's output (4 of 32 dims here), not those of one.
+  ratio = np.std(blocks["attention"]["o"]["kernel"]) * (4 * 32) ** 0.5
+  np.testing.assert_allclose(ratio, (2 * cfg.depth) ** -0.5, rtol=0.05)
+  for name in "qkv":
+    kernel = blocks["attention"][name]["kernel"]
+    np.testing.assert_allclose(np.std(kernel) * 128**0.5, 1, rtol=0.05)
+  table = params["params"]["embedding"]["table"]
+  np.testing.assert_allclose(np.std(table), 0.02, rtol=0.05)  # GPT's (Radford et al., 2018)

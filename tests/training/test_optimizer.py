@@ -93,6 +93,61 @@ def test_only_matrices_decay():
     assert moved == decayed(params), kind
 
 
+@pytest.mark.parametrize("kind", ["adamw", "lion", "adafactor", "muon", "sgd"])
+def test_how_much_decays(kind):
+  """Half-way up the warm-up a matrix loses half of the decay; Adafactor, whose decay knows
+  no rate, loses all of it, at every step as much as the others at the peak."""
+  cfg = OptimizerConfig(
+    kind=kind,
+    schedule="constant",
+    learning_rate=0.02,
+    warmup_steps=2,
+    weight_decay=0.5,
+    beta1=0.0,
+  )
+  params = small_params()
+  optimizer = build_optimizer(cfg, 10)
+  zeros, state = jax.tree.map(jnp.zeros_like, params), optimizer.init(params)
+  update = jax.jit(optimizer.update)
+  _, state = update(zeros, state, params)
+  updates, _ = update(zeros, state, params)
+  lost = 0.5 * (0.02 if kind == "adafactor" else 0.01)
+  kernel = lambda tree: tree["blocks"]["ffn"]["up"]["kernel"]
+  np.testing.assert_allclose(kernel(updates), -lost * kernel(params), rtol=1e-5)
+
+
+def test_lion_equals_reference():
+  """The sign of one mean of gradients, the memory of another (Chen et al., 2023,
+  algorithm 2); the decay as of AdamW."""
+  cfg = OptimizerConfig(
+    kind="lion",
+    learning_rate=0.01,
+    schedule="constant",
+    warmup_steps=0,
+    weight_decay=0.3,
+    clip_norm=None,
+  )
+  params = small_params()
+  optimizer, masks = build_optimizer(cfg, 10), decayed(params)
+  state, ours = optimizer.init(params), params
+  theirs, moments = params, jax.tree.map(np.zeros_like, params)
+  update = jax.jit(optimizer.update)
+  for step in range(5):
+    gradient = jax.tree.map(lambda x: np.sin(40 * x + step).astype(np.float32), params)
+    updates, state = update(gradient, state, ours)
+    ours = jax.tree.map(jnp.add, ours, updates)
+    theirs = jax.tree.map(
+      lambda p, m, g, mask: (
+        p - 0.01 * (np.sign(cfg.beta1 * m + (1 - cfg.beta1) * g) + 0.3 * p * mask)
+      ),
+      *(theirs, moments, gradient, masks),
+    )
+    mix = lambda m, g: cfg.beta2 * m + (1 - cfg.beta2) * g
+    moments = jax.tree.map(mix, moments, gradient)
+  compare = lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6)
+  jax.tree.map(compare, ours, theirs)
+
+
 def newton_schulz(matrix, num_steps=5):
   """The quintic iteration towards the nearest orthogonal matrix (Jordan, 2024)."""
   x = np.asarray(matrix, np.float64)
@@ -122,6 +177,9 @@ def test_muon_orthogonalises_each_layer():
     for layer in range(2):
       expected = -newton_schulz(gradient["kernel"][layer].reshape(shape))
       actual = np.asarray(update[layer], np.float64).reshape(shape)
+      # As large as Adam's, whose numbers are near 0.2 of the rate (Liu et al., 2025, 2.2).
+      largest = 0.2 * cfg.learning_rate
+      assert 0.6 * largest < np.sqrt(np.mean(actual**2)) < 1.2 * largest
       expected, actual = (x / np.linalg.norm(x) for x in (expected, actual))
       np.testing.assert_allclose(actual, expected, atol=1e-3)
   dims = matrix_dims(params)
