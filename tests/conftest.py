@@ -2,10 +2,13 @@
 """Eight simulated devices for every test, before anything touches JAX; or, for tests that
 are marked gpu, what FLAXLM_TEST_PLATFORM says."""
 
+import atexit
 import gc
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +31,19 @@ os.environ["XLA_FLAGS"] = " ".join(
     "--xla_cpu_max_isa=AVX2",
   )
 )
+# Whatever a worker has compiled, or a command that a test started, no other compiles again.
+# Made by the first process of the session, which hands it on in the environment.
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+if CACHE not in os.environ:
+  os.environ[CACHE] = tempfile.mkdtemp(prefix="flaxlm-tests-")
+  atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+# It names what it loads by two hints of the compiler as if the processor lacked them.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Jaxprs are many small objects that are not garbage: looking for it takes 9 %.
 gc.set_threshold(50_000, 20, 50)
 hypothesis.settings.register_profile("untimed", deadline=None)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of encoders and encoder-decoders: packed = alone, padding, causal, cached = full."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -40,6 +42,7 @@ FAMILIES = {
 TRANSLATORS = ["transformer_2017", "t5"]
 
 
+@functools.cache
 def model_of(name: str):
   model = build_model(ModelConfig(**SMALL | FAMILIES[name]))
   params = nn.unbox(jax.jit(lambda seed: init_params(model, seed))(jnp.uint32(0)))
@@ -51,9 +54,14 @@ def random_tokens(*shape: int) -> np.ndarray:
 
 
 def logits_of(model, params, tokens_BT, positions_BT=None, segments_BT=None, source=None):
-  read = {} if model.cfg.family == "encoder" else {"source": source}
-  apply = jax.jit(lambda p, *x: model.apply({"params": p}, *x, **read).value)
-  return np.asarray(apply(params, tokens_BT, positions_BT, segments_BT))
+  source = None if model.cfg.family == "encoder" else source
+  return np.asarray(_logits(model, params, tokens_BT, positions_BT, segments_BT, source))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model, params, tokens_BT, positions_BT, segments_BT, source):
+  read = {} if source is None else {"source": source}
+  return model.apply({"params": params}, tokens_BT, positions_BT, segments_BT, **read).value
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,14 +48,11 @@ def both(cfg: ModelConfig) -> tuple[dict, dict, ModelConfig]:
   """Parameters by path, the same with padding full of garbage, and the padded config."""
   padded = cfg.resolve().padded(2)
   assert (padded.vocab_size, padded.num_ids) == (64, 61)
-  init = lambda model: flatten_dict(
-    jax.tree.map(
-      lambda box: np.asarray(box.value),
-      init_params(build_model(model), jnp.uint32(0)),
-      is_leaf=lambda x: hasattr(x, "names"),
-    ),
-    sep="/",
-  )
+
+  def init(cfg):
+    init = jax.jit(lambda seed: nn.unbox(init_params(build_model(cfg), seed)))
+    return flatten_dict(jax.tree.map(np.array, init(jnp.uint32(0))), sep="/")
+
   real, garbage = init(cfg), init(padded)
   for path, array in real.items():
     garbage[path] = 10 + 0 * garbage[path]
@@ -104,7 +102,7 @@ def test_padding_is_never_the_likeliest_and_has_no_share():
     token_bytes_V = np.ones(model_cfg.vocab_size, np.float32)
     step = jax.jit(functools.partial(eval_step, model))
     sums.append({k: float(v) for k, v in step(params, batch, token_bytes_V).items()})
-    logits_BTV = forward(model, params, batch).value
+    logits_BTV = jax.jit(lambda p, b, m=model: forward(m, p, b).value)(params, batch)
     hits.append(np.asarray(logits_BTV.argmax(-1)))
     probs_BTV = jax.nn.softmax(logits_BTV, -1)
     assert not np.asarray(probs_BTV)[..., 61:].any()

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,7 @@ from flaxlm.config import (
   TrainingConfig,
 )
 from flaxlm.data.objectives import next_token
-from flaxlm.nn.models import abstract_params, build_model
+from flaxlm.nn.models import abstract_params, build_model, init_params
 from flaxlm.sharding import batch_shards, make_mesh, use_mesh
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
@@ -28,6 +29,7 @@ from flaxlm.training.step import (
   init_state,
   loss_and_gradient,
   put_batch,
+  shardings_of,
 )
 
 CFG = ModelConfig(
@@ -94,31 +96,45 @@ def batch_of(cfg: ModelConfig):
   )
 
 
+@functools.cache
+def first_params(cfg, param_dtype):
+  """On one device: to compile this once for each mesh would take as long as the step."""
+  model = build_model(cfg, dataclasses.replace(FAST, param_dtype=param_dtype))
+  init = jax.jit(lambda seed: nn.unbox(init_params(model, seed)))
+  return jax.device_get(init(np.uint32(3)))
+
+
+def params_on(mesh, model):
+  """The same numbers on every mesh, cut as the rules say."""
+  where = shardings_of(abstract_params(model, mesh))
+  return jax.device_put(first_params(model.cfg, str(model.run.param_dtype)), where)
+
+
 def loss_and_gradient_on(mesh, cfg=CFG, run=FAST):
   """Summed over `run.accumulation_steps` parts of the batch, as a training step does."""
   model = build_model(cfg, run)
-  state = init_state(model, build_optimizer(OptimizerConfig(), 10), mesh, seed=3)
+  params = params_on(mesh, model)
   part = functools.partial(loss_and_gradient, model, run)
   whole = functools.partial(accumulate, part, run.accumulation_steps)
   step = use_mesh(mesh)(jax.jit(whole))
   batch = put_batch(batch_of(cfg), mesh)
-  return jax.device_get(step(state.params, batch, jax.random.key(0)))
+  return jax.device_get(step(params, batch, jax.random.key(0)))
 
 
-@pytest.fixture(scope="module")
+@functools.cache
+def on_one(cfg, run):
+  return loss_and_gradient_on(mesh_of(), cfg, run)
+
+
+@pytest.fixture
 def on_one_device():
-  return loss_and_gradient_on(mesh_of())
+  return on_one(CFG, FAST)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_sharded_equals_one_device(on_one_device, sizes):
   """The same seed, parameters and batch: loss to 1e-5, gradients to 1e-4."""
   assert_same(loss_and_gradient_on(make_mesh(sizes)), on_one_device)
-
-
-@functools.cache
-def on_one(cfg, run):
-  return loss_and_gradient_on(mesh_of(), cfg, run)
 
 
 @pytest.mark.slow
@@ -138,7 +154,7 @@ def test_sharded_equals_one_device_however_it_runs(name, sizes):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_a_loss_in_chunks_equals_the_loss(on_one_device, smoothing):
   run = dataclasses.replace(FAST, label_smoothing=smoothing)
-  expected = loss_and_gradient_on(mesh_of(), run=run)
+  expected = on_one(CFG, run)
   chunked = dataclasses.replace(run, loss_chunks=4)
   mesh = make_mesh(dict(fsdp=4, tensor=2))
   assert_same(loss_and_gradient_on(mesh, run=chunked), expected)
@@ -209,9 +225,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 )
 def test_other_families_sharded_equal_one_device(name, sizes):
   cfg = dataclasses.replace(CFG, **OTHERS[name])
-  assert_same(
-    loss_and_gradient_on(make_mesh(sizes), cfg), loss_and_gradient_on(mesh_of(), cfg)
-  )
+  assert_same(loss_and_gradient_on(make_mesh(sizes), cfg), on_one(cfg, FAST))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +256,10 @@ def test_state_stays_where_the_rules_say():
     x.sharding.is_equivalent_to(t.sharding, x.ndim) and x.shape == t.shape
   )
   assert all(jax.tree.leaves(jax.tree.map(where, state, target)))
-  step = compile_train_step(model, optimizer, TrainingConfig(), mesh)
+  alone = init_state(model, optimizer, mesh_of(), seed=0)
+  compare = lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-6, atol=1e-7)
+  jax.tree.map(compare, jax.device_get(state), jax.device_get(alone))
+  step = compile_train_step(model, optimizer, FAST, mesh)
   state, _ = step(state, put_batch(packed_batch(), mesh), jnp.uint32(0))
   assert all(jax.tree.leaves(jax.tree.map(where, state, target)))
   for tree in (state.params, state.opt_state):
