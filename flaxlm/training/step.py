@@ -231,11 +231,9 @@ def init_state(
     params = nn.unbox(init_params(model, seed))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-  # It runs once, and on a CPU LLVM would take longer over it than it takes to run. Tests
-  # ask for level 0, which this would raise.
-  level_0 = jax.config.values["jax_disable_most_optimizations"]
-  lower = jax.default_backend() == "cpu" and not level_0
-  options = {"xla_backend_optimization_level": 1} if lower else None
+  # It runs once, and on a CPU LLVM would take longer over it than it takes to run.
+  on_cpu = jax.default_backend() == "cpu"
+  options = {"xla_backend_optimization_level": 1} if on_cpu else None
   # No mesh is set: activations, of one dummy row here, have no layout to keep.
   jitted = jax.jit(init, out_shardings=shardings_of(abstract), compiler_options=options)
   return jitted(np.uint32(seed))

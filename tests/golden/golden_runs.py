@@ -50,8 +50,10 @@ LETTERS = sorted(set(TEXT))
 BOS, MASK = 0, 1
 NUM_IDS = 2 + len(LETTERS)
 ROWS, LENGTH, NUM_NEW = 8, 32, 32
-NUM_STEPS = 10  # whose losses are stored
-NUM_MORE = 70  # before decoding: the choice between two tokens shall not hang on rounding
+NUM_STEPS = 10
+# Parameters are scaled up before decoding: after so few steps no token is much likelier than
+# the next, and none shall be chosen by rounding.
+SCALE = 2.0
 
 TRANSFORMER = dict(depth=2, width=32, num_heads=4, vocab_size=64, context=128)
 MODELS = {
@@ -132,7 +134,7 @@ def first_state(name: str) -> TrainState:
 
 @functools.cache
 def trained(name: str, mesh_name: str) -> tuple[Any, Any, list[float], Mesh]:
-  """(model, parameters, the losses of the first steps, mesh)."""
+  """(model, parameters, the losses of its steps, mesh)."""
   run, mesh = RUNS[name], mesh_of(**MESHES[mesh_name])
   model = build_model(MODELS[name], run)
   optimizer = build_optimizer(OPTIMIZER, NUM_STEPS)
@@ -140,17 +142,17 @@ def trained(name: str, mesh_name: str) -> tuple[Any, Any, list[float], Mesh]:
   state = jax.device_put(state, shardings_of(abstract_state(model, optimizer, mesh)))
   step = compile_train_step(model, optimizer, run, mesh)
   losses = []
-  for n in range(NUM_STEPS + (NUM_MORE if mesh.size == 1 else 0)):
+  for n in range(NUM_STEPS):
     batch = put_batch(batch_of(model.cfg.family, n), mesh)
     state, metrics = step(state, batch, np.uint32(3))
     losses.append(float(metrics["loss"]))
-  return model, state.params, losses[:NUM_STEPS], mesh
+  return model, state.params, losses, mesh
 
 
 def held_out(name: str) -> float:
-  """Loss in nats per token of a batch that no step saw, after all steps."""
+  """Loss in nats per token of a batch that no step saw."""
   model, params, _, mesh = trained(name, "one device")
-  batch = put_batch(batch_of(model.cfg.family, NUM_STEPS + NUM_MORE), mesh)
+  batch = put_batch(batch_of(model.cfg.family, NUM_STEPS), mesh)
   sums = compile_eval_step(model, mesh)(params, batch, np.ones(64, np.float32))
   return float(sums["nats"] / sums["tokens"])
 
@@ -158,8 +160,9 @@ def held_out(name: str) -> float:
 def decoded(name: str, temperature: float) -> list[list[int]]:
   """The next tokens of two prompts; of an encoder, what it fills each mask with."""
   model, params, _, mesh = trained(name, "one device")
+  params = jax.tree.map(lambda x: x * SCALE, params)
   if model.cfg.family == "encoder":
-    batch = batch_of("encoder", NUM_STEPS + NUM_MORE)
+    batch = batch_of("encoder", NUM_STEPS)
     logits_BTV = model.apply(
       {"params": params}, batch.tokens_BT, batch.positions_BT, batch.segments_BT
     ).value
@@ -177,7 +180,7 @@ def decoded(name: str, temperature: float) -> list[list[int]]:
     2,
     temperature=temperature,
     top_p=0.95,
-    repetition_penalty=1.3,
+    repetition_penalty=2.0,
     banned_tokens=[BOS],
     seed=11,
   )
