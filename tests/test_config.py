@@ -331,15 +331,15 @@ CONTRADICTIONS = {
     ["--model.moe.experts_per_token=5", "--model.moe.num_experts=4"],
     ["--model.moe.experts_per_token=4", "--model.moe.num_experts=4"],
   ),
-  "model.num_token_types and model.pooler are an encoder's": (
+  "model.num_token_types and model.pooler are for encoders only": (
     ["--model.pooler=true"],
     ["--model.pooler=true", "--model.family=encoder", "--data.objective=masked"],
   ),
-  "model.parallel is a transformer's": (
+  "model.parallel is for transformers only": (
     ["--model.parallel=one_norm", "--model.family=rnn"],
     ["--model.family=rnn", "--model.norm=layernorm"],
   ),
-  "model.family=rnn does not learn data.objective=masked": (
+  "model.family=rnn cannot learn data.objective=masked": (
     ["--model.family=rnn", "--data.objective=masked"],
     ["--model.family=rnn"],
   ),
