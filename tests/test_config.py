@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs: every value spelled, every mistake named, and JSON there and back."""
+"""Configs: every value on the command line, every mistake named, and JSON round trips."""
 
 import ast
 import dataclasses
@@ -737,7 +737,7 @@ def test_no_name_is_the_config_files_name(flaxlm, tmp_path: Path):
 
 
 def test_a_mistake_is_told_before_anything_is_loaded(tmp_path: Path):
-  """As a user would: a fresh process, which gets exit code 2 and no traceback."""
+  """As for a user: a fresh process, which ends with exit code 2 and no traceback."""
   result = subprocess.run(
     [sys.executable, "-m", "flaxlm.cli", "train", "--modle.depth=3"],
     cwd=tmp_path,

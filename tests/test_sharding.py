@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where arrays live: strict specs, whole meshes, moments beside their parameters."""
+"""Where arrays are: strict specs, whole meshes, moments sharded like their parameters."""
 
 import dataclasses
 import math
@@ -152,7 +152,7 @@ def test_an_axis_that_takes_the_rest_of_too_few_says_how_many_it_needs():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """A device that is not here, as far as a mesh is concerned."""
+  """As much of a device that is not present as a mesh needs."""
 
   id: int
   slice_index: int = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A refactoring computes what was computed before it: losses to 1e-5, tokens exactly."""
+"""A refactoring must not change results: losses to 1e-5, tokens exactly."""
 
 import json
 
@@ -22,7 +22,7 @@ def test_ten_steps_have_the_losses_that_they_had(name: str, mesh: str):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_held_out_text_has_the_loss_that_it_had(name: str):
-  """To 1e-3: 140 more steps have carried the rounding of another compiler on."""
+  """To 1e-3, because 140 more steps amplify the rounding of another compiler."""
   np.testing.assert_allclose(held_out(name), STORED[name]["held_out"], rtol=1e-3)
 
 
