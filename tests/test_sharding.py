@@ -209,7 +209,7 @@ def test_two_slow_axes_share_the_slices_out():
   ("devices", "cause", "cure"),
   [
     (HOSTS, "mesh data=4 on the slow network needs 4 hosts, 2 present", "multiply to 2"),
-    (SLICES, "mesh data=4 on the slow network needs 4 slices, 2 present", "make 2"),
+    (SLICES, "mesh data=4 on the slow network needs 4 slices, 2 present", "multiply to 2"),
     ([Chip(n, platform="tpu") for n in range(8)], "4 slices, 1 present", "leave @dcn out"),
     ([Chip(n) for n in range(8)], "4 hosts, 1 present", "leave @dcn out"),
   ],

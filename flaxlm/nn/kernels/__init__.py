@@ -2,7 +2,7 @@
 """The same mathematics in forms that compilers and chips run fast.
 
 Each function says which plain form it equals, why it exists, and what it gains (the
-measurements are in docs/LOG.md). tests/nn/ compares each with its plain form.
+measurements are in docs/LOG.md). tests/nn/kernels/ compares each with its plain form.
 
 - paths.py: which kernel computes attention on the devices at hand, and why
 - blocked.py: attention over whole rows in XLA's operations
