@@ -3,9 +3,9 @@
 
     python -m benchmarks.families
 
-Each is trained by `flaxlm train` in a process of its own, then decodes here. Only speeds
-can be compared: the losses are of different objectives (an encoder sees both sides of what
-it predicts, an encoder-decoder learns another text).
+Each is trained by `flaxlm train` in its own process, then decodes here. Only the speeds can
+be compared, because the losses are of different objectives (an encoder sees both sides of
+what it predicts, and an encoder-decoder is trained on another text).
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def bench_families(names: Sequence[str], num_steps: int) -> list[Result]:
-  """Of each family its parameters, held-out loss, training speed, and time per token."""
+  """Each family's parameters, held-out loss, training speed, and time per token."""
   results = []
   for name in names:
     print(f"{name} ...", file=sys.stderr)
@@ -92,7 +92,7 @@ def bench_families(names: Sequence[str], num_steps: int) -> list[Result]:
 
 
 def train_family(name: str, num_steps: int, folder: Path) -> Path:
-  """Trains in a process of its own; returns the run's directory."""
+  """Trains in a separate process; returns the run's directory."""
   steps = [
     f"--training.num_steps={num_steps}",
     f"--training.log_every_steps={max(1, num_steps // 3)}",
@@ -108,7 +108,7 @@ def column(lines: Sequence[dict[str, Any]], key: str) -> list[float]:
 
 
 def milliseconds_per_token(run: Run) -> list[float]:
-  """Of one answer, or of one filled mask; a figure per round, the first call left out."""
+  """Time per token of an answer, or per filled mask, for each round after a first call."""
   rounds = []
   for number in range(ROUNDS + 1):
     started = time.perf_counter()

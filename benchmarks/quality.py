@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What narrow weights and a narrow cache cost: perplexity of a text under a trained run.
+"""The cost of narrow weights and a narrow cache: a text's perplexity under a trained run.
 
     python -m benchmarks.quality RUN TEXT...
 
@@ -48,7 +48,7 @@ def main() -> None:
 def bench_quality(
   run: Run, texts: Sequence[str], max_tokens: int = 100_000
 ) -> list[Result]:
-  """Perplexity of each choice. Raises `ConfigError` if the text is too short."""
+  """The perplexity of each choice. Raises `ConfigError` if the text is too short."""
   ids = [id_ for text in texts for id_ in run.tokenizer.encode(text)][:max_tokens]
   window = min(run.model.cfg.context, 512)
   count = len(ids) // window // ROWS * ROWS

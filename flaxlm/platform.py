@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starting JAX: its devices, XLA's flags, malloc, and the compile cache.
 
-A door calls `start_jax` once, before anything touches a device. A flag that the user set,
-in XLA_FLAGS or LIBTPU_INIT_ARGS, stands as it is. XLA aborts at a flag that it does not
-know: there are few, each with its reason, and tests show them to jaxlib.
+A command calls `start_jax` once, before anything touches a device. A flag that the user has
+set, in XLA_FLAGS or LIBTPU_INIT_ARGS, is not changed. XLA aborts on unknown flags, so there
+are few, each with its reason, and tests check that jaxlib accepts them.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from flaxlm.errors import ConfigError
 class Flag(NamedTuple):
   name: str
   value: str
-  reason: str  # and where that is from
+  reason: str  # with its source
 
   @property
   def line(self) -> str:
@@ -35,19 +35,19 @@ GPU = (
   Flag(
     "xla_gpu_enable_latency_hiding_scheduler",
     "true",
-    "moves collectives so that they run beside computation; off by default, on in "
-    "NVIDIA's JAX images (docs.nvidia.com/jax-toolbox/environment-variables)",
+    "overlaps collectives with computation; off by default, on in NVIDIA's JAX images "
+    "(docs.nvidia.com/jax-toolbox/environment-variables)",
   ),
   Flag(
     "xla_gpu_dot_merger_threshold_mb",
     "0",
-    "products of one input stay apart: merged, they have their weights copied into one "
+    "keeps products of one input separate; merging them copies their weights into one "
     "matrix at every token (a fifth of decoding on an H100: docs/LOG.md)",
   ),
 )
 
-# Within a slice libtpu's own defaults overlap collectives already: MaxText's list of such
-# flags says so (benchmarks/xla_flags_library.py). Between slices they have to be asked for.
+# Within a slice, libtpu overlaps collectives by default, according to MaxText's list of
+# such flags (benchmarks/xla_flags_library.py). Between slices it needs these flags.
 TPU_SLICES = (
   Flag(
     "xla_tpu_enable_data_parallel_all_reduce_opt",
@@ -57,7 +57,7 @@ TPU_SLICES = (
   Flag(
     "xla_tpu_data_parallel_opt_different_sized_ops",
     "true",
-    "lets those be pipelined over iterations whatever their sizes (MaxText, as above)",
+    "pipelines those over iterations whatever their sizes (MaxText, as above)",
   ),
 )
 
@@ -70,10 +70,9 @@ VARIABLES: dict[tuple[Flag, ...], str] = {
 def start_jax(
   simulated_devices: int | None = None, cache_dir: Path | None = None
 ) -> tuple[Flag, ...]:
-  """Sets JAX up, once, from a door: devices, memory, and the persistent compile cache.
+  """Sets up JAX, once per process: devices, memory, and the persistent compile cache.
 
-  Returns the flags of XLA that it set. Raises `ConfigError` when the devices cannot be
-  had.
+  Returns the XLA flags that it set. Raises `ConfigError` if it cannot provide the devices.
   """
   keep_freed_memory()
   leave_out_absent_tpu(os.environ)
@@ -94,7 +93,7 @@ def start_jax(
         ) from None
   if cache_dir is not None and jax.config.values["jax_compilation_cache_dir"] is None:
     cache_dir.mkdir(parents=True, exist_ok=True)
-    cache_dir.chmod(0o700)  # what lies here is executed: nobody else may write it
+    cache_dir.chmod(0o700)  # its files are executed: nobody else may write them
     jax.config.update("jax_compilation_cache_dir", str(cache_dir))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   return flags
@@ -129,8 +128,8 @@ def leave_out_absent_tpu(
 def kernel_head_dim() -> int:
   """The largest head dim of cuDNN's attention, in training, on the devices at hand.
 
-  0 where cuDNN's attention does not run. A model learns it by `build_model`: nothing in
-  `nn` asks for devices. Asking starts JAX's backend.
+  0 where cuDNN's attention does not run. `build_model` takes it as an argument, because
+  nothing in `nn` queries devices. Calling this starts JAX's backend.
   """
   device = jax.devices()[0]
   if device.platform != "gpu" or "cuda" not in device.client.platform_version:
@@ -142,12 +141,12 @@ def kernel_head_dim() -> int:
 def keep_freed_memory() -> None:
   """Tells glibc's malloc to keep what a step frees for the next step, on the CPU.
 
-  By default every large buffer of every step is mapped from the kernel anew, page by
-  page: a sixth to a third of the time of a training step on two cores (docs/LOG.md).
-  What the user has set in the environment stands; other C libraries are left alone.
+  By default, every step maps every large buffer from the kernel again, page by page: a
+  sixth to a third of the time of a training step on two cores (docs/LOG.md). Does nothing
+  if the user has set a MALLOC_ variable, or with another C library.
 
-  Only the main thread's arena can keep blocks above 64 MiB, so a program runs in the
-  thread that calls it. One arena for all threads would do too, but then they wait for
+  Only the main thread's arena can keep blocks above 64 MiB, so programs must run in the
+  thread that calls them. One arena for all threads would work too, but they would wait for
   each other: compiling took up to twice as long.
   """
   libc = ctypes.CDLL(None)
@@ -163,7 +162,7 @@ def keep_freed_memory() -> None:
 def flags_for(
   environment: Mapping[str, str], devices: Path = Path("/dev")
 ) -> tuple[Flag, ...]:
-  """The flags of the platform that JAX will choose, as far as can be told before."""
+  """The flags of the platform that JAX is likely to choose."""
   chosen = environment.get("JAX_PLATFORMS", "")
   if chosen in ("", "cuda", "gpu"):
     plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin")
@@ -177,7 +176,7 @@ def flags_for(
 def set_flags(
   environment: MutableMapping[str, str], flags: tuple[Flag, ...]
 ) -> tuple[Flag, ...]:
-  """Adds flags that are not there yet; returns those that it added."""
+  """Adds flags that are not set yet; returns those that it added."""
   if not flags:
     return ()
   variable = VARIABLES[flags]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight simulated devices for every test, before anything touches JAX; or, for tests that
-are marked gpu, what FLAXLM_TEST_PLATFORM says."""
+"""Fixtures, and the platform, set before anything touches JAX: eight simulated devices or,
+for tests that are marked gpu, the one that FLAXLM_TEST_PLATFORM names."""
 
 import atexit
 import gc

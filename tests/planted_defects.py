@@ -893,8 +893,8 @@ SHARDING = [
   Defect(
     "processes whose parts do not lie side by side get the first ones",
     "flaxlm/sharding/batches.py",
-    "len(mine) == size and min(mine) % size == 0 and max(mine) - min(mine) == size - 1",
-    "len(mine) == size",
+    "len(parts) == size and min(parts) % size == 0 and max(parts) - min(parts) == size - 1",
+    "len(parts) == size",
     "test_sharding.py",
   ),
   Defect(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the weights of other packages' models become our parameter tree, family by family.
+"""Maps the weights of other packages' models to our parameter tree, family by family.
 
-For `test_references`, as small as it gets: no check, no way back. `state` is what the
-package calls a state_dict, as arrays; `cfg` describes the same model in our words.
+For `test_references`, and minimal: no checks, no reverse direction. `state` is the
+package's state_dict, as arrays; `cfg` is our config of the same model.
 """
 
 import functools
@@ -319,7 +319,7 @@ def gpt_oss_attention(state: State, cfg: ModelConfig) -> dict:
 
 
 def torch_layer(state: State, cfg: ModelConfig) -> dict:
-  """torch.nn's encoder layer or decoder layer: its norms are numbered in their order."""
+  """torch.nn's encoder or decoder layer, which numbers its norms in order."""
   N, names = cfg.num_heads, {"kernel": "weight", "bias": "bias"}
 
   def attention(at):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the papers tell a transformer where its tokens lie, in float64 numpy loops.
+"""Positional encodings as the papers define them, in float64 numpy loops.
 
-Part of `references`, by the same rules: slow on purpose, no jax, no flaxlm.
+Part of `references`, with the same rules: slow on purpose, no jax, no flaxlm.
 """
 
 import math

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the papers say, in float64 numpy loops: slow on purpose, and sharing no code.
+"""The papers' definitions in float64 numpy loops: slow on purpose, and sharing no code.
 
 The rest of the suite compares flaxlm with these. Nothing here imports jax or flaxlm;
 `cfg` is a `ModelConfig`, and sizes are read from the arrays, resolved config or not.
@@ -427,7 +427,7 @@ def adjusted_logits(
 
 
 def _foremost(keys_V, weights_V, budget):
-  """The tokens whose betters weigh less than the budget."""
+  """The tokens for which all better tokens together weigh less than the budget."""
   betters = (weights_V[keys_V > key] for key in keys_V)
   return [token for token, weights in enumerate(betters) if math.fsum(weights) < budget]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands, end to end, as a user runs them; and what they say to bad input."""
+"""The commands, end to end, as a user runs them, and their answers to bad input."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def test_train_infer_eval_ckpt(flaxlm, corpus, tmp_path):
 
 
 def test_stop_and_resume_equals_never_stopped(flaxlm, corpus, tmp_path):
-  """Stopped at a step that is no checkpoint's, resumed: every later loss, bit for bit."""
+  """Stopped between two checkpoints and resumed: every later loss, bit for bit."""
 
   def arguments(name, **knobs):
     return tiny(corpus, name=name, model__dropout=0.1, training__num_steps=9, **knobs)
@@ -132,14 +132,14 @@ sys.exit(cli.main(["train", *sys.argv[1:]]))
 
 
 def wait_for(child, happened):
-  """Until something has happened, or the child is no more."""
+  """Waits until something has happened or the child has ended."""
   while child.poll() is None and not happened():
     time.sleep(0.05)
   assert happened(), f"the child ended with {child.returncode}"
 
 
 def test_kill_and_resume(flaxlm, corpus, tmp_path):
-  """SIGKILL at any moment: the next start goes on from the last whole checkpoint."""
+  """SIGKILL at any moment: the next start resumes from the last whole checkpoint."""
 
   def arguments(num_steps):
     knobs = dict(name="k", checkpoint__every_steps=2, training__num_steps=num_steps)
@@ -220,7 +220,7 @@ def test_sharded_over_simulated_devices(flaxlm, corpus, tmp_path):
 
 @pytest.mark.slow
 def test_a_vocabulary_is_padded_for_a_mesh_and_stays_so(flaxlm, corpus, tmp_path):
-  """A run begun over tensor=2 goes on without it; what is exported has the ids alone."""
+  """A run begun on tensor=2 continues without it; an export has only the real ids."""
   knobs = {"name": "p", "model__vocab_size": 259, "simulated_devices": 2}
   run = flaxlm("train", *tiny(corpus, training__num_steps=2, mesh="tensor=2", **knobs))
   assert run.returncode == 0, run.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs: every value spelled, every mistake named, and JSON there and back."""
+"""Configs: every value on the command line, every mistake named, and JSON round trips."""
 
 import ast
 import dataclasses
@@ -331,15 +331,15 @@ CONTRADICTIONS = {
     ["--model.moe.experts_per_token=5", "--model.moe.num_experts=4"],
     ["--model.moe.experts_per_token=4", "--model.moe.num_experts=4"],
   ),
-  "model.num_token_types and model.pooler are an encoder's": (
+  "model.num_token_types and model.pooler are for encoders only": (
     ["--model.pooler=true"],
     ["--model.pooler=true", "--model.family=encoder", "--data.objective=masked"],
   ),
-  "model.parallel is a transformer's": (
+  "model.parallel is for transformers only": (
     ["--model.parallel=one_norm", "--model.family=rnn"],
     ["--model.family=rnn", "--model.norm=layernorm"],
   ),
-  "model.family=rnn does not learn data.objective=masked": (
+  "model.family=rnn cannot learn data.objective=masked": (
     ["--model.family=rnn", "--data.objective=masked"],
     ["--model.family=rnn"],
   ),
@@ -737,7 +737,7 @@ def test_no_name_is_the_config_files_name(flaxlm, tmp_path: Path):
 
 
 def test_a_mistake_is_told_before_anything_is_loaded(tmp_path: Path):
-  """As a user would: a fresh process, which gets exit code 2 and no traceback."""
+  """As for a user: a fresh process, which ends with exit code 2 and no traceback."""
   result = subprocess.run(
     [sys.executable, "-m", "flaxlm.cli", "train", "--modle.depth=3"],
     cwd=tmp_path,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documents, run: every command and every Python block of the README and of docs/.
+"""Runs the documents: every command and every Python block of the README and of docs/.
 
-The blocks of a page run in order, the slow ones apart, in a folder that holds a small
+The blocks of a page run in order, the slow ones separately, in a folder that holds a small
 trained run. A comment on the line before a block, which readers do not see, may say:
 
     <!-- test: slow -->          runs in the slow tests only
@@ -364,7 +364,7 @@ def test_the_index_has_every_page_and_every_raw_file_is_linked():
   "page", [page for page in PAGES if page.name != "LOG.md"], ids=name_of
 )
 def test_fields_and_files_that_are_named_exist(page: Path):
-  """The log is left out: it speaks of what was."""
+  """Except in the log, which is about the past."""
   fields = {name for name, _, _ in knobs(Config)}
   sections = {name.split(".")[0] for name in fields if "." in name}
   paths = (path.relative_to(ROOT / "flaxlm") for path in (ROOT / "flaxlm").rglob("*.py"))

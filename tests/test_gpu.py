@@ -83,7 +83,7 @@ def with_path(cfg, path):
 
 @pytest.mark.parametrize("window", [None, 64])
 def test_prompts_read_by_cudnn_are_read_as_without(window):
-  """Of different lengths, in chunks, into a ring too."""
+  """Prompts of different lengths, in chunks, into a ring too."""
   pattern = "G" if window is None else "LG"
   cfg = ModelConfig(**SHAPE, context=1024, window=window, layer_pattern=pattern).resolve()
   rng = np.random.default_rng(0)

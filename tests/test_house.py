@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules of the house (docs/design.md, sections 3 and 7), read off the source itself.
+"""The rules of the house (docs/design.md, sections 3 and 7), checked on the source itself.
 
 A test names every place that breaks its rule, not only the first.
 """
@@ -123,7 +123,7 @@ def imports_of_folders() -> dict[str, set[str]]:
 
 
 def in_circles(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
-  """What is left of a graph without all that leads to no circle or is led to by none."""
+  """The part of a graph that is in a circle or between two circles."""
   graph = dict(graph)
   while True:
     needed = set().union(*graph.values())
@@ -394,7 +394,7 @@ def test_nothing_is_decided_at_import():
 
 
 def attributes_read() -> set[str]:
-  """Every `x.name` of the package that is read, but for the fields' own definitions.
+  """Every `x.name` that the package reads, apart from the fields' own definitions.
 
   A property of a config that others read may read fields for them.
   """

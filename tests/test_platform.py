@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flags of XLA: known to it, never the user's, only where they belong."""
+"""XLA's flags: known to XLA, never overriding the user's, and only where they belong."""
 
 import json
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where arrays live: strict specs, whole meshes, moments beside their parameters."""
+"""Where arrays are: strict specs, whole meshes, moments sharded like their parameters."""
 
 import dataclasses
 import math
@@ -152,7 +152,7 @@ def test_an_axis_that_takes_the_rest_of_too_few_says_how_many_it_needs():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """A device that is not here, as far as a mesh is concerned."""
+  """As much of a device that is not present as a mesh needs."""
 
   id: int
   slice_index: int = 0
@@ -208,8 +208,8 @@ def test_two_slow_axes_share_the_slices_out():
 @pytest.mark.parametrize(
   ("devices", "cause", "cure"),
   [
-    (HOSTS, "mesh data=4 on the slow network needs 4 hosts, 2 present", "have to make 2"),
-    (SLICES, "mesh data=4 on the slow network needs 4 slices, 2 present", "make 2"),
+    (HOSTS, "mesh data=4 on the slow network needs 4 hosts, 2 present", "multiply to 2"),
+    (SLICES, "mesh data=4 on the slow network needs 4 slices, 2 present", "multiply to 2"),
     ([Chip(n, platform="tpu") for n in range(8)], "4 slices, 1 present", "leave @dcn out"),
     ([Chip(n) for n in range(8)], "4 hosts, 1 present", "leave @dcn out"),
   ],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Minutes long: the default run to its end, and a wheel far from the checkout."""
+"""Tests that take minutes: the whole default run, and a wheel outside the checkout."""
 
 import json
 import os

@@ -3,8 +3,8 @@
 
     python -m benchmarks.predictions
 
-The parts of a step are timed alone, at the shapes at hand, and make a `Device` with their
-rates. `planning.roofline` then says how long a whole step takes on that device, and the
+The parts of a step are timed separately, with the model's shapes, and their rates define a
+`Device`. `planning.roofline` then predicts the time of a whole step on that device, and the
 step itself is timed in the same rounds. Nothing is fitted to a model.
 """
 

@@ -42,9 +42,9 @@ def compare(
   parts: Mapping[str, float],
   predict: Callable[[Device], float | None],
 ) -> list[Result]:
-  """Predicted / measured, with the parts in milliseconds in its note.
+  """Predicted / measured; the note lists the parts in milliseconds.
 
-  A second figure is the prediction from the device table alone, if it has this device.
+  A second figure uses the prediction from the device table alone, if it has this device.
   """
   listed = ", ".join(f"{part} {1e3 * seconds:.3g}" for part, seconds in parts.items())
   results = [ratio(case, predicted, measured, f" ({listed})")]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predicts a decoded token from its parts: reading weights, attention, operations.
 
-Each part is timed in a loop, as a decoding step runs it, because a call of its own costs
-10 us on a CPU, and more than a product takes on a GPU.
+Each part is timed in a loop, as a decoding step runs it, because a single call costs 10 us
+on a CPU, and on a GPU more than a matrix product takes.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ ONE_DEVICE = mesh_shape({})
 
 
 def predict_decoding(name: str, cfg: ResolvedConfig, options: BenchOptions) -> list[Result]:
-  """Predicted / measured time per token of one row, greedily, without the prefill."""
+  """Predicted / measured time per token of greedy decoding of one row, without prefill."""
   cfg = for_decoding(cfg)
   new = min(MAX_NEW, cfg.model.context - PROMPT)
   slots = 1 << (PROMPT + new - 1).bit_length()  # the cache grows by powers of two
@@ -76,7 +76,7 @@ def predict_decoding(name: str, cfg: ResolvedConfig, options: BenchOptions) -> l
 def measured_device(
   cfg: ResolvedConfig, slots: int, seconds: Mapping[str, float]
 ) -> Device:
-  """A device with the rates of one round; `seconds` are those of a part, done once."""
+  """A device with the rates of one round; `seconds` has the time of each part, once."""
   dtype = cfg.training.dtype
   item_size = jnp.dtype(dtype).itemsize
   reading, rates = seconds["weights"], {}
@@ -100,7 +100,7 @@ def measured_device(
 
 
 def decode_side(cfg: ResolvedConfig, new: int) -> Side:
-  """All tokens of an answer after the first, which the prefill gives."""
+  """Decoding all tokens of an answer but the first, which the prefill produces."""
   model, params = random_model(cfg)
   params = prepare_params(params, cfg.model)
   request = random_request(cfg, 1, PROMPT, new)
@@ -121,7 +121,7 @@ def weight_matrices(cfg: ResolvedConfig) -> list[jax.Array]:
 
 
 def read_weights(matrices: list[jax.Array]) -> jax.Array:
-  """Each matrix times a vector that depends on the product before, in a loop.
+  """Each matrix times a vector that depends on the previous product, in a loop.
 
   A GPU replays such a loop as one graph.
   """
@@ -150,7 +150,7 @@ def attend_repeatedly(
   v_1KSH: jax.Array,
   mask_11S: jax.Array,
 ) -> jax.Array:
-  """Attention over a cache, the output of one step being the query of the next."""
+  """Attention over a cache, in which the output of one step is the query of the next."""
   scoring = Scoring(model.attention_scale or 1.0)
 
   def step(q_11NH: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -168,10 +168,10 @@ def operation_side(cfg: ResolvedConfig) -> tuple[Side, int]:
 
 
 def operation_chain(x_1D: jax.Array) -> jax.Array:
-  """Sums, and the arithmetic between them, each waiting for the one before.
+  """Sums with arithmetic between them, each dependent on the one before.
 
-  A loop has as many as a decoding step, because XLA runs a short body faster. The barriers
-  keep a GPU's compiler from merging them into one kernel.
+  The loop's body has as many as a decoding step, because XLA runs a short body faster. The
+  barriers keep a GPU's compiler from merging them into one kernel.
   """
 
   def body(x_1D: jax.Array, _: None) -> tuple[jax.Array, None]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that predictions are tried on, no two alike."""
+"""The models on which predictions are tested, each of a different shape."""
 
 import dataclasses
 import functools

@@ -136,9 +136,9 @@ def state_of(cfg: ResolvedConfig) -> StateBytes:
 
 
 def step_side(cfg: ResolvedConfig) -> Side:
-  """The step of `flaxlm train` on the same batch again and again.
+  """The step of `flaxlm train`, repeated on the same batch.
 
-  It returns the loss, and the state to wait for.
+  Its call returns the loss and the state, which is waited for.
   """
   mesh = one_device_mesh()
   model = build_model(cfg.model, cfg.training, kernel_head_dim())

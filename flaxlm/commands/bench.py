@@ -22,7 +22,7 @@ SUITES = {
   "data": "training a tokenizer, encoding, and batches, on the host",
   "compile": "from a fresh process to its first step, without and with the compile cache",
 }
-# What moved to the folder benchmarks/ of the source, where it serves developers.
+# Former suites, which are now in the source's folder benchmarks/, for developers.
 MOVED = ("families", "predictions")
 DESCRIPTION = """Measures this machine against its published peak and its own limits: the
 best matrix product and the memory bandwidth of the same run. Figures are medians over
@@ -53,7 +53,7 @@ def add_bench(commands: Any) -> None:
   parser.add_argument(
     "--vs",
     choices=("torch", "llama.cpp"),
-    help="measure this peer too, in the suites that it can do",
+    help="measure this peer too, in the suites that support it",
   )
   parser.add_argument("--json", action="store_true", help="one JSON object per figure")
   parser.add_argument(

@@ -30,9 +30,9 @@ def run_launch(args: argparse.Namespace, _: list[str]) -> int:
 
   arguments = args.arguments[args.arguments[:1] == ["--"] :]
   if args.processes < 1:
-    raise ConfigError(f"processes is {args.processes}", "it is at least 1")
+    raise ConfigError(f"processes is {args.processes}", "it must be at least 1")
   if not args.grace_seconds >= 0:
-    raise ConfigError(f"grace-seconds is {args.grace_seconds}", "it is at least 0")
+    raise ConfigError(f"grace-seconds is {args.grace_seconds}", "it must be at least 0")
   if not arguments or arguments[0] != "train":
     what = f"{arguments[0]} does not" if arguments else "nothing to"
     raise ConfigError(

@@ -32,7 +32,7 @@ def add_plan(commands: Any) -> None:
     "--network",
     type=float,
     metavar="GB/s",
-    help="of one device, between slices or hosts; default: from the table of devices",
+    help="bandwidth of a device between slices or hosts; default: the device table's",
   )
   parser.add_argument(
     "--compile", action="store_true", help="also compile the step, for its real memory"
@@ -52,7 +52,7 @@ def add_plan(commands: Any) -> None:
   parser.add_argument(
     "--tokens", type=float, help="tokens to train on; default: 20 per parameter"
   )
-  parser.add_argument("--price", type=float, help="of one device for one hour")
+  parser.add_argument("--price", type=float, help="price of one device for one hour")
   parser.add_argument("--json", action="store_true", help="one JSON object")
   parser.add_argument("--output", help="write to this file instead of stdout")
   parser.set_defaults(run=run_plan, takes_overrides=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every knob of flaxlm and its default, how an experiment is written, read and checked.
+"""Every knob of flaxlm with its default; how experiments are written, read and checked.
 
 Standard library only: importing this is instant.
 """

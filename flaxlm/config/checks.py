@@ -26,7 +26,7 @@ def check_config(cfg: Config) -> None:
 
 
 def _wrong_types(cfg: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-  """(cause, cure) of every value that its field cannot hold: Python files are not typed."""
+  """(cause, cure) of every value whose type does not fit: Python files are not checked."""
   for name, kind in typing.get_type_hints(type(cfg)).items():
     value = getattr(cfg, name)
     if dataclasses.is_dataclass(kind) and isinstance(value, typing.cast(type, kind)):
@@ -59,7 +59,7 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
   objective = OBJECTIVES[cfg.model.family]
   if cfg.data.objective != objective:
     yield (
-      f"model.family={cfg.model.family} does not learn data.objective={cfg.data.objective}",
+      f"model.family={cfg.model.family} cannot learn data.objective={cfg.data.objective}",
       f"set --data.objective={objective}",
     )
   if cfg.data.seq_len > cfg.model.context:
@@ -88,7 +88,7 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
       "",
     )
   if str(cfg.mesh.get("context", 1)) != "1" and cfg.model.family == "rnn":
-    yield "an RNN reads its row in order: mesh axis context has no use", "leave it out"
+    yield "mesh axis context cannot split the rows that an RNN reads", "leave it out"
   if cfg.name is not None and (
     Path(cfg.name).name != cfg.name or cfg.name in ("", ".", "..")
   ):
@@ -105,9 +105,9 @@ def _model_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
   if model.positions == "sinusoidal" and model.width % 2:
     yield f"sinusoidal positions need an even model.width, not {model.width}", ""
   if model.layer_pattern is not None and not set(model.layer_pattern) <= {"L", "G"}:
-    yield f"model.layer_pattern={model.layer_pattern!r}", "it is made of L and G, as LLLLLG"
+    yield f"model.layer_pattern={model.layer_pattern!r}", "use only L and G, as in LLLLLG"
   if model.layer_pattern == "":
-    yield "model.layer_pattern is empty", "leave it out: none"
+    yield "model.layer_pattern is empty", "leave it out, or set it to none"
   if "L" in (model.layer_pattern or "") and model.window is None:
     yield (
       "model.layer_pattern has local layers, but there is no window",
@@ -123,7 +123,7 @@ def _model_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
   if model.parallel != "none" and model.norm_placement != "pre":
     yield (
       f"model.parallel={model.parallel} with model.norm_placement={model.norm_placement}",
-      "side by side they have their norms in front: --model.norm-placement=pre",
+      "parallel branches need pre-norm: --model.norm-placement=pre",
     )
   if model.moe.experts_per_token > model.moe.num_experts > 0:
     yield (
@@ -135,9 +135,9 @@ def _model_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
     default = ModelConfig()
     for name in ("moe", "parallel", "norm_placement", "embedding_norm", "layer_pattern"):
       if getattr(model, name) != getattr(default, name):
-        yield f"model.{name} is a transformer's", "leave it out: model.family=rnn"
+        yield f"model.{name} is for transformers only", "leave it out: model.family=rnn"
   if model.family != "encoder" and (model.num_token_types or model.pooler):
-    yield "model.num_token_types and model.pooler are an encoder's", ""
+    yield "model.num_token_types and model.pooler are for encoders only", ""
 
 
 def _vocabulary_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
@@ -167,5 +167,5 @@ def _head_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
     yield f"RoPE rotates pairs, but the head dim is {head_dim}", "make it even"
 
 
-def _nearest_multiple(number: int, of: int) -> int:
-  return of * max(1, (2 * number + of) // (2 * of))
+def _nearest_multiple(number: int, unit: int) -> int:
+  return unit * max(1, (2 * number + unit) // (2 * unit))

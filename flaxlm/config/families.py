@@ -43,7 +43,7 @@ def card(
   """The experiment of a published model, which trains in bfloat16.
 
   `remat="full"` recomputes activations in the backward pass and compiles one block for all.
-  A small model takes `remat="none"`: it has the memory, and is faster without.
+  A small model takes `remat="none"`: its activations fit in memory, and it runs faster.
   """
   if model.vocab_size is None:
     raise ConfigError("the card's model has no vocab_size", "set that of its tokenizer")
@@ -96,7 +96,7 @@ def bert(*, depth: int, width: int, num_heads: int) -> ModelConfig:
   )
 
 
-# The original also read books, and rows of 128 for nine tenths of the steps.
+# The original also read books, and had rows of 128 tokens for nine tenths of the steps.
 BERT_DATA = DataConfig(
   corpus="tfds:wikipedia/20230601.en", objective="masked", seq_len=512, batch_size=256
 )
@@ -181,7 +181,7 @@ def flan_t5(*, depth: int, width: int, num_heads: int, ffn_width: int) -> ModelC
   )
 
 
-# One task of pairs stands for the original's 1,836.
+# One task, translation, stands for the original's 1,836.
 FLAN_T5_DATA = DataConfig(
   corpus="tfds:wmt14_translate/de-en", objective="seq2seq", seq_len=512, batch_size=64
 )
@@ -245,7 +245,7 @@ def bloom(*, depth: int, width: int, num_heads: int) -> ModelConfig:
 def palm(*, depth: int, width: int, num_heads: int) -> ModelConfig:
   """PaLM (Chowdhery et al., 2022, section 2).
 
-  Attention, whose heads share one key/value head, and SwiGLU run side by side behind one
+  Attention, whose heads share one key/value head, and SwiGLU run in parallel after one
   LayerNorm; RoPE, no bias anywhere, a tied head that is scaled.
   """
   return ModelConfig(
@@ -294,8 +294,8 @@ def llama(
 def llama3(*, depth: int, width: int, num_heads: int, ffn_width: int) -> ModelConfig:
   """Llama 3.1 (Grattafiori et al., 2024, section 3.2).
 
-  LLaMA with 8 key/value heads, and with RoPE that is stretched by 8, from 8K to 128K, as in
-  the released config.json.
+  LLaMA with 8 key/value heads, and with RoPE stretched by 8 for a context of 128K instead
+  of 8K, as in the released config.json.
   """
   return ModelConfig(
     depth=depth,
@@ -374,7 +374,7 @@ def gemma2(
 
   Local and global blocks alternate; two query heads share a key/value head; norms before
   and after each branch, GEGLU, capped scores and logits. Scores are divided by the square
-  root of `scale_dim`, which is the head dim, but in the 27B width / num_heads.
+  root of `scale_dim`: the head dim, except in the 27B, where it is width / num_heads.
   """
   return ModelConfig(
     depth=depth,
@@ -406,10 +406,10 @@ def gemma3(
   head_dim: int = 256,
   scale_dim: int | None = None,
 ) -> ModelConfig:
-  """The decoder of Gemma 3's models that also see pictures (Gemma Team, 2025, section 2).
+  """The decoder of the Gemma 3 models that also read images (Gemma Team, 2025, section 2).
 
-  Gemma 2 with five local blocks to one global, whose RoPE is stretched by 8 to 128K, and
-  with normalised queries and keys in place of caps.
+  Gemma 2 with five local blocks to each global one, whose RoPE is stretched by 8 to 128K,
+  and with normalised queries and keys instead of caps.
   """
   return ModelConfig(
     depth=depth,
@@ -438,11 +438,11 @@ def gemma3_text(
   """Gemma 3's model for text alone, the 1B (Gemma Team, 2025, section 2).
 
   As `gemma3`, but with a context of 32K that needs no stretching, with narrower windows,
-  and without the 64 ids for pictures.
+  and without the 64 ids for images.
   """
-  sees_pictures = gemma3(depth=depth, width=width, num_heads=num_heads, ffn_width=ffn_width)
+  multimodal = gemma3(depth=depth, width=width, num_heads=num_heads, ffn_width=ffn_width)
   return dataclasses.replace(
-    sees_pictures,
+    multimodal,
     num_kv_heads=num_kv_heads,
     vocab_size=262144,
     context=32768,
@@ -457,7 +457,7 @@ def qwen3(
   """Qwen3, dense (Yang et al., 2025, section 2).
 
   LLaMA with 8 key/value heads, each of 128 dims whatever the width, and with normalised
-  queries and keys. The small ones share one matrix between embedding and head.
+  queries and keys. The small models use one matrix for embedding and head.
   """
   return ModelConfig(
     depth=depth,

@@ -43,7 +43,7 @@ def knobs(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def fields_of(instance: Any) -> dict[str, Any]:
-  """{name: value} of a dataclass, its nested ones as they are."""
+  """{name: value} of a dataclass; nested dataclasses are not converted."""
   return {
     field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)
   }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A device mesh as it is written in a config, `data=2@dcn,fsdp=4`, and its sizes."""
+"""A device mesh as a config writes it, `data=2@dcn,fsdp=4`, and its sizes."""
 
 import math
 import re
@@ -9,7 +9,7 @@ from flaxlm.errors import ConfigError
 
 MESH_AXES = ("stage", "data", "fsdp", "context", "tensor", "expert")
 
-SLOW = "@dcn"  # behind a size: the axis joins slices or hosts, over the data-centre network
+SLOW = "@dcn"  # after a size: the axis joins slices or hosts, over the data-centre network
 
 MeshConfig = Mapping[str, int | str]
 
@@ -42,7 +42,7 @@ def mesh_mistakes(mesh: MeshConfig) -> Iterator[tuple[str, str]]:
     if axis not in MESH_AXES:
       yield f"unknown mesh axis {axis!r}", f"mesh axes are {', '.join(MESH_AXES)}"
     elif not re.fullmatch(r"-?\d+", text):
-      yield f"mesh axis {axis}={entry}", "a size is a whole number, or one as in 2@dcn"
+      yield f"mesh axis {axis}={entry}", "a size is a whole number, as in 2 or 2@dcn"
     elif int(text) < 1 and int(text) != -1:
       yield f"mesh axis {axis}={entry}", "a size is at least 1, or -1 for the rest"
     sizes.append(text)
@@ -51,15 +51,15 @@ def mesh_mistakes(mesh: MeshConfig) -> Iterator[tuple[str, str]]:
 
 
 def mesh_sizes(mesh: MeshConfig) -> dict[str, int]:
-  """Devices along each axis that a mesh names, on whichever network it lies."""
+  """The number of devices along each axis that a mesh names, on either network."""
   return {axis: int(str(size).removesuffix(SLOW)) for axis, size in mesh.items()}
 
 
 def mesh_shape(mesh: MeshConfig, num_devices: int | None = None) -> dict[str, int]:
   """Every mesh axis with its size, 1 where `mesh` does not name it, and -1 resolved.
 
-  Raises `ConfigError` when the mesh does not use exactly `num_devices`, or leaves a size
-  open while their number is not known (None).
+  Raises `ConfigError` when the mesh does not use exactly `num_devices` devices, or leaves a
+  size open although their number is not known (None).
   """
   shape = dict.fromkeys(MESH_AXES, 1) | mesh_sizes(mesh)
   open_axes = [axis for axis, size in shape.items() if size == -1]
@@ -82,5 +82,5 @@ def mesh_shape(mesh: MeshConfig, num_devices: int | None = None) -> dict[str, in
 
 
 def slow_axes(mesh: MeshConfig) -> tuple[str, ...]:
-  """The axes that a mesh lays on the network between slices or hosts, in mesh order."""
+  """The axes that a mesh puts on the network between slices or hosts, in mesh order."""
   return tuple(axis for axis in MESH_AXES if str(mesh.get(axis, 1)).endswith(SLOW))

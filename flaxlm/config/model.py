@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's architecture: `ModelConfig`, and `ResolvedModel`, all its numbers known."""
+"""A model's architecture: `ModelConfig`, and `ResolvedModel` with every number known."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from flaxlm.errors import ConfigError
 VOCAB_MULTIPLE = 64  # divides over a mesh and fills the vector units (nanoGPT's 50304)
 
 # A local layer's cache is a ring: how many tokens may be added to it at a time, and how
-# many taken back (by speculative decoding, or when an earlier turn is answered anew).
+# many removed again (by speculative decoding, or when an earlier turn is answered again).
 MAX_NEW_IN_RING = 512
 MAX_TAKEN_BACK = 64
 
@@ -33,11 +33,11 @@ class RopeConfig:
     None, "base in local layers, which then are never stretched; none = theta", 1
   )
   fraction: float = knob(
-    1.0, "share of each head's dims that turns, the first ones, in pairs", 0, 1
+    1.0, "share of each head's dims, from the first on, that is rotated in pairs", 0, 1
   )
   scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = knob(
     "none",
-    "how wavelengths stretch: all alike (linear), by a larger base (ntk), or by length",
+    "how wavelengths stretch: equally (linear), by a larger base (ntk), or by wavelength",
   )
   factor: float = knob(1.0, "new context / original context", 1)
   original_context: int | None = knob(
@@ -52,7 +52,7 @@ class RopeConfig:
     32.0, "yarn (32), llama3 (4): pairs that turn more often do not stretch", 0
   )
   attention_factor: float | None = knob(
-    None, "yarn: q and k are scaled by it; none = 0.1 ln(factor) + 1", 0
+    None, "yarn: scale of q and k; none = 0.1 ln(factor) + 1", 0
   )
 
 
@@ -61,18 +61,18 @@ class MoEConfig:
   """A mixture of experts (Shazeer et al., 2017) in place of each feed-forward."""
 
   num_experts: int = knob(0, "experts in a layer (E); 0 = one dense feed-forward", 0)
-  experts_per_token: int = knob(2, "experts that a token visits (A)", 1)
+  experts_per_token: int = knob(2, "experts that process a token (A)", 1)
   expert_width: int | None = knob(None, "an expert's width (F); none = ffn_width", 1)
-  num_shared_experts: int = knob(0, "experts that every token visits besides", 0)
+  num_shared_experts: int = knob(0, "further experts that process every token", 0)
   shared_gated: bool = knob(False, "the shared experts' output is weighted by a sigmoid")
   normalized: bool = knob(True, "a token's weights add up to 1 over its chosen experts")
   capacity_factor: float | None = knob(
     None,
-    "an expert's room / an even share, dropping the rest; none = nothing is dropped",
+    "an expert's capacity / an even share; the rest is dropped; none = no limit",
     0,
   )
-  load_balance_weight: float = knob(0.01, "of the loss for uneven use of experts", 0)
-  router_z_weight: float = knob(0.001, "of the loss for large router logits", 0)
+  load_balance_weight: float = knob(0.01, "weight of the loss for uneven use of experts", 0)
+  router_z_weight: float = knob(0.001, "weight of the loss for large router logits", 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,17 +97,17 @@ class ModelConfig:
     None, "vocabulary (V); none = the tokenizer's, rounded up to a multiple of 64", 2
   )
   num_ids: int | None = knob(
-    None, "ids that stand for tokens: rows of V after them are padding; none = all", 2
+    None, "ids that stand for tokens; later rows of V are padding; none = all", 2
   )
   context: int = knob(256, "longest sequence the model takes, in tokens", 1)
-  cell: Literal["lstm", "gru"] = knob("lstm", "rnn: what its layers are made of")
+  cell: Literal["lstm", "gru"] = knob("lstm", "rnn: the recurrent cell")
   # -- Positions
   positions: Literal["rope", "learned", "sinusoidal", "alibi", "relative", "none"] = knob(
     "rope", "positional encoding; relative is T5's bias by bucketed distance"
   )
   rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
-  relative_buckets: int = knob(32, "relative: number of distances told apart", 4)
-  relative_distance: int = knob(128, "relative: from here on all distances are one", 2)
+  relative_buckets: int = knob(32, "relative: number of buckets of distances", 4)
+  relative_distance: int = knob(128, "relative: longer distances share a bucket", 2)
   # -- Normalisation and residual stream
   norm: Literal["rmsnorm", "layernorm"] = knob("rmsnorm", "normalisation")
   norm_placement: Literal["pre", "post", "output", "both"] = knob(
@@ -116,23 +116,25 @@ class ModelConfig:
   norm_biased: bool = knob(True, "layernorm: adds a bias")
   norm_epsilon: float = knob(1e-6, "added to the variance", 0)
   parallel: Literal["none", "one_norm", "two_norms"] = knob(
-    "none", "attention and feed-forward side by side, behind one norm or two"
+    "none", "attention and feed-forward in parallel, after one norm or two"
   )
   embedding_norm: bool = knob(False, "a norm right after the embedding")
-  embedding_scaled: bool = knob(False, "embedded tokens times sqrt(width)")
+  embedding_scaled: bool = knob(False, "multiply embedded tokens by sqrt(width)")
   dropout: float = knob(0.0, "rate on embeddings and residual branches", 0, 0.999)
   # -- Attention
   window: int | None = knob(None, "sliding window of local layers, in tokens", 1)
   layer_pattern: str | None = knob(
     None,
-    "repeated over depth: L local, G global, as LLLLLG; none = L with a window, else G",
+    "repeated over depth: L local, G global, as in LLLLLG; none = L with a window, else G",
   )
   sink_tokens: int = knob(0, "first tokens of a text that local layers always see", 0)
   learned_sinks: bool = knob(False, "a trained logit per head that takes weight from keys")
-  attention_scale: float | None = knob(None, "of q . k; none = 1 / sqrt(head_dim)", 0)
+  attention_scale: float | None = knob(
+    None, "factor on q . k; none = 1 / sqrt(head_dim)", 0
+  )
   attention_softcap: float | None = knob(None, "c: scores become c tanh(score / c)", 1e-6)
   qk_norm: Literal["none", "head", "width"] = knob(
-    "none", "RMSNorm of queries and keys, of each head or over all heads at once"
+    "none", "RMSNorm of queries and keys, over each head or over all heads together"
   )
   # -- Feed-forward and biases
   activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = knob(
@@ -141,7 +143,7 @@ class ModelConfig:
   gated: bool = knob(True, "gated feed-forward (SwiGLU with silu, GEGLU with gelu)")
   moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
   biased: bool = knob(
-    False, "biases in the projections and the feed-forward, but for experts"
+    False, "biases in the projections and the feed-forward, except in experts"
   )
   qkv_biased: bool | None = knob(None, "biases of queries, keys, values; none = as biased")
   o_biased: bool | None = knob(None, "bias of attention's output; none = as biased")
@@ -149,9 +151,9 @@ class ModelConfig:
   tied_embeddings: bool = knob(True, "the head is the embedding, transposed")
   head_biased: bool = knob(False, "a bias per token of the vocabulary")
   head_transform: bool = knob(False, "dense, activation, norm before the head (BERT)")
-  logit_scale: float = knob(1.0, "logits are multiplied by it", 1e-9)
+  logit_scale: float = knob(1.0, "factor on the logits", 1e-9)
   logit_softcap: float | None = knob(None, "c: logits become c tanh(logit / c)", 1e-6)
-  num_token_types: int = knob(0, "encoder: kinds of segments told apart (BERT: 2)", 0)
+  num_token_types: int = knob(0, "encoder: number of segment types (BERT: 2)", 0)
   pooler: bool = knob(False, "encoder: dense and tanh over the first token (BERT)")
 
   @property
@@ -160,8 +162,8 @@ class ModelConfig:
     return self.layer_pattern or ("G" if self.window is None else "L")
 
   def layer_kinds(self, depth: int | None = None) -> str:
-    """One letter per layer, L (sees a window) or G (sees all), of a stack of `depth`
-    layers; default: the model's own."""
+    """One letter per layer of a stack of `depth` layers (default: the model's own): L for
+    local layers, which see a window, and G for global ones."""
     depth = self.depth if depth is None else depth
     return (self.period * depth)[:depth]
 
@@ -178,8 +180,8 @@ class ModelConfig:
       num_ids = tokenizer_size
       vocab_size = VOCAB_MULTIPLE * math.ceil(tokenizer_size / VOCAB_MULTIPLE)
     ffn_width = 4 * self.width
-    if self.gated:  # three matrices for two: 8/3 D keeps the parameters (Shazeer, 2020)
-      multiple = 256 if self.width >= 1024 else 32  # LLaMA's; others are padded on GPUs
+    if self.gated:  # three matrices, not two: 8/3 D keeps their size (Shazeer, 2020)
+      multiple = 256 if self.width >= 1024 else 32  # 256 as LLaMA; GPUs pad other widths
       ffn_width = multiple * math.ceil(8 * self.width / 3 / multiple)
     ffn_width = self.ffn_width or ffn_width
     head_dim = self.head_dim or self.width // self.num_heads
@@ -235,7 +237,7 @@ class ResolvedModel(ModelConfig):
   o_biased: bool
 
   def resolve(self, tokenizer_size: int | None = None) -> "ResolvedModel":
-    """Itself."""
+    """Returns itself: every number is known already."""
     return self
 
   @property
@@ -249,7 +251,7 @@ class ResolvedModel(ModelConfig):
     return dataclasses.replace(self, vocab_size=self.num_ids)
 
   def padded(self, parts: int) -> "ResolvedModel":
-    """The same model, its vocabulary padded if so many devices cannot share it evenly."""
+    """The same model, its vocabulary padded if it does not split into `parts` evenly."""
     if self.vocab_size % parts == 0:
       return self
     multiple = math.lcm(VOCAB_MULTIPLE, parts)
@@ -259,7 +261,7 @@ class ResolvedModel(ModelConfig):
 
   @property
   def padding(self) -> str:
-    """What a run says of a padded vocabulary; "" for one that is not."""
+    """The line that a run prints about a padded vocabulary; "" if it is not padded."""
     if not self.is_padded:
       return ""
     return (
@@ -275,7 +277,7 @@ class ResolvedModel(ModelConfig):
 
   @property
   def ring_slots(self) -> int | None:
-    """Slots of a local layer's cache, for a text of any length: sinks, then a ring.
+    """Slots of a local layer's cache, however long the text: sinks, then a ring.
 
     The ring holds the window of the first of `MAX_NEW_IN_RING` new tokens, those tokens,
     and `MAX_TAKEN_BACK` more. None: local layers keep all slots, because their scores

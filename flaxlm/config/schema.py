@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An experiment is a `Config`: frozen dataclasses, one per concern.
 
-Every default stands here or, for the architecture, in `config.model`, and nowhere else.
+Every default is set here or, for the architecture, in `config.model`, and nowhere else.
 """
 
 import dataclasses
@@ -24,18 +24,18 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-  """What is read, and how it is cut into batches."""
+  """What is read, and how it is split into batches."""
 
   corpus: str = knob("stdlib", "stdlib | files:GLOB | tfds:NAME[/CONFIG] | gettext:LANG")
   objective: Literal["next_token", "masked", "seq2seq"] = knob(
-    "next_token", "predicted: what follows, what was masked, or the other half of a pair"
+    "next_token", "what is predicted: the next token, masked tokens, or a pair's target"
   )
   mask_fraction: float = knob(0.15, "masked: share of tokens to predict", 0.001, 0.999)
   seq_len: int = knob(256, "tokens in a row of a batch (T)", 1)
   source_len: int | None = knob(
     None, "seq2seq: source tokens in a row (S); none = seq_len", 1
   )
-  batch_size: int = knob(16, "rows in a batch (B), over all devices", 1)
+  batch_size: int = knob(16, "rows in a batch (B), across all devices", 1)
   num_epochs: int | None = knob(None, "passes over the corpus; none = no end", 1)
 
 
@@ -50,12 +50,12 @@ class OptimizerConfig:
   )
   warmup_steps: int = knob(50, "steps of linear warm-up from 0", 0)
   final_fraction: float = knob(0.1, "cosine, linear: last rate / peak rate", 0, 1)
-  weight_decay: float = knob(0.1, "decoupled decay, on matrices only", 0)
+  weight_decay: float = knob(0.1, "decoupled weight decay, of matrices only", 0)
   beta1: float = knob(0.9, "decay of the first moment (sgd: momentum)", 0, 1)
   beta2: float = knob(0.95, "decay of the second moment", 0, 1)
   epsilon: float = knob(1e-8, "added to the denominator", 0)
-  sharded: bool = knob(False, "cut moments over mesh axis data too (ZeRO-1)")
-  clip_norm: float | None = knob(1.0, "global gradient norm; none = no clipping", 0)
+  sharded: bool = knob(False, "shard moments over mesh axis data too (ZeRO-1)")
+  clip_norm: float | None = knob(1.0, "largest gradient norm; none = no clipping", 0)
 
 
 Remat = Literal["none", "dots", "attention", "full", "offload"]
@@ -65,7 +65,7 @@ AttentionPath = Literal["auto", "blocked", "cudnn"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-  """How long, how often, and how the model runs; never what its parameters are."""
+  """How long training takes, what happens when, and how the model runs; no architecture."""
 
   num_steps: int = knob(1000, "optimizer steps", 0)
   accumulation_steps: int = knob(1, "micro-batches per step; they divide batch_size", 1)
@@ -79,53 +79,52 @@ class TrainingConfig:
   param_dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype of parameters")
   attention: AttentionPath = knob(  # noqa: RUF009 - as frozen as the others
     "auto",
-    "over whole rows; blocked: in XLA's operations; cudnn: NVIDIA's fused kernel, in "
-    "bfloat16 on its GPUs; auto: cudnn where it can do what the model asks",
+    "kernel for whole rows; blocked: XLA's operations; cudnn: NVIDIA's fused kernel, in "
+    "bfloat16 on its GPUs; auto: cudnn where it supports the model",
   )
   remat: Remat = knob(  # noqa: RUF009 - as frozen as the others
     "none",
-    "kept of a block for the backward pass besides its input: all; dots: products with "
-    "weights; attention: its output; full: nothing; offload: attention's, in host memory",
+    "what a block keeps for the backward pass besides its input; none: everything; dots: "
+    "products with weights; attention: attention's output; full: nothing; offload: "
+    "attention's output, in host memory",
   )
   loss_chunks: int = knob(1, "parts of a row whose logits are computed one by one", 1)
-  scanned: bool = knob(
-    False, "one compiled block looped over (compiles faster, runs slower)"
-  )
+  scanned: bool = knob(False, "loop over one compiled block (compiles faster, runs slower)")
   pipeline_microbatches: int | None = knob(
-    None, "mesh axis stage: parts in which a batch passes; none = as many as stages", 1
+    None, "mesh axis stage: microbatches per batch; none = as many as stages", 1
   )
   pipeline_repeats: int = knob(
-    1, "mesh axis stage: times that each part goes round; a shorter wait, more hops", 1
+    1, "mesh axis stage: rounds of each microbatch; more: less idle time, more transfers", 1
   )
   sequence_parallel: bool = knob(
-    False, "mesh axis tensor: norms and sums on a share of the row each; less memory"
+    False, "mesh axis tensor: split rows in norms and residual sums; less memory"
   )
   replication_tolerance: float = knob(
-    0.1, "most of the parameters' bytes that a mesh may leave whole on every device", 0, 1
+    0.1, "largest share of the parameters' bytes that may be whole on every device", 0, 1
   )
-  sample_prompt: str = knob("", "continued for you when training ends")
+  sample_prompt: str = knob("", "prompt that is completed when training ends")
   hang_seconds: float | None = knob(
-    600.0, "a step that takes longer ends the run, with a stack; none = never", 0.1
+    600.0, "a step that takes longer ends the run, with a stack trace; none = never", 0.1
   )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-  """What is stored, and what a second start does with it."""
+  """What is stored, and whether a restarted run resumes from it."""
 
   every_steps: int = knob(500, "steps between checkpoints; the last is always kept", 1)
   keep: int = knob(2, "newest checkpoints kept", 1)
   resume: Literal["auto", "must", "never"] = knob(
-    "auto", "auto: go on if there is a checkpoint; must: or fail; never: start over"
+    "auto", "auto: resume if there is a checkpoint; must: or fail; never: start over"
   )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JobConfig:
-  """Several processes that train together; who they are, the environment says."""
+  """Several processes that train together; the environment says which they are."""
 
-  start_seconds: float = knob(300.0, "wait so long for all processes at the start", 0.1)
-  heartbeat_seconds: float = knob(60.0, "a process silent for so long is lost", 1)
+  start_seconds: float = knob(300.0, "longest wait for all processes at the start", 0.1)
+  heartbeat_seconds: float = knob(60.0, "a process silent for longer counts as lost", 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,8 +143,8 @@ class Config:
   job: JobConfig = dataclasses.field(default_factory=JobConfig)
   mesh: Mapping[str, int | str] = knob(
     {"data": -1},
-    "devices per mesh axis, as data=2,fsdp=4; one may be -1 (the rest); data=2@dcn, in a "
-    "file '2@dcn': the axis is the slow network between slices or hosts",
+    "devices per mesh axis, as in data=2,fsdp=4; one may be -1 (the rest); data=2@dcn (in "
+    "a file '2@dcn') puts the axis on the slow network between slices or hosts",
   )
   simulated_devices: int | None = knob(None, "CPU only: pretend to have this many", 1, 4096)
 
@@ -155,7 +154,7 @@ class Config:
     return Path(self.runs_dir) / self.name
 
   def resolve(self, tokenizer_size: int | None = None) -> "ResolvedConfig":
-    """The same experiment with every number of its model known; see `ModelConfig`."""
+    """The same experiment with every number of its model known; see `ResolvedModel`."""
     return ResolvedConfig(
       **fields_of(self) | dict(model=self.model.resolve(tokenizer_size))
     )

@@ -2,7 +2,7 @@
 """Configs as text: Python files, command-line overrides, JSON.
 
 An experiment comes from a Python file that builds a `Config` (`load_config`), is changed
-on the command line (`override`: `--optimizer.learning-rate=1e-3`), and travels in a run
+on the command line (`override`: `--optimizer.learning-rate=1e-3`), and is kept in a run
 directory as JSON (`to_json`, `from_json`). Standard library only: importing is instant.
 """
 
@@ -23,7 +23,7 @@ from flaxlm.errors import ConfigError
 
 
 def load_config(name: str) -> Config:
-  """The `config` that a Python file defines; `name` is a path, or a shipped experiment.
+  """The `config` that a Python file defines; `name` is a path or a shipped experiment.
 
   Raises `ConfigError` when there is no such file, or it does not build a `Config`.
   """
@@ -40,7 +40,7 @@ def load_config(name: str) -> Config:
 
 
 def config_folders() -> list[Path]:
-  """Where named experiments are looked for: here, beside the package, inside the wheel."""
+  """Where experiments are looked up: the working directory, the checkout, the wheel."""
   package = Path(__file__).parent.parent
   folders = (Path("configs"), package.parent / "configs", package / "configs")
   return [folder for folder in folders if folder.is_dir()]
@@ -65,7 +65,7 @@ def find_config(name: str) -> Path:
 def _is_file(path: Path) -> bool:
   try:
     return path.is_file()
-  except OSError:  # a name too long, a folder that we may not look into
+  except OSError:  # the name is too long, or its folder may not be read
     return False
 
 
@@ -193,16 +193,16 @@ def to_json(cfg: Config) -> str:
 def from_json(text: str, origin: str) -> Config:
   """The inverse of `to_json`. `origin` names the text in errors."""
   try:
-    return _from_dict(Config, json.loads(text, object_pairs_hook=_no_doubles))
+    return _from_dict(Config, json.loads(text, object_pairs_hook=_no_duplicates))
   except (ValueError, TypeError, AttributeError, RecursionError) as e:
     raise ConfigError(f"{origin} is not a flaxlm config: {e}") from e
 
 
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   values = dict(pairs)
   if len(values) < len(pairs):
     names = [name for name, _ in pairs]
-    raise ValueError(f"{max(names, key=names.count)} is there twice")
+    raise ValueError(f"{max(names, key=names.count)} appears twice")
   return values
 
 

@@ -2,9 +2,8 @@
 """Multi-head attention (Vaswani et al., 2017, section 3.2), multi-query and grouped
 (Shazeer, 2019; Ainslie et al., 2023).
 
-`attend` says what attention is, and answers whoever wants to see the weights. Everything
-else that computes it, in nn/kernels/, equals it. nn/masks.py says which query sees which
-key.
+`attend` is the reference, and the only form that returns the attention weights. The kernels
+in nn/kernels/ compute the same values. nn/masks.py decides which query sees which key.
 """
 
 from typing import Any
@@ -38,8 +37,8 @@ def attend(
   """softmax(scale q k^T + bias) v for each head, the softmax in float32: the reference.
 
   Returns the mixed values (B, T, N, H) and the weights (B, N, T, S); query head n reads
-  kv head n // G. `sinks_N` are logits of one more key, without a value, so that weights
-  may add up to less than 1 (gpt-oss).
+  kv head n // G. `sinks_N` holds each head's logit of one extra key that has no value, so
+  that the weights may add up to less than 1 (gpt-oss).
   """
   B, T, N, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
@@ -62,7 +61,7 @@ def attend(
 
 
 class Attention(nn.Module):
-  """Attention with N query heads and K key/value heads, over its own input or another's."""
+  """Self-attention or cross-attention with N query heads and K key/value heads."""
 
   cfg: ResolvedModel
   run: Execution
@@ -95,7 +94,7 @@ class Attention(nn.Module):
   def keys_values(
     self, x_BSD: jax.Array, cos_sin: CosSin | None = None
   ) -> tuple[jax.Array, jax.Array]:
-    """Keys and values (B, S, K, H) of what is attended to."""
+    """Keys and values (B, S, K, H) of the sequence that is attended to."""
     k_BSKH, v_BSKH = self.k(x_BSD), self.v(x_BSD)
     if self.cfg.qk_norm != "none":
       k_BSKH = self.k_norm(k_BSKH)
@@ -148,7 +147,7 @@ class Attention(nn.Module):
     return self.o(out_BTNH), weights_BNTS
 
   def path(self, q_BTNH: jax.Array, k: jax.Array, cached: bool, capture: bool) -> str:
-    """Which of the functions above computes attention here."""
+    """Which of the functions above computes attention for these arguments."""
     if capture:
       return "captured"
     if cached:
@@ -161,9 +160,9 @@ class Attention(nn.Module):
 
 
 class HeadNorm(nn.Module):
-  """RMSNorm of queries or keys, of each head alone or of all heads at once.
+  """RMSNorm of queries or keys, over each head separately or over all heads together.
 
-  Of each head: Dehghani et al. (2023), section 2; over the width: OLMo 2.
+  Per head: Dehghani et al. (2023), section 2; over the whole width: OLMo 2.
   """
 
   epsilon: float

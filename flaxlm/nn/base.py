@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all families share: how a model runs, what it returns, its two ends."""
+"""What all model families share: input and output types, the embedding and the head."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from flaxlm.sharding import constrain
 
 
 class Source(NamedTuple):
-  """What an encoder-decoder reads, packed like the rows that it writes."""
+  """The input of an encoder-decoder's encoder, packed like the target rows."""
 
   tokens_BS: Any
   positions_BS: Any = None
@@ -27,8 +27,8 @@ class Source(NamedTuple):
 class Output(NamedTuple):
   """What a model returns. `value` is logits (B, T, V) in float32, or hidden (B, T, D).
 
-  `losses` are sums over tokens to be minimised besides the main one (experts' balance);
-  `attention` holds the maps that were asked for, by name, stacked over layers.
+  `losses` are auxiliary losses (the experts' balance), summed over tokens. `attention`
+  holds the captured attention maps, by name, stacked over layers.
   """
 
   value: Any
@@ -38,7 +38,7 @@ class Output(NamedTuple):
 
 
 class LanguageModel(nn.Module):
-  """Embeds tokens and turns hidden vectors into logits; a family fills in `hidden`."""
+  """Embeds tokens and turns hidden vectors into logits; each family defines `hidden`."""
 
   cfg: ResolvedModel
   run: Execution = Execution()
@@ -77,10 +77,10 @@ class LanguageModel(nn.Module):
   def embed(
     self, tokens_BT: jax.Array, token_types_BT: jax.Array | None = None
   ) -> jax.Array:
-    """Embedded tokens (B, T, D), before any position."""
+    """Embedded tokens (B, T, D), before positions are added."""
     cfg = self.cfg
     x_BTD = self.embedding(tokens_BT)
-    if cfg.embedding_scaled:  # up to the size of sinusoids (Vaswani et al., 2017, 3.4)
+    if cfg.embedding_scaled:  # to the size of the sinusoids (Vaswani et al., 2017, 3.4)
       x_BTD *= jnp.asarray(cfg.width**0.5, x_BTD.dtype)
     if cfg.num_token_types:
       if token_types_BT is None:
@@ -89,7 +89,7 @@ class LanguageModel(nn.Module):
     return x_BTD
 
   def logits(self, x_BTD: jax.Array) -> jax.Array:
-    """Logits (B, T, V) in float32 of what `hidden` returned; of padding, the lowest."""
+    """Logits (B, T, V) in float32 of `hidden`'s output; the lowest ones for padding ids."""
     cfg = self.cfg
     if cfg.head_transform:
       x_BTD = self.head_transform(x_BTD)
@@ -107,7 +107,7 @@ class LanguageModel(nn.Module):
 
 
 class HeadTransform(nn.Module):
-  """Dense, activation, norm: BERT's way from hidden vectors to its head."""
+  """Dense, activation, norm: what BERT applies to hidden vectors before its head."""
 
   cfg: ResolvedModel
   run: Execution
@@ -121,5 +121,5 @@ class HeadTransform(nn.Module):
 def dense(cfg: ResolvedModel, run: Execution, name: str | None = None) -> Einsum:
   """A biased D x D projection."""
   D = cfg.width
-  names = ("embed", "act_embed")  # one of two equal dims is cut
+  names = ("embed", "act_embed")  # of the two dims of size D, only the first is sharded
   return Einsum("BTD,DE->BTE", (D, D), names, biased=True, name=name, **run.dtypes)

@@ -23,9 +23,9 @@ class LayerContext(NamedTuple):
   sight: Sight  # what self-attention sees
   reach: Reach | None = None  # what its kernels may skip; None: nothing
   place: Place | None = None  # where new tokens go in the cache; None without a cache
-  source_BSD: Any = None  # the encoder's output; None if none, or cached
+  source_BSD: Any = None  # the encoder's output; None without an encoder, or if cached
   source_sight: Sight | None = None  # what cross-attention sees of it
-  real_BT: jax.Array | None = None  # False on padding; None: there is none
+  real_BT: jax.Array | None = None  # False on padding; None: there is no padding
 
 
 class LayerOutput(NamedTuple):
@@ -38,7 +38,7 @@ class LayerOutput(NamedTuple):
 
 class Block(nn.Module):
   """Attention, cross-attention if there is a source, and feed-forward, each a branch that
-  is added to the residual stream. `norm_placement` says where the norms stand:
+  is added to the residual stream. `norm_placement` says where the norms go:
 
       pre      x + f(norm(x))          (GPT-2; Xiong et al., 2020)
       post     norm(x + f(x))          (Vaswani et al., 2017)
@@ -75,7 +75,7 @@ class Block(nn.Module):
     deterministic: bool = True,
     capture: bool = False,
   ) -> tuple[jax.Array, LayerOutput]:
-    """(B, T, D) and, besides, what `LayerOutput` says.
+    """The output (B, T, D) and a `LayerOutput`.
 
     `cache` is None, (keys, values), or (keys, values, source keys, source values).
     """
@@ -99,7 +99,7 @@ class Block(nn.Module):
   # -- The residual stream
 
   def before(self, branch: str, x_BTD: jax.Array) -> jax.Array:
-    """What a branch reads: norm(x), or x."""
+    """The input of a branch: norm(x), or x."""
     if self.cfg.norm_placement in {"pre", "both"}:
       x_BTD = getattr(self, f"{branch}_norm")(x_BTD)
     return on_whole_rows(x_BTD)
@@ -107,7 +107,7 @@ class Block(nn.Module):
   def add(
     self, branch: str, x_BTD: jax.Array, y_BTD: jax.Array, deterministic: bool
   ) -> jax.Array:
-    """x + y, with dropout on y and norms where `norm_placement` wants them."""
+    """x + y, with dropout on y and norms where `norm_placement` puts them."""
     y_BTD = on_share(y_BTD, self.run)
     if self.cfg.norm_placement in {"output", "both"}:
       y_BTD = getattr(self, f"{branch}_output_norm")(y_BTD)
@@ -148,7 +148,7 @@ class Block(nn.Module):
     return y_BTD, {"cross": weights_BNTS} if capture else {}
 
   def source_keys_values(self, source_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What this layer's cross-attention reads of the encoder's output."""
+    """The keys and values of the encoder's output for this layer's cross-attention."""
     return self.cross_attention.keys_values(source_BSD)
 
   def feed_forward(
@@ -157,15 +157,15 @@ class Block(nn.Module):
     """The feed-forward's output, and the losses of its experts, if it has any."""
     if not self.cfg.moe.num_experts:
       return self.ffn(x_BTD), {}
-    # Decoding serves every choice: nothing may depend on what else is in the batch.
+    # Decoding drops no choice: a result must not depend on the rest of the batch.
     return self.ffn(x_BTD, context.real_BT, dropping=not cached)
 
 
 def on_share(x_BTD: jax.Array, run: Execution) -> jax.Array:
-  """The layout in which norms and sums run: each member of `tensor` on its share of a row
-  (Korthikanti et al., 2022, section 4.2.2), or, without `sequence_parallel`, on all of it.
+  """The layout for norms and residual sums: whole rows or, with `sequence_parallel`, a
+  share of each row per device along `tensor` (Korthikanti et al., 2022, section 4.2.2).
 
-  A branch's output arrives as partial sums over `tensor`; this adds them up.
+  A branch's output arrives as partial sums over `tensor`; this constraint adds them up.
   """
   if run.sequence_parallel:
     return constrain(x_BTD, "batch", "norm_length", "act_embed")
@@ -173,5 +173,5 @@ def on_share(x_BTD: jax.Array, run: Execution) -> jax.Array:
 
 
 def on_whole_rows(x_BTD: jax.Array) -> jax.Array:
-  """Whole along `tensor`, whose members have their heads and their share of the FFN."""
+  """The layout for a branch's input: `tensor` splits heads and the FFN, but not rows."""
   return constrain(x_BTD, "batch", "length", "act_embed")

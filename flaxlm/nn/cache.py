@@ -11,12 +11,12 @@ from flaxlm.config import MAX_NEW_IN_RING, MAX_TAKEN_BACK, ResolvedModel
 from flaxlm.nn.masks import Placement
 from flaxlm.sharding import constrain
 
-MOST_WRITES = 16  # rows whose writes to the cache are written out, as they stay in place
+MOST_WRITES = 16  # up to so many rows are written one by one, which XLA does in place
 CACHE_NAMES = ("batch", "act_kv_heads", "key_length", "head_dim")
 
 
 class Narrow(NamedTuple):
-  """Vectors in int8, each with a scale: the largest of its numbers is 127 of it."""
+  """Vectors in int8, each with a scale that maps its largest absolute value to 127."""
 
   values: jax.Array  # (..., H)
   scales: jax.Array  # (..., 1), float32
@@ -40,12 +40,13 @@ def num_slots(kv: Any) -> int:
 
 
 class KVCache(NamedTuple):
-  """Keys and values of the tokens so far: a value that goes in and comes out.
+  """Keys and values of the tokens so far; functions take a cache and return a new one.
 
-  Each layer has arrays of its own, (k_BKSH, v_BKSH): one stacked array would be copied
-  at every token. Row b's token number s lies in slot s; slots from `lengths_B[b]` on hold
-  nothing. A local layer's slots are a ring that holds the window and no more. A decoder
-  with an encoder also has each layer's keys and values of the source.
+  Each layer has its own arrays, (k_BKSH, v_BKSH), because one stacked array would be copied
+  at every token. Token number s of row b is in slot s; slots from `lengths_B[b]` on are
+  empty. The slots of a local layer are a ring, as large as its window needs
+  (`ResolvedModel.ring_slots`). In an encoder-decoder, `source` has each layer's keys and
+  values of the source.
   """
 
   layers: tuple[tuple[Any, Any], ...]  # arrays, or Narrow
@@ -53,32 +54,34 @@ class KVCache(NamedTuple):
   source: "SourceCache | None" = None
 
   def of_layers(self) -> list[tuple]:
-    """(keys, values) of each layer, followed by the source's, if there is one."""
+    """(keys, values) of each layer, followed by those of the source, if there is one."""
     if self.source is None:
       return [*self.layers]
-    return [(*own, *of) for own, of in zip(self.layers, self.source.layers, strict=True)]
+    pairs = zip(self.layers, self.source.layers, strict=True)
+    return [(*kv, *source_kv) for kv, source_kv in pairs]
 
   def take(self, rows_R: jax.Array) -> "KVCache":
     """The cache of these rows, in this order."""
     return jax.tree.map(lambda x: x[rows_R], self)
 
   def resized(self, cfg: ResolvedModel, slots: int) -> "KVCache":
-    """The same tokens with room for `slots` of them, which are enough."""
+    """The same tokens with room for `slots` of them; `slots` must be enough for all."""
 
-    def resize(x_BKSH: jax.Array, size: int, keeps: bool) -> jax.Array:
-      more = max(0, size - x_BKSH.shape[2])
-      x_BKSH = jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, more), (0, 0)))
-      return x_BKSH if keeps else x_BKSH[:, :, :size]
+    def resize(x_BKSH: jax.Array, size: int, is_ring: bool) -> jax.Array:
+      missing = max(0, size - x_BKSH.shape[2])
+      x_BKSH = jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, missing), (0, 0)))
+      return x_BKSH if is_ring else x_BKSH[:, :, :size]
 
     layers = []
     for kv, kind in zip(self.layers, cfg.layer_kinds(), strict=True):
-      size, keeps = cfg.cache_slots(kind, slots), kind == "L" and cfg.ring_slots is not None
-      change = functools.partial(resize, size=size, keeps=keeps)
+      size = cfg.cache_slots(kind, slots)
+      is_ring = kind == "L" and cfg.ring_slots is not None
+      change = functools.partial(resize, size=size, is_ring=is_ring)
       layers.append(jax.tree.map(change, kv))
     return self._replace(layers=tuple(layers))
 
   def can_return(self, cfg: ResolvedModel, num_tokens: int) -> bool:
-    """Whether the state `num_tokens` ago can be had by a smaller length alone."""
+    """Whether smaller lengths alone restore the cache of `num_tokens` tokens ago."""
     ring = cfg.ring_slots
     if num_tokens <= MAX_TAKEN_BACK or ring is None or "L" not in cfg.period:
       return True
@@ -86,7 +89,7 @@ class KVCache(NamedTuple):
 
 
 class SourceCache(NamedTuple):
-  """What the decoder's layers see of the source: made once, never written again."""
+  """Each decoder layer's keys and values of the source: computed once, then only read."""
 
   layers: tuple[tuple[jax.Array, jax.Array], ...]  # (k_BSKH, v_BSKH) each
   segments_BS: jax.Array
@@ -111,7 +114,7 @@ def empty_cache(
 
 
 def slot_in_ring(tokens: jax.Array, num_slots: int, sink_tokens: int) -> jax.Array:
-  """Where token number n lies: the first ones to stay, the others in turn."""
+  """The slot of token number n: sink tokens keep theirs, all others take turns."""
   turn = sink_tokens + (tokens - sink_tokens) % (num_slots - sink_tokens)
   return jnp.where(tokens < sink_tokens, tokens, turn)
 
@@ -119,7 +122,7 @@ def slot_in_ring(tokens: jax.Array, num_slots: int, sink_tokens: int) -> jax.Arr
 def tokens_in_ring(ends_B: jax.Array, num_slots: int, sink_tokens: int) -> jax.Array:
   """(B, S): the number of the last token before `ends_B` that lies in each slot.
 
-  A slot that has none yet is said to hold one far in the future, which nobody sees.
+  An empty slot gets a number far in the future, which no query sees.
   """
   slots_S = jnp.arange(num_slots)
   newest_B1 = ends_B[:, None] - 1 - sink_tokens
@@ -133,16 +136,16 @@ class Place(NamedTuple):
   """Where a layer's new tokens go in its cache."""
 
   first_slots_B: jax.Array
-  # The token in each slot of a ring that takes several new ones at once; None: they lie
-  # side by side, from the first slot on.
+  # In a ring that takes several new tokens at once: the number of the token in each slot.
+  # None: the new tokens take consecutive slots, from the first one on.
   ring_BS: jax.Array | None = None
 
 
 def cached_keys(
   cfg: ResolvedModel, cache: KVCache, kind: str, where: Placement
 ) -> tuple[Placement, int, Place]:
-  """Of the layers of one kind: where their keys stand, how many slots they have, and where
-  the new tokens go."""
+  """For the layers of one kind: the placement of their keys, their number of slots, and
+  where the new tokens go."""
   num_new, first_slots_B = where.query_slots_BT.shape[1], where.query_slots_BT[:, 0]
   num_keys = num_slots(cache.layers[cfg.layer_kinds().index(kind)])
   if kind == "G" or cfg.ring_slots is None:
@@ -152,7 +155,7 @@ def cached_keys(
   where = where._replace(key_slots_BS=tokens_BS)
   if num_new == 1:
     return where, num_keys, Place(slot_in_ring(first_slots_B, *ring))
-  # More than that would overwrite what the first of them still sees.
+  # More new tokens would overwrite keys that the first of them still sees.
   assert num_keys < cfg.ring_slots or num_new <= MAX_NEW_IN_RING, "prompts come in chunks"
   return where, num_keys, Place(first_slots_B, tokens_BS)
 
@@ -161,7 +164,7 @@ def cached_keys(
 
 
 def write(cache: Any, new: Any, place: Place) -> Any:
-  """A layer's (keys, values) with T new ones (B, T, K, H) of each row in their place."""
+  """A layer's (keys, values) with T new ones of each row, (B, T, K, H), written in."""
   if place.ring_BS is not None:
     return write_ring(cache, new, place.first_slots_B, place.ring_BS)
   return write_slots(cache, new, place.first_slots_B)
@@ -170,7 +173,7 @@ def write(cache: Any, new: Any, place: Place) -> Any:
 def write_slots(cache: Any, new: Any, first_slots_B: jax.Array) -> Any:
   """Writes T new entries (B, T, K, H) of each row from its own first slot on.
 
-  The caller sees to it that they fit: JAX would shift a write past the end back.
+  The caller makes sure that they fit: JAX would shift a write past the end back.
   """
   write = lambda row, entries, at: jax.lax.dynamic_update_slice(row, entries, (0, at, 0))
   on_mesh = jax.sharding.get_abstract_mesh().size > 1
@@ -189,13 +192,13 @@ def write_slots(cache: Any, new: Any, first_slots_B: jax.Array) -> Any:
 
 
 def like(cache: Any, new: Any) -> Any:
-  """New entries as the cache holds them."""
+  """The new entries in the cache's format: narrow if the cache is."""
   pairs = zip(cache, new, strict=True)
   return tuple(narrowed(x) if isinstance(old, Narrow) else x for old, x in pairs)
 
 
 def write_ring(cache: Any, new: Any, first_slots_B: jax.Array, tokens_BS: jax.Array) -> Any:
-  """Writes T new entries (B, T, K, H), which may go over the ring's end."""
+  """Writes T new entries (B, T, K, H), which may wrap around the ring's end."""
 
   def put(old_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
     new_BKTH = new_BTKH.swapaxes(1, 2).astype(old_BKSH.dtype)

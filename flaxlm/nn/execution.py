@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a model runs: dtypes, kernels, and how its layers follow each other.
+"""How a model runs: dtypes, kernels, the loop over its layers, rematerialisation.
 
 Nothing here changes a parameter or a shape. Layers have one parameter layout, stacked along
-L; they run as a loop (`run_scanned`) or one after the other (`run_unrolled`), and
-`REMAT_POLICIES` says what is kept of each for the backward pass.
+L. They run as a loop (`run_scanned`) or unrolled (`run_unrolled`), and `REMAT_POLICIES`
+says what each layer keeps for the backward pass.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ class Execution:
   microbatches: int | None = None  # of a pipeline; None: one for each stage
   repeats: int = 1  # rounds of a pipeline
   sequence_parallel: bool = False
-  attention: str = "auto"  # over whole rows: see nn.kernels.paths
+  attention: str = "auto"  # the path over whole rows: see nn.kernels.paths
   # The largest head dim that cuDNN's attention takes on the devices at hand; 0: it cannot
-  # run there (`platform.kernel_head_dim` asks the devices, nothing below it does).
+  # run there (`platform.kernel_head_dim` asks the devices; nothing in nn does).
   kernel_head_dim: int = 0
 
   @property
@@ -54,7 +54,7 @@ REMAT_POLICIES = {
 
 
 def with_remat(layer: "Layer", run: Execution) -> "Layer":
-  """A layer that keeps for its backward pass what `run.remat` says."""
+  """The layer, keeping for its backward pass only what `run.remat` says."""
   if run.remat == "none":
     return layer
   policy = REMAT_POLICIES[run.remat]
@@ -62,10 +62,10 @@ def with_remat(layer: "Layer", run: Execution) -> "Layer":
 
 
 def stacked(module: type[nn.Module], depth: int, in_axes: tuple) -> Any:
-  """The class of `depth` such modules, whose parameters are stacked along L.
+  """A class of `depth` copies of `module`, whose parameters are stacked along L.
 
-  It makes the parameters. How the layers run is another matter (`run_scanned`,
-  `run_unrolled`): unrolled by Linen, each layer's gradient would be as large as all.
+  It only initialises the parameters; `run_scanned` and `run_unrolled` run the layers.
+  Unrolled by Linen, each layer's gradient would be as large as that of all layers.
   """
   return nn.scan(
     module,
@@ -77,15 +77,15 @@ def stacked(module: type[nn.Module], depth: int, in_axes: tuple) -> Any:
   )
 
 
-# A layer is a function of its input and of what is its own: parameters, key, cache.
+# A layer is a function of x and of its own inputs: its parameters, key and cache.
 Layer = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 
 
-def run_unrolled(layers: list[Layer], x: jax.Array, of_layers: list) -> tuple[Any, list]:
-  """`layers` one after the other, each with what is its own; the outputs as a list."""
+def run_unrolled(layers: list[Layer], x: jax.Array, layer_inputs: list) -> tuple[Any, list]:
+  """Runs `layers` one after the other, each with its own inputs; lists their outputs."""
   outputs = []
-  for layer, of_layer in zip(layers, of_layers, strict=True):
-    x, output = layer(x, of_layer)
+  for layer, inputs in zip(layers, layer_inputs, strict=True):
+    x, output = layer(x, inputs)
     outputs.append(output)
   return x, outputs
 
@@ -97,15 +97,18 @@ def stack_trees(trees: list) -> Any:
 def run_scanned(
   layers: list[Layer], period: int, x: jax.Array, stacked: Any
 ) -> tuple[jax.Array, Any]:
-  """The same as a loop over periods of layers that differ; what is left over, unrolled."""
-  if period == 1:  # no slices in the loop: each is a copy that the backward pass keeps
+  """The same as a loop over periods of `period` different layers.
+
+  Layers that do not fill a period run unrolled, after the loop.
+  """
+  if period == 1:  # no slices in the loop: the backward pass would keep a copy of each
     return jax.lax.scan(layers[0], x, stacked)
   count = len(layers) // period
   looped = count * period
   in_loop = jax.tree.map(lambda s: s[:looped].reshape(count, period, *s.shape[1:]), stacked)
 
-  def run_period(x: jax.Array, of_period: Any) -> tuple[jax.Array, Any]:
-    x, outputs = run_unrolled(layers[:period], x, unstack(of_period, period))
+  def run_period(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
+    x, outputs = run_unrolled(layers[:period], x, unstack(inputs, period))
     return x, stack_trees(outputs)
 
   x, outputs = jax.lax.scan(run_period, x, in_loop)
@@ -120,24 +123,24 @@ def run_scanned(
 
 
 def is_split(params: Any) -> bool:
-  """Whether each layer's parameters are a dict of their own, {"0": ..., "1": ...}.
+  """Whether each layer has its own dict of parameters, {"0": ..., "1": ...}.
 
-  Decoding has them so: a slice of a stacked array would be a copy, at every token.
+  Decoding uses this form: slicing a stacked array would copy it at every token.
   """
   return "0" in params
 
 
 def split_blocks(params: Any, depth: int) -> list[Any]:
-  """The parameters of each layer, whether they come stacked or not."""
+  """The parameters of each layer, whether they are stacked or split."""
   if is_split(params):
     return [params[str(n)] for n in range(depth)]
   return unstack(params, depth)
 
 
 def unstack(stacked: Any, count: int) -> list[Any]:
-  """The slices of a stacked tree, whose gradient is stacked again in one piece.
+  """The slices of a stacked tree, whose gradients are stacked in one operation.
 
-  Left to itself, the gradient of each slice is as large as the whole, and they are added.
+  By default JAX makes each slice's gradient as large as the whole tree and adds them up.
   """
   leaves, tree = jax.tree.flatten(stacked)
   slices = [unstack_array(leaf, count) for leaf in leaves]

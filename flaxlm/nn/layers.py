@@ -16,8 +16,8 @@ from flaxlm.sharding import constrain
 class Einsum(nn.Module):
   """`einsum(equation, x, kernel)` for equations such as "BTD,DNH->BTNH".
 
-  The letters that `x` ends and the kernel begins with are contracted. Everything about
-  the parameter stands on the line that builds it: equation, shape, logical names.
+  The letters at the end of `x` that are also at the start of the kernel are contracted. The
+  line that builds the module says all about its parameter: equation, shape, logical names.
   """
 
   equation: str
@@ -118,7 +118,7 @@ class Embedding(nn.Module):
     self.table = self.param("table", init, self.shape, self.param_dtype)
 
   def __call__(self, ids_BT: jax.Array) -> jax.Array:
-    """Vectors (B, T, D). Ids must be in range: JAX clamps what is not."""
+    """Vectors (B, T, D). Ids must be in range: JAX silently clamps others."""
     if (params := laid_out_for_decoding(self)) is not None:
       x_BTD = params["matrix"][ids_BT].astype(self.dtype)
       return x_BTD * params["scale"][ids_BT][..., None] if "scale" in params else x_BTD
@@ -156,5 +156,6 @@ class FeedForward(nn.Module):
 
 
 def residual_scale(depth: int) -> float:
-  """Init scale of what adds to the residual stream, 2 L times (Radford et al., 2019)."""
+  """Init scale of the 2 L projections that add to the residual stream (Radford et al.,
+  2019)."""
   return (2 * depth) ** -0.5

@@ -11,17 +11,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# A masked score or logit; -inf would make NaN of an empty row, and of an entropy.
+# The value of a masked score or logit; -inf would make empty rows and entropies NaN.
 LOWEST = jnp.finfo(jnp.float32).min
 
 CosSin = tuple[jax.Array, jax.Array]
 
 
 class Placement(NamedTuple):
-  """Where queries and keys stand, from which `visible` makes the mask.
+  """Where queries and keys are in their rows, from which `visible` makes the mask.
 
-  Segments are None when every row is one document; key positions when they are slots;
-  key slots when key s stands in slot s.
+  Segments are None if every row is one document, key positions are None if they equal the
+  slots, and key slots are None if key s is in slot s.
   """
 
   query_slots_BT: jax.Array
@@ -40,16 +40,16 @@ class Sight(NamedTuple):
 
 
 class Scoring(NamedTuple):
-  """How scores are made of q . k, besides the mask: fixed numbers of the architecture."""
+  """How scores are computed from q . k before masking: constants of the architecture."""
 
   scale: float
   softcap: float | None = None
 
 
 class Reach(NamedTuple):
-  """Causal attention over whole rows; with a window, nothing before it is ever seen.
+  """Causal attention over whole rows; with a window, no key before it is visible.
 
-  `is_all`: the mask says nothing else, as where every row is one document.
+  `is_all`: the mask hides nothing else, because every row is one document.
   """
 
   window: int | None = None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models: a `Decoder` is an embedding, a stack of `Block`s, a norm and a head.
 
-Encoders, encoder-decoders and RNNs begin and end alike (`LanguageModel`) and take the
-same arguments. Parameters are plain nested dicts; nothing else is state.
+Encoders, encoder-decoders and RNNs share the embedding and the head (`LanguageModel`) and
+take the same arguments. Parameters are plain nested dicts; there is no other state.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ def build_model(
 ) -> LanguageModel:
   """The model of a config; `run` gives dtypes, remat and scan (default: float32).
 
-  `kernel_head_dim` is what `platform.kernel_head_dim` says of the devices that will run
-  it. The default suits a model that is only described: it takes no kernel of a device.
+  `kernel_head_dim` is the value of `platform.kernel_head_dim` on the devices that will run
+  the model. The default, 0, suits a model that is only traced: it uses no fused kernel.
   """
   execution = Execution(kernel_head_dim=kernel_head_dim)
   if run is not None:
@@ -66,8 +66,8 @@ def abstract_params(model: LanguageModel, mesh: Mesh) -> Any:
 def init_cache(model: LanguageModel, batch: int, slots: int) -> Any:
   """An empty cache for `batch` rows of up to `slots` tokens.
 
-  An encoder-decoder's knows its source, and is made by its method `start`; an RNN's has
-  the size of its state, whatever the slots.
+  An encoder-decoder's cache holds its source too, and its method `start` makes it. An RNN's
+  cache has the size of its state, whatever `slots` is.
   """
   if model.cfg.family == "rnn":
     return init_rnn_cache(model.cfg, batch)
@@ -122,7 +122,7 @@ class Encoder(LanguageModel):
     return output
 
   def pool(self, x_BTD: jax.Array) -> jax.Array:
-    """One vector (B, D) of each row, from the hidden one of its first token."""
+    """One vector (B, D) per row, from the hidden vector of its first token."""
     return jnp.tanh(self.pooler(x_BTD[:, 0]))
 
 
@@ -149,7 +149,7 @@ class EncoderDecoder(LanguageModel):
     cache: KVCache | None = None,
     **options: Any,
   ) -> Output:
-    """The decoder's output (B, T, D), reading `source`, or what `cache` keeps of it."""
+    """The decoder's output (B, T, D); the source is `source`, or is in `cache`."""
     memory, encoded = None, Output(None, losses={}, attention={})
     if cache is None:
       assert source is not None, "an encoder-decoder needs a source"
@@ -166,14 +166,14 @@ class EncoderDecoder(LanguageModel):
         **options,
       )
     )
-    maps = {f"encoder_{name}": of for name, of in encoded.attention.items()}
+    maps = {f"encoder_{name}": weights for name, weights in encoded.attention.items()}
     losses = {
       name: loss + encoded.losses.get(name, 0.0) for name, loss in output.losses.items()
     }
     return output._replace(losses=losses, attention=output.attention | maps)
 
   def start(self, source: Source, slots: int) -> KVCache:
-    """An empty cache of `slots` target tokens that knows the source."""
+    """An empty cache for `slots` target tokens, which holds the source."""
     batch = source.tokens_BS.shape[0]
     segments_BS = source.segments_BS
     if segments_BS is None:

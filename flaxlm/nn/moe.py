@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A mixture of experts (Shazeer et al., 2017) in place of a feed-forward.
 
-A router sends each token to its A likeliest of E experts and adds up what they return,
-weighted. Either every choice is served (`dropless`: Gale et al., 2022), or each expert has
-room for C choices of a row and the rest counts for nothing (`with_capacity`: Lepikhin et
-al., 2020). Padding goes nowhere: its choice is E, an expert there is not. Experts have no
+A router sends each token to the A most probable of E experts, and adds up their weighted
+outputs. Either every choice is served (`dropless`: Gale et al., 2022), or each expert has
+room for C choices of a row, and further ones are dropped (`with_capacity`: Lepikhin et al.,
+2020). Padding is sent to no expert: its choice is E, one past the last. Experts have no
 biases, whatever `cfg.biased` says of the other layers.
 
 Letters, besides those of `flaxlm.nn`: M choices, in the order of their tokens (M = T A, or
@@ -33,7 +33,7 @@ OUTWARDS = ("experts", "expert_ffn", "embed")
 
 
 class MoE(nn.Module):
-  """E experts, of which each token visits A, and shared ones that every token visits."""
+  """E experts, A of them per token, and shared experts that process every token."""
 
   cfg: ResolvedModel
   dtype: jnp.dtype = jnp.float32
@@ -46,7 +46,7 @@ class MoE(nn.Module):
     """(B, T, D), and the router's losses, summed over the tokens that `real_BT` marks.
 
     `dropping=False` serves every choice, whatever `capacity_factor` says: for decoding,
-    where nothing may depend on what else is in the batch.
+    where a result must not depend on the rest of the batch.
     """
     cfg, moe = self.cfg, self.cfg.moe
     if real_BT is None:
@@ -55,7 +55,7 @@ class MoE(nn.Module):
     serve = functools.partial(dropless, cfg=cfg)
     if moe.capacity_factor is not None and dropping:
       even_share = x_BTD.shape[1] * moe.experts_per_token / moe.num_experts
-      # A token chooses an expert once: no more than T of its row ever come.
+      # A token chooses an expert at most once, so a row has at most T choices of it.
       capacity = min(max(1, math.ceil(moe.capacity_factor * even_share)), x_BTD.shape[1])
       serve = functools.partial(with_capacity, cfg=cfg, capacity=capacity)
     kernels = Experts(cfg, self.param_dtype, name="experts")()
@@ -67,7 +67,7 @@ class MoE(nn.Module):
     return y_BTD, router_losses(logits_BTE, experts_BTA, real_BT)
 
   def shared(self, x_BTD: jax.Array) -> jax.Array:
-    """All shared experts: one wide feed-forward (Dai et al., 2024, section 3.2)."""
+    """All shared experts, as one wide feed-forward (Dai et al., 2024, section 3.2)."""
     moe = self.cfg.moe
     width = moe.num_shared_experts * moe.expert_width
     cfg = dataclasses.replace(self.cfg, ffn_width=width, biased=False)
@@ -77,7 +77,7 @@ class MoE(nn.Module):
     return y_BTD
 
   def project(self, name: str, x_BTD: jax.Array, outputs: int) -> jax.Array:
-    """A small projection, all in float32: rounding would change who is chosen."""
+    """A small projection, all in float32: rounding would change the chosen experts."""
     shape, names = (self.cfg.width, outputs), ("embed", "router")
     layer = Einsum("BTD,DE->BTE", shape, names, param_dtype=self.param_dtype, name=name)
     with jax.default_matmul_precision("float32"):  # TPUs would multiply in bfloat16
@@ -85,7 +85,7 @@ class MoE(nn.Module):
 
 
 class Experts(nn.Module):
-  """The kernels of all experts, by name: (E, D, F), and (E, F, D) of `down`."""
+  """The kernels of all experts, by name: (E, D, F), but (E, F, D) for `down`."""
 
   cfg: ResolvedModel
   param_dtype: jnp.dtype
@@ -118,15 +118,15 @@ class ExpertKernel(nn.Module):
     return self.param("kernel", init, self.shape, self.param_dtype)
 
 
-# -- Who goes where ------------------------------------------------------------------------
+# -- Routing -------------------------------------------------------------------------------
 
 
 def route(
   cfg: ResolvedModel, logits_BTE: jax.Array, real_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Each token's weights (B, T, A) in float32, and its experts (B, T, A), likeliest first.
+  """Each token's weights (B, T, A) in float32, and its experts (B, T, A), best first.
 
-  A weight is the softmax over all experts, or, normalised, over the chosen ones.
+  Weights are the softmax over all experts or, if `normalized`, over the chosen ones.
   """
   moe = cfg.moe
   weights_BTA, experts_BTA = jax.lax.top_k(
@@ -140,11 +140,11 @@ def route(
 def router_losses(
   logits_BTE: jax.Array, experts_BTA: jax.Array, real_BT: jax.Array
 ) -> dict[str, jax.Array]:
-  """Sums over real tokens, so that the parts of a batch add up to the whole.
+  """The router's losses, summed over real tokens, so that the parts of a batch add up.
 
-  `load_balance`: E sum_e f_e P_e of each row, f_e being the share of its choices that
-  went to e, and P_e its mean probability (Fedus et al., 2021, equation 4; row by row as
-  in DeepSeek-V3, 2024, equation 17); 1 when even. Dropped choices count: they were made.
+  `load_balance`: E sum_e f_e P_e of each row, where f_e is the share of its choices that
+  went to e, and P_e the mean probability of e (Fedus et al., 2021, equation 4; row by row
+  as in DeepSeek-V3, 2024, equation 17); 1 if the load is even. Dropped choices count too.
   `router_z`: the squared logsumexp of the logits (Zoph et al., 2022, equation 5).
   """
   E, A = logits_BTE.shape[-1], experts_BTA.shape[-1]
@@ -164,7 +164,7 @@ def count(experts: jax.Array, num_experts: int, dims: tuple[int, ...]) -> jax.Ar
   return (experts[..., None] == jnp.arange(num_experts)).sum(dims)
 
 
-# -- The experts at work -------------------------------------------------------------------
+# -- Running the experts -------------------------------------------------------------------
 
 
 def over_mesh(
@@ -175,11 +175,11 @@ def over_mesh(
   real_BT: jax.Array,
   kernels: Kernels,
 ) -> tuple[jax.Array, jax.Array]:
-  """Routes and serves, each device of the mesh with its rows and its kernels.
+  """Routes the tokens and runs the experts, each device of the mesh for its own rows.
 
-  Kernels lie in parts over `embed` (gathered here, their gradient scattered again) and
-  over `expert_ffn` (each device has part of a sum); `serve` itself sees to the experts
-  that are elsewhere. No mesh, one device: nothing travels.
+  Kernels are sharded over `embed` (they are gathered here, and their gradients scattered
+  again) and over `expert_ffn` (each device computes part of a sum). `serve` itself reaches
+  the experts on other devices. Without a mesh, or on one device, nothing is sent.
   """
   # Axes of size 1 are left out: the TPU's compiler crashes on a sum over one device.
   sizes = {axis: size for axis, size in axis_sizes_in_use().items() if size > 1}
@@ -189,8 +189,8 @@ def over_mesh(
 
   axes = lambda name: tuple(axis for axis in RULES[name] if axis in sizes)
   embed, ffn, expert = axes("embed"), axes("expert_ffn"), axes("experts")
-  # A capacity is of a whole row, and a token to decode cannot be cut: then every member of
-  # `context` serves all of it.
+  # A capacity applies to a whole row, and a single token to decode cannot be split: in both
+  # cases every device along `context` serves whole rows.
   parts = math.prod(sizes[axis] for axis in axes("length"))
   cut_rows = cfg.moe.capacity_factor is None and x_BTD.shape[1] % parts == 0
   length = "length" if cut_rows else "key_length"
@@ -200,9 +200,9 @@ def over_mesh(
     dim = names_of(name).index("embed")
     return jax.lax.all_gather(kernel, embed, axis=dim, tiled=True)
 
-  # Gathered kernels are used and forgotten: the gradient gathers anew. Nor is any gathered
-  # ahead of its tokens: JAX would take that out of a pipeline's loop over microbatches, for
-  # all layers at once.
+  # Gathered kernels are not kept: the backward pass gathers them again. The barrier below
+  # keeps a kernel from being gathered before its tokens are there; otherwise JAX would move
+  # the gathers of all layers out of a pipeline's loop over microbatches.
   def kept(primitive, *_, **params):
     gathers = primitive is jax.lax.all_gather_p and params["axis_name"] == embed
     return not gathers and primitive is not jax.lax.optimization_barrier_p
@@ -241,10 +241,11 @@ def dropless(
   *,
   cfg: ResolvedModel,
 ) -> jax.Array:
-  """Every choice is served: sorted by expert, multiplied group by group, put back.
+  """Serves every choice: sorts them by expert, multiplies group by group, sorts them back.
 
-  With experts over `mesh_axes`, each device serves, of all tokens there, the choices of
-  its own experts; room is kept for the worst case, that it is all of them.
+  With experts sharded over `mesh_axes`, each device gathers the tokens of all of them and
+  serves the choices of its own experts. Arrays have the size of the worst case, in which
+  every choice is one of these.
   """
   E, D = kernels["up"].shape[:2]
   if mesh_axes:
@@ -253,7 +254,7 @@ def dropless(
     experts_BTA -= E * jax.lax.axis_index(mesh_axes)
   experts_M = experts_BTA.reshape(-1)
   experts_M = jnp.where((experts_M >= 0) & (experts_M < E), experts_M, E)
-  order_M = jnp.argsort(experts_M)  # what is not served here comes last
+  order_M = jnp.argsort(experts_M)  # choices that are not served here come last
   sizes_E = count(experts_M, E, (0,))
 
   A = experts_BTA.shape[-1]
@@ -274,11 +275,11 @@ def with_capacity(
   cfg: ResolvedModel,
   capacity: int,
 ) -> jax.Array:
-  """Each expert serves the first C choices of every row; later ones count for nothing.
+  """Each expert serves the first C choices of every row; later ones are dropped.
 
-  First means the earlier token, then its likelier choice: whether a token is served
-  depends on no later one. With experts over `mesh_axes`, the served tokens travel to
-  them and back.
+  Choices are ordered by token, then by probability, so that whether a token is served
+  depends on no later token. With experts sharded over `mesh_axes`, served tokens are sent
+  to their experts, and the results sent back.
   """
   (B, T, A), D, C = experts_BTA.shape, x_BTD.shape[-1], capacity
   E = cfg.moe.num_experts
@@ -288,22 +289,22 @@ def with_capacity(
   starts_BE = jnp.cumsum(sizes_BE, -1) - sizes_BE
 
   places_BEC = starts_BE[..., None] + jnp.arange(C)
-  places_BX = places_BEC.reshape(B, E * C)  # some, not taken, lie past the end
+  places_BX = places_BEC.reshape(B, E * C)  # some, not taken, are past the end
   tokens_BX = jnp.take_along_axis(order_BM, places_BX, 1, mode="clip") // A
   h_BXD = jnp.take_along_axis(x_BTD, tokens_BX[..., None], 1)
   taken_BEC = jnp.arange(C) < sizes_BE[..., None]
   h_EBCD = jnp.where(taken_BEC[..., None], h_BXD.reshape(B, E, C, D), 0).swapaxes(0, 1)
   if mesh_axes:
-    travel = functools.partial(jax.lax.all_to_all, axis_name=mesh_axes, tiled=True)
-    h_EBCD = travel(h_EBCD, split_axis=0, concat_axis=1)
+    exchange = functools.partial(jax.lax.all_to_all, axis_name=mesh_axes, tiled=True)
+    h_EBCD = exchange(h_EBCD, split_axis=0, concat_axis=1)
   h_ERD = h_EBCD.reshape(h_EBCD.shape[0], -1, D)
   h_ERD = feed_forward(cfg, h_ERD, kernels, functools.partial(jnp.einsum, "ERX,EXY->ERY"))
   h_EBCD = h_ERD.reshape(h_EBCD.shape)
   if mesh_axes:
-    h_EBCD = travel(h_EBCD, split_axis=1, concat_axis=0)
+    h_EBCD = exchange(h_EBCD, split_axis=1, concat_axis=0)
 
   ranks_BM = jnp.argsort(order_BM, -1)
-  padded_starts = jnp.pad(starts_BE, ((0, 0), (0, 1)))  # the expert that there is not
+  padded_starts = jnp.pad(starts_BE, ((0, 0), (0, 1)))  # padding has chosen expert E
   slots_BM = ranks_BM - jnp.take_along_axis(padded_starts, experts_BM, 1)
   served_BM = (slots_BM < C) & (experts_BM < E)
   places_BM = jnp.where(served_BM, experts_BM * C + slots_BM, 0)
@@ -317,7 +318,7 @@ def with_capacity(
 def feed_forward(
   cfg: ResolvedModel, x: jax.Array, kernels: Kernels, dot: Callable
 ) -> jax.Array:
-  """What a `FeedForward` computes, each row with the kernels that `dot` finds for it."""
+  """A `FeedForward`'s computation; `dot` multiplies each row by its expert's kernel."""
   h = dot(x, kernels["up"])
   if cfg.gated:
     h = activate(dot(x, kernels["gate"]), cfg.activation) * h
@@ -333,8 +334,9 @@ def feed_forward(
 def grouped_dot(x_MD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
   """Rows of `x`, sorted into groups of `sizes_E`, each group times its own kernel.
 
-  Rows after the last group become zero. TPUs have an instruction for it. Elsewhere XLA
-  makes E products of all rows: on a CPU 10 times slower than blocks (docs/LOG.md).
+  Rows after the last group become zero. TPUs have an instruction for this. Elsewhere XLA
+  multiplies all rows by each of the E kernels, which on a CPU is 10 times slower than
+  blocks (docs/LOG.md).
   """
   return jax.lax.platform_dependent(
     x_MD, kernel_EDF, sizes_E, tpu=ragged_dot, default=blocked_dot
@@ -377,10 +379,10 @@ def ragged_outer(x_MD: jax.Array, y_MF: jax.Array, sizes_E: jax.Array) -> jax.Ar
 
 
 def blocked_dot(x_MD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-  """`ragged_dot`, block of rows by block; the last of a group runs into the next one.
+  """`ragged_dot`, one block of rows at a time.
 
-  That one comes later and overwrites it. The loop ends with the last group: rows that
-  belong to nobody cost nothing.
+  The last block of a group runs into the next group, whose own blocks come later and
+  overwrite the excess. The loop ends with the last group, so rows of no group cost nothing.
   """
   (M, _), F = x_MD.shape, kernel_EDF.shape[-1]
   num_blocks, R, place = blocks_of(sizes_E, M)
@@ -396,7 +398,7 @@ def blocked_dot(x_MD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> j
 
 
 def blocked_outer(x_MD: jax.Array, y_MF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-  """x^T y of each group, (E, D, F) in float32, block of rows by block."""
+  """x^T y of each group, (E, D, F) in float32, one block of rows at a time."""
   (M, D), (E,), F = x_MD.shape, sizes_E.shape, y_MF.shape[-1]
   num_blocks, R, place = blocks_of(sizes_E, M)
   x_XD, y_XF = (jnp.pad(x, ((0, R), (0, 0))) for x in (x_MD, y_MF))
@@ -413,10 +415,11 @@ def blocked_outer(x_MD: jax.Array, y_MF: jax.Array, sizes_E: jax.Array) -> jax.A
 
 
 def blocks_of(sizes_E: jax.Array, num_rows: int) -> tuple[jax.Array, int, Callable]:
-  """Number of blocks in use, rows in each, and block -> (expert, first row, group's end).
+  """The number of blocks in use, the rows of a block, and a function from a block's number
+  to its expert, its first row and the end of its group.
 
-  A quarter of an even share, within limits: large enough for a fast product, small enough
-  that what the last blocks waste, half a block of each expert, stays small.
+  A block has a quarter of an even share of the rows, within limits: large enough for a fast
+  product, and small enough that little is wasted, on average half a block per expert.
   """
   rows = min(num_rows, max(128, min(num_rows // (4 * len(sizes_E)), 1024)))
   blocks_E = -(-sizes_E // rows)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxlm.config import ResolvedRope
-from flaxlm.nn.kernels.fused import apart
+from flaxlm.nn.kernels.fused import unfused
 from flaxlm.nn.masks import CosSin
 
 # -- Rotary ------------------------------------------------------------------------------
@@ -18,8 +18,8 @@ def rotation(
 ) -> CosSin:
   """RoPE's (cos, sin), each (B, T, R/2) in float32 (Su et al., 2021, section 3.2.2).
 
-  R is the even part of `rope.fraction` of the head dim. A local layer with a theta of its
-  own is not stretched (Gemma 3).
+  R is `rope.fraction` of the head dim, rounded down to an even number. A local layer that
+  has its own theta is not stretched (Gemma 3).
   """
   num_dims = 2 * int(head_dim * rope.fraction / 2)
   if local and rope.local_theta is not None:
@@ -31,7 +31,7 @@ def rotation(
     angles = positions_BT[..., None].astype(jnp.float32) * jnp.array(frequencies)
     return jnp.cos(angles) * size, jnp.sin(angles) * size
 
-  return jax.lax.platform_dependent(positions_BT, cpu=apart(tables), default=tables)
+  return jax.lax.platform_dependent(positions_BT, cpu=unfused(tables), default=tables)
 
 
 def inverse_wavelengths(num_dims: int, theta: float) -> list[float]:
@@ -45,7 +45,7 @@ def stretched_frequencies(num_dims: int, rope: ResolvedRope) -> tuple[list[float
   match rope.scaling:
     case "linear":  # Chen et al. (2023): positions are squeezed
       return [f / factor for f in frequencies], 1.0
-    case "ntk":  # a larger base: the fastest pair keeps its speed, the slowest is stretched
+    case "ntk":  # a larger base keeps the fastest pair as it is and stretches the slowest
       theta = rope.theta * factor ** (num_dims / max(1, num_dims - 2))
       return inverse_wavelengths(num_dims, theta), 1.0
     case "yarn":  # Peng et al. (2023), section 3.2; the ramp as in its authors' code
@@ -66,13 +66,13 @@ def stretched_frequencies(num_dims: int, rope: ResolvedRope) -> tuple[list[float
 
 
 def stretch(frequencies: list[float], kept: list[float], factor: float) -> list[float]:
-  """Each frequency as it is where `kept` is 1 or more, over `factor` where 0 or less."""
+  """Interpolates each frequency from f / `factor` (`kept` <= 0) to f (`kept` >= 1)."""
   shares = [min(1.0, max(0.0, share)) for share in kept]
   return [f * (k + (1 - k) / factor) for f, k in zip(frequencies, shares, strict=True)]
 
 
 def pair_that_turns(turns: float, num_dims: int, rope: ResolvedRope) -> float:
-  """Which pair makes so many turns over the original context (not rounded)."""
+  """The index (not rounded) of the pair that turns so often over the original context."""
   length = rope.original_context / (2 * math.pi * max(turns, 1e-9))
   return num_dims * math.log(length) / (2 * math.log(rope.theta))
 
@@ -92,7 +92,7 @@ def rotate(x_BTNH: jax.Array, cos_sin: CosSin) -> jax.Array:
 def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
   """(B, T, D) of sines, then cosines (Vaswani et al., 2017, section 3.5).
 
-  The paper interleaves the two; a fixed permutation of dims that training absorbs.
+  The paper interleaves the two: a fixed permutation of dims, which training absorbs.
   """
   frequencies = jnp.array(inverse_wavelengths(width, 10_000.0))
   angles = positions_BT[..., None].astype(jnp.float32) * frequencies
@@ -105,7 +105,7 @@ def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
 def alibi_slopes(num_heads: int) -> jax.Array:
   """(N,): 2^(-8/n), 2^(-16/n), ... for n heads (Press et al., 2022, section 3).
 
-  Where N is no power of two, the remaining heads take every other slope of the next one.
+  If N is not a power of two, the other heads take every second slope of the next power.
   """
   power = 1 << (num_heads.bit_length() - 1)
   slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
@@ -116,7 +116,7 @@ def alibi_slopes(num_heads: int) -> jax.Array:
 def alibi_bias(
   query_slots_XT: jax.Array, num_keys: int, num_heads: int, causal: bool
 ) -> jax.Array:
-  """bias_XNTS: -slope x distance; within a document, slots differ as positions do."""
+  """bias_XNTS: -slope x distance; in a document, slots are positions plus a constant."""
   distance = query_slots_XT[:, None, :, None] - jnp.arange(num_keys)
   if not causal:
     distance = jnp.abs(distance)
@@ -127,7 +127,7 @@ def relative_buckets(
   distances: jax.Array, num_buckets: int, max_distance: int, causal: bool
 ) -> jax.Array:
   """Buckets of (key - query) distances: half exact, half logarithmic (Raffel et al.,
-  2020, section 2.1). Causal: later keys share bucket 0; else they have half of all."""
+  2020, section 2.1). Causal: later keys share bucket 0; otherwise they get half of all."""
   first = jnp.zeros_like(distances)
   if causal:
     distances = jnp.maximum(-distances, 0)

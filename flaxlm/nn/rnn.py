@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recurrent language models, as before the transformer: what they read is a state.
+"""Recurrent language models, the transformer's predecessors: a state carries the past.
 
-Layers are LSTMs (Hochreiter & Schmidhuber, 1997) or GRUs (Cho et al., 2014), with the
-cells of `flax.linen`, each added to the residual stream behind a norm. The state lets
-real tokens of one document through to the next, and nothing else.
+Layers are LSTMs (Hochreiter & Schmidhuber, 1997) or GRUs (Cho et al., 2014), made of the
+cells of `flax.linen`. Each reads the normalised residual stream and adds to it. The state
+is reset where a document begins, and padding does not change it.
 """
 
 import functools
@@ -32,10 +32,10 @@ from flaxlm.sharding import RULES, constrain, partition_spec
 
 
 class RNNCache(NamedTuple):
-  """The state after the tokens so far, and how many they were: a value, as a `KVCache`.
+  """The state after the tokens so far, and their number; used like a `KVCache`.
 
-  `state` is (c, h) of LSTMs or h of GRUs, each (L, B, D), in float32 whatever the model
-  computes in: a memory adds up small steps.
+  `state` is (c, h) for LSTMs and h for GRUs, each (L, B, D). It is always in float32,
+  because it accumulates small steps.
   """
 
   state: Any
@@ -61,7 +61,7 @@ def init_rnn_cache(cfg: ResolvedModel, batch: int) -> RNNCache:
 
 
 class Steps(NamedTuple):
-  """Which tokens begin a document, from an empty state, and which are not padding."""
+  """Which tokens begin a document, and so reset the state, and which are not padding."""
 
   first_BT: jax.Array
   real_BT: jax.Array
@@ -88,14 +88,14 @@ class RNN(LanguageModel):
   ) -> Output:
     """The last layer's normalised output (B, T, D), and the new cache.
 
-    Without a cache a row is read from its start, and the state is emptied where a packed
+    Without a cache a row is read from its start, and the state is reset where a packed
     document begins. With a cache the T tokens follow each row's `lengths_B` earlier ones,
-    and the first `num_new_B` of them count. `positions_BT` is ignored: the order is all.
+    and the first `num_new_B` of them count. `positions_BT` is ignored: only order matters.
     """
     B, T = tokens_BT.shape
     assert cache is None or segments_BT is None, "a cached row is one document"
     steps = Steps(jnp.zeros((B, T), bool), jnp.ones((B, T), bool))
-    if segments_BT is not None:  # a document has a larger number than those before it
+    if segments_BT is not None:  # the numbers of documents increase along a row
       before_BT = jnp.pad(jax.lax.cummax(segments_BT, 1), ((0, 0), (1, 0)))[:, :-1]
       steps = Steps(segments_BT > before_BT, segments_BT > 0)
     elif num_new_B is not None:
@@ -111,7 +111,7 @@ class RNN(LanguageModel):
   def run_blocks(
     self, x_BTD: jax.Array, state: Any, steps: Steps, deterministic: bool
   ) -> tuple[jax.Array, Any]:
-    """All layers, each from its own state; the new states are stacked along L."""
+    """Runs all layers, each from its own state; the new states are stacked along L."""
     if self.is_initializing():
       return self.blocks(x_BTD, state, steps)
     block = RecurrentBlock(self.cfg, self.run, parent=None)
@@ -119,8 +119,8 @@ class RNN(LanguageModel):
     if not deterministic:
       keys_L = jax.random.split(self.make_rng("dropout"), self.cfg.depth)
 
-    def layer(x_BTD: jax.Array, of_layer: Any) -> tuple[jax.Array, Any]:
-      params, state, key = of_layer
+    def layer(x_BTD: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
+      params, state, key = inputs
       rngs = {} if key is None else {"dropout": key}
       return block.apply({"params": params}, x_BTD, state, steps, deterministic, rngs=rngs)
 
@@ -128,13 +128,18 @@ class RNN(LanguageModel):
     layers = [with_remat(layer, self.run)] * depth
     if self.run.scanned and not is_split(params):
       return run_scanned(layers, 1, x_BTD, (params, state, keys_L))
-    own = (split_blocks(params, depth), unstack(state, depth), unstack(keys_L, depth))
-    x_BTD, states = run_unrolled(layers, x_BTD, list(zip(*own, strict=True)))
+    layer_inputs = zip(
+      split_blocks(params, depth),
+      unstack(state, depth),
+      unstack(keys_L, depth),
+      strict=True,
+    )
+    x_BTD, states = run_unrolled(layers, x_BTD, list(layer_inputs))
     return x_BTD, stack_trees(states)
 
 
 class RecurrentBlock(nn.Module):
-  """x + cell(norm(x)), over all time steps; dropout is not in the loop (Zaremba, 2014)."""
+  """x + cell(norm(x)), over all time steps; dropout is outside the loop (Zaremba, 2014)."""
 
   cfg: ResolvedModel
   run: Execution
@@ -168,17 +173,17 @@ def build_cell(cfg: ResolvedModel, run: Execution) -> nn.Module:
 
 
 def orthogonal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-  """A random orthogonal matrix; made in float32, as LAPACK knows no bfloat16."""
+  """A random orthogonal matrix, made in float32 because LAPACK has no bfloat16."""
   return nn.initializers.orthogonal()(key, shape, jnp.float32).astype(dtype)
 
 
 def over_mesh(
   cell: nn.Module, params: Any, x_BTD: jax.Array, state: Any, steps: Steps
 ) -> tuple[jax.Array, Any]:
-  """`over_time`, each device of the mesh with its rows and all of the layer's kernels.
+  """`over_time` on a mesh: each device has its own rows and all of the layer's kernels.
 
-  A step needs all of h, so a mesh's other axes only share the storage of the kernels:
-  these are gathered before the loop, and their gradients summed after it.
+  A step needs all of h, so the other mesh axes only share the storage of the kernels. These
+  are gathered before the loop, and their gradients are summed after it.
   """
   sizes = dict(jax.sharding.get_abstract_mesh().shape)
   axes = tuple(axis for axis in RULES["batch"] if sizes.get(axis, 1) > 1)
@@ -200,7 +205,7 @@ def over_mesh(
 def over_time(
   cell: nn.Module, params: Any, x_BTD: jax.Array, state: Any, steps: Steps
 ) -> tuple[jax.Array, Any]:
-  """The cell's outputs (B, T, D) from token to token, and the state after them."""
+  """Runs the cell from token to token: its outputs (B, T, D), and the last state."""
 
   def step(state: Any, now: Any) -> tuple[Any, jax.Array]:
     x_BD, first_B, real_B = now

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A transformer's layers and their positions: embedded tokens in, hidden vectors out.
 
-The parameters of all blocks are stacked along a leading layer dim, always. Whether they
-run as a loop, one after the other or as a pipeline, and what is kept for the backward pass,
-is a knob of the run (nn/execution.py), never of the checkpoint. Local and global layers
-have the same parameters; a loop runs over whole periods of `layer_pattern`.
+The parameters of all blocks are always stacked along a leading layer dim. How the blocks
+run (as a loop, unrolled or as a pipeline) and what is kept for the backward pass are knobs
+of the run (nn/execution.py), never of the checkpoint. Local and global layers have the same
+parameters; a loop runs over whole periods of `layer_pattern`.
 """
 
 import math
@@ -79,9 +79,9 @@ class Stack(nn.Module):
   ) -> tuple[jax.Array, KVCache | None, dict, dict]:
     """Hidden vectors (B, T, D), the new cache, losses, and attention maps (L, B, N, T, S).
 
-    Without a cache a row is read from its start, `segments_BT` keeping packed documents
-    apart. With a cache the T tokens follow each row's `lengths_B` earlier ones, and the
-    first `num_new_B` of them count. `memory` is what an encoder-decoder reads.
+    Without a cache a row is read from its start, and `segments_BT` separates packed
+    documents. With a cache the T tokens follow each row's `lengths_B` earlier ones, and the
+    first `num_new_B` of them count. `memory` is the output of the encoder, if there is one.
     """
     B, T = x_BTD.shape[:2]
     slots_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
@@ -115,7 +115,7 @@ class Stack(nn.Module):
   # -- Positions
 
   def add_positions(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """The embedded tokens with their positions, where these are added to them."""
+    """Adds learned or sinusoidal positions, and applies the embedding norm, if any."""
     if self.cfg.positions == "learned":
       x_BTD += self.positions(positions_BT)
     elif self.cfg.positions == "sinusoidal":
@@ -123,7 +123,7 @@ class Stack(nn.Module):
     return self.embedding_norm(x_BTD) if self.cfg.embedding_norm else x_BTD
 
   def score_bias(self, slots_XT: jax.Array, num_keys: int) -> jax.Array | None:
-    """bias_XNTS of every layer's scores, or None."""
+    """The bias of every layer's scores, bias_XNTS, or None."""
     cfg = self.cfg
     if cfg.positions == "alibi":
       return alibi_bias(slots_XT, num_keys, cfg.num_heads, self.causal)
@@ -147,11 +147,11 @@ class Stack(nn.Module):
   ) -> dict[str, LayerContext]:
     """The context of each kind of layer, local (L) and global (G).
 
-    `bias_XNTS` is `score_bias`, if it is known already.
+    `bias_XNTS` is the result of `score_bias`, if the caller has it.
     """
     cfg = self.cfg
     if bias_XNTS is None:
-      # Rows without a cache all have the same slots: one bias serves them.
+      # Without a cache all rows have the same slots and share one bias.
       slots_XT = where.query_slots_BT[: None if cache is not None else 1]
       num_keys = positions_BT.shape[1] if cache is None else max_slots(cache)
       bias_XNTS = self.score_bias(slots_XT, num_keys)
@@ -179,10 +179,10 @@ class Stack(nn.Module):
     return contexts
 
   def reach(self, where: Placement, window: int | None) -> Reach | None:
-    """What kernels may skip: what lies ahead, and what lies before the window."""
+    """What kernels may skip: later keys, and those before the window."""
     if not self.causal:
       return None
-    sinks = self.cfg.sink_tokens  # lie before the window, and are seen
+    sinks = self.cfg.sink_tokens  # visible although they are before the window
     is_all = where.query_segments_BT is None and not sinks
     return Reach(window=None if sinks else window, is_all=is_all)
 
@@ -196,7 +196,7 @@ class Stack(nn.Module):
     deterministic: bool,
     capture: bool,
   ) -> tuple[jax.Array, LayerOutput]:
-    """All layers. Losses and maps come stacked along L, caches as a list."""
+    """Runs all layers. Losses and maps come stacked along L, caches as a list."""
     if self.is_initializing():  # every kind of layer has the same parameters
       x_BTD, output = self.blocks(x_BTD, None, contexts[self.cfg.period[0]])
       return x_BTD, output._replace(attention={})
@@ -204,23 +204,23 @@ class Stack(nn.Module):
     params, keys_L = self.blocks.variables["params"], self.dropout_keys(deterministic)
     if caches is None and self.run.scanned and not is_split(params):
       return run_scanned(layers, len(self.cfg.period), x_BTD, (params, keys_L, None))
-    # Always so with a cache: a loop over layers would copy all of it at every token.
-    of_layers = zip(
+    # With a cache, always unrolled: a loop would copy the whole cache at every token.
+    layer_inputs = zip(
       split_blocks(params, self.depth),
       unstack(keys_L, self.depth),
       caches or [None] * self.depth,
       strict=True,
     )
-    x_BTD, outputs = run_unrolled(layers, x_BTD, list(of_layers))
+    x_BTD, outputs = run_unrolled(layers, x_BTD, list(layer_inputs))
     stacked = stack_trees([output._replace(cache=None) for output in outputs])
     return x_BTD, stacked._replace(cache=[output.cache for output in outputs])
 
   def schedule(self, num_rows: int) -> Schedule | None:
     """How the layers run as a pipeline; None if they run without one.
 
-    So they do where the mesh has no stages, or where there is no batch to cut up: a few
-    rows to be looked at, or parameters laid out for decoding. In training, `check_batch`
-    has made sure that the batch divides.
+    There is no pipeline if the mesh has no stages, if the parameters are laid out for
+    decoding, or if the rows do not divide into microbatches, such as the few that `flaxlm
+    look` reads. In training, `check_batch` has made sure that they divide.
     """
     sizes = axis_sizes_in_use()
     stages = sizes.get(AXIS, 1)
@@ -237,7 +237,7 @@ class Stack(nn.Module):
     rows: tuple,
     deterministic: bool,
   ) -> tuple[jax.Array, LayerOutput]:
-    """All layers in a pipeline; `rows` are positions, segments, and memory, of each row."""
+    """Runs all layers as a pipeline; `rows` are each row's positions, segments, memory."""
     count = self.depth // (schedule.stages * schedule.repeats)
     T = x_BTD.shape[1]
     shared = self.dropout_keys(deterministic), self.score_bias(jnp.arange(T)[None], T)
@@ -259,12 +259,12 @@ class Stack(nn.Module):
         first = visit.group * count
         keys_L = jax.lax.dynamic_slice_in_dim(keys_L, first, count)
         keys_L = jax.vmap(jax.random.fold_in, (0, None))(keys_L, visit.microbatch)
-      of_layers = (params, keys_L, None)
+      layer_inputs = (params, keys_L, None)
       if self.run.scanned:
         period = min(len(self.cfg.period), count)
-        x_BTD, output = run_scanned(layers, period, x_BTD, of_layers)
+        x_BTD, output = run_scanned(layers, period, x_BTD, layer_inputs)
       else:
-        x_BTD, outputs = run_unrolled(layers, x_BTD, unstack(of_layers, count))
+        x_BTD, outputs = run_unrolled(layers, x_BTD, unstack(layer_inputs, count))
         output = stack_trees(outputs)
       return x_BTD, jax.tree.map(lambda loss_L: loss_L.sum(), output.losses)
 
@@ -273,7 +273,7 @@ class Stack(nn.Module):
     return x_BTD, LayerOutput(losses=losses, attention={})
 
   def dropout_keys(self, deterministic: bool) -> jax.Array | None:
-    """A key for each layer."""
+    """A key for each layer; None without dropout."""
     return None if deterministic else jax.random.split(self.make_rng("dropout"), self.depth)
 
   def layers(
@@ -283,16 +283,16 @@ class Stack(nn.Module):
     capture: bool,
     choose: Callable = lambda params: params,
   ) -> list[Layer]:
-    """Every layer as a function of its input and of (its parameters, its key, its cache).
+    """Every layer as a function of x and of (its parameters, its key, its cache).
 
-    The function itself makes the layer's context, and chooses among several parameters:
-    so neither is kept for the backward pass.
+    The function itself makes the layer's context and, with `choose`, picks its parameters
+    out of several, so that neither is kept for the backward pass.
     """
     block = Block(self.cfg, self.run, self.reads_source, parent=None)
 
     def layer_of(kind: str) -> Layer:
-      def layer(x_BTD: jax.Array, own: tuple) -> tuple[jax.Array, LayerOutput]:
-        params, key, cache = own
+      def layer(x_BTD: jax.Array, inputs: tuple) -> tuple[jax.Array, LayerOutput]:
+        params, key, cache = inputs
         variables = {"params": jax.tree.map(choose, params)}
         rngs = {} if key is None else {"dropout": key}
         context = make_contexts()[kind]
@@ -335,8 +335,8 @@ def real_tokens(where: Placement, num_new_B: jax.Array | None) -> jax.Array | No
 def see_source(
   where: Placement, cache: KVCache | None, memory: Memory | None
 ) -> tuple[jax.Array | None, Sight]:
-  """The encoder's output, None if a cache has its keys and values, and which of it each
-  query sees: its own document's."""
+  """The encoder's output (None if a cache has its keys and values), and the part of it that
+  each query sees: that of its own document."""
   if memory is not None:
     source_BSD, segments_BS = memory
   else:
@@ -345,7 +345,7 @@ def see_source(
   if segments_BS is None:
     return source_BSD, Sight(None)
   queries_BT = where.query_segments_BT
-  if queries_BT is None:  # one document a row
+  if queries_BT is None:  # one document per row
     queries_BT = jnp.ones_like(where.query_slots_BT)
   placed = Placement(where.query_slots_BT, queries_BT, segments_BS)
   return source_BSD, Sight(visible(placed, segments_BS.shape[1], causal=False))

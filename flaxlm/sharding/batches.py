@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a batch is shared out: which rows lie on which devices, and which a process reads."""
+"""How a batch is split: which rows are on which devices, and which a process reads."""
 
 import functools
 import math
@@ -17,24 +17,25 @@ from flaxlm.sharding.schedule import training_schedule
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows over every data-parallel axis, cut over `context`: each leaf of a `Batch`."""
+  """The sharding of each array of a `Batch`: rows over every data-parallel axis, tokens
+  over `context`."""
   return NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["length"]))
 
 
 def batch_shards(axis_sizes: Mapping[str, int]) -> int:
-  """How many parts a batch is cut into."""
+  """How many parts a batch is split into."""
   return math.prod(axis_sizes[axis] for axis in RULES["batch"])
 
 
 def least_rows(training: TrainingConfig, sizes: Mapping[str, int]) -> int:
-  """The number that the rows of a micro-batch have to be a multiple of: each device has
+  """The number of rows of a micro-batch must be a multiple of this, so that each device has
   some of them and, in a pipeline, some of every microbatch."""
   schedule = training_schedule(training, sizes)
   return batch_shards(sizes) * (schedule.microbatches // schedule.stages)
 
 
 def on_host(x: jax.Array) -> np.ndarray:
-  """The whole of an array; every process has to ask, if some of it is on other hosts."""
+  """The whole array. If part of it is on other hosts, every process must call this."""
   if x.is_fully_addressable or x.is_fully_replicated:
     return np.asarray(x)
   return np.asarray(multihost_utils.process_allgather(x, tiled=True))
@@ -44,9 +45,9 @@ def on_host(x: jax.Array) -> np.ndarray:
 def batch_parts(mesh: Mesh, process: int) -> tuple[tuple[int, ...], int]:
   """Which parts of a batch a process needs, and how many parts there are.
 
-  A process that has devices of several parts gets them all; processes between which only
-  other axes are cut need the same. Parts that lie side by side count as one, as far as
-  all processes have them so.
+  A process whose devices have several parts needs all of them; processes that differ only
+  along other axes need the same parts. If every process needs a run of adjacent parts, all
+  of one length, each run counts as one part.
   """
   shards = batch_shards(mesh.shape)
   rows = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
@@ -61,11 +62,11 @@ def batch_parts(mesh: Mesh, process: int) -> tuple[tuple[int, ...], int]:
 def merged(
   owned: Mapping[int, set[int]], process: int, shards: int
 ) -> tuple[tuple[int, ...], int]:
-  """`batch_parts` of what each process owns of so many shards."""
+  """The result of `batch_parts`, from the parts (of `shards`) that each process owns."""
   size = min(map(len, owned.values()))
   aligned = all(
-    len(mine) == size and min(mine) % size == 0 and max(mine) - min(mine) == size - 1
-    for mine in owned.values()
+    len(parts) == size and min(parts) % size == 0 and max(parts) - min(parts) == size - 1
+    for parts in owned.values()
   )
   if aligned:
     return (min(owned[process]) // size,), shards // size
@@ -73,7 +74,7 @@ def merged(
 
 
 def check_batch(cfg: Config, sizes: Mapping[str, int]) -> None:
-  """Refuses, by `ConfigError`, a batch or rows that a mesh cannot share out evenly."""
+  """Raises `ConfigError` for a batch, or rows, that a mesh cannot split evenly."""
   check_stages(cfg, sizes)
   accumulation, size = cfg.training.accumulation_steps, cfg.data.batch_size
   shards = least_rows(cfg.training, sizes) * accumulation
@@ -99,7 +100,7 @@ def check_batch(cfg: Config, sizes: Mapping[str, int]) -> None:
 
 
 def check_stages(cfg: Config, sizes: Mapping[str, int]) -> None:
-  """Refuses, by `ConfigError`, a pipeline whose stages would not all do the same."""
+  """Raises `ConfigError` for a pipeline whose stages would not all do the same work."""
   stages, training, model = sizes["stage"], cfg.training, cfg.model
   if stages == 1:
     return

@@ -18,8 +18,8 @@ from flaxlm.errors import ConfigError
 def make_mesh(mesh: MeshConfig) -> Mesh:
   """The mesh of all devices; axes not named have size 1, one size may be -1 (the rest).
 
-  Axes on the slow network join slices or hosts; all others stay within each of them.
-  Raises `ConfigError` when the sizes do not use every device, or not as they lie.
+  Axes on the slow network join slices or hosts; all others stay within one of them. Raises
+  `ConfigError` when the sizes do not use every device, or do not match slices or hosts.
   """
   shape = mesh_shape(mesh, jax.device_count())
   # Linen's logical names and GSPMD's propagation need Auto axes; make_mesh's default
@@ -33,11 +33,11 @@ def make_mesh(mesh: MeshConfig) -> Mesh:
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh | None) -> Iterator[None]:
-  """Sets the mesh: what is traced meanwhile finds there the axes that it is cut over.
+  """Sets the mesh over which code that is traced meanwhile is sharded.
 
-  For a `with` block, or to wrap a function: `use_mesh(mesh)(jax.jit(step))`, which then
-  finds its mesh on any thread. Not for a block that yields: the caller would have the mesh
-  too. With None nothing is set, and nothing is cut.
+  Use it in a `with` block, or to wrap a function: `use_mesh(mesh)(jax.jit(step))` finds its
+  mesh on any thread. Do not yield inside the block: the caller would run under the mesh
+  too. None sets no mesh, and nothing is sharded.
   """
   if mesh is None:
     yield
@@ -58,9 +58,9 @@ def hybrid_grid(
 ) -> np.ndarray:
   """The devices of a mesh whose `slow` axes go from one slice or host to the next.
 
-  Slices are what the devices say they are of (TPUs, and GPUs by host), else every
-  process is a host. The simulated devices of one process have neither: there
-  every slice is a run of them. Raises `ConfigError` when the slow sizes' product is not
+  Devices may say which slice they belong to (TPUs, and GPUs by host); otherwise every
+  process counts as a host. The simulated devices of one process have neither, so equal runs
+  of them serve as slices. Raises `ConfigError` when the product of the slow sizes is not
   the number of slices or hosts.
   """
   outer, inner = networks(sizes, slow)
@@ -74,14 +74,14 @@ def hybrid_grid(
     text = " x ".join(f"{axis}={sizes[axis]}" for axis in slow)
     raise ConfigError(
       f"mesh {text} on the slow network needs {math.prod(outer)} {kind}, {found} present",
-      "leave @dcn out" if found == 1 else f"sizes with @dcn have to make {found}",
+      "leave @dcn out" if found == 1 else f"sizes with @dcn have to multiply to {found}",
     )
   options = dict(process_is_granule=by_process, allow_split_physical_axes=True)
   return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **options)
 
 
 def networks(sizes: Mapping[str, int], slow: Sequence[str]) -> tuple[list[int], list[int]]:
-  """The sizes of all axes on the network between slices or hosts, and within them."""
+  """The sizes of all axes on the network between slices or hosts, and inside them."""
   outer = [size if axis in slow else 1 for axis, size in sizes.items()]
   return outer, [size // n for size, n in zip(sizes.values(), outer, strict=True)]
 
@@ -89,7 +89,7 @@ def networks(sizes: Mapping[str, int], slow: Sequence[str]) -> tuple[list[int], 
 def consecutive_grid(
   outer: Sequence[int], inner: Sequence[int], devices: Sequence[Any]
 ) -> np.ndarray:
-  """`devices` in their order, those of one place in `outer` side by side in `inner`."""
+  """`devices` in order; each place in `outer` has consecutive ones, arranged as `inner`."""
   grid = np.array(devices, object).reshape(*outer, *inner)
   axes = [axis for n in range(len(outer)) for axis in (n, n + len(outer))]
   return grid.transpose(axes).reshape([a * b for a, b in zip(outer, inner, strict=True)])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one table from logical names to mesh axes, and how arrays are laid out by it.
+"""The one table from logical names to mesh axes, and the shardings that follow from it.
 
-Parameters and activations carry *logical* names ("embed", "heads"); `RULES` says on which
-mesh axis each lies. Nothing else decides a layout, and nothing is silently replicated:
-an unknown name, two dims on one mesh axis and an indivisible dim are errors.
+The dims of parameters and activations have *logical* names ("embed", "heads"); `RULES` says
+over which mesh axes each is sharded. Nothing else decides a layout, and nothing is silently
+replicated: an unknown name, two dims on one mesh axis and an indivisible dim are errors.
 """
 
 import math
@@ -20,7 +20,7 @@ from flaxlm.errors import ConfigError
 # 2020), `heads`, `ffn` and `vocab` over tensor are Megatron's cuts (Shoeybi et al., 2019).
 RULES: Mapping[str, tuple[str, ...]] = {
   # parameters
-  "layers": ("stage",),  # each stage of a pipeline its own
+  "layers": ("stage",),  # each stage of a pipeline has its own
   "vocab": ("tensor",),
   "embed": ("fsdp",),
   "heads": ("tensor",),
@@ -34,11 +34,11 @@ RULES: Mapping[str, tuple[str, ...]] = {
   "slots": (),  # learned positions
   "norm": (),
   # activations
-  # Tokens travel to the experts and back; around the pipeline its stages share the rows.
+  # Tokens are sent to the experts and back; outside the pipeline its stages share the rows.
   "batch": ("stage", "data", "fsdp", "expert"),
   "length": ("context",),  # each device has its share of every row
   "norm_length": ("context", "tensor"),  # in norms, with training.sequence_parallel
-  "key_length": (),  # of which all queries see all
+  "key_length": (),  # whole: a query may see every key
   "act_embed": (),
   "act_heads": ("tensor",),
   "act_kv_heads": ("tensor",),
@@ -86,7 +86,7 @@ def partition_spec(
     if dim % parts:
       split = " x ".join(f"{axis}={axis_sizes[axis]}" for axis in axes)
       cure = f"make it a multiple of {parts}, or change --mesh"
-      if name in ("vocab", "act_vocab"):  # of a stored run: training and importing pad
+      if name in ("vocab", "act_vocab"):  # a stored run's: training and importing pad
         cure += "; a new run, or a new import, on this mesh pads it by itself"
       raise ConfigError(
         f"{FIELDS.get(name or '', name)} = {dim} cannot be split over mesh {split}",
@@ -100,7 +100,7 @@ def partition_spec(
 
 
 def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-  """The mesh axes that cut a dim; a spec writes a single one without its tuple."""
+  """The mesh axes of a spec's entry, which may have a single one without a tuple."""
   return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
@@ -111,11 +111,11 @@ def axis_sizes_in_use() -> dict[str, int]:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """Pins an activation to the layout of its logical names; no mesh set, no effect.
+  """Pins an activation to the layout of its logical names; without a mesh, does nothing.
 
-  Rows that `context` does not divide, such as a token that is being decoded, stay whole:
-  training refuses them before it starts. Those that only `tensor` does not divide are not
-  cut by it.
+  Rows that `context` does not divide, such as a single token in decoding, stay whole;
+  training refuses them before it starts. Rows that only `tensor` does not divide are split
+  over `context` alone.
   """
   sizes = axis_sizes_in_use()
   if math.prod(sizes.values()) == 1:
@@ -126,7 +126,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def fitting(name: str | None, dim: int, sizes: Mapping[str, int]) -> str | None:
-  """The name, or that of a coarser cut for rows that its axes do not divide."""
+  """The name, or one that splits rows less, if the name's axes do not divide them."""
   coarser = {"norm_length": "length", "length": None}
   while name in coarser and dim % math.prod(sizes.get(axis, 1) for axis in RULES[name]):
     name = coarser[name]
@@ -134,7 +134,7 @@ def fitting(name: str | None, dim: int, sizes: Mapping[str, int]) -> str | None:
 
 
 def is_cut(name: str) -> bool:
-  """Whether the mesh that is set cuts dims of this logical name."""
+  """Whether the mesh that is set shards dims of this logical name."""
   sizes = axis_sizes_in_use()
   return any(sizes.get(axis, 1) > 1 for axis in RULES[name])
 
@@ -154,21 +154,21 @@ def with_shardings(boxed: Any, mesh: Mesh) -> Any:
 
 
 def like_parameters(tree: Any, params: Any, mesh: Mesh, over_data: bool = False) -> Any:
-  """An abstract optimizer state, each leaf sharded as the parameter it belongs to.
+  """An abstract optimizer state, each leaf sharded like the parameter that it belongs to.
 
-  With `over_data` also over the copies of the parameter, where a dim divides: each copy
-  updates its share (ZeRO-1; Rajbhandari et al., 2020, section 5.1).
+  With `over_data`, leaves are also sharded over the copies of the parameter, where a dim
+  divides: each copy updates its share (ZeRO-1; Rajbhandari et al., 2020, section 5.1).
 
-  It belongs to the parameter with the same end of the path and the same shape; what has
-  no such parameter (counters, factored moments) is replicated. Optax's and Flax's own
-  routes fail for Muon and Adafactor; path and shape hold for all.
+  A leaf belongs to the parameter whose path ends its own and which has its shape; a leaf
+  without such a parameter (counters, factored moments) is replicated. Optax's and Flax's
+  own ways fail for Muon and Adafactor, whereas path and shape work for all.
   """
   table = dict(jax.tree_util.tree_leaves_with_path(params))
   replicated = NamedSharding(mesh, PartitionSpec())
 
   def place(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
-    twins = (table.get(path[start:]) for start in range(len(path)))
-    shardings = [twin.sharding for twin in twins if twin and twin.shape == leaf.shape]
+    found = (table.get(path[start:]) for start in range(len(path)))
+    shardings = [param.sharding for param in found if param and param.shape == leaf.shape]
     sharding = shardings[0] if shardings else replicated
     if shardings and over_data:
       sharding = NamedSharding(mesh, cut_further(sharding.spec, leaf.shape, mesh, "data"))
@@ -180,7 +180,8 @@ def like_parameters(tree: Any, params: Any, mesh: Mesh, over_data: bool = False)
 def cut_further(
   spec: PartitionSpec, shape: Sequence[int], mesh: Any, axis: str
 ) -> PartitionSpec:
-  """`spec` with the largest shard that `axis` divides cut by it; as it is if none is."""
+  """`spec` with the dim sharded by `axis` that has the largest shard divisible by it; the
+  same spec if there is none."""
   cuts = [axes_of(entry) for entry in spec]
   parts = [math.prod(mesh.shape[a] for a in cut) for cut in cuts]
   sizes = [dim // n for dim, n in zip(shape, parts, strict=True)]
@@ -193,14 +194,15 @@ def cut_further(
 
 
 class Replication(NamedTuple):
-  """Parameters that the mesh could cut, but every device has whole."""
+  """Parameters that the mesh could shard, but every device has whole."""
 
   fraction: float  # of all parameters' bytes
   largest: str  # the largest of them; "" if there is none
 
 
 def find_replication(params: Any, sizes: Mapping[str, int]) -> Replication:
-  """What `fsdp`, `tensor` and `expert` leave whole of an abstract tree, if in use."""
+  """The parameters, of an abstract tree, that a mesh with `fsdp`, `tensor` or `expert`
+  leaves whole on every device."""
   whole, total = {}, 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     size = leaf.size * leaf.dtype.itemsize
@@ -224,7 +226,7 @@ def check_replication(params: Any, sizes: Mapping[str, int], tolerance: float) -
   found = find_replication(params, sizes)
   if found.fraction > tolerance:
     raise ConfigError(
-      f"{found.fraction:.1%} of the parameters' bytes lie whole on every device, above "
+      f"{found.fraction:.1%} of the parameters' bytes are whole on every device, above "
       f"training.replication_tolerance={tolerance:g}; the largest is {found.largest}",
       "use an axis that cuts it (`flaxlm shard` says which), or raise the tolerance",
     )

@@ -8,7 +8,7 @@ from flaxlm.config import TrainingConfig
 
 
 class Schedule(NamedTuple):
-  """How many stages there are, and how often the microbatches of a batch pass them all."""
+  """The number of stages, of microbatches, and of their passes through all stages."""
 
   stages: int  # S
   microbatches: int  # M, a multiple of S
@@ -31,9 +31,9 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(stages: int, microbatches: int | None, repeats: int) -> Schedule:
-  """The schedule of so many stages; by default there are as many microbatches as stages.
+  """The schedule of a pipeline; by default it has as many microbatches as stages.
 
-  Without a pipeline (one stage) the whole batch passes at once.
+  Without a pipeline (one stage) the whole batch runs at once.
   """
   if stages == 1:
     return Schedule(1, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What counts as slower, what as noise, and which files are refused."""
+"""What counts as slower, what counts as noise, and which files are refused."""
 
 import dataclasses
 import json

@@ -46,7 +46,7 @@ def test_families(name: str, knobs: dict, corpus: str, tmp_path: Path, monkeypat
 
 @pytest.mark.slow
 def test_quality(corpus: str, tmp_path: Path, monkeypatch):
-  """int8 costs little; a run that guesses bytes has a perplexity below their number."""
+  """int8 costs little; a model of bytes has a perplexity below their number."""
   monkeypatch.setenv("FLAXLM_DATA_DIR", str(tmp_path))
   arguments = tiny(corpus, training__num_steps=4, data__batch_size=8)
   assert cli.main(["train", *arguments, f"--runs_dir={tmp_path}", "--name=a"]) == 0

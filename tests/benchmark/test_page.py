@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The HTML page: all text is escaped, every case is in it, points are in their places."""
+"""The HTML page: text is escaped, every case is in it, points are in the right places."""
 
 import xml.etree.ElementTree as ET
 

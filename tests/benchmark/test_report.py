@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a line of results holds, where it comes from, and how times become figures."""
+"""What a line of results contains, and how times become figures."""
 
 import io
 import json

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: what is read is what was written, or an error; never a little of both."""
+"""Checkpoints: reading gives exactly what was written, or an error."""
 
 import gc
 import json

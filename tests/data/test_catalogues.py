@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs from gettext catalogues: those of Django, and some that are made here."""
+"""Pairs from gettext catalogues: Django's, and some that are made here."""
 
 import gettext
 import json

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objectives against references that go token by token, and the statistics of masks."""
+"""Objectives against token-by-token references, and the statistics of masks."""
 
 import numpy as np
 import pytest

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stored tokens: right, found again, rebuilt when damaged, safe for several processes."""
+"""Stored tokens: correct, reused, rebuilt when damaged, safe for several processes."""
 
 import gzip
 import hashlib
@@ -338,7 +338,7 @@ def test_a_given_tokenizer_needs_a_mask(corpus: str, tmp_path: Path):
 
 
 def test_keys_of_what_is_stored_do_not_change(corpus: str, tmp_path: Path):
-  """Whoever has prepared a text finds it again: these keys are the first release's."""
+  """Texts that users have prepared are found again: these are the first release's keys."""
 
   def key(*parts: str | int) -> str:
     return hashlib.sha256(json.dumps([1, *parts]).encode()).hexdigest()[:24]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of pairs against a reference that takes one pair after the other."""
+"""Rows of pairs against a reference that packs one pair after the other."""
 
 import dataclasses
 

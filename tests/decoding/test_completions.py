@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Completions: what streams adds up, and ends where it should, across all borders."""
+"""Completions: streamed pieces add up to the text and end where they should, whatever the
+block and token boundaries."""
 
 import itertools
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Constrained decoding: the automaton says what `re` says, and no draw leaves it."""
+"""Constrained decoding: the automaton accepts what `re` does, and every draw obeys it."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def run() -> Run:
 
 
 def accepts(ids: list[int], number: int, tokenizer=BPE) -> bool:
-  """Whether the automaton goes along, and is back at `FREE` after the end of the text."""
+  """Whether the automaton accepts a text and returns to `FREE` after its end."""
   automaton, initial = build_automaton(EXPRESSIONS, tokenizer)
   state = initial[number]
   for token in [*ids, tokenizer.eos_id]:
@@ -79,7 +79,7 @@ def answers(run: Run, rows: list[SamplingSettings], count: int = 40) -> list:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_every_answer_has_the_form(run, temperature):
-  """Of letters that the model would hardly write; rows beside it are what they were."""
+  """Of letters that the model would hardly write; the other rows do not change."""
   expression = r"[0-9]{2,4}|xyz+"
   rows = [
     SamplingSettings(temperature=temperature, regex=expression, seed=n) for n in range(6)

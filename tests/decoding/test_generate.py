@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding: the cache changes nothing, nor do neighbours, padding, devices or buckets."""
+"""Decoding: caches, other rows, padding, devices and buckets change no result."""
 
 import functools
 from collections.abc import Sequence
@@ -188,7 +188,7 @@ def test_a_row_alone_is_the_row_in_a_batch_in_any_order():
 
 
 def test_rows_that_fill_up_a_batch_are_not_seen():
-  """Three prompts run as four; the fourth is nobody's."""
+  """Three prompts run as four rows; the fourth belongs to no prompt."""
   model, params = model_of("gqa")
   sampling = make_sampling(4, 1.0, seed=1)
   four_BT, _ = run(model, params, PROMPTS, sampling)
@@ -329,7 +329,7 @@ def test_damaged_parameters_stop_the_decoding(value: float, rules: dict[str, Any
 
 
 def test_one_damaged_row_is_named():
-  """A token whose vector is NaN, in one prompt: the others would have been fine."""
+  """One prompt has a token whose vector is NaN; the other prompts are fine."""
   model, params = model_of("window, mqa, untied")  # tied, every row would have seen it
   broken = jax.tree.map(np.copy, params)
   broken["embedding"]["table"][8] = np.nan

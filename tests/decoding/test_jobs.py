@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs: results in order, as each prompt alone, through kills and whatever the batches."""
+"""Jobs: results in order, as for each prompt alone, after kills and in any batches."""
 
 import json
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill: in chunks, once for what is shared, and from what an earlier call has read."""
+"""Prefill: in chunks, once for shared prompts, and continuing from an earlier call."""
 
 import gc
 import os

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speculative decoding: the tokens of plain decoding, whoever guesses, and fewer passes."""
+"""Speculative decoding: plain decoding's tokens, whatever the draft, in fewer passes."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def spoken(*arguments: Any) -> tuple[list[list[int]], np.ndarray]:
 
 
 def drafts() -> dict[str, Draft]:
-  """The model itself (all is right), another one (little is), and the text."""
+  """The model itself (every guess is right), another one (few are), and the text."""
   model, params = model_of("gqa")
   noise = np.random.default_rng(1)
   other = jax.tree.map(lambda x: x + 0.1 * noise.normal(size=x.shape), params)

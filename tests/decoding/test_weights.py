@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Narrow weights and caches: within their stated bounds, and never wide in the loop."""
+"""Narrow weights and caches: within their stated bounds, and not widened in the loop."""
 
 from typing import Any
 

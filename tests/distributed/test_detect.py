@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The job that an environment describes, for each starter that there is."""
+"""The job that the environment describes, for each supported launcher."""
 
 import http.server
 import threading

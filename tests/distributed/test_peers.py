@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes of a job while it runs: they agree, stop together, and end together.
+"""The processes of a running job: they agree, stop together, and end together.
 
-Those that die do so for real, in processes of their own, without JAX (a tenth of a second
-each).
+The tests that kill processes start real ones, without JAX (a tenth of a second each).
 """
 
 import contextlib
@@ -92,7 +91,7 @@ def test_who_does_not_agree_is_named():
   pauses=st.lists(st.sampled_from([0.0, 0.001, 0.003]), min_size=3, max_size=3),
 )
 def test_all_stop_after_the_same_step(first_step, signals, pauses):
-  """Whoever is told, whenever, however far apart: the same step, and the same signal."""
+  """Whichever process gets the signal, and when: all stop after the same step."""
   num_steps = first_step + 10
 
   def train(one):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/launch/: the recipes parse, and what they run is a command that flaxlm knows."""
+"""docs/launch/: the recipes parse, and they run commands that flaxlm has."""
 
 import os
 import shlex

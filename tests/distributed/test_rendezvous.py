@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All meet and are welcome, or all get the same line: who is missing, who differs."""
+"""All processes meet, or all get the same message: which is missing, which differs."""
 
 import concurrent.futures
 import socket
@@ -136,7 +136,7 @@ def test_two_processes_0_on_one_machine():
   ],
 )
 def test_strangers_are_not_listened_to(said):
-  """They are hung up on without a word, and the meeting goes on without them."""
+  """Their connections are closed without an answer, and the meeting goes on."""
   port = free_port()
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
     host = pool.submit(join, port, 0, 2)

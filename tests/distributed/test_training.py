@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real training by several processes: the same as by one, also when it is cut off."""
+"""Real training by several processes: the same as by one, also when interrupted."""
 
 import json
 import os
@@ -96,7 +96,7 @@ def test_four_processes_on_any_mesh(flaxlm, arguments, tmp_path, mesh, num_exper
 @pytest.mark.slow
 @pytest.mark.parametrize("everybody", [True, False])
 def test_sigterm_to_any_stops_all_at_one_step(flaxlm, arguments, tmp_path, everybody):
-  """And a job of another size goes on to the end, as if nothing had been."""
+  """A job of another size then finishes the run, as if it had not been stopped."""
   whole = flaxlm(*arguments(name="whole", training__num_steps=40, simulated_devices=4))
   assert whole.returncode == 0, whole.stderr
   job = start_job(flaxlm, tmp_path, 2, arguments(name="k", training__num_steps=40))

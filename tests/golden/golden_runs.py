@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Five tiny models, trained for ten steps on a fixed text and then decoded from.
 
-What they compute is stored in figures.json. `python tests/golden/golden_runs.py` writes it
-anew: only for a change that is meant to compute something else, and says so.
+Their results are stored in figures.json. `python tests/golden/golden_runs.py` writes it
+again: only for a change that is meant to compute something else, and says so.
 """
 
 import functools

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A refactoring computes what was computed before it: losses to 1e-5, tokens exactly."""
+"""A refactoring must not change results: losses to 1e-5, tokens exactly."""
 
 import json
 

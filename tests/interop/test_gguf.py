@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF files: read by transformers they are the same models, in llama.cpp's own words."""
+"""GGUF files: transformers reads the same models from them, under llama.cpp's names."""
 
 import dataclasses
 import importlib.util
@@ -133,7 +133,7 @@ def test_how_texts_are_cut():
 
 
 def test_scaled_positions():
-  """Llama 3.1's: fast pairs as they are, slow ones slower by the factor."""
+  """Llama 3.1's scaling: fast pairs stay, and slow ones are slowed by the factor."""
   rope = RopeConfig(
     scaling="llama3",
     factor=8.0,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Import and export of each family without the reference: identity, and what is refused.
 
-That the numbers mean the same to `transformers` is compared in test_parity.py.
+test_parity.py checks that `transformers` computes the same with the numbers.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ def save(folder: Path, variant: str, most: int = 10**9) -> dict[str, np.ndarray]
 
 
 def rewrite(folder: Path, change: Any, dtype: Any = np.float32) -> None:
-  """Replaces the tensors, {name: array}, by what `change` makes of them."""
+  """Replaces the tensors, {name: array}, by the result of `change`."""
   arrays = {name: t.read() for name, t in open_checkpoint(folder).items()}
   arrays = change(arrays) or arrays
   shapes = {name: array.shape for name, array in arrays.items()}
@@ -95,7 +95,7 @@ def test_export_then_import_is_identity(variant: str, tmp_path: Path):
 
 
 def test_a_vocabulary_that_the_mesh_does_not_divide_is_padded(tmp_path: Path):
-  """On the way in; on the way out the padding stays behind."""
+  """On import; an export leaves the padding out."""
   family, cfg = config_of("llama_3")
   cfg = dataclasses.replace(cfg, vocab_size=101, num_ids=101, tied_embeddings=False)
   for name in "ab":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each number of theirs lands in ours, number by number."""
+"""The layouts of imported weights: where each number of theirs lands in our parameters."""
 
 import itertools
 
@@ -16,7 +16,7 @@ def numbers(*shape: int) -> np.ndarray:
 
 
 def check(layout: Layout, theirs: np.ndarray, *ours: np.ndarray) -> None:
-  """`theirs` means `ours`, and the other way round."""
+  """Importing `theirs` gives `ours`, and exporting `ours` gives `theirs`."""
   shapes = [x.shape for x in ours]
   assert layout.shape(shapes) == theirs.shape
   for found, wanted in zip(layout.to_ours(theirs, shapes), ours, strict=True):

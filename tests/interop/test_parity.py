@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every family against `transformers`, the reference: imported, it computes the same; and
-exported again, it opens there and still does."""
+"""Every family against `transformers`, the reference: an imported model computes the same,
+and so does `transformers` after it is exported again."""
 
 import importlib.util
 import os
@@ -51,7 +51,7 @@ def rows(variant: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def theirs(model: Any, tokens: np.ndarray, real: np.ndarray) -> np.ndarray:
-  """The logits of transformers; a T5 is asked for those of the first tokens as targets."""
+  """The logits of transformers; for a T5, with the first tokens as targets."""
   import torch
 
   extra = {}
@@ -84,7 +84,7 @@ def close(found: np.ndarray, expected: np.ndarray, real: np.ndarray) -> None:
 
 
 def test_the_family_that_the_docs_add(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-  """The family of docs/interop.md as it stands, run and compared."""
+  """The family that docs/interop.md adds, run and compared."""
   page = (ROOT / "docs/interop.md").read_text()
   code: dict[str, Any] = {}
   exec(page.split("```python\n")[1].split("```")[0], code)
@@ -123,7 +123,7 @@ def test_a_bare_encoder_has_the_same_hidden_vectors(
 
 
 def test_a_gemma_3_with_eyes_reads_text(tmp_path: Path):
-  """What it does with text is imported, and exported as the family without pictures."""
+  """Its text model is imported, and exported as the family without images."""
   import torch
   import transformers
 
@@ -157,7 +157,7 @@ def test_a_gemma_3_with_eyes_reads_text(tmp_path: Path):
 
 
 def test_a_run_of_ours_speaks_there_as_here(tmp_path: Path):
-  """Trained here, exported, opened with no edits: the same tokens of the same prompt."""
+  """Trained here, exported, opened without edits: the same tokens for the same prompt."""
   import torch
   import transformers
 

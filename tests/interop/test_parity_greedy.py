@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every family that writes, against `transformers`: the same tokens, out of a cache."""
+"""Every family that generates, against `transformers`: the same tokens, with a cache."""
 
 import dataclasses
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""config.json as published, in the keys of its day: the model has as many parameters as the
-published checkpoint, and every setting that has no default is found."""
+"""config.json files as published, with the keys of their time: the model has as many
+parameters as the published checkpoint, and every setting without a default is found."""
 
 import math
 from typing import Any

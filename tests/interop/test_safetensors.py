@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Safetensors files: what is written is read, and nothing but a whole file is."""
+"""Safetensors files: what is written is read back, and only whole files are read."""
 
 import json
 import math
@@ -150,7 +150,7 @@ def test_a_folder_of_pickles_is_refused_by_name(tmp_path: Path, name: str):
 @settings(max_examples=300)
 @given(st.data())
 def test_no_file_does_more_than_fail(tmp_path_factory, data: Any):
-  """A valid file with bytes changed, inserted and cut is read or refused, no more."""
+  """A valid file with bytes changed, inserted or removed is either read or refused."""
   folder = tmp_path_factory.getbasetemp() / "fuzz"
   folder.mkdir(exist_ok=True)
   written(folder)

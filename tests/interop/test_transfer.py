@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole directories: import makes a run that infers, export one that others open."""
+"""Whole directories: import makes a run that generates, export one that others open."""
 
 import json
 import math

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny random models of `transformers`, for comparison: each family in several shapes.
 
-Norms and biases are random too: at their initial ones and zeros a swap of two of them
-would not be seen.
+Norms and biases are random too: at their initial ones and zeros, swapping two of them would
+go unnoticed.
 """
 
 import functools
@@ -186,7 +186,7 @@ def _root() -> tempfile.TemporaryDirectory:
 
 @functools.cache
 def tiny(name: str) -> Tiny:
-  """The model of a variant, random but for its name, made once in a process."""
+  """The random model of a variant, made once per process."""
   import torch
   import transformers
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A padded vocabulary is the vocabulary: what stands for no token changes nothing."""
+"""A padded vocabulary acts like the unpadded one: padding ids change nothing."""
 
 import dataclasses
 import functools
@@ -92,7 +92,7 @@ def test_padding_changes_no_loss_and_no_gradient(ends: str, loss: str):
 
 
 def test_padding_is_never_the_likeliest_and_has_no_share():
-  """Of an encoder, which counts hits as well; the garbage would win everything."""
+  """For an encoder, which also counts correct predictions; the garbage would win all."""
   cfg = dataclasses.replace(REAL, family="encoder", positions="learned", head_biased=True)
   real, garbage, padded = both(cfg)
   batch = jax.tree.map(jnp.asarray, batch_of())

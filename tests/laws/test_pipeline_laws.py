@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of pipelines: a step over stages = the step without, and what it must refuse."""
+"""Laws of pipelines: a step with stages = the step without, and what is refused."""
 
 import dataclasses
 
@@ -142,7 +142,7 @@ def compiled_step(cfg, mesh):
 
 
 def test_stages_hold_their_layers_and_hand_on():
-  """A quarter of every block on each stage; neighbours exchange in the compiled step."""
+  """Each stage holds a quarter of all blocks; neighbours exchange in the compiled step."""
   state, text = compiled_step(DEEP, mesh_of(stage=4, data=2))
   for leaf in jax.tree.leaves(state.params["blocks"]):
     assert axes_of(leaf.sharding.spec[0]) == ("stage",)
@@ -155,10 +155,10 @@ def test_stages_hold_their_layers_and_hand_on():
 
 @pytest.mark.parametrize("sizes", [dict(fsdp=4), dict(stage=2, fsdp=4)], ids=str)
 def test_gathered_experts_are_not_kept(sizes):
-  """A layer's kernels are whole while it works: never all layers', for the gradient.
+  """A layer's kernels are whole while it runs; never those of all layers, for the gradient.
 
-  Gathered in a loop of their own before a pipeline's, they would besides hang XLA's CPU
-  backend now and then: an independent exchange after such a loop can overtake it.
+  Gathering them in a separate loop before a pipeline's would also sometimes hang XLA's CPU
+  backend: an independent exchange after such a loop can overtake it.
   """
   state, text = compiled_step(cfg_of("experts"), mesh_of(**sizes))
   layers, *up = state.params["blocks"]["ffn"]["experts"]["up"]["kernel"].shape

@@ -83,7 +83,7 @@ def packed_batch(rows=16, seed=0):
 
 
 def batch_of(cfg: ModelConfig):
-  """The same rows, and for an encoder-decoder others to read."""
+  """The same rows, and for an encoder-decoder other rows as sources."""
   batch = packed_batch()
   if cfg.family != "encoder_decoder":
     return batch
@@ -247,7 +247,7 @@ def test_norms_cut_over_tensor_change_nothing(name, sizes):
 
 
 def test_state_stays_where_the_rules_say():
-  """Every parameter and moment, at birth and after a step, cut as the rules say."""
+  """Every parameter and moment is sharded by the rules, initially and after a step."""
   mesh = make_mesh(dict(fsdp=4, tensor=2))
   model, optimizer = build_model(CFG, FAST), build_optimizer(OptimizerConfig(), 10)
   target = abstract_state(model, optimizer, mesh)
@@ -322,7 +322,7 @@ def test_a_step_that_is_not_finite_changes_nothing(one_device):
 
 
 def test_every_dtype_stays_what_it_is():
-  """Parameters and moments in bfloat16 are so after a step: nothing grows in silence."""
+  """Parameters and moments stay in bfloat16 after a step: nothing is widened silently."""
   cfg, mesh = TrainingConfig(param_dtype="bfloat16", scanned=True), mesh_of()
   model, optimizer = build_model(CFG, cfg), build_optimizer(OptimizerConfig(), 10)
   state = init_state(model, optimizer, mesh, seed=0)

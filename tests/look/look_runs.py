@@ -29,7 +29,7 @@ HOSTILE = "</script><script>document.title='broken'</script><!-- & \u2028 \u202e
 
 
 def make_run(family: str = "decoder", name: str = "random", **model: Any) -> Run:
-  """A model whose parameters are all random, large enough to prefer something."""
+  """A model with random parameters, large enough that it clearly prefers some tokens."""
   model_cfg = ModelConfig(**{"family": family} | TINY | model).resolve()
   data = DataConfig(objective=OBJECTIVES[family], seq_len=16)
   cfg = Config(name=name, model=model_cfg, data=data)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The maps of the page are those of the model, and the figures say what they say."""
+"""The page's maps are the model's own, and its figures agree with them."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ def look(run, text, source=None, **options):
 
 
 def captured(run, reading):
-  """What the model itself says, without the package's own way to it."""
+  """The maps captured from the model directly, without the package's own function."""
   source = {}
   if reading.source_ids is not None:
     source = {"source": Source(np.array([reading.source_ids]))}

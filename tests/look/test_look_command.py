@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flaxlm look`, as people call it: what it writes, where, and what it refuses."""
+"""`flaxlm look`, as users call it: what it writes, where, and what it refuses."""
 
 import json
 import shutil
@@ -107,7 +107,7 @@ BAD = {
 def test_a_mistake_is_told_before_the_checkpoint_is_read(
   name: str, folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ):
-  """The run has no checkpoint: whoever gets as far as that says so, with code 4."""
+  """The run has no checkpoint: reading it would end with code 4."""
   bare = tmp_path / "runs" / "bare"
   shutil.copytree(folder, bare, ignore=shutil.ignore_patterns(CHECKPOINTS, "look"))
   monkeypatch.chdir(tmp_path)

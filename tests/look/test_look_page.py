@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A page is whole, needs nothing else, and no data can break it."""
+"""A page is complete and self-contained, and no data can break it."""
 
 import base64
 import hashlib

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Embeddings, positions and runs: what is drawn, computed once more in another way."""
+"""Embeddings, positions and runs: what is drawn equals an independent computation."""
 
 import dataclasses
 import json

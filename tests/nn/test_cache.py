@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rings: a local layer's cache of the window alone answers as one of everything."""
+"""Rings: a local layer's cache of its window alone gives the results of a full cache."""
 
 import dataclasses
 from typing import Any
@@ -26,7 +26,7 @@ KINDS = {
 
 @pytest.fixture
 def small_rings(monkeypatch):
-  """Rings that are gone round several times in a short text."""
+  """Rings small enough that a short text goes round them several times."""
   for module in (cache, model_config):
     monkeypatch.setattr(module, "MAX_NEW_IN_RING", 4)
     monkeypatch.setattr(module, "MAX_TAKEN_BACK", 3)

@@ -126,7 +126,7 @@ def test_einsum_equals_jnp_einsum():
 
 
 def test_residual_branches_start_small():
-  """What writes to the residual stream is scaled by 1 / sqrt(2 L) (Radford et al. 2019)."""
+  """Projections to the residual stream start at 1 / sqrt(2 L) (Radford et al., 2019)."""
   cfg = ModelConfig(**SMALL | dict(depth=8, width=128)).resolve()
   init = jax.jit(build_model(cfg).init)
   params = nn.unbox(init(jax.random.key(0), np.zeros((1, 2), np.int32)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mixture of experts equals float64 loops, one dense network, and itself on a mesh."""
+"""The mixture of experts equals float64 loops, a dense network, and itself on a mesh."""
 
 import dataclasses
 import functools
@@ -292,7 +292,7 @@ def test_a_mesh_changes_nothing(sizes, on_one_device):
 
 
 def test_rows_are_cut_over_context_and_a_single_token_is_not():
-  """Training's rows, and a token to decode, which no member of `context` could share."""
+  """Rows in training, and a single token in decoding, which `context` cannot split."""
   moe = build(num_experts=8)
   rows = inputs(8, 8, D)
   params = nn.unbox(jax.jit(moe.init)(jax.random.key(0), rows))
@@ -309,7 +309,7 @@ def test_rows_are_cut_over_context_and_a_single_token_is_not():
 
 @pytest.mark.parametrize("sizes", [[0, 170, 90], [128, 128, 44], [0, 0, 0], [1, 0, 2]])
 def test_both_grouped_products_equal_a_loop_over_groups(sizes):
-  """Groups of several blocks, of none, and rows of nobody, which become zero."""
+  """Groups of several blocks, of none, and rows of no group, which become zero."""
   x_MD, kernel_EDF, y_MF = inputs(300, 5), inputs(3, 5, 4), inputs(300, 4)
   expected_MF, expected_EDF = np.zeros((300, 4)), np.zeros((3, 5, 4))
   ends = np.cumsum(sizes)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The references themselves equal other people's code, and what the papers promise.
+"""The references themselves equal other people's code and follow the papers.
 
 With PyTorch and transformers (`-m parity`): a tiny random model of each family, in float64;
 `reference_families` maps its weights to our parameter tree.
@@ -23,7 +23,7 @@ from flaxlm.config import ModelConfig, MoEConfig, RopeConfig
 
 
 class Family(NamedTuple):
-  """A tiny model of theirs, the config of ours that is the same, and the map between."""
+  """A tiny model of another package, our config of it, and the map between them."""
 
   name: str
   theirs: dict
@@ -207,7 +207,7 @@ FAMILIES = {
 
 @contextlib.contextmanager
 def in_float64(torch):
-  """No float32 in here, which theirs takes for norms, rotations and softmax."""
+  """Replaces float32, which their code uses for norms, rotations and softmax."""
 
   class InFloat64(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -428,7 +428,7 @@ def test_learned_sinks_equal_gpt_oss():
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("buckets", "furthest"), [(32, 128), (8, 10)])
 def test_buckets_equal_t5(causal, buckets, furthest):
-  """Its float32 puts no range's end elsewhere than our whole numbers do."""
+  """Its float32 arithmetic has the same bucket limits as our whole numbers."""
   torch = pytest.importorskip("torch")
   modeling_t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
   distances = np.arange(-300, 301)
@@ -480,7 +480,7 @@ def test_rotation_keeps_lengths_and_distances():
 
 @pytest.mark.parametrize("scaling", ["linear", "ntk", "yarn", "llama3"])
 def test_stretching_slows_the_slowest_pair_by_the_factor(scaling):
-  """And the fastest not at all, unless all alike; local layers of their own not either."""
+  """The fastest pair stays unless scaling is linear; a local theta is never stretched."""
   rope = RopeConfig(scaling=scaling, factor=4.0, fast_turns=10.0, local_theta=300.0)
   cfg = ModelConfig(context=4096, rope=rope)
   plain = reference_positions.plain_angles(rope.theta, 64)

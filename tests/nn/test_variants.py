@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every variant of the architecture equals the float64 references, on packed rows.
 
-Each variant is one compiled program, half a second's worth; some show two things at once.
+Each variant is one compiled program, which takes half a second; some test two things.
 """
 
 import flax.linen as nn

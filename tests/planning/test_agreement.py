@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The analytic memory against libtpu's, on chips that are not here: within 10 %.
+"""The analytic memory against libtpu's, for chips that are not present: within 10 %.
 
-A quarter of an hour on two cores; needs `pip install 'flaxlm[tpu]'`, and no TPU.
+Takes a quarter of an hour on two cores; needs `pip install 'flaxlm[tpu]'`, and no TPU.
 """
 
 import dataclasses

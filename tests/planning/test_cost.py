@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Closed forms against the real model, and against what the papers and checkpoints say."""
+"""Closed forms against the real model, and against published figures."""
 
 import dataclasses
 import functools

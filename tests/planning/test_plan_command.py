@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flaxlm plan`, as scripts and people call it."""
+"""`flaxlm plan`, as scripts and users call it."""
 
 import json
 import os
@@ -159,7 +159,7 @@ def test_an_untrained_tokenizer_counts_as_full():
 
 
 def test_no_backend_is_started(flaxlm):
-  """Planning for a GPU must not take three quarters of the one that is here."""
+  """Planning for a GPU must not allocate three quarters of one that is present."""
   code = (
     "import sys\nfrom flaxlm.cli import main\n"
     "assert main(['plan', '--device', 'h200', '--model.dropout=0.1', '--json']) == 0\n"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The 8B card on whole pods: the real compiler takes it, it fits, nothing is there twice.
+"""The 8B card on whole pods: the real compiler accepts it, it fits, nothing is replicated.
 
-Minutes on two cores; needs `pip install 'flaxlm[tpu]'`, and no TPU.
+Takes minutes on two cores; needs `pip install 'flaxlm[tpu]'`, and no TPU.
 """
 
 import importlib.util

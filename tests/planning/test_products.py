@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The list of products against the closed formulas, and what measured rates make of it."""
+"""The list of products against the closed formulas, and times from measured rates."""
 
 import dataclasses
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times against hand-worked examples, and what they refuse to guess."""
+"""Predicted times against hand-worked examples, and what is not guessed."""
 
 import dataclasses
 import json

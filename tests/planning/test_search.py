@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The search sees every mesh, ranks what fits first, and mends what does not."""
+"""The search finds every mesh, ranks those that fit first, and fixes those that do not."""
 
 import dataclasses
 import math

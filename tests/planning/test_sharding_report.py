@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flaxlm shard`: the sharding that training really has, and what really travels."""
+"""`flaxlm shard`: the sharding that training really uses, and what is really sent."""
 
 import dataclasses
 import json

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imported tokenizers of every kind: framed, streamed and stored as their models want."""
+"""Imported tokenizers of every kind: special tokens, streams and files as models need."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ TEXTS = ["the cat", " the  cats", "théâtre ☕ 漢字", "a\n\tb", "", "<s>the<
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_pieces_of_a_stream_add_up(kind: str, text: str):
-  """Behind a prompt: nothing of the text is lost, not even the first blank."""
+  """After a prompt: nothing of the text is lost, not even the first space."""
   tokenizer = opened(kind)
   before = tokenizer.encode("ab")
   whole = tokenizer.encode(f"ab{text}")

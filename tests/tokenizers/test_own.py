@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers: nothing is lost, whatever the text, and bad files fail cleanly."""
+"""Tokenizers: no text loses anything, and bad files fail cleanly."""
 
 import json
 import subprocess

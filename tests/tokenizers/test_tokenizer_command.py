@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flaxlm tokenizer`: what it trains is what training uses, and what it counts is so."""
+"""`flaxlm tokenizer`: it trains the tokenizer that training uses, and counts right."""
 
 import json
 from pathlib import Path

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training step equals one written from scratch in float64 numpy, for every family.
 
-The laws compare the step with itself: on a mesh, in micro-batches, resumed. They cannot see
-a mistake that both sides share: in what the loss is divided by, which key dropout gets, how
-much the experts' losses weigh. The reference here shares only the documented rules.
+The laws compare the step with itself: on a mesh, in micro-batches, resumed. They cannot
+find a mistake that both sides share: in the loss's divisor, in the key of dropout, in the
+weights of the experts' losses. The reference here shares only the documented rules.
 """
 
 import functools
@@ -213,7 +213,7 @@ def test_steps_equal_float64(name, num_parts):
 
 
 def assert_all_differ(drawn: list[list[np.ndarray]]) -> None:
-  """Every step and micro-batch drops other units, and so does each layer of one."""
+  """Every step, micro-batch and layer drops different units."""
   masks = [(f.shape, f.tobytes()) for factors in drawn for f in factors]
   assert len(set(masks)) == len(masks)
   share = np.mean([np.mean(f == 0) for factors in drawn for f in factors])

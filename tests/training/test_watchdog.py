@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that hangs ends with exit code 6 and a stack; others are left alone."""
+"""A run that hangs ends with exit code 6 and a stack trace; other runs are not affected."""
 
 import os
 import subprocess

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over whole rows in XLA's operations, in blocks of queries.
 
-Equal to `nn.attention.attend`. It reads only the keys that causal attention or a window
-lets a block see, and keeps one array of the scores' size for the backward pass instead of
-three: at T=256 on a CPU, forward and backward of a layer took 30 ms for 76.
+Equal to `nn.attention.attend`. It reads only the keys that a block can see under causal
+attention or a window, and keeps one array of the scores' size for the backward pass instead
+of three: at T=256 on a CPU, forward and backward of a layer took 30 ms instead of 76.
 """
 
 import functools
@@ -31,12 +31,12 @@ def attend_blocked(
   of the work, for a window more. One array of the scores' size is kept for the backward
   pass instead of three. `reach` None: every query may see every key.
 
-  On a mesh with `context` every device takes its share of each block, so that all have
-  as much to do, although later queries see more.
+  On a mesh with `context`, every device takes a share of each block, so that all have the
+  same work although later queries see more keys.
   """
   B, T, N, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
-  # One matrix per kv head, its G query heads one after the other in the rows.
+  # One matrix per kv head, whose rows are those of its G query heads in turn.
   q_BKGTH = (q_BTNH * scoring.scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
   k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
   sinks_KG = None if sinks_N is None else sinks_N.reshape(K, N // K)
@@ -63,14 +63,14 @@ def attend_blocked(
 
 
 def share_out(q_BKGTH: jax.Array) -> jax.Array:
-  """Cuts a block of queries over `context`; without that axis it stays as it is."""
+  """A block of queries sharded over `context`; unchanged without that axis."""
   if not is_cut("length"):
     return q_BKGTH
   return constrain(q_BKGTH, "batch", "act_kv_heads", "head_dim", "length", "head_dim")
 
 
 def query_blocks(num_queries: int) -> list[tuple[int, int]]:
-  """Up to four ranges of at least 64 queries: more save little and compile longer."""
+  """Up to four ranges of at least 64 queries; more would save little and compile longer."""
   count = max(1, min(4, num_queries // 64))
   edges = [num_queries * i // count for i in range(count + 1)]
   return list(itertools.pairwise(edges))
@@ -88,8 +88,8 @@ def mix(
 ) -> jax.Array:
   """softmax(q k^T + bias) v where the mask allows, with a backward pass written by hand.
 
-  The weights are left unnormalised, exp(score - max): their sum divides the output, which
-  is S / H times smaller, and likewise its gradient (Dao et al., 2022, appendix B).
+  The weights stay unnormalised, exp(score - max). Their sum divides the output instead,
+  which is S / H times smaller, and likewise its gradient (Dao et al., 2022, appendix B).
   """
   return mix_forward(softcap, q_BKGTH, k_BKSH, v_BKSH, mask_BTS, bias_XNTS, sinks_KG)[0]
 
@@ -105,8 +105,8 @@ def mix_forward(
 ) -> tuple[jax.Array, tuple]:
   B, K, G, T, H = q_BKGTH.shape
   S = k_BKSH.shape[2]
-  # The G heads of a kv head are rows of one matrix. B and K stay two dims: merged, they
-  # would lose the heads' cut over the mesh.
+  # The G heads of a kv head are rows of one matrix. B and K stay two dims: merging them
+  # would lose the sharding of the heads over the mesh.
   q_BKRH = q_BKGTH.reshape(B, K, G * T, H)
   scores = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
   tanh_BKRS = None
@@ -145,15 +145,15 @@ def mix_backward(softcap: float | None, residuals: tuple, grad_BKGTH: jax.Array)
   grad_BKRH = grad_BKGTH.reshape(out_BKRH.shape) / sum_BKR1.astype(dtype)
   grad_v_BKSH = jnp.einsum("BKRS,BKRH->BKSH", exp_BKRS, grad_BKRH)
   grad_exp_BKRS = jnp.einsum("BKRH,BKSH->BKRS", grad_BKRH, v_BKSH)
-  along_BKR1 = (grad_BKRH * out_BKRH).sum(-1, keepdims=True)
-  grad_scores_BKRS = exp_BKRS * (grad_exp_BKRS - along_BKR1)
+  delta_BKR1 = (grad_BKRH * out_BKRH).sum(-1, keepdims=True)  # of the softmax's gradient
+  grad_scores_BKRS = exp_BKRS * (grad_exp_BKRS - delta_BKR1)
   grad_bias = grad_sinks = None
   if bias_batch is not None:
     grad_bias = grad_scores_BKRS.astype(jnp.float32).reshape(B, K * G, T, S)
     if bias_batch == 1:
       grad_bias = grad_bias.sum(0, keepdims=True)
-  if sinks_BKR1 is not None:  # as a key with a value of 0
-    grad_sinks = -(sinks_BKR1 * along_BKR1).reshape(B, K, G, T).sum((0, 3))
+  if sinks_BKR1 is not None:  # a sink is a key with a value of 0
+    grad_sinks = -(sinks_BKR1 * delta_BKR1).reshape(B, K, G, T).sum((0, 3))
   if softcap is not None:
     grad_scores_BKRS *= (1 - tanh_BKRS * tanh_BKRS).astype(dtype)
   grad_q_BKRH = jnp.einsum("BKRS,BKSH->BKRH", grad_scores_BKRS, k_BKSH)

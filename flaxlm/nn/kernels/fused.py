@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norms, activations and RoPE's tables, where XLA would keep too much or fuse too far.
+"""Norms, activations and RoPE's tables, where XLA would keep or fuse too much.
 
-Norms and activations are computed again for the backward pass: in bfloat16 that halves what
-is kept per token, layer and width (61 to 32 bytes).
+The backward pass recomputes norms and activations. In bfloat16 that halves what is kept,
+from 61 to 32 bytes per token, layer and unit of width.
 """
 
 import functools
@@ -21,8 +21,11 @@ def normalised(
   scale_D: jax.Array,
   bias_D: jax.Array | None = None,
 ) -> jax.Array:
-  """What the norms compute; of a narrow x, again for the backward pass, which would keep
-  it in float32. A float32 x would save little, and cost a CPU time."""
+  """The computation of RMSNorm and, `centred`, of LayerNorm.
+
+  The backward pass recomputes it for a 16-bit x, which would otherwise be kept in float32.
+  For a float32 x that would save little memory and take time on a CPU.
+  """
 
   def normalise(x_BTD: jax.Array) -> jax.Array:
     x = x_BTD.astype(jnp.float32)
@@ -34,14 +37,14 @@ def normalised(
       x += bias_D
     return x.astype(x_BTD.dtype)
 
-  again = x_BTD.dtype != jnp.float32
-  return (jax.checkpoint(normalise) if again else normalise)(x_BTD)
+  recomputed = x_BTD.dtype != jnp.float32
+  return (jax.checkpoint(normalise) if recomputed else normalise)(x_BTD)
 
 
 @functools.partial(jax.checkpoint, static_argnums=0)
 def activated(kind: str, h: jax.Array, gate: jax.Array | None) -> jax.Array:
-  """f(h), or f(gate) h. Computed again for the backward pass: cheaper than to keep what
-  its derivative is made of, several arrays of this size."""
+  """f(h), or f(gate) h. The backward pass recomputes it, which is cheaper than keeping the
+  several arrays of this size that its derivative needs."""
   return activate(h, kind) if gate is None else activate(gate, kind) * h
 
 
@@ -59,11 +62,12 @@ def activate(x: jax.Array, kind: str) -> jax.Array:
   raise ValueError(f"unknown activation {kind!r}")
 
 
-def apart(function: Callable[[jax.Array], CosSin]) -> Callable[[jax.Array], CosSin]:
-  """The same, where XLA's CPU compiler cannot reach it: in both branches of a conditional.
+def unfused(function: Callable[[jax.Array], CosSin]) -> Callable[[jax.Array], CosSin]:
+  """The same function inside both branches of a conditional, where XLA's CPU compiler does
+  not fuse it with its readers.
 
-  It would fuse the sines with what reads them, and compute them again for every head, and
-  for every key that a query meets: 11 of 16 ms of a token of 4x384 after 900 others.
+  Fused, the sines are computed again for every head, and for every key that a query meets:
+  11 of the 16 ms of a token after 900 others, in a model of 4 layers of width 384.
   """
 
   def run(x: jax.Array) -> CosSin:

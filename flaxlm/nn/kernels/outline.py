@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a fused attention kernel keeps for its backward pass, without computing attention.
+"""A stand-in that keeps what a fused attention kernel keeps, without computing attention.
 
-The planner traces it on machines that have no such kernel, and reads off the memory.
+The planner traces it, on machines that have no such kernel, to find the memory needed.
 """
 
 import jax
@@ -12,9 +12,8 @@ OUTLINE = "outline"  # a path for the planner alone
 
 @jax.custom_vjp
 def attend_outline(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
-  """Has the shape of attention and keeps what a fused kernel keeps, for `planning`, which
-  traces it where there is no such kernel: q, k, v, the output, a number per row of scores.
-  """
+  """An array of attention's shape. For the backward pass it keeps what a fused kernel
+  keeps: q, k, v, the output, and one number per row of scores."""
   return q_BTNH
 
 

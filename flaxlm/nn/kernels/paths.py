@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which kernel attention takes over whole rows and prompts: by name, with the reason."""
+"""Which kernel computes attention over whole rows and over prompts: its name, and why."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ from flaxlm.errors import ConfigError
 from flaxlm.nn.execution import Execution
 from flaxlm.sharding import axis_sizes_in_use
 
-SHORTEST_PROMPT = 32  # new tokens; the scores of fewer are not worth a kernel
+SHORTEST_PROMPT = 32  # new tokens; fewer are not worth a fused kernel
 
 
 class Path(NamedTuple):
-  """Which kernel attention takes, and why not cuDNN's where it does not."""
+  """The kernel that computes attention and, if it is not cuDNN's, why not."""
 
   name: Any  # "blocked", "cudnn" or "cached"
   why: str = ""
@@ -28,38 +28,39 @@ def choose_path(
   sizes: Mapping[str, int],
   lengths: Sequence[int] = (),
 ) -> Path:
-  """The path over whole rows of such `lengths`, on a mesh of such `sizes`.
+  """The path over whole rows of these `lengths`, on a mesh of these axis `sizes`.
 
-  `run.kernel_head_dim` says what the devices can do. Raises `ConfigError` where the config
-  asks for cudnn and cuDNN cannot do what the model asks.
+  `run.kernel_head_dim` says what the devices can do. Raises `ConfigError` if the config
+  asks for cudnn and cuDNN cannot run the model.
   """
   largest = run.kernel_head_dim
   wanted = run.attention
   if wanted == "blocked":
     return Path("blocked", "as training.attention says")
-  against = {
-    "it runs on NVIDIA's GPUs from Ampere on": not largest,
-    "it knows no float32": jnp.dtype(run.dtype).itemsize != 2,
+  biased = cfg.positions in {"alibi", "relative"}
+  obstacles = {
+    "it runs on NVIDIA GPUs from Ampere on": not largest,
+    "it does not support float32": jnp.dtype(run.dtype).itemsize != 2,
     f"head_dim={cfg.head_dim} is above {largest}": cfg.head_dim > largest,
-    f"head_dim={cfg.head_dim} is no multiple of 8": cfg.head_dim % 8 != 0,
-    "it knows no attention_softcap": cfg.attention_softcap is not None,
-    "it knows no learned_sinks": cfg.learned_sinks,
-    f"it knows no positions={cfg.positions}": cfg.positions in {"alibi", "relative"},
-    "rows of an odd length may not have a mask": any(n % 2 for n in lengths),
-    "it is not cut over mesh axis context": sizes.get("context", 1) > 1,
+    f"head_dim={cfg.head_dim} is not a multiple of 8": cfg.head_dim % 8 != 0,
+    "it does not support attention_softcap": cfg.attention_softcap is not None,
+    "it does not support learned_sinks": cfg.learned_sinks,
+    f"it does not support positions={cfg.positions}": biased,
+    "it does not support masks for rows of odd length": any(n % 2 for n in lengths),
+    "it cannot be split over mesh axis context": sizes.get("context", 1) > 1,
     "it does not run in the stages of a pipeline": sizes.get("stage", 1) > 1,
   }
-  found = [reason for reason, holds in against.items() if holds]
+  found = [reason for reason, holds in obstacles.items() if holds]
   if not found:
     return Path("cudnn")
   if wanted == "cudnn":
     cure = "training.attention=auto takes another path where it must"
-    raise ConfigError(f"training.attention=cudnn cannot: {found[0]}", cure)
-  return Path("blocked", f"cudnn cannot: {found[0]}")
+    raise ConfigError(f"training.attention=cudnn is not possible: {found[0]}", cure)
+  return Path("blocked", f"cudnn is not possible: {found[0]}")
 
 
 def path_here(cfg: ResolvedModel, run: Execution, lengths: Sequence[int]) -> Path:
-  """The path over whole rows of such `lengths`, on the mesh that is set."""
+  """The path over whole rows of these `lengths`, on the mesh that is set."""
   return choose_path(cfg, run, axis_sizes_in_use(), lengths)
 
 
@@ -85,11 +86,11 @@ def prompt_path(
 ) -> Path:
   """The path of new tokens over a cache.
 
-  Prompts take cuDNN's kernel where it can do what the model asks. `training.attention`
-  decides nothing here: a run may answer elsewhere than it was trained.
+  Prompts use cuDNN's kernel where it can run the model. `training.attention=cudnn` demands
+  nothing here, because a run may decode on other devices than it was trained on.
   """
   if num_queries < SHORTEST_PROMPT or run.attention == "blocked":
-    return Path("cached", "too few queries for a kernel")
+    return Path("cached", "too few queries for a fused kernel")
   run = dataclasses.replace(run, attention="auto")
   chosen = path_here(cfg, run, (num_queries, num_keys))
   return chosen if chosen.name == "cudnn" else Path("cached", chosen.why)

@@ -2,8 +2,8 @@
 """Products with weights: rows times a matrix in training, a matrix times rows in decoding.
 
 Equal to `jnp.tensordot`. In training, kept dims are merged into rows: on a CPU the backward
-pass of a 3-D product runs at two thirds of the speed of a 2-D one. In decoding, a few rows
-meet a matrix that is laid out for them, the way round that reads it fastest.
+pass of a 3-D product runs at two thirds of the speed of a 2-D one. In decoding, a matrix
+that is laid out for it is multiplied by a few rows, in the order that reads it fastest.
 """
 
 import math
@@ -20,9 +20,9 @@ def rows_dot(
 ) -> jax.Array:
   """Contracts the last `contracted` dims of `x` with the first ones of `kernel`.
 
-  As one plain matrix product: every kept dim of `x` is merged into rows. On the CPU the
-  backward pass of a 3-D product runs at two thirds of the speed of a 2-D one. Rows that
-  are cut over the mesh are left apart: merged, they would be gathered first.
+  It is one plain matrix product: all kept dims of `x` are merged into rows. On a CPU the
+  backward pass of a 3-D product runs at two thirds of the speed of a 2-D one. Rows that are
+  sharded over the mesh are not merged, because that would gather them first.
   """
   if is_cut("norm_length"):
     return jnp.tensordot(x, kernel, contracted, preferred_element_type=dtype)
@@ -37,10 +37,10 @@ def rows_dot(
 
 @jax.custom_vjp
 def wide_dot(x_RI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-  """A product of narrow matrices in float32, whose gradient comes back narrow.
+  """A float32 product of 16-bit matrices, whose gradients are 16-bit like all others.
 
-  As all others do: left to itself, it stays float32 and takes the kernel along, and two of
-  the three products of a head run in float32.
+  By default the gradient would stay float32 and the kernel would be widened to it, so that
+  two of the three products of a head would run in float32.
   """
   return jnp.dot(x_RI, kernel_IO, preferred_element_type=jnp.float32)
 
@@ -71,30 +71,32 @@ def matrix_dot(x: jax.Array, params: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def matrix_first(x_RI: jax.Array, matrix_OI: jax.Array) -> jax.Array:
-  """The product as a few rows on a CPU want it: up to 1.8 times as fast as x first
-  (docs/LOG.md), and XLA would turn it round again if it saw the product and its transpose
-  together.
+  """The product with the matrix as first operand: for a few rows on a CPU, up to 1.8 times
+  as fast as with x first (docs/LOG.md).
+
+  A barrier hides the product from its transpose; XLA would swap the operands back if it saw
+  both together.
   """
   if matrix_OI.dtype != x_RI.dtype:
     matrix_OI = tied_to(x_RI, matrix_OI).astype(x_RI.dtype)
   inputs = (((1,), (1,)), ((), ()))
   y_OR = jax.lax.dot_general(matrix_OI, x_RI, inputs, preferred_element_type=jnp.float32)
-  apart = jax.lax.optimization_barrier
-  return jax.lax.platform_dependent(y_OR, cpu=apart, default=lambda y_OR: y_OR).T
+  barrier = jax.lax.optimization_barrier
+  return jax.lax.platform_dependent(y_OR, cpu=barrier, default=lambda y_OR: y_OR).T
 
 
 def matrix_sum(x_1I: jax.Array, matrix_OI: jax.Array) -> jax.Array:
-  """One row's product as a sum, which XLA's GPU compiler reads the matrix for as it is: in
-  a product it would be padded, widened, and merged with its neighbours, at every token.
-  """
+  """One row's product as a sum, for which XLA's GPU compiler reads the matrix as it is. In
+  a matrix product it would be padded, widened and merged with its neighbours, at every
+  token."""
   return (matrix_OI.astype(jnp.float32) * x_1I.astype(jnp.float32)).sum(-1)[None]
 
 
 def tied_to(x: jax.Array, matrix: jax.Array) -> jax.Array:
-  """The matrix, as a value that a compiler cannot know before it knows x.
+  """The matrix, as a value that depends on x.
 
-  Else XLA widens narrow matrices once, before a loop over tokens, and the loop reads them
-  wide. A barrier says so to compilers of accelerators; the CPU's drops it too early.
+  Otherwise XLA widens narrow matrices once, before a loop over tokens, and the loop reads
+  the wide ones. On accelerators a barrier is enough; the CPU compiler drops it too early.
   """
   if x.size == 0:
     return matrix

@@ -105,7 +105,7 @@ def test_new_queries_over_a_cache_equal_reference(batch):
 
 @pytest.fixture
 def asked(monkeypatch) -> list[dict]:
-  """What cuDNN is asked for, by a library's XLA form in its place."""
+  """What cuDNN is asked for, computed by the library's XLA implementation."""
   asked = []
 
   def in_its_place(*arrays, implementation, **options):
@@ -120,7 +120,7 @@ def asked(monkeypatch) -> list[dict]:
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("way", [w for w in WAYS if w not in OUTSIDE_CUDNN])
 def test_cudnn_is_asked_for_the_same(way, packed, asked):
-  """Masks, windows and the scale, as the library reads them; `gpu` tests ask cuDNN."""
+  """Masks, windows and the scale, as the library reads them; `gpu` tests run cuDNN."""
   B, T, N, H = 2, 130, 4, 8
   options = dict(causal=True, window=None, sink_tokens=0) | WAYS[way]
   q, *_ = jax.random.normal(jax.random.key(0), (1, B, T, N, H))
@@ -140,7 +140,7 @@ def test_cudnn_is_asked_for_the_same(way, packed, asked):
 
 @pytest.mark.parametrize("window", [None, 48])
 def test_prompts_are_read_by_cudnn_where_it_can(window, asked, monkeypatch):
-  """Of different lengths, into a ring too; and elsewhere as ever, whatever was wanted."""
+  """Prompts of different lengths, into a ring too; elsewhere the usual path is taken."""
   pattern = "G" if window is None else "LG"
   cfg = ModelConfig(
     depth=2,

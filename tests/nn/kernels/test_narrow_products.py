@@ -11,7 +11,7 @@ from flaxlm.nn.kernels.products import matrix_first, matrix_sum, rows_dot, wide_
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_a_sum_is_the_product_of_one_row(kind):
-  """What a GPU reads a matrix by, and what everything else does."""
+  """The form that GPUs use for one row equals the form that all others use."""
   x = jax.random.normal(jax.random.key(0), (1, 96))
   matrix = jax.random.normal(jax.random.key(1), (40, 96))
   if kind == "int8":
