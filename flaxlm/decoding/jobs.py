@@ -65,7 +65,7 @@ def read_jobs(text: str, defaults: PromptJob) -> list[PromptJob]:
   return jobs
 
 
-def read_job(values: dict[str, Any], defaults: PromptJob, index: int) -> PromptJob:
+def read_job(values: dict[str, Any], defaults: PromptJob, number: int) -> PromptJob:
   if unknown := sorted(set(values) - JOB_KEYS):
     raise ConfigError(f"{unknown[0]!r} is not one of {', '.join(sorted(JOB_KEYS))}")
   if not isinstance(values.get("prompt"), str):
@@ -75,7 +75,7 @@ def read_job(values: dict[str, Any], defaults: PromptJob, index: int) -> PromptJ
     own["logit_bias"] = {int(token): bias for token, bias in own["logit_bias"].items()}
   if "json_schema" in values:
     own["regex"] = regex_of_schema(values["json_schema"])
-  own.setdefault("seed", (defaults.settings.seed + index) % 2**31)
+  own.setdefault("seed", (defaults.settings.seed + number) % 2**31)
   settings = dataclasses.replace(defaults.settings, **own)
   settings.check()
   strings = values.get("stop", defaults.stop.strings)
@@ -111,7 +111,7 @@ def complete_jobs(
   done = read_partial(partial, header)
   on_done(len(done))
   sized = [
-    measure_job(run, index, job) for index, job in enumerate(jobs) if index not in done
+    measure_job(run, number, job) for number, job in enumerate(jobs) if number not in done
   ]
   prefix_cache = PrefixCache() if share_a_prefix(run, jobs) else None
   with partial.open("a", encoding="utf-8") as file:
@@ -120,14 +120,14 @@ def complete_jobs(
       print(json.dumps(header), file=file, flush=True)
     for batch in batch_jobs(sized, batch_size, run.model.cfg.context):
       results = complete_batch(run, batch, num_top, prefix_cache)
-      for index, samples in results.items():
-        done[index] = samples
-        print(json.dumps({"index": index, "samples": samples}), file=file, flush=True)
+      for number, samples in results.items():
+        done[number] = samples
+        print(json.dumps({"index": number, "samples": samples}), file=file, flush=True)
       on_done(len(results))
   whole = output.with_name(output.name + ".tmp")
   with whole.open("w", encoding="utf-8") as file:
-    for index in range(len(jobs)):
-      for sample in done[index]:
+    for number in range(len(jobs)):
+      for sample in done[number]:
         print(json.dumps(sample), file=file)
   whole.replace(output)
   partial.unlink()
@@ -139,7 +139,7 @@ def complete_batch(
   num_top: int,
   prefix_cache: PrefixCache | None,
 ) -> dict[int, list[dict]]:
-  """The samples of each job, by its index: sample n of a job draws with its seed + n."""
+  """The samples of each job, by its number: sample n of a job draws with its seed + n."""
   rows: list[SizedJob] = []
   settings: list[SamplingSettings] = []
   for sized in batch:
@@ -160,14 +160,14 @@ def complete_batch(
   return results
 
 
-def measure_job(run: Run, index: int, job: PromptJob) -> SizedJob:
+def measure_job(run: Run, number: int, job: PromptJob) -> SizedJob:
   """Raises `ConfigError`, with the job's number, if it does not fit the model."""
   request = make_request(run, [job.prompt], job.max_new_tokens)
   try:
     request.check(run.model.cfg)
   except ConfigError as e:
-    raise ConfigError(f"prompt {index + 1}: {e.cause}", e.cure) from e
-  return SizedJob(index, job, len(request.prompts[0]), request.max_new_tokens)
+    raise ConfigError(f"prompt {number + 1}: {e.cause}", e.cure) from e
+  return SizedJob(number, job, len(request.prompts[0]), request.max_new_tokens)
 
 
 def batch_jobs(
@@ -204,7 +204,7 @@ def fingerprint(run: Run, jobs: Sequence[PromptJob], num_top: int) -> str:
 
 
 def read_partial(path: Path, header: dict[str, str]) -> dict[int, list[dict]]:
-  """The samples that an earlier run has written, by the index of their job.
+  """The samples that an earlier run has written, by the number of their job.
 
   A last line that was cut short is removed.
   """
