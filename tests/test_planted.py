@@ -32,6 +32,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.planted
 @pytest.mark.timeout(1800)
 def test_without_a_defect_all_named_tests_pass(copy: Path):
   """Or they would find anything."""
@@ -41,6 +42,7 @@ def test_without_a_defect_all_named_tests_pass(copy: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.planted
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.what)
 def test_a_defect_is_found(defect, copy: Path):

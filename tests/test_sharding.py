@@ -16,8 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flaxlm.config import (
   MESH_AXES,
   Config,
+  DataConfig,
   ModelConfig,
   OptimizerConfig,
+  TrainingConfig,
   knobs,
   mesh_sizes,
   parse_mesh,
@@ -30,6 +32,7 @@ from flaxlm.sharding import (
   RULES,
   batch_parts,
   batch_sharding,
+  check_batch,
   constrain,
   describe_mesh,
   hybrid_grid,
@@ -37,6 +40,7 @@ from flaxlm.sharding import (
   merged,
   partition_spec,
 )
+from flaxlm.sharding.rules import cut_further
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import TrainState, abstract_state
 
@@ -242,6 +246,20 @@ def state_of(kind: str, mesh: Mesh) -> TrainState:
   return abstract_state(model, optimizer, mesh)
 
 
+@pytest.mark.parametrize(
+  ("spec", "shape", "expected"),
+  [
+    ((None, ("tensor",)), (4, 64), (None, ("tensor", "data"))),  # 4 or 32: the larger
+    ((("fsdp",), ("tensor",)), (64, 6), (("fsdp", "data"), ("tensor",))),
+    ((("fsdp",), None), (10, 4), (("fsdp",), ("data",))),  # 5 does not divide
+    ((None, ("fsdp",)), (3, 2), (None, ("fsdp",))),  # nothing does
+  ],
+)
+def test_moments_are_cut_further_where_their_shard_is_largest(spec, shape, expected, mesh):
+  found = cut_further(PartitionSpec(*spec), shape, mesh, "data")
+  assert found == PartitionSpec(*expected)
+
+
 # How many arrays of a parameter's shape each rule keeps for it.
 MOMENTS = {"adamw": 2, "lion": 1, "adafactor": 1, "sgd": 1}
 
@@ -394,6 +412,24 @@ def test_every_process_sees_its_own_rows_and_all_see_every_row(owned, expected):
   for (mine, num_parts), wanted in zip(parts, owned, strict=True):
     size = shards // num_parts
     assert {part * size + n for part in mine for n in range(size)} == wanted
+
+
+def test_rows_are_cut_over_data_and_tokens_over_context():
+  sharding = batch_sharding(make_mesh({"data": 2, "fsdp": 2, "context": 2}))
+  assert sharding.shard_shape((16, 32)) == (4, 16)
+
+
+def test_a_batch_is_a_multiple_of_its_shards_and_micro_batches():
+  def check(batch_size: int, accumulation_steps: int) -> None:
+    data = DataConfig(batch_size=batch_size)
+    training = TrainingConfig(accumulation_steps=accumulation_steps)
+    check_batch(Config(data=data, training=training), make_mesh({"data": 8}).shape)
+
+  check(16, 2)
+  check(24, 3)
+  with pytest.raises(ConfigError, match=r"of data=8 .* accumulation_steps=2") as caught:
+    check(24, 2)
+  assert caught.value.cure == "nearest: 32"
 
 
 def test_one_process_needs_everything(mesh: Mesh):

@@ -51,8 +51,8 @@ BOS, MASK = 0, 1
 NUM_IDS = 2 + len(LETTERS)
 ROWS, LENGTH, NUM_NEW = 8, 32, 32
 NUM_STEPS = 10
-# Parameters are scaled up before decoding: after so few steps no token is much likelier than
-# the next, and none shall be chosen by rounding.
+# Parameters are scaled up before decoding. After so few steps no token is much likelier
+# than the next, and rounding would choose.
 SCALE = 2.0
 
 TRANSFORMER = dict(depth=2, width=32, num_heads=4, vocab_size=64, context=128)

@@ -19,7 +19,7 @@ from test_huggingface import random_params, save
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import Config, ModelConfig, to_json
 from flaxlm.decoding.completions import complete
-from flaxlm.decoding.encoding import embed_texts, fill_masks
+from flaxlm.decoding.encoding import embed_texts, encode_rows, fill_masks
 from flaxlm.decoding.loading import load_run
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.errors import CheckpointError, DataError
@@ -128,7 +128,11 @@ def test_an_imported_encoder_fills_masks_and_embeds(mesh: Any, tmp_path: Path):
   run = load_run(tmp_path / "run", mesh)
   [filled] = fill_masks(run, ["the [MASK] sat"])
   assert filled.filled.startswith("the ") and len(filled.candidates[0]) == 5
-  assert embed_texts(run, ["the cat"])[0].shape == (32,)
+  (mean_D,) = embed_texts(run, ["the cat"])
+  (row,) = encode_rows(run, ["the cat"])
+  hidden = jax.jit(lambda params, x: run.model.apply(params, x, method="hidden").value[0])
+  hidden_TD = hidden({"params": run.params}, np.array([row]))
+  np.testing.assert_allclose(mean_D, hidden_TD.mean(0), atol=1e-5)
 
 
 def test_an_imported_encoder_decoder_answers(mesh: Any, tmp_path: Path):

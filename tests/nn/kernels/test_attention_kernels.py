@@ -14,7 +14,6 @@ from flaxlm.errors import ConfigError
 from flaxlm.nn.attention import attend
 from flaxlm.nn.execution import Execution
 from flaxlm.nn.kernels.blocked import attend_blocked, query_blocks
-from flaxlm.nn.kernels.cached import attend_cached
 from flaxlm.nn.kernels.cudnn import attend_cudnn
 from flaxlm.nn.kernels.paths import choose_path
 from flaxlm.nn.masks import Placement, Reach, Scoring, Sight, visible
@@ -83,24 +82,6 @@ def test_windows_reach_over_blocks():
   assert len(query_blocks(130)) > 1
   actual = attend_blocked(q, k, v, sight, scoring, reach=Reach(window))
   np.testing.assert_allclose(actual, expected, atol=3e-5)
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_new_queries_over_a_cache_equal_reference(batch):
-  """With all that scores can have; one query of one row takes a path of its own."""
-  N, K, S, H = 4, 2, 9, 8
-  keys = jax.random.split(jax.random.key(batch), 4)
-  q_BTNH = jax.random.normal(keys[0], (batch, 1, N, H))
-  k_BKSH, v_BKSH = jax.random.normal(keys[1], (2, batch, K, S, H))
-  bias_XNTS = jax.random.normal(keys[2], (1, N, 1, S))
-  sinks_N = jax.random.normal(keys[3], (N,))
-  slots_BT = jnp.arange(7, 7 + batch)[:, None]
-  sight = Sight(visible(Placement(slots_BT), S, window=4), bias_XNTS)
-  scoring = Scoring(0.5, softcap=0.8)
-  k_BSKH, v_BSKH = k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2)
-  expected, _ = attend(q_BTNH, k_BSKH, v_BSKH, sight, scoring, sinks_N)
-  actual = attend_cached(q_BTNH, k_BKSH, v_BKSH, sight, scoring, sinks_N)
-  np.testing.assert_allclose(actual, expected, atol=3e-6)
 
 
 @pytest.fixture
