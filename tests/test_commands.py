@@ -8,8 +8,11 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from conftest import ROOT, tiny
+
+from flaxlm import cli
 
 
 def metrics(tmp_path, name="stdlib_tiny"):
@@ -283,11 +286,32 @@ BAD_INPUTS = {
 }
 
 
+# One of each exit code, and those that need other devices than this process has: as a user
+# starts them. The others run in this process, as a start takes two seconds.
+IN_PROCESSES = ("typo", "mesh size", "batch", "no files", "no run")
+
+
+@pytest.fixture
+def in_process(monkeypatch, tmp_path, cache_root, capfd):
+  """Runs a command in this process, in an empty folder."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("FLAXLM_DATA_DIR", str(cache_root))
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  dispatch = jax.config.values["jax_cpu_enable_async_dispatch"]
+
+  def run(*arguments):
+    code = cli.main(arguments)
+    return subprocess.CompletedProcess(arguments, code, *capfd.readouterr())
+
+  yield run
+  jax.config.update("jax_cpu_enable_async_dispatch", dispatch)
+
+
 @pytest.mark.parametrize("name", BAD_INPUTS)
-def test_bad_input(flaxlm, tmp_path, name):
+def test_bad_input(flaxlm, in_process, tmp_path, name):
   """One line of cause, one of cure, the right exit code, no traceback, nothing compiled."""
   arguments, exit_code, text = BAD_INPUTS[name]
-  run = flaxlm(*arguments)
+  run = (flaxlm if name in IN_PROCESSES else in_process)(*arguments)
   assert run.returncode == exit_code, run.stderr
   assert text in run.stderr
   assert "Traceback" not in run.stderr
