@@ -10,7 +10,7 @@ import pytest
 
 from flaxlm.nn.attention import attend
 from flaxlm.nn.kernels.cached import attend_cached
-from flaxlm.nn.kernels.fused import activate, activated, unfused, normalised
+from flaxlm.nn.kernels.fused import activate, activated, normalised, unfused
 from flaxlm.nn.kernels.products import matrix_dot, rows_dot
 from flaxlm.nn.masks import Placement, Scoring, Sight, visible
 
@@ -102,4 +102,6 @@ def test_tables_kept_apart_are_the_tables(first):
   """Whichever branch of the conditional runs."""
   tables = lambda x: (jnp.cos(x * 0.1), jnp.sin(x * 0.1))
   x = jnp.arange(first, first + 5)
-  jax.tree.map(np.testing.assert_array_equal, jax.jit(unfused(tables))(x), jax.jit(tables)(x))
+  jax.tree.map(
+    np.testing.assert_array_equal, jax.jit(unfused(tables))(x), jax.jit(tables)(x)
+  )
