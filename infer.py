@@ -3,6 +3,13 @@
 """Continues a prompt with a trained run: `python infer.py [RUN] --prompt "def "`.
 
 Without RUN: the newest one under runs/. The same as `flaxlm infer`.
+
+The way from here to the drawn token, each name in the source of the one before:
+
+`infer.py` -> `cli.main` -> `build_parser` -> `commands.infer.add_infer` -> `run_infer` ->
+`print_completions` -> `decoding.completions.complete` -> `complete_request` ->
+`decoding.generate.generate` -> `decode_block` -> `sample_step` ->
+`decoding.sampling.sample` -> `draw` -> `inverse_cdf`
 """
 
 import sys

@@ -5,9 +5,14 @@
 Without arguments: a small decoder on Python's own standard library, about 3 minutes on a
 laptop. The same as `flaxlm train`.
 
-The way from here to the mathematics: `flaxlm.training.loop.train` ->
-`flaxlm.training.step.train_step` -> `flaxlm.nn.models.Decoder` -> `Block` ->
-`flaxlm.nn.attention.Attention` -> `attend`.
+The way from here to the softmax of attention, each name in the source of the one before:
+
+`train.py` -> `cli.main` -> `build_parser` -> `commands.train.add_train` -> `run_train` ->
+`training.loop.train` -> `training.program.Compiler.start` -> `build_program` ->
+`training.step.compile_train_step` -> `train_step` -> `loss_and_gradient` ->
+`nn.models.Decoder.hidden` -> `nn.stack.Stack` -> `Stack.run_blocks` -> `Stack.layers` ->
+`nn.block.Block` -> `Block.attend` -> `nn.attention.Attention` ->
+`nn.kernels.blocked.attend_blocked` -> `mix` -> `mix_forward`
 """
 
 import sys

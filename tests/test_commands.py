@@ -27,6 +27,10 @@ def test_train_infer_eval_ckpt(flaxlm, corpus, tmp_path):
   assert run.returncode == 0, run.stderr
   assert run.stdout.startswith("a"), "the sample, alone on stdout"
   assert "python infer.py" in run.stderr
+  hints = run.stderr.partition("next, try:")[2]
+  assert "--name=stdlib_tiny_longer --training.num-steps=12" in hints
+  assert f"--data.corpus={corpus}" in hints, "the user's own text"
+  assert "--training.num_steps=6" not in hints
   records = metrics(tmp_path)
   assert [m["step"] for m in records if "train/loss" in m] == [1, 2, 3, 4, 5, 6]
   evaluations = [m for m in records if "eval/loss" in m]
@@ -43,6 +47,7 @@ def test_train_infer_eval_ckpt(flaxlm, corpus, tmp_path):
     "infer", "--prompt", "3 times", "--max-new-tokens=5", "--json", "--num-samples=2"
   )
   assert run.returncode == 0, run.stderr
+  assert run.stderr.count("taking the newest, runs/stdlib_tiny") == 1
   samples = [json.loads(line) for line in run.stdout.splitlines()]
   assert len(samples) == 2
   for sample in samples:
@@ -71,7 +76,9 @@ def test_train_infer_eval_ckpt(flaxlm, corpus, tmp_path):
   value = json.loads(run.stdout)["eval/bits_per_byte"]
   assert value == pytest.approx(evaluations[-1]["eval/bits_per_byte"], rel=1e-5)
 
-  assert flaxlm("ckpt", "verify").returncode == 0
+  run = flaxlm("ckpt", "verify")
+  assert run.returncode == 0
+  assert "taking the newest, runs/stdlib_tiny" in run.stderr
   (step,) = {p.parent for p in folder.glob("checkpoints/6/params")}
   victim = max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
   data = bytearray(victim.read_bytes())
@@ -113,6 +120,7 @@ def test_stop_and_resume_equals_never_stopped(flaxlm, corpus, tmp_path):
   assert "model.width was 16, now 32" in run.stderr
   run = flaxlm("train", *arguments("halves", simulated_devices=2))
   assert run.returncode == 0, run.stderr
+  assert "already finished at step 9: nothing to train" in run.stderr
   assert "next, try" in run.stderr, "a finished run shows its sample, on any mesh"
 
 

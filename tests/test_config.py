@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flaxlm import cli
+from flaxlm.commands.parsing import with_hyphens
 from flaxlm.config import (
   MESH_AXES,
   Config,
@@ -34,6 +35,7 @@ from flaxlm.config import (
   override,
   parse_mesh,
   to_json,
+  without,
 )
 from flaxlm.config.families import card
 from flaxlm.errors import ConfigError
@@ -156,6 +158,24 @@ def test_a_typo_gets_the_nearest_name(typo: str, meant: str):
 @pytest.mark.parametrize("name", LEAVES)
 def test_every_field_answers_to_its_last_word(name: str):
   assert flag(name) in refusal(f"--wrong.{name.split('.')[-1]}=1").cure
+
+
+def test_fields_can_be_left_out_of_a_command_line():
+  """In either spelling, with the value in the same argument or in the next."""
+  given = ["bert_tiny", "--name", "mine", "--training.num-steps=3", "--mesh", "data=2"]
+  assert without(given, ("name", "training.num_steps")) == ["bert_tiny", "--mesh", "data=2"]
+  assert without(given, ("mesh",)) == given[:-2]
+  assert without(["--model.tied_embeddings", "--seed=1"], ("seed",)) == [
+    "--model.tied_embeddings"
+  ]
+
+
+def test_flags_are_spelled_in_one_way():
+  given = ["--top_p=0.9", "--prompt=a_b", "--name", "a_b", "--", "--top_p=1"]
+  assert with_hyphens(given) == ["--top-p=0.9", *given[1:]]
+  assert with_hyphens(["--model.num_heads=2"]) == ["--model.num-heads=2"]
+  for spelling in ("--model.num_heads=2", "--model.num-heads=2"):
+    assert override(Config(), [spelling]).model.num_heads == 2
 
 
 @pytest.mark.parametrize("text", ["--", "--=3", "--model=3", "--model.depth.x=3", "--.=1"])

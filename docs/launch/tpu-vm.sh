@@ -18,7 +18,7 @@ name=$1 zone=$2 folder=$3
 shift 3
 
 token=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
-arguments=$(printf ' %q' "$@" "--runs_dir=$folder/runs")
+arguments=$(printf ' %q' "$@" "--runs-dir=$folder/runs")
 command="FLAXLM_JOB_TOKEN=$token FLAXLM_DATA_DIR=$folder/data flaxlm train$arguments"
 
 exec gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all \

@@ -324,6 +324,18 @@ def test_a_damaged_later_step_is_kept_under_another_name(copied: Path, fsdp: Mes
   assert kept == broken
 
 
+def test_an_open_store_saves_again_what_was_damaged(copied: Path, fsdp: Mesh):
+  """A run that resumes opens its store once, before it makes room."""
+  flip(copied / "4")
+  store = CheckpointStore(copied, keep=2)
+  assert store.restore_progress(2)
+  make_room_after(copied, 2)
+  store.reload()
+  store.save(4, **placed(trees(40), fsdp), progress={})
+  store.close()
+  assert newest_whole_step(copied, warn=pytest.fail) == 4
+
+
 def test_the_same_step_may_be_damaged_twice(copied: Path):
   for _ in range(2):
     shutil.copytree(copied / "2", copied / "4", dirs_exist_ok=True)
