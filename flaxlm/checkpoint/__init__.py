@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: Orbax stores them, a manifest of hashes proves that they are whole."""
+"""Checkpoints: Orbax stores them; a manifest of hashes proves that they are whole."""

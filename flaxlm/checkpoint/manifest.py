@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A step directory's manifest: the size and SHA-256 of each of its files.
 
-Orbax has no checksum on array bytes: of 208 flipped bits 185 restored silently wrong.
-The manifest is written last, so it also marks a step as finished.
+Orbax keeps no checksum of the arrays' bytes: of 208 bits that were flipped, 185 were
+restored wrong without an error. The manifest is written last, so it also marks a step as
+finished.
 """
 
 import hashlib
@@ -26,12 +27,12 @@ def write_manifest(step_dir: Path) -> None:
 
 
 def is_finished(step_dir: Path) -> bool:
-  """Whether the save of this step ended; says nothing of damage since."""
+  """Whether the save of this step was completed. It may have been damaged since."""
   return (step_dir / NAME).is_file()
 
 
 def damage(step_dir: Path) -> list[str]:
-  """What differs from the manifest, one line a file; empty if the step is whole."""
+  """The differences from the manifest, one line per file; empty if the step is whole."""
   try:
     expected = json.loads((step_dir / NAME).read_text("utf-8"))["files"]
     entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in expected.items()}
@@ -50,7 +51,7 @@ def damage(step_dir: Path) -> list[str]:
 
 
 def saved_steps(directory: Path) -> list[int]:
-  """Steps whose save ended, oldest first."""
+  """The steps whose save was completed, oldest first."""
   if not directory.is_dir():
     return []
   names = [p.name for p in directory.iterdir() if p.name.isdecimal()]
@@ -64,7 +65,7 @@ def digest(path: Path) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-  """Replaces `path` by a file with this text: the old one or the new one, never half."""
+  """Replaces `path` by a file with this text. A reader sees the old file or the new one."""
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   with temporary.open("w", encoding="utf-8") as file:
     file.write(text)

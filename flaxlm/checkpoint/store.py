@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saving and restoring trees of arrays with Orbax, one directory per step.
 
-A step counts as saved only when its manifest lies beside it, and is restored only when
-its bytes still match (`manifest.py`). This is the one module that knows Orbax.
+A step counts as saved only when it has a manifest, and is restored only when its bytes
+still match that manifest (`manifest.py`). This is the only module that uses Orbax.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from flaxlm.checkpoint import manifest
 from flaxlm.errors import CheckpointError
 
-# Orbax reports every save at this level, and restores that we mean with a warning.
+# Orbax logs every save, and warns of restores that we intend.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 ARRAYS = ("params", "opt_state")
@@ -26,14 +26,14 @@ PROGRESS = "progress"  # plain JSON: the step, and a fingerprint of the corpus
 
 
 class CheckpointStore:
-  """The checkpoints of one run, below `directory`."""
+  """The checkpoints of one run, below `directory`; the newest `keep` of them stay."""
 
   def __init__(self, directory: Path, keep: int = 1):
     self.directory, self.keep = directory.absolute(), keep
     handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ARRAYS}
     handlers[PROGRESS] = ocp.JsonCheckpointHandler()
-    # Made in the background, a directory that cannot be made leaves threads that wait for
-    # it for 300 s, and the process with them.
+    # If Orbax created directories in the background, a failure would leave threads that
+    # wait 300 s for the directory, and the process would wait for the threads.
     now = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     options = ocp.CheckpointManagerOptions(create=True, async_options=now)
     self._manager = ocp.CheckpointManager(
@@ -45,8 +45,8 @@ class CheckpointStore:
   def save(self, step: int, params: Any, opt_state: Any, progress: dict) -> None:
     """Copies the arrays off the devices, then writes in the background.
 
-    Without `opt_state` (None) the step can be decoded from, not trained on.
-    Raises `CheckpointError` if this or the previous save failed.
+    A step without `opt_state` (None) can be decoded from, but training cannot resume from
+    it. Raises `CheckpointError` if this or the previous save failed.
     """
     self.wait()
     arrays = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
@@ -61,7 +61,7 @@ class CheckpointStore:
     self._finisher.start()
 
   def wait(self) -> None:
-    """Returns when the last save is whole on disk. Raises `CheckpointError`."""
+    """Waits until the last save is complete. Raises `CheckpointError` if it failed."""
     if self._finisher is not None:
       self._finisher.join()
       self._finisher = None
@@ -73,20 +73,20 @@ class CheckpointStore:
     try:
       self.wait()
     finally:
-      with contextlib.suppress(Exception):  # a failed write, of which `wait` has told
+      with contextlib.suppress(Exception):  # `wait` has reported a failed write
         self._manager.close()
 
   def reload(self) -> None:
-    """Reads from disk again which steps exist, after others have moved some of them."""
+    """Reads from disk again which steps exist, after some of them were moved."""
     self._manager.reload()
 
   def _finish(self, step: int) -> None:
-    # Orbax reports a failed write only to those who wait.
+    # Orbax reports a failed write only to a caller that waits.
     try:
       self._manager.wait_until_finished()
       if jax.process_index() == 0:
         manifest.write_manifest(self.directory / str(step))
-        # Orbax would delete before the manifest says that the new step is whole.
+        # Orbax itself would delete old steps before the new one has its manifest.
         for old in manifest.saved_steps(self.directory)[: -self.keep]:
           shutil.rmtree(self.directory / str(old))
     except Exception as e:  # kept for the thread that trains
@@ -116,7 +116,8 @@ class CheckpointStore:
     items = {name: standard(target) for name, target in targets.items()}
     try:
       stored = self._manager.item_metadata(step)
-      for name, target in targets.items():  # Orbax finds out while it reads, with a dump
+      # Orbax would notice only while it reads, and print the whole tree.
+      for name, target in targets.items():
         misfits = differences(shapes(stored[name]), shapes(target))
         if misfits:
           raise ValueError(f"{name}: {'; '.join(misfits)}")
@@ -130,14 +131,15 @@ class CheckpointStore:
 
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  """{path: shape} of every array, the same for a state and for what Orbax says of it."""
+  """{path: shape} of every array, of a state or of Orbax's metadata of it alike."""
   part = lambda key: str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", ""))))
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {"/".join(map(part, path)): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def differences(stored: dict[str, Any], wanted: dict[str, Any], most: int = 5) -> list[str]:
-  """What differs between two results of `shapes`, at most so many lines, and a count."""
+  """The differences between two results of `shapes`: at most `most` lines, and a count of
+  the others."""
   lines = []
   for name in sorted(stored.keys() | wanted.keys()):
     if name not in stored:

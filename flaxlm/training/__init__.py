@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training: `step` is traced and pure, `loop` is the host and its effects."""
+"""Training: `step` is traced and pure; `loop` is the host's side, with all effects."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good a model is on held-out text: loss, bits per byte, filled masks, BLEU."""
+"""How good a model is on held-out text: loss, bits per byte, masks filled, BLEU."""
 
 import math
 from collections.abc import Callable
@@ -26,7 +26,7 @@ PAIRS_AT_A_TIME = 32
 
 
 class Evaluator:
-  """Loss and what follows from it on the held-out split."""
+  """The loss on the held-out split, and what is computed from it."""
 
   def __init__(
     self,
@@ -36,7 +36,7 @@ class Evaluator:
     num_batches: int | None,
     mesh: Mesh,
   ):
-    """`num_batches` None evaluates on the whole split."""
+    """`num_batches` limits the evaluation; None takes the whole split."""
     self.batches, self.num_batches, self.mesh = batches, num_batches, mesh
     sizes = tokenizer.token_bytes()[: model.cfg.vocab_size]
     padding = model.cfg.vocab_size - len(sizes)
@@ -47,11 +47,11 @@ class Evaluator:
   def __call__(
     self, params: Any, progress: Callable[[], None] = lambda: None
   ) -> dict[str, float]:
-    """Averages over the split's tokens, end-of-text included; bytes are those of text.
-    `progress` is called after each batch.
+    """Averages over the split's tokens, end-of-text tokens included; bytes are the text's.
 
-    A model that fills masks has seen the text around them: instead of bits per byte, which
-    compare with a compressor, it has the share of masks that it fills rightly.
+    `progress` is called after each batch. A model that fills masks sees the text on both
+    sides of them, so bits per byte would not compare with a compressor's: its accuracy is
+    reported instead.
     """
     sums: dict[str, float] = {}
     count = self.batches.num_batches
@@ -67,7 +67,7 @@ class Evaluator:
       return values | {"eval/accuracy": sums["hits"] / sums["tokens"]}
     values["eval/bits_per_byte"] = sums["nats"] / math.log(2) / max(sums["bytes"], 1.0)
     gzip = self.batches.store.gzip_bits_per_byte
-    if gzip is not None and self.num_batches is None:  # then it is of the same text
+    if gzip is not None and self.num_batches is None:  # of the same text
       values["eval/gzip_bits_per_byte"] = gzip
     return values
 
@@ -137,7 +137,7 @@ def translate_run(
 
 
 def split_batches(cfg: ResolvedConfig, store: Store, mesh: Mesh, shuffled: bool) -> Batches:
-  """This process's share of a split: shuffled to train on, in order to evaluate."""
+  """This process's share of a split: shuffled for training, in order for evaluation."""
   parts, num_parts = batch_parts(mesh, jax.process_index())
   return Batches(
     store,

@@ -17,11 +17,11 @@ def cross_entropy(
   """-log softmax(logits)[target] of every token, in nats and float32, (B, T).
 
   `smoothing` spreads that share of the target over the vocabulary (Szegedy et al., 2016,
-  section 7; Vaswani et al., 2017, 5.4), that is over its first `num_ids` where the rest is
-  padding, whose logits are the lowest there are.
+  section 7; Vaswani et al., 2017, 5.4). In a padded vocabulary it is spread over the first
+  `num_ids` ids only: the logits of padding are masked.
   """
   logits_BTV = logits_BTV.astype(jnp.float32)
-  # As a sum, not looked up: a lookup's gradient is a scatter, which nothing fuses with.
+  # A masked sum, because a lookup's gradient is a scatter, which XLA does not fuse.
   is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == jnp.asarray(targets_BT)[..., None]
   target_logits_BT = jnp.where(is_target_BTV, logits_BTV, 0.0).sum(-1)
   if smoothing:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optax chains: clip the gradient, then the update rule, on a schedule."""
+"""Optimizers as Optax chains: clip the gradient, then apply the update rule."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,12 +14,12 @@ from flaxlm.config import OptimizerConfig
 
 
 class Optimizer(NamedTuple):
-  """An Optax gradient transformation that also tells its rate at a step."""
+  """An Optax gradient transformation with its learning-rate schedule."""
 
   init: Callable[[Any], Any]
   update: Callable[[Any, Any, Any], tuple[Any, Any]]
   learning_rate: optax.Schedule
-  sharded: bool = False  # its moments are cut over `data` too
+  sharded: bool = False  # its moments are also sharded over `data`
 
 
 def build_optimizer(cfg: OptimizerConfig, num_steps: int) -> Optimizer:
@@ -32,7 +32,7 @@ def build_optimizer(cfg: OptimizerConfig, num_steps: int) -> Optimizer:
 
 
 def build_schedule(cfg: OptimizerConfig, num_steps: int) -> optax.Schedule:
-  """Learning rate of step 0, 1, ...: linear warm-up from 0 to the peak, then the shape."""
+  """The learning rate of each step: linear warm-up from 0 to the peak, then `schedule`."""
   peak, warmup = cfg.learning_rate, cfg.warmup_steps
   rest = max(1, num_steps - warmup)
   match cfg.schedule:
@@ -57,7 +57,7 @@ def inverse_sqrt(peak: float, start: int, warmup: int, step: jax.Array) -> jax.A
 def build_rule(
   cfg: OptimizerConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-  """The update rule; every kind decays matrices only, in proportion to the rate."""
+  """The update rule. All kinds decay matrices only, in proportion to the learning rate."""
   decay = dict(weight_decay=cfg.weight_decay, mask=decayed)
   match cfg.kind:
     case "adamw":
@@ -65,7 +65,7 @@ def build_rule(
     case "lion":
       return optax.lion(schedule, cfg.beta1, cfg.beta2, **decay)
     case "adafactor":
-      # Its decay is per step, not times the rate: give it the same strength at the peak.
+      # Adafactor's decay is not multiplied by the learning rate: multiply it by the peak.
       return optax.adafactor(
         schedule,
         weight_decay_rate=cfg.weight_decay * cfg.learning_rate or None,
@@ -78,9 +78,9 @@ def build_rule(
         adam_b1=cfg.beta1,
         adam_b2=cfg.beta2,
         muon_weight_dimension_numbers=matrix_dims,
-        consistent_rms=0.2,  # as large as Adam's updates (Liu et al., 2025): one rate fits
+        consistent_rms=0.2,  # updates as large as Adam's: one rate fits (Liu et al., 2025)
       )
-      # Its own decay would not spare the norms and biases that Adam updates.
+      # Muon's own decay would also decay the norms and biases, which Adam updates.
       shrink = optax.add_decayed_weights(lambda t: -cfg.weight_decay * schedule(t), decayed)
       return optax.chain(muon, shrink)
     case "sgd":
@@ -89,21 +89,21 @@ def build_rule(
 
 
 def decayed(params: Any) -> Any:
-  """True for matrices, False for norms and biases; by name, as all are stacked."""
+  """True for matrices, False for norms and biases, by name: stacked, norms are 2-D too."""
   return _map_with_names(lambda names, _: names[-1] in ("kernel", "table"), params)
 
 
 def matrix_dims(params: Any) -> Any:
-  """Muon's view of each stacked kernel as L matrices; None for what Adam should update.
+  """How Muon sees each stacked kernel as L matrices; None for what Adam should update.
 
-  Left to itself, optax would take the 2-D embedding for a matrix and the stacked 3-D
-  kernels for none.
+  By default optax would treat the 2-D embedding as a matrix, and the stacked 3-D kernels
+  as none.
   """
 
   def dims(names: tuple[str, ...], leaf: jax.Array) -> contrib.MuonDimensionNumbers | None:
     if "blocks" not in names or names[-1] != "kernel":
       return None
-    if names[-2] in ("router", "shared_gate"):  # too few columns to be orthogonal
+    if names[-2] in ("router", "shared_gate"):  # too few columns to orthogonalise
       return None
     rows = 2 if names[-2] == "o" else 1  # "LNHD" contracts N and H, the others one dim
     axes = tuple(range(2 if "experts" in names else 1, leaf.ndim))  # "LEDF": a matrix each

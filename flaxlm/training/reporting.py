@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard, log.txt."""
+"""What a run reports: a progress bar or lines, metrics.jsonl, TensorBoard, log.txt."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from flaxlm.runs import LOG, METRICS
 
 
 class Reporter:
-  """Writes for process 0 of a run; the other processes stay silent."""
+  """Reports on a run. Only process 0 (`writes`) writes anything."""
 
   def __init__(self, run_dir: Path, first_step: int, num_steps: int, writes: bool):
     self.num_steps, self.writes = num_steps, writes
@@ -47,14 +47,15 @@ class Reporter:
       self._task = self._bar.add_task("", total=num_steps, completed=first_step)
 
   def log(self, text: str) -> None:
-    """A line for the reader and for log.txt."""
+    """Prints a line, and appends it to log.txt."""
     if self.writes:
       self.console.print(text, markup=False, soft_wrap=True)
       self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
       self._log.flush()
 
   def metrics(self, step: int, values: dict[str, float]) -> None:
-    """One line of metrics.jsonl, one TensorBoard point each, and a word to the reader."""
+    """Writes a line of metrics.jsonl and a TensorBoard point of each value, and shows the
+    progress."""
     if not self.writes:
       return
     self._metrics.write(json.dumps({"step": step, **values}) + "\n")
@@ -65,12 +66,12 @@ class Reporter:
       self._progress(step, values)
 
   def advance(self, step: int) -> None:
-    """Moves the bar of a terminal."""
+    """Moves the progress bar, if there is one."""
     if self._bar is not None:
       self._bar.update(self._task, completed=step)
 
   def end_progress(self) -> None:
-    """Leaves the bar as it is, so that it does not redraw itself into what follows."""
+    """Stops the progress bar, which would otherwise be redrawn into what follows."""
     if self._bar is not None:
       self._bar.stop()
       self._bar = None
@@ -94,19 +95,19 @@ class Reporter:
 
 
 def forget_later_steps(path: Path, last_step: int) -> None:
-  """Drops the lines after `last_step`, which a resumed run will write again."""
+  """Drops the metrics after `last_step`: a resumed run writes those steps again."""
   if not path.exists():
     return
   kept = []
   for line in path.read_text("utf-8").splitlines():
-    with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut by a kill
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short by a kill
       if json.loads(line)["step"] <= last_step:
         kept.append(line)
   write_atomically(path, "".join(f"{line}\n" for line in kept))
 
 
 def import_tensorboard() -> ModuleType:
-  """tensorboardX, without PyTorch: it imports that when installed, 1.4 s for nothing."""
+  """tensorboardX without PyTorch, which it would import if installed, for 1.4 s."""
   hidden: Any = None
   absent = "torch" not in sys.modules
   if absent:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training step: traced, pure, sharded by the names that its parameters carry."""
+"""The training step: traced, pure, and sharded by the logical names of its parameters."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,7 @@ Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-  """All that changes from step to step: what a checkpoint holds."""
+  """Everything that changes from step to step; a checkpoint holds all of it."""
 
   step: Any
   params: Any
@@ -42,9 +42,9 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
   """One optimizer step on one global batch.
 
-  The loss is the mean over the batch's weighted tokens, however it is cut into
-  micro-batches. A step whose loss or gradient is not finite changes nothing but the
-  step counter; `metrics["finite"]` says so.
+  The loss is the mean over the batch's weighted tokens, whatever its micro-batches. If the
+  loss or the gradient is not finite, only the step counter changes, and `metrics["finite"]`
+  is false.
   """
   key = jax.random.fold_in(jax.random.key(seed), state.step)
   num_targets = jnp.maximum(batch.weights_BT.sum(), 1.0)
@@ -62,7 +62,7 @@ def train_step(
 
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  # The gradient is float32; what is stored keeps its own dtype.
+  # The gradient is float32; parameters and moments keep their own dtypes.
   keep = lambda new, old: jnp.where(finite, new, old).astype(old.dtype)
   new_state = TrainState(
     step=state.step + 1,
@@ -80,7 +80,7 @@ def train_step(
 
 
 def tokens_read(batch: Batch) -> jax.Array:
-  """Tokens that are not padding, on both sides: what a speed counts."""
+  """The number of tokens that are not padding, of targets and sources: for the speed."""
   count = jnp.sum(batch.segments_BT > 0, dtype=jnp.float32)
   if batch.source_segments_BS is not None:
     count += jnp.sum(batch.source_segments_BS > 0, dtype=jnp.float32)
@@ -92,7 +92,8 @@ def loss_and_gradient(
 ) -> tuple[jax.Array, Any]:
   """The summed loss over a batch's weighted tokens, and the gradient of what is minimised.
 
-  That is the loss, smoothed, and the experts' own losses, which the loss leaves out.
+  What is minimised is the loss with label smoothing, plus the experts' own losses; the
+  loss that is returned has neither.
   """
 
   def minimised(params: Any) -> tuple[jax.Array, jax.Array]:
@@ -114,10 +115,10 @@ def loss_and_gradient(
 def losses_of(
   model: LanguageModel, cfg: TrainingConfig, params: Any, x_BTD: jax.Array, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
-  """(the summed loss, the same smoothed) of what `hidden` returned.
+  """(the summed loss, the same with label smoothing) of the hidden vectors (B, T, D).
 
-  With `loss_chunks` above 1 the logits (B, T, V), the largest array of a step, are never
-  all there: a chunk of each row at a time, and again in the backward pass.
+  With `loss_chunks` above 1 the logits (B, T, V), the largest array of a step, are computed
+  for a chunk of each row at a time, and again in the backward pass.
   """
 
   def of_chunk(
@@ -168,7 +169,8 @@ def accumulate(
 ) -> tuple[jax.Array, Any]:
   """Sums `function(params, part, key)` over parts of the batch, in float32.
 
-  Part i takes rows i, i + n, i + 2n, ...: each device cuts up its own rows, none move.
+  Part i takes rows i, i + n, i + 2n, ...: each device divides its own rows, and no row
+  moves to another device.
   """
   if num_parts == 1:
     return function(params, batch, key)
@@ -191,8 +193,8 @@ def accumulate(
 def eval_step(
   model: LanguageModel, params: Any, batch: Batch, token_bytes_V: ArrayLike
 ) -> Metrics:
-  """Sums over a batch: loss in nats, tokens, and the bytes of text they stand for; of
-  filled masks also the hits, where the right token was the likeliest."""
+  """Sums over a batch: the loss in nats, the tokens, their bytes of text; for an encoder
+  also the hits, where the likeliest token is the right one."""
   logits_BTV = forward(model, params, batch).value
   nats_BT = cross_entropy(logits_BTV, batch.targets_BT) * batch.weights_BT
   num_bytes_BT = jnp.asarray(token_bytes_V)[batch.targets_BT] * batch.weights_BT
@@ -207,12 +209,12 @@ def eval_step(
   return sums
 
 
-# -- Compiling: the state is born sharded, and stays where it was born --------------------
+# -- Compiling: the state is made sharded, and keeps its layout ----------------------------
 
 
-@functools.lru_cache(maxsize=8)  # a run asks three times, half a second each
+@functools.lru_cache(maxsize=8)  # a run calls it three times, for half a second each
 def abstract_state(model: LanguageModel, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-  """Shapes, dtypes and shardings of the state; computes and allocates nothing."""
+  """The shapes, dtypes and shardings of the state, without computing it."""
   params = abstract_params(model, mesh)
   moments = jax.eval_shape(optimizer.init, params)
   opt_state = like_parameters(moments, params, mesh, optimizer.sharded)
@@ -224,23 +226,23 @@ def abstract_state(model: LanguageModel, optimizer: Optimizer, mesh: Mesh) -> Tr
 def init_state(
   model: LanguageModel, optimizer: Optimizer, mesh: Mesh, seed: int
 ) -> TrainState:
-  """The state of step 0, each shard made on the device that keeps it."""
+  """The state of step 0. Each shard is made on the device that keeps it."""
   abstract = abstract_state(model, optimizer, mesh)
 
   def init(seed: jax.Array) -> TrainState:
     params = nn.unbox(init_params(model, seed))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-  # It runs once, and on a CPU LLVM would take longer over it than it takes to run.
+  # It runs once: on a CPU, full optimisation by LLVM would take longer than running it.
   on_cpu = jax.default_backend() == "cpu"
   options = {"xla_backend_optimization_level": 1} if on_cpu else None
-  # No mesh is set: activations, of one dummy row here, have no layout to keep.
+  # No mesh is set: the activations are those of one dummy row, and need no layout.
   jitted = jax.jit(init, out_shardings=shardings_of(abstract), compiler_options=options)
   return jitted(np.uint32(seed))
 
 
 class TrainStep:
-  """A jitted training step that finds its mesh."""
+  """A jitted training step, which sets its mesh."""
 
   def __init__(self, jitted: Any, mesh: Mesh):
     self._jitted, self._mesh = jitted, mesh
@@ -252,7 +254,7 @@ class TrainStep:
       return self._jitted(state, batch, seed)
 
   def lower(self, state: TrainState, batch: Batch, seed: Any) -> jax.stages.Lowered:
-    """For abstract arguments; once compiled, calls with such arguments find it."""
+    """Lowers the step for abstract arguments. Once it is compiled, calls reuse it."""
     with use_mesh(self._mesh):
       return self._jitted.lower(state, batch, seed)
 
@@ -260,7 +262,7 @@ class TrainStep:
 def compile_train_step(
   model: LanguageModel, optimizer: Optimizer, cfg: TrainingConfig, mesh: Mesh
 ) -> TrainStep:
-  """`train_step` under `jit`: the state donated, its layout the same going in and out."""
+  """`train_step` under `jit`. The state is donated, and keeps its layout."""
   step = functools.partial(train_step, model, optimizer, cfg)
   state_shardings = shardings_of(abstract_state(model, optimizer, mesh))
   replicated = NamedSharding(mesh, PartitionSpec())
@@ -277,7 +279,7 @@ SEED = jax.ShapeDtypeStruct((), jax.numpy.uint32)
 
 
 def abstract_batch(cfg: DataConfig, mesh: Mesh) -> Batch:
-  """Shapes, dtypes and shardings of a global batch."""
+  """The shapes, dtypes and shardings of a global batch."""
   sharding = batch_sharding(mesh)
 
   def array(length: int, dtype: Any) -> Any:
@@ -295,7 +297,7 @@ def compile_eval_step(
 ) -> Callable[[Any, Batch, ArrayLike], Metrics]:
   """`eval_step` under `jit`."""
   step = functools.partial(eval_step, model)
-  # Every process reads the sums.
+  # The sums are replicated: every process reads them.
   jitted = jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
   return use_mesh(mesh)(jitted)
 
@@ -305,7 +307,7 @@ def shardings_of(tree: Any) -> Any:
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-  """This process's rows of a global batch, in the order of its parts, on its devices."""
+  """The global batch on the devices, from this process's rows in the order of its parts."""
   sharding = batch_sharding(mesh)
   parts, num_parts = batch_parts(mesh, jax.process_index())
 

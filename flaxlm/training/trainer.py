@@ -68,8 +68,8 @@ class Trainer:
           self.reporter.log(f"the data end after step {step}: {training.num_steps} asked")
           break
         if jax.default_backend() == "cpu":
-          # While something is still being computed, the next program runs in a thread of
-          # the pool, and so would all after it: their memory is mapped anew each time.
+          # A program that is dispatched while another one runs is run by a pool's thread,
+          # and so are all that follow; their memory is mapped from the kernel each time.
           jax.block_until_ready(state)
         state, metrics = self.train_step(state, put_batch(batch, self.mesh), seed)
         step += 1
@@ -101,7 +101,8 @@ class Trainer:
     return state, 0
 
   def report(self, pending: tuple[int, Metrics] | None) -> None:
-    """Waits for a step's metrics and writes them; stops a run that has diverged."""
+    """Waits for a step's metrics and writes them. Raises `NonFiniteError` if the run has
+    diverged."""
     if pending is None:
       return
     step, metrics = pending
@@ -137,21 +138,21 @@ class Trainer:
     self.reporter.log(f"step {step:>6}  held-out: {describe_evaluation(values)}")
 
   def save(self, step: int, state: TrainState) -> None:
-    # The next batch has the step's number: nothing else is needed to go on with the data.
+    # Batch n belongs to step n, so the step is all that resuming the data needs.
     progress = {"step": step, "corpus": self.fingerprint}
     self.watchdog.progress()
     self.store.save(step, state.params, state.opt_state, progress)
 
 
 class Clock:
-  """Rates over blocks of steps; a block ends when its last step's result was read."""
+  """Rates over blocks of steps. A block ends when the host has read its last result."""
 
   def __init__(self):
     self.first_step_done = False
     self.restart()
 
   def restart(self) -> None:
-    """Leaves out what is not training: evaluation, saving, and compiling before it."""
+    """Begins a block, which leaves out the evaluation, saving or compiling before it."""
     self.started = time.perf_counter()
     self.tokens = self.data_seconds = 0.0
 
@@ -169,7 +170,7 @@ class Clock:
       self.restart()
 
   def rates(self) -> dict[str, float]:
-    """Tokens per second and the share of time spent waiting for data, of this block."""
+    """This block's tokens per second, and its share of time spent waiting for data."""
     seconds = time.perf_counter() - self.started
     rates = {}
     if self.tokens:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ends a run that makes no progress: a stuck process would hold all others for ever.
+"""Ends a run that makes no progress: all processes would wait for a stuck one for ever.
 
-A collective waits for a process that is alive but stuck without any limit, while its
-heartbeat goes on: 33 minutes on 512 GPUs without a line (jax#38503), 4.5 hours at a
-barrier of 704 processes (marin#7344).
+A collective has no time limit, and the heartbeat of a stuck process goes on: 512 GPUs
+waited 33 minutes without a line (jax#38503), 704 processes 4.5 hours at a barrier
+(marin#7344).
 """
 
 import contextlib
@@ -16,16 +16,18 @@ from collections.abc import Callable, Iterator
 
 from flaxlm.errors import HangError
 
-# Our own thread may not get the interpreter's lock; faulthandler's, later, needs none.
+# Our own thread may never get the interpreter's lock. faulthandler's thread needs no lock:
+# it ends the process this many seconds later.
 SECOND_TRY = 30.0
-SET_AGAIN = 10.0  # it costs a thread each time
+SET_AGAIN = 10.0  # seconds at least: each time starts a thread
 
 
 class Watchdog:
-  """Armed by `progress`, from call to call; off until the first, and while `resting`."""
+  """Ends the process if `progress` is not called for `seconds`; off until the first call,
+  and while `resting`."""
 
   def __init__(self, seconds: float | None, say: Callable[[HangError], None]):
-    """`say` hears of the error before the process ends with its exit code."""
+    """`say` is called with the error before the process ends with its exit code."""
     self.seconds, self._say = seconds, say
     self._deadline: float | None = None
     self._set_at = -SET_AGAIN
@@ -35,7 +37,7 @@ class Watchdog:
       threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
   def progress(self) -> None:
-    """Something got done: the time starts again."""
+    """Starts the time again."""
     if self.seconds is None:
       return
     now = time.monotonic()
@@ -49,7 +51,7 @@ class Watchdog:
 
   @contextlib.contextmanager
   def resting(self) -> Iterator[None]:
-    """For what takes its time, such as compiling."""
+    """Off for a block that may take long, such as compiling."""
     armed = self._deadline is not None
     self._disarm()
     try:
