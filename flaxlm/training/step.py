@@ -233,7 +233,7 @@ def init_state(
     params = nn.unbox(init_params(model, seed))
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-  # It runs once, and on a CPU LLVM would take longer over it than it takes to run.
+  # It runs once: on a CPU, full optimisation by LLVM would take longer than running it.
   on_cpu = jax.default_backend() == "cpu"
   options = {"xla_backend_optimization_level": 1} if on_cpu else None
   # No mesh is set: the activations are those of one dummy row, and need no layout.
