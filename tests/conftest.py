@@ -52,6 +52,21 @@ hypothesis.settings.load_profile("untimed")
 ROOT = Path(__file__).parent.parent
 
 
+# The modules that take longest begin first, so that the workers end together: each worker
+# takes a module at a time, and pytest-xdist would go by the number of its tests.
+LONGEST = (
+  *("test_slow", "test_commands", "test_agreement", "test_training_laws", "test_docs"),
+  *("test_decoder_laws", "test_golden", "test_pipeline_laws", "test_family_laws"),
+  *("test_moe", "test_attention_kernels", "test_rnn", "test_transfer", "test_beams"),
+  *("test_training", "test_prefill", "test_jobs", "test_layout", "test_step_reference"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  rank = {name: number for number, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def cache_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
   """One data directory for all tests that run commands: prepared once, compiled once."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Beam search: one beam is greedy, all beams are exhaustive search, for every family."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -28,6 +29,7 @@ FAMILIES = {
 EOS = 0
 
 
+@functools.cache
 def model_of(name: str) -> tuple[LanguageModel, Any]:
   """A model whose choices are far apart."""
   model = build_model(FAMILIES[name])
@@ -83,7 +85,8 @@ def test_enough_beams_find_the_best_of_all(name: str, alpha: float):
   source = {}
   if request.sources is not None:
     source = {"source": Source(np.array([request.sources[0]] * len(texts)))}
-  logits = model.apply({"params": params}, tokens_BT, **source).value[..., :num_ids]
+  apply = jax.jit(lambda p, t, source: model.apply({"params": p}, t, **source).value)
+  logits = apply(params, tokens_BT, source)[..., :num_ids]
   logprobs = np.asarray(jax.nn.log_softmax(logits, -1))
   start = len(request.prompts[0]) - 1
   scores = [

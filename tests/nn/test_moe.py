@@ -298,7 +298,7 @@ def test_rows_are_cut_over_context_and_a_single_token_is_not():
   params = nn.unbox(jax.jit(moe.init)(jax.random.key(0), rows))
   for x_BTD in (rows, rows[:, :1]):
     real_BT = np.ones(x_BTD.shape[:2], bool)
-    expected, _ = moe.apply(params, x_BTD, real_BT)
+    expected, _ = jax.jit(moe.apply)(params, x_BTD, real_BT)
     with jax.set_mesh(make_mesh({"data": 2, "context": 4})):
       actual, _ = jax.jit(moe.apply)(params, x_BTD, real_BT)
     np.testing.assert_allclose(actual, expected, atol=1e-5)

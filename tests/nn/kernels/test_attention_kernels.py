@@ -111,8 +111,9 @@ def test_cudnn_is_asked_for_the_same(way, packed, asked):
   sight = Sight(visible(Placement(slots, segments, segments), T, *options.values()))
   sinks = options["sink_tokens"]
   reach = Reach(None if sinks else options["window"], not packed and not sinks)
-  expected, _ = attend(q, k, v, sight, Scoring(0.3))
-  actual = attend_cudnn(q, k, v, sight, Scoring(0.3), reach if options["causal"] else None)
+  reach = reach if options["causal"] else None
+  expected = jax.jit(lambda *qkv: attend(*qkv, sight, Scoring(0.3))[0])(q, k, v)
+  actual = jax.jit(lambda *qkv: attend_cudnn(*qkv, sight, Scoring(0.3), reach))(q, k, v)
   np.testing.assert_allclose(actual, expected, atol=3e-5)
   # A mask is a bias of all scores: only what cuDNN cannot know otherwise is one.
   known = options["causal"] and not packed and not sinks
@@ -135,11 +136,11 @@ def test_prompts_are_read_by_cudnn_where_it_can(window, asked, monkeypatch):
   ).resolve()
   prompts = [[*range(1, 60)] * 4, [*range(9, 50)], [7]]
   request = Request(prompts, 3, num_ids=64)
+  params = jax.jit(lambda: nn.unbox(init_params(build_model(cfg), 0)))()
   found = []
   for on_gpu, wanted in ((True, "blocked"), (True, "auto"), (False, "cudnn")):
     run = TrainingConfig(dtype="bfloat16", attention=wanted)
     model = build_model(cfg, run, kernel_head_dim=256 * on_gpu)
-    params = jax.jit(lambda m=model: nn.unbox(init_params(m, 0)))()
     asked.clear()
     logits_BV, _ = prefill_prompts(model, params, request, mesh=None)
     assert len(asked) == (2 if on_gpu and wanted == "auto" else 0)
