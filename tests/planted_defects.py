@@ -841,8 +841,8 @@ DECODING = [
   Defect(
     "jobs of one file all draw with one seed",
     "flaxlm/decoding/jobs.py",
-    "(defaults.settings.seed + index) % 2**31",
-    "(defaults.settings.seed + 0 * index) % 2**31",
+    "(defaults.settings.seed + number) % 2**31",
+    "(defaults.settings.seed + 0 * number) % 2**31",
     "decoding/test_jobs.py",
   ),
   Defect(
