@@ -4,7 +4,8 @@
 
 Without RUN: the newest one under runs/. The same as `flaxlm infer`.
 
-The way from here to the drawn token, each name in the source of the one before:
+The way from here to the drawn token; each name stands in the source of the one before, or
+of its class:
 
 `infer.py` -> `cli.main` -> `build_parser` -> `commands.infer.add_infer` -> `run_infer` ->
 `print_completions` -> `decoding.completions.complete` -> `complete_request` ->

@@ -5,7 +5,8 @@
 Without arguments: a small decoder on Python's own standard library, about 3 minutes on a
 laptop. The same as `flaxlm train`.
 
-The way from here to the softmax of attention, each name in the source of the one before:
+The way from here to the softmax of attention; each name stands in the source of the one
+before, or of its class:
 
 `train.py` -> `cli.main` -> `build_parser` -> `commands.train.add_train` -> `run_train` ->
 `training.loop.train` -> `training.program.Compiler.start` -> `build_program` ->

@@ -17,7 +17,7 @@ from flaxlm.errors import CheckpointError, ConfigError
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
 METRICS, LOG, SAMPLE = "metrics.jsonl", "log.txt", "sample.txt"
-KEPT = "huggingface"  # the files that came with an imported checkpoint
+IMPORTED_FILES = "huggingface"  # the files that came with an imported checkpoint
 
 # A run resumes only with the data and the parameters that it began with.
 FIXED_FIELDS = ("model.", "tokenizer.", "data.", "seed", "optimizer.kind")

@@ -185,8 +185,8 @@ NN = [
   Defect(
     "all layers drop the same units",
     "flaxlm/nn/stack.py",
-    'jax.random.split(self.make_rng("dropout"), self.depth)',
-    'jnp.stack([self.make_rng("dropout")] * self.depth)',
+    'jax.random.split(self.make_rng("dropout"), self.cfg.depth)',
+    'jnp.stack([self.make_rng("dropout")] * self.cfg.depth)',
     "training/test_step_reference.py",
   ),
   Defect(
@@ -260,14 +260,14 @@ NN = [
   ),
   Defect(
     "a gated feed-forward applies the nonlinearity to the wrong half",
-    "flaxlm/nn/kernels/fused.py",
+    "flaxlm/nn/kernels/fusion.py",
     "activate(gate, kind) * h",
     "activate(h, kind) * gate",
     "nn/test_models.py",
   ),
   Defect(
     "gelu is always the approximation",
-    "flaxlm/nn/kernels/fused.py",
+    "flaxlm/nn/kernels/fusion.py",
     "return jax.nn.gelu(x, approximate=False)",
     "return jax.nn.gelu(x, approximate=True)",
     "nn/test_variants.py",

@@ -309,8 +309,14 @@ def test_a_tokenizers_vocabulary_is_padded_to_a_multiple_of_64(size: int, rows: 
   assert model.num_ids == size and model.is_padded == (rows > size)
 
 
+SEQ2SEQ = ["--model.family=encoder_decoder", "--data.objective=seq2seq"]
+
 # One failing example of each rule of `_contradictions`, and its nearest working neighbour.
 CONTRADICTIONS = {
+  "model.parallel=one_norm leaves an encoder_decoder no cross-attention": (
+    [*SEQ2SEQ, "--model.parallel=one_norm"],
+    SEQ2SEQ,
+  ),
   "model.width=100 is not a multiple of model.num_heads=8": (
     ["--model.width=100", "--model.num_heads=8"],
     ["--model.width=96", "--model.num_heads=8"],

@@ -25,7 +25,7 @@ from flaxlm.benchmark.suites.matmul import multiply
 from flaxlm.config import OptimizerConfig, ResolvedConfig, ResolvedModel, mesh_shape
 from flaxlm.data.objectives import next_token
 from flaxlm.nn.kernels.cudnn import attend_cudnn
-from flaxlm.nn.kernels.fused import activate
+from flaxlm.nn.kernels.fusion import activate
 from flaxlm.nn.layers import build_norm
 from flaxlm.nn.masks import Placement, Reach, Scoring, Sight, visible
 from flaxlm.nn.models import build_model

@@ -120,6 +120,11 @@ def _model_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
       f"model.rope.slow_turns={rope.slow_turns}",
       "llama3 has 4 and 1, yarn 32 and 1",
     )
+  if model.parallel != "none" and model.family == "encoder_decoder":
+    yield (
+      f"model.parallel={model.parallel} leaves an encoder_decoder no cross-attention",
+      "--model.parallel=none",
+    )
   if model.parallel != "none" and model.norm_placement != "pre":
     yield (
       f"model.parallel={model.parallel} with model.norm_placement={model.norm_placement}",

@@ -195,7 +195,9 @@ class ModelConfig:
       vocab_size=vocab_size,
       num_ids=num_ids or vocab_size,
       rope=ResolvedRope(**fields_of(self.rope) | dict(original_context=original_context)),
-      attention_scale=self.attention_scale or head_dim**-0.5,
+      attention_scale=(
+        head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+      ),
       moe=ResolvedMoE(**fields_of(self.moe) | dict(expert_width=expert_width)),
       qkv_biased=self.biased if self.qkv_biased is None else self.qkv_biased,
       o_biased=self.biased if self.o_biased is None else self.o_biased,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxlm.errors import ConfigError, DataError
-from flaxlm.runs import KEPT
+from flaxlm.runs import IMPORTED_FILES
 
 TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 Message = dict[str, str]  # "role" (system, user, assistant) and "content"
@@ -21,7 +21,7 @@ def load_chat(run_dir: Path) -> Callable[[Sequence[Message]], str] | None:
   raises `DataError` if the template fails.
   """
   settings: dict[str, Any] = {}
-  folder = run_dir / KEPT
+  folder = run_dir / IMPORTED_FILES
   try:
     if (folder / TOKENIZER_CONFIG).is_file():
       settings = json.loads((folder / TOKENIZER_CONFIG).read_text("utf-8"))

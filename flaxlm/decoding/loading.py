@@ -53,7 +53,10 @@ def load_run(
   tokenizer: Any = None
   if needs_text or (path / TOKENIZER).exists():
     tokenizer = load_tokenizer(path / TOKENIZER)
-  model = build_model(cfg.model, cfg.training, kernel_head_dim())
+  training = cfg.training
+  if training.attention == "cudnn":  # these need not be the devices that it was trained on
+    training = dataclasses.replace(training, attention="auto")
+  model = build_model(cfg.model, training, kernel_head_dim())
   store = CheckpointStore(path / CHECKPOINTS)
   try:
     params = store.restore(step, params=abstract_params(model, mesh))["params"]

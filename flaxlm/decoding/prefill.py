@@ -120,7 +120,7 @@ class CachedPrefix(NamedTuple):
     All or none: a KV cache can be cut back to them, but an RNN keeps only its last state.
     """
     num_back = len(self.tokens) - num_common
-    return num_common if self.cache.can_return(cfg, num_back) else 0
+    return num_common if self.cache.can_rewind(cfg, num_back) else 0
 
 
 def prefill_prompts(
@@ -140,19 +140,20 @@ def prefill_prompts(
   rows = [(tuple(p), tuple(s)) for p, s in zip(request.prompts, sources, strict=True)]
   unique = {row: number for number, row in enumerate(dict.fromkeys(rows))}
   prompts, sources = ([*column] for column in zip(*unique, strict=True))
-  batch, shared = batch_of(len(prompts)), 0
+  batch, shared, is_cached = batch_of(len(prompts)), 0, False
   if request.sources is None:
-    shared = shared_prefix(model.cfg, prompts, prefix)
+    shared, is_cached = shared_prefix(model.cfg, prompts, prefix)
   slots = request.slots(shared)
   if request.sources is not None:
     source_BS, source_lengths_B = pad_rows(sources, batch)
     cache = init_cache_with_source(model, params, source_BS, source_lengths_B, slots)
   elif shared:
-    if prefix is None or shared > len(prefix.tokens):
+    if is_cached:
+      assert prefix is not None
+      cache = prefix.cache
+    else:
       cache = init_empty_cache(model, shards, slots)
       _, cache = prefill_rows(model, params, [prompts[0][:shared]], cache)
-    else:
-      cache = prefix.cache
     rows_B = np.zeros(batch, np.int32)
     cache = repeat_prefix(model.cfg, cache, rows_B, np.int32(shared), slots)
   else:
@@ -168,8 +169,8 @@ def prefill_prompts(
 
 def shared_prefix(
   cfg: ResolvedModel, prompts: Sequence[Sequence[int]], prefix: CachedPrefix | None
-) -> int:
-  """How many first tokens all rows can get from one cache, instead of reading them.
+) -> tuple[int, bool]:
+  """How many first tokens all rows can get from one cache, and whether `prefix` has them.
 
   At least one token of each prompt is always read. A prefix that all prompts share is
   read in a pass of its own only if it is long enough, and longer than the cached one.
@@ -181,9 +182,9 @@ def shared_prefix(
   if prefix is not None:
     num_common = common_length(prefix.tokens, first, shared_by_all)
     cached = prefix.reusable_length(cfg, num_common)
-  if len(prompts) == 1 or shared_by_all < SMALLEST_PREFIX:
-    return cached
-  return max(cached, shared_by_all)
+  if len(prompts) == 1 or shared_by_all < SMALLEST_PREFIX or cached == shared_by_all:
+    return cached, True
+  return shared_by_all, False
 
 
 def common_length(first: Sequence[int], second: Sequence[int], most: int) -> int:

@@ -28,9 +28,13 @@ def prepare_params(params: Any, cfg: ResolvedModel, kind: str | None = None) -> 
 
   `kind` is the dtype that matrices are stored in; None keeps theirs. int8 matrices have a
   scale for each output. Norms, biases and experts, which are no matrices, keep their dtype.
+  Parameters that are laid out already are returned as they are; `ValueError` if `kind`
+  asks for another dtype.
   """
   assert kind is None or kind in KINDS
   if is_laid_out_for_decoding(params):
+    if kind is not None:
+      raise ValueError(f"the parameters are laid out already: too late for kind={kind!r}")
     return params
   prepared = {}
   for path, leaf in flatten_dict(params).items():

@@ -31,7 +31,7 @@ from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.family import Family
 from flaxlm.interop.huggingface import Loaded, describe, load_checkpoint, save_checkpoint
 from flaxlm.interop.settings import Settings, read_json
-from flaxlm.runs import CHECKPOINTS, CONFIG, KEPT, TOKENIZER
+from flaxlm.runs import CHECKPOINTS, CONFIG, IMPORTED_FILES, TOKENIZER
 from flaxlm.tokenizers.imported import (
   SPECIALS,
   ImportedTokenizer,
@@ -85,10 +85,10 @@ def import_run(
       store.save(0, loaded.params, None, {"step": 0, "corpus": None})
     finally:
       store.close()
-    (partial / KEPT).mkdir()
+    (partial / IMPORTED_FILES).mkdir()
     for name in (CONFIG, *COPIED):
       if (folder / name).is_file() and (folder / name).stat().st_size <= MAX_FILE_BYTES:
-        shutil.copyfile(folder / name, partial / KEPT / name)
+        shutil.copyfile(folder / name, partial / IMPORTED_FILES / name)
     (partial / CONFIG).write_text(to_json(run_config(loaded, run_dir)), "utf-8")
   return loaded, notes
 
@@ -161,7 +161,7 @@ def export_run(run: Run, folder: Path, dtype: str | None, most: int) -> Family:
   `dtype` None is that of the parameters; a file has at most `most` bytes. Raises
   `CheckpointError` if no Hugging Face family can express the model.
   """
-  kept = run.path / KEPT
+  kept = run.path / IMPORTED_FILES
   origin = read_json(kept / CONFIG) if (kept / CONFIG).is_file() else {}
   imported_from = origin.get("model_type")
   family = find_fitting(
@@ -204,8 +204,8 @@ def find_fitting(run: Run, families: Iterable[Family]) -> Family:
 def copy_kept(run_dir: Path, folder: Path) -> None:
   """Copies the files that came with an imported run."""
   for name in COPIED:
-    if (run_dir / KEPT / name).is_file():
-      shutil.copyfile(run_dir / KEPT / name, folder / name)
+    if (run_dir / IMPORTED_FILES / name).is_file():
+      shutil.copyfile(run_dir / IMPORTED_FILES / name, folder / name)
   if (run_dir / TOKENIZER).is_file():
     shutil.copyfile(run_dir / TOKENIZER, folder / TOKENIZER)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from flaxlm.config import ResolvedModel
 from flaxlm.nn.execution import Execution
-from flaxlm.nn.kernels.fused import activate
+from flaxlm.nn.kernels.fusion import activate
 from flaxlm.nn.layers import Einsum, Embedding, build_norm
 from flaxlm.nn.masks import LOWEST
 from flaxlm.nn.vocabulary import mask_padding_ids

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flaxlm.config import ResolvedModel
 from flaxlm.nn.attention import Attention
-from flaxlm.nn.cache import Place, write
+from flaxlm.nn.cache import CacheSlots, write
 from flaxlm.nn.execution import ATTENTION, Execution
 from flaxlm.nn.layers import FeedForward, build_norm
 from flaxlm.nn.masks import Reach, Sight
@@ -22,7 +22,7 @@ class LayerContext(NamedTuple):
 
   sight: Sight  # what self-attention sees
   reach: Reach | None = None  # what its kernels may skip; None: nothing
-  place: Place | None = None  # where new tokens go in the cache; None without a cache
+  cache_slots: CacheSlots | None = None  # for the new tokens; None without a cache
   source_BSD: Any = None  # the encoder's output; None without an encoder, or if cached
   source_sight: Sight | None = None  # what cross-attention sees of it
   real_BT: jax.Array | None = None  # False on padding; None: there is no padding
@@ -79,26 +79,26 @@ class Block(nn.Module):
 
     `cache` is None, (keys, values), or (keys, values, source keys, source values).
     """
-    h_BTD = self.before("attention", x_BTD)
+    h_BTD = self.branch_input("attention", x_BTD)
     y_BTD, new_cache, maps = self.attend(h_BTD, cache, context, capture)
     if self.cfg.parallel != "none":  # both branches read the same x (GPT-J, PaLM)
-      g_BTD = h_BTD if self.cfg.parallel == "one_norm" else self.before("ffn", x_BTD)
+      g_BTD = h_BTD if self.cfg.parallel == "one_norm" else self.branch_input("ffn", x_BTD)
       x_BTD = self.add("attention", x_BTD, y_BTD, deterministic)
     else:
       x_BTD = self.add("attention", x_BTD, y_BTD, deterministic)
       if self.reads_source:
-        h_BTD = self.before("cross_attention", x_BTD)
+        h_BTD = self.branch_input("cross_attention", x_BTD)
         y_BTD, cross_maps = self.attend_to_source(h_BTD, cache, context, capture)
         x_BTD = self.add("cross_attention", x_BTD, y_BTD, deterministic)
         maps |= cross_maps
-      g_BTD = self.before("ffn", x_BTD)
+      g_BTD = self.branch_input("ffn", x_BTD)
     y_BTD, losses = self.feed_forward(g_BTD, context, cached=cache is not None)
     x_BTD = self.add("ffn", x_BTD, y_BTD, deterministic)
     return on_share(x_BTD, self.run), LayerOutput(new_cache, losses, maps)
 
   # -- The residual stream
 
-  def before(self, branch: str, x_BTD: jax.Array) -> jax.Array:
+  def branch_input(self, branch: str, x_BTD: jax.Array) -> jax.Array:
     """The input of a branch: norm(x), or x."""
     if self.cfg.norm_placement in {"pre", "both"}:
       x_BTD = getattr(self, f"{branch}_norm")(x_BTD)
@@ -125,8 +125,8 @@ class Block(nn.Module):
     keys_values = self.attention.keys_values(x_BTD, context.sight.cos_sin)
     new_cache = None
     if cache is not None:
-      assert context.place is not None
-      new_cache = keys_values = write(cache[:2], keys_values, context.place)
+      assert context.cache_slots is not None
+      new_cache = keys_values = write(cache[:2], keys_values, context.cache_slots)
     cached = cache is not None
     y_BTD, weights_BNTS = self.attention(
       x_BTD, context.sight, keys_values, context.reach, cached, capture

@@ -80,7 +80,7 @@ class KVCache(NamedTuple):
       layers.append(jax.tree.map(change, kv))
     return self._replace(layers=tuple(layers))
 
-  def can_return(self, cfg: ResolvedModel, num_tokens: int) -> bool:
+  def can_rewind(self, cfg: ResolvedModel, num_tokens: int) -> bool:
     """Whether smaller lengths alone restore the cache of `num_tokens` tokens ago."""
     ring = cfg.ring_slots
     if num_tokens <= MAX_TAKEN_BACK or ring is None or "L" not in cfg.period:
@@ -132,7 +132,7 @@ def tokens_in_ring(ends_B: jax.Array, num_slots: int, sink_tokens: int) -> jax.A
   return jnp.where(slots_S < sink_tokens, slots_S, turns_BS)
 
 
-class Place(NamedTuple):
+class CacheSlots(NamedTuple):
   """Where a layer's new tokens go in its cache."""
 
   first_slots_B: jax.Array
@@ -143,31 +143,31 @@ class Place(NamedTuple):
 
 def cached_keys(
   cfg: ResolvedModel, cache: KVCache, kind: str, where: Placement
-) -> tuple[Placement, int, Place]:
+) -> tuple[Placement, int, CacheSlots]:
   """For the layers of one kind: the placement of their keys, their number of slots, and
   where the new tokens go."""
   num_new, first_slots_B = where.query_slots_BT.shape[1], where.query_slots_BT[:, 0]
   num_keys = num_slots(cache.layers[cfg.layer_kinds().index(kind)])
   if kind == "G" or cfg.ring_slots is None:
-    return where, num_keys, Place(first_slots_B)
+    return where, num_keys, CacheSlots(first_slots_B)
   ring = (num_keys, cfg.sink_tokens)
   tokens_BS = tokens_in_ring(first_slots_B + num_new, *ring)
   where = where._replace(key_slots_BS=tokens_BS)
   if num_new == 1:
-    return where, num_keys, Place(slot_in_ring(first_slots_B, *ring))
+    return where, num_keys, CacheSlots(slot_in_ring(first_slots_B, *ring))
   # More new tokens would overwrite keys that the first of them still sees.
   assert num_keys < cfg.ring_slots or num_new <= MAX_NEW_IN_RING, "prompts come in chunks"
-  return where, num_keys, Place(first_slots_B, tokens_BS)
+  return where, num_keys, CacheSlots(first_slots_B, tokens_BS)
 
 
 # -- Writing ------------------------------------------------------------------------------
 
 
-def write(cache: Any, new: Any, place: Place) -> Any:
+def write(cache: Any, new: Any, slots: CacheSlots) -> Any:
   """A layer's (keys, values) with T new ones of each row, (B, T, K, H), written in."""
-  if place.ring_BS is not None:
-    return write_ring(cache, new, place.first_slots_B, place.ring_BS)
-  return write_slots(cache, new, place.first_slots_B)
+  if slots.ring_BS is not None:
+    return write_ring(cache, new, slots.first_slots_B, slots.ring_BS)
+  return write_slots(cache, new, slots.first_slots_B)
 
 
 def write_slots(cache: Any, new: Any, first_slots_B: jax.Array) -> Any:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a model runs: dtypes, kernels, the loop over its layers, rematerialisation.
 
-Nothing here changes a parameter or a shape. Layers have one parameter layout, stacked along
-L. They run as a loop (`run_scanned`) or unrolled (`run_unrolled`), and `REMAT_POLICIES`
-says what each layer keeps for the backward pass.
+None of this changes what the parameters are. In training and in checkpoints the layers'
+parameters are stacked along L; decoding keeps a dict for each layer (`is_split`). Layers
+run as a loop (`run_scanned`) or unrolled (`run_unrolled`), and `REMAT_POLICIES` says what
+each layer keeps for the backward pass.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-  """How a model runs. Changing any of this changes no parameter and no shape."""
+  """How a model runs, for models that have the same parameters."""
 
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
@@ -53,15 +54,18 @@ REMAT_POLICIES = {
 }
 
 
-def with_remat(layer: "Layer", run: Execution) -> "Layer":
-  """The layer, keeping for its backward pass only what `run.remat` says."""
+def with_remat(layer: "Layer", run: Execution, is_looped: bool) -> "Layer":
+  """The layer, keeping for its backward pass only what `run.remat` says.
+
+  Outside a loop, XLA has to be kept from merging what is computed twice into one.
+  """
   if run.remat == "none":
     return layer
   policy = REMAT_POLICIES[run.remat]
-  return jax.checkpoint(layer, policy=policy, prevent_cse=not run.scanned)
+  return jax.checkpoint(layer, policy=policy, prevent_cse=not is_looped)
 
 
-def stacked(module: type[nn.Module], depth: int, in_axes: tuple) -> Any:
+def stacked_class(module: type[nn.Module], depth: int, in_axes: tuple) -> Any:
   """A class of `depth` copies of `module`, whose parameters are stacked along L.
 
   It only initialises the parameters; `run_scanned` and `run_unrolled` run the layers.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxlm.config import ResolvedModel
-from flaxlm.nn.kernels.fused import activated, normalised
+from flaxlm.nn.kernels.fusion import activated, normalised
 from flaxlm.nn.kernels.products import matrix_dot, rows_dot
 from flaxlm.sharding import constrain
 

@@ -82,7 +82,7 @@ class Decoder(LanguageModel):
   """A decoder-only transformer (Radford et al., 2018): each token sees earlier ones."""
 
   def setup_body(self) -> None:
-    self.stack = Stack(self.cfg, self.run, self.cfg.depth)
+    self.stack = Stack(self.cfg, self.run)
     nn.share_scope(self, self.stack)
 
   def hidden(
@@ -101,7 +101,7 @@ class Encoder(LanguageModel):
   """An encoder (Devlin et al., 2019): each token sees all of its document."""
 
   def setup_body(self) -> None:
-    self.stack = Stack(self.cfg, self.run, self.cfg.depth, causal=False)
+    self.stack = Stack(self.cfg, self.run, causal=False)
     nn.share_scope(self, self.stack)
     if self.cfg.pooler:
       self.pooler = dense(self.cfg, self.run)
@@ -132,8 +132,8 @@ class EncoderDecoder(LanguageModel):
   def setup_body(self) -> None:
     cfg, run = self.cfg, self.run
     encoder_cfg = dataclasses.replace(cfg, depth=cfg.encoder_depth)
-    self.encoder = Stack(encoder_cfg, run, cfg.encoder_depth, causal=False)
-    self.decoder = Stack(cfg, run, cfg.depth, reads_source=True)
+    self.encoder = Stack(encoder_cfg, run, causal=False)
+    self.decoder = Stack(cfg, run, reads_source=True)
 
   def encode(self, source: Source, **options: Any) -> Output:
     """The encoder's output (B, S, D)."""
@@ -150,19 +150,19 @@ class EncoderDecoder(LanguageModel):
     **options: Any,
   ) -> Output:
     """The decoder's output (B, T, D); the source is `source`, or is in `cache`."""
-    memory, encoded = None, Output(None, losses={}, attention={})
+    encoded_source, encoded = None, Output(None, losses={}, attention={})
     if cache is None:
       assert source is not None, "an encoder-decoder needs a source"
       passed = {k: v for k, v in options.items() if k in {"deterministic", "capture"}}
       encoded = self.encode(source, **passed)
-      memory = (encoded.value, source.segments_BS)
+      encoded_source = (encoded.value, source.segments_BS)
     output = Output(
       *self.decoder(
         self.embed(tokens_BT),
         positions_BT,
         segments_BT,
         cache=cache,
-        memory=memory,
+        source=encoded_source,
         **options,
       )
     )
@@ -178,8 +178,8 @@ class EncoderDecoder(LanguageModel):
     segments_BS = source.segments_BS
     if segments_BS is None:
       segments_BS = jnp.ones_like(source.tokens_BS)
-    memory_BSD = self.encode(source._replace(segments_BS=segments_BS)).value
-    known = self.decoder.source_cache(memory_BSD, segments_BS)
+    source_BSD = self.encode(source._replace(segments_BS=segments_BS)).value
+    known = self.decoder.source_cache(source_BSD, segments_BS)
     empty = empty_cache(self.cfg, batch, slots, cache_dtype(self.run))
     return empty._replace(source=known)
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxlm.config import ResolvedModel
-from flaxlm.nn.kernels.fused import activate
+from flaxlm.nn.kernels.fusion import activate
 from flaxlm.nn.layers import Einsum, FeedForward, residual_scale
 from flaxlm.sharding import RULES, axis_sizes_in_use, partition_spec
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxlm.config import ResolvedRope
-from flaxlm.nn.kernels.fused import unfused
+from flaxlm.nn.kernels.fusion import unfused
 from flaxlm.nn.masks import CosSin
 
 # -- Rotary ------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from flaxlm.nn.execution import (
   run_unrolled,
   split_blocks,
   stack_trees,
-  stacked,
+  stacked_class,
   unstack,
   with_remat,
 )
@@ -49,7 +49,7 @@ class RNNCache(NamedTuple):
   def resized(self, *_: Any) -> "RNNCache":
     return self
 
-  def can_return(self, _: ResolvedModel, num_tokens: int) -> bool:
+  def can_rewind(self, _: ResolvedModel, num_tokens: int) -> bool:
     return num_tokens == 0
 
 
@@ -72,7 +72,7 @@ class RNN(LanguageModel):
 
   def setup_body(self) -> None:
     self.dropout = nn.Dropout(self.cfg.dropout)
-    blocks = stacked(RecurrentBlock, self.cfg.depth, in_axes=(0, nn.broadcast))
+    blocks = stacked_class(RecurrentBlock, self.cfg.depth, in_axes=(0, nn.broadcast))
     self.blocks = blocks(self.cfg, self.run)
     self.final_norm = build_norm(self.cfg)
 
@@ -125,7 +125,7 @@ class RNN(LanguageModel):
       return block.apply({"params": params}, x_BTD, state, steps, deterministic, rngs=rngs)
 
     params, depth = self.blocks.variables["params"], self.cfg.depth
-    layers = [with_remat(layer, self.run)] * depth
+    layers = [with_remat(layer, self.run, self.run.scanned)] * depth
     if self.run.scanned and not is_split(params):
       return run_scanned(layers, 1, x_BTD, (params, state, keys_L))
     layer_inputs = zip(

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A transformer's layers and their positions: embedded tokens in, hidden vectors out.
 
-The parameters of all blocks are always stacked along a leading layer dim. How the blocks
-run (as a loop, unrolled or as a pipeline) and what is kept for the backward pass are knobs
-of the run (nn/execution.py), never of the checkpoint. Local and global layers have the same
-parameters; a loop runs over whole periods of `layer_pattern`.
+In training and in checkpoints, the parameters of all blocks are stacked along a leading
+layer dim. How the blocks run (as a loop, unrolled or as a pipeline) and what is kept for
+the backward pass are knobs of the run (nn/execution.py), never of the checkpoint. Local and
+global layers have the same parameters; a loop runs over whole periods of `layer_pattern`.
 """
 
 import math
@@ -26,7 +26,7 @@ from flaxlm.nn.execution import (
   run_unrolled,
   split_blocks,
   stack_trees,
-  stacked,
+  stacked_class,
   unstack,
   with_remat,
 )
@@ -37,7 +37,7 @@ from flaxlm.nn.positions import alibi_bias, relative_buckets, rotation, sinusoid
 from flaxlm.sharding import RULES, Schedule, axis_sizes_in_use, make_schedule
 
 # An encoder's output (B, S, D) with its segments.
-Memory = tuple[jax.Array, jax.Array | None]
+EncodedSource = tuple[jax.Array, jax.Array | None]
 
 
 class Stack(nn.Module):
@@ -45,7 +45,6 @@ class Stack(nn.Module):
 
   cfg: ResolvedModel
   run: Execution
-  depth: int
   causal: bool = True
   reads_source: bool = False
 
@@ -59,7 +58,7 @@ class Stack(nn.Module):
       self.relative_bias = Embedding(shape, names, param_dtype=run.param_dtype)
     if cfg.embedding_norm:
       self.embedding_norm = build_norm(cfg)
-    blocks = stacked(Block, self.depth, in_axes=(nn.broadcast, nn.broadcast))
+    blocks = stacked_class(Block, self.cfg.depth, in_axes=(nn.broadcast, nn.broadcast))
     self.blocks = blocks(cfg, run, self.reads_source)
     if cfg.norm_placement != "post":
       self.final_norm = build_norm(cfg)
@@ -73,7 +72,7 @@ class Stack(nn.Module):
     *,
     cache: KVCache | None = None,
     num_new_B: jax.Array | None = None,
-    memory: Memory | None = None,
+    source: EncodedSource | None = None,
     deterministic: bool = True,
     capture: bool = False,
   ) -> tuple[jax.Array, KVCache | None, dict, dict]:
@@ -81,7 +80,7 @@ class Stack(nn.Module):
 
     Without a cache a row is read from its start, and `segments_BT` separates packed
     documents. With a cache the T tokens follow each row's `lengths_B` earlier ones, and the
-    first `num_new_B` of them count. `memory` is the output of the encoder, if there is one.
+    first `num_new_B` of them count. `source` is the output of the encoder, if there is one.
     """
     B, T = x_BTD.shape[:2]
     slots_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
@@ -95,12 +94,12 @@ class Stack(nn.Module):
     x_BTD = on_share(x_BTD, self.run)
     schedule = None if cache is not None or capture else self.schedule(B)
     if schedule is not None:
-      rows = (positions_BT, segments_BT, memory)
+      rows = (positions_BT, segments_BT, source)
       x_BTD, output = self.run_stages(schedule, x_BTD, rows, deterministic)
     else:
       keys_at = positions_BT if cache is None else None  # a cached row is one document
       where = Placement(slots_BT, segments_BT, segments_BT, keys_at)
-      contexts = self.contexts(where, positions_BT, cache, memory, num_new_B)
+      contexts = self.contexts(where, positions_BT, cache, source, num_new_B)
       caches = None if cache is None else cache.of_layers()
       x_BTD, output = self.run_blocks(x_BTD, caches, contexts, deterministic, capture)
     if self.cfg.norm_placement != "post":
@@ -141,7 +140,7 @@ class Stack(nn.Module):
     where: Placement,
     positions_BT: jax.Array,
     cache: KVCache | None,
-    memory: Memory | None,
+    source: EncodedSource | None,
     num_new_B: jax.Array | None,
     bias_XNTS: jax.Array | None = None,
   ) -> dict[str, LayerContext]:
@@ -157,13 +156,13 @@ class Stack(nn.Module):
       bias_XNTS = self.score_bias(slots_XT, num_keys)
     source_BSD, source_sight = None, None
     if self.reads_source:
-      source_BSD, source_sight = see_source(where, cache, memory)
+      source_BSD, source_sight = see_source(where, cache, source)
     contexts = {}
     for kind in sorted(set(cfg.period)):
       window = cfg.window_of(kind)
-      placed, num_keys, place = where, positions_BT.shape[1], None
+      placed, num_keys, cache_slots = where, positions_BT.shape[1], None
       if cache is not None:
-        placed, num_keys, place = cached_keys(cfg, cache, kind, where)
+        placed, num_keys, cache_slots = cached_keys(cfg, cache, kind, where)
       mask_BTS = visible(placed, num_keys, self.causal, window, cfg.sink_tokens)
       cos_sin = None
       if cfg.positions == "rope":
@@ -171,7 +170,7 @@ class Stack(nn.Module):
       contexts[kind] = LayerContext(
         sight=Sight(mask_BTS, bias_XNTS, cos_sin),
         reach=self.reach(where, window),
-        place=place,
+        cache_slots=cache_slots,
         source_BSD=source_BSD,
         source_sight=source_sight,
         real_BT=real_tokens(where, num_new_B),
@@ -206,9 +205,9 @@ class Stack(nn.Module):
       return run_scanned(layers, len(self.cfg.period), x_BTD, (params, keys_L, None))
     # With a cache, always unrolled: a loop would copy the whole cache at every token.
     layer_inputs = zip(
-      split_blocks(params, self.depth),
-      unstack(keys_L, self.depth),
-      caches or [None] * self.depth,
+      split_blocks(params, self.cfg.depth),
+      unstack(keys_L, self.cfg.depth),
+      caches or [None] * self.cfg.depth,
       strict=True,
     )
     x_BTD, outputs = run_unrolled(layers, x_BTD, list(layer_inputs))
@@ -237,8 +236,8 @@ class Stack(nn.Module):
     rows: tuple,
     deterministic: bool,
   ) -> tuple[jax.Array, LayerOutput]:
-    """Runs all layers as a pipeline; `rows` are each row's positions, segments, memory."""
-    count = self.depth // (schedule.stages * schedule.repeats)
+    """Runs all layers as a pipeline; `rows` are each row's positions, segments, source."""
+    count = self.cfg.depth // (schedule.stages * schedule.repeats)
     T = x_BTD.shape[1]
     shared = self.dropout_keys(deterministic), self.score_bias(jnp.arange(T)[None], T)
 
@@ -248,10 +247,10 @@ class Stack(nn.Module):
       keys_L, bias_XNTS = shared
 
       def make_contexts() -> dict[str, LayerContext]:
-        positions_BT, segments_BT, memory = rows
+        positions_BT, segments_BT, source = rows
         slots_BT = jnp.broadcast_to(jnp.arange(T), positions_BT.shape)
         where = Placement(slots_BT, segments_BT, segments_BT, positions_BT)
-        return self.contexts(where, positions_BT, None, memory, None, bias_XNTS)
+        return self.contexts(where, positions_BT, None, source, None, bias_XNTS)
 
       choose = lambda param: param[visit.round]
       layers = self.layers(make_contexts, deterministic, False, choose)[:count]
@@ -274,7 +273,9 @@ class Stack(nn.Module):
 
   def dropout_keys(self, deterministic: bool) -> jax.Array | None:
     """A key for each layer; None without dropout."""
-    return None if deterministic else jax.random.split(self.make_rng("dropout"), self.depth)
+    return (
+      None if deterministic else jax.random.split(self.make_rng("dropout"), self.cfg.depth)
+    )
 
   def layers(
     self,
@@ -289,6 +290,8 @@ class Stack(nn.Module):
     out of several, so that neither is kept for the backward pass.
     """
     block = Block(self.cfg, self.run, self.reads_source, parent=None)
+    has_tail = self.cfg.depth % len(self.cfg.period) > 0  # which `run_scanned` unrolls
+    is_looped = self.run.scanned and not has_tail
 
     def layer_of(kind: str) -> Layer:
       def layer(x_BTD: jax.Array, inputs: tuple) -> tuple[jax.Array, LayerOutput]:
@@ -300,23 +303,20 @@ class Stack(nn.Module):
           variables, x_BTD, cache, context, deterministic, capture, rngs=rngs
         )
 
-      return with_remat(layer, self.run)
+      return with_remat(layer, self.run, is_looped)
 
     layers = {kind: layer_of(kind) for kind in sorted(set(self.cfg.period))}
-    return [layers[kind] for kind in self.cfg.layer_kinds(self.depth)]
+    return [layers[kind] for kind in self.cfg.layer_kinds()]
 
-  def source_cache(self, memory_BSD: jax.Array, segments_BS: jax.Array) -> SourceCache:
+  def source_cache(self, source_BSD: jax.Array, segments_BS: jax.Array) -> SourceCache:
     """Every layer's keys and values of the encoder's output."""
     block = Block(self.cfg, self.run, self.reads_source, parent=None)
     layers = []
-    for params in split_blocks(self.blocks.variables["params"], self.depth):
+    for params in split_blocks(self.blocks.variables["params"], self.cfg.depth):
       variables = {"params": params}
-      kv = block.apply(variables, memory_BSD, method="source_keys_values")
+      kv = block.apply(variables, source_BSD, method="source_keys_values")
       layers.append(tuple(x.swapaxes(1, 2) for x in kv))
     return SourceCache(tuple(layers), segments_BS)
-
-
-# -- Running layers ------------------------------------------------------------------------
 
 
 def max_slots(cache: KVCache) -> int:
@@ -333,12 +333,12 @@ def real_tokens(where: Placement, num_new_B: jax.Array | None) -> jax.Array | No
 
 
 def see_source(
-  where: Placement, cache: KVCache | None, memory: Memory | None
+  where: Placement, cache: KVCache | None, source: EncodedSource | None
 ) -> tuple[jax.Array | None, Sight]:
   """The encoder's output (None if a cache has its keys and values), and the part of it that
   each query sees: that of its own document."""
-  if memory is not None:
-    source_BSD, segments_BS = memory
+  if source is not None:
+    source_BSD, segments_BS = source
   else:
     assert cache is not None and cache.source is not None, "start() caches the source"
     source_BSD, segments_BS = None, cache.source.segments_BS

@@ -2,8 +2,8 @@
 """The training loop: the host's side of training, with all its effects.
 
 `train` is the whole story, one chapter after the other. Their order spares the user's time:
-config, then devices, then files and data, then compiling, so that most mistakes show
-within seconds.
+config, devices, then files and data, while the step compiles in a thread, so that most
+mistakes show within seconds.
 """
 
 import contextlib
@@ -52,7 +52,8 @@ from flaxlm.training.step import TrainState
 from flaxlm.training.trainer import Trainer
 from flaxlm.training.watchdog import Watchdog
 
-# Process 0 leaves it in the run directory, where network file systems show it soon.
+# Process 0 writes this file, and the others look for it (`check_shared`): a network file
+# system shows it within seconds.
 MARK, MARK_SECONDS = ".job", 30.0
 
 
@@ -79,7 +80,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     # for the smallest corpora, so the program compiles while the data are prepared.
     compiler = stack.enter_context(Compiler(cfg, mesh, fresh=not first_step))
     guess = resolve_model(cfg, expected_vocab_size(cfg.tokenizer), mesh, before)
-    # Some of several processes may find their data prepared already: none runs ahead.
+    # Several processes compile later, together: some may find their data prepared already.
     is_alone = peers.num_processes == 1
     prepared = prepare(
       cfg.data.corpus,

@@ -62,13 +62,15 @@ class Compiler:
   def program(self, model_cfg: ResolvedModel) -> Program:
     """Waits for the program of a model. Raises what compiling it raised."""
     self.start(model_cfg)
-    return self._programs[model_cfg].result()
+    future = self._programs.pop(model_cfg)
+    self._programs.clear()  # a wrong guess holds a whole state on the devices
+    return future.result()
 
   def __enter__(self) -> "Compiler":
     return self
 
   def __exit__(self, *_: object) -> None:
-    self._thread.shutdown()
+    self._thread.shutdown(cancel_futures=True)
 
 
 def build_program(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The steps of a run, and what happens between them: metrics, evaluation, saving.
 
-The devices never wait for the host: it dispatches a step, then reads the metrics of the
-step before.
+The devices do not wait for the host: it dispatches a step, then reads the metrics of the
+step before. On a CPU, which is both, a step is waited for.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ class Trainer:
   def steps(
     self, state: TrainState, first_step: int, batches: Batches, stop: Stop
   ) -> tuple[TrainState, int]:
-    """Runs until num_steps, the end of the data, or a signal; returns the exit code.
+    """Runs until num_steps, the end of the data, or a signal: (last state, exit code).
 
     While the devices work on step n, the host reads the metrics of step n - 1.
     """
@@ -68,8 +68,8 @@ class Trainer:
           self.reporter.log(f"the data end after step {step}: {training.num_steps} asked")
           break
         if jax.default_backend() == "cpu":
-          # A program that is dispatched while another one runs is run by a pool's thread,
-          # and so are all that follow; their memory is mapped from the kernel each time.
+          # If another program is still running, JAX hands this one to a pool thread, and
+          # all later ones too. There their memory is mapped from the kernel every time.
           jax.block_until_ready(state)
         state, metrics = self.train_step(state, put_batch(batch, self.mesh), seed)
         step += 1
@@ -111,7 +111,7 @@ class Trainer:
     self.reporter.advance(step)
     if not self.clock.first_step_done:
       seconds = time.perf_counter() - self.clock.started
-      self.reporter.log(f"compiled and made the first step in {seconds:.1f} s")
+      self.reporter.log(f"first step in {seconds:.1f} s")
     self.clock.step_done(values["tokens"])
     if values.pop("finite"):
       self.skipped = 0

@@ -21,7 +21,7 @@ from flaxlm.decoding.jobs import (
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.sampling import SamplingSettings, make_sampling
 from flaxlm.errors import ConfigError, DataError
-from flaxlm.runs import KEPT
+from flaxlm.runs import IMPORTED_FILES
 
 DEFAULTS = PromptJob("", SamplingSettings(temperature=1.0, seed=5), Stopping(), 6)
 LINES = [
@@ -178,10 +178,10 @@ TEMPLATE = (
 
 def test_a_run_without_a_template_has_no_chat(tmp_path):
   assert load_chat(tmp_path) is None
-  (tmp_path / KEPT).mkdir()
-  (tmp_path / KEPT / "tokenizer_config.json").write_text("{}")
+  (tmp_path / IMPORTED_FILES).mkdir()
+  (tmp_path / IMPORTED_FILES / "tokenizer_config.json").write_text("{}")
   assert load_chat(tmp_path) is None
-  (tmp_path / KEPT / "tokenizer_config.json").write_text("[")
+  (tmp_path / IMPORTED_FILES / "tokenizer_config.json").write_text("[")
   with pytest.raises(DataError, match="cannot be read"):
     load_chat(tmp_path)
 
@@ -189,13 +189,13 @@ def test_a_run_without_a_template_has_no_chat(tmp_path):
 @pytest.mark.parametrize("separate", [True, False])
 def test_messages_become_a_prompt(tmp_path, separate: bool):
   pytest.importorskip("jinja2")
-  (tmp_path / KEPT).mkdir()
+  (tmp_path / IMPORTED_FILES).mkdir()
   said: dict[str, Any] = {"eos_token": {"content": "</s>"}}
   if separate:
-    (tmp_path / KEPT / "chat_template.jinja").write_text(TEMPLATE)
+    (tmp_path / IMPORTED_FILES / "chat_template.jinja").write_text(TEMPLATE)
   else:
     said["chat_template"] = TEMPLATE
-  (tmp_path / KEPT / "tokenizer_config.json").write_text(json.dumps(said))
+  (tmp_path / IMPORTED_FILES / "tokenizer_config.json").write_text(json.dumps(said))
   chat = load_chat(tmp_path)
   assert chat is not None
   messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]

@@ -108,15 +108,31 @@ def test_a_shared_prefix_is_read_once(name, monkeypatch):
   assert len({tuple(row) for row in together}) > 1
 
 
+def test_a_shared_prefix_is_not_taken_from_a_cache_that_has_its_beginning_only():
+  """The cache of an earlier call is longer than what the prompts share, but other text."""
+  model, params = model_of("gqa")
+  params = prepare_params(params, model.cfg)
+  start, rest = [*range(1, 20)], [7] * SMALLEST_PREFIX
+  earlier = Request([[*start, *([9] * 2 * SMALLEST_PREFIX)]], 2, 64)
+  _, cache = prefill_prompts(model, params, earlier, None)
+  prefix = CachedPrefix(tuple(earlier.prompts[0]), cache)
+  request = Request([[*start, *rest, end] for end in (1, 2)], 2, 64)
+  shared, is_cached = shared_prefix(model.cfg, request.prompts, prefix)
+  assert shared == len(start) + len(rest) < len(prefix.tokens) and not is_cached
+  plain, _ = prefill_prompts(model, params, request, None)
+  helped, _ = prefill_prompts(model, params, request, None, prefix)
+  np.testing.assert_allclose(helped, plain, atol=1e-6)
+
+
 def test_a_token_of_each_prompt_is_always_read():
   """Where one is the beginning of another, and where one was read before to its end: its
   logits are those of its last token."""
   cfg = model_of("gqa")[0].cfg
   prompt = [*range(SMALLEST_PREFIX + 6)]
-  assert shared_prefix(cfg, [prompt, [*prompt, 1]], None) == len(prompt) - 1
+  assert shared_prefix(cfg, [prompt, [*prompt, 1]], None)[0] == len(prompt) - 1
   earlier = CachedPrefix(tuple(prompt), KVCache((), np.array([len(prompt)])))
-  assert shared_prefix(cfg, [prompt], earlier) == len(prompt) - 1
-  assert shared_prefix(cfg, [[*prompt, 1]], earlier) == len(prompt)
+  assert shared_prefix(cfg, [prompt], earlier) == (len(prompt) - 1, True)
+  assert shared_prefix(cfg, [[*prompt, 1]], earlier) == (len(prompt), True)
 
 
 @pytest.mark.parametrize(("name", "ahead"), [("gqa", False), ("gpt2", True)])

@@ -71,8 +71,8 @@ def test_a_ring_answers_as_the_whole_text(small_rings, name):
       back = rng.integers(0, 4, 2) * (done_B > 3)
       done_B -= back
       state = state._replace(lengths_B=jnp.asarray(done_B, jnp.int32))
-  assert state.can_return(model.cfg, 3)
-  assert not state.can_return(model.cfg, 4)
+  assert state.can_rewind(model.cfg, 3)
+  assert not state.can_rewind(model.cfg, 4)
 
 
 def test_the_memory_of_a_local_layer_does_not_grow_with_the_text():

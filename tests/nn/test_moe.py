@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from flaxlm.config import ModelConfig, MoEConfig
-from flaxlm.nn.kernels.fused import activate
+from flaxlm.nn.kernels.fusion import activate
 from flaxlm.nn.layers import FeedForward
 from flaxlm.nn.moe import (
   MoE,

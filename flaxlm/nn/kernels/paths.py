@@ -89,7 +89,9 @@ def prompt_path(
   Prompts use cuDNN's kernel where it can run the model. `training.attention=cudnn` demands
   nothing here, because a run may decode on other devices than it was trained on.
   """
-  if num_queries < SHORTEST_PROMPT or run.attention == "blocked":
+  if run.attention == "blocked":
+    return Path("cached", "as training.attention says")
+  if num_queries < SHORTEST_PROMPT:
     return Path("cached", "too few queries for a fused kernel")
   run = dataclasses.replace(run, attention="auto")
   chosen = path_here(cfg, run, (num_queries, num_keys))

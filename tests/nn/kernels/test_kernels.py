@@ -10,7 +10,7 @@ import pytest
 
 from flaxlm.nn.attention import attend
 from flaxlm.nn.kernels.cached import attend_cached
-from flaxlm.nn.kernels.fused import activate, activated, normalised, unfused
+from flaxlm.nn.kernels.fusion import activate, activated, normalised, unfused
 from flaxlm.nn.kernels.products import matrix_dot, rows_dot
 from flaxlm.nn.masks import Placement, Scoring, Sight, visible
 
