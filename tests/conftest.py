@@ -58,7 +58,13 @@ LONGEST = (
   *("test_slow", "test_commands", "test_agreement", "test_training_laws", "test_docs"),
   *("test_decoder_laws", "test_golden", "test_pipeline_laws", "test_family_laws"),
   *("test_moe", "test_attention_kernels", "test_rnn", "test_transfer", "test_beams"),
-  *("test_training", "test_prefill", "test_jobs", "test_layout", "test_step_reference"),
+  *(
+    "test_training",
+    "test_prefill",
+    "test_jobs",
+    "test_sharding_report",
+    "test_step_reference",
+  ),
 )
 
 

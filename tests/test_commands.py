@@ -24,7 +24,23 @@ def losses(tmp_path, name):
   return {m["step"]: m["train/loss"] for m in metrics(tmp_path, name) if "train/loss" in m}
 
 
-def test_train_infer_eval_ckpt(flaxlm, corpus, tmp_path):
+@pytest.fixture
+def in_process(monkeypatch, tmp_path, cache_root, capfd):
+  """Runs a command in this process, in an empty folder."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("FLAXLM_DATA_DIR", str(cache_root))
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  dispatch = jax.config.values["jax_cpu_enable_async_dispatch"]
+
+  def run(*arguments):
+    code = cli.main(arguments)
+    return subprocess.CompletedProcess(arguments, code, *capfd.readouterr())
+
+  yield run
+  jax.config.update("jax_cpu_enable_async_dispatch", dispatch)
+
+
+def test_train_infer_eval_ckpt(flaxlm, in_process, corpus, tmp_path):
   """The main job on the user's own text, then every command on what it left."""
   run = flaxlm("train", *tiny(corpus, training__num_steps=6))
   assert run.returncode == 0, run.stderr
@@ -87,10 +103,10 @@ def test_train_infer_eval_ckpt(flaxlm, corpus, tmp_path):
   data = bytearray(victim.read_bytes())
   data[len(data) // 2] ^= 1
   victim.write_bytes(data)
-  run = flaxlm("ckpt", "verify")
+  run = in_process("ckpt", "verify")
   assert run.returncode == 4
   assert victim.name in run.stdout
-  run = flaxlm("infer", "--prompt=1", "--max-new-tokens=1")
+  run = in_process("infer", "--prompt=1", "--max-new-tokens=1")
   assert run.returncode == 0, "the older checkpoint is whole"
   assert "damaged" in run.stderr
 
@@ -289,22 +305,6 @@ BAD_INPUTS = {
 # One of each exit code, and those that need other devices than this process has: as a user
 # starts them. The others run in this process, as a start takes two seconds.
 IN_PROCESSES = ("typo", "mesh size", "batch", "no files", "no run")
-
-
-@pytest.fixture
-def in_process(monkeypatch, tmp_path, cache_root, capfd):
-  """Runs a command in this process, in an empty folder."""
-  monkeypatch.chdir(tmp_path)
-  monkeypatch.setenv("FLAXLM_DATA_DIR", str(cache_root))
-  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-  dispatch = jax.config.values["jax_cpu_enable_async_dispatch"]
-
-  def run(*arguments):
-    code = cli.main(arguments)
-    return subprocess.CompletedProcess(arguments, code, *capfd.readouterr())
-
-  yield run
-  jax.config.update("jax_cpu_enable_async_dispatch", dispatch)
 
 
 @pytest.mark.parametrize("name", BAD_INPUTS)

@@ -268,10 +268,10 @@ def on_one_device():
 @pytest.mark.parametrize(
   "sizes",
   [
-    dict(expert=8),
+    pytest.param(dict(expert=8), marks=pytest.mark.slow),
     dict(data=2, expert=4),
     dict(fsdp=2, tensor=2, expert=2),
-    dict(data=2, fsdp=2, tensor=2),
+    pytest.param(dict(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),
   ],
   ids=str,
 )

@@ -254,7 +254,11 @@ def test_remat_keeps_less():
 
 @pytest.mark.parametrize(
   "sizes",
-  [dict(data=8), dict(fsdp=4, tensor=2), dict(data=2, expert=2, tensor=2)],
+  [
+    pytest.param(dict(data=8), marks=pytest.mark.slow),
+    dict(fsdp=4, tensor=2),
+    dict(data=2, expert=2, tensor=2),
+  ],
   ids=str,
 )
 def test_a_mesh_changes_nothing(rnn, sizes, on_one_device):
