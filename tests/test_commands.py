@@ -277,7 +277,7 @@ BAD_INPUTS = {
   "unknown config": (["train", "stdlib_tinny"], 2, "did you mean stdlib_tiny"),
   "mesh axis": (["train", "--mesh=foo=2"], 2, "data, fsdp, context"),
   "mesh size": (["train", "--mesh=data=2,fsdp=2"], 2, "1 present"),
-  "attention": (["train", "--training.attention=cudnn"], 2, "on NVIDIA's GPUs"),
+  "attention": (["train", "--training.attention=cudnn"], 2, "on NVIDIA GPUs"),
   "idle devices": (["train", "--mesh=data=2", "--simulated_devices=8"], 2, "8 present"),
   "batch": (["train", "--data.batch_size=16", "--simulated_devices=3"], 2, "nearest: 15"),
   "no files": (["train", "--data.corpus=files:nowhere/*.txt"], 3, "no documents matched"),

@@ -163,7 +163,8 @@ def shrink(arguments: list[str], corpus: str) -> list[str]:
     training__sample_prompt=cfg.training.sample_prompt,
   )
   fields = {size.split("=")[0] for size in sizes}
-  kept = [word for word in arguments if word.split("=")[0] not in fields]
+  name_of_flag = lambda word: "--" + word.split("=")[0].removeprefix("--").replace("-", "_")
+  kept = [word for word in arguments if name_of_flag(word) not in fields]
   return [*kept, *sizes]
 
 
@@ -375,8 +376,9 @@ def test_fields_and_files_that_are_named_exist(page: Path):
     if re.fullmatch(r"(flaxlm|tests|configs|docs)/[\w/.-]+", word):
       assert (ROOT / word).exists(), word
     elif word.split(".")[0] in sections and re.fullmatch(r"\w+(\.\w+)+", word):
-      known = word in fields | modules | others or word.rpartition(".")[0] in modules
-      assert known, word
+      parts = word.split(".")
+      prefixes = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+      assert word in fields | others or prefixes & modules, word
 
 
 def test_every_extra_and_every_dependency_has_its_reason():
