@@ -259,6 +259,27 @@ NN = [
     "nn/test_models.py",
   ),
   Defect(
+    "parameters do not depend on the seed",
+    "flaxlm/nn/models.py",
+    "model.init(jax.random.key(seed),",
+    "model.init(jax.random.key(0),",
+    "nn/test_models.py",
+  ),
+  Defect(
+    "an encoder sees earlier tokens only",
+    "flaxlm/nn/models.py",
+    "self.stack = Stack(self.cfg, self.run, causal=False)",
+    "self.stack = Stack(self.cfg, self.run, causal=True)",
+    "laws/test_family_laws.py::test_an_encoder_sees_both_sides",
+  ),
+  Defect(
+    "targets read the padding of their sources",
+    "flaxlm/nn/stack.py",
+    "return source_BSD, Sight(visible(placed, segments_BS.shape[1], causal=False))",
+    "return source_BSD, Sight(None)",
+    "laws/test_family_laws.py",
+  ),
+  Defect(
     "a gated feed-forward applies the nonlinearity to the wrong half",
     "flaxlm/nn/kernels/fusion.py",
     "activate(gate, kind) * h",
@@ -306,6 +327,13 @@ NN = [
     "served_BM = (slots_BM < C)",
     "served_BM = (slots_BM <= C)",
     "nn/test_moe.py",
+  ),
+  Defect(
+    "decoding drops choices of experts",
+    "flaxlm/nn/block.py",
+    "dropping=not cached",
+    "dropping=True",
+    "nn/test_moe.py::test_decoding_drops_nothing",
   ),
   Defect(
     "padding takes up the experts' room",
@@ -442,6 +470,27 @@ TRAINING = [
     'sums["nats"] / math.log(2) / max',
     'sums["nats"] / max',
     "training/test_evaluation.py",
+  ),
+  Defect(
+    "an evaluation of the whole split ends with its first batch",
+    "flaxlm/training/evaluation.py",
+    "min(count, self.num_batches or count)",
+    "min(count, self.num_batches or 1)",
+    "training/test_evaluation.py",
+  ),
+  Defect(
+    "the order of training does not depend on the seed",
+    "flaxlm/training/evaluation.py",
+    "seed=cfg.seed if shuffled else None,",
+    "seed=0 if shuffled else None,",
+    "training/test_evaluation.py",
+  ),
+  Defect(
+    "a run learns from the text that it holds out",
+    "flaxlm/training/loop.py",
+    "batches = split_batches(cfg, prepared.train, mesh, shuffled=True)",
+    "batches = split_batches(cfg, prepared.validation, mesh, shuffled=True)",
+    "test_commands.py::test_end_of_data_saves_and_says_so",
   ),
   Defect(
     "norms decay",
@@ -631,6 +680,13 @@ DATA = [
     "for place in places_B.tolist()",
     "for place in rows_B.tolist()",
     "data/test_batches.py",
+  ),
+  Defect(
+    "the end of the last text is its last token again",
+    "flaxlm/data/rows.py",
+    "(starts_B[:, None] + np.arange(width)) % len(tokens)",
+    "np.minimum(starts_B[:, None] + np.arange(width), len(tokens) - 1)",
+    "data/test_rows.py",
   ),
   Defect(
     "special tokens stand in for text",

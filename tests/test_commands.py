@@ -2,7 +2,9 @@
 """The commands, end to end, as a user runs them, and their answers to bad input."""
 
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -197,6 +199,11 @@ def test_end_of_data_saves_and_says_so(flaxlm, corpus, tmp_path):
   assert "the data end after step" in run.stderr
   last = max(m["step"] for m in metrics(tmp_path))
   assert (tmp_path / "runs" / "stdlib_tiny" / "checkpoints" / str(last)).is_dir()
+  # It was the text to learn from, each token of which but the first is predicted once.
+  said = re.search(r"([\d,]+) tokens to learn from, ([\d,]+) held out", run.stderr)
+  num_tokens, held_out = (int(number.replace(",", "")) for number in said.groups())
+  assert held_out < num_tokens / 2
+  assert last == math.ceil(math.ceil((num_tokens - 1) / 32) / 4)
 
 
 def test_two_trainers_in_one_directory(flaxlm, corpus, tmp_path):

@@ -45,6 +45,9 @@ def train_step(
   The loss is the mean over the batch's weighted tokens, whatever its micro-batches. If the
   loss or the gradient is not finite, only the step counter changes, and `metrics["finite"]`
   is false.
+
+  Dropout's key is the seed's with the step's number folded in. With accumulation it is
+  split into one key for each micro-batch.
   """
   key = jax.random.fold_in(jax.random.key(seed), state.step)
   num_targets = jnp.maximum(batch.weights_BT.sum(), 1.0)

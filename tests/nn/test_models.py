@@ -11,7 +11,7 @@ import references
 
 from flaxlm.config import ModelConfig, RopeConfig
 from flaxlm.nn.layers import Einsum
-from flaxlm.nn.models import build_model
+from flaxlm.nn.models import build_model, init_params
 from flaxlm.nn.positions import rotate, rotation
 
 SMALL = dict(depth=2, width=32, num_heads=4, vocab_size=61, context=24)
@@ -123,6 +123,16 @@ def test_einsum_equals_jnp_einsum():
   variables = nn.unbox(layer.init(jax.random.key(1), x))
   expected = np.einsum("BTNH,NHD->BTD", x, variables["params"]["kernel"])
   np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
+
+
+def test_seeds_start_with_other_parameters():
+  cfg = ModelConfig(**SMALL).resolve()
+  init = jax.jit(lambda seed: nn.unbox(init_params(build_model(cfg), seed)))
+  first, again, other = init(0), init(0), init(1)
+  jax.tree.map(np.testing.assert_array_equal, first, again)
+  same = jax.tree.map(lambda a, b: bool(np.any(a == b)), first, other)
+  named = {path[-1].key: x for path, x in jax.tree.leaves_with_path(same)}
+  assert named == {"table": False, "kernel": False, "scale": True}
 
 
 def test_residual_branches_start_small():

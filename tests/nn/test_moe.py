@@ -14,6 +14,7 @@ import pytest
 from flaxlm.config import ModelConfig, MoEConfig
 from flaxlm.nn.kernels.fusion import activate
 from flaxlm.nn.layers import FeedForward
+from flaxlm.nn.models import build_model, init_cache, init_params
 from flaxlm.nn.moe import (
   MoE,
   blocked_dot,
@@ -182,6 +183,25 @@ def test_not_dropping_ignores_the_capacity():
   full = apply(free, params, x_BTD)[0]
   np.testing.assert_array_equal(apply(tight, params, x_BTD, dropping=False)[0], full)
   assert not np.allclose(apply(tight, params, x_BTD)[0], full)
+
+
+def test_decoding_drops_nothing():
+  """A prompt read into a cache is served whole, as by a model without a capacity."""
+  tight = MoEConfig(num_experts=E, expert_width=F, capacity_factor=0.0)
+  sizes = dict(depth=1, width=D, num_heads=2, vocab_size=16, context=T)
+  cfg = ModelConfig(**sizes, moe=tight).resolve()
+  roomy = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, capacity_factor=None))
+  model, tokens_BT = build_model(cfg), np.random.default_rng(0).integers(0, 16, (2, T))
+  params = jax.jit(lambda: nn.unbox(init_params(model, 0)))()
+  params = jax.tree.map(lambda x: 2 * x, params)
+  logits = jax.jit(
+    lambda model, *x, **cache: model.apply(*x, **cache).value, static_argnums=0
+  )
+  expected = logits(build_model(roomy), {"params": params}, tokens_BT)
+  dropped = logits(model, {"params": params}, tokens_BT)
+  cached = logits(model, {"params": params}, tokens_BT, cache=init_cache(model, 2, T))
+  np.testing.assert_allclose(cached, expected, atol=1e-5)
+  assert not np.allclose(dropped, expected, atol=1e-3)
 
 
 def test_dropping_is_causal():
