@@ -13,6 +13,7 @@ from flaxlm.errors import FlaxLMError
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
+@pytest.mark.timeout(900)  # PyTorch's threads spin where other work needs the cores
 @pytest.mark.parity
 @pytest.mark.skipif(
   not HAS_TORCH and "FLAXLM_REQUIRE_PARITY" not in os.environ, reason="needs PyTorch"
