@@ -294,6 +294,7 @@ def run_module(words: list[str]) -> str:
   assert words[:2] == ["python", "-m"], words
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, "argv", words[2:])
+    patch.delitem(sys.modules, words[2], raising=False)  # a test may have imported it
     with contextlib.redirect_stdout(io.StringIO()) as out:
       runpy.run_module(words[2], run_name="__main__", alter_sys=True)
   return out.getvalue()
