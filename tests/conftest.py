@@ -3,18 +3,21 @@
 for tests that are marked gpu, the one that FLAXLM_TEST_PLATFORM names."""
 
 import atexit
+import contextlib
 import gc
+import io
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_platforms", os.environ.get("FLAXLM_TEST_PLATFORM", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
@@ -111,6 +114,51 @@ def flaxlm(tmp_path: Path, cache_root: Path) -> Callable[..., subprocess.Complet
   return run
 
 
+@contextlib.contextmanager
+def commands_in_process(data: Path) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
+  """Runs commands without the two seconds that a start takes; what they change of this
+  process is put back. It has eight devices, where a user's would have one."""
+  from flaxlm import cli
+
+  options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  options += ("jax_cpu_enable_async_dispatch",)
+  before = {name: jax.config.values[name] for name in options}
+
+  def run(*arguments: object, input: str = "") -> subprocess.CompletedProcess:
+    words = [str(argument) for argument in arguments]
+    patch.setattr(sys, "stdin", io.StringIO(input))
+    # Files, not strings: the watchdog writes stacks to the descriptor.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+      with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+          code = cli.main(words)
+        except SystemExit as e:  # --help
+          code = e.code or 0
+      out.seek(0)
+      err.seek(0)
+      return subprocess.CompletedProcess(words, code, out.read(), err.read())
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("FLAXLM_DATA_DIR", str(data))
+    patch.setenv("PYTHONPATH", str(ROOT))  # of processes that a command starts
+    patch.setenv("JAX_PLATFORMS", "cpu")
+    patch.setenv("COLUMNS", "100")
+    yield run
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()  # it remembers its folder
+
+
+@pytest.fixture
+def in_process(
+  monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache_root: Path
+) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
+  """`flaxlm` below, but in this process."""
+  monkeypatch.chdir(tmp_path)
+  with commands_in_process(cache_root) as run:
+    yield run
+
+
 def tiny(corpus, **knobs):
   """Arguments of a run of seconds; `knobs` replace its fields, `__` stands for the dot."""
   fields = {
@@ -120,7 +168,7 @@ def tiny(corpus, **knobs):
     "model.num_heads": 2,
     "model.context": 32,
     "data.seq_len": 32,
-    "data.batch_size": 4,
+    "data.batch_size": 8,  # divides over the devices of the tests
     "tokenizer.kind": "byte",
     "training.scanned": True,
     "training.log_every_steps": 1,

@@ -22,16 +22,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import pytest
-from conftest import ROOT, tiny
-from jax.experimental.compilation_cache import compilation_cache
+from conftest import ROOT, commands_in_process, tiny
 
 from flaxlm import cli
 from flaxlm.commands.parsing import read_config
@@ -154,7 +151,6 @@ def shrink(arguments: list[str], corpus: str) -> list[str]:
   cfg = read_config(arguments[1:])
   sizes = tiny(
     corpus if cfg.data.corpus == "stdlib" else cfg.data.corpus,
-    data__batch_size=8,  # divides over the devices of the tests
     optimizer__kind="sgd",
     training__num_steps=2,
     training__eval_batches=1,
@@ -211,40 +207,19 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def in_process(cache_root: Path) -> Iterator[Callable[..., str]]:
-  """Runs commands in this process, as the documents have them; what they change of the
-  process is put back."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("FLAXLM_DATA_DIR", str(cache_root))
-    patch.setenv("PYTHONPATH", str(ROOT))  # of processes that a command starts
-    patch.setenv("JAX_PLATFORMS", "cpu")
-    patch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
-    options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    options += ("jax_cpu_enable_async_dispatch",)
-    before = {name: jax.config.values[name] for name in options}
+  """Runs commands as the documents have them; its text on stdout."""
+  with commands_in_process(cache_root) as command:
 
     def run(arguments: list[str], stdin: str = "") -> str:
       if arguments[0] == "launch":  # it forks, which a process with JAX in it must not
-        command = [sys.executable, "-m", "flaxlm.cli", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"flaxlm {shlex.join(arguments)}\n{done.stderr}"
-        return done.stdout
-      patch.setattr(sys, "stdin", io.StringIO(stdin))
-      # Files, not strings: the watchdog writes stacks to the descriptor.
-      with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-          try:
-            code = cli.main(arguments)
-          except SystemExit as e:  # --help
-            code = e.code or 0
-        out.seek(0)
-        err.seek(0)
-        assert code == 0, f"flaxlm {shlex.join(arguments)}: {code}\n{err.read()}"
-        return out.read()
+        words = [sys.executable, "-m", "flaxlm.cli", *arguments]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+      else:
+        done = command(*arguments, input=stdin)
+      assert done.returncode == 0, f"flaxlm {shlex.join(arguments)}\n{done.stderr}"
+      return done.stdout
 
     yield run
-    for name, value in before.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()  # it remembers its folder
 
 
 @pytest.fixture(scope="module")
