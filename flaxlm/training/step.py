@@ -22,6 +22,7 @@ from flaxlm.training.losses import cross_entropy
 from flaxlm.training.optimizer import Optimizer
 
 Metrics = dict[str, jax.Array]
+ABSTRACT_SEED = jax.ShapeDtypeStruct((), jnp.uint32)
 
 
 class TrainState(NamedTuple):
@@ -212,7 +213,7 @@ def eval_step(
   return sums
 
 
-# -- Compiling: the state is made sharded, and keeps its layout ----------------------------
+# -- Under jit: the state is made sharded, and keeps its layout ----------------------------
 
 
 @functools.lru_cache(maxsize=8)  # a run calls it three times, for half a second each
@@ -256,13 +257,13 @@ class TrainStep:
     with use_mesh(self._mesh):
       return self._jitted(state, batch, seed)
 
-  def lower(self, state: TrainState, batch: Batch, seed: Any) -> jax.stages.Lowered:
+  def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
     """Lowers the step for abstract arguments. Once it is compiled, calls reuse it."""
     with use_mesh(self._mesh):
-      return self._jitted.lower(state, batch, seed)
+      return self._jitted.lower(state, batch, ABSTRACT_SEED)
 
 
-def compile_train_step(
+def jit_train_step(
   model: LanguageModel, optimizer: Optimizer, cfg: TrainingConfig, mesh: Mesh
 ) -> TrainStep:
   """`train_step` under `jit`. The state is donated, and keeps its layout."""
@@ -276,9 +277,6 @@ def compile_train_step(
     donate_argnums=0,
   )
   return TrainStep(jitted, mesh)
-
-
-SEED = jax.ShapeDtypeStruct((), jax.numpy.uint32)
 
 
 def abstract_batch(cfg: DataConfig, mesh: Mesh) -> Batch:
@@ -295,7 +293,7 @@ def abstract_batch(cfg: DataConfig, mesh: Mesh) -> Batch:
   return Batch(ids, ids, ids, ids, weights, source, source, source)
 
 
-def compile_eval_step(
+def jit_eval_step(
   model: LanguageModel, mesh: Mesh
 ) -> Callable[[Any, Batch, ArrayLike], Metrics]:
   """`eval_step` under `jit`."""

@@ -9,6 +9,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -27,25 +28,22 @@ from flaxlm.training.watchdog import Watchdog
 MOST_SKIPPED_STEPS = 3  # in a row, before a run that keeps diverging is stopped
 
 
+@dataclass
 class Trainer:
   """The steps of one run, and what happens between them."""
 
-  def __init__(
-    self,
-    cfg: Config,
-    fingerprint: str,
-    mesh: Mesh,
-    train_step: TrainStep,
-    evaluator: Evaluator,
-    store: CheckpointStore,
-    reporter: Reporter,
-    watchdog: Watchdog,
-  ):
-    self.cfg, self.fingerprint, self.mesh = cfg, fingerprint, mesh
-    self.train_step, self.evaluator = train_step, evaluator
-    self.store, self.reporter, self.watchdog = store, reporter, watchdog
+  cfg: Config
+  fingerprint: str  # of the corpus
+  mesh: Mesh
+  train_step: TrainStep
+  evaluator: Evaluator
+  store: CheckpointStore
+  reporter: Reporter
+  watchdog: Watchdog
+
+  def __post_init__(self) -> None:
     self.clock = Clock()
-    self.skipped = 0
+    self.skipped = 0  # steps in a row that were not finite
     self.evaluated = False
 
   def steps(

@@ -26,8 +26,9 @@ from flaxlm.checkpoint.manifest import (
   write_manifest,
 )
 from flaxlm.checkpoint.store import CheckpointStore
+from flaxlm.config import CheckpointConfig, Config
 from flaxlm.errors import CheckpointError
-from flaxlm.runs import make_room_after, newest_whole_step
+from flaxlm.runs import find_resume_step, make_room_after, newest_whole_step
 from flaxlm.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent.parent
@@ -349,6 +350,27 @@ def test_a_file_with_a_number_for_a_name_is_in_nobodys_way(copied: Path):
   (copied / "12").write_text("a note")
   make_room_after(copied, 4)
   assert saved_steps(copied) == [2, 4]
+
+
+def test_a_run_resumes_as_its_config_says(copied: Path, tmp_path: Path):
+  """`never` starts anew and keeps what is there; `must` needs a checkpoint."""
+
+  def step(resume: str) -> int:
+    checkpoint = CheckpointConfig(resume=resume)
+    cfg = Config(name=tmp_path.name, runs_dir=str(tmp_path.parent), checkpoint=checkpoint)
+    return find_resume_step(cfg)
+
+  assert (step("auto"), step("must"), step("never")) == (4, 4, 0)
+  assert saved_steps(copied) == [2, 4], "asking changes nothing"
+  for number in (1, 2):
+    make_room_after(copied, 0)
+    assert saved_steps(copied.with_name(f"checkpoints.{number}")) == [2, 4]
+    assert not copied.exists()
+    if number == 1:
+      shutil.copytree(copied.with_name("checkpoints.1"), copied)
+  assert step("auto") == 0
+  with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
+    step("must")
 
 
 def test_keep_is_how_many_are_kept(copied: Path, fsdp: Mesh):
