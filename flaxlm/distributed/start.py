@@ -20,12 +20,12 @@ import jaxlib
 
 from flaxlm import __version__
 from flaxlm.config import Config, knobs
-from flaxlm.distributed.detect import Job, detect, metadata_of
+from flaxlm.distributed.detect import TOKEN, Job, detect, metadata_of
 from flaxlm.distributed.peers import Alone, Peers
 from flaxlm.distributed.rendezvous import meet
 from flaxlm.errors import ConfigError, exit_code_of
 
-BIND, TOKEN = "FLAXLM_BIND", "FLAXLM_JOB_TOKEN"
+BIND = "FLAXLM_BIND"
 DEVICES = "JAX_LOCAL_DEVICE_IDS"
 # JAX's own heartbeat, in ours: `peers` should notice a lost process first, because JAX
 # aborts with a C++ stack.
