@@ -193,12 +193,7 @@ def _local_corpus(name: str, root: Path, paths: Iterator[Path], log: Log) -> Cor
   missing = set(SPLITS) - {document.split for document in documents}
   if missing:
     raise DataError(f"{name} is too small: no {missing.pop()} text", "add a file")
-  return Corpus(
-    name,
-    fingerprint=_fingerprint(documents),
-    train_fingerprint=_train_fingerprint(documents),
-    documents=tuple(documents),
-  )
+  return Corpus(name, *_fingerprints(documents), documents=tuple(documents))
 
 
 def _digest_of_text(path: Path) -> str | None:
@@ -263,8 +258,11 @@ def _line_start(file: BinaryIO, position: int, end: int) -> int:
   return position
 
 
-def _train_fingerprint(parts: Sequence[Document | Pair]) -> str:
-  return _fingerprint([part for part in parts if part.split == "train"])
+def _fingerprints(parts: Sequence[Document | Pair]) -> tuple[str, str]:
+  """The fingerprints of all parts, and of the train split alone."""
+  return _fingerprint(parts), _fingerprint(
+    [part for part in parts if part.split == "train"]
+  )
 
 
 def _fingerprint(parts: Sequence[Document | Pair]) -> str:
@@ -310,12 +308,7 @@ def _gettext_corpus(name: str, language: str, log: Log) -> Corpus:
     raise DataError(f"{name} is too small: {len(sources)} texts", "pip install Django")
   splits = _split(dict.fromkeys(sources))
   pairs = [Pair(splits[pair[0]], *pair, domain) for pair, domain in found.items()]
-  return Corpus(
-    name,
-    fingerprint=_fingerprint(pairs),
-    train_fingerprint=_train_fingerprint(pairs),
-    pairs=tuple(pairs),
-  )
+  return Corpus(name, *_fingerprints(pairs), pairs=tuple(pairs))
 
 
 def _catalogues() -> dict[str, list[tuple[str, Path]]]:
