@@ -98,9 +98,8 @@ def read_documents(corpus: Corpus, split: str, root: Path) -> Sequence[str]:
       f"{corpus.name} is made of pairs, not of documents",
       "set --model.family=encoder_decoder --data.objective=seq2seq",
     )
-  if corpus.tfds_folder:
-    return builders.read_prepared(corpus.tfds_folder, split)
-  return builders.read_local(corpus, split, root)
+  (texts,) = builders.read_texts(corpus, split, root, paired=False)
+  return texts
 
 
 def read_pairs(
@@ -118,9 +117,8 @@ def read_pairs(
       "use gettext:LANG (as gettext:de, after `pip install Django`) or a translation "
       "dataset of TFDS (as tfds:wmt14_translate/de-en)",
     )
-  if corpus.tfds_folder:
-    return builders.read_prepared_pairs(corpus.tfds_folder, split)
-  return builders.read_local_pairs(corpus, split, root)
+  source, target = builders.read_texts(corpus, split, root, paired=True)
+  return source, target
 
 
 @contextlib.contextmanager
