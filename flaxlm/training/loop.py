@@ -107,7 +107,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
       check_same_experiment(before, cfg, stored_corpus, prepared.fingerprint)
       peers.decide(lambda: make_room_after(checkpoints, first_step))
       store.reload()
-    stop = stack.enter_context(stop_signals(peers))
+    stop_at = stack.enter_context(stop_signals(peers))
     compiler.start(cfg.model)
     if peers.process == 0:
       write_atomically(cfg.run_dir / CONFIG, to_json(cfg))
@@ -140,7 +140,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
         reporter,
         watchdog,
       )
-      state, exit_code = trainer.steps(state, first_step, batches, stop)
+      state, exit_code = trainer.steps(state, first_step, batches, stop_at)
 
     # -- A word at the end.
     if exit_code == 0:

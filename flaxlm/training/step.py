@@ -245,22 +245,22 @@ def init_state(
   return jitted(np.uint32(seed))
 
 
-class TrainStep:
+class TrainStep(NamedTuple):
   """A jitted training step, which sets its mesh."""
 
-  def __init__(self, jitted: Any, mesh: Mesh):
-    self._jitted, self._mesh = jitted, mesh
+  jitted: Any
+  mesh: Mesh
 
   def __call__(
     self, state: TrainState, batch: Batch, seed: ArrayLike
   ) -> tuple[TrainState, Metrics]:
-    with use_mesh(self._mesh):
-      return self._jitted(state, batch, seed)
+    with use_mesh(self.mesh):
+      return self.jitted(state, batch, seed)
 
   def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
     """Lowers the step for abstract arguments. Once it is compiled, calls reuse it."""
-    with use_mesh(self._mesh):
-      return self._jitted.lower(state, batch, ABSTRACT_SEED)
+    with use_mesh(self.mesh):
+      return self.jitted.lower(state, batch, ABSTRACT_SEED)
 
 
 def jit_train_step(

@@ -21,7 +21,7 @@ from flaxlm.data.batches import Batches
 from flaxlm.errors import INTERRUPTED, PREEMPTED, NonFiniteError
 from flaxlm.training.evaluation import Evaluator, describe_evaluation
 from flaxlm.training.reporting import Reporter
-from flaxlm.training.signals import Stop
+from flaxlm.training.signals import StopAt
 from flaxlm.training.step import Metrics, TrainState, TrainStep, put_batch
 from flaxlm.training.watchdog import Watchdog
 
@@ -47,7 +47,7 @@ class Trainer:
     self.evaluated = False
 
   def steps(
-    self, state: TrainState, first_step: int, batches: Batches, stop: Stop
+    self, state: TrainState, first_step: int, batches: Batches, stop_at: StopAt
   ) -> tuple[TrainState, int]:
     """Runs until num_steps, the end of the data, or a signal: (last state, exit code).
 
@@ -57,7 +57,7 @@ class Trainer:
     step, saved, pending, stopped = first_step, first_step, None, 0
     with batches.iterate(first_step) as rows:
       while step < training.num_steps:
-        stopped = stop.at(step)
+        stopped = stop_at(step)
         if stopped:
           break
         with self.clock.waiting_for_data():
@@ -85,7 +85,7 @@ class Trainer:
             saved = step
           self.clock.restart()
     self.report(pending)
-    stopped = stopped or stop.at(step)
+    stopped = stopped or stop_at(step)
     if stopped:
       self.reporter.log(f"{signal.Signals(stopped).name}: saving step {step}")
     elif step > first_step and step % training.eval_every_steps:
