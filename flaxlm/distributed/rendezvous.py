@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from flaxlm.distributed.detect import LOOPBACK, Job, is_loopback
 from flaxlm.distributed.lines import Garbage, Line
@@ -32,9 +32,8 @@ MOST_DIFFERENCES = 3  # in one line
 Claims = Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Card:
-  """The identity of a process, for messages about it."""
+class Card(NamedTuple):
+  """The identity of a process, for messages about it; a list in JSON."""
 
   process: int
   host: str
@@ -116,7 +115,7 @@ class Gathering:
     # The others know how they have reached process 0; JAX listens at the same address.
     welcome = {
       "port": port,
-      "cards": [_say(card) for _, card in sorted(self.cards.items())],
+      "cards": sorted(self.cards.values()),
     }
     for number, line in self.lines.items():
       try:
@@ -247,12 +246,8 @@ def _ranges(numbers: list[int]) -> str:
 
 def _join(job: Job, card: Card, claims: Claims, seconds: float, token: str) -> Meeting:
   deadline = time.monotonic() + seconds
-  hello = {
-    "rendezvous": VERSION,
-    "token": token,
-    "card": _say(card),
-    "claims": dict(claims),
-  }
+  about = {"token": token, "card": card, "claims": dict(claims)}
+  hello = {"rendezvous": VERSION, **about}
   reason, pause = "", 0.1
   while True:
     left = deadline - time.monotonic()
@@ -301,10 +296,6 @@ def _welcomed(job: Job, line: Line, answer: dict[str, Any]) -> Meeting:
   # The address that has answered, because a name may have several.
   host = line.socket.getpeername()[0]
   return Meeting({0: line}, cards, _join_address(host, int(answer["port"])), "")
-
-
-def _say(card: Card) -> list[Any]:
-  return [card.process, card.host, card.pid]
 
 
 def _hear(said: Any) -> Card:
