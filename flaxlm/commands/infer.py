@@ -163,31 +163,26 @@ def run_infer(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def open_decoder(args: argparse.Namespace) -> Any:
-  """The run, its parameters laid out for decoding, with a draft if there is one."""
-  from flaxlm.decoding.loading import prepare_for_decoding
+  """The run, its parameters laid out for decoding, with the draft that was asked for: a
+  smaller run, or n-grams of the text."""
+  from flaxlm.decoding.loading import load_run, prepare_for_decoding
+  from flaxlm.decoding.speculative import Draft
+  from flaxlm.runs import find_run
 
   run = open_run(args)
   if run.cfg.model.family == "encoder":
     return run
   run = prepare_for_decoding(run, args.weights, args.cache == "int8")
-  return run if args.draft is None else with_draft(run, args)
-
-
-def with_draft(run: Any, args: argparse.Namespace) -> Any:
-  """The run with its draft: a smaller run, or n-grams of the text."""
-  from flaxlm.decoding.loading import load_run, prepare_for_decoding
-  from flaxlm.decoding.speculative import Draft
-  from flaxlm.runs import find_run
-
-  draft = Draft(num_tokens=args.draft_tokens)
-  if args.draft != "ngram":
-    small = prepare_for_decoding(load_run(find_run(args.draft, args.runs_dir), run.mesh))
-    if small.tokenizer.fingerprint != run.tokenizer.fingerprint:
-      raise ConfigError(
-        f"{args.draft} has another tokenizer", "use a draft with the run's tokenizer"
-      )
-    draft = Draft(small.model, small.params, args.draft_tokens)
-  return run._replace(draft=draft)
+  if args.draft is None:
+    return run
+  if args.draft == "ngram":
+    return run._replace(draft=Draft(num_tokens=args.draft_tokens))
+  small = prepare_for_decoding(load_run(find_run(args.draft, args.runs_dir), run.mesh))
+  if small.tokenizer.fingerprint != run.tokenizer.fingerprint:
+    raise ConfigError(
+      f"{args.draft} has another tokenizer", "use a draft with the run's tokenizer"
+    )
+  return run._replace(draft=Draft(small.model, small.params, args.draft_tokens))
 
 
 def complete_file(args: argparse.Namespace, settings: Any, stop: Any) -> None:
