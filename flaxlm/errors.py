@@ -58,6 +58,11 @@ PREEMPTED = 75  # EX_TEMPFAIL: the run was told to stop, saved its state, and ca
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
+def first_line(error: BaseException) -> str:
+  """The first line of a library's message, or the error's type if it has none."""
+  return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def exit_code_of(error: BaseException) -> int:
   """The exit code of a process that ends with an uncaught `error`."""
   if isinstance(error, FlaxLMError):

@@ -79,7 +79,7 @@ def start_jax(
   flags: tuple[Flag, ...] = ()
   if simulated_devices is None:
     flags = set_flags(os.environ, flags_for(os.environ))
-  if simulated_devices is not None:
+  else:
     if os.environ.get("JAX_PLATFORMS", "cpu") != "cpu":
       raise ConfigError("simulated_devices works on the CPU only", "set JAX_PLATFORMS=cpu")
     jax.config.update("jax_platforms", "cpu")

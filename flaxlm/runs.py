@@ -103,27 +103,21 @@ def locked(run_dir: Path, process: int = 0) -> Iterator[None]:
     yield
 
 
-def resume_step(cfg: Config, warn: Callable[[str], None] | None = None) -> int:
+def find_resume_step(cfg: Config, warn: Callable[[str], None] | None = None) -> int:
   """The newest whole step of the run, or 0 for a run that starts from the beginning.
 
-  `cfg.checkpoint.resume` decides: `never` sets earlier checkpoints aside, and `must`
-  raises `CheckpointError` when there are none.
+  `cfg.checkpoint.resume` decides: with `never` it is 0, and `must` raises
+  `CheckpointError` when there is no checkpoint. Changes nothing on disk.
   """
-  directory, resume = cfg.run_dir / CHECKPOINTS, cfg.checkpoint.resume
-  if resume == "never":
-    set_aside(directory)
-    step = None
-  else:
-    step = newest_whole_step(directory, warn)
-  if step is not None:
-    return step
-  if resume == "must":
+  if cfg.checkpoint.resume == "never":
+    return 0
+  step = newest_whole_step(cfg.run_dir / CHECKPOINTS, warn)
+  if step is None and cfg.checkpoint.resume == "must":
     raise CheckpointError(
       f"{cfg.run_dir} has no checkpoint to resume from",
       "check --name and --runs-dir, or use --checkpoint.resume=auto",
     )
-  make_room_after(directory, 0)
-  return 0
+  return step or 0
 
 
 def check_same_experiment(
@@ -150,19 +144,16 @@ def check_same_experiment(
     )
 
 
-def set_aside(directory: Path) -> None:
-  """Renames the checkpoints of an earlier run: a new run never deletes them."""
-  if saved_steps(directory):
-    names = (f"{directory.name}.{n}" for n in itertools.count(1))
-    rename_to_first_free(directory, names)
-
-
 def make_room_after(directory: Path, step: int) -> None:
-  """Clears the way for saves after `step`, from which a run resumes.
+  """Clears the way for saves after `step`, from which a run resumes; 0: it starts anew.
 
   Saves that were interrupted are deleted. Complete directories of later steps, which
-  did not match their manifests, are kept under another name.
+  did not match their manifests, are kept under another name, and so are all checkpoints
+  of an earlier run.
   """
+  if not step and saved_steps(directory):
+    names = (f"{directory.name}.{n}" for n in itertools.count(1))
+    rename_to_first_free(directory, names)
   for path in sorted(directory.iterdir()) if directory.is_dir() else []:
     name = path.name.split(".")[0]
     if not name.isdecimal() or not path.is_dir():

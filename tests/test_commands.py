@@ -144,6 +144,17 @@ sys.exit(cli.main(["train", *sys.argv[1:]]))
 """
 
 
+def start_training(flaxlm, tmp_path, arguments):
+  """`flaxlm train`, which goes on while the test does."""
+  return subprocess.Popen(
+    [sys.executable, "-m", "flaxlm.cli", "train", *arguments],
+    cwd=tmp_path,
+    env=os.environ | flaxlm.environment,
+    stderr=subprocess.DEVNULL,
+    stdout=subprocess.DEVNULL,
+  )
+
+
 def wait_for(child, happened):
   """Waits until something has happened or the child has ended."""
   while child.poll() is None and not happened():
@@ -158,13 +169,7 @@ def test_kill_and_resume(flaxlm, in_process, corpus, tmp_path):
     knobs = dict(name="k", checkpoint__every_steps=2, training__num_steps=num_steps)
     return tiny(corpus, **knobs)
 
-  child = subprocess.Popen(
-    [sys.executable, "-m", "flaxlm.cli", "train", *arguments(100_000)],
-    cwd=tmp_path,
-    env=os.environ | flaxlm.environment,
-    stderr=subprocess.DEVNULL,
-    stdout=subprocess.DEVNULL,
-  )
+  child = start_training(flaxlm, tmp_path, arguments(100_000))
   checkpoints = tmp_path / "runs" / "k" / "checkpoints"
   wait_for(child, lambda: list(checkpoints.glob("*/MANIFEST.json")))
   child.send_signal(signal.SIGKILL)
@@ -193,13 +198,7 @@ def test_end_of_data_saves_and_says_so(in_process, corpus, tmp_path):
 def test_two_trainers_in_one_directory(flaxlm, in_process, corpus, tmp_path):
   """The second is refused; the first never notices."""
   arguments = tiny(corpus, training__num_steps=1_000_000)
-  child = subprocess.Popen(
-    [sys.executable, "-m", "flaxlm.cli", "train", *arguments],
-    cwd=tmp_path,
-    env=os.environ | flaxlm.environment,
-    stderr=subprocess.DEVNULL,
-    stdout=subprocess.DEVNULL,
-  )
+  child = start_training(flaxlm, tmp_path, arguments)
   try:
     lock = tmp_path / "runs" / "stdlib_tiny" / "config.json"
     wait_for(child, lock.exists)

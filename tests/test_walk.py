@@ -37,7 +37,7 @@ TO_THE_SOFTMAX = [
   ("training.loop", "train"),
   ("training.program", "Compiler.start"),
   ("training.program", "build_program"),
-  ("training.step", "compile_train_step"),
+  ("training.step", "jit_train_step"),
   ("training.step", "train_step"),
   ("training.step", "loss_and_gradient"),
   ("nn.models", "Decoder.hidden"),

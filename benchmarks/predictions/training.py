@@ -43,7 +43,7 @@ from flaxlm.planning.roofline import (
 from flaxlm.platform import kernel_head_dim
 from flaxlm.training.losses import cross_entropy
 from flaxlm.training.optimizer import build_optimizer
-from flaxlm.training.step import compile_train_step, init_state, put_batch
+from flaxlm.training.step import init_state, jit_train_step, put_batch
 
 ONE_DEVICE = mesh_shape({})
 
@@ -143,7 +143,7 @@ def step_side(cfg: ResolvedConfig) -> Side:
   mesh = one_device_mesh()
   model = build_model(cfg.model, cfg.training, kernel_head_dim())
   optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
-  step = compile_train_step(model, optimizer, cfg.training, mesh)
+  step = jit_train_step(model, optimizer, cfg.training, mesh)
   B, T = cfg.data.batch_size, cfg.data.seq_len
   window = np.random.default_rng(0).integers(1, cfg.model.vocab_size, (B, T + 1))
   batch = put_batch(next_token(window, np.full(B, T + 1), bos_id=0), mesh)

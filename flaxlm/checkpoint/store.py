@@ -16,7 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from flaxlm.checkpoint import manifest
-from flaxlm.errors import CheckpointError
+from flaxlm.errors import CheckpointError, first_line
 
 # Orbax logs every save, and warns of restores that we intend.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -93,9 +93,8 @@ class CheckpointStore:
       self._failure = self._unwritable(step, e)
 
   def _unwritable(self, step: int, e: Exception) -> CheckpointError:
-    first_line = next(iter(str(e).splitlines()), type(e).__name__)
     return CheckpointError(
-      f"step {step} could not be saved below {self.directory}: {first_line}",
+      f"step {step} could not be saved below {self.directory}: {first_line(e)}",
       "check free space and permissions, or choose another --runs-dir",
     )
 
@@ -123,9 +122,8 @@ class CheckpointStore:
           raise ValueError(f"{name}: {'; '.join(misfits)}")
       return dict(self._manager.restore(step, args=ocp.args.Composite(**items)))
     except (ValueError, KeyError, OSError) as e:
-      first_line = next(iter(str(e).splitlines()), type(e).__name__)
       raise CheckpointError(
-        f"{self.directory}/{step} does not fit this model: {first_line}",
+        f"{self.directory}/{step} does not fit this model: {first_line(e)}",
         "the checkpoint was made by another config",
       ) from e
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flaxlm.commands.parsing import add_devices, open_output
+from flaxlm.commands.parsing import check_least, open_output
 from flaxlm.errors import ConfigError
 
 SUITES = {
@@ -50,31 +50,19 @@ def add_bench(commands: Any) -> None:
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument("what", nargs="*", metavar="SUITE")
-  parser.add_argument(
-    "--vs",
-    choices=("torch", "llama.cpp"),
-    help="measure this peer too, in the suites that support it",
+  flag = parser.add_flag
+  peers = ("torch", "llama.cpp")
+  flag("--vs", peers, "measure this peer too, in the suites that support it")
+  flag("--json", bool, "one JSON object per figure")
+  flag(
+    "--output", str, "a file to write; .jsonl: JSON lines, .html: a page with a roofline"
   )
-  parser.add_argument("--json", action="store_true", help="one JSON object per figure")
-  parser.add_argument(
-    "--output", help="a file to write; .jsonl: JSON lines, .html: a page with a roofline"
-  )
-  parser.add_argument(
-    "--rounds", type=int, default=5, help="rounds of each case; default: 5"
-  )
-  parser.add_argument(
-    "--size", choices=SIZES, help="size of the cases; default: small on a CPU, else large"
-  )
-  parser.add_argument(
-    "--threshold",
-    type=float,
-    default=0.05,
-    help="compare: relative changes to ignore; default: 0.05",
-  )
-  parser.add_argument(
-    "--any-device", action="store_true", help="compare: also files from different devices"
-  )
-  add_devices(parser)
+  flag("--rounds", int, "rounds of each case; default: 5", default=5)
+  flag("--size", SIZES, "size of the cases; default: small on a CPU, else large")
+  text = "compare: relative changes to ignore; default: 0.05"
+  flag("--threshold", float, text, default=0.05)
+  flag("--any-device", bool, "compare: also files from different devices")
+  parser.add_devices()
   parser.set_defaults(run=run_bench)
 
 
@@ -92,8 +80,7 @@ def run_bench(args: argparse.Namespace, _: list[str]) -> int:
       )
     if name not in SUITES:
       raise ConfigError(f"unknown suite {name!r}", f"all, compare, {', '.join(SUITES)}")
-  if args.rounds < 1:
-    raise ConfigError(f"rounds is {args.rounds}", "it must be at least 1")
+  check_least(args, 1, "rounds")
 
   from flaxlm.config import parse_mesh
   from flaxlm.platform import start_jax

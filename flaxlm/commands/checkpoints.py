@@ -7,21 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flaxlm.commands.parsing import (
-  add_devices,
-  add_dtype,
-  find_named_run,
-  open_run,
-)
+from flaxlm.commands.parsing import find_named_run, open_run
 from flaxlm.errors import CheckpointError, ConfigError
 
 
 def add_ckpt(commands: Any) -> None:
   parser = commands.add_parser("ckpt", help="list checkpoints, or verify their files")
   parser.add_argument("action", choices=("list", "verify"))
-  parser.add_argument("path", nargs="?", metavar="RUN", help="default: the newest run")
-  parser.add_argument("--json", action="store_true")
-  parser.add_argument("--runs-dir", default="runs")
+  parser.add_run(devices=False)
+  parser.add_flag("--json", bool, "one JSON object per checkpoint")
   parser.set_defaults(run=run_ckpt)
 
 
@@ -50,8 +44,8 @@ def add_import(commands: Any) -> None:
   parser = commands.add_parser("import", help="make a run from a Hugging Face checkpoint")
   parser.add_argument("folder", metavar="DIR", help="config.json and safetensors")
   parser.add_argument("path", metavar="RUN", help="the run directory to make")
-  add_dtype(parser, "default: the checkpoint's")
-  add_devices(parser)
+  parser.add_dtype("default: the checkpoint's")
+  parser.add_devices()
   parser.set_defaults(run=run_import)
 
 
@@ -76,18 +70,14 @@ def add_export(commands: Any) -> None:
   parser = commands.add_parser("export", help="write a run as a Hugging Face checkpoint")
   parser.add_argument("path", metavar="RUN")
   parser.add_argument("folder", metavar="DIR", help="the directory (gguf: file) to make")
-  parser.add_argument(
-    "--format",
-    choices=("safetensors", "gguf"),
-    default="safetensors",
-    help="default: safetensors; gguf is the format of llama.cpp",
-  )
-  add_dtype(parser, "default: the run's")
-  parser.add_argument(
-    "--shard-size", default="5GB", help="largest size of a file (default: 5GB)"
-  )
-  parser.add_argument("--runs-dir", default="runs")
-  add_devices(parser)
+  formats = ("safetensors", "gguf")
+  text = "default: safetensors; gguf is the format of llama.cpp"
+  parser.add_flag("--format", formats, text, default="safetensors")
+  parser.add_dtype("default: the run's")
+  text = "largest size of a file (default: 5GB)"
+  parser.add_flag("--shard-size", str, text, default="5GB")
+  parser.add_flag("--runs-dir", default="runs")
+  parser.add_devices()
   parser.set_defaults(run=run_export)
 
 

@@ -5,19 +5,16 @@ import argparse
 import json
 from typing import Any
 
-from flaxlm.commands.parsing import add_devices, open_output, open_run
+from flaxlm.commands.parsing import open_output, open_run
 from flaxlm.errors import ConfigError
 
 
 def add_embed(commands: Any) -> None:
   parser = commands.add_parser("embed", help="sentence embeddings from an encoder's run")
-  parser.add_argument("path", nargs="?", metavar="RUN", help="default: the newest run")
-  parser.add_argument("--text", action="append", default=[], help="may be repeated")
-  parser.add_argument("--normalise", action="store_true", help="scale to length 1")
-  parser.add_argument("--json", action="store_true", help="one JSON object per text")
-  parser.add_argument("--output", help="write to this file instead of stdout")
-  parser.add_argument("--runs-dir", default="runs")
-  add_devices(parser)
+  parser.add_run()
+  parser.add_flag("--text", list[str], "a text to embed")
+  parser.add_flag("--normalise", bool, "scale to length 1")
+  parser.add_output("one JSON object per text")
   parser.set_defaults(run=run_embed)
 
 

@@ -9,13 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from flaxlm.commands.parsing import (
-  add_devices,
-  open_output,
-  open_run,
-  read_text,
-)
-from flaxlm.config import flag
+from flaxlm.commands.parsing import check_least, open_output, open_run, read_text
+from flaxlm.config import flag as flag_of
 from flaxlm.errors import ConfigError
 
 # Flags that are fields of `SamplingSettings`: type and help.
@@ -31,7 +26,7 @@ SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
   "regex": (str, "a regular expression that the whole answer matches"),
   "seed": (int, "sample n draws with seed + n"),
 }
-DEFAULT_TEMPERATURE = 0.8
+SAMPLING_DEFAULTS = {"temperature": 0.8, "seed": 0}
 DEFAULT_LENGTH_PENALTY = 0.6
 
 
@@ -40,154 +35,65 @@ DEFAULT_LENGTH_PENALTY = 0.6
 
 def add_infer(commands: Any) -> None:
   parser = commands.add_parser("infer", help="continue prompts with a trained run")
-  parser.add_argument("path", nargs="?", metavar="RUN", help="default: the newest run")
-  add_inputs(parser)
-  add_sampling(parser)
-  add_stops(parser)
-  add_beams(parser)
-  add_speed(parser)
-  parser.add_argument("--output", help="write to this file instead of stdout")
-  parser.add_argument("--json", action="store_true", help="one JSON object per sample")
-  parser.add_argument(
-    "--top-logprobs",
-    type=int,
-    default=0,
-    metavar="N",
-    help="with --json: also the N likeliest tokens of each step",
-  )
-  parser.add_argument(
-    "--verbose", action="store_true", help="say how many programs were compiled"
-  )
-  parser.add_argument("--runs-dir", default="runs")
-  add_devices(parser)
-  parser.set_defaults(run=run_infer)
-
-
-def add_inputs(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument(
-    "--prompt",
-    action="append",
-    default=[],
-    help="a text to continue, or to read (encoder_decoder); may be repeated",
-  )
-  parser.add_argument(
-    "--prompt-file", help="one prompt, or - for stdin; FILE.jsonl: a prompt a line"
-  )
-  parser.add_argument("--interactive", action="store_true", help="a turn per line")
-  parser.add_argument(
-    "--no-chat",
-    action="store_true",
-    help="interactive: do not use the run's chat template",
-  )
-  parser.add_argument(
-    "--fill", action="append", default=[], help="a text with [MASK]s for an encoder"
-  )
-
-
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-  defaults = {"temperature": DEFAULT_TEMPERATURE, "seed": 0}
+  parser.add_run()
+  parser.add_output("one JSON object per sample")
+  flag = parser.add_flag
+  text = "with --json: also the N likeliest tokens of each step"
+  flag("--top-logprobs", int, text, default=0, metavar="N")
+  flag("--verbose", bool, "say how many programs were compiled")
+  # What is read.
+  flag("--prompt", list[str], "a text to continue, or to read (encoder_decoder)")
+  flag("--prompt-file", str, "one prompt, or - for stdin; FILE.jsonl: a prompt a line")
+  flag("--interactive", bool, "a turn per line")
+  flag("--no-chat", bool, "interactive: do not use the run's chat template")
+  flag("--fill", list[str], "a text with [MASK]s for an encoder")
+  # How tokens are drawn.
   for name, (kind, text) in SAMPLING_FLAGS.items():
-    parser.add_argument(flag(name), type=kind, default=defaults.get(name), help=text)
-  parser.add_argument(
-    "--json-schema", metavar="FILE", help="a JSON schema that the whole answer matches"
-  )
-  parser.add_argument(
-    "--logit-bias",
-    action="append",
-    default=[],
-    metavar="ID=X",
-    help="add X to a token's logit; may be repeated",
-  )
-  parser.add_argument(
-    "--ban",
-    action="append",
-    default=[],
-    type=int,
-    metavar="ID",
-    help="never draw this token; may be repeated",
-  )
-  parser.add_argument("--num-samples", type=int, default=1, help="completions per prompt")
-
-
-def add_stops(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("--max-new-tokens", type=int)
-  parser.add_argument("--max-seconds", type=float, help="for each batch of prompts")
-  parser.add_argument(
-    "--stop", action="append", default=[], help="end before this text; may be repeated"
-  )
-  parser.add_argument(
-    "--stop-token",
-    action="append",
-    default=[],
-    type=int,
-    metavar="ID",
-    help="end with this token; may be repeated",
-  )
-
-
-def add_beams(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument(
-    "--beams", type=int, help="search for the likeliest completions with so many beams"
-  )
-  parser.add_argument(
-    "--length-penalty",
-    type=float,
-    help=f"beams: 0 prefers short texts (default: {DEFAULT_LENGTH_PENALTY})",
-  )
-
-
-def add_speed(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument(
-    "--batch-size", type=int, default=16, help="samples of FILE.jsonl at a time"
-  )
-  parser.add_argument(
-    "--weights", choices=("float32", "bfloat16", "int8"), help="default: as in the run"
-  )
-  parser.add_argument(
-    "--cache", choices=("int8",), help="keys and values in a quarter of the memory"
-  )
-  parser.add_argument(
-    "--draft",
-    metavar="RUN",
-    help="a smaller run that guesses tokens ahead; ngram: guess from the text so far",
-  )
-  parser.add_argument("--draft-tokens", type=int, default=4, help="guesses at a time")
+    flag(flag_of(name), kind, text, default=SAMPLING_DEFAULTS.get(name))
+  flag("--json-schema", str, "a JSON schema that the whole answer matches", metavar="FILE")
+  flag("--logit-bias", list[str], "add X to a token's logit", metavar="ID=X")
+  flag("--ban", list[int], "never draw this token", metavar="ID")
+  flag("--num-samples", int, "completions per prompt", default=1)
+  # Where they end.
+  flag("--max-new-tokens", int)
+  flag("--max-seconds", float, "for each batch of prompts")
+  flag("--stop", list[str], "end before this text")
+  flag("--stop-token", list[int], "end with this token", metavar="ID")
+  # Beam search.
+  flag("--beams", int, "search for the likeliest completions with so many beams")
+  text = f"beams: 0 prefers short texts (default: {DEFAULT_LENGTH_PENALTY})"
+  flag("--length-penalty", float, text)
+  # Speed.
+  flag("--batch-size", int, "samples of FILE.jsonl at a time", default=16)
+  flag("--weights", ("float32", "bfloat16", "int8"), "default: as in the run")
+  flag("--cache", ("int8",), "keys and values in a quarter of the memory")
+  text = "a smaller run that guesses tokens ahead; ngram: guess from the text so far"
+  flag("--draft", str, text, metavar="RUN")
+  flag("--draft-tokens", int, "guesses at a time", default=4)
+  parser.set_defaults(run=run_infer)
 
 
 def check(args: argparse.Namespace) -> None:
   """Raises `ConfigError` for flags that do not go together, before anything is loaded."""
   if not (args.prompt or args.prompt_file or args.interactive or args.fill):
     raise ConfigError("there is no prompt", 'give --prompt "..." or --interactive')
-  for name in ("num_samples", "batch_size"):
-    if getattr(args, name) < 1:
-      raise ConfigError(f"{flag(name)[2:]} is {getattr(args, name)}", "it is at least 1")
-  check_beams(args)
-  constraints = [x for x in ("regex", "json_schema") if getattr(args, x) is not None]
-  if len(constraints) > 1:
-    raise ConfigError("--regex with --json-schema", "leave one of them out")
-  for name in ("beams", "draft"):
-    if constraints and getattr(args, name) is not None:
-      raise ConfigError(f"{flag(constraints[0])} with --{name}", "leave one of them out")
+  check_least(args, 1, "num_samples", "batch_size")
+  check_least(args, 0, "length_penalty")
+  alone = ("regex", "json_schema", "draft", "beams")
+  given = [flag_of(name) for name in alone if getattr(args, name) is not None]
+  if len(given) > 1:
+    raise ConfigError(f"{given[0]} with {given[1]}", "leave one of them out")
+  if args.beams is None and args.length_penalty is not None:
+    raise ConfigError("--length-penalty without --beams", "add --beams 4")
+  if args.beams is not None and args.beams < args.num_samples:
+    raise ConfigError(
+      f"{args.num_samples} samples of {args.beams} beams", f"--beams {args.num_samples}"
+    )
   others = args.prompt or args.interactive or args.beams or args.fill
   if reads_jobs(args) and (others or not args.output):
     raise ConfigError(
       "a .jsonl file of prompts needs --output, and goes without other prompts and beams",
       "--output out.jsonl",
-    )
-
-
-def check_beams(args: argparse.Namespace) -> None:
-  if args.beams is None:
-    if args.length_penalty is not None:
-      raise ConfigError("--length-penalty without --beams", "add --beams 4")
-    return
-  if args.draft is not None:
-    raise ConfigError("--draft with --beams", "leave one of them out")
-  if args.length_penalty is not None and args.length_penalty < 0:
-    raise ConfigError(f"length-penalty is {args.length_penalty}", "it is at least 0")
-  if args.beams < args.num_samples:
-    raise ConfigError(
-      f"{args.num_samples} samples of {args.beams} beams", f"--beams {args.num_samples}"
     )
 
 
@@ -220,15 +126,6 @@ def read_bias(text: str) -> tuple[int, float]:
     raise ConfigError(f"logit-bias is {text!r}", "as in 50256=-5") from e
 
 
-def read_stopping(args: argparse.Namespace) -> Any:
-  """The `Stopping` of the flags, checked."""
-  from flaxlm.decoding.completions import Stopping
-
-  stop = Stopping(strings=args.stop, tokens=args.stop_token, max_seconds=args.max_seconds)
-  stop.check()
-  return stop
-
-
 def read_lines() -> Iterator[str]:
   """Prompts typed one by one, until the end of input."""
   while True:
@@ -243,15 +140,17 @@ def read_lines() -> Iterator[str]:
 
 
 def run_infer(args: argparse.Namespace, _: list[str]) -> int:
-  check(args)
+  from flaxlm.decoding.completions import Stopping
+
   # Mistakes in the flags show before a checkpoint is read.
-  settings, stop = read_sampling(args), read_stopping(args)
+  check(args)
+  settings = read_sampling(args)
+  stop = Stopping(strings=args.stop, tokens=args.stop_token, max_seconds=args.max_seconds)
+  stop.check()
   if reads_jobs(args):
     complete_file(args, settings, stop)
     return 0
-  prompts = [*args.prompt]
-  if args.prompt_file:
-    prompts.append(read_text(args.prompt_file))
+  prompts = args.prompt + ([read_text(args.prompt_file)] if args.prompt_file else [])
   run = open_decoder(args)
   with open_output(args.output) as out, report_compilations(args.verbose):
     if args.fill:
@@ -264,31 +163,26 @@ def run_infer(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def open_decoder(args: argparse.Namespace) -> Any:
-  """The run, its parameters laid out for decoding, with a draft if there is one."""
-  from flaxlm.decoding.loading import prepare_for_decoding
+  """The run, its parameters laid out for decoding, with the draft that was asked for: a
+  smaller run, or n-grams of the text."""
+  from flaxlm.decoding.loading import load_run, prepare_for_decoding
+  from flaxlm.decoding.speculative import Draft
+  from flaxlm.runs import find_run
 
   run = open_run(args)
   if run.cfg.model.family == "encoder":
     return run
   run = prepare_for_decoding(run, args.weights, args.cache == "int8")
-  return run if args.draft is None else with_draft(run, args)
-
-
-def with_draft(run: Any, args: argparse.Namespace) -> Any:
-  """The run with its draft: a smaller run, or n-grams of the text."""
-  from flaxlm.decoding.loading import load_run, prepare_for_decoding
-  from flaxlm.decoding.speculative import Draft
-  from flaxlm.runs import find_run
-
-  draft = Draft(num_tokens=args.draft_tokens)
-  if args.draft != "ngram":
-    small = prepare_for_decoding(load_run(find_run(args.draft, args.runs_dir), run.mesh))
-    if small.tokenizer.fingerprint != run.tokenizer.fingerprint:
-      raise ConfigError(
-        f"{args.draft} has another tokenizer", "use a draft with the run's tokenizer"
-      )
-    draft = Draft(small.model, small.params, args.draft_tokens)
-  return run._replace(draft=draft)
+  if args.draft is None:
+    return run
+  if args.draft == "ngram":
+    return run._replace(draft=Draft(num_tokens=args.draft_tokens))
+  small = prepare_for_decoding(load_run(find_run(args.draft, args.runs_dir), run.mesh))
+  if small.tokenizer.fingerprint != run.tokenizer.fingerprint:
+    raise ConfigError(
+      f"{args.draft} has another tokenizer", "use a draft with the run's tokenizer"
+    )
+  return run._replace(draft=Draft(small.model, small.params, args.draft_tokens))
 
 
 def complete_file(args: argparse.Namespace, settings: Any, stop: Any) -> None:
@@ -392,15 +286,14 @@ def print_completions(
       on_text=show if streams else None,
       num_top=args.top_logprobs,
     )
+  arrow = "\n=> " if reads_prompt else ""
   for number, result in enumerate(results, 1):
     if args.json:
       print(json.dumps(result.as_json()), file=out)
     elif streams:
       print(file=out)
-    elif reads_prompt:
-      print(f"--- {number}\n{result.prompt}\n=> {result.completion}", file=out)
     else:
-      print(f"--- {number}\n{result.prompt}{result.completion}", file=out)
+      print(f"--- {number}\n{result.prompt}{arrow}{result.completion}", file=out)
 
 
 def print_filled(run: Any, args: argparse.Namespace, out: TextIO) -> None:

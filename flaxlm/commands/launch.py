@@ -5,6 +5,7 @@ import argparse
 import sys
 from typing import Any
 
+from flaxlm.commands.parsing import check_least
 from flaxlm.errors import ConfigError
 
 
@@ -17,10 +18,8 @@ def add_launch(commands: Any) -> None:
     "--simulated-devices=M, each of them has M devices. If one fails, all are ended. For "
     "several machines see docs/launch/.",
   )
-  parser.add_argument("--processes", type=int, required=True, metavar="N")
-  parser.add_argument(
-    "--grace-seconds", type=float, default=10.0, help="from SIGTERM to SIGKILL"
-  )
+  parser.add_flag("--processes", int, required=True, metavar="N")
+  parser.add_flag("--grace-seconds", float, "from SIGTERM to SIGKILL", default=10.0)
   parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="-- train ...")
   parser.set_defaults(run=run_launch)
 
@@ -29,10 +28,8 @@ def run_launch(args: argparse.Namespace, _: list[str]) -> int:
   from flaxlm.distributed.launcher import launch
 
   arguments = args.arguments[args.arguments[:1] == ["--"] :]
-  if args.processes < 1:
-    raise ConfigError(f"processes is {args.processes}", "it must be at least 1")
-  if not args.grace_seconds >= 0:
-    raise ConfigError(f"grace-seconds is {args.grace_seconds}", "it must be at least 0")
+  check_least(args, 1, "processes")
+  check_least(args, 0, "grace_seconds")
   if not arguments or arguments[0] != "train":
     what = f"{arguments[0]} does not" if arguments else "nothing to"
     raise ConfigError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from flaxlm.commands.parsing import (
   Parser,
-  add_devices,
+  check_least,
   find_named_run,
   open_run,
   read_config,
@@ -23,63 +23,53 @@ def add_look(commands: Any) -> None:
   subjects = parser.add_subparsers(
     dest="subject", required=True, metavar="SUBJECT", parser_class=Parser
   )
-  add = lambda name, text, run: add_subject(subjects, name, text, run)
-
-  attention = add("attention", "what each head of each layer attends to", run_attention)
-  add_run(attention)
+  attention = add_subject(
+    subjects, "attention", "what each head of each layer attends to", run_attention
+  )
+  attention.add_run()
   add_text(attention, 256)
-  attention.add_argument("--layer", type=int, help="only this layer, counted from 0")
-  attention.add_argument("--head", type=int, help="only this head of each layer")
+  attention.add_flag("--layer", int, "only this layer, counted from 0")
+  attention.add_flag("--head", int, "only this head of each layer")
 
-  embeddings = add("embeddings", "the embedding table as a map", run_embeddings)
-  add_run(embeddings)
-  embeddings.add_argument("--tokens", type=int, metavar="N", help="ids (default: 4096)")
+  embeddings = add_subject(
+    subjects, "embeddings", "the embedding table as a map", run_embeddings
+  )
+  embeddings.add_run()
+  embeddings.add_flag("--tokens", int, "ids (default: 4096)", metavar="N")
 
-  positions = add("positions", "what the model's positions do", run_positions)
+  positions = add_subject(
+    subjects, "positions", "what the model's positions do", run_positions
+  )
   positions.usage = (
     "flaxlm look positions [RUN | CONFIG [--section.field=value ...]] [options]"
   )
-  positions.add_argument("--runs-dir", default="runs")
-  add_devices(positions)
+  positions.add_flag("--runs-dir", default="runs")
+  positions.add_devices()
   positions.set_defaults(takes_overrides=True)
 
-  tokens = add("tokens", "a text in tokens, and how likely each was", run_tokens)
-  add_run(tokens)
+  tokens = add_subject(
+    subjects, "tokens", "a text in tokens, and how likely each was", run_tokens
+  )
+  tokens.add_run()
   add_text(tokens, 1024)
 
-  add_path(add("run", "a run's curves and config", run_run))
+  add_subject(subjects, "run", "a run's curves and config", run_run).add_run(devices=False)
 
 
 def add_subject(subjects: Any, name: str, text: str, run: Any) -> Any:
   parser = subjects.add_parser(name, help=text, description=text)
-  parser.add_argument("--output", help="a .html or .png file; default: look/ in the run")
-  parser.add_argument("--json", action="store_true", help="also print the figures")
+  parser.add_flag("--output", str, "a .html or .png file; default: look/ in the run")
+  parser.add_flag("--json", bool, "also print the figures")
   parser.set_defaults(run=run)
   return parser
 
 
-def add_path(parser: Any) -> None:
-  parser.add_argument("path", nargs="?", metavar="RUN", help="default: the newest run")
-  parser.add_argument("--runs-dir", default="runs")
-
-
-def add_run(parser: Any) -> None:
-  add_path(parser)
-  add_devices(parser)
-
-
 def add_text(parser: Any, most: int) -> None:
-  parser.add_argument(
-    "--text", help="the text that the model reads (encoder_decoder: writes)"
-  )
-  parser.add_argument("--text-file", help="a file with the text, or - for stdin")
-  parser.add_argument("--source", help="encoder_decoder: the text that it reads")
-  parser.add_argument(
-    "--max-tokens",
-    type=int,
-    default=most,
-    help=f"cut the text to so many (default: {most})",
-  )
+  parser.add_flag("--text", str, "the text that the model reads (encoder_decoder: writes)")
+  parser.add_flag("--text-file", str, "a file with the text, or - for stdin")
+  parser.add_flag("--source", str, "encoder_decoder: the text that it reads")
+  text = f"cut the text to so many (default: {most})"
+  parser.add_flag("--max-tokens", int, text, default=most)
 
 
 def run_attention(args: argparse.Namespace, _: list[str]) -> int:
@@ -101,8 +91,7 @@ def run_tokens(args: argparse.Namespace, _: list[str]) -> int:
 def run_embeddings(args: argparse.Namespace, _: list[str]) -> int:
   from flaxlm.look.embeddings import look_embeddings
 
-  if args.tokens is not None and args.tokens < 2:
-    raise ConfigError(f"tokens is {args.tokens}", "it is at least 2")
+  check_least(args, 2, "tokens")
   path = find(args)
   return finish(args, look_embeddings(open_run(args), args.tokens), path)
 
@@ -156,8 +145,7 @@ def open_text(args: argparse.Namespace, check: Any) -> tuple[Path, Any]:
   from flaxlm.runs import TOKENIZER, load_config_of
   from flaxlm.tokenizers import load_tokenizer
 
-  if args.max_tokens < 2:
-    raise ConfigError(f"max-tokens is {args.max_tokens}", "it is at least 2")
+  check_least(args, 2, "max_tokens")
   if args.text is not None and args.text_file is not None:
     raise ConfigError("--text and --text-file", "give one of them")
   path = find(args)

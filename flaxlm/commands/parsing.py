@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import dataclasses
+import json
 import sys
 import typing
 from collections.abc import Sequence
@@ -25,6 +26,42 @@ class Parser(argparse.ArgumentParser):
 
   def error(self, message: str) -> typing.NoReturn:
     raise ConfigError(message, f"{self.prog} --help")
+
+  def add_flag(
+    self, name: str, kind: Any = str, text: str | None = None, **options: Any
+  ) -> None:
+    """Adds a flag. A `kind` of bool makes a switch, and a tuple lists the values to choose
+    from; a flag of `list[int]` may be repeated. `options` are those of `add_argument`."""
+    if kind is bool:
+      options["action"] = "store_true"
+    elif isinstance(kind, tuple):
+      options["choices"] = kind
+    elif typing.get_origin(kind) is list:
+      (options["type"],) = typing.get_args(kind)
+      options |= {"action": "append", "default": []}
+      text = f"{text}; may be repeated"
+    else:
+      options["type"] = kind
+    self.add_argument(name, help=text, **options)
+
+  def add_run(self, devices: bool = True) -> None:
+    """RUN, where to look for it, and the devices to open it on: see `open_run`."""
+    self.add_argument("path", nargs="?", metavar="RUN", help="default: the newest run")
+    self.add_flag("--runs-dir", default="runs")
+    if devices:
+      self.add_devices()
+
+  def add_devices(self) -> None:
+    self.add_flag("--mesh", str, "as in data=2,tensor=4", default="data=-1")
+    self.add_flag("--simulated-devices", int, "CPU only")
+
+  def add_output(self, json_text: str | None = None) -> None:
+    """Where the result is written, and whether as JSON."""
+    self.add_flag("--json", bool, json_text)
+    self.add_flag("--output", str, "write to this file instead of stdout")
+
+  def add_dtype(self, default: str) -> None:
+    self.add_flag("--dtype", ("float32", "bfloat16"), f"of the parameters; {default}")
 
 
 def with_hyphens(arguments: Sequence[str]) -> list[str]:
@@ -53,9 +90,14 @@ def read_config(arguments: list[str]) -> Any:
   return cfg
 
 
-def add_devices(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument("--mesh", default="data=-1", help="as in data=2,tensor=4")
-  parser.add_argument("--simulated-devices", type=int, help="CPU only")
+def check_least(args: argparse.Namespace, least: int, *names: str) -> None:
+  """Raises `ConfigError` for a flag whose number is given and below `least`."""
+  for name in names:
+    value = getattr(args, name)
+    if value is not None and not value >= least:
+      raise ConfigError(
+        f"{name.replace('_', '-')} is {value}", f"it must be at least {least}"
+      )
 
 
 def find_named_run(args: argparse.Namespace) -> Path:
@@ -87,11 +129,6 @@ def open_run(args: argparse.Namespace, needs_text: bool = True) -> Any:
   return load_run(path, make_mesh(parse_mesh(args.mesh)), warn, needs_text)
 
 
-def add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
-  choices = ("float32", "bfloat16")
-  parser.add_argument("--dtype", choices=choices, help=f"of the parameters; {default}")
-
-
 def open_output(path: str | None) -> Any:
   """A context with the file to write to, or with stdout, which stays open."""
   if path is None:
@@ -100,6 +137,15 @@ def open_output(path: str | None) -> Any:
     return Path(path).open("w", encoding="utf-8")
   except OSError as e:
     raise ConfigError(f"{path} cannot be written: {e}") from e
+
+
+def write_result(args: argparse.Namespace, values: Any, show: Any) -> None:
+  """Writes `values` as one line of JSON, or what `show` prints for people, to --output."""
+  with open_output(args.output) as out:
+    if args.json:
+      print(json.dumps(values), file=out)
+    else:
+      show(out)
 
 
 def read_text(path: str) -> str:

@@ -2,14 +2,10 @@
 """`flaxlm plan` and `flaxlm shard`: a config on a mesh, before anything runs."""
 
 import argparse
-import json
 import os
 from typing import Any
 
-from flaxlm.commands.parsing import (
-  open_output,
-  read_config,
-)
+from flaxlm.commands.parsing import read_config, write_result
 from flaxlm.errors import ConfigError
 
 
@@ -21,40 +17,20 @@ def add_plan(commands: Any) -> None:
     "[--section.field=value ...]",
     description="CONFIG and its overrides are those of `flaxlm train`.",
   )
-  parser.add_argument(
-    "--mesh", help="as in data=2@dcn,fsdp=8; with --devices, one axis may be -1"
-  )
-  parser.add_argument(
-    "--device", help="as in h200 or v5e; without it: no times, no verdict"
-  )
-  parser.add_argument("--devices", type=int, metavar="N", help="the number of devices")
-  parser.add_argument(
-    "--network",
-    type=float,
-    metavar="GB/s",
-    help="bandwidth of a device between slices or hosts; default: the device table's",
-  )
-  parser.add_argument(
-    "--compile", action="store_true", help="also compile the step, for its real memory"
-  )
-  parser.add_argument(
-    "--search",
-    action="store_true",
-    help="rank every choice of mesh, remat and accumulation",
-  )
-  parser.add_argument("--decode", action="store_true", help="also the speed of decoding")
-  parser.add_argument(
-    "--batch", action="append", type=int, help="decode: rows; may be repeated"
-  )
-  parser.add_argument(
-    "--context", action="append", type=int, help="decode: tokens; may be repeated"
-  )
-  parser.add_argument(
-    "--tokens", type=float, help="tokens to train on; default: 20 per parameter"
-  )
-  parser.add_argument("--price", type=float, help="price of one device for one hour")
-  parser.add_argument("--json", action="store_true", help="one JSON object")
-  parser.add_argument("--output", help="write to this file instead of stdout")
+  flag = parser.add_flag
+  flag("--mesh", str, "as in data=2@dcn,fsdp=8; with --devices, one axis may be -1")
+  flag("--device", str, "as in h200 or v5e; without it: no times, no verdict")
+  flag("--devices", int, "the number of devices", metavar="N")
+  text = "bandwidth of a device between slices or hosts; default: the device table's"
+  flag("--network", float, text, metavar="GB/s")
+  flag("--compile", bool, "also compile the step, for its real memory")
+  flag("--search", bool, "rank every choice of mesh, remat and accumulation")
+  flag("--decode", bool, "also the speed of decoding")
+  flag("--batch", list[int], "decode: rows")
+  flag("--context", list[int], "decode: tokens")
+  flag("--tokens", float, "tokens to train on; default: 20 per parameter")
+  flag("--price", float, "price of one device for one hour")
+  parser.add_output("one JSON object")
   parser.set_defaults(run=run_plan, takes_overrides=True)
 
 
@@ -78,17 +54,13 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
     compiled=args.compile,
     searched=args.search,
     batches=(args.batch or [1, 8, 64]) if args.decode else [],
-    contexts=args.context,
+    contexts=args.context or None,
     tokens=args.tokens,
     price=args.price,
     network=None if args.network is None else args.network * 1e9,
   )
   report = plan(cfg, questions)
-  with open_output(args.output) as out:
-    if args.json:
-      print(json.dumps(to_json(report)), file=out)
-    else:
-      print_report(report, out)
+  write_result(args, to_json(report), lambda out: print_report(report, out))
   return 0
 
 
@@ -104,14 +76,13 @@ def add_shard(commands: Any) -> None:
     description="CONFIG and its overrides are those of `flaxlm train`. The step compiles "
     "for simulated CPU devices, or with --device for real ones, which need not be present.",
   )
-  parser.add_argument("--mesh", help="as in data=2@dcn,fsdp=4,tensor=2")
-  parser.add_argument(
-    "--device", help="compile for this one, as in v5e (needs the extra [tpu])"
+  parser.add_flag("--mesh", str, "as in data=2@dcn,fsdp=4,tensor=2")
+  parser.add_flag(
+    "--device", str, "compile for this one, as in v5e (needs the extra [tpu])"
   )
-  parser.add_argument("--compile", action="store_true", help="the default")
-  parser.add_argument("--no-compile", action="store_true", help="only the parameters")
-  parser.add_argument("--json", action="store_true", help="one JSON object")
-  parser.add_argument("--output", help="write to this file instead of stdout")
+  parser.add_flag("--compile", bool, "the default")
+  parser.add_flag("--no-compile", bool, "only the parameters")
+  parser.add_output("one JSON object")
   parser.set_defaults(run=run_shard, takes_overrides=True)
 
 
@@ -127,9 +98,5 @@ def run_shard(args: argparse.Namespace, arguments: list[str]) -> int:
   if args.mesh is None and dict(mesh) == {"data": -1}:
     mesh = {"data": 1}  # neither the flag nor the config says anything about devices
   report = report_sharding(cfg, mesh, args.device, compiled=not args.no_compile)
-  with open_output(args.output) as out:
-    if args.json:
-      print(json.dumps(to_json(report)), file=out)
-    else:
-      print_sharding(report, out)
+  write_result(args, to_json(report), lambda out: print_sharding(report, out))
   return 0

@@ -24,28 +24,24 @@ def add_tokenizer(commands: Any) -> None:
     dest="action", required=True, metavar="ACTION", parser_class=Parser
   )
   made = actions.add_parser("train", help="train on a corpus, and write a tokenizer.json")
-  made.add_argument("--kind", default="bpe", help="byte or bpe; default: bpe")
-  made.add_argument("--vocab-size", help="default: that of tokenizer.vocab_size")
-  made.add_argument("--output", default="tokenizer.json", help="default: tokenizer.json")
+  made.add_flag("--kind", str, "byte or bpe; default: bpe", default="bpe")
+  made.add_flag("--vocab-size", str, "default: that of tokenizer.vocab_size")
+  made.add_flag("--output", str, "default: tokenizer.json", default="tokenizer.json")
   made.set_defaults(run=run_train)
-  compare = actions.add_parser(
-    "compare", help="compare tokenizers on the same held-out text"
-  )
+  text = "compare tokenizers on the same held-out text"
+  compare = actions.add_parser("compare", help=text)
   compare.add_argument("tokenizers", nargs="+", metavar="TOKENIZER", help=SOURCES)
-  compare.add_argument("--json", action="store_true")
-  compare.add_argument("--output", help="write to this file instead of stdout")
+  compare.add_output("one JSON object per tokenizer")
   compare.set_defaults(run=run_compare)
-  encode = actions.add_parser(
-    "encode", help="print the ids of a text, and what each stands for"
-  )
+  text = "print the ids of a text, and what each stands for"
+  encode = actions.add_parser("encode", help=text)
   encode.add_argument("tokenizer", metavar="TOKENIZER", help=SOURCES)
-  encode.add_argument("--text", required=True, help="- for standard input")
-  encode.add_argument("--json", action="store_true")
+  encode.add_flag("--text", str, "- for standard input", required=True)
+  encode.add_flag("--json", bool, "one JSON object")
   encode.set_defaults(run=run_encode)
+  text = "a corpus, as in data.corpus; default: stdlib"
   for action in (made, compare, encode):
-    action.add_argument(
-      "--corpus", default="stdlib", help="a corpus, as in data.corpus; default: stdlib"
-    )
+    action.add_flag("--corpus", str, text, default="stdlib")
 
 
 def run_train(args: argparse.Namespace, _: list[str]) -> int:

@@ -3,20 +3,18 @@
 
 import argparse
 import dataclasses
-import json
 import typing
 from types import UnionType
 from typing import Any, Literal
 
 from flaxlm.commands.parsing import (
   DEFAULT_CONFIG,
-  add_devices,
-  open_output,
+  check_least,
   open_run,
   read_config,
+  write_result,
 )
 from flaxlm.config import Config, flag, knobs
-from flaxlm.errors import ConfigError
 
 
 def add_train(commands: Any) -> None:
@@ -60,31 +58,20 @@ def describe_knobs() -> str:
 
 def add_eval(commands: Any) -> None:
   parser = commands.add_parser("eval", help="loss and bits per byte on held-out text")
-  parser.add_argument("path", nargs="?", metavar="RUN", help="default: the newest run")
-  parser.add_argument("--split", choices=("validation", "train"), default="validation")
-  parser.add_argument("--corpus", help="default: the corpus that the run was trained on")
-  parser.add_argument("--batches", type=int, help="use at most so many; default: all")
-  parser.add_argument(
-    "--bleu",
-    action="store_true",
-    help="translate the pairs of the split, and score the result",
-  )
-  parser.add_argument("--beams", type=int, default=4, help="bleu: number of beams")
-  parser.add_argument(
-    "--pairs", type=int, default=500, help="bleu: use at most so many pairs"
-  )
-  parser.add_argument("--json", action="store_true")
-  parser.add_argument("--output", help="write to this file instead of stdout")
-  parser.add_argument("--runs-dir", default="runs")
-  add_devices(parser)
+  parser.add_run()
+  splits = ("validation", "train")
+  parser.add_flag("--split", splits, "default: validation", default="validation")
+  parser.add_flag("--corpus", str, "default: the corpus that the run was trained on")
+  parser.add_flag("--batches", int, "use at most so many; default: all")
+  parser.add_flag("--bleu", bool, "translate the pairs of the split, and score the result")
+  parser.add_flag("--beams", int, "bleu: number of beams", default=4)
+  parser.add_flag("--pairs", int, "bleu: use at most so many pairs", default=500)
+  parser.add_output("one JSON object")
   parser.set_defaults(run=run_eval)
 
 
 def run_eval(args: argparse.Namespace, _: list[str]) -> int:
-  if args.batches is not None and args.batches < 1:
-    raise ConfigError(f"batches is {args.batches}", "it is at least 1")
-  if args.pairs < 1:
-    raise ConfigError(f"pairs is {args.pairs}", "it is at least 1")
+  check_least(args, 1, "batches", "pairs")
   run = open_run(args)
 
   from flaxlm.training.evaluation import describe_evaluation, evaluate_run, translate_run
@@ -102,9 +89,6 @@ def run_eval(args: argparse.Namespace, _: list[str]) -> int:
   else:
     values = evaluate_run(run, corpus, args.split, args.batches)
     text = describe_evaluation(values)
-  with open_output(args.output) as out:
-    if args.json:
-      print(json.dumps({"step": run.step, **values}), file=out)
-    else:
-      print(f"{run.path} at step {run.step}: {text}", file=out)
+  text = f"{run.path} at step {run.step}: {text}"
+  write_result(args, {"step": run.step, **values}, lambda out: print(text, file=out))
   return 0

@@ -23,7 +23,7 @@ from flaxlm.errors import DataError
 
 FILE_FORMAT = "array_record"
 REACHABLE_SECONDS = 4.0
-PAIR_FEATURES = ("source", "target")
+PAIR_FEATURES: tuple[str, ...] = ("source", "target")
 
 
 @contextlib.contextmanager
@@ -105,74 +105,57 @@ class TextSource(Sequence):
     return text if isinstance(text, str) else text.decode("utf-8", "replace")
 
 
-Pairs = tuple[TextSource, TextSource]  # the sources, the targets
-
-
 @_quiet()
-def read_local(corpus: Corpus, split: str, root: Path) -> TextSource:
-  """A split of a local corpus; the first call copies the corpus into a TFDS dataset."""
-  return TextSource(_local_records(LocalText, corpus, split, root), "text")
+def read_texts(corpus: Corpus, split: str, root: Path, paired: bool) -> list[TextSource]:
+  """[the documents] of a split or, with `paired`, [the sources, the targets].
 
-
-@_quiet()
-def read_local_pairs(corpus: Corpus, split: str, root: Path) -> Pairs:
-  """A split of a local corpus of pairs, by way of a TFDS dataset as in `read_local`."""
-  records = _local_records(LocalPairs, corpus, split, root)
-  source, target = (TextSource(records, feature) for feature in PAIR_FEATURES)
-  return source, target
-
-
-def _local_records(
-  kind: type[LocalText], corpus: Corpus, split: str, root: Path
-) -> Sequence[Any]:
-  builder = kind(config=LocalConfig(corpus), data_dir=str(root), file_format=FILE_FORMAT)
-  builder.download_and_prepare()
-  return builder.as_data_source(split)
-
-
-@_quiet()
-def read_prepared(folder: Path, split: str) -> TextSource:
-  """A split of the dataset in `folder`.
-
-  Without a `validation` split, `test` stands in, or else the last 5% of `train`.
+  The first call copies a local corpus into a TFDS dataset in `root`. In a public dataset
+  without a `validation` split, `test` stands in, or else the last 5% of `train`.
   """
-  builder = tfds.builder_from_directory(str(folder))
-  texts = _text_features(builder)
-  feature = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
-  if feature is None:
-    raise DataError(
-      f"{folder} has {len(texts)} text features ({', '.join(texts) or 'none'})",
-      "a corpus needs one, or one called `text`",
-    )
-  return TextSource(_records(builder, folder, split), feature)
+  folder, features = corpus.tfds_folder, PAIR_FEATURES if paired else ("text",)
+  if folder is None:
+    kind = LocalPairs if paired else LocalText
+    builder = kind(config=LocalConfig(corpus), data_dir=str(root), file_format=FILE_FORMAT)
+    builder.download_and_prepare()
+    records = builder.as_data_source(split)
+  else:
+    builder = tfds.builder_from_directory(str(folder))
+    declared = builder.info.features.items()
+    texts = [name for name, f in declared if isinstance(f, tfds.features.Text)]
+    find = _pair_features if paired else _document_feature
+    features = find(builder, folder, texts)
+    records = _records(builder, folder, split)
+  return [TextSource(records, feature) for feature in features]
 
 
-@_quiet()
-def read_prepared_pairs(folder: Path, split: str) -> Pairs:
-  """A split of the dataset of pairs in `folder`; splits are chosen as in `read_prepared`.
+def _document_feature(builder: Any, folder: Path, texts: Sequence[str]) -> tuple[str, ...]:
+  """The only text feature of a dataset, or the one called `text`."""
+  if "text" in texts:
+    return ("text",)
+  if len(texts) == 1:
+    return tuple(texts)
+  raise DataError(
+    f"{folder} has {len(texts)} text features ({', '.join(texts) or 'none'})",
+    "a corpus needs one, or one called `text`",
+  )
+
+
+def _pair_features(builder: Any, folder: Path, texts: Sequence[str]) -> tuple[str, ...]:
+  """The features of a dataset of pairs that are source and target.
 
   Features called `source` and `target` are used as such. In a configuration A-B of two
   languages, such as wmt14_translate/de-en, B (English) is the source and A the target.
   Other datasets say themselves which feature is the input.
   """
-  builder = tfds.builder_from_directory(str(folder))
-  texts = _text_features(builder)
   named = tuple((builder.info.config_name or "").split("-")[::-1])
-  ways = (PAIR_FEATURES, named, builder.info.supervised_keys or ())
-  way = next((w for w in ways if len(w) == 2 and all(x in texts for x in w)), None)
-  if way is None:
-    raise DataError(
-      f"{folder} has no pairs of source and target: its text features are "
-      f"{', '.join(texts) or 'none'}",
-      "use a translation dataset, as tfds:wmt14_translate/de-en",
-    )
-  records = _records(builder, folder, split)
-  return TextSource(records, way[0]), TextSource(records, way[1])
-
-
-def _text_features(builder: Any) -> list[str]:
-  features = builder.info.features.items()
-  return [name for name, f in features if isinstance(f, tfds.features.Text)]
+  for way in (PAIR_FEATURES, named, builder.info.supervised_keys or ()):
+    if len(way) == 2 and all(feature in texts for feature in way):
+      return tuple(way)
+  raise DataError(
+    f"{folder} has no pairs of source and target: its text features are "
+    f"{', '.join(texts) or 'none'}",
+    "use a translation dataset, as tfds:wmt14_translate/de-en",
+  )
 
 
 def _records(builder: Any, folder: Path, split: str) -> Sequence[Any]:

@@ -98,9 +98,8 @@ def read_documents(corpus: Corpus, split: str, root: Path) -> Sequence[str]:
       f"{corpus.name} is made of pairs, not of documents",
       "set --model.family=encoder_decoder --data.objective=seq2seq",
     )
-  if corpus.tfds_folder:
-    return builders.read_prepared(corpus.tfds_folder, split)
-  return builders.read_local(corpus, split, root)
+  (texts,) = builders.read_texts(corpus, split, root, paired=False)
+  return texts
 
 
 def read_pairs(
@@ -118,9 +117,8 @@ def read_pairs(
       "use gettext:LANG (as gettext:de, after `pip install Django`) or a translation "
       "dataset of TFDS (as tfds:wmt14_translate/de-en)",
     )
-  if corpus.tfds_folder:
-    return builders.read_prepared_pairs(corpus.tfds_folder, split)
-  return builders.read_local_pairs(corpus, split, root)
+  source, target = builders.read_texts(corpus, split, root, paired=True)
+  return source, target
 
 
 @contextlib.contextmanager
@@ -193,12 +191,7 @@ def _local_corpus(name: str, root: Path, paths: Iterator[Path], log: Log) -> Cor
   missing = set(SPLITS) - {document.split for document in documents}
   if missing:
     raise DataError(f"{name} is too small: no {missing.pop()} text", "add a file")
-  return Corpus(
-    name,
-    fingerprint=_fingerprint(documents),
-    train_fingerprint=_train_fingerprint(documents),
-    documents=tuple(documents),
-  )
+  return Corpus(name, *_fingerprints(documents), documents=tuple(documents))
 
 
 def _digest_of_text(path: Path) -> str | None:
@@ -263,8 +256,11 @@ def _line_start(file: BinaryIO, position: int, end: int) -> int:
   return position
 
 
-def _train_fingerprint(parts: Sequence[Document | Pair]) -> str:
-  return _fingerprint([part for part in parts if part.split == "train"])
+def _fingerprints(parts: Sequence[Document | Pair]) -> tuple[str, str]:
+  """The fingerprints of all parts, and of the train split alone."""
+  return _fingerprint(parts), _fingerprint(
+    [part for part in parts if part.split == "train"]
+  )
 
 
 def _fingerprint(parts: Sequence[Document | Pair]) -> str:
@@ -310,12 +306,7 @@ def _gettext_corpus(name: str, language: str, log: Log) -> Corpus:
     raise DataError(f"{name} is too small: {len(sources)} texts", "pip install Django")
   splits = _split(dict.fromkeys(sources))
   pairs = [Pair(splits[pair[0]], *pair, domain) for pair, domain in found.items()]
-  return Corpus(
-    name,
-    fingerprint=_fingerprint(pairs),
-    train_fingerprint=_train_fingerprint(pairs),
-    pairs=tuple(pairs),
-  )
+  return Corpus(name, *_fingerprints(pairs), pairs=tuple(pairs))
 
 
 def _catalogues() -> dict[str, list[tuple[str, Path]]]:

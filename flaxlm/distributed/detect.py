@@ -26,6 +26,7 @@ from flaxlm.errors import ConfigError
 
 ADDRESS, COUNT, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 PORT = "JAX_COORDINATOR_PORT"
+TOKEN = "FLAXLM_JOB_TOKEN"  # a secret of the job: its processes know each other by it
 LOCAL = "FLAXLM_LOCAL_PROCESSES"  # processes of each machine, which are numbered in turn
 TPU_PORT = 8482  # JAX's own choice, which the firewalls of TPU networks let through
 SLICES, SLICE = "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"
@@ -80,13 +81,12 @@ def detect(environment: Environment, metadata: Metadata = lambda _: None) -> Job
     )
   if job.num_processes == 1:
     return None
-  if job.one_host and ADDRESS not in environment:
-    job = replace(job, host=LOOPBACK)
   if ADDRESS in environment:
     host, port = parse_address(environment[ADDRESS])
     job = replace(job, host=host, port=port)
-  elif PORT in environment:
-    job = replace(job, port=_number(environment, PORT))
+  else:
+    host = LOOPBACK if job.one_host else job.host
+    job = replace(job, host=host, port=_number(environment, PORT, str(job.port)))
   if not job.host:
     raise ConfigError(
       f"{job.source} does not say where process 0 is", f"set {ADDRESS}=HOST:PORT"
@@ -106,7 +106,7 @@ def _plain(environment: Environment) -> Job | None:
     )
   host, port = parse_address(environment[ADDRESS])
   count, process = _number(environment, COUNT), _number(environment, PROCESS)
-  local = max(1, _number(environment, LOCAL) if LOCAL in environment else 1)
+  local = max(1, _number(environment, LOCAL, "1"))
   return Job(process, count, host, port, "the environment", process % local, local)
 
 
@@ -134,7 +134,7 @@ def _slurm(environment: Environment) -> Job | None:
   names = ["SLURM_PROCID", count if count in environment else "SLURM_NTASKS"]
   process, num_processes, local = _numbers(environment, [*names, "SLURM_LOCALID"])
   on_node = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
-  node = _number(environment, "SLURM_NODEID") if "SLURM_NODEID" in environment else 0
+  node = _number(environment, "SLURM_NODEID", "0")
   step = f"{environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}"
   return Job(
     process,
@@ -194,10 +194,10 @@ def _numbers(environment: Environment, names: list[str]) -> list[int]:
   return [_number(environment, name) for name in names]
 
 
-def _number(environment: Environment, name: str) -> int:
-  text = environment[name].strip()
+def _number(environment: Environment, name: str, default: str = "") -> int:
+  text = environment.get(name, default).strip()
   if not re.fullmatch(r"[0-9]{1,9}", text):
-    raise ConfigError(f"{name} is {environment[name]!r}", "it is a number from 0 on")
+    raise ConfigError(f"{name} is {text!r}", "it is a number from 0 on")
   return int(text)
 
 

@@ -8,7 +8,6 @@ import itertools
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,14 +15,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
-from flaxlm.distributed.detect import ADDRESS, COUNT, LOCAL, LOOPBACK, PROCESS
+from flaxlm.distributed.detect import ADDRESS, COUNT, LOCAL, LOOPBACK, PROCESS, TOKEN
+from flaxlm.distributed.rendezvous import free_port
 from flaxlm.errors import INTERRUPTED, PREEMPTED, PeerLostError
 
 GOOD_ENDS = (0, PREEMPTED, INTERRUPTED)
 # When a process fails, others fail within milliseconds because of it. All are watched for
 # so many seconds before one is said to be the first.
 LOOK_AROUND = 1.0
-TOKEN = "FLAXLM_JOB_TOKEN"
 
 
 def launch(command: Sequence[str], num_processes: int, grace_seconds: float = 10.0) -> int:
@@ -93,9 +92,7 @@ def wait(
     if any(code is not None and code not in GOOD_ENDS for code in codes):
       break
     time.sleep(0.05)
-  end = time.monotonic() + LOOK_AROUND
-  while time.monotonic() < end and any(child.poll() is None for child in children):
-    time.sleep(0.05)
+  let_end(children, LOOK_AROUND)
   codes = [child.poll() for child in children]
   for code, threads in zip(codes, relayed, strict=True):
     for thread in threads if code is not None else ():
@@ -111,14 +108,19 @@ def wait(
   for child in children:
     if child.poll() is None:
       child.terminate()
-  deadline = time.monotonic() + grace_seconds
-  while time.monotonic() < deadline and any(child.poll() is None for child in children):
-    time.sleep(0.05)
+  let_end(children, grace_seconds)
   for child in children:
     if child.poll() is None:
       child.kill()
     child.wait()
   return exit_code(code)
+
+
+def let_end(children: Sequence[Any], seconds: float) -> None:
+  """Waits until all children have ended, for so many seconds at most."""
+  deadline = time.monotonic() + seconds
+  while time.monotonic() < deadline and any(child.poll() is None for child in children):
+    time.sleep(0.05)
 
 
 def first_to_fail(codes: Sequence[int | None]) -> int:
@@ -194,10 +196,3 @@ def forwarded_signals(children: Sequence[Any]) -> Iterator[None]:
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
-
-
-def free_port() -> int:
-  """A loopback port that is free now, and most likely still free in a moment."""
-  with socket.socket() as sock:
-    sock.bind((LOOPBACK, 0))
-    return int(sock.getsockname()[1])

@@ -30,9 +30,9 @@ class Line:
     """
     try:
       data = self.socket.recv(MOST_BYTES)
-    except (ConnectionError, BlockingIOError) as e:
-      if isinstance(e, BlockingIOError):
-        return []
+    except BlockingIOError:
+      return []
+    except ConnectionError:
       return None
     if not data:
       return None

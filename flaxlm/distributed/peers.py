@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
-from flaxlm.distributed.lines import Garbage, Line
+from flaxlm.distributed.lines import Garbage
 from flaxlm.distributed.rendezvous import Card, Meeting
 from flaxlm.errors import (
   ConfigError,
@@ -189,15 +189,10 @@ class Peers(Alone):
   def _tell(self, message: dict[str, Any]) -> None:
     """Sends a message: process 0 to all others, the others to process 0."""
     for number, line in self._lines.items():
-      self._send(number, line, message)
-
-  def _send(self, number: int, line: Line, message: dict[str, Any]) -> None:
-    with (
-      self._sending,
-      contextlib.suppress(OSError),
-    ):  # the watch notices closed connections
-      if number not in self._gone:
-        line.send(message)
+      # The watch notices closed connections.
+      with self._sending, contextlib.suppress(OSError):
+        if number not in self._gone:
+          line.send(message)
 
   # -- The watch, on its own thread ------------------------------------------------------
 

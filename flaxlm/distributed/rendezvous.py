@@ -17,9 +17,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from flaxlm.distributed.detect import Job, is_loopback
+from flaxlm.distributed.detect import LOOPBACK, Job, is_loopback
 from flaxlm.distributed.lines import Garbage, Line
 from flaxlm.errors import ConfigError, FlaxLMError, PeerLostError
 
@@ -32,9 +32,8 @@ MOST_DIFFERENCES = 3  # in one line
 Claims = Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Card:
-  """The identity of a process, for messages about it."""
+class Card(NamedTuple):
+  """The identity of a process, for messages about it; a list in JSON."""
 
   process: int
   host: str
@@ -52,17 +51,6 @@ class Meeting:
   cards: dict[int, Card]
   coordinator: str
   bind: str
-
-
-@dataclass
-class _Guests:
-  """The processes that have connected to process 0, which is among them."""
-
-  claims: dict[int, Claims] = field(default_factory=dict)
-  cards: dict[int, Card] = field(default_factory=dict)
-  lines: dict[int, Line] = field(default_factory=dict)
-  twice: list[tuple[Card, Card]] = field(default_factory=list)
-  turned_away: list[Line] = field(default_factory=list)
 
 
 def meet(
@@ -84,152 +72,153 @@ def meet(
   card = Card(job.process, socket.gethostname(), os.getpid())
   deadline = time.monotonic() + seconds
   if job.process == 0:
-    return _host(job, card, claims, deadline, bind, token, log)
+    gathering = Gathering(job, token, log, {0: claims}, {0: card})
+    return gathering.meet(deadline, listen_address(job, bind))
   return _join(job, card, claims, seconds, token)
 
 
 # -- Process 0 ---------------------------------------------------------------------------
 
 
-def _host(
-  job: Job,
-  card: Card,
-  claims: Claims,
-  deadline: float,
-  bind: str | None,
-  token: str,
-  log: Callable[[str], None],
-) -> Meeting:
-  address = listen_address(job, bind)
-  started = time.monotonic()
-  with _listener(job, address) as listener:
-    guests = _Guests({0: claims}, {0: card})
-    _wait_for_guests(job, guests, listener, deadline, token, log)
-    error = verdict(job, guests.claims, guests.cards, guests.twice)
-    if error is None and len(guests.claims) < job.num_processes:
-      error = missing(job, guests.cards, time.monotonic() - started)
-    if error is not None:
-      refusal = {"refused": error.cause, "cure": error.cure, "code": error.exit_code}
-      for line in [*guests.lines.values(), *guests.turned_away]:
-        with contextlib.suppress(OSError):
-          line.send(refusal)
-        line.close()
-      raise error
-    port = _free_port(address, job.port + 1)
-  # The others know how they have reached process 0; JAX listens at the same address.
-  welcome = {"port": port, "cards": [_say(guests.cards[n]) for n in sorted(guests.cards)]}
-  for number, line in guests.lines.items():
-    try:
-      line.send(welcome)
-    except OSError as e:
-      raise PeerLostError(f"{guests.cards[number]} left before the start: {e}") from e
-  where = _join_address(address, port)
-  return Meeting(guests.lines, guests.cards, where, where)
+@dataclass
+class Gathering:
+  """Process 0, and the processes that have connected to it; it is among them."""
 
+  job: Job
+  token: str
+  log: Callable[[str], None]
+  claims: dict[int, Claims]
+  cards: dict[int, Card]
+  lines: dict[int, Line] = field(default_factory=dict)
+  twice: list[tuple[Card, Card]] = field(default_factory=list)
+  turned_away: list[Line] = field(default_factory=list)
 
-def _wait_for_guests(
-  job: Job,
-  guests: _Guests,
-  listener: socket.socket,
-  deadline: float,
-  token: str,
-  log: Callable[[str], None],
-) -> None:
-  """Waits until all have come or the deadline has passed; once something differs, only
-  `ODD_ONES_OUT` seconds more."""
-  arrived: dict[Line, float] = {}
-  report = time.monotonic() + REPORT
-  with selectors.DefaultSelector() as selector:
-    selector.register(listener, selectors.EVENT_READ)
-    while len(guests.claims) < job.num_processes and time.monotonic() < deadline:
-      for key, _ in selector.select(min(0.5, max(0.0, deadline - time.monotonic()))):
-        if key.fileobj is listener:
-          line = Line(listener.accept()[0])
-          line.socket.setblocking(False)
-          arrived[line] = time.monotonic()
-          selector.register(line.socket, selectors.EVENT_READ, line)
-          continue
-        line = key.data
-        try:
-          messages = line.receive()
-        except Garbage:
-          messages = None
-        if messages == []:
-          continue
-        selector.unregister(line.socket)
-        arrived.pop(line)
-        if not messages or not _admit(guests, line, messages[0], token):
+  def meet(self, deadline: float, address: str) -> Meeting:
+    """Listens at `address` until all have come, and tells all of them the verdict."""
+    started = time.monotonic()
+    with _listener(self.job, address) as listener:
+      self.wait(listener, deadline)
+      error = self.verdict()
+      if error is None and len(self.claims) < self.job.num_processes:
+        error = PeerLostError(
+          f"waited {time.monotonic() - started:.0f} s: {self.missing()} did not come",
+          "see their own logs; --job.start-seconds waits longer",
+        )
+      if error is not None:
+        refusal = {"refused": error.cause, "cure": error.cure, "code": error.exit_code}
+        for line in [*self.lines.values(), *self.turned_away]:
+          with contextlib.suppress(OSError):
+            line.send(refusal)
           line.close()
-      for line in [x for x, at in arrived.items() if time.monotonic() - at > STRANGER]:
-        selector.unregister(line.socket)
-        arrived.pop(line)
-        line.close()
-      if verdict(job, guests.claims, guests.cards, guests.twice) is not None:
-        deadline = min(deadline, time.monotonic() + ODD_ONES_OUT)
-        # From here on it waits only for the claims of the others.
-        if len(guests.claims) + len(guests.twice) >= job.num_processes:
-          deadline = 0.0
-      if time.monotonic() > report:
-        report += REPORT
-        log(f"waiting for {missing(job, guests.cards, 0).cause}")
-  for line in arrived:
-    line.close()
+        raise error
+      port = free_port(address, self.job.port + 1)
+    # The others know how they have reached process 0; JAX listens at the same address.
+    welcome = {
+      "port": port,
+      "cards": sorted(self.cards.values()),
+    }
+    for number, line in self.lines.items():
+      try:
+        line.send(welcome)
+      except OSError as e:
+        raise PeerLostError(f"{self.cards[number]} left before the start: {e}") from e
+    where = _join_address(address, port)
+    return Meeting(self.lines, self.cards, where, where)
 
+  def wait(self, listener: socket.socket, deadline: float) -> None:
+    """Waits until all have come or the deadline has passed; once something differs, only
+    `ODD_ONES_OUT` seconds more."""
+    arrived: dict[Line, float] = {}
+    report = time.monotonic() + REPORT
+    with selectors.DefaultSelector() as selector:
+      selector.register(listener, selectors.EVENT_READ)
+      while len(self.claims) < self.job.num_processes and time.monotonic() < deadline:
+        for key, _ in selector.select(min(0.5, max(0.0, deadline - time.monotonic()))):
+          if key.fileobj is listener:
+            line = Line(listener.accept()[0])
+            line.socket.setblocking(False)
+            arrived[line] = time.monotonic()
+            selector.register(line.socket, selectors.EVENT_READ, line)
+            continue
+          line = key.data
+          try:
+            messages = line.receive()
+          except Garbage:
+            messages = None
+          if messages == []:
+            continue
+          selector.unregister(line.socket)
+          arrived.pop(line)
+          if not messages or not self.admit(line, messages[0]):
+            line.close()
+        for line in [x for x, at in arrived.items() if time.monotonic() - at > STRANGER]:
+          selector.unregister(line.socket)
+          arrived.pop(line)
+          line.close()
+        if self.verdict() is not None:
+          deadline = min(deadline, time.monotonic() + ODD_ONES_OUT)
+          # From here on it waits only for the claims of the others.
+          if len(self.claims) + len(self.twice) >= self.job.num_processes:
+            deadline = 0.0
+        if time.monotonic() > report:
+          report += REPORT
+          self.log(f"waiting for {self.missing()}")
+    for line in arrived:
+      line.close()
 
-def _admit(guests: _Guests, line: Line, message: dict[str, Any], token: str) -> bool:
-  """Adds a process of our job to the guests; False for anything else."""
-  try:
-    if message["rendezvous"] != VERSION or not _same(message["token"], token):
+  def admit(self, line: Line, message: dict[str, Any]) -> bool:
+    """Adds a process of our job to the others; False for anything else."""
+    try:
+      given = str(message["token"]).encode()
+      is_ours = hmac.compare_digest(given, self.token.encode())
+      if message["rendezvous"] != VERSION or not is_ours:
+        return False
+      card = _hear(message["card"])
+      claims = {str(key): str(value) for key, value in message["claims"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
       return False
-    card = _hear(message["card"])
-    claims = {str(key): str(value) for key, value in message["claims"].items()}
-  except (KeyError, TypeError, ValueError, AttributeError):
-    return False
-  line.socket.setblocking(True)
-  if card.process in guests.cards:
-    guests.twice.append((guests.cards[card.process], card))
-    guests.turned_away.append(line)
-  else:
-    guests.claims[card.process], guests.cards[card.process] = claims, card
-    guests.lines[card.process] = line
-  return True
+    line.socket.setblocking(True)
+    if card.process in self.cards:
+      self.twice.append((self.cards[card.process], card))
+      self.turned_away.append(line)
+    else:
+      self.claims[card.process], self.cards[card.process] = claims, card
+      self.lines[card.process] = line
+    return True
 
-
-def _same(given: Any, token: str) -> bool:
-  return hmac.compare_digest(str(given).encode(), token.encode())
-
-
-def verdict(
-  job: Job,
-  claims: Mapping[int, Claims],
-  cards: Mapping[int, Card],
-  twice: list[tuple[Card, Card]],
-) -> FlaxLMError | None:
-  """What is wrong with the processes that have come, in one line; or None."""
-  if twice:
+  def verdict(self) -> FlaxLMError | None:
+    """What is wrong with the processes that have come, in one line; or None."""
+    if self.twice:
+      pairs = (f"{first} and {second}" for first, second in self.twice[:MOST_DIFFERENCES])
+      return ConfigError(
+        f"{' and '.join(pairs)} have the same process number",
+        "give each process a number of its own",
+      )
+    lines = []
+    for key in sorted({key for said in self.claims.values() for key in said}):
+      sayings = defaultdict(list)
+      for process, said in sorted(self.claims.items()):
+        sayings[said.get(key, "nothing")].append(process)
+      if len(sayings) > 1:
+        lines.append(f"{key} is {_who_says_what(sayings, self.cards)}")
+    count = self.job.num_processes
+    outside = [card for process, card in self.cards.items() if process >= count]
+    if not lines and outside:
+      lines = [f"{outside[0]} is one too many: the job has {count} processes"]
+    if not lines:
+      return None
+    if len(lines) > MOST_DIFFERENCES:
+      lines[MOST_DIFFERENCES:] = [f"{len(lines) - MOST_DIFFERENCES} more"]
     return ConfigError(
-      " and ".join(f"{first} and {second}" for first, second in twice[:MOST_DIFFERENCES])
-      + " have the same process number",
-      "give each process a number of its own",
+      "the processes differ: " + "; ".join(lines),
+      "start all of them with the same command, code and packages",
     )
-  lines = []
-  for key in sorted({key for said in claims.values() for key in said}):
-    sayings = defaultdict(list)
-    for process, said in sorted(claims.items()):
-      sayings[said.get(key, "nothing")].append(process)
-    if len(sayings) > 1:
-      lines.append(f"{key} is {_who_says_what(sayings, cards)}")
-  outside = [card for process, card in cards.items() if process >= job.num_processes]
-  if not lines and outside:
-    lines = [f"{outside[0]} is one too many: the job has {job.num_processes} processes"]
-  if not lines:
-    return None
-  if len(lines) > MOST_DIFFERENCES:
-    lines[MOST_DIFFERENCES:] = [f"{len(lines) - MOST_DIFFERENCES} more"]
-  return ConfigError(
-    "the processes differ: " + "; ".join(lines),
-    "start all of them with the same command, code and packages",
-  )
+
+  def missing(self) -> str:
+    """`processes 2, 4-5 of 8`: those that have not come."""
+    count = self.job.num_processes
+    absent = [n for n in range(count) if n not in self.cards]
+    return f"process{'es' * (len(absent) > 1)} {_ranges(absent)} of {count}"
 
 
 def _who_says_what(sayings: Mapping[str, list[int]], cards: Mapping[int, Card]) -> str:
@@ -239,15 +228,6 @@ def _who_says_what(sayings: Mapping[str, list[int]], cards: Mapping[int, Card]) 
     who = f"processes {_ranges(processes)}"
     parts.append(f"{value} on {cards[processes[0]] if len(processes) == 1 else who}")
   return ", ".join(parts)
-
-
-def missing(job: Job, cards: Mapping[int, Card], seconds: float) -> PeerLostError:
-  absent = [n for n in range(job.num_processes) if n not in cards]
-  who = f"process{'es' * (len(absent) > 1)} {_ranges(absent)} of {job.num_processes}"
-  return PeerLostError(
-    f"{who}" if not seconds else f"waited {seconds:.0f} s: {who} did not come",
-    "see their own logs; --job.start-seconds waits longer",
-  )
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -266,12 +246,8 @@ def _ranges(numbers: list[int]) -> str:
 
 def _join(job: Job, card: Card, claims: Claims, seconds: float, token: str) -> Meeting:
   deadline = time.monotonic() + seconds
-  hello = {
-    "rendezvous": VERSION,
-    "token": token,
-    "card": _say(card),
-    "claims": dict(claims),
-  }
+  about = {"token": token, "card": card, "claims": dict(claims)}
+  hello = {"rendezvous": VERSION, **about}
   reason, pause = "", 0.1
   while True:
     left = deadline - time.monotonic()
@@ -320,10 +296,6 @@ def _welcomed(job: Job, line: Line, answer: dict[str, Any]) -> Meeting:
   # The address that has answered, because a name may have several.
   host = line.socket.getpeername()[0]
   return Meeting({0: line}, cards, _join_address(host, int(answer["port"])), "")
-
-
-def _say(card: Card) -> list[Any]:
-  return [card.process, card.host, card.pid]
 
 
 def _hear(said: Any) -> Card:
@@ -379,18 +351,18 @@ def _listener(job: Job, address: str) -> Iterator[socket.socket]:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
       sock.bind((address, job.port))
+      sock.listen(job.num_processes)  # two that bind at once are found out only here
     except OSError as e:
       raise ConfigError(
         f"process 0 cannot listen at {_join_address(address, job.port)}: {e.strerror}",
         "another job uses the port, or a process 0 runs already: choose another "
         "JAX_COORDINATOR_PORT; or the address is another machine's: set FLAXLM_BIND",
       ) from e
-    sock.listen(job.num_processes)
     yield sock
 
 
-def _free_port(address: str, wanted: int) -> int:
-  """`wanted` if it is free, else any that is."""
+def free_port(address: str = LOOPBACK, wanted: int = 0) -> int:
+  """The port `wanted` if it is free, else any that is now, and most likely in a moment."""
   family = socket.AF_INET6 if ":" in address else socket.AF_INET
   for port in (wanted, 0):
     with socket.socket(family, socket.SOCK_STREAM) as sock, contextlib.suppress(OSError):

@@ -20,12 +20,12 @@ import jaxlib
 
 from flaxlm import __version__
 from flaxlm.config import Config, knobs
-from flaxlm.distributed.detect import Job, detect, metadata_of
+from flaxlm.distributed.detect import TOKEN, Job, detect, metadata_of
 from flaxlm.distributed.peers import Alone, Peers
 from flaxlm.distributed.rendezvous import meet
-from flaxlm.errors import ConfigError, exit_code_of
+from flaxlm.errors import ConfigError, exit_code_of, first_line
 
-BIND, TOKEN = "FLAXLM_BIND", "FLAXLM_JOB_TOKEN"
+BIND = "FLAXLM_BIND"
 DEVICES = "JAX_LOCAL_DEVICE_IDS"
 # JAX's own heartbeat, in ours: `peers` should notice a lost process first, because JAX
 # aborts with a C++ stack.
@@ -88,9 +88,8 @@ def start_runtime(job: Job, coordinator: str, bind: str, heartbeat: float) -> No
       coordinator_bind_address=bind or None,
     )
   except RuntimeError as e:
-    first_line = next(iter(str(e).splitlines()), "")
     raise ConfigError(
-      f"JAX cannot start as process {job.process}: {first_line}",
+      f"JAX cannot start as process {job.process}: {first_line(e)}",
       "do not start JAX in any other way in this process",
     ) from e
 

@@ -156,16 +156,16 @@ def compile_here(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledS
 
   from flaxlm.nn.models import build_model
   from flaxlm.training.optimizer import build_optimizer
-  from flaxlm.training.step import SEED, abstract_batch, abstract_state, compile_train_step
+  from flaxlm.training.step import abstract_batch, abstract_state, jit_train_step
 
   target, mesh = make_target_mesh(sizes, device, slow_axes(cfg.mesh))
   model = build_model(cfg.model, cfg.training)
   optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
   state = abstract_state(model, optimizer, mesh)
-  step = compile_train_step(model, optimizer, cfg.training, mesh)
+  step = jit_train_step(model, optimizer, cfg.training, mesh)
   started = time.perf_counter()
   try:
-    lowered = step.lower(state, abstract_batch(cfg.data, mesh), SEED)
+    lowered = step.lower(state, abstract_batch(cfg.data, mesh))
     compiled: Any = lowered.compile(tpu_options() if device.kind == "tpu" else None)
   except jax.errors.JaxRuntimeError as e:
     return CompiledStep(target=target, error=explain(str(e)))

@@ -40,7 +40,7 @@ from flaxlm.sharding import (
   with_shardings,
 )
 from flaxlm.training.optimizer import build_optimizer
-from flaxlm.training.step import SEED, forward
+from flaxlm.training.step import ABSTRACT_SEED, forward
 
 Sizes = Mapping[str, int]
 
@@ -219,7 +219,7 @@ def abstract_trees(
 ) -> tuple[Any, Any]:
   """Shapes and logical names of the parameters, and shapes of the optimizer's state."""
   model = build_model(cfg, training)
-  boxed = jax.eval_shape(functools.partial(init_params, model), SEED)
+  boxed = jax.eval_shape(functools.partial(init_params, model), ABSTRACT_SEED)
   plain = with_shardings(boxed, abstract_mesh(dict.fromkeys(MESH_AXES, 1)))
   return boxed, jax.eval_shape(build_optimizer(optimizer, 1000).init, plain)
 
@@ -320,7 +320,7 @@ def _kept_bytes(
 ) -> Kept:
   """What the traced model keeps for one row and for two tells what grows with the rows."""
   model = build_model(cfg, run)
-  params = nn.unbox(jax.eval_shape(functools.partial(init_params, model), SEED))
+  params = nn.unbox(jax.eval_shape(functools.partial(init_params, model), ABSTRACT_SEED))
   one, two = (_residual_bytes(model, params, n, seq_len, source_len) for n in (1, 2))
   return Kept(two - one, max(0, 2 * one - two))
 

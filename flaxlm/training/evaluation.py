@@ -20,7 +20,7 @@ from flaxlm.nn.base import LanguageModel
 from flaxlm.runs import TOKENIZER
 from flaxlm.sharding import batch_parts
 from flaxlm.tokenizers import AnyTokenizer
-from flaxlm.training.step import compile_eval_step, put_batch
+from flaxlm.training.step import jit_eval_step, put_batch
 
 PAIRS_AT_A_TIME = 32
 
@@ -41,7 +41,7 @@ class Evaluator:
     sizes = tokenizer.token_bytes()[: model.cfg.vocab_size]
     padding = model.cfg.vocab_size - len(sizes)
     self.token_bytes_V = np.pad(sizes, (0, padding)).astype(np.float32)
-    self.eval_step = compile_eval_step(model, mesh)
+    self.eval_step = jit_eval_step(model, mesh)
     self.fills = OBJECTIVES[model.cfg.family] == "masked"
 
   def __call__(
@@ -76,16 +76,11 @@ def evaluate_run(
   run: Run, corpus: str, split: str, num_batches: int | None
 ) -> dict[str, float]:
   """The evaluation of a stored run on a split of a corpus, with the run's tokenizer."""
-  store = prepare_for(run, corpus, split)
-  batches = split_batches(run.cfg, store, run.mesh, shuffled=False)
-  return Evaluator(run.model, run.tokenizer, batches, num_batches, run.mesh)(run.params)
-
-
-def prepare_for(run: Run, corpus: str, split: str) -> Store:
-  """A split of a corpus, with the run's tokenizer and for its objective."""
   tokenizer = TokenizerConfig(path=str(run.path / TOKENIZER))
   prepared = prepare(corpus, tokenizer, objective=run.cfg.data.objective)
-  return prepared.train if split == "train" else prepared.validation
+  store = prepared.train if split == "train" else prepared.validation
+  batches = split_batches(run.cfg, store, run.mesh, shuffled=False)
+  return Evaluator(run.model, run.tokenizer, batches, num_batches, run.mesh)(run.params)
 
 
 def describe_evaluation(values: dict[str, float]) -> str:

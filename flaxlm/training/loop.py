@@ -31,10 +31,10 @@ from flaxlm.runs import (
   CONFIG,
   TOKENIZER,
   check_same_experiment,
+  find_resume_step,
   load_config_of,
   locked,
   make_room_after,
-  resume_step,
 )
 from flaxlm.sharding import check_batch, describe_mesh, make_mesh
 from flaxlm.tokenizers import expected_vocab_size
@@ -73,7 +73,10 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     # -- The run directory: ours alone from here on.
     stack.enter_context(locked(cfg.run_dir, peers.process))
     check_shared(cfg.run_dir, peers)
-    first_step = peers.decide(lambda: resume_step(cfg, to_stderr))
+    checkpoints = cfg.run_dir / CHECKPOINTS
+    first_step = peers.decide(lambda: find_resume_step(cfg, to_stderr))
+    if not first_step:
+      peers.decide(lambda: make_room_after(checkpoints, 0))
     before = load_config_of(cfg.run_dir) if first_step else None
 
     # -- Data: their tokenizer decides the vocabulary. Its size can be told before, except
@@ -97,11 +100,14 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     validation = split_batches(cfg, prepared.validation, mesh, shuffled=False)
 
     # -- Files: what is stored fits this config, and the run says what it is.
-    store = CheckpointStore(cfg.run_dir / CHECKPOINTS, cfg.checkpoint.keep)
+    store = CheckpointStore(checkpoints, cfg.checkpoint.keep)
     stack.callback(store.close)
     if before is not None:
-      check_resumable(before, cfg, store, first_step, prepared.fingerprint, peers)
-    stop = stack.enter_context(stop_signals(peers))
+      stored_corpus = store.restore_progress(first_step)["corpus"]
+      check_same_experiment(before, cfg, stored_corpus, prepared.fingerprint)
+      peers.decide(lambda: make_room_after(checkpoints, first_step))
+      store.reload()
+    stop_at = stack.enter_context(stop_signals(peers))
     compiler.start(cfg.model)
     if peers.process == 0:
       write_atomically(cfg.run_dir / CONFIG, to_json(cfg))
@@ -134,7 +140,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
         reporter,
         watchdog,
       )
-      state, exit_code = trainer.steps(state, first_step, batches, stop)
+      state, exit_code = trainer.steps(state, first_step, batches, stop_at)
 
     # -- A word at the end.
     if exit_code == 0:
@@ -161,22 +167,6 @@ def check_shared(run_dir: Path, peers: Alone) -> None:
       seen = (run_dir / MARK).read_text("utf-8")
     time.sleep(0.0 if seen == mark else 0.2)
   peers.agree(f"what is in {run_dir}", seen)
-
-
-def check_resumable(
-  before: ResolvedConfig,
-  cfg: Config,
-  store: CheckpointStore,
-  step: int,
-  fingerprint: str,
-  peers: Alone,
-) -> None:
-  """Refuses to resume from a step of other data or another model; else makes room for the
-  steps that follow it."""
-  stored = store.restore_progress(step)
-  check_same_experiment(before, cfg, stored["corpus"], fingerprint)
-  peers.decide(lambda: make_room_after(store.directory, step))
-  store.reload()
 
 
 def report_start(

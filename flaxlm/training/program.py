@@ -24,13 +24,12 @@ from flaxlm.sharding import check_replication
 from flaxlm.tokenizers import expected_vocab_size
 from flaxlm.training.optimizer import Optimizer, build_optimizer
 from flaxlm.training.step import (
-  SEED,
   TrainState,
   TrainStep,
   abstract_batch,
   abstract_state,
-  compile_train_step,
   init_state,
+  jit_train_step,
 )
 
 
@@ -82,8 +81,8 @@ def build_program(
   abstract = abstract_state(model, optimizer, mesh)
   check_replication(abstract.params, mesh.shape, cfg.training.replication_tolerance)
   state = init_state(model, optimizer, mesh, cfg.seed) if fresh else None
-  train_step = compile_train_step(model, optimizer, cfg.training, mesh)
-  train_step.lower(abstract, abstract_batch(cfg.data, mesh), SEED).compile()
+  train_step = jit_train_step(model, optimizer, cfg.training, mesh)
+  train_step.lower(abstract, abstract_batch(cfg.data, mesh)).compile()
   return Program(model, optimizer, train_step, state)
 
 

@@ -77,18 +77,16 @@ class Reporter:
       self._bar = None
 
   def _progress(self, step: int, values: dict[str, float]) -> None:
-    rate = values.get("perf/tokens_per_sec")
-    speed = f"  {rate:,.0f} tokens/s" if rate else ""
+    text, rate = f"loss {values['train/loss']:.3f}", values.get("perf/tokens_per_sec")
+    if rate:
+      text += f"  {rate:,.0f} tokens/s"
     if self._bar is not None:
-      description = f"loss {values['train/loss']:.3f}{speed}"
-      self._bar.update(self._task, completed=step, description=description)
-    else:
-      left = ""
-      if rate:
-        seconds = (self.num_steps - step) * values["train/tokens"] / rate
-        left = f"  {seconds // 60:.0f}:{seconds % 60:02.0f} left"
-      loss = values["train/loss"]
-      self.log(f"step {step:>6}/{self.num_steps}  loss {loss:.3f}{speed}{left}")
+      self._bar.update(self._task, completed=step, description=text)
+      return
+    if rate:
+      seconds = (self.num_steps - step) * values["train/tokens"] / rate
+      text += f"  {seconds // 60:.0f}:{seconds % 60:02.0f} left"
+    self.log(f"step {step:>6}/{self.num_steps}  {text}")
 
   def close(self) -> None:
     self._stack.close()

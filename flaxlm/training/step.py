@@ -22,6 +22,7 @@ from flaxlm.training.losses import cross_entropy
 from flaxlm.training.optimizer import Optimizer
 
 Metrics = dict[str, jax.Array]
+ABSTRACT_SEED = jax.ShapeDtypeStruct((), jnp.uint32)
 
 
 class TrainState(NamedTuple):
@@ -212,7 +213,7 @@ def eval_step(
   return sums
 
 
-# -- Compiling: the state is made sharded, and keeps its layout ----------------------------
+# -- Under jit: the state is made sharded, and keeps its layout ----------------------------
 
 
 @functools.lru_cache(maxsize=8)  # a run calls it three times, for half a second each
@@ -246,25 +247,25 @@ def init_state(
   return jitted(np.uint32(seed))
 
 
-class TrainStep:
+class TrainStep(NamedTuple):
   """A jitted training step, which sets its mesh."""
 
-  def __init__(self, jitted: Any, mesh: Mesh):
-    self._jitted, self._mesh = jitted, mesh
+  jitted: Any
+  mesh: Mesh
 
   def __call__(
     self, state: TrainState, batch: Batch, seed: ArrayLike
   ) -> tuple[TrainState, Metrics]:
-    with use_mesh(self._mesh):
-      return self._jitted(state, batch, seed)
+    with use_mesh(self.mesh):
+      return self.jitted(state, batch, seed)
 
-  def lower(self, state: TrainState, batch: Batch, seed: Any) -> jax.stages.Lowered:
+  def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
     """Lowers the step for abstract arguments. Once it is compiled, calls reuse it."""
-    with use_mesh(self._mesh):
-      return self._jitted.lower(state, batch, seed)
+    with use_mesh(self.mesh):
+      return self.jitted.lower(state, batch, ABSTRACT_SEED)
 
 
-def compile_train_step(
+def jit_train_step(
   model: LanguageModel, optimizer: Optimizer, cfg: TrainingConfig, mesh: Mesh
 ) -> TrainStep:
   """`train_step` under `jit`. The state is donated, and keeps its layout."""
@@ -278,9 +279,6 @@ def compile_train_step(
     donate_argnums=0,
   )
   return TrainStep(jitted, mesh)
-
-
-SEED = jax.ShapeDtypeStruct((), jax.numpy.uint32)
 
 
 def abstract_batch(cfg: DataConfig, mesh: Mesh) -> Batch:
@@ -297,7 +295,7 @@ def abstract_batch(cfg: DataConfig, mesh: Mesh) -> Batch:
   return Batch(ids, ids, ids, ids, weights, source, source, source)
 
 
-def compile_eval_step(
+def jit_eval_step(
   model: LanguageModel, mesh: Mesh
 ) -> Callable[[Any, Batch, ArrayLike], Metrics]:
   """`eval_step` under `jit`."""

@@ -9,6 +9,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -20,36 +21,33 @@ from flaxlm.data.batches import Batches
 from flaxlm.errors import INTERRUPTED, PREEMPTED, NonFiniteError
 from flaxlm.training.evaluation import Evaluator, describe_evaluation
 from flaxlm.training.reporting import Reporter
-from flaxlm.training.signals import Stop
+from flaxlm.training.signals import StopAt
 from flaxlm.training.step import Metrics, TrainState, TrainStep, put_batch
 from flaxlm.training.watchdog import Watchdog
 
 MOST_SKIPPED_STEPS = 3  # in a row, before a run that keeps diverging is stopped
 
 
+@dataclass
 class Trainer:
   """The steps of one run, and what happens between them."""
 
-  def __init__(
-    self,
-    cfg: Config,
-    fingerprint: str,
-    mesh: Mesh,
-    train_step: TrainStep,
-    evaluator: Evaluator,
-    store: CheckpointStore,
-    reporter: Reporter,
-    watchdog: Watchdog,
-  ):
-    self.cfg, self.fingerprint, self.mesh = cfg, fingerprint, mesh
-    self.train_step, self.evaluator = train_step, evaluator
-    self.store, self.reporter, self.watchdog = store, reporter, watchdog
+  cfg: Config
+  fingerprint: str  # of the corpus
+  mesh: Mesh
+  train_step: TrainStep
+  evaluator: Evaluator
+  store: CheckpointStore
+  reporter: Reporter
+  watchdog: Watchdog
+
+  def __post_init__(self) -> None:
     self.clock = Clock()
-    self.skipped = 0
+    self.skipped = 0  # steps in a row that were not finite
     self.evaluated = False
 
   def steps(
-    self, state: TrainState, first_step: int, batches: Batches, stop: Stop
+    self, state: TrainState, first_step: int, batches: Batches, stop_at: StopAt
   ) -> tuple[TrainState, int]:
     """Runs until num_steps, the end of the data, or a signal: (last state, exit code).
 
@@ -59,7 +57,7 @@ class Trainer:
     step, saved, pending, stopped = first_step, first_step, None, 0
     with batches.iterate(first_step) as rows:
       while step < training.num_steps:
-        stopped = stop.at(step)
+        stopped = stop_at(step)
         if stopped:
           break
         with self.clock.waiting_for_data():
@@ -87,7 +85,7 @@ class Trainer:
             saved = step
           self.clock.restart()
     self.report(pending)
-    stopped = stopped or stop.at(step)
+    stopped = stopped or stop_at(step)
     if stopped:
       self.reporter.log(f"{signal.Signals(stopped).name}: saving step {step}")
     elif step > first_step and step % training.eval_every_steps:

@@ -26,8 +26,9 @@ from flaxlm.checkpoint.manifest import (
   write_manifest,
 )
 from flaxlm.checkpoint.store import CheckpointStore
+from flaxlm.config import CheckpointConfig, Config
 from flaxlm.errors import CheckpointError
-from flaxlm.runs import make_room_after, newest_whole_step
+from flaxlm.runs import find_resume_step, make_room_after, newest_whole_step
 from flaxlm.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent.parent
@@ -315,15 +316,6 @@ def test_a_step_without_a_manifest_does_not_count_and_can_be_saved_again(
   assert newest_whole_step(copied, warn=pytest.fail) == 4
 
 
-def test_a_damaged_later_step_is_kept_under_another_name(copied: Path, fsdp: Mesh):
-  flip(copied / "4")
-  broken = {path.name: path.read_bytes() for path in files_of(copied / "4")}
-  make_room_after(copied, 2)
-  assert saved_steps(copied) == [2]
-  kept = {path.name: path.read_bytes() for path in files_of(copied / "damaged-4")}
-  assert kept == broken
-
-
 def test_an_open_store_saves_again_what_was_damaged(copied: Path, fsdp: Mesh):
   """A run that resumes opens its store once, before it makes room."""
   flip(copied / "4")
@@ -336,12 +328,17 @@ def test_an_open_store_saves_again_what_was_damaged(copied: Path, fsdp: Mesh):
   assert newest_whole_step(copied, warn=pytest.fail) == 4
 
 
-def test_the_same_step_may_be_damaged_twice(copied: Path):
+def test_damaged_later_steps_are_kept_under_other_names(copied: Path):
+  """Also when the same step is damaged twice."""
+  kept = []
   for _ in range(2):
     shutil.copytree(copied / "2", copied / "4", dirs_exist_ok=True)
     flip(copied / "4")
+    kept.append({path.name: path.read_bytes() for path in files_of(copied / "4")})
     make_room_after(copied, 2)
     assert saved_steps(copied) == [2]
+  for name, content in zip(("damaged-4", "damaged-4.1"), kept, strict=True):
+    assert {path.name: path.read_bytes() for path in files_of(copied / name)} == content
   assert len(list(copied.glob("damaged-4*"))) == 2
 
 
@@ -349,6 +346,27 @@ def test_a_file_with_a_number_for_a_name_is_in_nobodys_way(copied: Path):
   (copied / "12").write_text("a note")
   make_room_after(copied, 4)
   assert saved_steps(copied) == [2, 4]
+
+
+def test_a_run_resumes_as_its_config_says(copied: Path, tmp_path: Path):
+  """`never` starts anew and keeps what is there; `must` needs a checkpoint."""
+
+  def step(resume: str) -> int:
+    checkpoint = CheckpointConfig(resume=resume)
+    cfg = Config(name=tmp_path.name, runs_dir=str(tmp_path.parent), checkpoint=checkpoint)
+    return find_resume_step(cfg)
+
+  assert (step("auto"), step("must"), step("never")) == (4, 4, 0)
+  assert saved_steps(copied) == [2, 4], "asking changes nothing"
+  for number in (1, 2):
+    make_room_after(copied, 0)
+    assert saved_steps(copied.with_name(f"checkpoints.{number}")) == [2, 4]
+    assert not copied.exists()
+    if number == 1:
+      shutil.copytree(copied.with_name("checkpoints.1"), copied)
+  assert step("auto") == 0
+  with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
+    step("must")
 
 
 def test_keep_is_how_many_are_kept(copied: Path, fsdp: Mesh):

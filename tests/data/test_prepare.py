@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,17 @@ def test_preparing_elsewhere_gives_the_same_tokens(
   assert np.array_equal(second.train.tokens, first.train.tokens)
 
 
+def spoil(tmp_path: Path, damaged: str, damage: str) -> tuple[Path, bytes]:
+  """Damages the stored file of this name; returns its path and what it held."""
+  (path,) = (tmp_path / "data").rglob(damaged)
+  content = path.read_bytes()
+  if damage == "delete":
+    path.unlink()
+  else:
+    path.write_bytes(content[:-2] if damage == "truncate" else b"?" * len(content))
+  return path, content
+
+
 @pytest.mark.parametrize(
   "damaged", ["train.npy", "validation.npy", "meta.json", "tokenizers/*.json"]
 )
@@ -126,23 +138,23 @@ def test_damaged_stores_are_built_again(
 ):
   first = prepare(corpus, BPE)
   tokens = np.array(first.train.tokens)
-  (path,) = (tmp_path / "data").rglob(damaged)
-  content = path.read_bytes()
-  if damage == "delete":
-    path.unlink()
-  else:
-    path.write_bytes(content[:-2] if damage == "truncate" else b"?" * len(content))
+  path, content = spoil(tmp_path, damaged, damage)
   second = prepare(corpus, BPE)
   assert path.read_bytes() == content
   assert np.array_equal(second.train.tokens, tokens)
 
 
 def test_what_a_killed_process_left_is_removed(corpus: str, tmp_path: Path):
-  fingerprint = prepare(corpus, BYTE).fingerprint
+  check_leftovers(lambda: prepare(corpus, BYTE), tmp_path, "meta.json")
+
+
+def check_leftovers(prepare: Callable[[], Prepared], tmp_path: Path, missing: str):
+  """A folder that was never finished, without its `missing` file, is replaced."""
+  fingerprint = prepare().fingerprint
   folder = tmp_path / "data" / "tokens" / fingerprint
-  folder.rename(folder.with_suffix(".partial"))
-  (folder.with_suffix(".partial") / "meta.json").unlink()
-  assert prepare(corpus, BYTE).fingerprint == fingerprint
+  partial = folder.rename(folder.with_suffix(".partial"))
+  (partial / missing).unlink()
+  assert prepare().fingerprint == fingerprint
   assert [path.name for path in folder.parent.iterdir()] == [fingerprint]
 
 
@@ -275,24 +287,14 @@ def test_damaged_pairs_are_built_again(
 ):
   first = prepare_pairs(pairs, BYTE)
   expected = {split: stored_pairs(first, split) for split in ("train", "validation")}
-  (path,) = (tmp_path / "data").rglob(damaged)
-  content = path.read_bytes()
-  if damage == "delete":
-    path.unlink()
-  else:
-    path.write_bytes(content[:-2] if damage == "truncate" else b"?" * len(content))
+  path, content = spoil(tmp_path, damaged, damage)
   second = prepare_pairs(pairs, BYTE)
   assert path.read_bytes() == content
   assert {split: stored_pairs(second, split) for split in expected} == expected
 
 
 def test_what_a_killed_process_left_of_pairs_is_removed(pairs: str, tmp_path: Path):
-  fingerprint = prepare_pairs(pairs, BYTE).fingerprint
-  folder = tmp_path / "data" / "tokens" / fingerprint
-  folder.rename(folder.with_suffix(".partial"))
-  (folder.with_suffix(".partial") / "train.target.npy").unlink()
-  assert prepare_pairs(pairs, BYTE).fingerprint == fingerprint
-  assert [path.name for path in folder.parent.iterdir()] == [fingerprint]
+  check_leftovers(lambda: prepare_pairs(pairs, BYTE), tmp_path, "train.target.npy")
 
 
 @pytest.mark.parametrize("objective", ["next_token", "masked"])

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType
+from meshes import mesh_of
 
-from flaxlm.config import MESH_AXES, Config, ModelConfig
+from flaxlm.config import Config, ModelConfig
 from flaxlm.decoding.completions import (
   DEFAULT_NEW_TOKENS,
   Completion,
@@ -49,12 +49,7 @@ def make_run(eos_logit: float) -> Run:
   )
   cfg = Config(name="random", model=model_cfg)
   model = build_model(cfg.model)
-  mesh = jax.make_mesh(
-    (1,) * len(MESH_AXES),
-    MESH_AXES,
-    devices=jax.devices()[:1],
-    axis_types=(AxisType.Auto,) * len(MESH_AXES),
-  )
+  mesh = mesh_of()
   rng = np.random.default_rng(0)
   params = jax.tree.map(
     lambda x: (0.3 * rng.normal(size=x.shape)).astype(np.float32),

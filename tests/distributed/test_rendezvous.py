@@ -8,15 +8,15 @@ import time
 import pytest
 
 from flaxlm.distributed.detect import Job, is_loopback
-from flaxlm.distributed.launcher import free_port
 from flaxlm.distributed.lines import MOST_BYTES, Garbage, Line
 from flaxlm.distributed.rendezvous import (
   Card,
+  Gathering,
   Meeting,
+  free_port,
   interface_address,
   listen_address,
   meet,
-  verdict,
 )
 from flaxlm.errors import ConfigError, FlaxLMError, PeerLostError
 
@@ -173,7 +173,7 @@ def test_many_differences_are_one_line():
     1: {f"field{n}": "b" for n in range(9)},
   }
   cards = {n: Card(n, "host", n) for n in range(2)}
-  error = verdict(Job(0, 2, "h", 1, "test"), claims, cards, [])
+  error = Gathering(Job(0, 2, "h", 1, "test"), "", print, claims, cards).verdict()
   assert error is not None
   assert "6 more" in error.cause
   assert "\n" not in error.cause

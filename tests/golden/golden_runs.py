@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Five tiny models, trained for ten steps on a fixed text and then decoded from.
 
-Their results are stored in figures.json. `python tests/golden/golden_runs.py` writes it
-again: only for a change that is meant to compute something else, and says so.
+Their results are stored in figures.json. Only a change that is meant to compute something
+else writes it again, by `PYTHONPATH=tests python tests/golden/golden_runs.py`, and says so.
 """
 
 import functools
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
+from meshes import mesh_of
 
 from flaxlm.config import (
-  MESH_AXES,
   ModelConfig,
   MoEConfig,
   OptimizerConfig,
@@ -32,9 +31,9 @@ from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
   TrainState,
   abstract_state,
-  compile_eval_step,
-  compile_train_step,
   init_state,
+  jit_eval_step,
+  jit_train_step,
   put_batch,
   shardings_of,
 )
@@ -90,13 +89,6 @@ RUNS = {name: TrainingConfig(scanned=name != "moe") for name in MODELS} | {
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, schedule="constant")
 
 
-def mesh_of(**sizes: int) -> Mesh:
-  shape = [sizes.get(axis, 1) for axis in MESH_AXES]
-  devices = jax.devices()[: int(np.prod(shape))]
-  types = (AxisType.Auto,) * len(shape)
-  return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
-
-
 def encode(text: str) -> list[int]:
   return [2 + LETTERS.index(letter) for letter in text]
 
@@ -140,7 +132,7 @@ def trained(name: str, mesh_name: str) -> tuple[Any, Any, list[float], Mesh]:
   optimizer = build_optimizer(OPTIMIZER, NUM_STEPS)
   state = first_state(name)
   state = jax.device_put(state, shardings_of(abstract_state(model, optimizer, mesh)))
-  step = compile_train_step(model, optimizer, run, mesh)
+  step = jit_train_step(model, optimizer, run, mesh)
   losses = []
   for n in range(NUM_STEPS):
     batch = put_batch(batch_of(model.cfg.family, n), mesh)
@@ -153,7 +145,7 @@ def held_out(name: str) -> float:
   """Loss in nats per token of a batch that no step saw."""
   model, params, _, mesh = trained(name, "one device")
   batch = put_batch(batch_of(model.cfg.family, NUM_STEPS), mesh)
-  sums = compile_eval_step(model, mesh)(params, batch, np.ones(64, np.float32))
+  sums = jit_eval_step(model, mesh)(params, batch, np.ones(64, np.float32))
   return float(sums["nats"] / sums["tokens"])
 
 
@@ -201,7 +193,6 @@ def figures() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-  sys.path.insert(0, str(Path(__file__).parent.parent))
   import conftest  # noqa: F401 - the platform and the compiler that the tests have
 
   text = json.dumps(figures(), indent=1)

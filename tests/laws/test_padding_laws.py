@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
-from test_training_laws import FAST, mesh_of, packed_batch
+from meshes import mesh_of
+from test_training_laws import FAST, packed_batch
 
 from flaxlm.config import ModelConfig
 from flaxlm.nn.models import abstract_params, build_model, init_params

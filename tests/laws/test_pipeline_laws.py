@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import mesh_of
 from test_training_laws import (
   CFG,
   OTHERS,
   assert_same,
   loss_and_gradient_on,
-  mesh_of,
   on_one,
   packed_batch,
 )
@@ -25,12 +25,11 @@ from flaxlm.nn.models import abstract_params, build_model, init_cache
 from flaxlm.sharding import Schedule, axes_of, check_batch, use_mesh
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
-  SEED,
   abstract_batch,
   abstract_state,
-  compile_eval_step,
-  compile_train_step,
   init_state,
+  jit_eval_step,
+  jit_train_step,
   put_batch,
 )
 
@@ -115,7 +114,7 @@ def test_steps_in_a_pipeline_are_the_steps_without(kind):
   for mesh, run in [(mesh_of(), RUN), (mesh_of(stage=2, data=2), TWICE)]:
     model = build_model(DEEP, run)
     state = init_state(model, optimizer, mesh, seed=0)
-    step = compile_train_step(model, optimizer, run, mesh)
+    step = jit_train_step(model, optimizer, run, mesh)
     for n in range(2):
       state, _ = step(state, put_batch(packed_batch(seed=n), mesh), jnp.uint32(0))
     after.append(jax.device_get(state.params))
@@ -136,9 +135,9 @@ def compiled_step(cfg, mesh):
   """The state that a training step takes, abstract, and the text of its program."""
   model, optimizer = build_model(cfg, RUN), build_optimizer(OptimizerConfig(), 10)
   state = abstract_state(model, optimizer, mesh)
-  step = compile_train_step(model, optimizer, RUN, mesh)
+  step = jit_train_step(model, optimizer, RUN, mesh)
   batch = abstract_batch(DataConfig(seq_len=16, batch_size=16), mesh)
-  return state, step.lower(state, batch, SEED).compile().as_text()
+  return state, step.lower(state, batch).compile().as_text()
 
 
 def test_stages_hold_their_layers_and_hand_on():
@@ -210,7 +209,7 @@ def test_evaluation_and_decoding_on_stages():
   for mesh in (mesh_of(), mesh_of(stage=2, tensor=2)):
     model = build_model(DEEP, RUN)
     params = init_state(model, build_optimizer(OptimizerConfig(), 10), mesh, 0).params
-    sums = compile_eval_step(model, mesh)(params, put_batch(batch, mesh), bytes_V)
+    sums = jit_eval_step(model, mesh)(params, put_batch(batch, mesh), bytes_V)
     prepared = prepare_params(params, model.cfg)
 
     def decode(params, tokens_BT, model=model):

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from meshes import mesh_of
 
 from flaxlm.config import (
-  MESH_AXES,
   ModelConfig,
   MoEConfig,
   OptimizerConfig,
@@ -25,8 +24,8 @@ from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
   abstract_state,
   accumulate,
-  compile_train_step,
   init_state,
+  jit_train_step,
   loss_and_gradient,
   put_batch,
   shardings_of,
@@ -64,15 +63,6 @@ MORE_MESHES = [
   dict(fsdp=2, context=2, tensor=2),
   dict(context=2, expert=4),
 ]
-
-
-def mesh_of(**sizes):
-  """A mesh over as many of the simulated devices as the sizes say."""
-  shape = [sizes.get(axis, 1) for axis in MESH_AXES]
-  devices = jax.devices()[: np.prod(shape)]
-  return jax.make_mesh(
-    shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices
-  )
 
 
 def packed_batch(rows=16, seed=0):
@@ -261,7 +251,7 @@ def test_state_stays_where_the_rules_say():
   alone = init_state(model, optimizer, mesh_of(), seed=0)
   compare = lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-6, atol=1e-7)
   jax.tree.map(compare, jax.device_get(state), jax.device_get(alone))
-  step = compile_train_step(model, optimizer, FAST, mesh)
+  step = jit_train_step(model, optimizer, FAST, mesh)
   state, _ = step(state, put_batch(packed_batch(), mesh), jnp.uint32(0))
   assert all(jax.tree.leaves(jax.tree.map(where, state, target)))
   for tree in (state.params, state.opt_state):
@@ -284,9 +274,7 @@ def test_accumulation_equals_one_batch(experts):
 
   def two_steps(parts):
     state = init_state(model, optimizer, mesh, seed=0)
-    step = compile_train_step(
-      model, optimizer, TrainingConfig(accumulation_steps=parts), mesh
-    )
+    step = jit_train_step(model, optimizer, TrainingConfig(accumulation_steps=parts), mesh)
     for n in range(2):
       state, metrics = step(state, put_batch(packed_batch(seed=n), mesh), jnp.uint32(0))
     return jax.device_get((metrics, state.params))
@@ -302,7 +290,7 @@ def one_device():
   mesh = mesh_of()
   model = build_model(CFG, FAST)
   optimizer = build_optimizer(OptimizerConfig(warmup_steps=0), 10)
-  step = compile_train_step(model, optimizer, TrainingConfig(), mesh)
+  step = jit_train_step(model, optimizer, TrainingConfig(), mesh)
   return lambda: init_state(model, optimizer, mesh, 0), step, lambda b: put_batch(b, mesh)
 
 
@@ -330,7 +318,7 @@ def test_every_dtype_stays_what_it_is():
   state = init_state(model, optimizer, mesh, seed=0)
   before = jax.tree.map(lambda x: x.dtype, state)
   assert state.params["embedding"]["table"].dtype == jnp.bfloat16
-  step = compile_train_step(model, optimizer, cfg, mesh)
+  step = jit_train_step(model, optimizer, cfg, mesh)
   state, _ = step(state, put_batch(packed_batch(), mesh), jnp.uint32(0))
   assert jax.tree.map(lambda x: x.dtype, state) == before
 
@@ -348,7 +336,7 @@ def test_bfloat16_trains_close_to_float32(one_device):
   new_state, float32_step, put = one_device
   model = build_model(CFG, TrainingConfig(dtype="bfloat16", scanned=True))
   optimizer = build_optimizer(OptimizerConfig(warmup_steps=0), 10)
-  narrow_step = compile_train_step(model, optimizer, TrainingConfig(), mesh_of())
+  narrow_step = jit_train_step(model, optimizer, TrainingConfig(), mesh_of())
 
   def losses(step):
     state, found = new_state(), []
@@ -373,7 +361,7 @@ def test_moments_cut_over_copies_change_nothing(kind):
     model, optimizer = build_model(CFG, FAST), build_optimizer(rule, 10)
     mesh = make_mesh(sizes)
     state = init_state(model, optimizer, mesh, seed=0)
-    step = compile_train_step(model, optimizer, FAST, mesh)
+    step = jit_train_step(model, optimizer, FAST, mesh)
     for n in range(2):
       state, _ = step(state, put_batch(packed_batch(seed=n), mesh), jnp.uint32(0))
     shards = [leaf.addressable_shards[0].data for leaf in jax.tree.leaves(state.opt_state)]

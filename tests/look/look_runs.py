@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType
+from meshes import mesh_of
 
 from flaxlm.checkpoint.store import CheckpointStore
-from flaxlm.config import MESH_AXES, OBJECTIVES, Config, DataConfig, ModelConfig, to_json
+from flaxlm.config import OBJECTIVES, Config, DataConfig, ModelConfig, to_json
 from flaxlm.decoding.loading import Run
 from flaxlm.look.page import to_html, unpack
 from flaxlm.look.view import View
@@ -34,9 +34,7 @@ def make_run(family: str = "decoder", name: str = "random", **model: Any) -> Run
   data = DataConfig(objective=OBJECTIVES[family], seq_len=16)
   cfg = Config(name=name, model=model_cfg, data=data)
   lm = build_model(cfg.model)
-  ones = (1,) * len(MESH_AXES)
-  types = (AxisType.Auto,) * len(MESH_AXES)
-  mesh = jax.make_mesh(ones, MESH_AXES, devices=jax.devices()[:1], axis_types=types)
+  mesh = mesh_of()
   rng = np.random.default_rng(0)
   params = jax.tree.map(
     lambda x: (0.3 * rng.normal(size=x.shape)).astype(np.float32),

@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 import reference_step
 import references
-from jax.sharding import Mesh
+from meshes import mesh_of
 
-from flaxlm.config import MESH_AXES, ModelConfig, MoEConfig, OptimizerConfig, TrainingConfig
+from flaxlm.config import ModelConfig, MoEConfig, OptimizerConfig, TrainingConfig
 from flaxlm.data.objectives import Batch
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
   TrainState,
   abstract_state,
-  compile_train_step,
   forward,
+  jit_train_step,
   put_batch,
   shardings_of,
 )
@@ -75,12 +75,6 @@ OPTIMIZER = OptimizerConfig(
 TRAINING = TrainingConfig(num_steps=6, label_smoothing=0.2)
 SEED = 17
 NUM_STEPS = 4  # at rates of 0, half, all, and less than all
-
-
-def mesh_of(num_devices: int):
-  devices = np.array(jax.devices()[:num_devices])
-  shape = [num_devices if axis == "data" else 1 for axis in MESH_AXES]
-  return Mesh(devices.reshape(shape), MESH_AXES)
 
 
 def batch_of(cfg: ModelConfig, seed: int) -> Batch:
@@ -175,8 +169,8 @@ def test_steps_equal_float64(name, num_parts):
   )
   model = build_model(cfg, training)
   optimizer = build_optimizer(OPTIMIZER, training.num_steps)
-  mesh = mesh_of(num_parts)
-  step = compile_train_step(model, optimizer, training, mesh)
+  mesh = mesh_of(data=num_parts)
+  step = jit_train_step(model, optimizer, training, mesh)
   state = random_state(model, optimizer, mesh)
   float64 = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
   start = params = float64(jax.device_get(state.params))
@@ -224,7 +218,7 @@ def assert_all_differ(drawn: list[list[np.ndarray]]) -> None:
 
 
 def random_params(cfg: ModelConfig):
-  abstract = abstract_params(build_model(cfg), mesh_of(1))
+  abstract = abstract_params(build_model(cfg), mesh_of())
   rng = np.random.default_rng(1)
   return jax.tree.map(lambda x: 0.5 * rng.normal(size=x.shape), abstract)
 

@@ -25,11 +25,10 @@ from flaxlm.platform import kernel_head_dim, start_jax
 from flaxlm.sharding import make_mesh
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
-  SEED,
   abstract_batch,
   abstract_state,
-  compile_train_step,
   init_state,
+  jit_train_step,
   put_batch,
 )
 
@@ -77,10 +76,10 @@ def main() -> None:
   mesh = make_mesh({"data": -1})
   model = build_model(model_cfg, training, kernel_head_dim())
   optimizer = build_optimizer(OptimizerConfig(), training.num_steps)
-  step = compile_train_step(model, optimizer, training, mesh)
+  step = jit_train_step(model, optimizer, training, mesh)
   started = time.perf_counter()
   state, batch = abstract_state(model, optimizer, mesh), abstract_batch(data, mesh)
-  lowered = step.lower(state, batch, SEED)
+  lowered = step.lower(state, batch)
   traced = time.perf_counter()
   lowered.compile()
   compiled = time.perf_counter()

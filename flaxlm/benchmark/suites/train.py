@@ -40,7 +40,7 @@ from flaxlm.planning.roofline import traffic_bytes, with_path
 from flaxlm.platform import kernel_head_dim, start_jax
 from flaxlm.sharding import make_mesh
 from flaxlm.training.optimizer import build_optimizer
-from flaxlm.training.step import abstract_state, compile_train_step, init_state, put_batch
+from flaxlm.training.step import abstract_state, init_state, jit_train_step, put_batch
 
 # Every round starts one process per side.
 MAX_ROUNDS, MAX_ROUNDS_ALONE = 3, 2
@@ -159,7 +159,7 @@ def flaxlm_side(case: Case, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
   target = abstract_state(model, optimizer, mesh).params
   params = jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), params, target)
   state = state._replace(params=params)
-  train_step = compile_train_step(model, optimizer, training, mesh)
+  train_step = jit_train_step(model, optimizer, training, mesh)
   seed = jax.numpy.uint32(0)
   lengths_B = np.full(case.batch_size, case.model.context + 1)
 

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
+from meshes import mesh_of
 
-from flaxlm.config import MESH_AXES, ModelConfig, TrainingConfig
+from flaxlm.config import ModelConfig, TrainingConfig
 from flaxlm.decoding.prefill import Request, prefill_prompts
 from flaxlm.errors import ConfigError
 from flaxlm.nn.attention import attend
@@ -215,10 +216,7 @@ def test_members_of_context_share_every_block_of_queries():
       compiled = jitted.lower(q, k, v).compile()
     return compiled(*jax.device_put((q, k, v), where)), compiled.cost_analysis()["flops"]
 
-  types = (AxisType.Auto,) * len(MESH_AXES)
-  shape, device = (1,) * len(MESH_AXES), jax.devices()[:1]
-  one = jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=device)
-  (expected, all_flops), (actual, flops) = run(one), run(mesh)
+  (expected, all_flops), (actual, flops) = run(mesh_of()), run(mesh)
   compare = lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4)
   jax.tree.map(compare, actual, expected)
   assert flops < 1.1 * all_flops / 8
