@@ -132,7 +132,6 @@ def test_stop_and_resume_equals_never_stopped(flaxlm, in_process, corpus, tmp_pa
 STOP_AT_FIVE = """
 import os, signal, sys
 from flaxlm import cli
-
 from flaxlm.training.reporting import Reporter
 write = Reporter.metrics
 def stop(self, step, values):
