@@ -252,8 +252,7 @@ class StepCost:
 def step_cost(cfg: ResolvedConfig) -> StepCost:
   """FLOPs of one training step of a resolved config; accumulation does not change them."""
   data = cfg.data
-  source = data.source_len or data.seq_len
-  work = forward_work(cfg.model, data.batch_size, data.seq_len, source)
+  work = forward_work(cfg.model, data.batch_size, data.seq_len, cfg.source_length)
   executed = work.step(cfg.training)
   tokens = data.batch_size * data.seq_len
   return StepCost(tokens, 3 * work.strict, 3 * work.loose, executed)
@@ -271,17 +270,15 @@ def kv_cache_bytes(
   `parts` members of a `tensor` axis.
 
   Local layers keep a ring of slots, the others all of them (`ResolvedModel.cache_slots`);
-  a decoder with an encoder also keeps each layer's keys and values of the source. A number
-  has `item_size` bytes. An RNN keeps its state, whatever the context.
+  a decoder that reads a source of `source_len` tokens also keeps each layer's keys and
+  values of those. A number has `item_size` bytes. An RNN keeps its state, whatever the
+  context.
   """
   lengths = 4 * rows  # int32: the tokens of each row so far
   if cfg.family == "rnn":  # float32 always: a vector per layer, two with an LSTM's cell
     vectors = rows * cfg.depth * (2 if cfg.cell == "lstm" else 1)
     return lengths + vectors * 4 * cfg.width // parts
-  slots = sum(cfg.cache_slots(kind, context) for kind in cfg.layer_kinds())
-  segments = 0
-  if cfg.family == "encoder_decoder":
-    slots += cfg.depth * source_len
-    segments = 4 * rows * source_len  # int32: which tokens of the source are real
+  slots = cfg.all_cache_slots(context) + cfg.depth * source_len
+  segments = 4 * rows * source_len  # int32: which tokens of the source are real
   per_slot = 2 * cfg.num_kv_heads // parts * cfg.head_dim * item_size
   return lengths + segments + rows * slots * per_slot

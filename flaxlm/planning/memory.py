@@ -99,7 +99,7 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   always = {
     "parameters": state.parameters,
     "optimizer_state": state.optimizer_state,
-    "batch": rows * training.accumulation_steps * 4 * (5 * T + 3 * source_len(cfg)),
+    "batch": rows * training.accumulation_steps * 4 * (5 * T + 3 * cfg.source_length),
   }
   if training.accumulation_steps > 1:  # sums over micro-batches, in float32
     always["gradient_sums"] = state.elements * 4
@@ -293,14 +293,7 @@ def kept_bytes(cfg: ResolvedConfig, parts: int, remat: Remat) -> Kept:
     _precision(cfg.training), remat=remat, scanned=True, attention=path
   )
   model = _local_model(cfg.model, parts)
-  return _kept_bytes(model, run, cfg.data.seq_len, source_len(cfg))
-
-
-def source_len(cfg: ResolvedConfig) -> int:
-  """Source tokens in a row of an encoder-decoder; 0 for other families."""
-  if cfg.model.family != "encoder_decoder":
-    return 0
-  return cfg.data.source_len or cfg.data.seq_len
+  return _kept_bytes(model, run, cfg.data.seq_len, cfg.source_length)
 
 
 def _local_model(cfg: ResolvedModel, parts: int) -> ResolvedModel:
@@ -413,6 +406,6 @@ def decoding_memory(
   return {
     # Decoding unstacks the layers, and then every stage holds all of them.
     "parameters": (state.elements + (sizes["stage"] - 1) * state.stored_in_blocks) * item,
-    "kv_cache": kv_cache_bytes(cfg.model, local, context, item, source_len(cfg), parts),
+    "kv_cache": kv_cache_bytes(cfg.model, local, context, item, cfg.source_length, parts),
     "logits": local * (V // parts) * 4,
   }

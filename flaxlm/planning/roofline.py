@@ -39,7 +39,6 @@ from flaxlm.planning.memory import (
   gathered_keys,
   kept_bytes,
   local_rows,
-  source_len,
   state_bytes,
   training_memory,
 )
@@ -172,7 +171,7 @@ def with_path(
 ) -> tuple[ResolvedConfig, Path | None]:
   """The config with the attention path that such a mesh takes, and the path's reason."""
   model = build_model(cfg.model, cfg.training, device.kernel_head_dim)
-  path = training_path(model.cfg, model.run, sizes, cfg.data.seq_len, source_len(cfg))
+  path = training_path(model.cfg, model.run, sizes, cfg.data.seq_len, cfg.source_length)
   if path is None:
     return cfg, None
   training = dataclasses.replace(cfg.training, attention=path.name)
@@ -201,7 +200,7 @@ def compute_seconds(
   fused, rate = cfg.training.attention == "cudnn", device.attention_rate
   executed, kernel = cost.executed_flops, 0.0
   if fused and rate:
-    work = forward_work(cfg.model, cfg.data.batch_size, cfg.data.seq_len, source_len(cfg))
+    work = forward_work(cfg.model, cfg.data.batch_size, cfg.data.seq_len, cfg.source_length)
     passes = attention_passes(cfg.training)
     executed -= passes * work.attention_executed
     kernel = passes * work.attention / rate
@@ -420,7 +419,7 @@ def plan_decoding(
   item = jnp.dtype(cfg.training.dtype).itemsize
   usable, local = device.usable_bytes, sum(memory.values())
   whole = sum(parameters(cfg.model).values()) * item
-  whole += kv_cache_bytes(cfg.model, batch, context, item, source_len(cfg))
+  whole += kv_cache_bytes(cfg.model, batch, context, item, cfg.source_length)
   times = _decode_times(cfg, sizes, device, batch, context)
   seconds = None
   if all(time is not None for time in times.values()):
@@ -479,10 +478,10 @@ def decode_work(cfg: ResolvedConfig, rows: int, context: int) -> tuple[float, fl
   """One decoding step of `rows` rows, unsharded: FLOPs, bytes of weights and of cache."""
   model, item = cfg.model, jnp.dtype(cfg.training.dtype).itemsize
   work = forward_work(model, rows, 1)
-  flops, source = work.matmul + work.head, source_len(cfg)
+  flops, source = work.matmul + work.head, cfg.source_length
   if model.family != "rnn":  # attention computes the scores of all slots of its cache
-    slots = sum(model.cache_slots(kind, context) for kind in model.layer_kinds())
-    flops += 4.0 * rows * model.num_heads * model.head_dim * (slots + model.depth * source)
+    slots = model.all_cache_slots(context) + model.depth * source
+    flops += 4.0 * rows * model.num_heads * model.head_dim * slots
   weights = read_parameters(cfg, rows) * item
   return flops, weights, kv_cache_bytes(model, rows, context, item, source)
 
