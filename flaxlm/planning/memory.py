@@ -76,7 +76,7 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   does not divide a dim or the batch.
   """
   model_cfg, training = cfg.model, cfg.training
-  state = state_bytes(model_cfg, training, cfg.optimizer, sizes, lanes)
+  state = state_bytes(cfg, sizes, lanes)
   rows = local_rows(cfg, sizes)
   T = cfg.data.seq_len
   depth = sum(depth for depth, _ in stacks(model_cfg))
@@ -84,7 +84,7 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   casts = training.dtype != training.param_dtype
   kept = kept_bytes(cfg, sizes["tensor"], training.remat)
   unsharded = dict.fromkeys(sizes, 1) | {"tensor": sizes["tensor"]}
-  whole = state_bytes(model_cfg, training, cfg.optimizer, unsharded)
+  whole = state_bytes(cfg, unsharded)
   copies = kept.fixed * state.stored_in_blocks // whole.stored_in_blocks
   keys = gathered_keys(cfg, sizes) * rows
   schedule = training_schedule(training, sizes)
@@ -113,8 +113,7 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
     # Every stage holds all microbatches and their gradients. With repeats, layers and their
     # gradients lie twice: where they are stored and where they run.
     everywhere = rows * schedule.stages * T // sizes["context"] * model_cfg.width * item
-    dealt = state.stored_in_blocks * jnp.dtype(training.param_dtype).itemsize
-    between["pipeline"] = 2 * everywhere + 2 * dealt * (schedule.repeats > 1)
+    between["pipeline"] = 2 * everywhere + 2 * state.blocks * (schedule.repeats > 1)
   moments = {
     "loss": between
     | {
@@ -143,20 +142,16 @@ class StateBytes:
   parameters: int
   optimizer_state: int
   elements: int  # of parameters, on this device
-  stored_in_blocks: int  # elements of the blocks, with the padding of the device's tiles
+  blocks: int  # bytes of the blocks' parameters
+  stored_in_blocks: int  # their elements, with the padding of the device's tiles
   largest_layer: int  # elements of one layer's parameters, gathered over fsdp
   update_temporaries: int  # bytes of the update rule's intermediate results
 
 
-def state_bytes(
-  cfg: ResolvedModel,
-  training: TrainingConfig,
-  optimizer: OptimizerConfig,
-  sizes: Sizes,
-  lanes: int = 1,
-) -> StateBytes:
+def state_bytes(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> StateBytes:
   """The training state on one device, sharded by the rules that training uses."""
-  return _state_bytes(cfg, _precision(training), optimizer, tuple(sizes.items()), lanes)
+  run = _precision(cfg.training)
+  return _state_bytes(cfg.model, run, cfg.optimizer, tuple(sizes.items()), lanes)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -179,7 +174,7 @@ def _state_bytes(
   ]
   gathered = sum(
     local_size(leaf)
-    * (sizes["fsdp"] if _split_over(leaf, "fsdp") else 1)
+    * (sizes["fsdp"] if any("fsdp" in axes_of(axes) for axes in leaf.sharding.spec) else 1)
     // (leaf.shape[0] // sizes["stage"])
     for leaf in blocks
   )
@@ -187,6 +182,7 @@ def _state_bytes(
     parameters=tree_bytes(params, lanes),
     optimizer_state=tree_bytes(moments, lanes),
     elements=sum(map(local_size, jax.tree.leaves(params))),
+    blocks=tree_bytes(blocks, lanes),
     stored_in_blocks=sum(stored_size(leaf, lanes) for leaf in blocks),
     largest_layer=gathered,
     update_temporaries=_update_temporaries(params, blocks, cfg.width, optimizer.kind),
@@ -253,10 +249,6 @@ def local_size(leaf: jax.ShapeDtypeStruct) -> int:
   """Elements of an array on one device."""
   assert leaf.sharding is not None
   return math.prod(leaf.sharding.shard_shape(leaf.shape))
-
-
-def _split_over(leaf: Any, axis: str) -> bool:
-  return any(axis in axes_of(entry) for entry in leaf.sharding.spec)
 
 
 # -- What the layers keep ----------------------------------------------------------------
@@ -398,7 +390,7 @@ def decoding_memory(
   An encoder-decoder's source is as long as in training (`data.source_len`).
   """
   training = cfg.training
-  state = state_bytes(cfg.model, training, cfg.optimizer, sizes)
+  state = state_bytes(cfg, sizes)
   item = jnp.dtype(training.dtype).itemsize
   shards, parts = batch_shards(sizes), sizes["tensor"]
   V = cfg.model.vocab_size

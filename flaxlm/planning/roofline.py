@@ -34,7 +34,6 @@ from flaxlm.planning.devices import Device
 from flaxlm.planning.memory import (
   PeakMemory,
   Sizes,
-  StateBytes,
   decoding_memory,
   gathered_keys,
   kept_bytes,
@@ -181,11 +180,10 @@ def with_path(
 def step_times(
   cfg: ResolvedConfig, sizes: Sizes, device: Device, cost: StepCost
 ) -> StepTimes:
-  state = state_bytes(cfg.model, cfg.training, cfg.optimizer, sizes)
   compute = compute_seconds(cfg, sizes, device, cost)
-  memory = memory_seconds(traffic_parts(cfg, sizes, state), device)
+  memory = memory_seconds(traffic_parts(cfg, sizes), device)
   network = {}
-  for axis, sent in network_bytes(cfg, sizes, state).items():
+  for axis, sent in network_bytes(cfg, sizes).items():
     rate = axis_bandwidth(device, sizes, axis, slow_axes(cfg.mesh))
     network[axis] = sent / rate if rate else None
   return StepTimes(compute, memory, network, training_schedule(cfg.training, sizes).bubble)
@@ -248,22 +246,17 @@ def attainable_bandwidth(device: Device) -> float | None:
   return rate and rate * (device.bandwidth_fraction or 1.0)
 
 
-def traffic_bytes(cfg: ResolvedConfig, sizes: Sizes, state: StateBytes) -> float:
-  """Bytes that one device reads from memory and writes to it in a step; operands that stay
-  in its caches are not counted."""
-  return sum(traffic_parts(cfg, sizes, state).values())
-
-
-def traffic_parts(cfg: ResolvedConfig, sizes: Sizes, state: StateBytes) -> dict[str, float]:
-  """`traffic_bytes` by part."""
-  training, model = cfg.training, cfg.model
+def traffic_parts(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
+  """Bytes that one device reads from memory and writes to it in a step, by part; operands
+  that stay in its caches are not counted."""
+  training, model, state = cfg.training, cfg.model, state_bytes(cfg, sizes)
   rows = local_rows(cfg, sizes)
   passes = PASSES if training.remat == "none" else PASSES_AGAIN
   T = cfg.data.seq_len
   kept = kept_bytes(cfg, sizes["tensor"], "none").per_row
   activations = passes * rows * kept / sizes["context"]
   logits = rows * T / sizes["context"] * (model.vocab_size // sizes["tensor"]) * 4
-  weights = 3 * gathered_elements(state, sizes) * jnp.dtype(training.dtype).itemsize
+  weights = 3 * state.elements * sizes["fsdp"] * jnp.dtype(training.dtype).itemsize
   logit_passes = LOGIT_PASSES + (training.loss_chunks > 1)  # computed again
   times = training.accumulation_steps
   # Each microbatch reads the weights and adds to the gradients.
@@ -274,27 +267,17 @@ def traffic_parts(cfg: ResolvedConfig, sizes: Sizes, state: StateBytes) -> dict[
     "activations": times * activations,
     "logits": times * logit_passes * logits,
     "weights": times * (weights + (schedule.microbatches - 1) * weights_of_blocks),
-    "gradients": times * (schedule.visits - 1) * 2 * blocks_bytes(cfg, state),
+    "gradients": times * (schedule.visits - 1) * 2 * state.blocks,
     "update": 2 * (state.parameters + state.optimizer_state) + 2 * state.parameters,
   }
-
-
-def blocks_bytes(cfg: ResolvedConfig, state: StateBytes) -> int:
-  """Bytes of the parameters of the layers on one device, or of their gradients."""
-  return state.stored_in_blocks * jnp.dtype(cfg.training.param_dtype).itemsize
-
-
-def gathered_elements(state: StateBytes, sizes: Sizes) -> int:
-  """Parameters that one device uses in a step: its own, with those gathered over fsdp."""
-  return state.elements * sizes["fsdp"]
 
 
 # -- The network -------------------------------------------------------------------------
 
 
-def network_bytes(cfg: ResolvedConfig, sizes: Sizes, state: StateBytes) -> dict[str, float]:
+def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   """Bytes that one device sends in a step along each mesh axis in use."""
-  training, model = cfg.training, cfg.model
+  training, model, state = cfg.training, cfg.model, state_bytes(cfg, sizes)
   item = jnp.dtype(training.dtype).itemsize
   parts, rows = training.accumulation_steps, local_rows(cfg, sizes)
   share = lambda axis: (sizes[axis] - 1) / sizes[axis]
@@ -310,12 +293,11 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes, state: StateBytes) -> dict[
   table = parameters(model)["embedding"] * model.tied_embeddings
   twice = table * jnp.dtype(training.param_dtype).itemsize
   gradients = state.parameters + twice // (sizes["tensor"] * sizes["fsdp"])
-  blocks = blocks_bytes(cfg, state)
   at_ticks = 0.0
   if schedule.stages > 1:
     visit = state.stored_in_blocks * item / schedule.repeats
-    at_ticks = parts * schedule.ticks * visit - blocks
-  gathered: float = gathered_elements(state, sizes)
+    at_ticks = parts * schedule.ticks * visit - state.blocks
+  gathered: float = state.elements * sizes["fsdp"]
   gathered += (
     state.stored_in_blocks * sizes["fsdp"] * (schedule.ticks / schedule.repeats - 1)
   )
@@ -330,8 +312,8 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes, state: StateBytes) -> dict[
     * schedule.ticks
     / schedule.microbatches
     + 4 * parts * vector_bytes * (sizes["stage"] - 1)
-    + 2 * parts * blocks * (schedule.repeats > 1) * share("stage")
-    + 2 * (gradients - blocks) * share("stage"),
+    + 2 * parts * state.blocks * (schedule.repeats > 1) * share("stage")
+    + 2 * (gradients - state.blocks) * share("stage"),
     # An all-reduce of the gradients; in a pipeline at every tick.
     "data": 2 * (gradients + at_ticks) * share("data"),
     # Weights gathered forward and backward, gradients reduce-scattered; a pipeline does so

@@ -111,7 +111,7 @@ def cheapest_fit(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Choice | 
   if fitting:
     return min(fitting, key=_rank)
   number = math.prod(sizes.values())
-  least = state_bytes(cfg.model, cfg.training, cfg.optimizer, mesh_shape({}))
+  least = state_bytes(cfg, mesh_shape({}))
   while number <= MOST_DEVICES:
     possible = (least.parameters + least.optimizer_state) / number < (
       device.usable_bytes or math.inf

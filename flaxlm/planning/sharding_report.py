@@ -108,8 +108,8 @@ def report_sharding(
     describe_parameter(path, box.names, leaf, sizes)
     for (path, box), leaf in zip(boxes, jax.tree.leaves(params), strict=True)
   ]
-  state = state_bytes(cfg.model, cfg.training, cfg.optimizer, sizes)
-  analytic = network_bytes(cfg, sizes, state)
+  state = state_bytes(cfg, sizes)
+  analytic = network_bytes(cfg, sizes)
   return ShardingReport(
     name=cfg.name or "config",
     sizes=sizes,

@@ -19,7 +19,6 @@ from flaxlm.config import (
 )
 from flaxlm.planning.cost import attention_passes, forward_work, kv_cache_bytes
 from flaxlm.planning.devices import Device, find_device
-from flaxlm.planning.memory import state_bytes
 from flaxlm.planning.planner import resolve
 from flaxlm.planning.roofline import (
   OPERATIONS,
@@ -52,9 +51,7 @@ CFG = Config(
 
 
 def sent(mesh: dict[str, int], cfg: Config = CFG) -> dict[str, float]:
-  sizes = mesh_shape(mesh)
-  state = state_bytes(cfg.model, cfg.training, cfg.optimizer, sizes)
-  return network_bytes(cfg, sizes, state)
+  return network_bytes(cfg, mesh_shape(mesh))
 
 
 def test_fsdp_gathers_twice_and_reduces_once():
