@@ -112,6 +112,11 @@ class TrainingConfig:
     600.0, "a step that takes longer ends the run, with a stack trace; none = never", 0.1
   )
 
+  @property
+  def item_size(self) -> int:
+    """Bytes of a number of the computation."""
+    return {"float32": 4, "bfloat16": 2}[self.dtype]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:

@@ -58,6 +58,17 @@ class Device:
     """Peak of dense matrix products in `dtype`, None if unknown or not supported."""
     return self.peak_flops.get(dtype)
 
+  def attainable_flops(self, dtype: str) -> float | None:
+    """The best rate that was measured on such a device, else the published peak."""
+    peak = self.flops(dtype)
+    return peak and peak * (self.matmul_fraction or 1.0)
+
+  @property
+  def attainable_bandwidth(self) -> float | None:
+    """The best bandwidth that was measured on such a device, else the published one."""
+    rate = self.memory_bandwidth
+    return rate and rate * (self.bandwidth_fraction or 1.0)
+
 
 # Where the figures are from. SB: scaling-book (jax-ml.github.io/scaling-book), chapters
 # "TPUs" and "GPUs". ME: stas00/ml-engineering, compute/accelerator and network pages

@@ -80,7 +80,7 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   rows = local_rows(cfg, sizes)
   T = cfg.data.seq_len
   depth = sum(depth for depth, _ in stacks(model_cfg))
-  item = jnp.dtype(training.dtype).itemsize
+  item = training.item_size
   casts = training.dtype != training.param_dtype
   kept = kept_bytes(cfg, sizes["tensor"], training.remat)
   unsharded = dict.fromkeys(sizes, 1) | {"tensor": sizes["tensor"]}
@@ -265,8 +265,8 @@ def gathered_keys(cfg: ResolvedConfig, sizes: Sizes) -> int:
   members of `context`."""
   model, others = cfg.model, sizes["context"] - 1
   width = 2 * model.num_kv_heads // sizes["tensor"] * model.head_dim
-  item = jnp.dtype(cfg.training.dtype).itemsize
-  return cfg.data.seq_len * width * item * others // sizes["context"]
+  per_row = cfg.data.seq_len * width * cfg.training.item_size
+  return per_row * others // sizes["context"]
 
 
 class Kept(NamedTuple):
@@ -390,8 +390,7 @@ def decoding_memory(
   An encoder-decoder's source is as long as in training (`data.source_len`).
   """
   training = cfg.training
-  state = state_bytes(cfg, sizes)
-  item = jnp.dtype(training.dtype).itemsize
+  state, item = state_bytes(cfg, sizes), training.item_size
   shards, parts = batch_shards(sizes), sizes["tensor"]
   V = cfg.model.vocab_size
   local = math.ceil(rows / shards)

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from flaxlm.config import Config, MeshConfig, ResolvedConfig, mesh_shape
 from flaxlm.errors import ConfigError
 from flaxlm.planning.compile import compile_step
+from flaxlm.planning.decoding import DecodePoint, plan_decoding
 from flaxlm.planning.devices import ANY, Device, find_device
 from flaxlm.planning.report import Report
-from flaxlm.planning.roofline import DecodePoint, plan_decoding, plan_training
+from flaxlm.planning.roofline import plan_training
 from flaxlm.planning.search import cheapest_fit, search
 from flaxlm.tokenizers import expected_vocab_size
 

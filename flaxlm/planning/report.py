@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from flaxlm.planning.compile import CompiledStep
+from flaxlm.planning.decoding import DecodePoint
 from flaxlm.planning.devices import ANY
-from flaxlm.planning.roofline import DecodePoint, Plan
+from flaxlm.planning.roofline import Plan
 from flaxlm.planning.search import Choice
 
 MOST_CHOICES = 20  # of a search that the tables show; JSON has all

@@ -22,8 +22,8 @@ from flaxlm.planning.memory import (
   local_size,
   state_bytes,
 )
+from flaxlm.planning.network import axis_bandwidth, network_bytes
 from flaxlm.planning.report import duration, size
-from flaxlm.planning.roofline import axis_bandwidth, network_bytes
 from flaxlm.sharding import (
   RULES,
   Replication,

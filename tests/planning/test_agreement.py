@@ -22,7 +22,7 @@ from flaxlm.config import (
 from flaxlm.planning.compile import compile_step
 from flaxlm.planning.devices import find_device
 from flaxlm.planning.memory import training_memory
-from flaxlm.planning.roofline import network_bytes
+from flaxlm.planning.network import network_bytes
 
 pytestmark = [
   pytest.mark.slow,

@@ -13,8 +13,8 @@ from flaxlm.errors import ConfigError
 from flaxlm.nn.models import build_model
 from flaxlm.planning.compile import compile_step
 from flaxlm.planning.devices import ANY
+from flaxlm.planning.network import network_bytes
 from flaxlm.planning.planner import resolve
-from flaxlm.planning.roofline import network_bytes
 from flaxlm.planning.sharding_report import explain, report_sharding
 from flaxlm.sharding import axes_of, check_replication, find_replication, make_mesh
 from flaxlm.training.step import abstract_params
