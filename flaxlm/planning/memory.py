@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from flaxlm.config import (
-  MESH_AXES,
   OptimizerConfig,
   Remat,
   ResolvedConfig,
@@ -29,7 +28,7 @@ from flaxlm.config import (
 )
 from flaxlm.data.objectives import Batch
 from flaxlm.nn.kernels.outline import OUTLINE
-from flaxlm.nn.models import build_model, init_params
+from flaxlm.nn.models import boxed_shapes, build_model
 from flaxlm.planning.cost import kv_cache_bytes, stacks
 from flaxlm.sharding import (
   axes_of,
@@ -40,7 +39,7 @@ from flaxlm.sharding import (
   with_shardings,
 )
 from flaxlm.training.optimizer import build_optimizer
-from flaxlm.training.step import SEED, forward
+from flaxlm.training.step import forward
 
 Sizes = Mapping[str, int]
 
@@ -151,7 +150,7 @@ class StateBytes:
 def state_bytes(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> StateBytes:
   """The training state on one device, sharded by the rules that training uses."""
   run = _precision(cfg.training)
-  return _state_bytes(cfg.model, run, cfg.optimizer, tuple(sizes.items()), lanes)
+  return _state_bytes(cfg.model, run, cfg.optimizer, abstract_mesh(sizes), lanes)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -159,12 +158,11 @@ def _state_bytes(
   cfg: ResolvedModel,
   run: TrainingConfig,
   optimizer: OptimizerConfig,
-  items: tuple[tuple[str, int], ...],
+  mesh: Any,
   lanes: int,
 ) -> StateBytes:
-  boxed, opt_state = abstract_trees(cfg, run, optimizer)
-  sizes = dict(items)
-  mesh = abstract_mesh(sizes)
+  boxed, opt_state = _abstract_trees(cfg, run, optimizer)
+  sizes = mesh.shape
   params = with_shardings(boxed, mesh)
   moments = like_parameters(opt_state, params, mesh, optimizer.sharded)
   blocks = [
@@ -183,7 +181,7 @@ def _state_bytes(
     optimizer_state=tree_bytes(moments, lanes),
     elements=sum(map(local_size, jax.tree.leaves(params))),
     blocks=tree_bytes(blocks, lanes),
-    stored_in_blocks=sum(stored_size(leaf, lanes) for leaf in blocks),
+    stored_in_blocks=sum(local_size(leaf, lanes) for leaf in blocks),
     largest_layer=gathered,
     update_temporaries=_update_temporaries(params, blocks, cfg.width, optimizer.kind),
   )
@@ -210,14 +208,12 @@ def abstract_mesh(sizes: Sizes) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def abstract_trees(
+def _abstract_trees(
   cfg: ResolvedModel, training: TrainingConfig, optimizer: OptimizerConfig
 ) -> tuple[Any, Any]:
   """Shapes and logical names of the parameters, and shapes of the optimizer's state."""
-  model = build_model(cfg, training)
-  boxed = jax.eval_shape(functools.partial(init_params, model), SEED)
-  plain = with_shardings(boxed, abstract_mesh(dict.fromkeys(MESH_AXES, 1)))
-  return boxed, jax.eval_shape(build_optimizer(optimizer, 1000).init, plain)
+  boxed = boxed_shapes(build_model(cfg, training))
+  return boxed, jax.eval_shape(build_optimizer(optimizer, 1000).init, nn.unbox(boxed))
 
 
 def _precision(training: TrainingConfig) -> TrainingConfig:
@@ -228,27 +224,22 @@ def _precision(training: TrainingConfig) -> TrainingConfig:
 
 def tree_bytes(tree: Any, lanes: int = 1) -> int:
   leaves = jax.tree.leaves(tree)
-  return sum(stored_size(leaf, lanes) * leaf.dtype.itemsize for leaf in leaves)
+  return sum(local_size(leaf, lanes) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def stored_size(leaf: jax.ShapeDtypeStruct, lanes: int) -> int:
+def local_size(leaf: jax.ShapeDtypeStruct, lanes: int = 1) -> int:
   """Elements that one device stores for an array, padding included.
 
   A TPU pads one dim to a multiple of its 128 lanes; the compiler takes the dim that wastes
   least.
   """
   assert leaf.sharding is not None
-  shape, size = leaf.sharding.shard_shape(leaf.shape), local_size(leaf)
-  dims = shape[1:] if len(shape) > 2 else shape  # the dim of the layers is never padded
+  shape = leaf.sharding.shard_shape(leaf.shape)
+  size = math.prod(shape)
   if len(shape) < 2:
     return size
+  dims = shape[1:] if len(shape) > 2 else shape  # the dim of the layers is never padded
   return min(size // dim * lanes * math.ceil(dim / lanes) for dim in dims)
-
-
-def local_size(leaf: jax.ShapeDtypeStruct) -> int:
-  """Elements of an array on one device."""
-  assert leaf.sharding is not None
-  return math.prod(leaf.sharding.shard_shape(leaf.shape))
 
 
 # -- What the layers keep ----------------------------------------------------------------
@@ -305,37 +296,23 @@ def _kept_bytes(
 ) -> Kept:
   """What the traced model keeps for one row and for two tells what grows with the rows."""
   model = build_model(cfg, run)
-  params = nn.unbox(jax.eval_shape(functools.partial(init_params, model), SEED))
-  one, two = (_residual_bytes(model, params, n, seq_len, source_len) for n in (1, 2))
-  return Kept(two - one, max(0, 2 * one - two))
-
-
-def _residual_bytes(
-  model: Any, params: Any, rows: int, seq_len: int, source_len: int
-) -> int:
-  target: Any = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32)
-  source: Any = jax.ShapeDtypeStruct((rows, source_len), jnp.int32) if source_len else None
-  batch = Batch(
-    tokens_BT=target,
-    targets_BT=target,
-    positions_BT=target,
-    segments_BT=target,
-    weights_BT=target,
-    source_BS=source,
-    source_positions_BS=source,
-    source_segments_BS=source,
-  )
+  params = nn.unbox(boxed_shapes(model))
 
   def hidden(params: Any, batch: Batch) -> Any:
-    dropout = model.cfg.dropout > 0
-    options = dict(
-      method="hidden",
-      deterministic=not dropout,
-      rngs={"dropout": jax.random.key(0)} if dropout else {},
-    )
+    rngs = {"dropout": jax.random.key(0)} if cfg.dropout else {}
+    options = dict(method="hidden", deterministic=not cfg.dropout, rngs=rngs)
     return forward(model, params, batch, **options)
 
-  return residual_bytes(hidden, params, batch)
+  def kept(rows: int) -> int:
+    ids: Any = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32)
+    source: Any = (
+      jax.ShapeDtypeStruct((rows, source_len), jnp.int32) if source_len else None
+    )
+    batch = Batch(ids, ids, ids, ids, ids, source, source, source)
+    return residual_bytes(hidden, params, batch)
+
+  one, two = kept(1), kept(2)
+  return Kept(two - one, max(0, 2 * one - two))
 
 
 def residual_bytes(function: Callable, differentiated: Any, *others: Any) -> int:

@@ -16,9 +16,8 @@ import jax
 
 from flaxlm.config import ResolvedConfig, ResolvedModel
 from flaxlm.nn.kernels.blocked import query_blocks
-from flaxlm.nn.models import build_model, init_params
+from flaxlm.nn.models import boxed_shapes, build_model
 from flaxlm.training.optimizer import matrix_dims
-from flaxlm.training.step import SEED
 
 NEWTON_SCHULZ_STEPS = 5  # optax's muon
 
@@ -125,8 +124,7 @@ def muon_products(model: ResolvedModel) -> Products:
 @functools.lru_cache(maxsize=8)
 def _kernels(model: ResolvedModel) -> list[tuple[int, int, int]]:
   """(n, m, number of matrices) of every kernel that Muon updates, as Muon reshapes them."""
-  boxed = jax.eval_shape(functools.partial(init_params, build_model(model)), SEED)
-  params = nn.unbox(boxed)
+  params = nn.unbox(boxed_shapes(build_model(model)))
   is_view = lambda x: x is None or hasattr(x, "reduction_axis")
   views = jax.tree.leaves(matrix_dims(params), is_leaf=is_view)
   found = []

@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from flaxlm.config import MeshConfig, ResolvedConfig, mesh_shape, slow_axes
+from flaxlm.nn.models import boxed_shapes, build_model
 from flaxlm.planning.collectives import Collective
 from flaxlm.planning.compile import CompiledStep, compile_step
 from flaxlm.planning.devices import ANY, Device, find_device
 from flaxlm.planning.memory import (
   Sizes,
   abstract_mesh,
-  abstract_trees,
   local_size,
   state_bytes,
 )
@@ -100,7 +100,7 @@ def report_sharding(
   model = cfg.model.padded(sizes["tensor"])
   cfg = dataclasses.replace(cfg, mesh=dict(mesh), model=model)
   target: Device = ANY if device is None else find_device(device)
-  boxed, _ = abstract_trees(cfg.model, cfg.training, cfg.optimizer)
+  boxed = boxed_shapes(build_model(model, cfg.training))
   params = with_shardings(boxed, abstract_mesh(sizes))
   is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
   boxes = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)
