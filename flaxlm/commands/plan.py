@@ -2,6 +2,7 @@
 """`flaxlm plan` and `flaxlm shard`: a config on a mesh, before anything runs."""
 
 import argparse
+import dataclasses
 import json
 import os
 from typing import Any
@@ -118,7 +119,7 @@ def add_shard(commands: Any) -> None:
 def run_shard(args: argparse.Namespace, arguments: list[str]) -> int:
   from flaxlm.config import parse_mesh
   from flaxlm.planning.planner import resolve
-  from flaxlm.planning.sharding_report import print_sharding, report_sharding, to_json
+  from flaxlm.planning.sharding_report import print_sharding, report_sharding
 
   if args.compile and args.no_compile:
     raise ConfigError("--compile and --no-compile", "choose one")
@@ -129,7 +130,7 @@ def run_shard(args: argparse.Namespace, arguments: list[str]) -> int:
   report = report_sharding(cfg, mesh, args.device, compiled=not args.no_compile)
   with open_output(args.output) as out:
     if args.json:
-      print(json.dumps(to_json(report)), file=out)
+      print(json.dumps(dataclasses.asdict(report)), file=out)
     else:
       print_sharding(report, out)
   return 0

@@ -3,7 +3,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -16,6 +16,8 @@ from flaxlm.planning.roofline import Plan
 from flaxlm.planning.search import Choice
 
 MOST_CHOICES = 20  # of a search that the tables show; JSON has all
+
+FITS = {True: "yes", False: "no", None: "?"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,9 +100,7 @@ def to_json(report: Report) -> dict[str, Any]:
   if report.decoding:
     result["decode"] = [dataclasses.asdict(point) for point in report.decoding]
   if report.compiled is not None:
-    compiled = dataclasses.asdict(report.compiled)
-    result["compiled"] = {
-      **compiled,
+    result["compiled"] = dataclasses.asdict(report.compiled) | {
       "analytic_bytes": plan.memory.total,
       "difference": report.compiled.difference(plan.memory.total),
     }
@@ -130,19 +130,25 @@ def print_report(report: Report, out: TextIO) -> None:
   """The report as tables, with the verdict last."""
   console = Console(file=out, highlight=False)
   plan = report.plan
-  device = plan.device.name if plan.num_devices == 1 else f"{plan.num_devices} x"
-  device += "" if plan.num_devices == 1 else f" {plan.device.name}"
-  console.print(f"{report.name} on {device}, mesh {plan.mesh}")
+  count = "" if plan.num_devices == 1 else f"{plan.num_devices} x "
+  console.print(f"{report.name} on {count}{plan.device.name}, mesh {plan.mesh}")
   console.print(f"{report.padding}\n" if report.padding else "")
-  _print_parameters(plan, console)
-  _print_memory(plan, console)
-  _print_time(report, console)
+  print_table(console, "Parameters", ("part", "number", "share"), _parameters(plan))
+  peak, moments = plan.memory.peak, plan.memory.moments
+  titles = ("part", *(f"{name}*" if name == peak else name for name in moments))
+  print_table(console, "Memory per device, at each moment (* most)", titles, _memory(plan))
+  print_table(console, "A step", ("", ""), _time(report))
   if report.decoding:
-    _print_decoding(report.decoding, console)
+    titles = ("batch", "context", "per device", "fits", "needs", "per token", "tokens/s")
+    rows = map(_decoding, report.decoding)
+    print_table(console, "Decoding, from the bandwidth roofline", (*titles, "limit"), rows)
   if report.choices:
-    _print_choices(report.choices, console)
+    title = f"Best of {len(report.choices)} ways to run it"
+    titles = ("mesh", "remat", "accumulate", "per device", "step", "MFU", "limit", "fits")
+    print_table(console, title, titles, map(_choice_row, report.choices[:MOST_CHOICES]))
   if report.compiled is not None:
-    _print_compiled(report.compiled, plan, console)
+    title = f"Compiled for {report.compiled.target} in {report.compiled.seconds:.0f} s"
+    print_table(console, title, ("", ""), _compiled(report.compiled, plan))
   print(verdict(report), file=out)  # rich would break lines in the middle of the flags
 
 
@@ -173,129 +179,121 @@ def verdict(report: Report) -> str:
   )
 
 
-def _table(title: str, *columns: str) -> Table:
+def print_table(
+  console: Console,
+  title: str,
+  columns: Sequence[str],
+  rows: Iterable[Sequence[str]],
+  left: int = 1,
+) -> None:
+  """A table and an empty line; all columns but the first `left` are aligned right."""
   table = Table(title=title, title_justify="left", box=None, pad_edge=False)
   for number, column in enumerate(columns):
-    table.add_column(column, justify="right" if number else "left")
-  return table
+    table.add_column(column, justify="left" if number < left else "right", overflow="fold")
+  for row in rows:
+    table.add_row(*row)
+  console.print(table, "")
 
 
-def _print_parameters(plan: Plan, console: Console) -> None:
+Rows = Iterator[tuple[str, ...]]
+
+
+def _parameters(plan: Plan) -> Rows:
   total = sum(plan.parameters.values())
-  table = _table("Parameters", "part", "number", "share")
   for part, number in plan.parameters.items():
-    table.add_row(part, f"{number:,}", f"{number / total:.1%}")
-  table.add_row("total", f"{total:,}", "")
+    yield part, f"{number:,}", f"{number / total:.1%}"
+  yield "total", f"{total:,}", ""
   if plan.active_parameters != total:
-    table.add_row("active per token", f"{plan.active_parameters:,}", "")
-  console.print(table, "")
+    yield "active per token", f"{plan.active_parameters:,}", ""
 
 
-def _print_memory(plan: Plan, console: Console) -> None:
-  moments = plan.memory.moments
-  titles = [f"{name}*" if name == plan.memory.peak else name for name in moments]
-  table = _table("Memory per device, at each moment (* most)", "part", *titles)
-  parts = list(dict.fromkeys(part for at in moments.values() for part in at))
-  for part in parts:
-    cells = [size(at[part]) if part in at else "-" for at in moments.values()]
-    table.add_row(part, *cells)
-  table.add_row("total", *(size(sum(at.values())) for at in moments.values()))
-  console.print(table, "")
+def _memory(plan: Plan) -> Rows:
+  moments = plan.memory.moments.values()
+  for part in dict.fromkeys(part for at in moments for part in at):
+    yield part, *(size(at[part]) if part in at else "-" for at in moments)
+  yield "total", *(size(sum(at.values())) for at in moments)
 
 
-def _print_time(report: Report, console: Console) -> None:
+def _time(report: Report) -> Rows:
   plan, cost, times = report.plan, report.plan.cost, report.plan.times
-  table = _table("A step", "", "")
-  table.add_row("tokens", f"{cost.tokens:,}")
+  yield "tokens", f"{cost.tokens:,}"
   if plan.attention is not None:
-    table.add_row("attention", plan.attention.name)
-  per_token = cost.strict_flops / cost.tokens
-  table.add_row("FLOPs per token, strict", f"{per_token / 1e9:,.3f} G")
-  table.add_row("  loose", f"{cost.loose_flops / cost.tokens / 1e9:,.3f} G")
-  table.add_row("  executed", f"{cost.executed_flops / cost.tokens / 1e9:,.3f} G")
-  table.add_row("compute", duration(times.compute))
-  table.add_row("memory traffic", duration(times.memory))
+    yield "attention", plan.attention.name
+  yield "FLOPs per token, strict", f"{cost.strict_flops / cost.tokens / 1e9:,.3f} G"
+  yield "  loose", f"{cost.loose_flops / cost.tokens / 1e9:,.3f} G"
+  yield "  executed", f"{cost.executed_flops / cost.tokens / 1e9:,.3f} G"
+  yield "compute", duration(times.compute)
+  yield "memory traffic", duration(times.memory)
   for axis, time in times.network.items():
-    slow = " (data-centre network)" if axis in plan.slow else ""
-    table.add_row(f"network, {axis}{slow}", duration(time))
+    yield f"network, {named_axis(axis, plan.slow)}", duration(time)
   if times.bubble:
-    waiting = f"waiting in the pipeline, {times.bubble:.0%}"
-    table.add_row(waiting, duration(times.waiting))
-  table.add_row("step", duration(times.seconds))
-  if times.seconds is not None and plan.tokens_per_second is not None:
-    table.add_row("limited by", times.limited_by)
-    table.add_row("MFU, strict", f"{plan.mfu:.1%}" if plan.mfu else "?")
-    rate = plan.tokens_per_second
-    table.add_row("tokens/s", f"{rate:,.0f}")
-    table.add_row("tokens/day", f"{rate * 86_400:.3g}")
+    yield f"waiting in the pipeline, {times.bubble:.0%}", duration(times.waiting)
+  yield "step", duration(times.seconds)
+  rate = plan.tokens_per_second
+  if rate is not None:
+    yield "limited by", times.limited_by or "?"
+    yield "MFU, strict", known(plan.mfu, "{:.1%}")
+    yield "tokens/s", f"{rate:,.0f}"
+    yield "tokens/day", f"{rate * 86_400:.3g}"
   title = "tokens, 20 per parameter" if report.tokens is None else "tokens asked for"
-  table.add_row(title, f"{report.budget:.3g}")
+  yield title, f"{report.budget:.3g}"
   if report.device_hours is not None:
     days = report.device_hours / plan.num_devices / 24
-    table.add_row("device-hours for them", f"{report.device_hours:,.0f} ({days:,.1f} days)")
+    yield "device-hours for them", f"{report.device_hours:,.0f} ({days:,.1f} days)"
   if report.cost is not None:
-    table.add_row(f"cost at {report.price:g} per device-hour", f"{report.cost:,.0f}")
-  console.print(table, "")
+    yield f"cost at {report.price:g} per device-hour", f"{report.cost:,.0f}"
 
 
-def _print_decoding(points: Sequence[DecodePoint], console: Console) -> None:
-  titles = ("context", "per device", "fits", "needs", "per token", "tokens/s", "limit")
-  table = _table("Decoding, from the bandwidth roofline", "batch", *titles)
-  for point in points:
-    table.add_row(
-      str(point.batch),
-      f"{point.context:,}",
-      size(point.bytes_per_device),
-      {True: "yes", False: "no", None: "?"}[point.fits],
-      "?" if point.min_devices is None else f"{point.min_devices} devices",
-      duration(point.seconds),
-      "?" if point.tokens_per_second is None else f"{point.tokens_per_second:,.0f}",
-      point.limited_by or "?",
-    )
-  console.print(table, "")
+def _decoding(point: DecodePoint) -> tuple[str, ...]:
+  return (
+    str(point.batch),
+    f"{point.context:,}",
+    size(point.bytes_per_device),
+    FITS[point.fits],
+    known(point.min_devices, "{} devices"),
+    duration(point.seconds),
+    known(point.tokens_per_second, "{:,.0f}"),
+    point.limited_by or "?",
+  )
 
 
-def _print_choices(choices: Sequence[Choice], console: Console) -> None:
-  titles = ("remat", "accumulate", "per device", "step", "MFU", "limit", "fits")
-  table = _table(f"Best of {len(choices)} ways to run it", "mesh", *titles)
-  for choice in choices[:MOST_CHOICES]:
-    plan, training = choice.plan, choice.cfg.training
-    table.add_row(
-      plan.mesh,
-      training.remat,
-      str(training.accumulation_steps),
-      size(plan.memory.total),
-      duration(plan.times.seconds),
-      f"{plan.mfu:.1%}" if plan.mfu else "?",
-      plan.times.limited_by or "?",
-      {True: "yes", False: "no", None: "?"}[plan.fits],
-    )
-  console.print(table, "")
+def _choice_row(choice: Choice) -> tuple[str, ...]:
+  plan, training = choice.plan, choice.cfg.training
+  return (
+    plan.mesh,
+    training.remat,
+    str(training.accumulation_steps),
+    size(plan.memory.total),
+    duration(plan.times.seconds),
+    known(plan.mfu, "{:.1%}"),
+    plan.times.limited_by or "?",
+    FITS[plan.fits],
+  )
 
 
-def _print_compiled(compiled: CompiledStep, plan: Plan, console: Console) -> None:
-  table = _table(f"Compiled for {compiled.target} in {compiled.seconds:.0f} s", "", "")
+def _compiled(compiled: CompiledStep, plan: Plan) -> Rows:
   if compiled.error is not None:
-    table.add_row("refused", compiled.error)
-  else:
-    rows: Mapping[str, int | None] = {
-      "arguments": compiled.argument_bytes,
-      "outputs": compiled.output_bytes,
-      "temporaries": compiled.temp_bytes,
-      "peak": compiled.peak_bytes,
-    }
-    for name, value in rows.items():
-      table.add_row(name, size(value))
-    table.add_row("analytic", size(plan.memory.total))
-    if plan.device.kind == "gpu":
-      table.add_row("attention", "blocked: cuDNN's compiles only on a machine with a GPU")
-    difference = compiled.difference(plan.memory.total)
-    table.add_row(
-      "analytic / peak - 1", "?" if difference is None else f"{difference:+.1%}"
-    )
-    for one in compiled.collectives:
-      table.add_row(f"{one.count} x {one.kind} over {one.axes}", size(one.bytes))
-  console.print(table, "")
+    yield "refused", compiled.error
+    return
+  yield "arguments", size(compiled.argument_bytes)
+  yield "outputs", size(compiled.output_bytes)
+  yield "temporaries", size(compiled.temp_bytes)
+  yield "peak", size(compiled.peak_bytes)
+  yield "analytic", size(plan.memory.total)
+  if plan.device.kind == "gpu":
+    yield "attention", "blocked: cuDNN's compiles only on a machine with a GPU"
+  yield "analytic / peak - 1", known(compiled.difference(plan.memory.total), "{:+.1%}")
+  for one in compiled.collectives:
+    yield f"{one.count} x {one.kind} over {one.axes}", size(one.bytes)
+
+
+def named_axis(axis: str, slow: Sequence[str]) -> str:
+  return f"{axis} (data-centre network)" if axis in slow else axis
+
+
+def known(value: float | None, form: str) -> str:
+  """A value in a form such as `{:,.0f}`, or a question mark if it is not known."""
+  return "?" if value is None else form.format(value)
 
 
 def size(number: int | None) -> str:

@@ -45,7 +45,9 @@ def test_it_is_the_sharding_that_training_has():
     assert one.bytes_per_device == leaf.dtype.itemsize * jax.numpy.prod(
       jax.numpy.array(shard)
     )
-  assert report.parameter_bytes == sum(one.bytes_per_device for one in report.parameters)
+  assert report.bytes_per_device["parameters"] == sum(
+    one.bytes_per_device for one in report.parameters
+  )
 
 
 def test_the_contract_of_json(capsys: pytest.CaptureFixture):
