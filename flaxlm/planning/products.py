@@ -15,8 +15,8 @@ import flax.linen as nn
 import jax
 
 from flaxlm.config import ResolvedConfig, ResolvedModel
-from flaxlm.nn.kernels.blocked import query_blocks
 from flaxlm.nn.models import boxed_shapes, build_model
+from flaxlm.planning.cost import computed_blocks
 from flaxlm.training.optimizer import matrix_dims
 
 NEWTON_SCHULZ_STEPS = 5  # optax's muon
@@ -76,12 +76,9 @@ def training_products(cfg: ResolvedConfig) -> Products:
   forward = weight_products(model, B * T)
   blocked = cfg.training.attention != "cudnn"
   for kind in model.layer_kinds() if blocked else "":
-    window = model.window_of(kind)
-    for start, end in query_blocks(T):
-      seen = end if window is None else end - max(0, start - window + 1)
-      rows = G * (end - start)
-      forward[Product(rows, H, seen, B * K)] += 1
-      forward[Product(rows, seen, H, B * K)] += 1
+    for queries, seen in computed_blocks(T, model.window_of(kind)):
+      forward[Product(G * queries, H, seen, B * K)] += 1
+      forward[Product(G * queries, seen, H, B * K)] += 1
   found = Counter(forward)
   for product, count in forward.items():
     for gradient in product.gradients:
@@ -115,9 +112,8 @@ def muon_products(model: ResolvedModel) -> Products:
   2024)."""
   found = Counter[Product]()
   for n, m, layers in _kernels(model):
-    found[Product(n, m, n, layers)] += NEWTON_SCHULZ_STEPS
-    found[Product(n, n, n, layers)] += NEWTON_SCHULZ_STEPS
-    found[Product(n, n, m, layers)] += NEWTON_SCHULZ_STEPS
+    for inner, columns in ((m, n), (n, n), (n, m)):
+      found[Product(n, inner, columns, layers)] += NEWTON_SCHULZ_STEPS
   return found
 
 
