@@ -3,7 +3,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -16,8 +16,6 @@ from flaxlm.planning.roofline import Plan
 from flaxlm.planning.search import Choice
 
 MOST_CHOICES = 20  # of a search that the tables show; JSON has all
-
-FITS = {True: "yes", False: "no", None: "?"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,13 +137,13 @@ def print_report(report: Report, out: TextIO) -> None:
   print_table(console, "Memory per device, at each moment (* most)", titles, _memory(plan))
   print_table(console, "A step", ("", ""), _time(report))
   if report.decoding:
-    titles = ("batch", "context", "per device", "fits", "needs", "per token", "tokens/s")
-    rows = map(_decoding, report.decoding)
-    print_table(console, "Decoding, from the bandwidth roofline", (*titles, "limit"), rows)
+    points = ([cell(point) for cell in DECODING.values()] for point in report.decoding)
+    print_table(console, "Decoding, from the bandwidth roofline", [*DECODING], points)
   if report.choices:
     title = f"Best of {len(report.choices)} ways to run it"
-    titles = ("mesh", "remat", "accumulate", "per device", "step", "MFU", "limit", "fits")
-    print_table(console, title, titles, map(_choice_row, report.choices[:MOST_CHOICES]))
+    best = report.choices[:MOST_CHOICES]
+    rows = ([cell(choice) for cell in CHOICES.values()] for choice in best)
+    print_table(console, title, [*CHOICES], rows)
   if report.compiled is not None:
     title = f"Compiled for {report.compiled.target} in {report.compiled.seconds:.0f} s"
     print_table(console, title, ("", ""), _compiled(report.compiled, plan))
@@ -244,33 +242,6 @@ def _time(report: Report) -> Rows:
     yield f"cost at {report.price:g} per device-hour", f"{report.cost:,.0f}"
 
 
-def _decoding(point: DecodePoint) -> tuple[str, ...]:
-  return (
-    str(point.batch),
-    f"{point.context:,}",
-    size(point.bytes_per_device),
-    FITS[point.fits],
-    known(point.min_devices, "{} devices"),
-    duration(point.seconds),
-    known(point.tokens_per_second, "{:,.0f}"),
-    point.limited_by or "?",
-  )
-
-
-def _choice_row(choice: Choice) -> tuple[str, ...]:
-  plan, training = choice.plan, choice.cfg.training
-  return (
-    plan.mesh,
-    training.remat,
-    str(training.accumulation_steps),
-    size(plan.memory.total),
-    duration(plan.times.seconds),
-    known(plan.mfu, "{:.1%}"),
-    plan.times.limited_by or "?",
-    FITS[plan.fits],
-  )
-
-
 def _compiled(compiled: CompiledStep, plan: Plan) -> Rows:
   if compiled.error is not None:
     yield "refused", compiled.error
@@ -311,3 +282,28 @@ def duration(seconds: float | None) -> str:
   if seconds < 1e-3:
     return f"{seconds * 1e6:,.0f} us"
   return f"{seconds * 1e3:,.1f} ms" if seconds < 1 else f"{seconds:,.2f} s"
+
+
+FITS = {True: "yes", False: "no", None: "?"}
+
+# The columns of two tables: the title, and the cell of a row.
+DECODING: Mapping[str, Callable[[DecodePoint], str]] = {
+  "batch": lambda point: str(point.batch),
+  "context": lambda point: f"{point.context:,}",
+  "per device": lambda point: size(point.bytes_per_device),
+  "fits": lambda point: FITS[point.fits],
+  "needs": lambda point: known(point.min_devices, "{} devices"),
+  "per token": lambda point: duration(point.seconds),
+  "tokens/s": lambda point: known(point.tokens_per_second, "{:,.0f}"),
+  "limit": lambda point: point.limited_by or "?",
+}
+CHOICES: Mapping[str, Callable[[Choice], str]] = {
+  "mesh": lambda choice: choice.plan.mesh,
+  "remat": lambda choice: choice.cfg.training.remat,
+  "accumulate": lambda choice: str(choice.cfg.training.accumulation_steps),
+  "per device": lambda choice: size(choice.plan.memory.total),
+  "step": lambda choice: duration(choice.plan.times.seconds),
+  "MFU": lambda choice: known(choice.plan.mfu, "{:.1%}"),
+  "limit": lambda choice: choice.plan.times.limited_by or "?",
+  "fits": lambda choice: FITS[choice.plan.fits],
+}
