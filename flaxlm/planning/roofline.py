@@ -127,8 +127,14 @@ def plan_training(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Plan:
   """The plan of a resolved config; raises `ConfigError` when it cannot be laid out."""
   cfg, path = with_path(cfg, sizes, device)
   memory = training_memory(cfg, sizes, device.lanes)
-  cost = step_cost(cfg)
-  times = step_times(cfg, sizes, device, cost)
+  cost, slow = step_cost(cfg), slow_axes(cfg.mesh)
+  speed = lambda axis: axis_bandwidth(device, sizes, axis, slow)
+  times = StepTimes(
+    compute_seconds(cfg, sizes, device, cost),
+    memory_seconds(traffic_parts(cfg, sizes), device),
+    {axis: seconds_of(b, speed(axis)) for axis, b in network_bytes(cfg, sizes).items()},
+    training_schedule(cfg.training, sizes).bubble,
+  )
   peak, mfu = device.flops(cfg.training.dtype), None
   if peak and times.seconds:
     mfu = cost.strict_flops / (times.seconds * math.prod(sizes.values()) * peak)
@@ -142,7 +148,7 @@ def plan_training(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Plan:
     cost=cost,
     times=times,
     mfu=mfu,
-    slow=slow_axes(cfg.mesh),
+    slow=slow,
     attention=path,
   )
 
@@ -157,18 +163,6 @@ def with_path(
     return cfg, None
   training = dataclasses.replace(cfg.training, attention=path.name)
   return dataclasses.replace(cfg, training=training), path
-
-
-def step_times(
-  cfg: ResolvedConfig, sizes: Sizes, device: Device, cost: StepCost
-) -> StepTimes:
-  speed = lambda axis: axis_bandwidth(device, sizes, axis, slow_axes(cfg.mesh))
-  return StepTimes(
-    compute_seconds(cfg, sizes, device, cost),
-    memory_seconds(traffic_parts(cfg, sizes), device),
-    {axis: seconds_of(b, speed(axis)) for axis, b in network_bytes(cfg, sizes).items()},
-    training_schedule(cfg.training, sizes).bubble,
-  )
 
 
 def seconds_of(amount: float, rate: float | None) -> float | None:

@@ -145,16 +145,6 @@ def test_arguments_are_those_of_the_compiled_step(mesh: dict[str, int]):
   assert compiled.collectives
 
 
-def test_mesh_sizes():
-  assert mesh_shape({"fsdp": 8})["fsdp"] == 8
-  assert mesh_shape({"data": -1, "tensor": 2}, 8)["data"] == 4
-  for mesh, number in (({"data": -1}, None), ({"data": -1, "tensor": 3}, 8)):
-    with pytest.raises(ConfigError):
-      mesh_shape(mesh, number)
-  with pytest.raises(ConfigError, match="needs 4 devices, 8 present"):
-    mesh_shape({"fsdp": 4}, 8)
-
-
 @pytest.mark.parametrize(
   ("mesh", "field"),
   [
