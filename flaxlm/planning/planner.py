@@ -51,17 +51,15 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
         f"no mesh of {number} devices divides this config and its batch",
         f"data.batch_size={cfg.data.batch_size} has to be a multiple of the devices",
       )
-    cfg, found = choices[0].cfg, choices[0].plan
+    found = choices[0]
   else:
     sizes = mesh_shape(asked.mesh, number)
-    cfg = dataclasses.replace(cfg, model=cfg.model.padded(sizes["tensor"]))
-    found = plan_training(cfg, sizes, device)
-  context = cfg.model.context
+    padded = dataclasses.replace(cfg, model=cfg.model.padded(sizes["tensor"]))
+    found = plan_training(padded, sizes, device)
+  cfg, context = found.cfg, cfg.model.context
   three = {max(1, context // 16), max(1, context // 4), context}
   return Report(
-    name=cfg.name or "config",
     plan=found,
-    padding=cfg.model.padding,
     tokens=asked.tokens,
     price=asked.price,
     cure=cheapest_fit(cfg, found.sizes, device) if found.fits is False else None,

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from flaxlm.planning.compile import CompiledStep
+from flaxlm.planning.cost import active_parameters
 from flaxlm.planning.decoding import DecodePoint
 from flaxlm.planning.devices import ANY
 from flaxlm.planning.roofline import Plan
-from flaxlm.planning.search import Choice
 
 MOST_CHOICES = 20  # of a search that the tables show; JSON has all
 
@@ -22,13 +22,11 @@ MOST_CHOICES = 20  # of a search that the tables show; JSON has all
 class Report:
   """Everything that one call of `flaxlm plan` has found out."""
 
-  name: str
   plan: Plan
-  padding: str = ""  # a line about the padding of the vocabulary, if it has any
   tokens: float | None = None  # to train on
   price: float | None = None  # per device and hour
-  cure: Choice | None = None  # the cheapest change that fits, if the plan does not
-  choices: Sequence[Choice] = ()
+  cure: Plan | None = None  # the cheapest change that fits, if the plan does not
+  choices: Sequence[Plan] = ()
   decoding: Sequence[DecodePoint] = ()
   compiled: CompiledStep | None = None
 
@@ -53,14 +51,14 @@ def to_json(report: Report) -> dict[str, Any]:
   """The report in the schema that scripts rely on: bytes and seconds, not rounded."""
   plan, times = report.plan, report.plan.times
   result: dict[str, Any] = {
-    "name": report.name,
+    "name": plan.cfg.name or "config",
     "device": plan.device.name,
     "mesh": {axis: size for axis, size in plan.sizes.items() if size > 1},
     "slow_axes": list(plan.slow),
     "num_devices": plan.num_devices,
     "parameters": sum(plan.parameters.values()),
     "parameters_by_part": dict(plan.parameters),
-    "active_parameters": plan.active_parameters,
+    "active_parameters": active_parameters(plan.cfg.model),
     "bytes_per_device": {**plan.memory.parts, "total": plan.memory.total},
     "peak_moment": plan.memory.peak,
     "bytes_by_moment": {name: dict(parts) for name, parts in plan.memory.moments.items()},
@@ -105,8 +103,8 @@ def to_json(report: Report) -> dict[str, Any]:
   return result
 
 
-def _choice(choice: Choice) -> dict[str, Any]:
-  plan, training = choice.plan, choice.cfg.training
+def _choice(plan: Plan) -> dict[str, Any]:
+  training = plan.cfg.training
   return {
     "mesh": {axis: size for axis, size in plan.sizes.items() if size > 1},
     "remat": training.remat,
@@ -117,7 +115,7 @@ def _choice(choice: Choice) -> dict[str, Any]:
     "step_seconds": plan.times.seconds,
     "mfu": plan.mfu,
     "limited_by": plan.times.limited_by,
-    "flags": choice.flags,
+    "flags": plan.flags,
   }
 
 
@@ -128,9 +126,11 @@ def print_report(report: Report, out: TextIO) -> None:
   """The report as tables, with the verdict last."""
   console = Console(file=out, highlight=False)
   plan = report.plan
+  name = plan.cfg.name or "config"
   count = "" if plan.num_devices == 1 else f"{plan.num_devices} x "
-  console.print(f"{report.name} on {count}{plan.device.name}, mesh {plan.mesh}")
-  console.print(f"{report.padding}\n" if report.padding else "")
+  console.print(f"{name} on {count}{plan.device.name}, mesh {plan.mesh}")
+  padding = plan.cfg.model.padding
+  console.print(f"{padding}\n" if padding else "")
   print_table(console, "Parameters", ("part", "number", "share"), _parameters(plan))
   peak, moments = plan.memory.peak, plan.memory.moments
   titles = ("part", *(f"{name}*" if name == peak else name for name in moments))
@@ -169,11 +169,11 @@ def verdict(report: Report) -> str:
     return text
   if report.cure is None:
     return f"DOES NOT FIT: {share}, and no mesh, remat or accumulation changes that"
-  more = report.cure.plan.num_devices
+  more = report.cure.num_devices
   devices = "" if more == plan.num_devices else f" on {more} devices"
   return (
     f"DOES NOT FIT: {share}\n  cheapest change that fits{devices}: {report.cure.flags} "
-    f"({size(report.cure.plan.memory.total)})"
+    f"({size(report.cure.memory.total)})"
   )
 
 
@@ -201,8 +201,9 @@ def _parameters(plan: Plan) -> Rows:
   for part, number in plan.parameters.items():
     yield part, f"{number:,}", f"{number / total:.1%}"
   yield "total", f"{total:,}", ""
-  if plan.active_parameters != total:
-    yield "active per token", f"{plan.active_parameters:,}", ""
+  active = active_parameters(plan.cfg.model)
+  if active != total:
+    yield "active per token", f"{active:,}", ""
 
 
 def _memory(plan: Plan) -> Rows:
@@ -297,13 +298,13 @@ DECODING: Mapping[str, Callable[[DecodePoint], str]] = {
   "tokens/s": lambda point: known(point.tokens_per_second, "{:,.0f}"),
   "limit": lambda point: point.limited_by or "?",
 }
-CHOICES: Mapping[str, Callable[[Choice], str]] = {
-  "mesh": lambda choice: choice.plan.mesh,
-  "remat": lambda choice: choice.cfg.training.remat,
-  "accumulate": lambda choice: str(choice.cfg.training.accumulation_steps),
-  "per device": lambda choice: size(choice.plan.memory.total),
-  "step": lambda choice: duration(choice.plan.times.seconds),
-  "MFU": lambda choice: known(choice.plan.mfu, "{:.1%}"),
-  "limit": lambda choice: choice.plan.times.limited_by or "?",
-  "fits": lambda choice: FITS[choice.plan.fits],
+CHOICES: Mapping[str, Callable[[Plan], str]] = {
+  "mesh": lambda plan: plan.mesh,
+  "remat": lambda plan: plan.cfg.training.remat,
+  "accumulate": lambda plan: str(plan.cfg.training.accumulation_steps),
+  "per device": lambda plan: size(plan.memory.total),
+  "step": lambda plan: duration(plan.times.seconds),
+  "MFU": lambda plan: known(plan.mfu, "{:.1%}"),
+  "limit": lambda plan: plan.times.limited_by or "?",
+  "fits": lambda plan: FITS[plan.fits],
 }

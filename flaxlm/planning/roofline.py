@@ -9,7 +9,7 @@ a pipeline a stage waits for the first microbatch to arrive and for the last one
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from flaxlm.config import ResolvedConfig, slow_axes
 from flaxlm.nn.kernels.paths import Path, training_path
@@ -17,7 +17,6 @@ from flaxlm.nn.models import build_model
 from flaxlm.planning.cost import (
   TOKENS_PER_PARAMETER,
   StepCost,
-  active_parameters,
   attention_passes,
   forward_work,
   parameters,
@@ -48,16 +47,33 @@ LOGIT_PASSES = 6
 class Plan:
   """What a training step of a config needs on a mesh of devices."""
 
+  cfg: ResolvedConfig
   device: Device
   sizes: Sizes
-  parameters: Mapping[str, int]
-  active_parameters: int
   memory: PeakMemory
   cost: StepCost
   times: "StepTimes"
   mfu: float | None  # strict, of the published peak
-  slow: Sequence[str] = ()  # axes on the network between slices or hosts
-  attention: Path | None = None  # of training's whole rows
+  attention: Path | None  # of training's whole rows
+
+  @property
+  def parameters(self) -> dict[str, int]:
+    """Number of parameters by part."""
+    return parameters(self.cfg.model)
+
+  @property
+  def slow(self) -> tuple[str, ...]:
+    """The axes on the network between slices or hosts."""
+    return slow_axes(self.cfg.mesh)
+
+  @property
+  def flags(self) -> str:
+    """The command-line flags that choose this way to run the config."""
+    training = self.cfg.training
+    return (
+      f"--mesh {self.mesh} --training.remat={training.remat} "
+      f"--training.accumulation-steps={training.accumulation_steps}"
+    )
 
   @property
   def mesh(self) -> str:
@@ -125,10 +141,11 @@ class StepTimes:
 
 def plan_training(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Plan:
   """The plan of a resolved config; raises `ConfigError` when it cannot be laid out."""
+  asked = cfg
   cfg, path = with_path(cfg, sizes, device)
   memory = training_memory(cfg, sizes, device.lanes)
-  cost, slow = step_cost(cfg), slow_axes(cfg.mesh)
-  speed = lambda axis: axis_bandwidth(device, sizes, axis, slow)
+  cost = step_cost(cfg)
+  speed = lambda axis: axis_bandwidth(device, sizes, axis, slow_axes(cfg.mesh))
   times = StepTimes(
     compute_seconds(cfg, sizes, device, cost),
     memory_seconds(traffic_parts(cfg, sizes), device),
@@ -139,18 +156,7 @@ def plan_training(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Plan:
   if peak and times.seconds:
     mfu = cost.strict_flops / (times.seconds * math.prod(sizes.values()) * peak)
     assert mfu <= 1, "faster than the peak"
-  return Plan(
-    device=device,
-    sizes=sizes,
-    parameters=parameters(cfg.model),
-    active_parameters=active_parameters(cfg.model),
-    memory=memory,
-    cost=cost,
-    times=times,
-    mfu=mfu,
-    slow=slow,
-    attention=path,
-  )
+  return Plan(asked, device, sizes, memory, cost, times, mfu, path)
 
 
 def with_path(
