@@ -77,7 +77,7 @@ class ShardingReport:
   collectives: Sequence[Collective]  # of a compiled step
   bytes_per_device: Mapping[str, int]  # of parameters and optimizer_state
   whole_bytes: int  # of the parameters, unsharded
-  replicated_fraction: float  # of the parameters' bytes that the mesh could cut
+  replicated_fraction: float  # of their bytes: left whole, though the mesh could cut them
   analytic_bytes: Mapping[str, float]  # that one device sends in a step, by mesh axis
   bytes_per_second: Mapping[str, float | None]  # by mesh axis; None: not known
   compiled_for: str | None  # None: the step was not compiled
