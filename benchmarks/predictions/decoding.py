@@ -26,10 +26,10 @@ from flaxlm.decoding.weights import prepare_params
 from flaxlm.nn.kernels.cached import attend_cached
 from flaxlm.nn.kernels.products import matrix_dot
 from flaxlm.nn.masks import Scoring, Sight
+from flaxlm.planning.decoding import plan_decoding, read_parameters
 from flaxlm.planning.devices import Device
 from flaxlm.planning.memory import kv_cache_bytes
 from flaxlm.planning.products import weight_products
-from flaxlm.planning.roofline import plan_decoding, read_parameters
 
 PROMPT, MAX_NEW = 32, 65
 STEPS = 16  # of a loop

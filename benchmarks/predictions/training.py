@@ -31,7 +31,7 @@ from flaxlm.nn.masks import Placement, Reach, Scoring, Sight, visible
 from flaxlm.nn.models import build_model
 from flaxlm.planning.cost import forward_work
 from flaxlm.planning.devices import Device
-from flaxlm.planning.memory import StateBytes, residual_bytes, state_bytes
+from flaxlm.planning.memory import residual_bytes
 from flaxlm.planning.products import Product, training_products
 from flaxlm.planning.roofline import (
   LOGIT_PASSES,
@@ -121,15 +121,11 @@ def predicted_parts(
   if "attention" in timings:
     attention = cfg.model.depth * timings["attention"].median
   parts = {"attention": attention, "products": compute - attention}
-  for name, num_bytes in traffic_parts(cfg, ONE_DEVICE, state_of(cfg)).items():
+  for name, num_bytes in traffic_parts(cfg, ONE_DEVICE).items():
     parts[name] = num_bytes / device.pass_bandwidths.get(
       name, device.pass_bandwidths["update"]
     )
   return {name: seconds for name, seconds in parts.items() if seconds}
-
-
-def state_of(cfg: ResolvedConfig) -> StateBytes:
-  return state_bytes(cfg.model, cfg.training, cfg.optimizer, ONE_DEVICE)
 
 
 # -- What is timed -------------------------------------------------------------------------
@@ -232,5 +228,5 @@ def update_part(cfg: ResolvedConfig) -> TrafficPart:
     return optax.apply_updates(state.params, updates), new
 
   adamw = dataclasses.replace(cfg, optimizer=rule)
-  num_bytes = traffic_parts(adamw, ONE_DEVICE, state_of(adamw))["update"]
+  num_bytes = traffic_parts(adamw, ONE_DEVICE)["update"]
   return TrafficPart(part_side(update, state, state.params), num_bytes)

@@ -2,6 +2,7 @@
 """`flaxlm plan` and `flaxlm shard`: a config on a mesh, before anything runs."""
 
 import argparse
+import dataclasses
 import os
 from typing import Any
 
@@ -89,7 +90,7 @@ def add_shard(commands: Any) -> None:
 def run_shard(args: argparse.Namespace, arguments: list[str]) -> int:
   from flaxlm.config import parse_mesh
   from flaxlm.planning.planner import resolve
-  from flaxlm.planning.sharding_report import print_sharding, report_sharding, to_json
+  from flaxlm.planning.sharding_report import print_sharding, report_sharding
 
   if args.compile and args.no_compile:
     raise ConfigError("--compile and --no-compile", "choose one")
@@ -98,5 +99,6 @@ def run_shard(args: argparse.Namespace, arguments: list[str]) -> int:
   if args.mesh is None and dict(mesh) == {"data": -1}:
     mesh = {"data": 1}  # neither the flag nor the config says anything about devices
   report = report_sharding(cfg, mesh, args.device, compiled=not args.no_compile)
-  write_result(args, to_json(report), lambda out: print_sharding(report, out))
+  found = dataclasses.asdict(report)
+  write_result(args, found, lambda out: print_sharding(report, out))
   return 0

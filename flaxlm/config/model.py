@@ -294,3 +294,7 @@ class ResolvedModel(ModelConfig):
     if kind == "L" and self.ring_slots is not None:
       return min(slots, self.ring_slots)
     return slots
+
+  def all_cache_slots(self, slots: int) -> int:
+    """Slots of all layers together, in a cache for `slots` tokens."""
+    return sum(self.cache_slots(kind, slots) for kind in self.layer_kinds())

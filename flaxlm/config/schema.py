@@ -38,6 +38,11 @@ class DataConfig:
   batch_size: int = knob(16, "rows in a batch (B), across all devices", 1)
   num_epochs: int | None = knob(None, "passes over the corpus; none = no end", 1)
 
+  @property
+  def source_length(self) -> int:
+    """Source tokens in a row of pairs (S)."""
+    return self.source_len or self.seq_len
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -107,6 +112,11 @@ class TrainingConfig:
     600.0, "a step that takes longer ends the run, with a stack trace; none = never", 0.1
   )
 
+  @property
+  def item_size(self) -> int:
+    """Bytes of a number of the computation."""
+    return {"float32": 4, "bfloat16": 2}[self.dtype]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -152,6 +162,11 @@ class Config:
   def run_dir(self) -> Path:
     assert self.name is not None, "load_config names the run"
     return Path(self.runs_dir) / self.name
+
+  @property
+  def source_length(self) -> int:
+    """Tokens in a row (S) that an encoder-decoder reads; 0 for other families."""
+    return self.data.source_length if self.model.family == "encoder_decoder" else 0
 
   def resolve(self, tokenizer_size: int | None = None) -> "ResolvedConfig":
     """The same experiment with every number of its model known; see `ResolvedModel`."""

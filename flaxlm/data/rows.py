@@ -71,7 +71,7 @@ class PairRows:
   def __init__(self, store: PairStore, cfg: DataConfig):
     """Raises `DataError` if the stored pairs are damaged."""
     self.store = store
-    self.source_len, self.seq_len = cfg.source_len or cfg.seq_len, cfg.seq_len
+    self.source_len, self.seq_len = cfg.source_length, cfg.seq_len
     source_P, target_P = _starts(store.source), _starts(store.target)
     num_pairs = store.source.num_documents
     if not len(source_P) == len(target_P) == num_pairs + 1:

@@ -33,7 +33,7 @@ from flaxlm.interop.family import Family
 from flaxlm.interop.layouts import Shape, Weight
 from flaxlm.interop.safetensors import MAX_TENSORS, Tensor, open_checkpoint, write_files
 from flaxlm.interop.settings import Settings, read_json
-from flaxlm.nn.models import abstract_params, build_model, init_params
+from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
 
 CONFIG = "config.json"
 MAX_LISTED = 8  # names in an error's list
@@ -95,8 +95,7 @@ def real_shapes(cfg: ResolvedModel, flat: Mapping[str, Any]) -> dict[str, Shape]
   them."""
   if not cfg.is_padded:
     return {path: array.shape for path, array in flat.items()}
-  init = functools.partial(init_params, build_model(cfg.unpadded))
-  real = flatten_dict(nn.unbox(jax.eval_shape(init, jnp.uint32(0))), sep="/")
+  real = flatten_dict(nn.unbox(boxed_shapes(build_model(cfg.unpadded))), sep="/")
   return {path: real[path].shape for path in flat}
 
 

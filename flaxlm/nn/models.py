@@ -57,10 +57,15 @@ def init_params(model: LanguageModel, seed: jax.Array) -> Any:
   return model.init(jax.random.key(seed), tokens_BT, **source)["params"]
 
 
+def boxed_shapes(model: LanguageModel) -> Any:
+  """Shape, dtype and logical names of each parameter; computes and allocates nothing."""
+  seed = jax.ShapeDtypeStruct((), jnp.uint32)
+  return jax.eval_shape(functools.partial(init_params, model), seed)
+
+
 def abstract_params(model: LanguageModel, mesh: Mesh) -> Any:
   """Shape, dtype and sharding of each parameter; computes and allocates nothing."""
-  boxed = jax.eval_shape(functools.partial(init_params, model), jnp.uint32(0))
-  return with_shardings(boxed, mesh)
+  return with_shardings(boxed_shapes(model), mesh)
 
 
 def init_cache(model: LanguageModel, batch: int, slots: int) -> Any:

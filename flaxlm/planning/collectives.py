@@ -6,11 +6,19 @@ import itertools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Of each kind: what one of n devices sends / the bytes of the result, which is the gathered
+# or the scattered array.
+SENT: Mapping[str, Callable[[int], float]] = {
+  "all-gather": lambda n: (n - 1) / n,
+  "all-reduce": lambda n: 2 * (n - 1) / n,
+  "reduce-scatter": lambda n: n - 1,
+  "all-to-all": lambda n: (n - 1) / n,
+  "collective-permute": lambda n: 1,
+}
 
 ITEM_BITS = {"pred": 8, "bf16": 16, "f16": 16, "c64": 64, "c128": 128}  # else in the name
 
@@ -30,13 +38,14 @@ class Collective:
 
 def find_collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
   """The collectives of a program, largest first; in a loop, once for each iteration."""
-  runs = _runs(text)
+  computations = dict(_computations(text))
+  runs = _runs(text, computations)
   counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-  for computation, lines in _computations(text):
+  for computation, lines in computations.items():
     groups_of = {}  # an async collective's groups are in its start, its result in its end
     for line in lines:
       found = re.match(
-        rf"\s*(?:ROOT )?%?(\S+) = (.*?) ({'|'.join(KINDS)})(-start|-done)?\(%?([\w.\-]+)",
+        rf"\s*(?:ROOT )?%?(\S+) = (.*?) ({'|'.join(SENT)})(-start|-done)?\(%?([\w.\-]+)",
         line,
       )
       if not found:
@@ -45,34 +54,20 @@ def find_collectives(text: str, sizes: Mapping[str, int]) -> list[Collective]:
       if stage == "-start":
         groups_of[name] = line
         continue
-      if computation.startswith("all-reduce-scatter"):  # TPU programs write it like this
-        kind = "reduce-scatter"
       groups = _groups(groups_of[operand] if stage else line, sizes)
       axes, size = _axes_of(groups, sizes)
       if size == 1:
         continue
+      result_bytes = _shape_bytes(shape)
+      if computation.startswith("all-reduce-scatter"):  # TPU programs write it like this
+        if kind == "all-reduce":  # its result is not scattered yet
+          result_bytes //= size
+        kind = "reduce-scatter"
       entry = counts[kind, axes]
       entry[0] += runs[computation]
-      whole = found[3] == "all-reduce"  # its result is not scattered yet
-      sent = _sent(
-        kind, _shape_bytes(shape) // (size if whole and kind != found[3] else 1), size
-      )
-      entry[1] += runs[computation] * round(sent)
+      entry[1] += runs[computation] * round(SENT[kind](size) * result_bytes)
   rows = [Collective(kind, axes, *entry) for (kind, axes), entry in counts.items()]
   return sorted(rows, key=lambda row: -row.bytes)
-
-
-def _sent(kind: str, result_bytes: int, size: int) -> float:
-  """Bytes that one device sends for a result: the gathered, or the scattered, array."""
-  share = (size - 1) / size
-  match kind:
-    case "all-gather" | "all-to-all":
-      return result_bytes * share
-    case "all-reduce":
-      return 2 * result_bytes * share
-    case "reduce-scatter":
-      return result_bytes * (size - 1)
-  return result_bytes
 
 
 def _shape_bytes(shape: str) -> int:
@@ -88,21 +83,18 @@ def _shape_bytes(shape: str) -> int:
 
 def _groups(line: str, sizes: Mapping[str, int]) -> Sequence[Sequence[int]]:
   """The groups of devices that exchange data, by their numbers in the mesh."""
-  number = math.prod(sizes.values())
-  pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
-  if pairs:
-    found = re.findall(r"\{(\d+),(\d+)", pairs[0])
-    return [(int(a), int(b)) for a, b in found]
   named = re.search(r"replica_groups=mesh\[(.*?)\](.*?)\{(.*?)\}", line)
   if named:
     return _named_groups(*named.groups())
   iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
   if iota:
     return _iota(*iota.groups()[1:]).reshape(_numbers(iota[1])).tolist()
-  listed = re.search(r"replica_groups=\{(\{.*?\})\}", line)
+  listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", line)
   if listed:
     return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
-  return [list(range(number))]  # no groups are given: all devices are one
+  return [
+    list(range(math.prod(sizes.values())))
+  ]  # no groups are given: all devices are one
 
 
 def _named_groups(axes: str, order: str, used: str) -> Sequence[Sequence[int]]:
@@ -158,9 +150,8 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
       lines.append(line)
 
 
-def _runs(text: str) -> dict[str, int]:
+def _runs(text: str, bodies: Mapping[str, Sequence[str]]) -> dict[str, int]:
   """How often each computation runs; one that a loop calls runs once per iteration."""
-  bodies = dict(_computations(text))
   entry = re.search(r"^ENTRY %?(\S+) ", text, re.MULTILINE)
   runs: dict[str, int] = defaultdict(int)
 

@@ -9,6 +9,7 @@ stdout, both as JSON.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -20,11 +21,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AxisType, Mesh
+
 from flaxlm.config import MESH_AXES, ResolvedConfig, from_json, slow_axes, to_json
 from flaxlm.errors import ConfigError, FlaxLMError
+from flaxlm.nn.models import build_model
 from flaxlm.planning.collectives import Collective, find_collectives
 from flaxlm.planning.devices import ANY, Device, find_device
 from flaxlm.planning.memory import Sizes
+from flaxlm.platform import start_jax
+from flaxlm.sharding.mesh import consecutive_grid, hybrid_grid, networks
+from flaxlm.training.optimizer import build_optimizer
+from flaxlm.training.step import abstract_batch, abstract_state, jit_train_step
 
 # Without messages, without asking a metadata server, and several compilers at a time.
 TPU_ENVIRONMENT = {
@@ -143,8 +153,6 @@ def main() -> None:
 def tpu_options() -> dict[str, Any]:
   """The least effort: compiles three to seven times faster, to programs that take up to 6 %
   more memory (measured)."""
-  import jax
-
   if jax.__version_info__ < (0, 11):
     return {"exec_time_optimization_effort": -1.0}
   return {"optimization_level": "O0"}
@@ -152,12 +160,6 @@ def tpu_options() -> dict[str, Any]:
 
 def compile_here(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledStep:
   """`compile_step` in this process, whose environment must be right for the compiler."""
-  import jax
-
-  from flaxlm.nn.models import build_model
-  from flaxlm.training.optimizer import build_optimizer
-  from flaxlm.training.step import abstract_batch, abstract_state, jit_train_step
-
   target, mesh = make_target_mesh(sizes, device, slow_axes(cfg.mesh))
   model = build_model(cfg.model, cfg.training)
   optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
@@ -199,12 +201,6 @@ def make_target_mesh(
   sizes: Sizes, device: Device, slow: Sequence[str] = ()
 ) -> tuple[str, Any]:
   """The target of the compilation in words, and the mesh of its devices."""
-  import jax
-  from jax.experimental import mesh_utils
-  from jax.sharding import AxisType, Mesh
-
-  from flaxlm.sharding.mesh import consecutive_grid, hybrid_grid, networks
-
   sizes = {axis: sizes[axis] for axis in MESH_AXES}
   shape = tuple(sizes.values())
   outer, inner = networks(sizes, slow)
@@ -225,11 +221,6 @@ def target_devices(device: Device, number: int, slices: int = 1) -> tuple[str, l
 
   Raises `ConfigError` when this machine has no compiler for them.
   """
-  import jax
-  from jax.experimental import topologies
-
-  from flaxlm.platform import start_jax
-
   if device.kind == "cpu":
     start_jax(number * slices)
     return f"{number * slices} simulated CPU devices", jax.devices()
@@ -268,32 +259,19 @@ def target_devices(device: Device, number: int, slices: int = 1) -> tuple[str, l
 
 def slice_shape(device: Device, number: int) -> tuple[int, ...]:
   """The most compact slice of at least `number` devices; a host has 2 x 2 chips."""
-  chips = -(-number // device.devices_per_chip)
+  chips, axes = -(-number // device.devices_per_chip), device.torus_axes
+  if axes == 3 and chips <= 4:
+    return 2, 2, 1
   while True:
+    divisors = [n for n in range(1, chips + 1) if chips % n == 0]
     shapes = [
       shape
-      for shape in _factorisations(chips, device.torus_axes)
-      if not shape[0] % 2 and not shape[1] % 2
+      for shape in itertools.combinations_with_replacement(divisors, axes)
+      if math.prod(shape) == chips and not shape[0] % 2 and not shape[1] % 2
     ]
     if shapes:
       return min(shapes, key=sum)
     chips += 1
-
-
-def _factorisations(number: int, factors: int) -> list[tuple[int, ...]]:
-  """Every non-decreasing way to write a number as a product of so many factors; a slice of
-  fewer than 8 chips in three dims is 2 x 2 x 1."""
-  if factors == 1:
-    return [(number,)]
-  if factors == 3 and number % 4 == 0 and number < 8:
-    return [(2, 2, number // 4)]
-  return [
-    (first, *rest)
-    for first in range(1, number + 1)
-    if number % first == 0
-    for rest in _factorisations(number // first, factors - 1)
-    if first <= rest[0]
-  ]
 
 
 if __name__ == "__main__":

@@ -17,6 +17,9 @@ does not.
 """
 
 import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator
 
 from flaxlm.config import ResolvedConfig, ResolvedModel, TrainingConfig
 from flaxlm.nn.kernels.blocked import query_blocks
@@ -29,18 +32,18 @@ TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al., 2022)
 
 def parameters(cfg: ResolvedModel) -> dict[str, int]:
   """Number of parameters by part; their sum is the model's."""
-  V, D = cfg.vocab_size, cfg.width
-  parts = dict.fromkeys(("embedding", "positions", "attention", "ffn", "norms", "head"), 0)
-  parts["embedding"] = (V + cfg.num_token_types) * D
-  parts["head"] = V * D * (not cfg.tied_embeddings) + V * cfg.head_biased
-  if cfg.head_transform:
-    parts["head"] += D * D + D
-    parts["norms"] += _norm(cfg)
-  if cfg.pooler:
-    parts["head"] += D * D + D
+  V, D, norm = cfg.vocab_size, cfg.width, _norm(cfg)
+  head = V * D * (not cfg.tied_embeddings) + V * cfg.head_biased
+  head += (cfg.head_transform + cfg.pooler) * (D * D + D)
+  parts = Counter(embedding=(V + cfg.num_token_types) * D, positions=0, attention=0, ffn=0)
+  parts.update(norms=norm * cfg.head_transform, head=head)
+  tables = {"learned": cfg.context * D, "relative": cfg.relative_buckets * cfg.num_heads}
   for depth, reads_source in stacks(cfg):
-    for part, count in _stack(cfg, depth, reads_source).items():
-      parts[part] = parts.get(part, 0) + count
+    for part, count in _layer(cfg, reads_source).items():
+      parts[part] += depth * count
+    parts["norms"] += norm * ((cfg.norm_placement != "post") + cfg.embedding_norm)
+    if cfg.family != "rnn":
+      parts["positions"] += tables.get(cfg.positions, 0)
   return {part: count for part, count in parts.items() if count}
 
 
@@ -51,27 +54,19 @@ def stacks(cfg: ResolvedModel) -> list[tuple[int, bool]]:
   return [(cfg.depth, False)]
 
 
-def _stack(cfg: ResolvedModel, depth: int, reads_source: bool) -> dict[str, int]:
-  parts = {"norms": 0, "positions": 0}
+def _layer(cfg: ResolvedModel, reads_source: bool) -> dict[str, int]:
+  """Parameters of one layer by part."""
   if cfg.family == "rnn":
-    parts["recurrent"] = depth * _cell(cfg)
-    parts["norms"] += depth * _norm(cfg)
-  else:
-    attention, branches = _attention(cfg), 2 + reads_source
-    parts["attention"] = depth * attention * (1 + reads_source)
-    ffn, router, _ = _ffn(cfg)
-    parts["ffn"], parts["router"] = depth * ffn, depth * router
-    norms = branches * (2 if cfg.norm_placement == "both" else 1)
-    norms -= cfg.parallel == "one_norm"
-    parts["norms"] += depth * norms * _norm(cfg)
-    match cfg.positions:
-      case "learned":
-        parts["positions"] = cfg.context * cfg.width
-      case "relative":
-        parts["positions"] = cfg.relative_buckets * cfg.num_heads
-  parts["norms"] += _norm(cfg) * (cfg.norm_placement != "post")
-  parts["norms"] += _norm(cfg) * cfg.embedding_norm
-  return parts
+    return {"recurrent": _cell(cfg), "norms": _norm(cfg)}
+  ffn, router, _ = _ffn(cfg)
+  norms = (2 + reads_source) * (2 if cfg.norm_placement == "both" else 1)
+  norms -= cfg.parallel == "one_norm"
+  return {
+    "attention": _attention(cfg) * (1 + reads_source),
+    "ffn": ffn,
+    "router": router,
+    "norms": norms * _norm(cfg),
+  }
 
 
 def _norm(cfg: ResolvedModel) -> int:
@@ -172,9 +167,9 @@ def forward_work(
   S = seq_len if source_len is None else source_len
   matmul, seen, loose, executed = 0.0, 0.0, 0.0, 0.0
   for depth, reads_source in stacks(cfg):
-    two_stacks = cfg.family == "encoder_decoder"
-    queries = S if two_stacks and not reads_source else seq_len
-    causal = cfg.family != "encoder" and (reads_source or not two_stacks)
+    encodes = cfg.family == "encoder_decoder" and not reads_source
+    queries = S if encodes else seq_len
+    causal = not encodes and cfg.family != "encoder"
     matmul += 2.0 * rows * depth * _layer_weights(cfg, queries, S, reads_source)
     if cfg.family == "rnn":
       continue
@@ -228,15 +223,17 @@ def visible_keys(
   return 2 * window - 1 + (seen_sinks - outside) / T
 
 
+def computed_blocks(queries: int, window: int | None) -> Iterator[tuple[int, int]]:
+  """Queries, and keys that they attend to, of each block that causal attention computes."""
+  for start, end in query_blocks(queries):
+    yield end - start, end if window is None else end - max(0, start - window + 1)
+
+
 def computed_keys(queries: int, window: int | None, causal: bool) -> float:
   """Keys per query in the blocks of queries that attention computes (`nn.attention`)."""
   if not causal:
     return queries
-  pairs = 0
-  for start, end in query_blocks(queries):
-    first = 0 if window is None else max(0, start - window + 1)
-    pairs += (end - start) * (end - first)
-  return pairs / queries
+  return sum(math.prod(block) for block in computed_blocks(queries, window)) / queries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,12 +248,9 @@ class StepCost:
 
 def step_cost(cfg: ResolvedConfig) -> StepCost:
   """FLOPs of one training step of a resolved config; accumulation does not change them."""
-  data = cfg.data
-  source = data.source_len or data.seq_len
-  work = forward_work(cfg.model, data.batch_size, data.seq_len, source)
-  executed = work.step(cfg.training)
-  tokens = data.batch_size * data.seq_len
-  return StepCost(tokens, 3 * work.strict, 3 * work.loose, executed)
+  B, T = cfg.data.batch_size, cfg.data.seq_len
+  work = forward_work(cfg.model, B, T, cfg.source_length)
+  return StepCost(B * T, 3 * work.strict, 3 * work.loose, work.step(cfg.training))
 
 
 def kv_cache_bytes(
@@ -271,17 +265,15 @@ def kv_cache_bytes(
   `parts` members of a `tensor` axis.
 
   Local layers keep a ring of slots, the others all of them (`ResolvedModel.cache_slots`);
-  a decoder with an encoder also keeps each layer's keys and values of the source. A number
-  has `item_size` bytes. An RNN keeps its state, whatever the context.
+  a decoder that reads a source of `source_len` tokens also keeps each layer's keys and
+  values of those. A number has `item_size` bytes. An RNN keeps its state, whatever the
+  context.
   """
   lengths = 4 * rows  # int32: the tokens of each row so far
   if cfg.family == "rnn":  # float32 always: a vector per layer, two with an LSTM's cell
     vectors = rows * cfg.depth * (2 if cfg.cell == "lstm" else 1)
     return lengths + vectors * 4 * cfg.width // parts
-  slots = sum(cfg.cache_slots(kind, context) for kind in cfg.layer_kinds())
-  segments = 0
-  if cfg.family == "encoder_decoder":
-    slots += cfg.depth * source_len
-    segments = 4 * rows * source_len  # int32: which tokens of the source are real
+  slots = cfg.all_cache_slots(context) + cfg.depth * source_len
+  segments = 4 * rows * source_len  # int32: which tokens of the source are real
   per_slot = 2 * cfg.num_kv_heads // parts * cfg.head_dim * item_size
   return lengths + segments + rows * slots * per_slot

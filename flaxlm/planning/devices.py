@@ -7,12 +7,14 @@ A row is one JAX device: what a mesh counts. What is not published is None, neve
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from flaxlm.errors import ConfigError
 
-GB, GIB, TERA = 1e9, 2**30, 1e12
+GB, TERA = 1e9, 1e12
+UNITS = {"GB": GB, "MiB": 2**20, "GiB": 2**30}
+DTYPES = ("bfloat16", "float16", "float32", "int8", "float8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,11 +25,11 @@ class Device:
   kind: Literal["tpu", "gpu", "cpu"]
   # Dense matrix products by the dtype of the operands. `float32` is what JAX's default
   # precision makes of it: one bfloat16 pass on a TPU, TF32 on NVIDIA from Ampere on.
-  peak_flops: Mapping[str, float]
-  memory_bytes: int | None
+  peak_flops: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  memory_bytes: int | None = None
   # The memory that a program may use: what libtpu leaves, or what the driver shows.
-  usable_bytes: int | None
-  memory_bandwidth: float | None
+  usable_bytes: int | None = None
+  memory_bandwidth: float | None = None
   # TPU: of one torus axis in both directions, which a ring uses. GPU: out of one device.
   link_bandwidth: float | None = None
   torus_axes: int = 0  # 0: a switch, with every device at the same distance
@@ -56,306 +58,124 @@ class Device:
     """Peak of dense matrix products in `dtype`, None if unknown or not supported."""
     return self.peak_flops.get(dtype)
 
+  def attainable_flops(self, dtype: str) -> float | None:
+    """The best rate that was measured on such a device, else the published peak."""
+    peak = self.flops(dtype)
+    return peak and peak * (self.matmul_fraction or 1.0)
 
-# TPU memory is what libtpu 0.0.41 offers; of v5e's 16 GiB it keeps 0.5 for itself, and the
-# same is assumed of the others.
-# SB: scaling-book (jax-ml.github.io/scaling-book), chapters "TPUs" and "GPUs".
-# ME: stas00/ml-engineering, compute/accelerator and network pages (measured GEMMs).
-# GC: cloud.google.com/tpu/docs, one page per version. DS: the maker's data sheet.
-def _tpu(
-  name: str,
-  *,
-  bfloat16: float,
-  int8: float | None = None,
-  float8: float | None = None,
-  gib: float,
-  usable_gib: float,
-  bandwidth: float,
-  link: float,
-  torus_axes: int,
-  slice_size: int,
-  network: float | None = None,
-  devices_per_chip: int = 1,
-  source: str,
-) -> Device:
-  """Peaks are in TFLOP/s, memory in GiB, and bandwidths in GB/s."""
-  peaks = {"bfloat16": bfloat16, "float32": bfloat16, "int8": int8, "float8": float8}
-  return Device(
-    name=name,
-    kind="tpu",
-    peak_flops={dtype: peak * TERA for dtype, peak in peaks.items() if peak},
-    memory_bytes=int(gib * GIB),
-    usable_bytes=int(usable_gib * GIB),
-    memory_bandwidth=bandwidth * GB,
-    link_bandwidth=link * GB,
-    torus_axes=torus_axes,
-    domain=slice_size,
-    network_bandwidth=network and network * GB,
-    devices_per_chip=devices_per_chip,
-    source=source,
-  )
+  @property
+  def attainable_bandwidth(self) -> float | None:
+    """The best bandwidth that was measured on such a device, else the published one."""
+    rate = self.memory_bandwidth
+    return rate and rate * (self.bandwidth_fraction or 1.0)
 
 
-def _gpu(
-  name: str,
-  flops: Mapping[str, float],
-  *,
-  gb: float,
-  usable_mib: float | None = None,
-  bandwidth: float,
-  link: float,
-  domain: int,
-  network: float | None = None,
-  head_dim: int = 256,
-  **rest: Any,
-) -> Device:
-  """Peaks are in TFLOP/s, memory in GB, and bandwidths in GB/s.
+# Where the figures are from. SB: scaling-book (jax-ml.github.io/scaling-book), chapters
+# "TPUs" and "GPUs". ME: stas00/ml-engineering, compute/accelerator and network pages
+# (measured GEMMs). GC: cloud.google.com/tpu/docs, one page per version. DS: the maker's
+# data sheet. In the tables "-" is not published, or not there.
 
-  `usable_mib` is the memory that the driver shows; None: all of it.
-  """
-  size = int(gb * GB)
-  return Device(
-    name=name,
-    kind="gpu",
-    peak_flops={dtype: peak * TERA for dtype, peak in flops.items()},
-    memory_bytes=size,
-    usable_bytes=size if usable_mib is None else int(usable_mib * 2**20),
-    memory_bandwidth=bandwidth * GB,
-    kernel_head_dim=head_dim,
-    link_bandwidth=link * GB,
-    domain=domain,
-    network_bandwidth=network and network * GB,
-    **rest,
-  )
+# TFLOP/s of products by dtype, and the best measured share of bfloat16's (788 TFLOP/s on an
+# H200). Turing's tensor cores (T4) do not multiply bfloat16. JAX shows the two chiplets of
+# a 7x as two devices: half of 2,307 and 4,614 here, half of 192 GiB below. The L4's peaks
+# are half of its sparse figures; the RTX 4090's accumulate in float32.
+PEAKS = """
+name      kind bfloat16 float16 float32 int8   float8 matmul source
+v4        tpu  275      -       275     275    -      -      GC v4; SB
+v5e       tpu  197      -       197     394    -      -      GC v5e; SB
+v5p       tpu  459      -       459     918    -      -      GC v5p
+v6e       tpu  918      -       918     1836   918    -      GC v6e
+7x        tpu  1153.5   -       1153.5  -      2307   -      GC tpu7x, halved
+a100-40   gpu  312      -       156     624    -      0.87   DS A100; ME
+a100-80   gpu  312      -       156     624    -      0.87   DS A100; ME; gpt-fast
+h100      gpu  989.4    -       494.7   1978.9 1978.9 0.80   DS H100 SXM; ME
+h100-pcie gpu  756      -       378     1513   1513   -      DS H100 PCIe
+h200      gpu  989.4    -       494.7   1978.9 1978.9 0.80   DS H200; ME
+b200      gpu  2250     -       1100    4500   4500   0.78   DS HGX B200; ME
+gb200     gpu  2500     -       1250    5000   5000   0.73   DS GB200 NVL72; ME
+mi300x    gpu  1307.4   -       163.4   2614.9 2614.9 0.51   DS MI300X; ME
+l4        gpu  121      -       60      242.5  242.5  -      DS L4
+t4        gpu  -        65      8.1     130    -      -      DS T4
+rtx4090   gpu  165.2    -       82.6    660.6  330.3  -      NVIDIA Ada architecture paper
+"""
 
+# Bandwidths in GB/s: of the memory, and the best measured share of it (1.7 TB/s by gpt-fast
+# on an A100, 2.9 on an H100, 4.3 on an H200); of the links; of the network. `usable` is
+# what libtpu 0.0.41 offers (of v5e's 16 GiB it keeps 0.5 for itself, and the same is
+# assumed of the other TPUs), or what a GPU's driver shows, where that is known. The last
+# columns are `Device.torus_axes`, `devices_per_chip` and `kernel_head_dim`.
+MEMORY = """
+name      memory  usable    bandwidth copy link domain network axes chip head_dim
+v4        32GiB   31.5GiB   1228      -    90   4096   -       3    1    0
+v5e       16GiB   15.5GiB   819       -    90   256    3.125   2    1    0
+v5p       96GiB   95.5GiB   2765      -    180  8960   6.25    3    1    0
+v6e       31.5GiB 31GiB     1640      -    180  256    12.5    2    1    0
+7x        95GiB   94.5GiB   3690      -    100  18432  -       3    2    0
+a100-40   40GB    40536MiB  1555      -    300  8      25      0    1    128
+a100-80   80GB    81920MiB  2039      0.83 300  8      25      0    1    128
+h100      80GB    81559MiB  3350      0.87 450  8      50      0    1    256
+h100-pcie 80GB    81559MiB  2000      -    64   8      50      0    1    256
+h200      141GB   143771MiB 4800      0.90 450  8      50      0    1    256
+b200      180GB   180GB     8000      -    900  8      50      0    1    256
+gb200     186GB   186GB     8000      -    900  72     50      0    1    256
+mi300x    192GB   192GB     5300      -    448  8      50      0    1    0
+l4        24GB    23034MiB  300       -    32   8      -       0    1    128
+t4        16GB    15360MiB  320       -    16   4      -       0    1    0
+rtx4090   24GB    24564MiB  1008      -    32   4      -       0    1    128
+"""
 
-AMPERE = {"bfloat16": 312, "int8": 624, "float32": 156}
-HOPPER = {"bfloat16": 989.4, "float8": 1978.9, "int8": 1978.9, "float32": 494.7}
 # Measured by this package on an H100 (docs/benchmarks): packed rows of 1,024 and 2,048
 # tokens through cuDNN at 111 and 153 TFLOP/s, and a kernel in a loop that does nothing.
-HOPPER_MEASURED: dict[str, Any] = dict(attention_rate=130 * TERA, operation_seconds=1.45e-6)
+HOPPER: dict[str, Any] = dict(attention_rate=130 * TERA, operation_seconds=1.45e-6)
+MEASURED = {"h100": HOPPER, "h200": HOPPER}
+
+
+def _read(table: str) -> Iterator[dict[str, str]]:
+  """The rows of a table, by column, without their empty cells."""
+  header, *lines = table.strip().splitlines()
+  names = header.split()
+  for line in lines:
+    cells = line.split(maxsplit=len(names) - 1)  # the source may have spaces
+    yield {name: cell for name, cell in zip(names, cells, strict=True) if cell != "-"}
+
+
+def _bytes(text: str) -> int:
+  """`31.5GiB` in bytes."""
+  unit = text.lstrip("0123456789.")
+  return int(float(text.removesuffix(unit)) * UNITS[unit])
+
+
+def _device(row: Mapping[str, str]) -> Device:
+  known = lambda column, unit=1.0: float(row[column]) * unit if column in row else None
+  return Device(
+    name=row["name"],
+    kind="tpu" if row["kind"] == "tpu" else "gpu",
+    peak_flops={dtype: float(row[dtype]) * TERA for dtype in DTYPES if dtype in row},
+    memory_bytes=_bytes(row["memory"]),
+    usable_bytes=_bytes(row["usable"]),
+    memory_bandwidth=known("bandwidth", GB),
+    link_bandwidth=known("link", GB),
+    torus_axes=int(row["axes"]),
+    domain=int(row["domain"]),
+    network_bandwidth=known("network", GB),
+    devices_per_chip=int(row["chip"]),
+    kernel_head_dim=int(row["head_dim"]),
+    matmul_fraction=known("matmul"),
+    bandwidth_fraction=known("copy"),
+    source=row["source"],
+    **MEASURED.get(row["name"], {}),
+  )
+
+
+_MEMORY = {row["name"]: row for row in _read(MEMORY)}
 
 DEVICES = (
-  _tpu(
-    "v4",
-    bfloat16=275,
-    int8=275,
-    gib=32,
-    usable_gib=31.5,
-    bandwidth=1228,
-    link=90,
-    torus_axes=3,
-    slice_size=4096,
-    source="GC v4; SB",
-  ),
-  _tpu(
-    "v5e",
-    bfloat16=197,
-    int8=394,
-    gib=16,
-    usable_gib=15.5,
-    bandwidth=819,
-    link=90,
-    torus_axes=2,
-    slice_size=256,
-    network=3.125,
-    source="GC v5e; SB",
-  ),
-  _tpu(
-    "v5p",
-    bfloat16=459,
-    int8=918,
-    gib=96,
-    usable_gib=95.5,
-    bandwidth=2765,
-    link=180,
-    torus_axes=3,
-    slice_size=8960,
-    network=6.25,
-    source="GC v5p",
-  ),
-  _tpu(
-    "v6e",
-    bfloat16=918,
-    int8=1836,
-    float8=918,
-    gib=31.5,
-    usable_gib=31.0,
-    bandwidth=1640,
-    link=180,
-    torus_axes=2,
-    slice_size=256,
-    network=12.5,
-    source="GC v6e",
-  ),
-  # JAX shows its two chiplets as two devices: half of 2,307, 4,614 and 192 each.
-  _tpu(
-    "7x",
-    bfloat16=1153.5,
-    float8=2307,
-    gib=95,
-    usable_gib=94.5,
-    bandwidth=3690,
-    link=100,
-    torus_axes=3,
-    slice_size=18432,
-    devices_per_chip=2,
-    source="GC tpu7x, halved",
-  ),
-  _gpu(
-    "a100-40",
-    AMPERE,
-    gb=40,
-    usable_mib=40536,
-    bandwidth=1555,
-    link=300,
-    domain=8,
-    network=25,
-    matmul_fraction=0.87,
-    head_dim=128,
-    source="DS A100; ME",
-  ),
-  _gpu(
-    "a100-80",
-    AMPERE,
-    gb=80,
-    usable_mib=81920,
-    bandwidth=2039,
-    link=300,
-    domain=8,
-    network=25,
-    matmul_fraction=0.87,
-    bandwidth_fraction=0.83,  # gpt-fast: 1.7 TB/s measured
-    head_dim=128,
-    source="DS A100; ME; gpt-fast",
-  ),
-  _gpu(
-    "h100",
-    HOPPER,
-    gb=80,
-    usable_mib=81559,
-    bandwidth=3350,
-    link=450,
-    domain=8,
-    network=50,
-    matmul_fraction=0.80,
-    bandwidth_fraction=0.87,  # 2.9 TB/s measured
-    **HOPPER_MEASURED,
-    source="DS H100 SXM; ME",
-  ),
-  _gpu(
-    "h100-pcie",
-    {"bfloat16": 756, "float8": 1513, "int8": 1513, "float32": 378},
-    gb=80,
-    usable_mib=81559,
-    bandwidth=2000,
-    link=64,
-    domain=8,
-    network=50,
-    source="DS H100 PCIe",
-  ),
-  _gpu(
-    "h200",
-    HOPPER,
-    gb=141,
-    usable_mib=143771,
-    bandwidth=4800,
-    link=450,
-    domain=8,
-    network=50,
-    matmul_fraction=0.80,  # 788 TFLOP/s measured
-    bandwidth_fraction=0.90,  # 4.3 TB/s measured
-    **HOPPER_MEASURED,
-    source="DS H200; ME",
-  ),
-  _gpu(
-    "b200",
-    {"bfloat16": 2250, "float8": 4500, "int8": 4500, "float32": 1100},
-    gb=180,
-    bandwidth=8000,
-    link=900,
-    domain=8,
-    network=50,
-    matmul_fraction=0.78,
-    source="DS HGX B200; ME",
-  ),
-  _gpu(
-    "gb200",
-    {"bfloat16": 2500, "float8": 5000, "int8": 5000, "float32": 1250},
-    gb=186,
-    bandwidth=8000,
-    link=900,
-    domain=72,
-    network=50,
-    matmul_fraction=0.73,
-    source="DS GB200 NVL72; ME",
-  ),
-  _gpu(
-    "mi300x",
-    {"bfloat16": 1307.4, "float8": 2614.9, "int8": 2614.9, "float32": 163.4},
-    gb=192,
-    bandwidth=5300,
-    link=448,
-    domain=8,
-    network=50,
-    matmul_fraction=0.51,
-    head_dim=0,
-    source="DS MI300X; ME",
-  ),
-  _gpu(
-    "l4",
-    {"bfloat16": 121, "float8": 242.5, "int8": 242.5, "float32": 60},
-    gb=24,
-    usable_mib=23034,
-    bandwidth=300,
-    link=32,
-    domain=8,
-    head_dim=128,
-    source="DS L4, half of its sparse figures",
-  ),
-  # Turing's tensor cores do not multiply bfloat16.
-  _gpu(
-    "t4",
-    {"float16": 65, "int8": 130, "float32": 8.1},
-    gb=16,
-    usable_mib=15360,
-    bandwidth=320,
-    link=16,
-    domain=4,
-    head_dim=0,
-    source="DS T4",
-  ),
-  _gpu(
-    "rtx4090",
-    {"bfloat16": 165.2, "float8": 330.3, "int8": 660.6, "float32": 82.6},
-    gb=24,
-    usable_mib=24564,
-    bandwidth=1008,
-    link=32,
-    domain=4,
-    head_dim=128,
-    source="NVIDIA Ada architecture paper, accumulating in float32",
-  ),
-  # No data sheet says what JAX gets out of a CPU: measure it.
-  Device(
-    name="cpu",
-    kind="cpu",
-    peak_flops={},
-    memory_bytes=None,
-    usable_bytes=None,
-    memory_bandwidth=None,
-  ),
+  *(_device(row | _MEMORY[row["name"]]) for row in _read(PEAKS)),
+  Device(name="cpu", kind="cpu"),  # no data sheet says what JAX gets out of one: measure it
 )
 
 # The device of a plan for which none was named: it has bytes and FLOPs, but no times.
-ANY = Device(
-  name="any",
-  kind="cpu",
-  peak_flops={},
-  memory_bytes=None,
-  usable_bytes=None,
-  memory_bandwidth=None,
-)
+ANY = Device(name="any", kind="cpu")
 
 ALIASES = {
   "tpuv4": "v4",

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from flaxlm.config import (
-  MESH_AXES,
   OptimizerConfig,
   Remat,
   ResolvedConfig,
@@ -29,7 +28,7 @@ from flaxlm.config import (
 )
 from flaxlm.data.objectives import Batch
 from flaxlm.nn.kernels.outline import OUTLINE
-from flaxlm.nn.models import build_model, init_params
+from flaxlm.nn.models import boxed_shapes, build_model
 from flaxlm.planning.cost import kv_cache_bytes, stacks
 from flaxlm.sharding import (
   axes_of,
@@ -40,7 +39,7 @@ from flaxlm.sharding import (
   with_shardings,
 )
 from flaxlm.training.optimizer import build_optimizer
-from flaxlm.training.step import ABSTRACT_SEED, forward
+from flaxlm.training.step import forward
 
 Sizes = Mapping[str, int]
 
@@ -76,15 +75,15 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   does not divide a dim or the batch.
   """
   model_cfg, training = cfg.model, cfg.training
-  state = state_bytes(model_cfg, training, cfg.optimizer, sizes, lanes)
+  state = state_bytes(cfg, sizes, lanes)
   rows = local_rows(cfg, sizes)
   T = cfg.data.seq_len
   depth = sum(depth for depth, _ in stacks(model_cfg))
-  item = jnp.dtype(training.dtype).itemsize
+  item = training.item_size
   casts = training.dtype != training.param_dtype
   kept = kept_bytes(cfg, sizes["tensor"], training.remat)
   unsharded = dict.fromkeys(sizes, 1) | {"tensor": sizes["tensor"]}
-  whole = state_bytes(model_cfg, training, cfg.optimizer, unsharded)
+  whole = state_bytes(cfg, unsharded)
   copies = kept.fixed * state.stored_in_blocks // whole.stored_in_blocks
   keys = gathered_keys(cfg, sizes) * rows
   schedule = training_schedule(training, sizes)
@@ -99,7 +98,7 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   always = {
     "parameters": state.parameters,
     "optimizer_state": state.optimizer_state,
-    "batch": rows * training.accumulation_steps * 4 * (5 * T + 3 * source_len(cfg)),
+    "batch": rows * training.accumulation_steps * 4 * (5 * T + 3 * cfg.source_length),
   }
   if training.accumulation_steps > 1:  # sums over micro-batches, in float32
     always["gradient_sums"] = state.elements * 4
@@ -113,8 +112,7 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
     # Every stage holds all microbatches and their gradients. With repeats, layers and their
     # gradients lie twice: where they are stored and where they run.
     everywhere = rows * schedule.stages * T // sizes["context"] * model_cfg.width * item
-    dealt = state.stored_in_blocks * jnp.dtype(training.param_dtype).itemsize
-    between["pipeline"] = 2 * everywhere + 2 * dealt * (schedule.repeats > 1)
+    between["pipeline"] = 2 * everywhere + 2 * state.blocks * (schedule.repeats > 1)
   moments = {
     "loss": between
     | {
@@ -143,20 +141,16 @@ class StateBytes:
   parameters: int
   optimizer_state: int
   elements: int  # of parameters, on this device
-  stored_in_blocks: int  # elements of the blocks, with the padding of the device's tiles
+  blocks: int  # bytes of the blocks' parameters
+  stored_in_blocks: int  # their elements, with the padding of the device's tiles
   largest_layer: int  # elements of one layer's parameters, gathered over fsdp
   update_temporaries: int  # bytes of the update rule's intermediate results
 
 
-def state_bytes(
-  cfg: ResolvedModel,
-  training: TrainingConfig,
-  optimizer: OptimizerConfig,
-  sizes: Sizes,
-  lanes: int = 1,
-) -> StateBytes:
+def state_bytes(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> StateBytes:
   """The training state on one device, sharded by the rules that training uses."""
-  return _state_bytes(cfg, _precision(training), optimizer, tuple(sizes.items()), lanes)
+  run = _precision(cfg.training)
+  return _state_bytes(cfg.model, run, cfg.optimizer, abstract_mesh(sizes), lanes)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -164,12 +158,11 @@ def _state_bytes(
   cfg: ResolvedModel,
   run: TrainingConfig,
   optimizer: OptimizerConfig,
-  items: tuple[tuple[str, int], ...],
+  mesh: Any,
   lanes: int,
 ) -> StateBytes:
-  boxed, opt_state = abstract_trees(cfg, run, optimizer)
-  sizes = dict(items)
-  mesh = abstract_mesh(sizes)
+  boxed, opt_state = _abstract_trees(cfg, run, optimizer)
+  sizes = mesh.shape
   params = with_shardings(boxed, mesh)
   moments = like_parameters(opt_state, params, mesh, optimizer.sharded)
   blocks = [
@@ -179,7 +172,7 @@ def _state_bytes(
   ]
   gathered = sum(
     local_size(leaf)
-    * (sizes["fsdp"] if _split_over(leaf, "fsdp") else 1)
+    * (sizes["fsdp"] if any("fsdp" in axes_of(axes) for axes in leaf.sharding.spec) else 1)
     // (leaf.shape[0] // sizes["stage"])
     for leaf in blocks
   )
@@ -187,7 +180,8 @@ def _state_bytes(
     parameters=tree_bytes(params, lanes),
     optimizer_state=tree_bytes(moments, lanes),
     elements=sum(map(local_size, jax.tree.leaves(params))),
-    stored_in_blocks=sum(stored_size(leaf, lanes) for leaf in blocks),
+    blocks=tree_bytes(blocks, lanes),
+    stored_in_blocks=sum(local_size(leaf, lanes) for leaf in blocks),
     largest_layer=gathered,
     update_temporaries=_update_temporaries(params, blocks, cfg.width, optimizer.kind),
   )
@@ -214,14 +208,12 @@ def abstract_mesh(sizes: Sizes) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def abstract_trees(
+def _abstract_trees(
   cfg: ResolvedModel, training: TrainingConfig, optimizer: OptimizerConfig
 ) -> tuple[Any, Any]:
   """Shapes and logical names of the parameters, and shapes of the optimizer's state."""
-  model = build_model(cfg, training)
-  boxed = jax.eval_shape(functools.partial(init_params, model), ABSTRACT_SEED)
-  plain = with_shardings(boxed, abstract_mesh(dict.fromkeys(MESH_AXES, 1)))
-  return boxed, jax.eval_shape(build_optimizer(optimizer, 1000).init, plain)
+  boxed = boxed_shapes(build_model(cfg, training))
+  return boxed, jax.eval_shape(build_optimizer(optimizer, 1000).init, nn.unbox(boxed))
 
 
 def _precision(training: TrainingConfig) -> TrainingConfig:
@@ -232,31 +224,22 @@ def _precision(training: TrainingConfig) -> TrainingConfig:
 
 def tree_bytes(tree: Any, lanes: int = 1) -> int:
   leaves = jax.tree.leaves(tree)
-  return sum(stored_size(leaf, lanes) * leaf.dtype.itemsize for leaf in leaves)
+  return sum(local_size(leaf, lanes) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def stored_size(leaf: jax.ShapeDtypeStruct, lanes: int) -> int:
+def local_size(leaf: jax.ShapeDtypeStruct, lanes: int = 1) -> int:
   """Elements that one device stores for an array, padding included.
 
   A TPU pads one dim to a multiple of its 128 lanes; the compiler takes the dim that wastes
   least.
   """
   assert leaf.sharding is not None
-  shape, size = leaf.sharding.shard_shape(leaf.shape), local_size(leaf)
-  dims = shape[1:] if len(shape) > 2 else shape  # the dim of the layers is never padded
+  shape = leaf.sharding.shard_shape(leaf.shape)
+  size = math.prod(shape)
   if len(shape) < 2:
     return size
+  dims = shape[1:] if len(shape) > 2 else shape  # the dim of the layers is never padded
   return min(size // dim * lanes * math.ceil(dim / lanes) for dim in dims)
-
-
-def local_size(leaf: jax.ShapeDtypeStruct) -> int:
-  """Elements of an array on one device."""
-  assert leaf.sharding is not None
-  return math.prod(leaf.sharding.shard_shape(leaf.shape))
-
-
-def _split_over(leaf: Any, axis: str) -> bool:
-  return any(axis in axes_of(entry) for entry in leaf.sharding.spec)
 
 
 # -- What the layers keep ----------------------------------------------------------------
@@ -273,8 +256,8 @@ def gathered_keys(cfg: ResolvedConfig, sizes: Sizes) -> int:
   members of `context`."""
   model, others = cfg.model, sizes["context"] - 1
   width = 2 * model.num_kv_heads // sizes["tensor"] * model.head_dim
-  item = jnp.dtype(cfg.training.dtype).itemsize
-  return cfg.data.seq_len * width * item * others // sizes["context"]
+  per_row = cfg.data.seq_len * width * cfg.training.item_size
+  return per_row * others // sizes["context"]
 
 
 class Kept(NamedTuple):
@@ -293,14 +276,7 @@ def kept_bytes(cfg: ResolvedConfig, parts: int, remat: Remat) -> Kept:
     _precision(cfg.training), remat=remat, scanned=True, attention=path
   )
   model = _local_model(cfg.model, parts)
-  return _kept_bytes(model, run, cfg.data.seq_len, source_len(cfg))
-
-
-def source_len(cfg: ResolvedConfig) -> int:
-  """Source tokens in a row of an encoder-decoder; 0 for other families."""
-  if cfg.model.family != "encoder_decoder":
-    return 0
-  return cfg.data.source_len or cfg.data.seq_len
+  return _kept_bytes(model, run, cfg.data.seq_len, cfg.source_length)
 
 
 def _local_model(cfg: ResolvedModel, parts: int) -> ResolvedModel:
@@ -320,37 +296,23 @@ def _kept_bytes(
 ) -> Kept:
   """What the traced model keeps for one row and for two tells what grows with the rows."""
   model = build_model(cfg, run)
-  params = nn.unbox(jax.eval_shape(functools.partial(init_params, model), ABSTRACT_SEED))
-  one, two = (_residual_bytes(model, params, n, seq_len, source_len) for n in (1, 2))
-  return Kept(two - one, max(0, 2 * one - two))
-
-
-def _residual_bytes(
-  model: Any, params: Any, rows: int, seq_len: int, source_len: int
-) -> int:
-  target: Any = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32)
-  source: Any = jax.ShapeDtypeStruct((rows, source_len), jnp.int32) if source_len else None
-  batch = Batch(
-    tokens_BT=target,
-    targets_BT=target,
-    positions_BT=target,
-    segments_BT=target,
-    weights_BT=target,
-    source_BS=source,
-    source_positions_BS=source,
-    source_segments_BS=source,
-  )
+  params = nn.unbox(boxed_shapes(model))
 
   def hidden(params: Any, batch: Batch) -> Any:
-    dropout = model.cfg.dropout > 0
-    options = dict(
-      method="hidden",
-      deterministic=not dropout,
-      rngs={"dropout": jax.random.key(0)} if dropout else {},
-    )
+    rngs = {"dropout": jax.random.key(0)} if cfg.dropout else {}
+    options = dict(method="hidden", deterministic=not cfg.dropout, rngs=rngs)
     return forward(model, params, batch, **options)
 
-  return residual_bytes(hidden, params, batch)
+  def kept(rows: int) -> int:
+    ids: Any = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32)
+    source: Any = (
+      jax.ShapeDtypeStruct((rows, source_len), jnp.int32) if source_len else None
+    )
+    batch = Batch(ids, ids, ids, ids, ids, source, source, source)
+    return residual_bytes(hidden, params, batch)
+
+  one, two = kept(1), kept(2)
+  return Kept(two - one, max(0, 2 * one - two))
 
 
 def residual_bytes(function: Callable, differentiated: Any, *others: Any) -> int:
@@ -405,14 +367,13 @@ def decoding_memory(
   An encoder-decoder's source is as long as in training (`data.source_len`).
   """
   training = cfg.training
-  state = state_bytes(cfg.model, training, cfg.optimizer, sizes)
-  item = jnp.dtype(training.dtype).itemsize
+  state, item = state_bytes(cfg, sizes), training.item_size
   shards, parts = batch_shards(sizes), sizes["tensor"]
   V = cfg.model.vocab_size
   local = math.ceil(rows / shards)
   return {
     # Decoding unstacks the layers, and then every stage holds all of them.
     "parameters": (state.elements + (sizes["stage"] - 1) * state.stored_in_blocks) * item,
-    "kv_cache": kv_cache_bytes(cfg.model, local, context, item, source_len(cfg), parts),
+    "kv_cache": kv_cache_bytes(cfg.model, local, context, item, cfg.source_length, parts),
     "logits": local * (V // parts) * 4,
   }

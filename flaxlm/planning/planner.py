@@ -3,14 +3,15 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from flaxlm.config import Config, MeshConfig, ResolvedConfig, mesh_shape
 from flaxlm.errors import ConfigError
 from flaxlm.planning.compile import compile_step
-from flaxlm.planning.devices import ANY, Device, find_device
+from flaxlm.planning.decoding import plan_decoding
+from flaxlm.planning.devices import ANY, find_device
 from flaxlm.planning.report import Report
-from flaxlm.planning.roofline import DecodePoint, plan_decoding, plan_training
+from flaxlm.planning.roofline import plan_training
 from flaxlm.planning.search import cheapest_fit, search
 from flaxlm.tokenizers import expected_vocab_size
 
@@ -50,20 +51,24 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
         f"no mesh of {number} devices divides this config and its batch",
         f"data.batch_size={cfg.data.batch_size} has to be a multiple of the devices",
       )
-    cfg, found = choices[0].cfg, choices[0].plan
+    found = choices[0]
   else:
     sizes = mesh_shape(asked.mesh, number)
-    cfg = with_padded_vocabulary(cfg, sizes)
-    found = plan_training(cfg, sizes, device)
+    padded = dataclasses.replace(cfg, model=cfg.model.padded(sizes["tensor"]))
+    found = plan_training(padded, sizes, device)
+  cfg, context = found.cfg, cfg.model.context
+  three = {max(1, context // 16), max(1, context // 4), context}
   return Report(
-    name=cfg.name or "config",
     plan=found,
-    padding=cfg.model.padding,
     tokens=asked.tokens,
     price=asked.price,
     cure=cheapest_fit(cfg, found.sizes, device) if found.fits is False else None,
     choices=choices,
-    decoding=decode_points(cfg, found.sizes, device, asked),
+    decoding=[
+      plan_decoding(cfg, found.sizes, device, batch, length)
+      for batch in asked.batches
+      for length in asked.contexts or sorted(three)
+    ],
     compiled=compile_step(cfg, found.sizes, device) if asked.compiled else None,
   )
 
@@ -74,22 +79,3 @@ def resolve(cfg: Config) -> ResolvedConfig:
   A tokenizer that is not trained yet counts with the vocabulary that it is to have.
   """
   return cfg.resolve(cfg.model.vocab_size or expected_vocab_size(cfg.tokenizer))
-
-
-def with_padded_vocabulary(cfg: ResolvedConfig, sizes: Mapping[str, int]) -> ResolvedConfig:
-  """`cfg` with its vocabulary padded as training pads it on such a mesh."""
-  return dataclasses.replace(cfg, model=cfg.model.padded(sizes["tensor"]))
-
-
-def decode_points(
-  cfg: ResolvedConfig, sizes: Mapping[str, int], device: Device, asked: Questions
-) -> list[DecodePoint]:
-  context = cfg.model.context
-  contexts = asked.contexts or sorted(
-    {max(1, context // 16), max(1, context // 4), context}
-  )
-  return [
-    plan_decoding(cfg, sizes, device, batch, length)
-    for batch in asked.batches
-    for length in contexts
-  ]

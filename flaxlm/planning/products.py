@@ -15,10 +15,9 @@ import flax.linen as nn
 import jax
 
 from flaxlm.config import ResolvedConfig, ResolvedModel
-from flaxlm.nn.kernels.blocked import query_blocks
-from flaxlm.nn.models import build_model, init_params
+from flaxlm.nn.models import boxed_shapes, build_model
+from flaxlm.planning.cost import computed_blocks
 from flaxlm.training.optimizer import matrix_dims
-from flaxlm.training.step import ABSTRACT_SEED
 
 NEWTON_SCHULZ_STEPS = 5  # optax's muon
 
@@ -77,12 +76,9 @@ def training_products(cfg: ResolvedConfig) -> Products:
   forward = weight_products(model, B * T)
   blocked = cfg.training.attention != "cudnn"
   for kind in model.layer_kinds() if blocked else "":
-    window = model.window_of(kind)
-    for start, end in query_blocks(T):
-      seen = end if window is None else end - max(0, start - window + 1)
-      rows = G * (end - start)
-      forward[Product(rows, H, seen, B * K)] += 1
-      forward[Product(rows, seen, H, B * K)] += 1
+    for queries, seen in computed_blocks(T, model.window_of(kind)):
+      forward[Product(G * queries, H, seen, B * K)] += 1
+      forward[Product(G * queries, seen, H, B * K)] += 1
   found = Counter(forward)
   for product, count in forward.items():
     for gradient in product.gradients:
@@ -116,17 +112,15 @@ def muon_products(model: ResolvedModel) -> Products:
   2024)."""
   found = Counter[Product]()
   for n, m, layers in _kernels(model):
-    found[Product(n, m, n, layers)] += NEWTON_SCHULZ_STEPS
-    found[Product(n, n, n, layers)] += NEWTON_SCHULZ_STEPS
-    found[Product(n, n, m, layers)] += NEWTON_SCHULZ_STEPS
+    for inner, columns in ((m, n), (n, n), (n, m)):
+      found[Product(n, inner, columns, layers)] += NEWTON_SCHULZ_STEPS
   return found
 
 
 @functools.lru_cache(maxsize=8)
 def _kernels(model: ResolvedModel) -> list[tuple[int, int, int]]:
   """(n, m, number of matrices) of every kernel that Muon updates, as Muon reshapes them."""
-  boxed = jax.eval_shape(functools.partial(init_params, build_model(model)), ABSTRACT_SEED)
-  params = nn.unbox(boxed)
+  params = nn.unbox(boxed_shapes(build_model(model)))
   is_view = lambda x: x is None or hasattr(x, "reduction_axis")
   views = jax.tree.leaves(matrix_dims(params), is_leaf=is_view)
   found = []

@@ -3,16 +3,17 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
 
 from flaxlm.planning.compile import CompiledStep
+from flaxlm.planning.cost import active_parameters
+from flaxlm.planning.decoding import DecodePoint
 from flaxlm.planning.devices import ANY
-from flaxlm.planning.roofline import DecodePoint, Plan
-from flaxlm.planning.search import Choice
+from flaxlm.planning.roofline import Plan
 
 MOST_CHOICES = 20  # of a search that the tables show; JSON has all
 
@@ -21,13 +22,11 @@ MOST_CHOICES = 20  # of a search that the tables show; JSON has all
 class Report:
   """Everything that one call of `flaxlm plan` has found out."""
 
-  name: str
   plan: Plan
-  padding: str = ""  # a line about the padding of the vocabulary, if it has any
   tokens: float | None = None  # to train on
   price: float | None = None  # per device and hour
-  cure: Choice | None = None  # the cheapest change that fits, if the plan does not
-  choices: Sequence[Choice] = ()
+  cure: Plan | None = None  # the cheapest change that fits, if the plan does not
+  choices: Sequence[Plan] = ()
   decoding: Sequence[DecodePoint] = ()
   compiled: CompiledStep | None = None
 
@@ -52,14 +51,14 @@ def to_json(report: Report) -> dict[str, Any]:
   """The report in the schema that scripts rely on: bytes and seconds, not rounded."""
   plan, times = report.plan, report.plan.times
   result: dict[str, Any] = {
-    "name": report.name,
+    "name": plan.cfg.name or "config",
     "device": plan.device.name,
     "mesh": {axis: size for axis, size in plan.sizes.items() if size > 1},
     "slow_axes": list(plan.slow),
     "num_devices": plan.num_devices,
     "parameters": sum(plan.parameters.values()),
     "parameters_by_part": dict(plan.parameters),
-    "active_parameters": plan.active_parameters,
+    "active_parameters": active_parameters(plan.cfg.model),
     "bytes_per_device": {**plan.memory.parts, "total": plan.memory.total},
     "peak_moment": plan.memory.peak,
     "bytes_by_moment": {name: dict(parts) for name, parts in plan.memory.moments.items()},
@@ -97,17 +96,15 @@ def to_json(report: Report) -> dict[str, Any]:
   if report.decoding:
     result["decode"] = [dataclasses.asdict(point) for point in report.decoding]
   if report.compiled is not None:
-    compiled = dataclasses.asdict(report.compiled)
-    result["compiled"] = {
-      **compiled,
+    result["compiled"] = dataclasses.asdict(report.compiled) | {
       "analytic_bytes": plan.memory.total,
       "difference": report.compiled.difference(plan.memory.total),
     }
   return result
 
 
-def _choice(choice: Choice) -> dict[str, Any]:
-  plan, training = choice.plan, choice.cfg.training
+def _choice(plan: Plan) -> dict[str, Any]:
+  training = plan.cfg.training
   return {
     "mesh": {axis: size for axis, size in plan.sizes.items() if size > 1},
     "remat": training.remat,
@@ -118,7 +115,7 @@ def _choice(choice: Choice) -> dict[str, Any]:
     "step_seconds": plan.times.seconds,
     "mfu": plan.mfu,
     "limited_by": plan.times.limited_by,
-    "flags": choice.flags,
+    "flags": plan.flags,
   }
 
 
@@ -129,19 +126,27 @@ def print_report(report: Report, out: TextIO) -> None:
   """The report as tables, with the verdict last."""
   console = Console(file=out, highlight=False)
   plan = report.plan
-  device = plan.device.name if plan.num_devices == 1 else f"{plan.num_devices} x"
-  device += "" if plan.num_devices == 1 else f" {plan.device.name}"
-  console.print(f"{report.name} on {device}, mesh {plan.mesh}")
-  console.print(f"{report.padding}\n" if report.padding else "")
-  _print_parameters(plan, console)
-  _print_memory(plan, console)
-  _print_time(report, console)
+  name = plan.cfg.name or "config"
+  count = "" if plan.num_devices == 1 else f"{plan.num_devices} x "
+  console.print(f"{name} on {count}{plan.device.name}, mesh {plan.mesh}")
+  padding = plan.cfg.model.padding
+  console.print(f"{padding}\n" if padding else "")
+  print_table(console, "Parameters", ("part", "number", "share"), _parameters(plan))
+  peak, moments = plan.memory.peak, plan.memory.moments
+  titles = ("part", *(f"{name}*" if name == peak else name for name in moments))
+  print_table(console, "Memory per device, at each moment (* most)", titles, _memory(plan))
+  print_table(console, "A step", ("", ""), _time(report))
   if report.decoding:
-    _print_decoding(report.decoding, console)
+    points = ([cell(point) for cell in DECODING.values()] for point in report.decoding)
+    print_table(console, "Decoding, from the bandwidth roofline", [*DECODING], points)
   if report.choices:
-    _print_choices(report.choices, console)
+    title = f"Best of {len(report.choices)} ways to run it"
+    best = report.choices[:MOST_CHOICES]
+    rows = ([cell(choice) for cell in CHOICES.values()] for choice in best)
+    print_table(console, title, [*CHOICES], rows)
   if report.compiled is not None:
-    _print_compiled(report.compiled, plan, console)
+    title = f"Compiled for {report.compiled.target} in {report.compiled.seconds:.0f} s"
+    print_table(console, title, ("", ""), _compiled(report.compiled, plan))
   print(verdict(report), file=out)  # rich would break lines in the middle of the flags
 
 
@@ -164,137 +169,103 @@ def verdict(report: Report) -> str:
     return text
   if report.cure is None:
     return f"DOES NOT FIT: {share}, and no mesh, remat or accumulation changes that"
-  more = report.cure.plan.num_devices
+  more = report.cure.num_devices
   devices = "" if more == plan.num_devices else f" on {more} devices"
   return (
     f"DOES NOT FIT: {share}\n  cheapest change that fits{devices}: {report.cure.flags} "
-    f"({size(report.cure.plan.memory.total)})"
+    f"({size(report.cure.memory.total)})"
   )
 
 
-def _table(title: str, *columns: str) -> Table:
+def print_table(
+  console: Console,
+  title: str,
+  columns: Sequence[str],
+  rows: Iterable[Sequence[str]],
+  left: int = 1,
+) -> None:
+  """A table and an empty line; all columns but the first `left` are aligned right."""
   table = Table(title=title, title_justify="left", box=None, pad_edge=False)
   for number, column in enumerate(columns):
-    table.add_column(column, justify="right" if number else "left")
-  return table
+    table.add_column(column, justify="left" if number < left else "right", overflow="fold")
+  for row in rows:
+    table.add_row(*row)
+  console.print(table, "")
 
 
-def _print_parameters(plan: Plan, console: Console) -> None:
+Rows = Iterator[tuple[str, ...]]
+
+
+def _parameters(plan: Plan) -> Rows:
   total = sum(plan.parameters.values())
-  table = _table("Parameters", "part", "number", "share")
   for part, number in plan.parameters.items():
-    table.add_row(part, f"{number:,}", f"{number / total:.1%}")
-  table.add_row("total", f"{total:,}", "")
-  if plan.active_parameters != total:
-    table.add_row("active per token", f"{plan.active_parameters:,}", "")
-  console.print(table, "")
+    yield part, f"{number:,}", f"{number / total:.1%}"
+  yield "total", f"{total:,}", ""
+  active = active_parameters(plan.cfg.model)
+  if active != total:
+    yield "active per token", f"{active:,}", ""
 
 
-def _print_memory(plan: Plan, console: Console) -> None:
-  moments = plan.memory.moments
-  titles = [f"{name}*" if name == plan.memory.peak else name for name in moments]
-  table = _table("Memory per device, at each moment (* most)", "part", *titles)
-  parts = list(dict.fromkeys(part for at in moments.values() for part in at))
-  for part in parts:
-    cells = [size(at[part]) if part in at else "-" for at in moments.values()]
-    table.add_row(part, *cells)
-  table.add_row("total", *(size(sum(at.values())) for at in moments.values()))
-  console.print(table, "")
+def _memory(plan: Plan) -> Rows:
+  moments = plan.memory.moments.values()
+  for part in dict.fromkeys(part for at in moments for part in at):
+    yield part, *(size(at[part]) if part in at else "-" for at in moments)
+  yield "total", *(size(sum(at.values())) for at in moments)
 
 
-def _print_time(report: Report, console: Console) -> None:
+def _time(report: Report) -> Rows:
   plan, cost, times = report.plan, report.plan.cost, report.plan.times
-  table = _table("A step", "", "")
-  table.add_row("tokens", f"{cost.tokens:,}")
+  yield "tokens", f"{cost.tokens:,}"
   if plan.attention is not None:
-    table.add_row("attention", plan.attention.name)
-  per_token = cost.strict_flops / cost.tokens
-  table.add_row("FLOPs per token, strict", f"{per_token / 1e9:,.3f} G")
-  table.add_row("  loose", f"{cost.loose_flops / cost.tokens / 1e9:,.3f} G")
-  table.add_row("  executed", f"{cost.executed_flops / cost.tokens / 1e9:,.3f} G")
-  table.add_row("compute", duration(times.compute))
-  table.add_row("memory traffic", duration(times.memory))
+    yield "attention", plan.attention.name
+  yield "FLOPs per token, strict", f"{cost.strict_flops / cost.tokens / 1e9:,.3f} G"
+  yield "  loose", f"{cost.loose_flops / cost.tokens / 1e9:,.3f} G"
+  yield "  executed", f"{cost.executed_flops / cost.tokens / 1e9:,.3f} G"
+  yield "compute", duration(times.compute)
+  yield "memory traffic", duration(times.memory)
   for axis, time in times.network.items():
-    slow = " (data-centre network)" if axis in plan.slow else ""
-    table.add_row(f"network, {axis}{slow}", duration(time))
+    yield f"network, {named_axis(axis, plan.slow)}", duration(time)
   if times.bubble:
-    waiting = f"waiting in the pipeline, {times.bubble:.0%}"
-    table.add_row(waiting, duration(times.waiting))
-  table.add_row("step", duration(times.seconds))
-  if times.seconds is not None and plan.tokens_per_second is not None:
-    table.add_row("limited by", times.limited_by)
-    table.add_row("MFU, strict", f"{plan.mfu:.1%}" if plan.mfu else "?")
-    rate = plan.tokens_per_second
-    table.add_row("tokens/s", f"{rate:,.0f}")
-    table.add_row("tokens/day", f"{rate * 86_400:.3g}")
+    yield f"waiting in the pipeline, {times.bubble:.0%}", duration(times.waiting)
+  yield "step", duration(times.seconds)
+  rate = plan.tokens_per_second
+  if rate is not None:
+    yield "limited by", times.limited_by or "?"
+    yield "MFU, strict", known(plan.mfu, "{:.1%}")
+    yield "tokens/s", f"{rate:,.0f}"
+    yield "tokens/day", f"{rate * 86_400:.3g}"
   title = "tokens, 20 per parameter" if report.tokens is None else "tokens asked for"
-  table.add_row(title, f"{report.budget:.3g}")
+  yield title, f"{report.budget:.3g}"
   if report.device_hours is not None:
     days = report.device_hours / plan.num_devices / 24
-    table.add_row("device-hours for them", f"{report.device_hours:,.0f} ({days:,.1f} days)")
+    yield "device-hours for them", f"{report.device_hours:,.0f} ({days:,.1f} days)"
   if report.cost is not None:
-    table.add_row(f"cost at {report.price:g} per device-hour", f"{report.cost:,.0f}")
-  console.print(table, "")
+    yield f"cost at {report.price:g} per device-hour", f"{report.cost:,.0f}"
 
 
-def _print_decoding(points: Sequence[DecodePoint], console: Console) -> None:
-  titles = ("context", "per device", "fits", "needs", "per token", "tokens/s", "limit")
-  table = _table("Decoding, from the bandwidth roofline", "batch", *titles)
-  for point in points:
-    table.add_row(
-      str(point.batch),
-      f"{point.context:,}",
-      size(point.bytes_per_device),
-      {True: "yes", False: "no", None: "?"}[point.fits],
-      "?" if point.min_devices is None else f"{point.min_devices} devices",
-      duration(point.seconds),
-      "?" if point.tokens_per_second is None else f"{point.tokens_per_second:,.0f}",
-      point.limited_by or "?",
-    )
-  console.print(table, "")
-
-
-def _print_choices(choices: Sequence[Choice], console: Console) -> None:
-  titles = ("remat", "accumulate", "per device", "step", "MFU", "limit", "fits")
-  table = _table(f"Best of {len(choices)} ways to run it", "mesh", *titles)
-  for choice in choices[:MOST_CHOICES]:
-    plan, training = choice.plan, choice.cfg.training
-    table.add_row(
-      plan.mesh,
-      training.remat,
-      str(training.accumulation_steps),
-      size(plan.memory.total),
-      duration(plan.times.seconds),
-      f"{plan.mfu:.1%}" if plan.mfu else "?",
-      plan.times.limited_by or "?",
-      {True: "yes", False: "no", None: "?"}[plan.fits],
-    )
-  console.print(table, "")
-
-
-def _print_compiled(compiled: CompiledStep, plan: Plan, console: Console) -> None:
-  table = _table(f"Compiled for {compiled.target} in {compiled.seconds:.0f} s", "", "")
+def _compiled(compiled: CompiledStep, plan: Plan) -> Rows:
   if compiled.error is not None:
-    table.add_row("refused", compiled.error)
-  else:
-    rows: Mapping[str, int | None] = {
-      "arguments": compiled.argument_bytes,
-      "outputs": compiled.output_bytes,
-      "temporaries": compiled.temp_bytes,
-      "peak": compiled.peak_bytes,
-    }
-    for name, value in rows.items():
-      table.add_row(name, size(value))
-    table.add_row("analytic", size(plan.memory.total))
-    if plan.device.kind == "gpu":
-      table.add_row("attention", "blocked: cuDNN's compiles only on a machine with a GPU")
-    difference = compiled.difference(plan.memory.total)
-    table.add_row(
-      "analytic / peak - 1", "?" if difference is None else f"{difference:+.1%}"
-    )
-    for one in compiled.collectives:
-      table.add_row(f"{one.count} x {one.kind} over {one.axes}", size(one.bytes))
-  console.print(table, "")
+    yield "refused", compiled.error
+    return
+  yield "arguments", size(compiled.argument_bytes)
+  yield "outputs", size(compiled.output_bytes)
+  yield "temporaries", size(compiled.temp_bytes)
+  yield "peak", size(compiled.peak_bytes)
+  yield "analytic", size(plan.memory.total)
+  if plan.device.kind == "gpu":
+    yield "attention", "blocked: cuDNN's compiles only on a machine with a GPU"
+  yield "analytic / peak - 1", known(compiled.difference(plan.memory.total), "{:+.1%}")
+  for one in compiled.collectives:
+    yield f"{one.count} x {one.kind} over {one.axes}", size(one.bytes)
+
+
+def named_axis(axis: str, slow: Sequence[str]) -> str:
+  return f"{axis} (data-centre network)" if axis in slow else axis
+
+
+def known(value: float | None, form: str) -> str:
+  """A value in a form such as `{:,.0f}`, or a question mark if it is not known."""
+  return "?" if value is None else form.format(value)
 
 
 def size(number: int | None) -> str:
@@ -312,3 +283,28 @@ def duration(seconds: float | None) -> str:
   if seconds < 1e-3:
     return f"{seconds * 1e6:,.0f} us"
   return f"{seconds * 1e3:,.1f} ms" if seconds < 1 else f"{seconds:,.2f} s"
+
+
+FITS = {True: "yes", False: "no", None: "?"}
+
+# The columns of two tables: the title, and the cell of a row.
+DECODING: Mapping[str, Callable[[DecodePoint], str]] = {
+  "batch": lambda point: str(point.batch),
+  "context": lambda point: f"{point.context:,}",
+  "per device": lambda point: size(point.bytes_per_device),
+  "fits": lambda point: FITS[point.fits],
+  "needs": lambda point: known(point.min_devices, "{} devices"),
+  "per token": lambda point: duration(point.seconds),
+  "tokens/s": lambda point: known(point.tokens_per_second, "{:,.0f}"),
+  "limit": lambda point: point.limited_by or "?",
+}
+CHOICES: Mapping[str, Callable[[Plan], str]] = {
+  "mesh": lambda plan: plan.mesh,
+  "remat": lambda plan: plan.cfg.training.remat,
+  "accumulate": lambda plan: str(plan.cfg.training.accumulation_steps),
+  "per device": lambda plan: size(plan.memory.total),
+  "step": lambda plan: duration(plan.times.seconds),
+  "MFU": lambda plan: known(plan.mfu, "{:.1%}"),
+  "limit": lambda plan: plan.times.limited_by or "?",
+  "fits": lambda plan: FITS[plan.fits],
+}

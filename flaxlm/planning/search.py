@@ -24,24 +24,7 @@ REMATS: tuple[Remat, ...] = ("none", "dots", "full")
 MOST_DEVICES = 4096  # the most that are tried for a plan that does not fit
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-  """One way to run a config, and its plan."""
-
-  cfg: ResolvedConfig
-  plan: Plan
-
-  @property
-  def flags(self) -> str:
-    """The command-line flags that choose it."""
-    training = self.cfg.training
-    return (
-      f"--mesh {self.plan.mesh} --training.remat={training.remat} "
-      f"--training.accumulation-steps={training.accumulation_steps}"
-    )
-
-
-def search(cfg: ResolvedConfig, device: Device, num_devices: int) -> list[Choice]:
+def search(cfg: ResolvedConfig, device: Device, num_devices: int) -> list[Plan]:
   """Every mesh and remat policy that is possible on `num_devices`; the fastest that fits
   comes first.
 
@@ -49,14 +32,14 @@ def search(cfg: ResolvedConfig, device: Device, num_devices: int) -> list[Choice
   `cfg.mesh` puts on the slow network keep their sizes.
   """
   given, slow = mesh_sizes(cfg.mesh), slow_axes(cfg.mesh)
-  choices = [
-    choice
+  plans = [
+    plan
     for sizes in meshes(cfg, num_devices)
     if all(given[axis] in (-1, sizes[axis]) for axis in slow)
     for remat in REMATS
-    if (choice := _best_accumulation(cfg, device, sizes, remat)) is not None
+    if (plan := _best_accumulation(cfg, device, sizes, remat)) is not None
   ]
-  return sorted(choices, key=_rank)
+  return sorted(plans, key=_rank)
 
 
 def meshes(cfg: ResolvedConfig, num_devices: int) -> Iterator[dict[str, int]]:
@@ -72,16 +55,16 @@ def meshes(cfg: ResolvedConfig, num_devices: int) -> Iterator[dict[str, int]]:
 
 def _best_accumulation(
   cfg: ResolvedConfig, device: Device, sizes: Sizes, remat: Remat
-) -> Choice | None:
-  """The choice with the least accumulation that fits; if none fits, with the most."""
+) -> Plan | None:
+  """The plan with the least accumulation that fits; if none fits, with the most."""
   rows = cfg.data.batch_size // least_rows(cfg.training, sizes)
   steps = [n for n in range(1, rows + 1) if rows % n == 0]
 
-  def choose(number: int) -> Choice:
+  def choose(number: int) -> Plan:
     training = dataclasses.replace(cfg.training, remat=remat, accumulation_steps=number)
     model = cfg.model.padded(sizes["tensor"])
     changed = dataclasses.replace(cfg, training=training, model=model)
-    return Choice(changed, plan_training(changed, sizes, device))
+    return plan_training(changed, sizes, device)
 
   if not steps:
     return None
@@ -90,34 +73,33 @@ def _best_accumulation(
   except ConfigError:  # this mesh does not divide some dim
     return None
   # The sums of gradients that accumulation needs may take more memory than fewer rows save.
-  if most.plan.fits is False and choose(1).plan.fits is False:
+  if most.fits is False and choose(1).fits is False:
     return most
-  return next(choice for n in steps if (choice := choose(n)).plan.fits is not False)
+  return next(plan for n in steps if (plan := choose(n)).fits is not False)
 
 
-def _rank(choice: Choice) -> tuple:
-  plan = choice.plan
+def _rank(plan: Plan) -> tuple:
   seconds = plan.times.seconds
   slow = float("inf") if seconds is None else seconds
   return plan.fits is False, slow, plan.memory.total
 
 
-def cheapest_fit(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Choice | None:
+def cheapest_fit(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Plan | None:
   """The smallest change that makes a config fit: of remat and accumulation, else of the
   mesh, else of the number of devices. None if nothing up to `MOST_DEVICES` fits.
   """
   same_mesh = [_best_accumulation(cfg, device, sizes, remat) for remat in REMATS]
-  fitting = [choice for choice in same_mesh if choice and choice.plan.fits]
+  fitting = [plan for plan in same_mesh if plan and plan.fits]
   if fitting:
     return min(fitting, key=_rank)
   number = math.prod(sizes.values())
-  least = state_bytes(cfg.model, cfg.training, cfg.optimizer, mesh_shape({}))
+  least = state_bytes(cfg, mesh_shape({}))
   while number <= MOST_DEVICES:
     possible = (least.parameters + least.optimizer_state) / number < (
       device.usable_bytes or math.inf
     )
     found = search(cfg, device, number) if possible else []
-    if found and found[0].plan.fits:
+    if found and found[0].fits:
       return found[0]
     number *= 2
   return None

@@ -4,29 +4,27 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from typing import TextIO
 
 import flax.linen as nn
 import jax
 from rich.console import Console
-from rich.table import Table
 
 from flaxlm.config import MeshConfig, ResolvedConfig, mesh_shape, slow_axes
+from flaxlm.nn.models import boxed_shapes, build_model
 from flaxlm.planning.collectives import Collective
-from flaxlm.planning.compile import CompiledStep, compile_step
+from flaxlm.planning.compile import compile_step
 from flaxlm.planning.devices import ANY, Device, find_device
 from flaxlm.planning.memory import (
   Sizes,
   abstract_mesh,
-  abstract_trees,
   local_size,
   state_bytes,
 )
-from flaxlm.planning.report import duration, size
-from flaxlm.planning.roofline import axis_bandwidth, network_bytes
+from flaxlm.planning.network import axis_bandwidth, network_bytes
+from flaxlm.planning.report import duration, named_axis, print_table, size
 from flaxlm.sharding import (
   RULES,
-  Replication,
   axes_of,
   describe_mesh,
   find_replication,
@@ -67,24 +65,24 @@ class ParameterSharding:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardingReport:
-  """How all parameters of a config are sharded over a mesh; bytes are per device."""
+  """How all parameters of a config are sharded over a mesh, and what a step sends.
+
+  The fields are the schema that scripts rely on (docs/design.md, section 2).
+  """
 
   name: str
-  sizes: Sizes
+  mesh: Mapping[str, int]  # the axes in use
+  slow_axes: Sequence[str]  # those on the network between slices or hosts
   parameters: Sequence[ParameterSharding]
-  parameter_bytes: int
-  optimizer_bytes: int
+  collectives: Sequence[Collective]  # of a compiled step
+  bytes_per_device: Mapping[str, int]  # of parameters and optimizer_state
   whole_bytes: int  # of the parameters, unsharded
-  replication: Replication
-  analytic: Mapping[str, float]  # bytes that one device sends in a step, by mesh axis
-  bandwidth: Mapping[str, float | None]  # bytes per second, by mesh axis; None: not known
-  compiled: CompiledStep | None
-  padding: str = ""  # a line about the padding of the vocabulary, if it has any
-  slow: Sequence[str] = ()  # axes on the network between slices or hosts
-
-  @property
-  def collectives(self) -> Sequence[Collective]:
-    return [] if self.compiled is None else self.compiled.collectives
+  replicated_fraction: float  # of their bytes: left whole, though the mesh could cut them
+  analytic_bytes: Mapping[str, float]  # that one device sends in a step, by mesh axis
+  bytes_per_second: Mapping[str, float | None]  # by mesh axis; None: not known
+  compiled_for: str | None  # None: the step was not compiled
+  error: str | None  # why the compiler refused
+  padding: str  # a line about the padding of the vocabulary, if it has any
 
 
 def report_sharding(
@@ -100,7 +98,7 @@ def report_sharding(
   model = cfg.model.padded(sizes["tensor"])
   cfg = dataclasses.replace(cfg, mesh=dict(mesh), model=model)
   target: Device = ANY if device is None else find_device(device)
-  boxed, _ = abstract_trees(cfg.model, cfg.training, cfg.optimizer)
+  boxed = boxed_shapes(build_model(model, cfg.training))
   params = with_shardings(boxed, abstract_mesh(sizes))
   is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
   boxes = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)
@@ -108,21 +106,26 @@ def report_sharding(
     describe_parameter(path, box.names, leaf, sizes)
     for (path, box), leaf in zip(boxes, jax.tree.leaves(params), strict=True)
   ]
-  state = state_bytes(cfg.model, cfg.training, cfg.optimizer, sizes)
-  analytic = network_bytes(cfg, sizes, state)
+  state = state_bytes(cfg, sizes)
+  sent = network_bytes(cfg, sizes)
+  step = compile_step(cfg, sizes, target) if compiled else None
   return ShardingReport(
     name=cfg.name or "config",
-    sizes=sizes,
+    mesh={axis: size for axis, size in sizes.items() if size > 1},
+    slow_axes=slow,
     parameters=parameters,
-    parameter_bytes=state.parameters,
-    optimizer_bytes=state.optimizer_state,
+    collectives=() if step is None else step.collectives,
+    bytes_per_device={
+      "parameters": state.parameters,
+      "optimizer_state": state.optimizer_state,
+    },
     whole_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)),
-    replication=find_replication(params, sizes),
-    analytic=analytic,
-    bandwidth={axis: axis_bandwidth(target, sizes, axis, slow) for axis in analytic},
-    compiled=compile_step(cfg, sizes, target) if compiled else None,
+    replicated_fraction=find_replication(params, sizes).fraction,
+    analytic_bytes=sent,
+    bytes_per_second={axis: axis_bandwidth(target, sizes, axis, slow) for axis in sent},
+    compiled_for=None if step is None else step.target,
+    error=None if step is None else step.error,
     padding=model.padding,
-    slow=slow,
   )
 
 
@@ -160,96 +163,64 @@ def explain(names: Sequence[str], sizes: Sizes) -> str:
   return "whole: " + "; ".join(f"{name}: {REASONS[name]}" for name in names[-1:])
 
 
-# -- For scripts and people ----------------------------------------------------------------
-
-
-def to_json(report: ShardingReport) -> dict[str, Any]:
-  """The report in the schema that scripts rely on (docs/design.md, section 2)."""
-  return {
-    "name": report.name,
-    "mesh": {axis: n for axis, n in report.sizes.items() if n > 1},
-    "slow_axes": list(report.slow),
-    "parameters": [dataclasses.asdict(one) for one in report.parameters],
-    "collectives": [dataclasses.asdict(one) for one in report.collectives],
-    "bytes_per_device": {
-      "parameters": report.parameter_bytes,
-      "optimizer_state": report.optimizer_bytes,
-    },
-    "whole_bytes": report.whole_bytes,
-    "replicated_fraction": report.replication.fraction,
-    "analytic_bytes": dict(report.analytic),
-    "bytes_per_second": dict(report.bandwidth),
-    "compiled_for": report.compiled and report.compiled.target,
-    "error": report.compiled and report.compiled.error,
-  }
+# -- For people ----------------------------------------------------------------------------
 
 
 def print_sharding(report: ShardingReport, out: TextIO) -> None:
   """The report as tables."""
   console = Console(file=out, highlight=False, width=None if out.isatty() else 120)
-  devices = math.prod(report.sizes.values())
-  mesh = describe_mesh(report.sizes, report.slow)
-  console.print(f"{report.name} on {mesh}: {devices} devices")
+  mesh = describe_mesh(report.mesh, report.slow_axes)
+  console.print(f"{report.name} on {mesh}: {math.prod(report.mesh.values())} devices")
   console.print(f"{report.padding}\n" if report.padding else "")
-  table = Table(title="Parameters", title_justify="left", box=None, padding=(0, 2, 0, 0))
-  for title in ("", "parameter", "shape", "dims:axes", "per device"):
-    justify: Any = "right" if title == "per device" else "left"
-    table.add_column(title, justify=justify, overflow="fold")
-  notes: dict[str, int] = {}
-  for one in report.parameters:
-    note = notes.setdefault(one.reason, len(notes) + 1)
-    dims = [
-      f"{name}:{'+'.join(axes)}" if axes else name
-      for name, axes in zip(one.logical, one.spec, strict=True)
-    ]
-    shape = "x".join(map(str, one.shape))
-    cells = (f"({note})", one.name, shape, " ".join(dims), size(one.bytes_per_device))
-    table.add_row(*cells)
-  console.print(table, "")
-  for reason, note in notes.items():
+  reasons = list(dict.fromkeys(one.reason for one in report.parameters))
+  columns = ("", "parameter", "shape", "dims:axes", "per device")
+  rows = [_row(one, 1 + reasons.index(one.reason)) for one in report.parameters]
+  print_table(console, "Parameters", columns, rows, left=4)
+  for note, reason in enumerate(reasons, 1):
     console.print(f"({note}) {reason}")
-  share = report.parameter_bytes / report.whole_bytes
+  local = report.bytes_per_device
+  share = local["parameters"] / report.whole_bytes
   console.print(
     "",
-    f"parameters per device       {size(report.parameter_bytes)} "
+    f"parameters per device       {size(local['parameters'])} "
     f"({share:.2%} of {size(report.whole_bytes)})",
-    f"optimizer state per device  {size(report.optimizer_bytes)}",
-    f"left whole                  {report.replication.fraction:.3%} of the bytes that "
+    f"optimizer state per device  {size(local['optimizer_state'])}",
+    f"left whole                  {report.replicated_fraction:.3%} of the bytes that "
     "the mesh could cut",
     "",
     sep="\n",
   )
-  if report.compiled is not None:
-    print_collectives(report, report.compiled, console)
-  print_traffic(report, console)
+  if report.compiled_for is not None:
+    title = f"Collectives of one step, compiled for {report.compiled_for}; "
+    title += "bytes sent per device"
+    if report.error is None:
+      sent = [(c.kind, c.axes, str(c.count), size(c.bytes)) for c in report.collectives]
+      print_table(console, title, ("kind", "axes", "count", "bytes"), sent, left=2)
+    else:
+      console.print(f"{title}: {report.error}")
+  for axis in report.analytic_bytes:
+    console.print(f"{named_axis(axis, report.slow_axes)}: {_traffic(report, axis)}")
 
 
-def print_collectives(
-  report: ShardingReport, compiled: CompiledStep, console: Console
-) -> None:
-  title = f"Collectives of one step, compiled for {compiled.target}; bytes sent per device"
-  if compiled.error is not None:
-    console.print(f"{title}: {compiled.error}")
-    return
-  table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-  for title in ("kind", "axes", "count", "bytes"):
-    table.add_column(title, justify="left" if title in ("kind", "axes") else "right")
-  for one in report.collectives:
-    table.add_row(one.kind, one.axes, str(one.count), size(one.bytes))
-  console.print(table, "")
+def _row(one: ParameterSharding, note: int) -> Sequence[str]:
+  dims = [
+    f"{name}:{'+'.join(axes)}" if axes else name
+    for name, axes in zip(one.logical, one.spec, strict=True)
+  ]
+  shape = "x".join(map(str, one.shape))
+  return f"({note})", one.name, shape, " ".join(dims), size(one.bytes_per_device)
 
 
-def print_traffic(report: ShardingReport, console: Console) -> None:
-  """Along each axis: the bytes by the formula, those of the compiled step, the seconds."""
-  for axis, expected in report.analytic.items():
-    texts = [f"{size(round(expected))} by the formula"]
-    if report.compiled is not None and report.compiled.error is None:
-      found = sum(c.bytes for c in report.collectives if axis in c.axes.split("+"))
-      # Between slices a TPU sends through its hosts, and its program has no collective.
-      hidden = axis in report.slow and not found
-      texts.insert(0, "sent by the hosts" if hidden else f"{size(found)} compiled")
-    rate = report.bandwidth[axis]
-    if rate:
-      texts.append(f"{duration(expected / rate)} at {rate / 1e9:g} GB/s")
-    where = " (data-centre network)" if axis in report.slow else ""
-    console.print(f"{axis}{where}: {', '.join(texts)}")
+def _traffic(report: ShardingReport, axis: str) -> str:
+  """Bytes along an axis by the formula, those of the compiled step, and the seconds."""
+  expected = report.analytic_bytes[axis]
+  texts = [f"{size(round(expected))} by the formula"]
+  if report.compiled_for is not None and report.error is None:
+    found = sum(c.bytes for c in report.collectives if axis in c.axes.split("+"))
+    # Between slices a TPU sends through its hosts, and its program has no collective.
+    hidden = axis in report.slow_axes and not found
+    texts.insert(0, "sent by the hosts" if hidden else f"{size(found)} compiled")
+  rate = report.bytes_per_second[axis]
+  if rate:
+    texts.append(f"{duration(expected / rate)} at {rate / 1e9:g} GB/s")
+  return ", ".join(texts)

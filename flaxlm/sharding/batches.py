@@ -78,25 +78,27 @@ def check_batch(cfg: Config, sizes: Mapping[str, int]) -> None:
   check_stages(cfg, sizes)
   accumulation, size = cfg.training.accumulation_steps, cfg.data.batch_size
   shards = least_rows(cfg.training, sizes) * accumulation
-  if size % shards:
-    factors = [f"{axis}={sizes[axis]}" for axis in RULES["batch"]]
-    if sizes["stage"] == 1:
-      del factors[0]
-    elif cfg.training.pipeline_microbatches is not None:
-      factors[0] = f"pipeline_microbatches={cfg.training.pipeline_microbatches}"
-    axes = " x ".join(factors)
+  factors = [f"{axis}={sizes[axis]}" for axis in RULES["batch"]]
+  if sizes["stage"] == 1:
+    del factors[0]
+  elif cfg.training.pipeline_microbatches is not None:
+    factors[0] = f"pipeline_microbatches={cfg.training.pipeline_microbatches}"
+  factors.append(f"accumulation_steps={accumulation}")
+  check_multiple("data.batch_size", size, shards, " x ".join(factors))
+  parts = sizes["context"]
+  check_multiple("data.seq_len", cfg.data.seq_len, parts, f"mesh context={parts}")
+  if cfg.data.source_len is not None:
+    check_multiple("data.source_len", cfg.data.source_len, parts, f"mesh context={parts}")
+
+
+def check_multiple(name: str, number: int, factor: int, factors: str) -> None:
+  """Raises `ConfigError` for a field that is not a multiple of `factor`, which is `factors`
+  in words."""
+  if number % factor:
     raise ConfigError(
-      f"data.batch_size={size} is not a multiple of {axes} x "
-      f"accumulation_steps={accumulation}",
-      f"nearest: {max(1, round(size / shards)) * shards}",
+      f"{name}={number} is not a multiple of {factors}",
+      f"nearest: {max(1, round(number / factor)) * factor}",
     )
-  for name in ("seq_len", "source_len"):
-    length, parts = getattr(cfg.data, name), sizes["context"]
-    if length is not None and length % parts:
-      raise ConfigError(
-        f"data.{name}={length} is not a multiple of mesh context={parts}",
-        f"nearest: {max(1, round(length / parts)) * parts}",
-      )
 
 
 def check_stages(cfg: Config, sizes: Mapping[str, int]) -> None:
@@ -112,11 +114,7 @@ def check_stages(cfg: Config, sizes: Mapping[str, int]) -> None:
   if model.family == "encoder_decoder":
     depths["encoder_depth"] = model.encoder_depth or model.depth
   for name, depth in depths.items():
-    if depth % (stages * repeats):
-      raise ConfigError(
-        f"model.{name}={depth} is not a multiple of {rounds}",
-        f"nearest: {max(1, round(depth / (stages * repeats))) * stages * repeats}",
-      )
+    check_multiple(f"model.{name}", depth, stages * repeats, rounds)
     visit = depth // (stages * repeats)
     kinds = model.layer_kinds(depth)
     if kinds != kinds[:visit] * stages * repeats:
@@ -125,12 +123,9 @@ def check_stages(cfg: Config, sizes: Mapping[str, int]) -> None:
         f"{visit} layers at a time (model.{name}={depth} / ({rounds}))",
         "a stage has to hold whole patterns",
       )
-  if microbatches is not None and microbatches % stages:
-    raise ConfigError(
-      f"training.pipeline_microbatches={microbatches} is not a multiple of mesh "
-      f"stage={stages}",
-      f"nearest: {max(1, round(microbatches / stages)) * stages}",
-    )
+  if microbatches is not None:
+    name = "training.pipeline_microbatches"
+    check_multiple(name, microbatches, stages, f"mesh stage={stages}")
   if repeats > 1 and training.remat == "none":
     raise ConfigError(
       f"training.pipeline_repeats={repeats} with training.remat=none would keep the "

@@ -117,5 +117,4 @@ def choose_attention(cfg: Config, mesh: Mesh) -> AttentionPath | None:
   """
   model_cfg = cfg.model.resolve(expected_vocab_size(cfg.tokenizer))
   run = build_model(model_cfg, cfg.training, kernel_head_dim()).run
-  source_len = cfg.data.source_len or cfg.data.seq_len
-  return training_path(model_cfg, run, mesh.shape, cfg.data.seq_len, source_len)
+  return training_path(model_cfg, run, mesh.shape, cfg.data.seq_len, cfg.source_length)

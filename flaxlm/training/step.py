@@ -291,7 +291,7 @@ def abstract_batch(cfg: DataConfig, mesh: Mesh) -> Batch:
   ids, weights = array(cfg.seq_len, jnp.int32), array(cfg.seq_len, jnp.float32)
   if cfg.objective != "seq2seq":
     return Batch(ids, ids, ids, ids, weights)
-  source = array(cfg.source_len or cfg.seq_len, jnp.int32)
+  source = array(cfg.source_length, jnp.int32)
   return Batch(ids, ids, ids, ids, weights, source, source, source)
 
 

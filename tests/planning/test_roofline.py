@@ -18,19 +18,11 @@ from flaxlm.config import (
   mesh_shape,
 )
 from flaxlm.planning.cost import attention_passes, forward_work, kv_cache_bytes
+from flaxlm.planning.decoding import OPERATIONS, decode_work, plan_decoding, read_parameters
 from flaxlm.planning.devices import Device, find_device
-from flaxlm.planning.memory import state_bytes
+from flaxlm.planning.network import axis_bandwidth, network_bytes
 from flaxlm.planning.planner import resolve
-from flaxlm.planning.roofline import (
-  OPERATIONS,
-  StepTimes,
-  axis_bandwidth,
-  decode_work,
-  network_bytes,
-  plan_decoding,
-  plan_training,
-  read_parameters,
-)
+from flaxlm.planning.roofline import StepTimes, plan_training
 
 ROOT = Path(__file__).parents[2]
 LLAMA3_8B = ModelConfig(
@@ -52,9 +44,7 @@ CFG = Config(
 
 
 def sent(mesh: dict[str, int], cfg: Config = CFG) -> dict[str, float]:
-  sizes = mesh_shape(mesh)
-  state = state_bytes(cfg.model, cfg.training, cfg.optimizer, sizes)
-  return network_bytes(cfg, sizes, state)
+  return network_bytes(cfg, mesh_shape(mesh))
 
 
 def test_fsdp_gathers_twice_and_reduces_once():

@@ -45,18 +45,18 @@ def test_every_mesh_is_there_once():
 def test_the_fastest_that_fits_comes_first():
   device = small(60e6)
   found = search(CFG, device, 8)
-  fits = [choice.plan.fits for choice in found]
+  fits = [choice.fits for choice in found]
   assert fits == sorted(fits, reverse=True)
   assert any(fits) and not all(fits)
-  seconds = [choice.plan.times.seconds for choice in found if choice.plan.fits]
+  seconds = [choice.times.seconds for choice in found if choice.fits]
   assert seconds == sorted(seconds)
   # Two heads for keys and values: tensor=4 and 8 cannot be laid out.
-  assert max(choice.plan.sizes["tensor"] for choice in found) == 2
+  assert max(choice.sizes["tensor"] for choice in found) == 2
   for choice in found:
-    if choice.plan.fits and choice.cfg.training.accumulation_steps > 1:
+    if choice.fits and choice.cfg.training.accumulation_steps > 1:
       fewer = dataclasses.replace(choice.cfg.training, accumulation_steps=1)
       cfg = dataclasses.replace(CFG, training=fewer)
-      assert not plan_training(cfg, choice.plan.sizes, device).fits
+      assert not plan_training(cfg, choice.sizes, device).fits
 
 
 def test_the_cheapest_change_keeps_what_it_can():
@@ -70,19 +70,19 @@ def test_the_cheapest_change_keeps_what_it_can():
     for remat in ("none", "dots", "full")
   }
   less_kept = cheapest_fit(CFG, sizes, small(totals["dots"] + 1000))
-  assert less_kept is not None and less_kept.plan.sizes == sizes
+  assert less_kept is not None and less_kept.sizes == sizes
   assert less_kept.cfg.training.remat != "none" or (
     less_kept.cfg.training.accumulation_steps > 1
   )
   assert f"--training.remat={less_kept.cfg.training.remat}" in less_kept.flags
   state = plan_training(CFG, sizes, H200).memory.moments["update"]
   sharded = cheapest_fit(CFG, sizes, small(0.8 * sum(state.values())))
-  assert sharded is not None and sharded.plan.num_devices == 8
-  assert sharded.plan.sizes["fsdp"] * sharded.plan.sizes["tensor"] > 1
+  assert sharded is not None and sharded.num_devices == 8
+  assert sharded.sizes["fsdp"] * sharded.sizes["tensor"] > 1
   one = mesh_shape({})
   more = cheapest_fit(CFG, one, small(0.8 * sum(state.values())))
-  assert more is not None and more.plan.num_devices == 2
-  assert more.plan.fits
+  assert more is not None and more.num_devices == 2
+  assert more.fits
 
 
 def test_nothing_may_fit():

@@ -13,9 +13,8 @@ from flaxlm.errors import ConfigError
 from flaxlm.nn.models import build_model
 from flaxlm.planning.compile import compile_step
 from flaxlm.planning.devices import ANY
-from flaxlm.planning.memory import state_bytes
+from flaxlm.planning.network import network_bytes
 from flaxlm.planning.planner import resolve
-from flaxlm.planning.roofline import network_bytes
 from flaxlm.planning.sharding_report import explain, report_sharding
 from flaxlm.sharding import axes_of, check_replication, find_replication, make_mesh
 from flaxlm.training.step import abstract_params
@@ -46,7 +45,9 @@ def test_it_is_the_sharding_that_training_has():
     assert one.bytes_per_device == leaf.dtype.itemsize * jax.numpy.prod(
       jax.numpy.array(shard)
     )
-  assert report.parameter_bytes == sum(one.bytes_per_device for one in report.parameters)
+  assert report.bytes_per_device["parameters"] == sum(
+    one.bytes_per_device for one in report.parameters
+  )
 
 
 def test_the_contract_of_json(capsys: pytest.CaptureFixture):
@@ -110,8 +111,7 @@ def test_what_travels_is_what_the_formula_says(mesh: dict, extra: int):
   axis = next(iter(mesh))
   compiled = compile_step(TINY, sizes, ANY)
   assert compiled.error is None
-  state = state_bytes(TINY.model, TINY.training, TINY.optimizer, sizes)
-  formula = network_bytes(TINY, sizes, state)[axis]
+  formula = network_bytes(TINY, sizes)[axis]
   vector = 2 * (8 * 64 * 32 * 4) * (1 - 1 / sizes[axis])
   # Not in the formula: looked-up rows of the table that change places (all-to-all).
   found = sum(one.bytes for one in compiled.collectives if one.kind != "all-to-all")

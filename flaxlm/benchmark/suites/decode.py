@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Greedy decoding by batch: the prefill of the prompts, and the decoding after it.
 
-A decoding step reads every weight and the cache (`planning.roofline.decode_work`); a
+A decoding step reads every weight and the cache (`planning.decoding.decode_work`); a
 prefill is a forward pass in which the head sees only the last token. With a peer, whole
 answers of GPT-2's smallest shape are timed, prefill included, because peers do not report
 the two separately.
@@ -35,7 +35,7 @@ from flaxlm.decoding.weights import prepare_params
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import build_model, init_params
 from flaxlm.planning.cost import forward_work
-from flaxlm.planning.roofline import decode_work, read_parameters
+from flaxlm.planning.decoding import decode_work, read_parameters
 from flaxlm.platform import kernel_head_dim
 
 CHECKED_TOKENS = 8
@@ -137,7 +137,7 @@ def bench_against(peer: str, options: BenchOptions) -> list[Result]:
     result = timed("decode", case, timings["flaxlm"], "tokens/s", batch * new, demand)
     results.append(against(result, peer, timings[peer], timings["flaxlm"], gate))
     # A step reads the weights and the cache; the prefill reads the weights once.
-    weights = read_parameters(cfg, batch) * jnp.dtype(cfg.training.dtype).itemsize
+    weights = read_parameters(cfg, batch) * cfg.training.item_size
     read = np.array(timings["read"].rounds)
     read_by_steps = read * demand.bytes / weights
     whole, prefill = (np.array(timings[name].rounds) for name in ("flaxlm", "prefill"))

@@ -35,8 +35,7 @@ from flaxlm.data.objectives import next_token
 from flaxlm.nn.models import build_model
 from flaxlm.planning.cost import step_cost
 from flaxlm.planning.devices import ANY
-from flaxlm.planning.memory import state_bytes
-from flaxlm.planning.roofline import traffic_bytes, with_path
+from flaxlm.planning.roofline import traffic_parts, with_path
 from flaxlm.platform import kernel_head_dim, start_jax
 from flaxlm.sharding import make_mesh
 from flaxlm.training.optimizer import build_optimizer
@@ -102,8 +101,7 @@ def training_demand(case: Case) -> Demand:
   )
   sizes = mesh_shape({})
   cfg, _ = with_path(cfg, sizes, this_device() or ANY)
-  state = state_bytes(cfg.model, cfg.training, cfg.optimizer, sizes)
-  num_bytes = traffic_bytes(cfg, sizes, state)
+  num_bytes = sum(traffic_parts(cfg, sizes).values())
   return Demand(step_cost(cfg).strict_flops, num_bytes, case.dtype)
 
 

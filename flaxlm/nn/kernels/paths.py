@@ -73,11 +73,10 @@ def training_path(
 ) -> Path | None:
   """The path of a training step; None for an RNN, which has no attention.
 
-  `source_len` matters to an encoder-decoder only.
+  `source_len` is 0 for a model that reads no source.
   """
   if cfg.family == "rnn":
     return None
-  source_len = source_len if cfg.family == "encoder_decoder" else 0
   return choose_path(cfg, run, sizes, (seq_len, source_len))
 
 

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding on paper: each step reads the weights and the cache, and memory limits it."""
+
+import dataclasses
+import math
+
+from flaxlm.config import ResolvedConfig, slow_axes
+from flaxlm.planning.cost import active_parameters, forward_work, kv_cache_bytes, parameters
+from flaxlm.planning.devices import Device
+from flaxlm.planning.memory import Sizes, decoding_memory
+from flaxlm.planning.network import axis_bandwidth
+from flaxlm.planning.roofline import memory_seconds, seconds_of
+from flaxlm.sharding import batch_shards
+
+COLLECTIVE_SECONDS = 1e-6  # no exchange is faster, however small (scaling book)
+# Kernels of a greedy decoding step, by kind of device: in each layer, and outside the
+# layers (counted in HLO for LLaMA and GPT shapes: 22 and 29, 24 and 37 on a CPU; 14 and 9,
+# 15 and 9 on an H100). On a CPU products with weights are not among them: their measured
+# rates include what a call costs.
+OPERATIONS = {"cpu": (23, 32), "gpu": (14, 9)}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodePoint:
+  """Decoding `batch` rows of `context` tokens: memory per device, and time per step."""
+
+  batch: int
+  context: int
+  bytes_per_device: int
+  fits: bool | None
+  min_devices: int | None  # the fewest that together hold the weights and the cache
+  seconds: float | None  # per step: one token for every row
+  tokens_per_second: float | None
+  limited_by: str | None
+
+
+def plan_decoding(
+  cfg: ResolvedConfig, sizes: Sizes, device: Device, batch: int, context: int
+) -> DecodePoint:
+  """One point of the bandwidth roofline: every step reads the weights and the cache.
+
+  Arrays are sharded as in training: rows over `data`, `fsdp` and `expert`, heads over
+  `tensor`. So `fsdp` has to gather the weights at every step; `tensor` does not.
+  """
+  usable, item = device.usable_bytes, cfg.training.item_size
+  local = sum(decoding_memory(cfg, sizes, batch, context).values())
+  whole = sum(parameters(cfg.model).values()) * item
+  whole += kv_cache_bytes(cfg.model, batch, context, item, cfg.source_length)
+  times = _decode_times(cfg, sizes, device, batch, context)
+  known = {name: time for name, time in times.items() if time is not None}
+  seconds = None
+  if len(known) == len(times):
+    compute, weights, *others = known.values()
+    seconds = max(compute, weights) + sum(others)
+  return DecodePoint(
+    batch=batch,
+    context=context,
+    bytes_per_device=local,
+    fits=None if usable is None else local <= usable,
+    min_devices=usable and math.ceil(whole / usable),
+    seconds=seconds,
+    tokens_per_second=seconds and batch / seconds,
+    limited_by=None if seconds is None else max(known, key=lambda name: known[name]),
+  )
+
+
+def _decode_times(
+  cfg: ResolvedConfig, sizes: Sizes, device: Device, batch: int, context: int
+) -> dict[str, float | None]:
+  """Seconds of one step by their cause; compute and weights come first."""
+  model, tensor = cfg.model, sizes["tensor"]
+  rows = math.ceil(batch / batch_shards(sizes))
+  flops, weights, cache = decode_work(cfg, rows, context)
+  weights, cache = weights / tensor / sizes["expert"], cache / tensor
+  vectors = rows * model.width * cfg.training.item_size * model.depth
+  exchanges = {  # bytes in all, and the number of exchanges
+    "fsdp": (weights, model.depth),
+    "tensor": (4 * vectors, 2 * model.depth),
+    "expert": (2 * vectors * model.moe.experts_per_token, 2 * model.depth),
+  }
+  network: float | None = 0.0
+  for axis, (whole, count) in exchanges.items():
+    if sizes[axis] > 1 and network is not None:
+      sent = whole * (1 - 1 / sizes[axis])
+      time = seconds_of(sent, axis_bandwidth(device, sizes, axis, slow_axes(cfg.mesh)))
+      network = None if time is None else network + max(time, count * COLLECTIVE_SECONDS)
+  of_layer, of_step = OPERATIONS.get(device.kind, (0, 0))
+  operations = of_layer * model.depth + of_step
+  return {
+    "compute": seconds_of(flops / tensor, device.attainable_flops(cfg.training.dtype)),
+    "weights": memory_seconds({"weights": weights}, device),
+    "cache": memory_seconds({"cache": cache}, device),
+    "network": network,
+    "overhead": operations * device.operation_seconds,
+  }
+
+
+def decode_work(cfg: ResolvedConfig, rows: int, context: int) -> tuple[float, float, float]:
+  """One decoding step of `rows` rows, unsharded: FLOPs, bytes of weights and of cache."""
+  model, item, source = cfg.model, cfg.training.item_size, cfg.source_length
+  work = forward_work(model, rows, 1)
+  flops = work.matmul + work.head
+  if model.family != "rnn":  # attention computes the scores of all slots of its cache
+    slots = model.all_cache_slots(context) + model.depth * source
+    flops += 4.0 * rows * model.num_heads * model.head_dim * slots
+  weights = read_parameters(cfg, rows) * item
+  return flops, weights, kv_cache_bytes(model, rows, context, item, source)
+
+
+def read_parameters(cfg: ResolvedConfig, rows: int) -> int:
+  """Parameters that a decoding step reads: not the input embedding, and of the experts only
+  those that a row has chosen."""
+  model = cfg.model
+  parts = parameters(model)
+  total, active = sum(parts.values()), active_parameters(model)
+  lookup = 0 if model.tied_embeddings else parts["embedding"]
+  # A row chooses A of E experts; independent rows together a share of 1 - (1 - A/E)^rows.
+  if model.moe.num_experts:
+    share = model.moe.experts_per_token / model.moe.num_experts
+    skipped = (total - active) / (1 - share) if share < 1 else 0.0
+    total -= round(skipped * (1 - share) ** rows)
+  return total - lookup

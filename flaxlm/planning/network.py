@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training step sends along each axis of the mesh, and how fast it travels there.
+
+Formulas are those of the scaling book (jax-ml.github.io/scaling-book): gathering an array
+of b bytes on an axis of n devices takes b (n - 1) / n / W, reduce-scattering it the same,
+and an all-reduce twice that.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from flaxlm.config import MESH_AXES, ResolvedConfig
+from flaxlm.planning.cost import parameters, stacks
+from flaxlm.planning.devices import Device
+from flaxlm.planning.memory import Sizes, gathered_keys, local_rows, state_bytes
+from flaxlm.sharding import training_schedule
+
+
+def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
+  """Bytes that one device sends in a step along each mesh axis in use."""
+  training, model, state = cfg.training, cfg.model, state_bytes(cfg, sizes)
+  item, again = training.item_size, training.remat == "full"
+  parts, rows = training.accumulation_steps, local_rows(cfg, sizes)
+  schedule = training_schedule(training, sizes)
+  share = lambda axis: (sizes[axis] - 1) / sizes[axis]
+  # Bytes of the residual stream, of all micro-batches.
+  vectors = parts * rows * cfg.data.seq_len / sizes["context"] * model.width * item
+  # A stage without a microbatch computes as well, on data that is thrown away.
+  stretch = schedule.ticks / schedule.visits
+  # Two branches count as a layer; one that reads a source has three.
+  num_layers = stretch * sum(depth * (2 + reads) for depth, reads in stacks(model)) / 2
+  # A tied embedding has two gradients, of the lookup and of the logits, and each is summed.
+  table = parameters(model)["embedding"] * jnp.dtype(training.param_dtype).itemsize
+  twice = table * model.tied_embeddings // (sizes["tensor"] * sizes["fsdp"])
+  gradients = state.parameters + twice
+  # In a pipeline each tick has the weights and the gradients of the layers of one visit.
+  visit = state.stored_in_blocks / schedule.repeats
+  at_ticks = 0.0
+  if schedule.stages > 1:
+    at_ticks = parts * schedule.ticks * visit * item - state.blocks
+  gathered = state.elements + schedule.ticks * visit - state.stored_in_blocks
+  # Two all-reduces per layer, forward and backward (Shoeybi et al., 2019), and those of
+  # embedding and head. With sequence_parallel they are reduce-scatters and all-gathers,
+  # which cost the same, but the inputs are gathered once more in the backward pass.
+  sums = num_layers * (4 + 2 * again + training.sequence_parallel) + 2
+  # Tokens to their experts and back, forward and backward.
+  moved = (4 + 2 * again) * vectors * model.moe.experts_per_token * model.depth * stretch
+  sent = {
+    # At each tick a microbatch, and its gradient; before and after the ticks all of them to
+    # every stage and back; with repeats, layers to where they run; and the sum of the
+    # gradients of all parameters that are not in a stage.
+    "stage": 2 * vectors * sizes["stage"] * schedule.ticks / schedule.microbatches
+    + 4 * vectors * (sizes["stage"] - 1)
+    + 2 * parts * state.blocks * (schedule.repeats > 1) * share("stage")
+    + 2 * (gradients - state.blocks) * share("stage"),
+    # An all-reduce of the gradients; in a pipeline at every tick.
+    "data": 2 * (gradients + at_ticks) * share("data"),
+    # Weights gathered forward and backward, gradients reduce-scattered; a pipeline does so
+    # at every tick, for the layers of one visit.
+    "fsdp": 3 * parts * gathered * sizes["fsdp"] * item * share("fsdp"),
+    "tensor": 2 * vectors * sums * share("tensor"),
+    # Keys and values, gathered in each layer; their gradients, reduce-scattered; and the
+    # gradients of the parameters, as along `data`.
+    "context": (2 + again) * parts * rows * num_layers * gathered_keys(cfg, sizes)
+    + 2 * gradients * share("context"),
+    # The gradients of all parameters but the experts' are summed, too.
+    "expert": (moved + 2 * gradients) * share("expert"),
+  }
+  return {axis: sent[axis] for axis in MESH_AXES if sizes[axis] > 1}
+
+
+def axis_bandwidth(
+  device: Device, sizes: Sizes, axis: str, slow: Sequence[str] = ()
+) -> float | None:
+  """Bytes per second that one device sends along a mesh axis.
+
+  Later mesh axes vary fastest, so their members are the nearest neighbours. The axes of a
+  torus are shared out evenly among the mesh axes in use; on a switch every mesh axis has
+  the full bandwidth. An axis that is larger than the domain has the bandwidth of the
+  network cards of all its members within a domain. A `slow` axis lies outside all others:
+  each of its members is in a slice or host of its own, and has the network card of one
+  device.
+  """
+  if axis in slow:
+    return device.network_bandwidth
+  if device.link_bandwidth is None:
+    return None
+  fast = {other: size for other, size in sizes.items() if other not in slow}
+  inner = math.prod(fast.get(other, 1) for other in MESH_AXES[MESH_AXES.index(axis) + 1 :])
+  rate = device.link_bandwidth
+  if device.torus_axes:
+    in_use = sum(size > 1 for size in fast.values())
+    rate *= max(1, device.torus_axes // in_use)
+  if inner * sizes[axis] <= device.domain:
+    return rate
+  if device.network_bandwidth is None:
+    return None
+  local = max(1, device.domain // inner)
+  return min(rate, local * device.network_bandwidth)
