@@ -268,8 +268,8 @@ NN = [
   Defect(
     "an encoder sees earlier tokens only",
     "flaxlm/nn/models.py",
-    "self.stack = Stack(self.cfg, self.run, causal=False)",
-    "self.stack = Stack(self.cfg, self.run, causal=True)",
+    "self.stack = Stack(self.cfg, self.execution, causal=False)",
+    "self.stack = Stack(self.cfg, self.execution, causal=True)",
     "laws/test_family_laws.py::test_an_encoder_sees_both_sides",
   ),
   Defect(

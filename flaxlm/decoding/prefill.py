@@ -199,7 +199,7 @@ def prefill_rows(
 ) -> tuple[jax.Array, Any]:
   """Reads rows into a cache, a chunk at a time: (logits (B, V) after each, cache)."""
   batch = cache.lengths_B.shape[0]
-  last_BD = np.zeros((batch, model.cfg.width), model.run.dtype)
+  last_BD = np.zeros((batch, model.cfg.width), model.execution.dtype)
   for start in range(0, max(map(len, rows)), CHUNK):
     chunk = [row[start : start + CHUNK] for row in rows]
     tokens_BT, num_new_B = pad_rows(chunk, batch)

@@ -19,11 +19,11 @@ from flaxlm.nn.kernels.blocked import attend_blocked
 from flaxlm.nn.kernels.cached import attend_cached
 from flaxlm.nn.kernels.cudnn import attend_cudnn
 from flaxlm.nn.kernels.outline import OUTLINE, attend_outline
-from flaxlm.nn.kernels.paths import path_here, prompt_path
+from flaxlm.nn.kernels.paths import choose_path, prompt_path
 from flaxlm.nn.layers import Einsum, residual_scale
 from flaxlm.nn.masks import LOWEST, CosSin, Reach, Scoring, Sight
 from flaxlm.nn.positions import rotate
-from flaxlm.sharding import constrain
+from flaxlm.sharding import axis_sizes_in_use, constrain
 
 
 def attend(
@@ -64,12 +64,12 @@ class Attention(nn.Module):
   """Self-attention or cross-attention with N query heads and K key/value heads."""
 
   cfg: ResolvedModel
-  run: Execution
+  execution: Execution
 
   def setup(self):
     cfg = self.cfg
     D, N, K, H = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    dtypes = self.run.dtypes
+    dtypes = self.execution.dtypes
     heads, kv_heads = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
     biased = cfg.qkv_biased
     self.q = Einsum("BTD,DNH->BTNH", (D, N, H), heads, biased=biased, **dtypes)
@@ -126,7 +126,7 @@ class Attention(nn.Module):
     Keys and values are (B, S, K, H) or, `cached`, (B, K, S, H).
     """
     q_BTNH = self.queries(x_BTD, sight.cos_sin)
-    k, v = (widened(x, self.run.dtype) for x in keys_values)
+    k, v = (widened(x, self.execution.dtype) for x in keys_values)
     mixing = (sight, Scoring(self.cfg.attention_scale, self.cfg.attention_softcap))
     sinks_N = self.sinks if self.cfg.learned_sinks else None
     weights_BNTS = None
@@ -151,12 +151,13 @@ class Attention(nn.Module):
     if capture:
       return "captured"
     if cached:
-      return prompt_path(self.cfg, self.run, q_BTNH.shape[1], k.shape[2]).name
-    if self.run.attention == OUTLINE:
+      return prompt_path(self.cfg, self.execution, q_BTNH.shape[1], k.shape[2]).name
+    if self.execution.attention == OUTLINE:
       return OUTLINE
     if self.is_initializing():
       return "blocked"
-    return path_here(self.cfg, self.run, (q_BTNH.shape[1], k.shape[1])).name
+    lengths = (q_BTNH.shape[1], k.shape[1])
+    return choose_path(self.cfg, self.execution, axis_sizes_in_use(), lengths).name
 
 
 class HeadNorm(nn.Module):

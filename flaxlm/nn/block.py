@@ -47,16 +47,16 @@ class Block(nn.Module):
   """
 
   cfg: ResolvedModel
-  run: Execution
+  execution: Execution
   reads_source: bool = False
 
   def setup(self):
-    cfg, run = self.cfg, self.run
-    self.attention = Attention(cfg, run)
-    self.ffn = (MoE if cfg.moe.num_experts else FeedForward)(cfg, **run.dtypes)
+    cfg, execution = self.cfg, self.execution
+    self.attention = Attention(cfg, execution)
+    self.ffn = (MoE if cfg.moe.num_experts else FeedForward)(cfg, **execution.dtypes)
     branches = ["attention", "ffn"]
     if self.reads_source:
-      self.cross_attention = Attention(cfg, run)
+      self.cross_attention = Attention(cfg, execution)
       branches.append("cross_attention")
     if cfg.parallel == "one_norm":
       branches.remove("ffn")
@@ -94,7 +94,7 @@ class Block(nn.Module):
       g_BTD = self.branch_input("ffn", x_BTD)
     y_BTD, losses = self.feed_forward(g_BTD, context, cached=cache is not None)
     x_BTD = self.add("ffn", x_BTD, y_BTD, deterministic)
-    return on_share(x_BTD, self.run), LayerOutput(new_cache, losses, maps)
+    return on_share(x_BTD, self.execution), LayerOutput(new_cache, losses, maps)
 
   # -- The residual stream
 
@@ -108,7 +108,7 @@ class Block(nn.Module):
     self, branch: str, x_BTD: jax.Array, y_BTD: jax.Array, deterministic: bool
   ) -> jax.Array:
     """x + y, with dropout on y and norms where `norm_placement` puts them."""
-    y_BTD = on_share(y_BTD, self.run)
+    y_BTD = on_share(y_BTD, self.execution)
     if self.cfg.norm_placement in {"output", "both"}:
       y_BTD = getattr(self, f"{branch}_output_norm")(y_BTD)
     x_BTD = x_BTD + self.dropout(y_BTD, deterministic=deterministic)
@@ -161,13 +161,13 @@ class Block(nn.Module):
     return self.ffn(x_BTD, context.real_BT, dropping=not cached)
 
 
-def on_share(x_BTD: jax.Array, run: Execution) -> jax.Array:
+def on_share(x_BTD: jax.Array, execution: Execution) -> jax.Array:
   """The layout for norms and residual sums: whole rows or, with `sequence_parallel`, a
   share of each row per device along `tensor` (Korthikanti et al., 2022, section 4.2.2).
 
   A branch's output arrives as partial sums over `tensor`; this constraint adds them up.
   """
-  if run.sequence_parallel:
+  if execution.sequence_parallel:
     return constrain(x_BTD, "batch", "norm_length", "act_embed")
   return on_whole_rows(x_BTD)
 

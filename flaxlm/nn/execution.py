@@ -15,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flaxlm.config import TrainingConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
@@ -30,12 +32,39 @@ class Execution:
   sequence_parallel: bool = False
   attention: str = "auto"  # the path over whole rows: see nn.kernels.paths
   # The largest head dim that cuDNN's attention takes on the devices at hand; 0: it cannot
-  # run there (`platform.kernel_head_dim` asks the devices; nothing in nn does).
+  # run there. Nothing in nn asks the devices.
   kernel_head_dim: int = 0
+
+  @classmethod
+  def of(
+    cls, training: TrainingConfig | None = None, kernel_head_dim: int = 0
+  ) -> "Execution":
+    """What a config says of it; None: all in float32, with every layer unrolled.
+
+    `kernel_head_dim` is the value of `platform.kernel_head_dim` on the devices that will
+    run the model. The default, 0, suits one that is only traced: it uses no fused kernel.
+    """
+    if training is None:
+      return cls(kernel_head_dim=kernel_head_dim)
+    return cls(
+      dtype=jnp.dtype(training.dtype),
+      param_dtype=jnp.dtype(training.param_dtype),
+      remat=training.remat,
+      scanned=training.scanned,
+      microbatches=training.pipeline_microbatches,
+      repeats=training.pipeline_repeats,
+      sequence_parallel=training.sequence_parallel,
+      attention=training.attention,
+      kernel_head_dim=kernel_head_dim,
+    )
 
   @property
   def dtypes(self) -> dict[str, jnp.dtype]:
     return dict(dtype=self.dtype, param_dtype=self.param_dtype)
+
+  @property
+  def cache_dtype(self) -> jnp.dtype:
+    return jnp.dtype(jnp.int8) if self.narrow_cache else self.dtype
 
 
 # What is kept of a block besides its input, by `training.remat`.
@@ -54,14 +83,14 @@ REMAT_POLICIES = {
 }
 
 
-def with_remat(layer: "Layer", run: Execution, is_looped: bool) -> "Layer":
+def with_remat(layer: "Layer", execution: Execution, is_looped: bool) -> "Layer":
   """The layer, keeping for its backward pass only what `run.remat` says.
 
   Outside a loop, XLA has to be kept from merging what is computed twice into one.
   """
-  if run.remat == "none":
+  if execution.remat == "none":
     return layer
-  policy = REMAT_POLICIES[run.remat]
+  policy = REMAT_POLICIES[execution.remat]
   return jax.checkpoint(layer, policy=policy, prevent_cse=not is_looped)
 
 

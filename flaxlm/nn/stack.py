@@ -44,22 +44,22 @@ class Stack(nn.Module):
   """Positions, L blocks, and the final norm: embedded tokens in, hidden vectors out."""
 
   cfg: ResolvedModel
-  run: Execution
+  execution: Execution
   causal: bool = True
   reads_source: bool = False
 
   def setup(self):
-    cfg, run = self.cfg, self.run
+    cfg, execution = self.cfg, self.execution
     if cfg.positions == "learned":
       shape, names = (cfg.context, cfg.width), ("slots", "embed")
-      self.positions = Embedding(shape, names, **run.dtypes)
+      self.positions = Embedding(shape, names, **execution.dtypes)
     if cfg.positions == "relative":
       shape, names = (cfg.relative_buckets, cfg.num_heads), ("slots", "heads")
-      self.relative_bias = Embedding(shape, names, param_dtype=run.param_dtype)
+      self.relative_bias = Embedding(shape, names, param_dtype=execution.param_dtype)
     if cfg.embedding_norm:
       self.embedding_norm = build_norm(cfg)
     blocks = stacked_class(Block, self.cfg.depth, in_axes=(nn.broadcast, nn.broadcast))
-    self.blocks = blocks(cfg, run, self.reads_source)
+    self.blocks = blocks(cfg, execution, self.reads_source)
     if cfg.norm_placement != "post":
       self.final_norm = build_norm(cfg)
     self.dropout = nn.Dropout(cfg.dropout)
@@ -91,7 +91,7 @@ class Stack(nn.Module):
       positions_BT = slots_BT
     x_BTD = self.add_positions(x_BTD, positions_BT)
     x_BTD = self.dropout(x_BTD, deterministic=deterministic)
-    x_BTD = on_share(x_BTD, self.run)
+    x_BTD = on_share(x_BTD, self.execution)
     schedule = None if cache is not None or capture else self.schedule(B)
     if schedule is not None:
       rows = (positions_BT, segments_BT, source)
@@ -201,7 +201,7 @@ class Stack(nn.Module):
       return x_BTD, output._replace(attention={})
     layers = self.layers(lambda: contexts, deterministic, capture)
     params, keys_L = self.blocks.variables["params"], self.dropout_keys(deterministic)
-    if caches is None and self.run.scanned and not is_split(params):
+    if caches is None and self.execution.scanned and not is_split(params):
       return run_scanned(layers, len(self.cfg.period), x_BTD, (params, keys_L, None))
     # With a cache, always unrolled: a loop would copy the whole cache at every token.
     layer_inputs = zip(
@@ -225,7 +225,7 @@ class Stack(nn.Module):
     stages = sizes.get(AXIS, 1)
     if stages == 1 or self.is_initializing() or is_split(self.blocks.variables["params"]):
       return None
-    schedule = make_schedule(stages, self.run.microbatches, self.run.repeats)
+    schedule = make_schedule(stages, self.execution.microbatches, self.execution.repeats)
     shards = math.prod(sizes.get(axis, 1) for axis in RULES["batch"]) // stages
     return None if num_rows % (schedule.microbatches * shards) else schedule
 
@@ -259,7 +259,7 @@ class Stack(nn.Module):
         keys_L = jax.lax.dynamic_slice_in_dim(keys_L, first, count)
         keys_L = jax.vmap(jax.random.fold_in, (0, None))(keys_L, visit.microbatch)
       layer_inputs = (params, keys_L, None)
-      if self.run.scanned:
+      if self.execution.scanned:
         period = min(len(self.cfg.period), count)
         x_BTD, output = run_scanned(layers, period, x_BTD, layer_inputs)
       else:
@@ -289,9 +289,9 @@ class Stack(nn.Module):
     The function itself makes the layer's context and, with `choose`, picks its parameters
     out of several, so that neither is kept for the backward pass.
     """
-    block = Block(self.cfg, self.run, self.reads_source, parent=None)
+    block = Block(self.cfg, self.execution, self.reads_source, parent=None)
     has_tail = self.cfg.depth % len(self.cfg.period) > 0  # which `run_scanned` unrolls
-    is_looped = self.run.scanned and not has_tail
+    is_looped = self.execution.scanned and not has_tail
 
     def layer_of(kind: str) -> Layer:
       def layer(x_BTD: jax.Array, inputs: tuple) -> tuple[jax.Array, LayerOutput]:
@@ -303,14 +303,14 @@ class Stack(nn.Module):
           variables, x_BTD, cache, context, deterministic, capture, rngs=rngs
         )
 
-      return with_remat(layer, self.run, is_looped)
+      return with_remat(layer, self.execution, is_looped)
 
     layers = {kind: layer_of(kind) for kind in sorted(set(self.cfg.period))}
     return [layers[kind] for kind in self.cfg.layer_kinds()]
 
   def source_cache(self, source_BSD: jax.Array, segments_BS: jax.Array) -> SourceCache:
     """Every layer's keys and values of the encoder's output."""
-    block = Block(self.cfg, self.run, self.reads_source, parent=None)
+    block = Block(self.cfg, self.execution, self.reads_source, parent=None)
     layers = []
     for params in split_blocks(self.blocks.variables["params"], self.cfg.depth):
       variables = {"params": params}
