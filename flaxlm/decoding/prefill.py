@@ -152,12 +152,12 @@ def prefill_prompts(
       assert prefix is not None
       cache = prefix.cache
     else:
-      cache = init_empty_cache(model, shards, slots)
+      cache = init_cache(model, shards, slots)
       _, cache = prefill_rows(model, params, [prompts[0][:shared]], cache)
     rows_B = np.zeros(batch, np.int32)
     cache = repeat_prefix(model.cfg, cache, rows_B, np.int32(shared), slots)
   else:
-    cache = init_empty_cache(model, batch, slots)
+    cache = init_cache(model, batch, slots)
   rest = [prompt[shared:] for prompt in prompts]
   logits_BV, cache = prefill_rows(model, params, rest, cache)
   if len(unique) < len(rows):
@@ -250,11 +250,6 @@ def prefill_chunk(
 @functools.partial(jax.jit, static_argnames="model")
 def logits_of_hidden(model: LanguageModel, params: Any, x_BD: jax.Array) -> jax.Array:
   return model.apply({"params": params}, x_BD[:, None], method="logits")[:, 0]
-
-
-@functools.partial(jax.jit, static_argnames=("model", "batch", "slots"))
-def init_empty_cache(model: LanguageModel, batch: int, slots: int) -> Any:
-  return init_cache(model, batch, slots)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots"))

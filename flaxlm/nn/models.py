@@ -46,6 +46,7 @@ def abstract_params(model: LanguageModel, mesh: Mesh) -> Any:
   return with_shardings(boxed, mesh)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def init_cache(model: LanguageModel, batch: int, slots: int) -> Any:
   """An empty cache for `batch` rows of up to `slots` tokens.
 
