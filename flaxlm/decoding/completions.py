@@ -189,8 +189,7 @@ def make_request(
   if max_new_tokens is None:
     room = run.model.cfg.context - max(map(len, starts), default=0)
     max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
-  num_ids = min(tokenizer.vocab_size, run.model.cfg.num_ids)
-  return Request(starts, max_new_tokens, num_ids, sources, num_top)
+  return Request(starts, max_new_tokens, run.num_ids, sources, num_top)
 
 
 class _GrowingCompletion:

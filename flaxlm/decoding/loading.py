@@ -33,6 +33,11 @@ class Run(NamedTuple):
   mesh: Mesh
   draft: Any = None  # a `Draft`, which guesses tokens for this run
 
+  @property
+  def num_ids(self) -> int:
+    """How many ids can be written: those that both tokenizer and model have."""
+    return min(self.tokenizer.vocab_size, self.model.cfg.num_ids)
+
 
 def load_run(
   path: Path,
