@@ -41,10 +41,8 @@ def fill_masks(run: Run, texts: Sequence[str], num_candidates: int = 5) -> list[
   for text, row in zip(texts, rows, strict=True):
     if mask_id not in row:
       raise ConfigError(f"{text!r} has no {MASK}", f'as in "import {MASK}"')
-  num_ids = jnp.int32(run.tokenizer.vocab_size)
-  all_logits_BTV = map_in_batches(
-    run, rows, functools.partial(logits_of_rows, num_ids=num_ids)
-  )
+  logits_of_ids = functools.partial(logits_of_rows, num_ids=jnp.int32(run.num_ids))
+  all_logits_BTV = map_in_batches(run, rows, logits_of_ids)
   results = []
   for text, row, logits_TV in zip(texts, rows, all_logits_BTV, strict=True):
     candidates, ids = [], list(row)

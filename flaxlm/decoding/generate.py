@@ -15,12 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxlm.decoding.prefill import (
-  BLOCK_STEPS,
-  CachedPrefix,
-  Request,
-  prefill_prompts,
-)
+from flaxlm.decoding.prefill import BLOCK_STEPS, CachedPrefix, Request, prefill_prompts
 from flaxlm.decoding.sampling import (
   HISTORY_RULES,
   Sampling,
@@ -132,8 +127,8 @@ def generate(
       tokens += block.tokens_BT[0].tolist()
       # The cache does not hold the newest token yet.
       prefix_cache.prefix = CachedPrefix(tuple(tokens[:-1]), state.cache)
-    num_before = 1 + (number - 1) * BLOCK_STEPS if number else 0
-    yield first_steps(block, request.max_new_tokens - num_before)
+    num_left = request.max_new_tokens - (1 + (number - 1) * BLOCK_STEPS if number else 0)
+    yield block.map_steps(lambda x_BT, num_left=num_left: x_BT[:, :num_left])
     if not is_last:
       sampled = decode() if following is None else following
 
@@ -186,15 +181,9 @@ def sample_step(
   sampled = sample(logits_BV, lengths_B, sampling, static.rules, history, static.num_top)
   if history is not None:
     history = history.add(sampled.token_B, sampling)
-  block = TokenBlock(
-    tokens_BT=sampled.token_B,
-    logprobs_BT=sampled.logprob_B,
-    top_tokens_BTX=sampled.top_tokens_BX,
-    top_logprobs_BTX=sampled.top_logprobs_BX,
-    finite_B=jnp.isfinite(sampled.logprob_B),
-  )
-  state = DecodeState(state.cache, sampled.token_B, history)
-  return state, block.map_steps(lambda x_B: x_B[:, None])
+  one_step = (x[:, None] for x in sampled)  # T = 1
+  block = TokenBlock(*one_step, finite_B=jnp.isfinite(sampled.logprob_B))
+  return DecodeState(state.cache, sampled.token_B, history), block
 
 
 def repeat_to_batch(sampling: Sampling, batch: int) -> Sampling:
@@ -211,10 +200,6 @@ def history_of_prompts(
     in_prompt_BV[row, [*prompt]] = True
   states_B = jnp.asarray(sampling.states_B)
   return TokenHistory(jnp.asarray(in_prompt_BV), jnp.zeros(shape, jnp.int32), states_B)
-
-
-def first_steps(block: TokenBlock, count: int) -> TokenBlock:
-  return block.map_steps(lambda x_BT: x_BT[:, :count])
 
 
 def block_on_host(block: TokenBlock, num_rows: int) -> TokenBlock:
