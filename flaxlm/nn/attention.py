@@ -123,21 +123,21 @@ class Attention(nn.Module):
   ) -> tuple[jax.Array, jax.Array | None]:
     """The output (B, T, D) and, if `capture`, the weights (B, N, T, S).
 
-    Keys and values are (B, S, K, H) or, `cached`, (B, K, S, H).
+    Keys and values are (B, S, K, H) or, `cached`, (B, K, S, H). `reach` is None for the
+    latter: queries over a cache do not begin where its keys do.
     """
     q_BTNH = self.queries(x_BTD, sight.cos_sin)
     k, v = (widened(x, self.execution.dtype) for x in keys_values)
     mixing = (sight, Scoring(self.cfg.attention_scale, self.cfg.attention_softcap))
     sinks_N = self.sinks if self.cfg.learned_sinks else None
-    weights_BNTS = None
-    match self.path(q_BTNH, k, cached, capture):
+    path, weights_BNTS = self.path(q_BTNH, k, cached, capture), None
+    if cached and path != "cached":  # all other functions take (B, S, K, H)
+      k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    match path:
       case "captured":
-        k_BSKH, v_BSKH = (x.swapaxes(1, 2) if cached else x for x in (k, v))
-        out_BTNH, weights_BNTS = attend(q_BTNH, k_BSKH, v_BSKH, *mixing, sinks_N)
+        out_BTNH, weights_BNTS = attend(q_BTNH, k, v, *mixing, sinks_N)
       case "cached":
         out_BTNH = attend_cached(q_BTNH, k, v, *mixing, sinks_N)
-      case "cudnn" if cached:
-        out_BTNH = attend_cudnn(q_BTNH, k.swapaxes(1, 2), v.swapaxes(1, 2), *mixing)
       case "cudnn":
         out_BTNH = attend_cudnn(q_BTNH, k, v, *mixing, reach)
       case "outline":

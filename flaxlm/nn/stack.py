@@ -152,7 +152,9 @@ class Stack(nn.Module):
     if bias_XNTS is None:
       # Without a cache all rows have the same slots and share one bias.
       slots_XT = where.query_slots_BT[: None if cache is not None else 1]
-      num_keys = positions_BT.shape[1] if cache is None else max_slots(cache)
+      num_keys = positions_BT.shape[1]
+      if cache is not None:
+        num_keys = max(map(num_slots, cache.layers))
       bias_XNTS = self.score_bias(slots_XT, num_keys)
     source_BSD, source_sight = None, None
     if self.reads_source:
@@ -169,7 +171,7 @@ class Stack(nn.Module):
         cos_sin = rotation(positions_BT, cfg.head_dim, cfg.rope, kind == "L")
       contexts[kind] = LayerContext(
         sight=Sight(mask_BTS, bias_XNTS, cos_sin),
-        reach=self.reach(where, window),
+        reach=None if cache is not None else self.reach(where, window),
         cache_slots=cache_slots,
         source_BSD=source_BSD,
         source_sight=source_sight,
@@ -317,10 +319,6 @@ class Stack(nn.Module):
       kv = block.apply(variables, source_BSD, method="source_keys_values")
       layers.append(tuple(x.swapaxes(1, 2) for x in kv))
     return SourceCache(tuple(layers), segments_BS)
-
-
-def max_slots(cache: KVCache) -> int:
-  return max(map(num_slots, cache.layers))
 
 
 def real_tokens(where: Placement, num_new_B: jax.Array | None) -> jax.Array | None:
