@@ -114,6 +114,23 @@ def stacked_class(module: type[nn.Module], depth: int, in_axes: tuple) -> Any:
 Layer = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 
 
+def run_layers(
+  layers: list[Layer], period: int, scanned: bool, x: jax.Array, params: Any, *others: Any
+) -> tuple[jax.Array, Any]:
+  """Runs `layers`, of which each `period` differ: (x, their outputs stacked along L).
+
+  `params` are stacked or split, and the layers' `others` (keys, states) are stacked.
+  Parameters that are split are not stacked again for a loop.
+  """
+  if scanned and not is_split(params):
+    return run_scanned(layers, period, x, (params, *others))
+  count = len(layers)
+  others = (unstack(other, count) for other in others)
+  layer_inputs = zip(split_blocks(params, count), *others, strict=True)
+  x, outputs = run_unrolled(layers, x, list(layer_inputs))
+  return x, stack_trees(outputs)
+
+
 def run_unrolled(layers: list[Layer], x: jax.Array, layer_inputs: list) -> tuple[Any, list]:
   """Runs `layers` one after the other, each with its own inputs; lists their outputs."""
   outputs = []

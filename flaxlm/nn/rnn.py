@@ -16,17 +16,7 @@ from jax.sharding import PartitionSpec
 
 from flaxlm.config import ResolvedModel
 from flaxlm.nn.base import LanguageModel, Output
-from flaxlm.nn.execution import (
-  Execution,
-  is_split,
-  run_scanned,
-  run_unrolled,
-  split_blocks,
-  stack_trees,
-  stacked_class,
-  unstack,
-  with_remat,
-)
+from flaxlm.nn.execution import Execution, run_layers, stacked_class, with_remat
 from flaxlm.nn.layers import build_norm
 from flaxlm.sharding import RULES, constrain, partition_spec
 
@@ -124,18 +114,9 @@ class RNN(LanguageModel):
       rngs = {} if key is None else {"dropout": key}
       return block.apply({"params": params}, x_BTD, state, steps, deterministic, rngs=rngs)
 
-    params, depth = self.blocks.variables["params"], self.cfg.depth
-    layers = [with_remat(layer, self.execution, self.execution.scanned)] * depth
-    if self.execution.scanned and not is_split(params):
-      return run_scanned(layers, 1, x_BTD, (params, state, keys_L))
-    layer_inputs = zip(
-      split_blocks(params, depth),
-      unstack(state, depth),
-      unstack(keys_L, depth),
-      strict=True,
-    )
-    x_BTD, states = run_unrolled(layers, x_BTD, list(layer_inputs))
-    return x_BTD, stack_trees(states)
+    params, scanned = self.blocks.variables["params"], self.execution.scanned
+    layers = [with_remat(layer, self.execution, scanned)] * self.cfg.depth
+    return run_layers(layers, 1, scanned, x_BTD, params, state, keys_L)
 
 
 class RecurrentBlock(nn.Module):

@@ -22,7 +22,7 @@ from flaxlm.nn.execution import (
   Execution,
   Layer,
   is_split,
-  run_scanned,
+  run_layers,
   run_unrolled,
   split_blocks,
   stack_trees,
@@ -203,14 +203,13 @@ class Stack(nn.Module):
       return x_BTD, output._replace(attention={})
     layers = self.layers(lambda: contexts, deterministic, capture)
     params, keys_L = self.blocks.variables["params"], self.dropout_keys(deterministic)
-    if caches is None and self.execution.scanned and not is_split(params):
-      return run_scanned(layers, len(self.cfg.period), x_BTD, (params, keys_L, None))
+    if caches is None:
+      period, scanned = len(self.cfg.period), self.execution.scanned
+      return run_layers(layers, period, scanned, x_BTD, params, keys_L, None)
     # With a cache, always unrolled: a loop would copy the whole cache at every token.
+    depth = self.cfg.depth
     layer_inputs = zip(
-      split_blocks(params, self.cfg.depth),
-      unstack(keys_L, self.cfg.depth),
-      caches or [None] * self.cfg.depth,
-      strict=True,
+      split_blocks(params, depth), unstack(keys_L, depth), caches, strict=True
     )
     x_BTD, outputs = run_unrolled(layers, x_BTD, list(layer_inputs))
     stacked = stack_trees([output._replace(cache=None) for output in outputs])
@@ -260,13 +259,8 @@ class Stack(nn.Module):
         first = visit.group * count
         keys_L = jax.lax.dynamic_slice_in_dim(keys_L, first, count)
         keys_L = jax.vmap(jax.random.fold_in, (0, None))(keys_L, visit.microbatch)
-      layer_inputs = (params, keys_L, None)
-      if self.execution.scanned:
-        period = min(len(self.cfg.period), count)
-        x_BTD, output = run_scanned(layers, period, x_BTD, layer_inputs)
-      else:
-        x_BTD, outputs = run_unrolled(layers, x_BTD, unstack(layer_inputs, count))
-        output = stack_trees(outputs)
+      period, scanned = min(len(self.cfg.period), count), self.execution.scanned
+      x_BTD, output = run_layers(layers, period, scanned, x_BTD, params, keys_L, None)
       return x_BTD, jax.tree.map(lambda loss_L: loss_L.sum(), output.losses)
 
     params = self.blocks.variables["params"]
