@@ -282,8 +282,8 @@ NN = [
   Defect(
     "a gated feed-forward applies the nonlinearity to the wrong half",
     "flaxlm/nn/kernels/fusion.py",
-    "activate(gate, kind) * h",
-    "activate(h, kind) * gate",
+    "return activate(gate, kind) * x",
+    "return activate(x, kind) * gate",
     "nn/test_models.py",
   ),
   Defect(

@@ -23,13 +23,12 @@ def attend_blocked(
   sight: Sight,
   scoring: Scoring,
   sinks_N: jax.Array | None = None,
-  reach: "Reach | None" = None,
+  reach: Reach | None = None,
 ) -> jax.Array:
   """The values of `attend` in blocks of queries, over whole rows.
 
   A block reads only the keys within `reach`: for causal attention that saves up to half
-  of the work, for a window more. One array of the scores' size is kept for the backward
-  pass instead of three. `reach` None: every query may see every key.
+  of the work, for a window more. `reach` None: every query may see every key.
 
   On a mesh with `context`, every device takes a share of each block, so that all have the
   same work although later queries see more keys.
