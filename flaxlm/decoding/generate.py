@@ -127,8 +127,8 @@ def generate(
       tokens += block.tokens_BT[0].tolist()
       # The cache does not hold the newest token yet.
       prefix_cache.prefix = CachedPrefix(tuple(tokens[:-1]), state.cache)
-    num_left = request.max_new_tokens - (1 + (number - 1) * BLOCK_STEPS if number else 0)
-    yield block.map_steps(lambda x_BT, num_left=num_left: x_BT[:, :num_left])
+    num_before = 1 + (number - 1) * BLOCK_STEPS if number else 0
+    yield first_steps(block, request.max_new_tokens - num_before)
     if not is_last:
       sampled = decode() if following is None else following
 
@@ -182,7 +182,7 @@ def sample_step(
   if history is not None:
     history = history.add(sampled.token_B, sampling)
   one_step = (x[:, None] for x in sampled)  # T = 1
-  block = TokenBlock(*one_step, finite_B=jnp.isfinite(sampled.logprob_B))
+  block = TokenBlock._make([*one_step, jnp.isfinite(sampled.logprob_B)])
   return DecodeState(state.cache, sampled.token_B, history), block
 
 
@@ -200,6 +200,10 @@ def history_of_prompts(
     in_prompt_BV[row, [*prompt]] = True
   states_B = jnp.asarray(sampling.states_B)
   return TokenHistory(jnp.asarray(in_prompt_BV), jnp.zeros(shape, jnp.int32), states_B)
+
+
+def first_steps(block: TokenBlock, count: int) -> TokenBlock:
+  return block.map_steps(lambda x_BT: x_BT[:, :count])
 
 
 def block_on_host(block: TokenBlock, num_rows: int) -> TokenBlock:

@@ -206,7 +206,7 @@ def verify_block(
       state.limit_B,
     )
     finite_BT = jnp.isfinite(logprobs_BT) | ~accepted_BT
-    block = TokenBlock(sampled_BT, logprobs_BT, *tops, finite_BT.all(1))
+    block = TokenBlock._make([sampled_BT, logprobs_BT, *tops, finite_BT.all(1)])
     return state, (block, accepted_BT)
 
   state, (blocks, accepted_PBT) = jax.lax.scan(verify, state, length=PASSES)

@@ -125,8 +125,8 @@ def run_layers(
   if scanned and not is_split(params):
     return run_scanned(layers, period, x, (params, *others))
   count = len(layers)
-  others = (unstack(other, count) for other in others)
-  layer_inputs = zip(split_blocks(params, count), *others, strict=True)
+  unstacked = [unstack(other, count) for other in others]
+  layer_inputs = zip(split_blocks(params, count), *unstacked, strict=True)
   x, outputs = run_unrolled(layers, x, list(layer_inputs))
   return x, stack_trees(outputs)
 
