@@ -21,7 +21,7 @@ from flaxlm.nn.kernels.cudnn import attend_cudnn
 from flaxlm.nn.kernels.outline import OUTLINE, attend_outline
 from flaxlm.nn.kernels.paths import choose_path, prompt_path
 from flaxlm.nn.layers import Einsum, residual_scale
-from flaxlm.nn.masks import LOWEST, CosSin, Reach, Scoring, Sight
+from flaxlm.nn.masks import LOWEST, CosSin, Scoring, Sight
 from flaxlm.nn.positions import rotate
 from flaxlm.sharding import axis_sizes_in_use, constrain
 
@@ -117,14 +117,12 @@ class Attention(nn.Module):
     x_BTD: jax.Array,
     sight: Sight,
     keys_values: tuple[Any, Any],
-    reach: Reach | None = None,
     cached: bool = False,
     capture: bool = False,
   ) -> tuple[jax.Array, jax.Array | None]:
     """The output (B, T, D) and, if `capture`, the weights (B, N, T, S).
 
-    Keys and values are (B, S, K, H) or, `cached`, (B, K, S, H). `reach` is None for the
-    latter: queries over a cache do not begin where its keys do.
+    Keys and values are (B, S, K, H) or, `cached`, (B, K, S, H).
     """
     q_BTNH = self.queries(x_BTD, sight.cos_sin)
     k, v = (widened(x, self.execution.dtype) for x in keys_values)
@@ -139,11 +137,11 @@ class Attention(nn.Module):
       case "cached":
         out_BTNH = attend_cached(q_BTNH, k, v, *mixing, sinks_N)
       case "cudnn":
-        out_BTNH = attend_cudnn(q_BTNH, k, v, *mixing, reach)
+        out_BTNH = attend_cudnn(q_BTNH, k, v, *mixing)
       case "outline":
         out_BTNH = attend_outline(q_BTNH, k, v)
       case "blocked":
-        out_BTNH = attend_blocked(q_BTNH, k, v, *mixing, sinks_N, reach)
+        out_BTNH = attend_blocked(q_BTNH, k, v, *mixing, sinks_N)
     return self.o(out_BTNH), weights_BNTS
 
   def path(self, q_BTNH: jax.Array, k: jax.Array, cached: bool, capture: bool) -> str:

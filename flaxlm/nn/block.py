@@ -12,7 +12,7 @@ from flaxlm.nn.attention import Attention
 from flaxlm.nn.cache import CacheSlots, write
 from flaxlm.nn.execution import ATTENTION, Execution
 from flaxlm.nn.layers import FeedForward, build_norm
-from flaxlm.nn.masks import Reach, Sight
+from flaxlm.nn.masks import Sight
 from flaxlm.nn.moe import MoE
 from flaxlm.sharding import constrain
 
@@ -21,7 +21,6 @@ class LayerContext(NamedTuple):
   """What a layer reads besides its input: the same for all layers of one kind."""
 
   sight: Sight  # what self-attention sees
-  reach: Reach | None = None  # what its kernels may skip; None: nothing
   cache_slots: CacheSlots | None = None  # for the new tokens; None without a cache
   source_BSD: Any = None  # the encoder's output; None without an encoder, or if cached
   source_sight: Sight | None = None  # what cross-attention sees of it
@@ -128,9 +127,7 @@ class Block(nn.Module):
       assert context.cache_slots is not None
       new_cache = keys_values = write(cache[:2], keys_values, context.cache_slots)
     cached = cache is not None
-    y_BTD, weights_BNTS = self.attention(
-      x_BTD, context.sight, keys_values, context.reach, cached, capture
-    )
+    y_BTD, weights_BNTS = self.attention(x_BTD, context.sight, keys_values, cached, capture)
     maps = {"self": weights_BNTS} if capture else {}
     return checkpoint_name(y_BTD, ATTENTION), new_cache, maps
 
@@ -142,9 +139,7 @@ class Block(nn.Module):
     keys_values = cache[2:] if cached else self.source_keys_values(context.source_BSD)
     sight = context.source_sight
     assert sight is not None, "a block that reads a source has one"
-    y_BTD, weights_BNTS = self.cross_attention(
-      x_BTD, sight, keys_values, None, cached, capture
-    )
+    y_BTD, weights_BNTS = self.cross_attention(x_BTD, sight, keys_values, cached, capture)
     return y_BTD, {"cross": weights_BNTS} if capture else {}
 
   def source_keys_values(self, source_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -169,9 +169,10 @@ class Stack(nn.Module):
       cos_sin = None
       if cfg.positions == "rope":
         cos_sin = rotation(positions_BT, cfg.head_dim, cfg.rope, kind == "L")
+      # Queries over a cache do not begin where its keys do.
+      reach = None if cache is not None else self.reach(where, window)
       contexts[kind] = LayerContext(
-        sight=Sight(mask_BTS, bias_XNTS, cos_sin),
-        reach=None if cache is not None else self.reach(where, window),
+        sight=Sight(mask_BTS, bias_XNTS, cos_sin, reach),
         cache_slots=cache_slots,
         source_BSD=source_BSD,
         source_sight=source_sight,

@@ -12,7 +12,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from flaxlm.nn.masks import LOWEST, Reach, Scoring, Sight
+from flaxlm.nn.masks import LOWEST, Scoring, Sight
 from flaxlm.sharding import constrain, is_cut
 
 
@@ -23,12 +23,11 @@ def attend_blocked(
   sight: Sight,
   scoring: Scoring,
   sinks_N: jax.Array | None = None,
-  reach: Reach | None = None,
 ) -> jax.Array:
   """The values of `attend` in blocks of queries, over whole rows.
 
-  A block reads only the keys within `reach`: for causal attention that saves up to half
-  of the work, for a window more. `reach` None: every query may see every key.
+  A block reads only the keys within `sight.reach`: for causal attention that saves up to
+  half of the work, for a window more.
 
   On a mesh with `context`, every device takes a share of each block, so that all have the
   same work although later queries see more keys.
@@ -39,7 +38,7 @@ def attend_blocked(
   q_BKGTH = (q_BTNH * scoring.scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
   k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
   sinks_KG = None if sinks_N is None else sinks_N.reshape(K, N // K)
-  blocks = []
+  reach, blocks = sight.reach, []
   for start, end in query_blocks(T) if reach else [(0, T)]:
     first = 0 if reach is None or reach.window is None else max(0, start - reach.window + 1)
     last = end if reach else S
