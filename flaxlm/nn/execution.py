@@ -193,14 +193,12 @@ def unstack(stacked: Any, count: int) -> list[Any]:
   By default JAX makes each slice's gradient as large as the whole tree and adds them up.
   """
   leaves, tree = jax.tree.flatten(stacked)
-  slices = [unstack_array(leaf, count) for leaf in leaves]
+  has_gradient = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # keys have none
+  slices = [
+    _unstack(leaf) if has_gradient(leaf) else [leaf[n] for n in range(count)]
+    for leaf in leaves
+  ]
   return [jax.tree.unflatten(tree, [s[n] for s in slices]) for n in range(count)]
-
-
-def unstack_array(stacked: jax.Array, count: int) -> tuple[jax.Array, ...]:
-  if not jnp.issubdtype(stacked.dtype, jnp.floating):  # keys have no gradient
-    return tuple(stacked[n] for n in range(count))
-  return _unstack(stacked)
 
 
 @jax.custom_vjp
