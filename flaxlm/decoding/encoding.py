@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.decoding.loading import Run
-from flaxlm.decoding.prefill import pad_rows
+from flaxlm.decoding.prefill import is_real_token, pad_rows
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.vocabulary import mask_padding_ids
@@ -135,8 +135,3 @@ def mean_hidden(
   output = model.apply(variables, tokens_BT, None, segments_BT, method="hidden")
   sums_BD = (output.value.astype(jnp.float32) * real_BT[..., None]).sum(1)
   return sums_BD / lengths_B[:, None]
-
-
-def is_real_token(tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
-  """False for the padding of right-padded rows (B, T)."""
-  return jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]

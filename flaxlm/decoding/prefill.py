@@ -210,6 +210,11 @@ def pad_rows(rows: Sequence[Sequence[int]], batch: int) -> tuple[np.ndarray, np.
   return tokens_BT, lengths_B
 
 
+def is_real_token(tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+  """False for the padding of right-padded rows (B, T)."""
+  return jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
+
+
 def padded_length(length: int) -> int:
   """The slots that the prefill writes for a row of `length` tokens."""
   whole = max(0, length - 1) // CHUNK * CHUNK
@@ -252,7 +257,7 @@ def init_cache_with_source(
   slots: int,
 ) -> Any:
   """An empty cache for the text, with the encoder's output for right-padded sources."""
-  segments_BS = (jnp.arange(source_BS.shape[1]) < lengths_B[:, None]).astype(jnp.int32)
+  segments_BS = is_real_token(source_BS, lengths_B).astype(jnp.int32)
   source = Source(source_BS, segments_BS=segments_BS)
   return model.apply({"params": params}, source, slots, method="start")
 

@@ -8,6 +8,7 @@ of three: at T=256 on a CPU, forward and backward of a layer took 30 ms instead 
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,21 +76,9 @@ def query_blocks(num_queries: int) -> list[tuple[int, int]]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def mix(
-  softcap: float | None,
-  q_BKGTH: jax.Array,
-  k_BKSH: jax.Array,
-  v_BKSH: jax.Array,
-  mask_BTS: jax.Array | None,
-  bias_XNTS: jax.Array | None,
-  sinks_KG: jax.Array | None,
-) -> jax.Array:
-  """softmax(q k^T + bias) v where the mask allows, with a backward pass written by hand.
-
-  The weights stay unnormalised, exp(score - max). Their sum divides the output instead,
-  which is S / H times smaller, and likewise its gradient (Dao et al., 2022, appendix B).
-  """
-  return mix_forward(softcap, q_BKGTH, k_BKSH, v_BKSH, mask_BTS, bias_XNTS, sinks_KG)[0]
+def mix(softcap: float | None, *arguments: Any) -> jax.Array:
+  """The output of `mix_forward`, with a backward pass written by hand."""
+  return mix_forward(softcap, *arguments)[0]
 
 
 def mix_forward(
@@ -101,6 +90,11 @@ def mix_forward(
   bias_XNTS: jax.Array | None,
   sinks_KG: jax.Array | None,
 ) -> tuple[jax.Array, tuple]:
+  """softmax(q k^T + bias) v where the mask allows, and what the backward pass needs.
+
+  The weights stay unnormalised, exp(score - max). Their sum divides the output instead,
+  which is S / H times smaller, and likewise its gradient (Dao et al., 2022, appendix B).
+  """
   B, K, G, T, H = q_BKGTH.shape
   S = k_BKSH.shape[2]
   # The G heads of a kv head are rows of one matrix. B and K stay two dims: merging them
