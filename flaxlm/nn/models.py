@@ -65,16 +65,9 @@ class Decoder(LanguageModel):
     self.stack = Stack(self.cfg, self.execution)
     nn.share_scope(self, self.stack)
 
-  def hidden(
-    self,
-    tokens_BT: jax.Array,
-    positions_BT: jax.Array | None = None,
-    segments_BT: jax.Array | None = None,
-    **options: Any,
-  ) -> Output:
+  def hidden(self, tokens_BT: jax.Array, *args: Any, **options: Any) -> Output:
     """The last block's normalised output (B, T, D); arguments as in `Stack`."""
-    x_BTD = self.embed(tokens_BT)
-    return Output(*self.stack(x_BTD, positions_BT, segments_BT, **options))
+    return Output(*self.stack(self.embed(tokens_BT), *args, **options))
 
 
 class Encoder(LanguageModel):
@@ -89,14 +82,13 @@ class Encoder(LanguageModel):
   def hidden(
     self,
     tokens_BT: jax.Array,
-    positions_BT: jax.Array | None = None,
-    segments_BT: jax.Array | None = None,
+    *args: Any,
     token_types_BT: jax.Array | None = None,
     **options: Any,
   ) -> Output:
     """The last block's output (B, T, D); arguments as in `Stack`."""
     x_BTD = self.embed(tokens_BT, token_types_BT)
-    output = Output(*self.stack(x_BTD, positions_BT, segments_BT, **options))
+    output = Output(*self.stack(x_BTD, *args, **options))
     if self.is_initializing() and self.cfg.pooler:
       self.pool(output.value)
     return output
@@ -110,10 +102,9 @@ class EncoderDecoder(LanguageModel):
   """An encoder-decoder (Vaswani et al., 2017; Raffel et al., 2020)."""
 
   def setup_body(self) -> None:
-    cfg, execution = self.cfg, self.execution
-    encoder_cfg = dataclasses.replace(cfg, depth=cfg.encoder_depth)
-    self.encoder = Stack(encoder_cfg, execution, causal=False)
-    self.decoder = Stack(cfg, execution, reads_source=True)
+    encoder_cfg = dataclasses.replace(self.cfg, depth=self.cfg.encoder_depth)
+    self.encoder = Stack(encoder_cfg, self.execution, causal=False)
+    self.decoder = Stack(self.cfg, self.execution, reads_source=True)
 
   def encode(self, source: Source, **options: Any) -> Output:
     """The encoder's output (B, S, D)."""
@@ -136,16 +127,9 @@ class EncoderDecoder(LanguageModel):
       passed = {k: v for k, v in options.items() if k in {"deterministic", "capture"}}
       encoded = self.encode(source, **passed)
       encoded_source = (encoded.value, source.segments_BS)
-    output = Output(
-      *self.decoder(
-        self.embed(tokens_BT),
-        positions_BT,
-        segments_BT,
-        cache=cache,
-        source=encoded_source,
-        **options,
-      )
-    )
+    x_BTD = self.embed(tokens_BT)
+    options |= dict(cache=cache, source=encoded_source)
+    output = Output(*self.decoder(x_BTD, positions_BT, segments_BT, **options))
     maps = {f"encoder_{name}": weights for name, weights in encoded.attention.items()}
     losses = {
       name: loss + encoded.losses.get(name, 0.0) for name, loss in output.losses.items()
