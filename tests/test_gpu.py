@@ -46,8 +46,9 @@ def test_cudnn_equals_reference_with_gradients(way, kv_heads):
   slots = jnp.broadcast_to(jnp.arange(T), (B, T))
   segments = 1 + (slots > T // 3) + (slots > T // 2) if packed else None
   where = Placement(slots, segments, segments)
-  sight = Sight(visible(where, T, causal, window, sink_tokens))
   reach = Reach(None if sink_tokens else window, is_all=not (packed or sink_tokens))
+  mask = visible(where, T, causal, window, sink_tokens)
+  sight = Sight(mask, reach=reach if causal else None)
 
   def output_and_gradients(attention, *arrays):
     out, pull = jax.vjp(attention, *arrays)
@@ -57,7 +58,7 @@ def test_cudnn_equals_reference_with_gradients(way, kv_heads):
     return attend(q, k, v, sight, Scoring(H**-0.5))[0]
 
   def fused(q, k, v):
-    return attend_cudnn(q, k, v, sight, Scoring(H**-0.5), reach if causal else None)
+    return attend_cudnn(q, k, v, sight, Scoring(H**-0.5))
 
   with jax.default_matmul_precision("highest"):
     exact = (x.astype(jnp.float32) for x in (q, k, v))

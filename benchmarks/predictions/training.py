@@ -167,9 +167,10 @@ def attention_side(cfg: ResolvedConfig) -> Side:
   )
   slots_BT = jnp.broadcast_to(jnp.arange(shape.T), (shape.B, shape.T))
   segments_BT = jnp.ones_like(slots_BT)
-  sight = Sight(visible(Placement(slots_BT, segments_BT, segments_BT), shape.T))
+  mask_BTS = visible(Placement(slots_BT, segments_BT, segments_BT), shape.T)
+  sight = Sight(mask_BTS, reach=Reach())
   scoring = Scoring(model.attention_scale)
-  path = lambda q, k, v: attend_cudnn(q, k, v, sight, scoring, Reach())
+  path = lambda q, k, v: attend_cudnn(q, k, v, sight, scoring)
   arrays = operands(shape, cfg.training.dtype)
   return part_side(functools.partial(with_gradients, path), *arrays)
 

@@ -87,7 +87,6 @@ def complete_request(
   """`complete` for ids that are known already; `prompts` are what the results are for."""
   started = time.monotonic()
   stops = stopping_of_rows(stop, len(prompts))
-  num_top = request.num_top
   rows = [
     _GrowingCompletion(Completion(prompt), run.tokenizer, row_stop)
     for prompt, row_stop in zip(prompts, stops, strict=True)
@@ -99,18 +98,7 @@ def complete_request(
   for block in blocks:
     seconds = time.monotonic() - started
     for i, row in enumerate(rows):
-      tops: list = []
-      if num_top:
-        tops = [
-          [*zip(ids, logprobs, strict=True)]
-          for ids, logprobs in zip(
-            block.top_tokens_BTX[i].tolist(),
-            block.top_logprobs_BTX[i].tolist(),
-            strict=True,
-          )
-        ]
-      tokens, logprobs = block.tokens_BT[i].tolist(), block.logprobs_BT[i].tolist()
-      piece = row.extend(tokens, logprobs, tops)
+      piece = row.extend(*(x_BT[i].tolist() for x_BT in block[:-1]))
       if row.stop.max_seconds is not None and seconds >= row.stop.max_seconds:
         piece += row.finish("time")
       if piece and on_text is not None:
@@ -189,8 +177,7 @@ def make_request(
   if max_new_tokens is None:
     room = run.model.cfg.context - max(map(len, starts), default=0)
     max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))
-  num_ids = min(tokenizer.vocab_size, run.model.cfg.num_ids)
-  return Request(starts, max_new_tokens, num_ids, sources, num_top)
+  return Request(starts, max_new_tokens, run.num_ids, sources, num_top)
 
 
 class _GrowingCompletion:
@@ -203,16 +190,23 @@ class _GrowingCompletion:
     self.num_held = max(map(len, stop.strings), default=1) - 1  # characters
     self.num_shown = 0
 
-  def extend(self, tokens: list[int], logprobs: list[float], tops: Sequence = ()) -> str:
+  def extend(
+    self,
+    tokens: list[int],
+    logprobs: list[float],
+    top_tokens: list[list[int]],
+    top_logprobs: list[list[float]],
+  ) -> str:
     """Adds the tokens of a block; returns the text that has become certain."""
     result = self.result
-    for at, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+    steps = zip(tokens, logprobs, top_tokens, top_logprobs, strict=True)
+    for token, logprob, *tops in steps:
       if result.finish_reason is not None:
         break
       result.tokens.append(token)
       result.logprobs.append(logprob)
-      if tops:
-        result.top_logprobs = [*(result.top_logprobs or []), tops[at]]
+      if tops[0]:
+        result.top_logprobs = [*(result.top_logprobs or []), [*zip(*tops, strict=True)]]
       if token in self.ends:
         self.end("stop")
       else:

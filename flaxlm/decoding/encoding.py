@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.decoding.loading import Run
-from flaxlm.decoding.prefill import pad_rows
+from flaxlm.decoding.prefill import is_real_token, pad_rows
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.vocabulary import mask_padding_ids
@@ -41,10 +41,8 @@ def fill_masks(run: Run, texts: Sequence[str], num_candidates: int = 5) -> list[
   for text, row in zip(texts, rows, strict=True):
     if mask_id not in row:
       raise ConfigError(f"{text!r} has no {MASK}", f'as in "import {MASK}"')
-  num_ids = jnp.int32(run.tokenizer.vocab_size)
-  all_logits_BTV = map_in_batches(
-    run, rows, functools.partial(logits_of_rows, num_ids=num_ids)
-  )
+  logits_of_ids = functools.partial(logits_of_rows, num_ids=jnp.int32(run.num_ids))
+  all_logits_BTV = map_in_batches(run, rows, logits_of_ids)
   results = []
   for text, row, logits_TV in zip(texts, rows, all_logits_BTV, strict=True):
     candidates, ids = [], list(row)
@@ -137,8 +135,3 @@ def mean_hidden(
   output = model.apply(variables, tokens_BT, None, segments_BT, method="hidden")
   sums_BD = (output.value.astype(jnp.float32) * real_BT[..., None]).sum(1)
   return sums_BD / lengths_B[:, None]
-
-
-def is_real_token(tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
-  """False for the padding of right-padded rows (B, T)."""
-  return jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]

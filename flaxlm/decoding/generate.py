@@ -15,12 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxlm.decoding.prefill import (
-  BLOCK_STEPS,
-  CachedPrefix,
-  Request,
-  prefill_prompts,
-)
+from flaxlm.decoding.prefill import BLOCK_STEPS, CachedPrefix, Request, prefill_prompts
 from flaxlm.decoding.sampling import (
   HISTORY_RULES,
   Sampling,
@@ -186,15 +181,9 @@ def sample_step(
   sampled = sample(logits_BV, lengths_B, sampling, static.rules, history, static.num_top)
   if history is not None:
     history = history.add(sampled.token_B, sampling)
-  block = TokenBlock(
-    tokens_BT=sampled.token_B,
-    logprobs_BT=sampled.logprob_B,
-    top_tokens_BTX=sampled.top_tokens_BX,
-    top_logprobs_BTX=sampled.top_logprobs_BX,
-    finite_B=jnp.isfinite(sampled.logprob_B),
-  )
-  state = DecodeState(state.cache, sampled.token_B, history)
-  return state, block.map_steps(lambda x_B: x_B[:, None])
+  one_step = (x[:, None] for x in sampled)  # T = 1
+  block = TokenBlock._make([*one_step, jnp.isfinite(sampled.logprob_B)])
+  return DecodeState(state.cache, sampled.token_B, history), block
 
 
 def repeat_to_batch(sampling: Sampling, batch: int) -> Sampling:

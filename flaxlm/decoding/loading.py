@@ -33,6 +33,11 @@ class Run(NamedTuple):
   mesh: Mesh
   draft: Any = None  # a `Draft`, which guesses tokens for this run
 
+  @property
+  def num_ids(self) -> int:
+    """How many ids can be written: those that both tokenizer and model have."""
+    return min(self.tokenizer.vocab_size, self.model.cfg.num_ids)
+
 
 def load_run(
   path: Path,
@@ -78,9 +83,9 @@ def prepare_for_decoding(
   model = run.model
   if run.cfg.model.family == "rnn" and (weights or narrow_cache):
     raise ConfigError("an RNN has no narrow weights or cache", "leave the flags out")
-  execution = dataclasses.replace(model.run, narrow_cache=narrow_cache)
+  execution = dataclasses.replace(model.execution, narrow_cache=narrow_cache)
   if weights == "bfloat16":
     execution = dataclasses.replace(execution, dtype=jnp.dtype("bfloat16"))
   with use_mesh(run.mesh):
     params = prepare_params(run.params, model.cfg, weights)
-  return run._replace(params=params, model=model.clone(run=execution))
+  return run._replace(params=params, model=model.clone(execution=execution))

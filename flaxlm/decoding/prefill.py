@@ -57,7 +57,12 @@ class Request:
     for rows in (self.prompts, self.sources or []):
       if (rows is self.prompts and not rows) or not all(map(len, rows)):
         raise ConfigError("a prompt has no tokens", "begin it with the end-of-text token")
-      _check_ids(rows, cfg.num_ids)
+      for token in (min(map(min, rows), default=0), max(map(max, rows), default=0)):
+        if not 0 <= token < cfg.num_ids:
+          raise ConfigError(
+            f"token id {token} is not in the model's vocabulary of {cfg.num_ids}",
+            "the tokenizer does not fit the model",
+          )
     longest = max(map(len, self.prompts))
     if cfg.family != "rnn" and longest + self.max_new_tokens > cfg.context:
       room = max(0, cfg.context - longest)
@@ -89,15 +94,6 @@ class Request:
     return bucket(max(decoded, prefilled, padded_length(shared)), fine=True)
 
 
-def _check_ids(rows: Sequence[Sequence[int]], num_ids: int) -> None:
-  for token in (min(map(min, rows), default=0), max(map(max, rows), default=0)):
-    if not 0 <= token < num_ids:
-      raise ConfigError(
-        f"token id {token} is not in the model's vocabulary of {num_ids}",
-        "the tokenizer does not fit the model",
-      )
-
-
 def bucket(size: int, smallest: int = SMALLEST_BUCKET, fine: bool = False) -> int:
   """`size` rounded up to a power of two, at least `smallest`.
 
@@ -113,14 +109,6 @@ class CachedPrefix(NamedTuple):
 
   tokens: tuple[int, ...]
   cache: Any
-
-  def reusable_length(self, cfg: ResolvedModel, num_common: int) -> int:
-    """How many of the first `num_common` tokens the cache can serve.
-
-    All or none: a KV cache can be cut back to them, but an RNN keeps only its last state.
-    """
-    num_back = len(self.tokens) - num_common
-    return num_common if self.cache.can_rewind(cfg, num_back) else 0
 
 
 def prefill_prompts(
@@ -140,7 +128,8 @@ def prefill_prompts(
   rows = [(tuple(p), tuple(s)) for p, s in zip(request.prompts, sources, strict=True)]
   unique = {row: number for number, row in enumerate(dict.fromkeys(rows))}
   prompts, sources = ([*column] for column in zip(*unique, strict=True))
-  batch, shared, is_cached = batch_of(len(prompts)), 0, False
+  batch = batch_of(len(prompts))
+  shared, is_cached = 0, False
   if request.sources is None:
     shared, is_cached = shared_prefix(model.cfg, prompts, prefix)
   slots = request.slots(shared)
@@ -152,12 +141,12 @@ def prefill_prompts(
       assert prefix is not None
       cache = prefix.cache
     else:
-      cache = init_empty_cache(model, shards, slots)
+      cache = init_cache(model, shards, slots)
       _, cache = prefill_rows(model, params, [prompts[0][:shared]], cache)
     rows_B = np.zeros(batch, np.int32)
     cache = repeat_prefix(model.cfg, cache, rows_B, np.int32(shared), slots)
   else:
-    cache = init_empty_cache(model, batch, slots)
+    cache = init_cache(model, batch, slots)
   rest = [prompt[shared:] for prompt in prompts]
   logits_BV, cache = prefill_rows(model, params, rest, cache)
   if len(unique) < len(rows):
@@ -181,7 +170,9 @@ def shared_prefix(
   cached = 0
   if prefix is not None:
     num_common = common_length(prefix.tokens, first, shared_by_all)
-    cached = prefix.reusable_length(cfg, num_common)
+    # A KV cache can be cut back to them, but an RNN keeps only its last state.
+    if prefix.cache.can_rewind(cfg, len(prefix.tokens) - num_common):
+      cached = num_common
   if len(prompts) == 1 or shared_by_all < SMALLEST_PREFIX or cached == shared_by_all:
     return cached, True
   return shared_by_all, False
@@ -199,7 +190,7 @@ def prefill_rows(
 ) -> tuple[jax.Array, Any]:
   """Reads rows into a cache, a chunk at a time: (logits (B, V) after each, cache)."""
   batch = cache.lengths_B.shape[0]
-  last_BD = np.zeros((batch, model.cfg.width), model.run.dtype)
+  last_BD = np.zeros((batch, model.cfg.width), model.execution.dtype)
   for start in range(0, max(map(len, rows)), CHUNK):
     chunk = [row[start : start + CHUNK] for row in rows]
     tokens_BT, num_new_B = pad_rows(chunk, batch)
@@ -217,6 +208,11 @@ def pad_rows(rows: Sequence[Sequence[int]], batch: int) -> tuple[np.ndarray, np.
   for number, row in enumerate(rows):
     tokens_BT[number, : len(row)] = row
   return tokens_BT, lengths_B
+
+
+def is_real_token(tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+  """False for the padding of right-padded rows (B, T)."""
+  return jnp.arange(tokens_BT.shape[1]) < lengths_B[:, None]
 
 
 def padded_length(length: int) -> int:
@@ -252,11 +248,6 @@ def logits_of_hidden(model: LanguageModel, params: Any, x_BD: jax.Array) -> jax.
   return model.apply({"params": params}, x_BD[:, None], method="logits")[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "batch", "slots"))
-def init_empty_cache(model: LanguageModel, batch: int, slots: int) -> Any:
-  return init_cache(model, batch, slots)
-
-
 @functools.partial(jax.jit, static_argnames=("model", "slots"))
 def init_cache_with_source(
   model: LanguageModel,
@@ -266,7 +257,7 @@ def init_cache_with_source(
   slots: int,
 ) -> Any:
   """An empty cache for the text, with the encoder's output for right-padded sources."""
-  segments_BS = (jnp.arange(source_BS.shape[1]) < lengths_B[:, None]).astype(jnp.int32)
+  segments_BS = is_real_token(source_BS, lengths_B).astype(jnp.int32)
   source = Source(source_BS, segments_BS=segments_BS)
   return model.apply({"params": params}, source, slots, method="start")
 

@@ -150,21 +150,21 @@ def stack_settings(
   for row in rows:
     row.check()
   expressions = tuple(sorted({row.regex for row in rows if row.regex is not None}))
-  automaton, states = NO_AUTOMATON, {}
+  automaton = NO_AUTOMATON
+  states: dict[str | None, int] = {None: FREE}
   if expressions:
     if tokenizer is None:
       raise ConfigError("a regex needs the tokenizer")
     automaton, initial = build_automaton(expressions, tokenizer)
-    states = dict(zip(expressions, initial, strict=True))
+    states |= dict(zip(expressions, initial, strict=True))
 
   def column(name: str, off: float = 1.0, dtype: Any = np.float32) -> np.ndarray:
     values = [getattr(row, name) for row in rows]
     return np.array([off if value is None else value for value in values], dtype)
 
   longest = max((len(row.biases) for row in rows), default=0)
-  width = (
-    1 << (longest - 1).bit_length() if longest else 0
-  )  # a power of two, so that few programs compile
+  # A power of two, so that few programs compile.
+  width = 1 << (longest - 1).bit_length() if longest else 0
   ids_BX = np.zeros((len(rows), width), np.int32)
   biases_BX = np.zeros((len(rows), width), np.float32)
   for number, row in enumerate(rows):
@@ -183,9 +183,7 @@ def stack_settings(
     bias_ids_BX=ids_BX,
     biases_BX=biases_BX,
     seeds_B=column("seed", dtype=np.uint32),
-    states_B=np.array(
-      [FREE if row.regex is None else states[row.regex] for row in rows], np.int32
-    ),
+    states_B=np.array([states[row.regex] for row in rows], np.int32),
     automaton=automaton,
   )
 
@@ -197,45 +195,41 @@ class Rule(NamedTuple):
   """`used` tells on the host whether some row uses the rule; `apply` is traced."""
 
   used: Callable[[Sampling], Any]
-  apply: Callable[[jax.Array, Sampling, TokenHistory | None], jax.Array]
+  apply: Callable[..., jax.Array]  # of the logits, the settings and, if so, the history
+  needs_history: bool = False
 
 
-def add_bias(logits_BV: jax.Array, sampling: Sampling, _: TokenHistory | None) -> jax.Array:
+def add_bias(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
   rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
   return logits_BV.at[rows_B1, sampling.bias_ids_BX].add(sampling.biases_BX)
 
 
 def penalise_repetition(
-  logits_BV: jax.Array, sampling: Sampling, history: TokenHistory | None
+  logits_BV: jax.Array, sampling: Sampling, history: TokenHistory
 ) -> jax.Array:
   """Makes tokens of prompt and answer less likely (Keskar et al., 2019, section 4.1)."""
-  assert history is not None
   penalty_B1 = sampling.repetition_penalty_B[:, None]
   worse_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
   return jnp.where(history.in_prompt_BV | (history.counts_BV > 0), worse_BV, logits_BV)
 
 
 def penalise_presence(
-  logits_BV: jax.Array, sampling: Sampling, history: TokenHistory | None
+  logits_BV: jax.Array, sampling: Sampling, history: TokenHistory
 ) -> jax.Array:
   """Makes tokens of the answer less likely, once or for each time, as in OpenAI's API."""
-  assert history is not None
   logits_BV -= sampling.presence_penalty_B[:, None] * (history.counts_BV > 0)
   return logits_BV - sampling.frequency_penalty_B[:, None] * history.counts_BV
 
 
 def apply_constraint(
-  logits_BV: jax.Array, sampling: Sampling, history: TokenHistory | None
+  logits_BV: jax.Array, sampling: Sampling, history: TokenHistory
 ) -> jax.Array:
   """Keeps the tokens after which the answer can still match its regular expression."""
-  assert history is not None
   allowed_BV = sampling.automaton.allowed(history.states_B, logits_BV.shape[1])
   return keep_only(logits_BV, allowed_BV)
 
 
-def apply_temperature(
-  logits_BV: jax.Array, sampling: Sampling, _: TokenHistory | None
-) -> jax.Array:
+def apply_temperature(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
   logits_BV = logits_BV - logits_BV.max(-1, keepdims=True)  # no overflow if it is tiny
   temperature_B = jnp.where(is_greedy(sampling), 1.0, sampling.temperature_B)
   return logits_BV / temperature_B[:, None]
@@ -246,40 +240,31 @@ def is_greedy(sampling: Sampling) -> Any:
   return sampling.temperature_B < np.finfo(np.float32).tiny
 
 
-def cut_top_k(
-  logits_BV: jax.Array, sampling: Sampling, _: TokenHistory | None
-) -> jax.Array:
+def cut_top_k(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
   """Keeps the k likeliest tokens (Fan et al., 2018), and those as likely as the k-th."""
   ones_BV = jnp.isfinite(logits_BV).astype(jnp.float32)
   k_B = sampling.top_k_B.astype(jnp.float32)
   return keep_only(logits_BV, is_within_budget(logits_BV, ones_BV, k_B))
 
 
-def cut_top_p(
-  logits_BV: jax.Array, sampling: Sampling, _: TokenHistory | None
-) -> jax.Array:
+def cut_top_p(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
   """Keeps the likeliest tokens, as many as have the mass top_p (Holtzman et al., 2020)."""
   probs_BV, budget_B = jax.nn.softmax(logits_BV, -1), mass_budget(sampling.top_p_B)
   return keep_only(logits_BV, is_within_budget(logits_BV, probs_BV, budget_B))
 
 
-def cut_min_p(
-  logits_BV: jax.Array, sampling: Sampling, _: TokenHistory | None
-) -> jax.Array:
+def cut_min_p(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
   """Keeps tokens at least min_p times as likely as the likeliest (Nguyen et al., 2024)."""
   below_BV = logits_BV - logits_BV.max(-1, keepdims=True)
   return keep_only(logits_BV, below_BV >= jnp.log(sampling.min_p_B)[:, None])
 
 
-def cut_typical(
-  logits_BV: jax.Array, sampling: Sampling, _: TokenHistory | None
-) -> jax.Array:
+def cut_typical(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
   """As top-p, but keeps the tokens whose surprise, -log p, is nearest to its mean, the
   entropy (Meister et al., 2023)."""
   logp_BV = jax.nn.log_softmax(logits_BV, -1)
-  entropy_B1 = -jnp.where(logp_BV > -INF, jnp.exp(logp_BV) * logp_BV, 0).sum(
-    -1, keepdims=True
-  )
+  terms_BV = jnp.where(logp_BV > -INF, jnp.exp(logp_BV) * logp_BV, 0)
+  entropy_B1 = -terms_BV.sum(-1, keepdims=True)
   nearness_BV = -jnp.abs(logp_BV + entropy_B1)
   probs_BV, budget_B = jax.nn.softmax(logits_BV, -1), mass_budget(sampling.typical_p_B)
   return keep_only(logits_BV, is_within_budget(nearness_BV, probs_BV, budget_B))
@@ -304,9 +289,8 @@ def is_within_budget(
   its bits: 32 sums over the vocabulary, a tenth of the time of a sort on a CPU.
   """
   bits_BV = jax.lax.bitcast_convert_type(keys_BV, jnp.int32)
-  order_BV = jnp.where(
-    bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV
-  )  # ordered as the floats are
+  # As integers these are ordered as the floats are.
+  order_BV = jnp.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)
 
   def halve(_: jax.Array, ends: tuple[jax.Array, jax.Array]) -> tuple:
     low_B, high_B = ends
@@ -316,28 +300,27 @@ def is_within_budget(
     return jnp.where(fits_B, low_B, middle_B + 1), jnp.where(fits_B, middle_B, high_B)
 
   whole = jnp.iinfo(jnp.int32)
-  ends = (
-    jnp.full_like(order_BV[:, 0], whole.min),
-    jnp.full_like(order_BV[:, 0], whole.max),
-  )
+  ends = tuple(jnp.full_like(order_BV[:, 0], end) for end in (whole.min, whole.max))
   _, threshold_B = jax.lax.fori_loop(0, 32, halve, ends)
   return order_BV >= threshold_B[:, None]
 
 
 RULES: dict[str, Rule] = {
   "bias": Rule(lambda s: s.biases_BX.size, add_bias),
-  "repetition": Rule(lambda s: s.repetition_penalty_B != 1, penalise_repetition),
+  "repetition": Rule(lambda s: s.repetition_penalty_B != 1, penalise_repetition, True),
   "presence": Rule(
-    lambda s: (s.presence_penalty_B != 0) | (s.frequency_penalty_B != 0), penalise_presence
+    lambda s: (s.presence_penalty_B != 0) | (s.frequency_penalty_B != 0),
+    penalise_presence,
+    True,
   ),
-  "constraint": Rule(lambda s: s.states_B > 0, apply_constraint),
+  "constraint": Rule(lambda s: s.states_B > 0, apply_constraint, True),
   "temperature": Rule(lambda s: ~is_greedy(s), apply_temperature),
   "top_k": Rule(lambda s: s.top_k_B < OFF_TOP_K, cut_top_k),
   "top_p": Rule(lambda s: s.top_p_B < 1, cut_top_p),
   "min_p": Rule(lambda s: s.min_p_B > 0, cut_min_p),
   "typical": Rule(lambda s: s.typical_p_B < 1, cut_typical),
 }
-HISTORY_RULES = {"repetition", "presence", "constraint"}
+HISTORY_RULES = {name for name, rule in RULES.items() if rule.needs_history}
 GREEDY_RULES = tuple(RULES)[: tuple(RULES).index("temperature")]
 
 
@@ -348,6 +331,19 @@ def rules_in_use(sampling: Sampling) -> tuple[str, ...]:
   """
   used = tuple(name for name, rule in RULES.items() if np.any(rule.used(sampling)))
   return used if "temperature" in used else tuple(n for n in used if n in GREEDY_RULES)
+
+
+def apply_rules(
+  names: Sequence[str],
+  logits_BV: jax.Array,
+  sampling: Sampling,
+  history: TokenHistory | None = None,
+) -> jax.Array:
+  """The logits (B, V) after these rules, one by one."""
+  for name in names:
+    needed = [history] if RULES[name].needs_history else []
+    logits_BV = RULES[name].apply(logits_BV, sampling, *needed)
+  return logits_BV
 
 
 def sample(
@@ -364,14 +360,11 @@ def sample(
   """
   model_BV = logits_BV = logits_BV.astype(jnp.float32)
   sampling = jax.tree.map(jnp.asarray, sampling)
-  for name in rules:
-    if name in GREEDY_RULES:
-      logits_BV = RULES[name].apply(logits_BV, sampling, history)
+  greedy_rules = [name for name in rules if name in GREEDY_RULES]
+  logits_BV = apply_rules(greedy_rules, logits_BV, sampling, history)
   token_B = first_highest(logits_BV)
   if "temperature" in rules:
-    for name in rules:
-      if name not in GREEDY_RULES:
-        logits_BV = RULES[name].apply(logits_BV, sampling, history)
+    logits_BV = apply_rules(rules[len(greedy_rules) :], logits_BV, sampling, history)
     drawn_B = draw(jnp.exp(logits_BV), uniforms(sampling.seeds_B, lengths_B))
     token_B = jnp.where(is_greedy(sampling), token_B, drawn_B).astype(jnp.int32)
   total_B = jax.nn.logsumexp(model_BV, -1)

@@ -188,8 +188,7 @@ def verify_block(
     sampled = sample(
       logits_RV, lengths_BT.reshape(-1), by_token, static.rules, None, static.num_top
     )
-    sampled = jax.tree.map(lambda x: x.reshape(B, T, *x.shape[1:]), sampled)
-    sampled_BT = sampled.token_B
+    sampled_BT, logprobs_BT, *tops = (x.reshape(B, T, *x.shape[1:]) for x in sampled)
     right_BT = jnp.cumprod(sampled_BT[:, :-1] == guesses_BT, 1)
     # Each pass gives a token more than there were right guesses, up to the row's limit.
     num_new_B = jnp.minimum(1 + right_BT.sum(1), state.limit_B - lengths_B)
@@ -206,13 +205,8 @@ def verify_block(
       draft_cache,
       state.limit_B,
     )
-    block = TokenBlock(
-      tokens_BT=sampled_BT,
-      logprobs_BT=sampled.logprob_B,
-      top_tokens_BTX=sampled.top_tokens_BX,
-      top_logprobs_BTX=sampled.top_logprobs_BX,
-      finite_B=(jnp.isfinite(sampled.logprob_B) | ~accepted_BT).all(1),
-    )
+    finite_BT = jnp.isfinite(logprobs_BT) | ~accepted_BT
+    block = TokenBlock._make([sampled_BT, logprobs_BT, *tops, finite_BT.all(1)])
     return state, (block, accepted_BT)
 
   state, (blocks, accepted_PBT) = jax.lax.scan(verify, state, length=PASSES)

@@ -12,10 +12,10 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flaxlm.config import ResolvedModel
+from flaxlm.nn.cache import narrowed
 from flaxlm.nn.execution import is_split
 
 # Projections, and how many dims of their kernel are contracted.
@@ -82,6 +82,5 @@ def matrices_of_layers(stacked: jax.Array, num_inputs: int) -> list[jax.Array]:
 @jax.jit
 def quantise(matrix_OI: jax.Array) -> tuple[jax.Array, jax.Array]:
   """An int8 matrix and a scale for each output, 1/127 of its largest weight."""
-  matrix_OI = matrix_OI.astype(jnp.float32)
-  scale_O1 = jnp.maximum(jnp.abs(matrix_OI).max(1, keepdims=True), 1e-30) / 127
-  return jnp.round(matrix_OI / scale_O1).astype(jnp.int8), scale_O1[:, 0]
+  values_OI, scales_O1 = narrowed(matrix_OI)
+  return values_OI, scales_O1[:, 0]

@@ -133,9 +133,8 @@ def complete_reading(run: Run, reading: Reading, most: int) -> tuple[list[int], 
     return reading.ids, reading.cuts
   start = run.tokenizer.framed([], "prompt")
   num_new = max(1, min(most, run.model.cfg.context) - len(start))
-  num_ids = min(run.tokenizer.vocab_size, run.model.cfg.num_ids)
   assert reading.source_ids is not None
-  request = Request([start], num_new, num_ids, [reading.source_ids])
+  request = Request([start], num_new, run.num_ids, [reading.source_ids])
   greedy = make_sampling(1, temperature=0.0)
   [answer] = complete_request(run, request, [""], greedy)
   ids = [*start, *answer.tokens]

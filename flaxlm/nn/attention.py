@@ -19,11 +19,11 @@ from flaxlm.nn.kernels.blocked import attend_blocked
 from flaxlm.nn.kernels.cached import attend_cached
 from flaxlm.nn.kernels.cudnn import attend_cudnn
 from flaxlm.nn.kernels.outline import OUTLINE, attend_outline
-from flaxlm.nn.kernels.paths import path_here, prompt_path
+from flaxlm.nn.kernels.paths import choose_path, prompt_path
 from flaxlm.nn.layers import Einsum, residual_scale
-from flaxlm.nn.masks import LOWEST, CosSin, Reach, Scoring, Sight
+from flaxlm.nn.masks import LOWEST, CosSin, Scoring, Sight
 from flaxlm.nn.positions import rotate
-from flaxlm.sharding import constrain
+from flaxlm.sharding import axis_sizes_in_use, constrain
 
 
 def attend(
@@ -64,12 +64,12 @@ class Attention(nn.Module):
   """Self-attention or cross-attention with N query heads and K key/value heads."""
 
   cfg: ResolvedModel
-  run: Execution
+  execution: Execution
 
   def setup(self):
     cfg = self.cfg
     D, N, K, H = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    dtypes = self.run.dtypes
+    dtypes = self.execution.dtypes
     heads, kv_heads = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
     biased = cfg.qkv_biased
     self.q = Einsum("BTD,DNH->BTNH", (D, N, H), heads, biased=biased, **dtypes)
@@ -117,7 +117,6 @@ class Attention(nn.Module):
     x_BTD: jax.Array,
     sight: Sight,
     keys_values: tuple[Any, Any],
-    reach: Reach | None = None,
     cached: bool = False,
     capture: bool = False,
   ) -> tuple[jax.Array, jax.Array | None]:
@@ -126,24 +125,23 @@ class Attention(nn.Module):
     Keys and values are (B, S, K, H) or, `cached`, (B, K, S, H).
     """
     q_BTNH = self.queries(x_BTD, sight.cos_sin)
-    k, v = (widened(x, self.run.dtype) for x in keys_values)
+    k, v = (widened(x, self.execution.dtype) for x in keys_values)
     mixing = (sight, Scoring(self.cfg.attention_scale, self.cfg.attention_softcap))
     sinks_N = self.sinks if self.cfg.learned_sinks else None
-    weights_BNTS = None
-    match self.path(q_BTNH, k, cached, capture):
+    path, weights_BNTS = self.path(q_BTNH, k, cached, capture), None
+    if cached and path != "cached":  # all other functions take (B, S, K, H)
+      k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    match path:
       case "captured":
-        k_BSKH, v_BSKH = (x.swapaxes(1, 2) if cached else x for x in (k, v))
-        out_BTNH, weights_BNTS = attend(q_BTNH, k_BSKH, v_BSKH, *mixing, sinks_N)
+        out_BTNH, weights_BNTS = attend(q_BTNH, k, v, *mixing, sinks_N)
       case "cached":
         out_BTNH = attend_cached(q_BTNH, k, v, *mixing, sinks_N)
-      case "cudnn" if cached:
-        out_BTNH = attend_cudnn(q_BTNH, k.swapaxes(1, 2), v.swapaxes(1, 2), *mixing)
       case "cudnn":
-        out_BTNH = attend_cudnn(q_BTNH, k, v, *mixing, reach)
+        out_BTNH = attend_cudnn(q_BTNH, k, v, *mixing)
       case "outline":
         out_BTNH = attend_outline(q_BTNH, k, v)
       case "blocked":
-        out_BTNH = attend_blocked(q_BTNH, k, v, *mixing, sinks_N, reach)
+        out_BTNH = attend_blocked(q_BTNH, k, v, *mixing, sinks_N)
     return self.o(out_BTNH), weights_BNTS
 
   def path(self, q_BTNH: jax.Array, k: jax.Array, cached: bool, capture: bool) -> str:
@@ -151,12 +149,13 @@ class Attention(nn.Module):
     if capture:
       return "captured"
     if cached:
-      return prompt_path(self.cfg, self.run, q_BTNH.shape[1], k.shape[2]).name
-    if self.run.attention == OUTLINE:
+      return prompt_path(self.cfg, self.execution, q_BTNH.shape[1], k.shape[2]).name
+    if self.execution.attention == OUTLINE:
       return OUTLINE
     if self.is_initializing():
       return "blocked"
-    return path_here(self.cfg, self.run, (q_BTNH.shape[1], k.shape[1])).name
+    lengths = (q_BTNH.shape[1], k.shape[1])
+    return choose_path(self.cfg, self.execution, axis_sizes_in_use(), lengths).name
 
 
 class HeadNorm(nn.Module):

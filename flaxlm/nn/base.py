@@ -41,24 +41,24 @@ class LanguageModel(nn.Module):
   """Embeds tokens and turns hidden vectors into logits; each family defines `hidden`."""
 
   cfg: ResolvedModel
-  run: Execution = Execution()
+  execution: Execution = Execution()
 
   def setup(self):
-    cfg, run = self.cfg, self.run
+    cfg, execution = self.cfg, self.execution
     V, D = cfg.vocab_size, cfg.width
-    self.embedding = Embedding((V, D), ("vocab", "embed"), **run.dtypes)
+    self.embedding = Embedding((V, D), ("vocab", "embed"), **execution.dtypes)
     if cfg.num_token_types:
       types = (cfg.num_token_types, D)
-      self.token_types = Embedding(types, ("slots", "embed"), **run.dtypes)
+      self.token_types = Embedding(types, ("slots", "embed"), **execution.dtypes)
     if cfg.head_transform:
-      self.head_transform = HeadTransform(cfg, run)
+      self.head_transform = HeadTransform(cfg, execution)
     if not cfg.tied_embeddings:
       names = ("embed", "vocab")
       float32 = dict(output_dtype=jnp.float32)
-      self.head = Einsum("BTD,DV->BTV", (D, V), names, **float32, **run.dtypes)
+      self.head = Einsum("BTD,DV->BTV", (D, V), names, **float32, **execution.dtypes)
     if cfg.head_biased:
       zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
-      self.head_bias = self.param("head_bias", zeros, (V,), run.param_dtype)
+      self.head_bias = self.param("head_bias", zeros, (V,), execution.param_dtype)
     self.setup_body()
 
   def setup_body(self) -> None:
@@ -110,16 +110,16 @@ class HeadTransform(nn.Module):
   """Dense, activation, norm: what BERT applies to hidden vectors before its head."""
 
   cfg: ResolvedModel
-  run: Execution
+  execution: Execution
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
-    x_BTD = dense(self.cfg, self.run, "dense")(x_BTD)
+    x_BTD = dense(self.cfg, self.execution, "dense")(x_BTD)
     return build_norm(self.cfg, name="norm")(activate(x_BTD, self.cfg.activation))
 
 
-def dense(cfg: ResolvedModel, run: Execution, name: str | None = None) -> Einsum:
+def dense(cfg: ResolvedModel, execution: Execution, name: str | None = None) -> Einsum:
   """A biased D x D projection."""
   D = cfg.width
   names = ("embed", "act_embed")  # of the two dims of size D, only the first is sharded
-  return Einsum("BTD,DE->BTE", (D, D), names, biased=True, name=name, **run.dtypes)
+  return Einsum("BTD,DE->BTE", (D, D), names, biased=True, name=name, **execution.dtypes)

@@ -12,7 +12,7 @@ from flaxlm.nn.attention import Attention
 from flaxlm.nn.cache import CacheSlots, write
 from flaxlm.nn.execution import ATTENTION, Execution
 from flaxlm.nn.layers import FeedForward, build_norm
-from flaxlm.nn.masks import Reach, Sight
+from flaxlm.nn.masks import Sight
 from flaxlm.nn.moe import MoE
 from flaxlm.sharding import constrain
 
@@ -21,7 +21,6 @@ class LayerContext(NamedTuple):
   """What a layer reads besides its input: the same for all layers of one kind."""
 
   sight: Sight  # what self-attention sees
-  reach: Reach | None = None  # what its kernels may skip; None: nothing
   cache_slots: CacheSlots | None = None  # for the new tokens; None without a cache
   source_BSD: Any = None  # the encoder's output; None without an encoder, or if cached
   source_sight: Sight | None = None  # what cross-attention sees of it
@@ -47,16 +46,16 @@ class Block(nn.Module):
   """
 
   cfg: ResolvedModel
-  run: Execution
+  execution: Execution
   reads_source: bool = False
 
   def setup(self):
-    cfg, run = self.cfg, self.run
-    self.attention = Attention(cfg, run)
-    self.ffn = (MoE if cfg.moe.num_experts else FeedForward)(cfg, **run.dtypes)
+    cfg, execution = self.cfg, self.execution
+    self.attention = Attention(cfg, execution)
+    self.ffn = (MoE if cfg.moe.num_experts else FeedForward)(cfg, **execution.dtypes)
     branches = ["attention", "ffn"]
     if self.reads_source:
-      self.cross_attention = Attention(cfg, run)
+      self.cross_attention = Attention(cfg, execution)
       branches.append("cross_attention")
     if cfg.parallel == "one_norm":
       branches.remove("ffn")
@@ -94,7 +93,7 @@ class Block(nn.Module):
       g_BTD = self.branch_input("ffn", x_BTD)
     y_BTD, losses = self.feed_forward(g_BTD, context, cached=cache is not None)
     x_BTD = self.add("ffn", x_BTD, y_BTD, deterministic)
-    return on_share(x_BTD, self.run), LayerOutput(new_cache, losses, maps)
+    return on_share(x_BTD, self.execution), LayerOutput(new_cache, losses, maps)
 
   # -- The residual stream
 
@@ -108,7 +107,7 @@ class Block(nn.Module):
     self, branch: str, x_BTD: jax.Array, y_BTD: jax.Array, deterministic: bool
   ) -> jax.Array:
     """x + y, with dropout on y and norms where `norm_placement` puts them."""
-    y_BTD = on_share(y_BTD, self.run)
+    y_BTD = on_share(y_BTD, self.execution)
     if self.cfg.norm_placement in {"output", "both"}:
       y_BTD = getattr(self, f"{branch}_output_norm")(y_BTD)
     x_BTD = x_BTD + self.dropout(y_BTD, deterministic=deterministic)
@@ -128,9 +127,7 @@ class Block(nn.Module):
       assert context.cache_slots is not None
       new_cache = keys_values = write(cache[:2], keys_values, context.cache_slots)
     cached = cache is not None
-    y_BTD, weights_BNTS = self.attention(
-      x_BTD, context.sight, keys_values, context.reach, cached, capture
-    )
+    y_BTD, weights_BNTS = self.attention(x_BTD, context.sight, keys_values, cached, capture)
     maps = {"self": weights_BNTS} if capture else {}
     return checkpoint_name(y_BTD, ATTENTION), new_cache, maps
 
@@ -142,9 +139,7 @@ class Block(nn.Module):
     keys_values = cache[2:] if cached else self.source_keys_values(context.source_BSD)
     sight = context.source_sight
     assert sight is not None, "a block that reads a source has one"
-    y_BTD, weights_BNTS = self.cross_attention(
-      x_BTD, sight, keys_values, None, cached, capture
-    )
+    y_BTD, weights_BNTS = self.cross_attention(x_BTD, sight, keys_values, cached, capture)
     return y_BTD, {"cross": weights_BNTS} if capture else {}
 
   def source_keys_values(self, source_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -161,13 +156,13 @@ class Block(nn.Module):
     return self.ffn(x_BTD, context.real_BT, dropping=not cached)
 
 
-def on_share(x_BTD: jax.Array, run: Execution) -> jax.Array:
+def on_share(x_BTD: jax.Array, execution: Execution) -> jax.Array:
   """The layout for norms and residual sums: whole rows or, with `sequence_parallel`, a
   share of each row per device along `tensor` (Korthikanti et al., 2022, section 4.2.2).
 
   A branch's output arrives as partial sums over `tensor`; this constraint adds them up.
   """
-  if run.sequence_parallel:
+  if execution.sequence_parallel:
     return constrain(x_BTD, "batch", "norm_length", "act_embed")
   return on_whole_rows(x_BTD)
 

@@ -67,18 +67,17 @@ class KVCache(NamedTuple):
   def resized(self, cfg: ResolvedModel, slots: int) -> "KVCache":
     """The same tokens with room for `slots` of them; `slots` must be enough for all."""
 
-    def resize(x_BKSH: jax.Array, size: int, is_ring: bool) -> jax.Array:
+    def resize(kind: str, x_BKSH: jax.Array) -> jax.Array:
+      size, is_ring = cfg.cache_slots(kind, slots), kind == "L" and cfg.ring_slots
       missing = max(0, size - x_BKSH.shape[2])
       x_BKSH = jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, missing), (0, 0)))
       return x_BKSH if is_ring else x_BKSH[:, :, :size]
 
-    layers = []
-    for kv, kind in zip(self.layers, cfg.layer_kinds(), strict=True):
-      size = cfg.cache_slots(kind, slots)
-      is_ring = kind == "L" and cfg.ring_slots is not None
-      change = functools.partial(resize, size=size, is_ring=is_ring)
-      layers.append(jax.tree.map(change, kv))
-    return self._replace(layers=tuple(layers))
+    layers = tuple(
+      jax.tree.map(functools.partial(resize, kind), kv)
+      for kind, kv in zip(cfg.layer_kinds(), self.layers, strict=True)
+    )
+    return self._replace(layers=layers)
 
   def can_rewind(self, cfg: ResolvedModel, num_tokens: int) -> bool:
     """Whether smaller lengths alone restore the cache of `num_tokens` tokens ago."""
@@ -99,15 +98,14 @@ def empty_cache(
   cfg: ResolvedModel, batch: int, slots: int, dtype: jnp.dtype = jnp.float32
 ) -> KVCache:
   """An empty cache for `batch` rows of up to `slots` tokens."""
-  layers: list[tuple[Any, Any]] = []
-  for kind in cfg.layer_kinds():
+
+  def empty(kind: str) -> jax.Array | Narrow:
     shape = (batch, cfg.num_kv_heads, cfg.cache_slots(kind, slots), cfg.head_dim)
-    empty = lambda shape=shape: constrain(jnp.zeros(shape, jnp.float32), *CACHE_NAMES)
-    if dtype == jnp.int8:
-      layers.append((narrowed(empty()), narrowed(empty())))
-    else:
-      layers.append((empty().astype(dtype), empty().astype(dtype)))
-  return KVCache(tuple(layers), jnp.zeros((batch,), jnp.int32))
+    zeros_BKSH = constrain(jnp.zeros(shape, jnp.float32), *CACHE_NAMES)
+    return narrowed(zeros_BKSH) if dtype == jnp.int8 else zeros_BKSH.astype(dtype)
+
+  layers = tuple((empty(kind), empty(kind)) for kind in cfg.layer_kinds())
+  return KVCache(layers, jnp.zeros((batch,), jnp.int32))
 
 
 # -- Rings: what local layers keep ---------------------------------------------------------
@@ -165,47 +163,38 @@ def cached_keys(
 
 def write(cache: Any, new: Any, slots: CacheSlots) -> Any:
   """A layer's (keys, values) with T new ones of each row, (B, T, K, H), written in."""
-  if slots.ring_BS is not None:
-    return write_ring(cache, new, slots.first_slots_B, slots.ring_BS)
-  return write_slots(cache, new, slots.first_slots_B)
+  pairs = zip(cache, new, strict=True)
+  new = tuple(narrowed(x) if isinstance(old, Narrow) else x for old, x in pairs)
+
+  def put(old_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+    new_BKTH = new_BTKH.swapaxes(1, 2).astype(old_BKSH.dtype)
+    if slots.ring_BS is not None:
+      return write_ring(old_BKSH, new_BKTH, slots.ring_BS - slots.first_slots_B[:, None])
+    return write_slots(old_BKSH, new_BKTH, slots.first_slots_B)
+
+  return jax.tree.map(put, cache, new)
 
 
-def write_slots(cache: Any, new: Any, first_slots_B: jax.Array) -> Any:
-  """Writes T new entries (B, T, K, H) of each row from its own first slot on.
+def write_slots(
+  old_BKSH: jax.Array, new_BKTH: jax.Array, first_slots_B: jax.Array
+) -> jax.Array:
+  """Writes T new entries of each row from its own first slot on.
 
   The caller makes sure that they fit: JAX would shift a write past the end back.
   """
-  write = lambda row, entries, at: jax.lax.dynamic_update_slice(row, entries, (0, at, 0))
-  on_mesh = jax.sharding.get_abstract_mesh().size > 1
-
-  def put(old_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
-    new_BKTH = new_BTKH.swapaxes(1, 2).astype(old_BKSH.dtype)
-    batch = old_BKSH.shape[0]
-    if batch > MOST_WRITES or on_mesh:
-      return jax.vmap(write)(old_BKSH, new_BKTH, first_slots_B)
-    for row in range(batch):
-      at = (row, 0, first_slots_B[row], 0)
-      old_BKSH = jax.lax.dynamic_update_slice(old_BKSH, new_BKTH[row : row + 1], at)
-    return old_BKSH
-
-  return jax.tree.map(put, cache, like(cache, new))
+  batch, write_at = old_BKSH.shape[0], jax.lax.dynamic_update_slice
+  if batch > MOST_WRITES or jax.sharding.get_abstract_mesh().size > 1:
+    write_row = lambda old_KSH, new_KTH, at: write_at(old_KSH, new_KTH, (0, at, 0))
+    return jax.vmap(write_row)(old_BKSH, new_BKTH, first_slots_B)
+  for row in range(batch):
+    at = (row, 0, first_slots_B[row], 0)
+    old_BKSH = write_at(old_BKSH, new_BKTH[row : row + 1], at)
+  return old_BKSH
 
 
-def like(cache: Any, new: Any) -> Any:
-  """The new entries in the cache's format: narrow if the cache is."""
-  pairs = zip(cache, new, strict=True)
-  return tuple(narrowed(x) if isinstance(old, Narrow) else x for old, x in pairs)
-
-
-def write_ring(cache: Any, new: Any, first_slots_B: jax.Array, tokens_BS: jax.Array) -> Any:
-  """Writes T new entries (B, T, K, H), which may wrap around the ring's end."""
-
-  def put(old_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
-    new_BKTH = new_BTKH.swapaxes(1, 2).astype(old_BKSH.dtype)
-    index_BS = tokens_BS - first_slots_B[:, None]
-    is_new_BS = (index_BS >= 0) & (index_BS < new_BTKH.shape[1])
-    index_BS = jnp.where(is_new_BS, index_BS, 0)
-    spread_BKSH = jnp.take_along_axis(new_BKTH, index_BS[:, None, :, None], 2)
-    return jnp.where(is_new_BS[:, None, :, None], spread_BKSH, old_BKSH)
-
-  return jax.tree.map(put, cache, like(cache, new))
+def write_ring(old_BKSH: jax.Array, new_BKTH: jax.Array, index_BS: jax.Array) -> jax.Array:
+  """Writes the new entry number `index_BS` into each slot, where there is such a one."""
+  is_new_BS = (index_BS >= 0) & (index_BS < new_BKTH.shape[2])
+  index_BS = jnp.where(is_new_BS, index_BS, 0)
+  spread_BKSH = jnp.take_along_axis(new_BKTH, index_BS[:, None, :, None], 2)
+  return jnp.where(is_new_BS[:, None, :, None], spread_BKSH, old_BKSH)

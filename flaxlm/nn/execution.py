@@ -15,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flaxlm.config import TrainingConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
@@ -30,12 +32,39 @@ class Execution:
   sequence_parallel: bool = False
   attention: str = "auto"  # the path over whole rows: see nn.kernels.paths
   # The largest head dim that cuDNN's attention takes on the devices at hand; 0: it cannot
-  # run there (`platform.kernel_head_dim` asks the devices; nothing in nn does).
+  # run there. Nothing in nn asks the devices.
   kernel_head_dim: int = 0
+
+  @classmethod
+  def of(
+    cls, training: TrainingConfig | None = None, kernel_head_dim: int = 0
+  ) -> "Execution":
+    """What a config says of it; None: all in float32, with every layer unrolled.
+
+    `kernel_head_dim` is the value of `platform.kernel_head_dim` on the devices that will
+    run the model. The default, 0, suits one that is only traced: it uses no fused kernel.
+    """
+    if training is None:
+      return cls(kernel_head_dim=kernel_head_dim)
+    return cls(
+      dtype=jnp.dtype(training.dtype),
+      param_dtype=jnp.dtype(training.param_dtype),
+      remat=training.remat,
+      scanned=training.scanned,
+      microbatches=training.pipeline_microbatches,
+      repeats=training.pipeline_repeats,
+      sequence_parallel=training.sequence_parallel,
+      attention=training.attention,
+      kernel_head_dim=kernel_head_dim,
+    )
 
   @property
   def dtypes(self) -> dict[str, jnp.dtype]:
     return dict(dtype=self.dtype, param_dtype=self.param_dtype)
+
+  @property
+  def cache_dtype(self) -> jnp.dtype:
+    return jnp.dtype(jnp.int8) if self.narrow_cache else self.dtype
 
 
 # What is kept of a block besides its input, by `training.remat`.
@@ -54,14 +83,14 @@ REMAT_POLICIES = {
 }
 
 
-def with_remat(layer: "Layer", run: Execution, is_looped: bool) -> "Layer":
+def with_remat(layer: "Layer", execution: Execution, is_looped: bool) -> "Layer":
   """The layer, keeping for its backward pass only what `run.remat` says.
 
   Outside a loop, XLA has to be kept from merging what is computed twice into one.
   """
-  if run.remat == "none":
+  if execution.remat == "none":
     return layer
-  policy = REMAT_POLICIES[run.remat]
+  policy = REMAT_POLICIES[execution.remat]
   return jax.checkpoint(layer, policy=policy, prevent_cse=not is_looped)
 
 
@@ -83,6 +112,23 @@ def stacked_class(module: type[nn.Module], depth: int, in_axes: tuple) -> Any:
 
 # A layer is a function of x and of its own inputs: its parameters, key and cache.
 Layer = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def run_layers(
+  layers: list[Layer], period: int, scanned: bool, x: jax.Array, params: Any, *others: Any
+) -> tuple[jax.Array, Any]:
+  """Runs `layers`, of which each `period` differ: (x, their outputs stacked along L).
+
+  `params` are stacked or split, and the layers' `others` (keys, states) are stacked.
+  Parameters that are split are not stacked again for a loop.
+  """
+  if scanned and not is_split(params):
+    return run_scanned(layers, period, x, (params, *others))
+  count = len(layers)
+  unstacked = [unstack(other, count) for other in others]
+  layer_inputs = zip(split_blocks(params, count), *unstacked, strict=True)
+  x, outputs = run_unrolled(layers, x, list(layer_inputs))
+  return x, stack_trees(outputs)
 
 
 def run_unrolled(layers: list[Layer], x: jax.Array, layer_inputs: list) -> tuple[Any, list]:
@@ -147,14 +193,12 @@ def unstack(stacked: Any, count: int) -> list[Any]:
   By default JAX makes each slice's gradient as large as the whole tree and adds them up.
   """
   leaves, tree = jax.tree.flatten(stacked)
-  slices = [unstack_array(leaf, count) for leaf in leaves]
+  has_gradient = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # keys have none
+  slices = [
+    _unstack(leaf) if has_gradient(leaf) else [leaf[n] for n in range(count)]
+    for leaf in leaves
+  ]
   return [jax.tree.unflatten(tree, [s[n] for s in slices]) for n in range(count)]
-
-
-def unstack_array(stacked: jax.Array, count: int) -> tuple[jax.Array, ...]:
-  if not jnp.issubdtype(stacked.dtype, jnp.floating):  # keys have no gradient
-    return tuple(stacked[n] for n in range(count))
-  return _unstack(stacked)
 
 
 @jax.custom_vjp

@@ -31,14 +31,6 @@ class Placement(NamedTuple):
   key_slots_BS: jax.Array | None = None
 
 
-class Sight(NamedTuple):
-  """What the layers of one kind see: a mask, a bias of the scores, RoPE's (cos, sin)."""
-
-  mask_BTS: jax.Array | None
-  bias_XNTS: jax.Array | None = None  # X is 1 or B
-  cos_sin: CosSin | None = None
-
-
 class Scoring(NamedTuple):
   """How scores are computed from q . k before masking: constants of the architecture."""
 
@@ -54,6 +46,18 @@ class Reach(NamedTuple):
 
   window: int | None = None
   is_all: bool = False
+
+
+class Sight(NamedTuple):
+  """What the layers of one kind see: a mask, a bias of the scores, RoPE's (cos, sin).
+
+  `reach` says which keys a kernel may skip, all of which the mask hides; None: no keys.
+  """
+
+  mask_BTS: jax.Array | None
+  bias_XNTS: jax.Array | None = None  # X is 1 or B
+  cos_sin: CosSin | None = None
+  reach: Reach | None = None
 
 
 def visible(

@@ -24,27 +24,10 @@ from flaxlm.sharding import with_shardings
 
 
 def build_model(
-  cfg: ModelConfig, run: TrainingConfig | None = None, kernel_head_dim: int = 0
+  cfg: ModelConfig, training: TrainingConfig | None = None, kernel_head_dim: int = 0
 ) -> LanguageModel:
-  """The model of a config; `run` gives dtypes, remat and scan (default: float32).
-
-  `kernel_head_dim` is the value of `platform.kernel_head_dim` on the devices that will run
-  the model. The default, 0, suits a model that is only traced: it uses no fused kernel.
-  """
-  execution = Execution(kernel_head_dim=kernel_head_dim)
-  if run is not None:
-    dtype, param_dtype = jnp.dtype(run.dtype), jnp.dtype(run.param_dtype)
-    execution = Execution(
-      dtype,
-      param_dtype,
-      run.remat,
-      run.scanned,
-      microbatches=run.pipeline_microbatches,
-      repeats=run.pipeline_repeats,
-      sequence_parallel=run.sequence_parallel,
-      attention=run.attention,
-      kernel_head_dim=kernel_head_dim,
-    )
+  """The model of a config, run as `Execution.of(training, kernel_head_dim)` says."""
+  execution = Execution.of(training, kernel_head_dim)
   return FAMILIES[cfg.family](cfg.resolve(), execution)
 
 
@@ -68,6 +51,7 @@ def abstract_params(model: LanguageModel, mesh: Mesh) -> Any:
   return with_shardings(boxed_shapes(model), mesh)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def init_cache(model: LanguageModel, batch: int, slots: int) -> Any:
   """An empty cache for `batch` rows of up to `slots` tokens.
 
@@ -76,52 +60,40 @@ def init_cache(model: LanguageModel, batch: int, slots: int) -> Any:
   """
   if model.cfg.family == "rnn":
     return init_rnn_cache(model.cfg, batch)
-  return empty_cache(model.cfg, batch, slots, cache_dtype(model.run))
-
-
-def cache_dtype(run: Execution) -> jnp.dtype:
-  return jnp.dtype(jnp.int8) if run.narrow_cache else run.dtype
+  return empty_cache(model.cfg, batch, slots, model.execution.cache_dtype)
 
 
 class Decoder(LanguageModel):
   """A decoder-only transformer (Radford et al., 2018): each token sees earlier ones."""
 
   def setup_body(self) -> None:
-    self.stack = Stack(self.cfg, self.run)
+    self.stack = Stack(self.cfg, self.execution)
     nn.share_scope(self, self.stack)
 
-  def hidden(
-    self,
-    tokens_BT: jax.Array,
-    positions_BT: jax.Array | None = None,
-    segments_BT: jax.Array | None = None,
-    **options: Any,
-  ) -> Output:
+  def hidden(self, tokens_BT: jax.Array, *args: Any, **options: Any) -> Output:
     """The last block's normalised output (B, T, D); arguments as in `Stack`."""
-    x_BTD = self.embed(tokens_BT)
-    return Output(*self.stack(x_BTD, positions_BT, segments_BT, **options))
+    return Output(*self.stack(self.embed(tokens_BT), *args, **options))
 
 
 class Encoder(LanguageModel):
   """An encoder (Devlin et al., 2019): each token sees all of its document."""
 
   def setup_body(self) -> None:
-    self.stack = Stack(self.cfg, self.run, causal=False)
+    self.stack = Stack(self.cfg, self.execution, causal=False)
     nn.share_scope(self, self.stack)
     if self.cfg.pooler:
-      self.pooler = dense(self.cfg, self.run)
+      self.pooler = dense(self.cfg, self.execution)
 
   def hidden(
     self,
     tokens_BT: jax.Array,
-    positions_BT: jax.Array | None = None,
-    segments_BT: jax.Array | None = None,
+    *args: Any,
     token_types_BT: jax.Array | None = None,
     **options: Any,
   ) -> Output:
     """The last block's output (B, T, D); arguments as in `Stack`."""
     x_BTD = self.embed(tokens_BT, token_types_BT)
-    output = Output(*self.stack(x_BTD, positions_BT, segments_BT, **options))
+    output = Output(*self.stack(x_BTD, *args, **options))
     if self.is_initializing() and self.cfg.pooler:
       self.pool(output.value)
     return output
@@ -135,10 +107,9 @@ class EncoderDecoder(LanguageModel):
   """An encoder-decoder (Vaswani et al., 2017; Raffel et al., 2020)."""
 
   def setup_body(self) -> None:
-    cfg, run = self.cfg, self.run
-    encoder_cfg = dataclasses.replace(cfg, depth=cfg.encoder_depth)
-    self.encoder = Stack(encoder_cfg, run, causal=False)
-    self.decoder = Stack(cfg, run, reads_source=True)
+    encoder_cfg = dataclasses.replace(self.cfg, depth=self.cfg.encoder_depth)
+    self.encoder = Stack(encoder_cfg, self.execution, causal=False)
+    self.decoder = Stack(self.cfg, self.execution, reads_source=True)
 
   def encode(self, source: Source, **options: Any) -> Output:
     """The encoder's output (B, S, D)."""
@@ -161,16 +132,9 @@ class EncoderDecoder(LanguageModel):
       passed = {k: v for k, v in options.items() if k in {"deterministic", "capture"}}
       encoded = self.encode(source, **passed)
       encoded_source = (encoded.value, source.segments_BS)
-    output = Output(
-      *self.decoder(
-        self.embed(tokens_BT),
-        positions_BT,
-        segments_BT,
-        cache=cache,
-        source=encoded_source,
-        **options,
-      )
-    )
+    x_BTD = self.embed(tokens_BT)
+    options |= dict(cache=cache, source=encoded_source)
+    output = Output(*self.decoder(x_BTD, positions_BT, segments_BT, **options))
     maps = {f"encoder_{name}": weights for name, weights in encoded.attention.items()}
     losses = {
       name: loss + encoded.losses.get(name, 0.0) for name, loss in output.losses.items()
@@ -185,7 +149,7 @@ class EncoderDecoder(LanguageModel):
       segments_BS = jnp.ones_like(source.tokens_BS)
     source_BSD = self.encode(source._replace(segments_BS=segments_BS)).value
     known = self.decoder.source_cache(source_BSD, segments_BS)
-    empty = empty_cache(self.cfg, batch, slots, cache_dtype(self.run))
+    empty = empty_cache(self.cfg, batch, slots, self.execution.cache_dtype)
     return empty._replace(source=known)
 
 

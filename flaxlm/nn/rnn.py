@@ -16,17 +16,7 @@ from jax.sharding import PartitionSpec
 
 from flaxlm.config import ResolvedModel
 from flaxlm.nn.base import LanguageModel, Output
-from flaxlm.nn.execution import (
-  Execution,
-  is_split,
-  run_scanned,
-  run_unrolled,
-  split_blocks,
-  stack_trees,
-  stacked_class,
-  unstack,
-  with_remat,
-)
+from flaxlm.nn.execution import Execution, run_layers, stacked_class, with_remat
 from flaxlm.nn.layers import build_norm
 from flaxlm.sharding import RULES, constrain, partition_spec
 
@@ -73,7 +63,7 @@ class RNN(LanguageModel):
   def setup_body(self) -> None:
     self.dropout = nn.Dropout(self.cfg.dropout)
     blocks = stacked_class(RecurrentBlock, self.cfg.depth, in_axes=(0, nn.broadcast))
-    self.blocks = blocks(self.cfg, self.run)
+    self.blocks = blocks(self.cfg, self.execution)
     self.final_norm = build_norm(self.cfg)
 
   def hidden(
@@ -114,7 +104,7 @@ class RNN(LanguageModel):
     """Runs all layers, each from its own state; the new states are stacked along L."""
     if self.is_initializing():
       return self.blocks(x_BTD, state, steps)
-    block = RecurrentBlock(self.cfg, self.run, parent=None)
+    block = RecurrentBlock(self.cfg, self.execution, parent=None)
     keys_L = None
     if not deterministic:
       keys_L = jax.random.split(self.make_rng("dropout"), self.cfg.depth)
@@ -124,32 +114,23 @@ class RNN(LanguageModel):
       rngs = {} if key is None else {"dropout": key}
       return block.apply({"params": params}, x_BTD, state, steps, deterministic, rngs=rngs)
 
-    params, depth = self.blocks.variables["params"], self.cfg.depth
-    layers = [with_remat(layer, self.run, self.run.scanned)] * depth
-    if self.run.scanned and not is_split(params):
-      return run_scanned(layers, 1, x_BTD, (params, state, keys_L))
-    layer_inputs = zip(
-      split_blocks(params, depth),
-      unstack(state, depth),
-      unstack(keys_L, depth),
-      strict=True,
-    )
-    x_BTD, states = run_unrolled(layers, x_BTD, list(layer_inputs))
-    return x_BTD, stack_trees(states)
+    params, scanned = self.blocks.variables["params"], self.execution.scanned
+    layers = [with_remat(layer, self.execution, scanned)] * self.cfg.depth
+    return run_layers(layers, 1, scanned, x_BTD, params, state, keys_L)
 
 
 class RecurrentBlock(nn.Module):
   """x + cell(norm(x)), over all time steps; dropout is outside the loop (Zaremba, 2014)."""
 
   cfg: ResolvedModel
-  run: Execution
+  execution: Execution
 
   @nn.compact
   def __call__(
     self, x_BTD: jax.Array, state: Any, steps: Steps, deterministic: bool = True
   ) -> tuple[jax.Array, Any]:
     """The layer's output (B, T, D), and its state after the last real token."""
-    cell = build_cell(self.cfg, self.run)
+    cell = build_cell(self.cfg, self.execution)
     h_BTD = build_norm(self.cfg, name="norm")(x_BTD)
     params = self.param("cell", lambda key: cell.init(key, state, h_BTD[:, 0])["params"])
     y_BTD, state = over_mesh(cell, params, h_BTD, state, steps)
@@ -158,7 +139,7 @@ class RecurrentBlock(nn.Module):
     return constrain(x_BTD, "batch", "length", "act_embed"), state
 
 
-def build_cell(cfg: ResolvedModel, run: Execution) -> nn.Module:
+def build_cell(cfg: ResolvedModel, execution: Execution) -> nn.Module:
   """One step of one layer; its kernels, all (D, D), carry logical names."""
   named = nn.with_logical_partitioning
   kinds = {"lstm": nn.OptimizedLSTMCell, "gru": nn.GRUCell}
@@ -168,7 +149,7 @@ def build_cell(cfg: ResolvedModel, run: Execution) -> nn.Module:
     recurrent_kernel_init=named(orthogonal, ("embed", "hidden")),
     bias_init=named(nn.initializers.zeros, ("hidden",)),
     parent=None,
-    **run.dtypes,
+    **execution.dtypes,
   )
 
 

@@ -22,7 +22,7 @@ from flaxlm.nn.execution import (
   Execution,
   Layer,
   is_split,
-  run_scanned,
+  run_layers,
   run_unrolled,
   split_blocks,
   stack_trees,
@@ -44,22 +44,22 @@ class Stack(nn.Module):
   """Positions, L blocks, and the final norm: embedded tokens in, hidden vectors out."""
 
   cfg: ResolvedModel
-  run: Execution
+  execution: Execution
   causal: bool = True
   reads_source: bool = False
 
   def setup(self):
-    cfg, run = self.cfg, self.run
+    cfg, execution = self.cfg, self.execution
     if cfg.positions == "learned":
       shape, names = (cfg.context, cfg.width), ("slots", "embed")
-      self.positions = Embedding(shape, names, **run.dtypes)
+      self.positions = Embedding(shape, names, **execution.dtypes)
     if cfg.positions == "relative":
       shape, names = (cfg.relative_buckets, cfg.num_heads), ("slots", "heads")
-      self.relative_bias = Embedding(shape, names, param_dtype=run.param_dtype)
+      self.relative_bias = Embedding(shape, names, param_dtype=execution.param_dtype)
     if cfg.embedding_norm:
       self.embedding_norm = build_norm(cfg)
     blocks = stacked_class(Block, self.cfg.depth, in_axes=(nn.broadcast, nn.broadcast))
-    self.blocks = blocks(cfg, run, self.reads_source)
+    self.blocks = blocks(cfg, execution, self.reads_source)
     if cfg.norm_placement != "post":
       self.final_norm = build_norm(cfg)
     self.dropout = nn.Dropout(cfg.dropout)
@@ -91,7 +91,7 @@ class Stack(nn.Module):
       positions_BT = slots_BT
     x_BTD = self.add_positions(x_BTD, positions_BT)
     x_BTD = self.dropout(x_BTD, deterministic=deterministic)
-    x_BTD = on_share(x_BTD, self.run)
+    x_BTD = on_share(x_BTD, self.execution)
     schedule = None if cache is not None or capture else self.schedule(B)
     if schedule is not None:
       rows = (positions_BT, segments_BT, source)
@@ -152,7 +152,9 @@ class Stack(nn.Module):
     if bias_XNTS is None:
       # Without a cache all rows have the same slots and share one bias.
       slots_XT = where.query_slots_BT[: None if cache is not None else 1]
-      num_keys = positions_BT.shape[1] if cache is None else max_slots(cache)
+      num_keys = positions_BT.shape[1]
+      if cache is not None:
+        num_keys = max(map(num_slots, cache.layers))
       bias_XNTS = self.score_bias(slots_XT, num_keys)
     source_BSD, source_sight = None, None
     if self.reads_source:
@@ -167,9 +169,10 @@ class Stack(nn.Module):
       cos_sin = None
       if cfg.positions == "rope":
         cos_sin = rotation(positions_BT, cfg.head_dim, cfg.rope, kind == "L")
+      # Queries over a cache do not begin where its keys do.
+      reach = None if cache is not None else self.reach(where, window)
       contexts[kind] = LayerContext(
-        sight=Sight(mask_BTS, bias_XNTS, cos_sin),
-        reach=self.reach(where, window),
+        sight=Sight(mask_BTS, bias_XNTS, cos_sin, reach),
         cache_slots=cache_slots,
         source_BSD=source_BSD,
         source_sight=source_sight,
@@ -201,14 +204,13 @@ class Stack(nn.Module):
       return x_BTD, output._replace(attention={})
     layers = self.layers(lambda: contexts, deterministic, capture)
     params, keys_L = self.blocks.variables["params"], self.dropout_keys(deterministic)
-    if caches is None and self.run.scanned and not is_split(params):
-      return run_scanned(layers, len(self.cfg.period), x_BTD, (params, keys_L, None))
+    if caches is None:
+      period, scanned = len(self.cfg.period), self.execution.scanned
+      return run_layers(layers, period, scanned, x_BTD, params, keys_L, None)
     # With a cache, always unrolled: a loop would copy the whole cache at every token.
+    depth = self.cfg.depth
     layer_inputs = zip(
-      split_blocks(params, self.cfg.depth),
-      unstack(keys_L, self.cfg.depth),
-      caches or [None] * self.cfg.depth,
-      strict=True,
+      split_blocks(params, depth), unstack(keys_L, depth), caches, strict=True
     )
     x_BTD, outputs = run_unrolled(layers, x_BTD, list(layer_inputs))
     stacked = stack_trees([output._replace(cache=None) for output in outputs])
@@ -225,7 +227,7 @@ class Stack(nn.Module):
     stages = sizes.get(AXIS, 1)
     if stages == 1 or self.is_initializing() or is_split(self.blocks.variables["params"]):
       return None
-    schedule = make_schedule(stages, self.run.microbatches, self.run.repeats)
+    schedule = make_schedule(stages, self.execution.microbatches, self.execution.repeats)
     shards = math.prod(sizes.get(axis, 1) for axis in RULES["batch"]) // stages
     return None if num_rows % (schedule.microbatches * shards) else schedule
 
@@ -258,13 +260,8 @@ class Stack(nn.Module):
         first = visit.group * count
         keys_L = jax.lax.dynamic_slice_in_dim(keys_L, first, count)
         keys_L = jax.vmap(jax.random.fold_in, (0, None))(keys_L, visit.microbatch)
-      layer_inputs = (params, keys_L, None)
-      if self.run.scanned:
-        period = min(len(self.cfg.period), count)
-        x_BTD, output = run_scanned(layers, period, x_BTD, layer_inputs)
-      else:
-        x_BTD, outputs = run_unrolled(layers, x_BTD, unstack(layer_inputs, count))
-        output = stack_trees(outputs)
+      period, scanned = min(len(self.cfg.period), count), self.execution.scanned
+      x_BTD, output = run_layers(layers, period, scanned, x_BTD, params, keys_L, None)
       return x_BTD, jax.tree.map(lambda loss_L: loss_L.sum(), output.losses)
 
     params = self.blocks.variables["params"]
@@ -289,9 +286,9 @@ class Stack(nn.Module):
     The function itself makes the layer's context and, with `choose`, picks its parameters
     out of several, so that neither is kept for the backward pass.
     """
-    block = Block(self.cfg, self.run, self.reads_source, parent=None)
+    block = Block(self.cfg, self.execution, self.reads_source, parent=None)
     has_tail = self.cfg.depth % len(self.cfg.period) > 0  # which `run_scanned` unrolls
-    is_looped = self.run.scanned and not has_tail
+    is_looped = self.execution.scanned and not has_tail
 
     def layer_of(kind: str) -> Layer:
       def layer(x_BTD: jax.Array, inputs: tuple) -> tuple[jax.Array, LayerOutput]:
@@ -303,24 +300,20 @@ class Stack(nn.Module):
           variables, x_BTD, cache, context, deterministic, capture, rngs=rngs
         )
 
-      return with_remat(layer, self.run, is_looped)
+      return with_remat(layer, self.execution, is_looped)
 
     layers = {kind: layer_of(kind) for kind in sorted(set(self.cfg.period))}
     return [layers[kind] for kind in self.cfg.layer_kinds()]
 
   def source_cache(self, source_BSD: jax.Array, segments_BS: jax.Array) -> SourceCache:
     """Every layer's keys and values of the encoder's output."""
-    block = Block(self.cfg, self.run, self.reads_source, parent=None)
+    block = Block(self.cfg, self.execution, self.reads_source, parent=None)
     layers = []
     for params in split_blocks(self.blocks.variables["params"], self.cfg.depth):
       variables = {"params": params}
       kv = block.apply(variables, source_BSD, method="source_keys_values")
       layers.append(tuple(x.swapaxes(1, 2) for x in kv))
     return SourceCache(tuple(layers), segments_BS)
-
-
-def max_slots(cache: KVCache) -> int:
-  return max(map(num_slots, cache.layers))
 
 
 def real_tokens(where: Placement, num_new_B: jax.Array | None) -> jax.Array | None:

@@ -164,7 +164,8 @@ def with_path(
 ) -> tuple[ResolvedConfig, Path | None]:
   """The config with the attention path that such a mesh takes, and the path's reason."""
   model = build_model(cfg.model, cfg.training, device.kernel_head_dim)
-  path = training_path(model.cfg, model.run, sizes, cfg.data.seq_len, cfg.source_length)
+  execution, lengths = model.execution, (cfg.data.seq_len, cfg.source_length)
+  path = training_path(model.cfg, execution, sizes, *lengths)
   if path is None:
     return cfg, None
   training = dataclasses.replace(cfg.training, attention=path.name)

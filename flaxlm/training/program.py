@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import Config, ResolvedConfig, ResolvedModel
 from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.execution import Execution
 from flaxlm.nn.kernels.paths import Path as AttentionPath
 from flaxlm.nn.kernels.paths import training_path
 from flaxlm.nn.models import build_model
@@ -116,5 +117,6 @@ def choose_attention(cfg: Config, mesh: Mesh) -> AttentionPath | None:
   Raises `ConfigError` for a path that is asked for but cannot compute this model here.
   """
   model_cfg = cfg.model.resolve(expected_vocab_size(cfg.tokenizer))
-  run = build_model(model_cfg, cfg.training, kernel_head_dim()).run
-  return training_path(model_cfg, run, mesh.shape, cfg.data.seq_len, cfg.source_length)
+  execution = Execution.of(cfg.training, kernel_head_dim())
+  lengths = (cfg.data.seq_len, cfg.source_length)
+  return training_path(model_cfg, execution, mesh.shape, *lengths)

@@ -250,7 +250,8 @@ def test_wherever_the_blocks_end(tokens: list[int], stops: list[str], cuts: list
   shown = ""
   borders = [0, *sorted(min(cut, len(tokens)) for cut in cuts), len(tokens)]
   for start, end in itertools.pairwise(borders):
-    shown += row.extend(tokens[start:end], [-1.0] * (end - start))
+    count, block = end - start, tokens[start:end]
+    shown += row.extend(block, [-1.0] * count, [[]] * count, [[]] * count)
     if row.result.finish_reason is None:
       assert len(shown) <= certain(spoken[end], stops)
       assert stops or shown == spoken[end]

@@ -18,6 +18,7 @@ from flaxlm.decoding.sampling import (
   Sampling,
   SamplingSettings,
   TokenHistory,
+  apply_rules,
   draw,
   make_sampling,
   rules_in_use,
@@ -102,9 +103,7 @@ def test_the_chi_square_test_sees_a_wrong_temperature():
 
 @functools.partial(jax.jit, static_argnames="rules")
 def cut(logits_BV: Any, sampling: Sampling, rules: tuple[str, ...] = CUTS) -> Any:
-  for name in rules:
-    logits_BV = RULES[name].apply(logits_BV, sampling, None)
-  return logits_BV
+  return apply_rules(rules, logits_BV, sampling)
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -194,9 +193,8 @@ def test_penalties_and_biases_follow_their_definitions(seed: int):
   sampling = make_sampling(1, 0.0, **rules, banned_tokens=[*banned])
   names = rules_in_use(sampling)
   assert set(names) == {"bias", "repetition", "presence"}
-  adjusted_BV = jnp.asarray(logits_V)[None]
-  for name in names:
-    adjusted_BV = RULES[name].apply(adjusted_BV, jax.tree.map(jnp.asarray, sampling), seen)
+  logits_BV, traced = jnp.asarray(logits_V)[None], jax.tree.map(jnp.asarray, sampling)
+  adjusted_BV = apply_rules(names, logits_BV, traced, seen)
   rules["logit_bias"] = rules["logit_bias"] | banned
   expected_V = references.adjusted_logits(logits_V, prompt, answer, **rules)
   np.testing.assert_allclose(adjusted_BV[0], expected_V, rtol=1e-5, atol=1e-5)

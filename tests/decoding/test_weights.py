@@ -95,7 +95,7 @@ def test_narrow_numbers_are_near():
   )
   model = build_model(cfg)
   params = jax.tree.map(lambda x: x * 2, jax.jit(lambda: unboxed(model))())
-  small = model.clone(run=Execution(narrow_cache=True))
+  small = model.clone(execution=Execution(narrow_cache=True))
   for kind, narrow_model in ((None, small), ("int8", model), ("bfloat16", model)):
     narrow = prepare_params(params, model.cfg, kind)
     assert 1e-5 < error_of(model, params, narrow_model, narrow) < 0.06, kind
@@ -113,7 +113,7 @@ def test_an_int8_vector_is_off_by_half_a_step_at_most():
 def test_an_int8_cache_is_a_cache():
   """A quarter of the bytes and the scales; a row alone is the row in a batch."""
   model, params = model_of("window, mqa, untied")
-  model = model.clone(run=Execution(narrow_cache=True))
+  model = model.clone(execution=Execution(narrow_cache=True))
   cache = init_cache(model, 4, 32)
   assert all(isinstance(x, Narrow) for kv in cache.layers for x in kv)
   prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]

@@ -98,7 +98,7 @@ def first_params(cfg, param_dtype):
 def params_on(mesh, model):
   """The same numbers on every mesh, cut as the rules say."""
   where = shardings_of(abstract_params(model, mesh))
-  return jax.device_put(first_params(model.cfg, str(model.run.param_dtype)), where)
+  return jax.device_put(first_params(model.cfg, str(model.execution.param_dtype)), where)
 
 
 def loss_and_gradient_on(mesh, cfg=CFG, run=FAST):

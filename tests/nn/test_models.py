@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import references
 
-from flaxlm.config import ModelConfig, RopeConfig
-from flaxlm.nn.layers import Einsum
+from flaxlm.config import ModelConfig
 from flaxlm.nn.models import build_model, init_params
-from flaxlm.nn.positions import rotate, rotation
 
 SMALL = dict(depth=2, width=32, num_heads=4, vocab_size=61, context=24)
 GPT2 = dict(
@@ -104,25 +102,6 @@ def test_dropout_needs_a_key_and_changes_the_output():
 
   np.testing.assert_array_equal(apply(0), apply(0))
   assert not np.allclose(apply(0), apply(1))
-
-
-def test_rope_scores_depend_on_distance_only():
-  """q_m . k_n is a function of m - n (Su et al., 2021, equation 11)."""
-  q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
-  at = lambda x, position: rotate(
-    x, rotation(np.array([[position]]), 16, RopeConfig(), False)
-  )
-  near = (at(q, 3) * at(k, 1)).sum()
-  far = (at(q, 103) * at(k, 101)).sum()
-  np.testing.assert_allclose(near, far, rtol=1e-4)
-
-
-def test_einsum_equals_jnp_einsum():
-  x = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
-  layer = Einsum("BTNH,NHD->BTD", (4, 5, 7), ("heads", "head_dim", "embed"))
-  variables = nn.unbox(layer.init(jax.random.key(1), x))
-  expected = np.einsum("BTNH,NHD->BTD", x, variables["params"]["kernel"])
-  np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
 
 
 def test_seeds_start_with_other_parameters():

@@ -15,14 +15,7 @@ from flaxlm.config import ModelConfig, MoEConfig
 from flaxlm.nn.kernels.fusion import activate
 from flaxlm.nn.layers import FeedForward
 from flaxlm.nn.models import build_model, init_cache, init_params
-from flaxlm.nn.moe import (
-  MoE,
-  blocked_dot,
-  blocked_outer,
-  grouped_dot,
-  ragged_dot,
-  ragged_outer,
-)
+from flaxlm.nn.moe import MoE
 from flaxlm.sharding import batch_sharding, make_mesh, with_shardings
 
 B, T, D, F, E = 3, 10, 8, 12, 4
@@ -322,24 +315,3 @@ def test_rows_are_cut_over_context_and_a_single_token_is_not():
     with jax.set_mesh(make_mesh({"data": 2, "context": 4})):
       actual, _ = jax.jit(moe.apply)(params, x_BTD, real_BT)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
-
-
-# -- Products of groups of rows ------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sizes", [[0, 170, 90], [128, 128, 44], [0, 0, 0], [1, 0, 2]])
-def test_both_grouped_products_equal_a_loop_over_groups(sizes):
-  """Groups of several blocks, of none, and rows of no group, which become zero."""
-  x_MD, kernel_EDF, y_MF = inputs(300, 5), inputs(3, 5, 4), inputs(300, 4)
-  expected_MF, expected_EDF = np.zeros((300, 4)), np.zeros((3, 5, 4))
-  ends = np.cumsum(sizes)
-  for e, (end, size) in enumerate(zip(ends, sizes, strict=True)):
-    group = slice(end - size, end)
-    expected_MF[group] = x_MD[group] @ kernel_EDF[e]
-    expected_EDF[e] = x_MD[group].T @ y_MF[group]
-  for dot in (blocked_dot, ragged_dot, grouped_dot):
-    actual = jax.jit(dot)(x_MD, kernel_EDF, np.asarray(sizes))
-    np.testing.assert_allclose(actual, expected_MF, atol=1e-5)
-  for outer in (blocked_outer, ragged_outer):
-    actual = jax.jit(outer)(x_MD, y_MF, np.asarray(sizes))
-    np.testing.assert_allclose(actual, expected_EDF, atol=1e-4)

@@ -235,7 +235,7 @@ def test_how_it_runs_changes_nothing(rnn, run, on_one_device):
   model, params = rnn
   tokens_BT, expected = on_one_device
   as_run = jax.jit(loss_and_gradients, static_argnums=0)
-  assert_close(as_run(model.clone(run=run), params, tokens_BT), expected, atol=1e-5)
+  assert_close(as_run(model.clone(execution=run), params, tokens_BT), expected, atol=1e-5)
 
 
 def test_remat_keeps_less():
@@ -308,7 +308,7 @@ def test_bfloat16_stays_close_to_float32(rnn):
   model, params = rnn
   tokens_BT = random_tokens(2, 64)
   exact, _ = continued(model, params, tokens_BT, init_rnn_cache(model.cfg, 2))
-  narrow_model = model.clone(run=Execution(jnp.dtype("bfloat16")))
+  narrow_model = model.clone(execution=Execution(jnp.dtype("bfloat16")))
   narrow, cache = continued(narrow_model, params, tokens_BT, init_rnn_cache(model.cfg, 2))
   assert {x.dtype for x in jax.tree.leaves(cache.state)} == {jnp.dtype("float32")}
   assert narrow.dtype == jnp.float32

@@ -98,19 +98,18 @@ def bench_shape(
 def paths(shape: AttentionShape, dtype: str) -> dict[str, AttentionPath]:
   """Every path that works here; the results of the others must agree with the first."""
   slots_BT = jnp.broadcast_to(jnp.arange(shape.T), (shape.B, shape.T))
-  sight = Sight(visible(Placement(slots_BT), shape.T))
-  reach = Reach(is_all=True)
+  masked = Sight(visible(Placement(slots_BT), shape.T), reach=Reach())  # as packed rows are
+  sight = masked._replace(reach=Reach(is_all=True))
   scoring = Scoring(shape.H**-0.5)
   library = functools.partial(jax.nn.dot_product_attention, is_causal=True)
   found: dict[str, AttentionPath] = {
     "plain": lambda q, k, v: attend(q, k, v, sight, scoring)[0],
-    "blocked": lambda q, k, v: attend_blocked(q, k, v, sight, scoring, reach=reach),
+    "blocked": lambda q, k, v: attend_blocked(q, k, v, sight, scoring),
     "jax.nn xla": functools.partial(library, implementation="xla"),
   }
   if dtype == "bfloat16" and kernel_head_dim() >= shape.H:
-    masked = Reach()  # packed documents need a mask
-    found["cudnn"] = lambda q, k, v: attend_cudnn(q, k, v, sight, scoring, reach)
-    found["cudnn masked"] = lambda q, k, v: attend_cudnn(q, k, v, sight, scoring, masked)
+    found["cudnn"] = lambda q, k, v: attend_cudnn(q, k, v, sight, scoring)
+    found["cudnn masked"] = lambda q, k, v: attend_cudnn(q, k, v, masked, scoring)
   return found
 
 

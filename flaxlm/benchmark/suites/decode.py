@@ -237,7 +237,7 @@ def check_likeliest(
   count = min(count, tokens.shape[1])
   rows = np.concatenate([np.asarray(request.prompts), tokens[:, :count]], 1)
   text = f"{count} tokens of each answer are the likeliest of an uncached forward pass"
-  allowed = LOGIT_TOLERANCE[jnp.dtype(model.run.dtype).name]
+  allowed = LOGIT_TOLERANCE[jnp.dtype(model.execution.dtype).name]
   if not largest_deficit(model, params, rows, count) <= allowed:
     raise wrong_result(f"it is not true that {text}")
   return text

@@ -8,11 +8,12 @@ of three: at T=256 on a CPU, forward and backward of a layer took 30 ms instead 
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from flaxlm.nn.masks import LOWEST, Reach, Scoring, Sight
+from flaxlm.nn.masks import LOWEST, Scoring, Sight
 from flaxlm.sharding import constrain, is_cut
 
 
@@ -23,13 +24,11 @@ def attend_blocked(
   sight: Sight,
   scoring: Scoring,
   sinks_N: jax.Array | None = None,
-  reach: "Reach | None" = None,
 ) -> jax.Array:
   """The values of `attend` in blocks of queries, over whole rows.
 
-  A block reads only the keys within `reach`: for causal attention that saves up to half
-  of the work, for a window more. One array of the scores' size is kept for the backward
-  pass instead of three. `reach` None: every query may see every key.
+  A block reads only the keys within `sight.reach`: for causal attention that saves up to
+  half of the work, for a window more.
 
   On a mesh with `context`, every device takes a share of each block, so that all have the
   same work although later queries see more keys.
@@ -40,7 +39,7 @@ def attend_blocked(
   q_BKGTH = (q_BTNH * scoring.scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
   k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
   sinks_KG = None if sinks_N is None else sinks_N.reshape(K, N // K)
-  blocks = []
+  reach, blocks = sight.reach, []
   for start, end in query_blocks(T) if reach else [(0, T)]:
     first = 0 if reach is None or reach.window is None else max(0, start - reach.window + 1)
     last = end if reach else S
@@ -77,21 +76,9 @@ def query_blocks(num_queries: int) -> list[tuple[int, int]]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def mix(
-  softcap: float | None,
-  q_BKGTH: jax.Array,
-  k_BKSH: jax.Array,
-  v_BKSH: jax.Array,
-  mask_BTS: jax.Array | None,
-  bias_XNTS: jax.Array | None,
-  sinks_KG: jax.Array | None,
-) -> jax.Array:
-  """softmax(q k^T + bias) v where the mask allows, with a backward pass written by hand.
-
-  The weights stay unnormalised, exp(score - max). Their sum divides the output instead,
-  which is S / H times smaller, and likewise its gradient (Dao et al., 2022, appendix B).
-  """
-  return mix_forward(softcap, q_BKGTH, k_BKSH, v_BKSH, mask_BTS, bias_XNTS, sinks_KG)[0]
+def mix(softcap: float | None, *arguments: Any) -> jax.Array:
+  """The output of `mix_forward`, with a backward pass written by hand."""
+  return mix_forward(softcap, *arguments)[0]
 
 
 def mix_forward(
@@ -103,6 +90,11 @@ def mix_forward(
   bias_XNTS: jax.Array | None,
   sinks_KG: jax.Array | None,
 ) -> tuple[jax.Array, tuple]:
+  """softmax(q k^T + bias) v where the mask allows, and what the backward pass needs.
+
+  The weights stay unnormalised, exp(score - max). Their sum divides the output instead,
+  which is S / H times smaller, and likewise its gradient (Dao et al., 2022, appendix B).
+  """
   B, K, G, T, H = q_BKGTH.shape
   S = k_BKSH.shape[2]
   # The G heads of a kv head are rows of one matrix. B and K stay two dims: merging them

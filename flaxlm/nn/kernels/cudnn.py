@@ -7,7 +7,7 @@ Equal to `nn.attention.attend` in 16 bits. On an H100, forward and backward of 3
 
 import jax
 
-from flaxlm.nn.masks import Reach, Scoring, Sight
+from flaxlm.nn.masks import Scoring, Sight
 
 
 def attend_cudnn(
@@ -16,13 +16,13 @@ def attend_cudnn(
   v_BSKH: jax.Array,
   sight: Sight,
   scoring: Scoring,
-  reach: Reach | None = None,
 ) -> jax.Array:
   """The values of `attend` by cuDNN's fused kernel (Dao, 2023), which keeps no scores.
 
   The kernel supports causal attention and windows, and skips what they hide; a mask that
   hides more is passed as a bias of the scores.
   """
+  reach = sight.reach
   mask_BTS = None if reach is not None and reach.is_all else sight.mask_BTS
   window = None if reach is None else reach.window
   return jax.nn.dot_product_attention(

@@ -43,13 +43,15 @@ def normalised(
 
 @functools.partial(jax.checkpoint, static_argnums=0)
 def activated(kind: str, h: jax.Array, gate: jax.Array | None) -> jax.Array:
-  """f(h), or f(gate) h. The backward pass recomputes it, which is cheaper than keeping the
+  """`activate`, which the backward pass recomputes: that is cheaper than keeping the
   several arrays of this size that its derivative needs."""
-  return activate(h, kind) if gate is None else activate(gate, kind) * h
+  return activate(h, kind, gate)
 
 
-def activate(x: jax.Array, kind: str) -> jax.Array:
-  """The nonlinearity; "gelu" is the exact one, "gelu_tanh" GPT-2's approximation."""
+def activate(x: jax.Array, kind: str, gate: jax.Array | None = None) -> jax.Array:
+  """f(x), or f(gate) x; "gelu" is the exact one, "gelu_tanh" GPT-2's approximation."""
+  if gate is not None:
+    return activate(gate, kind) * x
   match kind:
     case "gelu":
       return jax.nn.gelu(x, approximate=False)

@@ -24,7 +24,7 @@ class Path(NamedTuple):
 
 def choose_path(
   cfg: ResolvedModel,
-  run: Execution,
+  execution: Execution,
   sizes: Mapping[str, int],
   lengths: Sequence[int] = (),
 ) -> Path:
@@ -33,14 +33,14 @@ def choose_path(
   `run.kernel_head_dim` says what the devices can do. Raises `ConfigError` if the config
   asks for cudnn and cuDNN cannot run the model.
   """
-  largest = run.kernel_head_dim
-  wanted = run.attention
+  largest = execution.kernel_head_dim
+  wanted = execution.attention
   if wanted == "blocked":
     return Path("blocked", "as training.attention says")
   biased = cfg.positions in {"alibi", "relative"}
   obstacles = {
     "it runs on NVIDIA GPUs from Ampere on": not largest,
-    "it does not support float32": jnp.dtype(run.dtype).itemsize != 2,
+    "it does not support float32": jnp.dtype(execution.dtype).itemsize != 2,
     f"head_dim={cfg.head_dim} is above {largest}": cfg.head_dim > largest,
     f"head_dim={cfg.head_dim} is not a multiple of 8": cfg.head_dim % 8 != 0,
     "it does not support attention_softcap": cfg.attention_softcap is not None,
@@ -59,14 +59,9 @@ def choose_path(
   return Path("blocked", f"cudnn is not possible: {found[0]}")
 
 
-def path_here(cfg: ResolvedModel, run: Execution, lengths: Sequence[int]) -> Path:
-  """The path over whole rows of these `lengths`, on the mesh that is set."""
-  return choose_path(cfg, run, axis_sizes_in_use(), lengths)
-
-
 def training_path(
   cfg: ResolvedModel,
-  run: Execution,
+  execution: Execution,
   sizes: Mapping[str, int],
   seq_len: int,
   source_len: int,
@@ -77,21 +72,21 @@ def training_path(
   """
   if cfg.family == "rnn":
     return None
-  return choose_path(cfg, run, sizes, (seq_len, source_len))
+  return choose_path(cfg, execution, sizes, (seq_len, source_len))
 
 
 def prompt_path(
-  cfg: ResolvedModel, run: Execution, num_queries: int, num_keys: int
+  cfg: ResolvedModel, execution: Execution, num_queries: int, num_keys: int
 ) -> Path:
   """The path of new tokens over a cache.
 
   Prompts use cuDNN's kernel where it can run the model. `training.attention=cudnn` demands
   nothing here, because a run may decode on other devices than it was trained on.
   """
-  if run.attention == "blocked":
+  if execution.attention == "blocked":
     return Path("cached", "as training.attention says")
   if num_queries < SHORTEST_PROMPT:
     return Path("cached", "too few queries for a fused kernel")
-  run = dataclasses.replace(run, attention="auto")
-  chosen = path_here(cfg, run, (num_queries, num_keys))
+  execution = dataclasses.replace(execution, attention="auto")
+  chosen = choose_path(cfg, execution, axis_sizes_in_use(), (num_queries, num_keys))
   return chosen if chosen.name == "cudnn" else Path("cached", chosen.why)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products with weights: rows times a matrix in training, a matrix times rows in decoding.
 
-Equal to `jnp.tensordot`. In training, kept dims are merged into rows: on a CPU the backward
-pass of a 3-D product runs at two thirds of the speed of a 2-D one. In decoding, a matrix
-that is laid out for it is multiplied by a few rows, in the order that reads it fastest.
+Equal to `jnp.tensordot`. In decoding, a matrix that is laid out for it is multiplied by a
+few rows, in the order that reads it fastest.
 """
 
 import math

@@ -68,7 +68,7 @@ def test_blocked_equals_reference_with_gradients(way, num_tokens, kv_heads):
   )
   actual = jax.jit(output_and_gradients, static_argnums=0)(
     lambda q, k, v, bias, sinks: attend_blocked(
-      q, k, v, Sight(mask, bias), scoring, sinks, reach
+      q, k, v, Sight(mask, bias, reach=reach), scoring, sinks
     )
   )
   jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=3e-5), actual, expected)
@@ -78,10 +78,10 @@ def test_windows_reach_over_blocks():
   """Nothing but the window hides keys here: no document ends where a block begins."""
   q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 130, 2, 8))
   where, window, scoring = Placement(jnp.arange(130)[None]), 40, Scoring(0.3)
-  sight = Sight(visible(where, 130, window=window))
+  sight = Sight(visible(where, 130, window=window), reach=Reach(window))
   expected, _ = attend(q, k, v, sight, scoring)
   assert len(query_blocks(130)) > 1
-  actual = attend_blocked(q, k, v, sight, scoring, reach=Reach(window))
+  actual = attend_blocked(q, k, v, sight, scoring)
   np.testing.assert_allclose(actual, expected, atol=3e-5)
 
 
@@ -109,12 +109,12 @@ def test_cudnn_is_asked_for_the_same(way, packed, asked):
   k, v = jax.random.normal(jax.random.key(1), (2, B, T, 2, H))
   slots = jnp.broadcast_to(jnp.arange(T), (B, T))
   segments = 1 + (slots > T // 3) + (slots > T // 2) if packed else None
-  sight = Sight(visible(Placement(slots, segments, segments), T, *options.values()))
+  mask = visible(Placement(slots, segments, segments), T, *options.values())
   sinks = options["sink_tokens"]
   reach = Reach(None if sinks else options["window"], not packed and not sinks)
-  reach = reach if options["causal"] else None
+  sight = Sight(mask, reach=reach if options["causal"] else None)
   expected = jax.jit(lambda *qkv: attend(*qkv, sight, Scoring(0.3))[0])(q, k, v)
-  actual = jax.jit(lambda *qkv: attend_cudnn(*qkv, sight, Scoring(0.3), reach))(q, k, v)
+  actual = jax.jit(lambda *qkv: attend_cudnn(*qkv, sight, Scoring(0.3)))(q, k, v)
   np.testing.assert_allclose(actual, expected, atol=3e-5)
   # A mask is a bias of all scores: only what cuDNN cannot know otherwise is one.
   known = options["causal"] and not packed and not sinks
@@ -188,11 +188,9 @@ def test_bfloat16_stays_close_to_float32():
   """The softmax runs in float32 whatever the inputs: errors stay at bfloat16's rounding."""
   q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 128, 2, 16))
   slots = jnp.arange(128)[None]
-  sight, scoring = Sight(visible(Placement(slots), 128)), Scoring(0.25)
+  sight, scoring = Sight(visible(Placement(slots), 128), reach=Reach()), Scoring(0.25)
   exact = attend(q, k, v, sight, scoring)[0]
-  narrow = attend_blocked(
-    *(x.astype(jnp.bfloat16) for x in (q, k, v)), sight, scoring, reach=Reach()
-  )
+  narrow = attend_blocked(*(x.astype(jnp.bfloat16) for x in (q, k, v)), sight, scoring)
   assert narrow.dtype == jnp.bfloat16
   np.testing.assert_allclose(narrow.astype(jnp.float32), exact, atol=0.03)
 
@@ -202,11 +200,11 @@ def test_members_of_context_share_every_block_of_queries():
   rng = np.random.default_rng(0)
   B, T, N, H = 2, 256, 2, 8
   q, k, v = (rng.standard_normal((B, T, N, H), np.float32) for _ in range(3))
-  mask_BTS = np.tril(np.ones((T, T), bool))[None].repeat(B, 0)
+  sight = Sight(np.tril(np.ones((T, T), bool))[None].repeat(B, 0), reach=Reach())
   mesh = make_mesh({"context": 4, "data": 2})
 
   def loss(q, k, v):
-    out = attend_blocked(q, k, v, Sight(mask_BTS), Scoring(0.3), reach=Reach())
+    out = attend_blocked(q, k, v, sight, Scoring(0.3))
     return (out**2).sum()
 
   def run(mesh):

@@ -11,6 +11,13 @@ import pytest
 from flaxlm.nn.attention import attend
 from flaxlm.nn.kernels.cached import attend_cached
 from flaxlm.nn.kernels.fusion import activate, activated, normalised, unfused
+from flaxlm.nn.kernels.grouped import (
+  blocked_dot,
+  blocked_outer,
+  grouped_dot,
+  ragged_dot,
+  ragged_outer,
+)
 from flaxlm.nn.kernels.products import matrix_dot, rows_dot
 from flaxlm.nn.masks import Placement, Scoring, Sight, visible
 
@@ -105,3 +112,25 @@ def test_tables_kept_apart_are_the_tables(first):
   jax.tree.map(
     np.testing.assert_array_equal, jax.jit(unfused(tables))(x), jax.jit(tables)(x)
   )
+
+
+@pytest.mark.parametrize("sizes", [[0, 170, 90], [128, 128, 44], [0, 0, 0], [1, 0, 2]])
+def test_both_grouped_products_equal_a_loop_over_groups(sizes):
+  """Groups of several blocks, of none, and rows of no group, which become zero."""
+  rng = np.random.default_rng(0)
+  x_MD, kernel_EDF, y_MF = (
+    rng.standard_normal(shape).astype(np.float32)
+    for shape in [(300, 5), (3, 5, 4), (300, 4)]
+  )
+  expected_MF, expected_EDF = np.zeros((300, 4)), np.zeros((3, 5, 4))
+  ends = np.cumsum(sizes)
+  for e, (end, size) in enumerate(zip(ends, sizes, strict=True)):
+    group = slice(end - size, end)
+    expected_MF[group] = x_MD[group] @ kernel_EDF[e]
+    expected_EDF[e] = x_MD[group].T @ y_MF[group]
+  for dot in (blocked_dot, ragged_dot, grouped_dot):
+    actual = jax.jit(dot)(x_MD, kernel_EDF, np.asarray(sizes))
+    np.testing.assert_allclose(actual, expected_MF, atol=1e-5)
+  for outer in (blocked_outer, ragged_outer):
+    actual = jax.jit(outer)(x_MD, y_MF, np.asarray(sizes))
+    np.testing.assert_allclose(actual, expected_EDF, atol=1e-4)
