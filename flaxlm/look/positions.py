@@ -12,8 +12,7 @@ import numpy as np
 
 from flaxlm.config import ResolvedModel
 from flaxlm.errors import ConfigError
-from flaxlm.look.charts import heat_map, line_chart
-from flaxlm.look.view import View
+from flaxlm.look.view import View, heat_map, line_chart
 from flaxlm.nn.layers import Embedding
 from flaxlm.nn.positions import (
   alibi_bias,

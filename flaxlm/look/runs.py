@@ -9,8 +9,7 @@ from typing import Any
 
 from flaxlm.config import Config, difference, knobs
 from flaxlm.errors import CheckpointError
-from flaxlm.look.charts import line_chart
-from flaxlm.look.view import View
+from flaxlm.look.view import View, line_chart
 from flaxlm.runs import LOG, METRICS, SAMPLE, load_config_of
 
 # (title, y label, {metric: name}). Other metrics are drawn after these.

@@ -9,7 +9,7 @@ the two separately.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -20,14 +20,20 @@ import numpy as np
 from flaxlm.benchmark.measure import (
   BenchOptions,
   Side,
-  against,
   measure,
+  measure_alone,
   timed,
   wrong_result,
 )
-from flaxlm.benchmark.report import Demand, Result, summarise
+from flaxlm.benchmark.report import Demand, Result, summarise, with_ratio
 from flaxlm.benchmark.suites.memory import PASSES, ROW
-from flaxlm.config import ModelConfig, ResolvedConfig, TrainingConfig, load_config
+from flaxlm.config import (
+  ModelConfig,
+  ResolvedConfig,
+  ResolvedModel,
+  TrainingConfig,
+  load_config,
+)
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import make_sampling
@@ -66,39 +72,22 @@ def bench_batch(
 ) -> list[Result]:
   """Prefill and decoding of one batch, checked against a forward pass without a cache."""
   request = random_request(cfg, batch, prompt, new)
-  greedy = make_sampling(batch, temperature=0.0)
-  prepared = prepare_params(params, cfg.model)  # once for many calls
-  start = functools.partial(generate, model, prepared, request, greedy)
+  start = starter(cfg, model, params, request)
 
   def started() -> tuple[Any, Callable[[], list]]:
     answer = start()
     return next(answer), lambda: list(answer)
 
-  prefill = measure({"prefill": Side(lambda: next(start()))}, options)["prefill"]
-  decode_side = Side(lambda first, rest: [first, *rest()], started)
-  decode = measure({"decode": decode_side}, options)["decode"]
+  prefill = measure_alone(Side(lambda: next(start())), options)
+  decode = measure_alone(Side(lambda first, rest: [first, *rest()], started), options)
   gate = check_likeliest(model, params, request, whole_answer(decode.result))
   shape = f"{cfg.model.depth}x{cfg.model.width} B{batch}"
-  results = [
-    timed(
-      "decode",
-      f"prefill {shape} {prompt}",
-      prefill,
-      "tokens/s",
-      batch * prompt,
-      prefill_demand(cfg, batch, prompt),
-    ),
-    timed(
-      "decode",
-      f"decode {shape} {prompt}+{new - 1}",
-      decode,
-      "tokens/s",
-      batch * (new - 1),
-      answer_demand(cfg, batch, prompt, new),
-    ),
-  ]
-  for result in results:
-    result.correct = gate
+  case, amount = f"prefill {shape} {prompt}", batch * prompt
+  demand = prefill_demand(cfg, batch, prompt)
+  results = [timed("decode", case, prefill, "tokens/s", gate, amount, demand)]
+  case, amount = f"decode {shape} {prompt}+{new - 1}", batch * (new - 1)
+  demand = answer_demand(cfg, batch, prompt, new)
+  results.append(timed("decode", case, decode, "tokens/s", gate, amount, demand))
   return results
 
 
@@ -113,42 +102,41 @@ def bench_against(peer: str, options: BenchOptions) -> list[Result]:
   """
   cfg, prompt, new = gpt2_shape(options)
   model, params = random_model(cfg)
-  prepared = prepare_params(params, cfg.model)
   answer = load_peer(peer, cfg, model, params)
   results = []
   for batch in options.pick((2,), (1, 8), (1, 8, 64)):
     if batch > 1 and peer == "llama.cpp":
       continue  # its Python binding answers one row at a time
     request = random_request(cfg, batch, prompt, new)
-    greedy = make_sampling(batch, temperature=0.0)
-    ours = functools.partial(generate, model, prepared, request, greedy)
+    start = starter(cfg, model, params, request)
+    # As many bytes as a step reads of weights, read by the fastest pass of `memory`.
+    length = read_parameters(cfg, batch) // ROW * ROW
+    numbers = jnp.ones(length, cfg.training.dtype)
     sides = {
-      "flaxlm": Side(lambda ours=ours: whole_answer(ours())),
+      "flaxlm": Side(lambda start=start: whole_answer(start())),
       peer: Side(functools.partial(answer, request.prompts, new)),
-      "prefill": Side(lambda ours=ours: next(ours())),
-      "read": weight_reading_side(cfg, batch),
+      "prefill": Side(lambda start=start: next(start())),
+      "read": Side(jax.jit(PASSES["read"][0]), functools.partial(tuple, (numbers, None))),
     }
     timings = measure(sides, options)
-    gate = check_both(
-      model, params, request, timings["flaxlm"].result, timings[peer].result
-    )
+    ours, theirs = timings["flaxlm"], timings[peer]
+    gate = check_both(model, params, request, ours.result, theirs.result)
     case = f"answer {cfg.model.depth}x{cfg.model.width} B{batch} {prompt}+{new}"
     demand = answer_demand(cfg, batch, prompt, new)
-    result = timed("decode", case, timings["flaxlm"], "tokens/s", batch * new, demand)
-    results.append(against(result, peer, timings[peer], timings["flaxlm"], gate))
+    result = timed("decode", case, ours, "tokens/s", gate, batch * new, demand)
+    results.append(with_ratio(result, peer, ours.rounds, theirs.rounds, gate))
     # A step reads the weights and the cache; the prefill reads the weights once.
-    weights = read_parameters(cfg, batch) * jnp.dtype(cfg.training.dtype).itemsize
-    read = np.array(timings["read"].rounds)
-    read_by_steps = read * demand.bytes / weights
-    whole, prefill = (np.array(timings[name].rounds) for name in ("flaxlm", "prefill"))
+    whole, prefill, read = (
+      np.array(timings[name].rounds) for name in ("flaxlm", "prefill", "read")
+    )
+    read_by_steps = read * demand.bytes / numbers.nbytes
     shares = {
       "answer": (read + read_by_steps) / whole,
       "steps": read_by_steps / (whole - prefill),
     }
     for part, share in shares.items():
       name = f"{case}, of reading in {part}"
-      results.append(summarise("decode", name, share.tolist(), "of the time"))
-      results[-1].correct = gate
+      results.append(summarise("decode", name, share.tolist(), "of the time", gate))
   return results
 
 
@@ -163,13 +151,6 @@ def load_peer(
   from flaxlm.benchmark.peers.llama_cpp import load_llama_cpp
 
   return load_llama_cpp(cfg, model, params)
-
-
-def weight_reading_side(cfg: ResolvedConfig, batch: int) -> Side:
-  """Reads as many bytes as a step reads of weights, by the fastest pass of `memory`."""
-  length = read_parameters(cfg, batch) // ROW * ROW
-  numbers = jnp.ones(length, cfg.training.dtype)
-  return Side(jax.jit(PASSES["read"][0]), lambda: (numbers, None))
 
 
 # -- Models and requests -------------------------------------------------------------------
@@ -188,7 +169,7 @@ def llama_shape(options: BenchOptions) -> tuple[ResolvedConfig, int, int]:
     vocab_size=vocab,
     context=max(64, 2 * (prompt + new)),
   ).resolve()
-  return ResolvedConfig(model=model, training=precision(options)), prompt, new
+  return with_precision(model, options), prompt, new
 
 
 def gpt2_shape(options: BenchOptions) -> tuple[ResolvedConfig, int, int]:
@@ -197,14 +178,14 @@ def gpt2_shape(options: BenchOptions) -> tuple[ResolvedConfig, int, int]:
   if options.size == "tiny":
     shape = dict(depth=1, width=16, num_heads=2, vocab_size=512, context=64, ffn_width=None)
     model = dataclasses.replace(model, **shape)  # type: ignore[arg-type]
-  cfg = ResolvedConfig(model=model.resolve(), training=precision(options))
-  return cfg, 32, options.pick(9, 128, 128)
+  return with_precision(model.resolve(), options), 32, options.pick(9, 128, 128)
 
 
-def precision(options: BenchOptions) -> TrainingConfig:
-  """Weights as wide as the computation: bfloat16 on an accelerator."""
-  dtype = options.pick("float32", "float32", "bfloat16")
-  return TrainingConfig(dtype=dtype, param_dtype=dtype)
+def with_precision(model: ResolvedModel, options: BenchOptions) -> ResolvedConfig:
+  """Weights are as wide as the computation."""
+  dtype = options.float_dtype
+  training = TrainingConfig(dtype=dtype, param_dtype=dtype)
+  return ResolvedConfig(model=model, training=training)
 
 
 def whole_answer(blocks: Iterable[Any]) -> np.ndarray:
@@ -221,6 +202,15 @@ def random_request(cfg: ResolvedConfig, batch: int, prompt: int, new: int) -> Re
   V = cfg.model.vocab_size
   prompts = np.random.default_rng(0).integers(0, V, (batch, prompt)).tolist()
   return Request(prompts, new, num_ids=V)
+
+
+def starter(
+  cfg: ResolvedConfig, model: LanguageModel, params: Any, request: Request
+) -> Callable[[], Iterator[Any]]:
+  """Starts a greedy answer; the parameters are prepared once for many calls."""
+  prepared = prepare_params(params, cfg.model)
+  greedy = make_sampling(len(request.prompts), temperature=0.0)
+  return lambda: generate(model, prepared, request, greedy)
 
 
 # -- What is checked -----------------------------------------------------------------------
