@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.decoding.loading import Run
-from flaxlm.look.pieces import Piece, Reading, apply_to_row, complete_reading, describe
+from flaxlm.look.pieces import Reading, apply_to_row, complete_reading, describe
 from flaxlm.look.view import View
 from flaxlm.nn.base import LanguageModel
 
@@ -47,14 +47,12 @@ def look_tokens(run: Run, reading: Reading, most: int) -> View:
     places, scores, after = score_following(run, ids, reading.source_ids)
   if not places:
     cuts = [*cuts, "The tokenizer has no mask, so the model gives no probabilities."]
-  pieces = describe(tokenizer, ids)
-  tokens: list[dict[str, Any]] = [piece._asdict() for piece in pieces]
+  tokens: list[dict[str, Any]] = [piece._asdict() for piece in describe(tokenizer, ids)]
   for at, score in zip(places, scores, strict=True):
-    known = ids[at] != tokenizer.mask_id
-    tokens[at] |= to_entry(run, score, known)
-  figures = text_figures(pieces, tokens) | {"tokens": tokens}
+    tokens[at] |= to_entry(run, score, known=ids[at] != tokenizer.mask_id)
+  figures = text_figures(tokens) | {"tokens": tokens}
   if after is not None:
-    figures["after"] = to_entry(run, after, False)
+    figures["after"] = to_entry(run, after, known=False)
   figures["source"] = [p._asdict() for p in describe(tokenizer, reading.source_ids or [])]
   num_ids = run.model.cfg.num_ids
   notes = [
@@ -66,15 +64,15 @@ def look_tokens(run: Run, reading: Reading, most: int) -> View:
   return View("tokens", title, cuts, notes, figures, {})
 
 
-def text_figures(pieces: Sequence[Piece], tokens: Sequence[dict]) -> dict[str, Any]:
+def text_figures(tokens: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """The size of the whole text, and its surprisal at the places that were scored."""
-  num_bytes = sum(len(piece.hex.split()) for piece in pieces)
-  own = [piece for piece in pieces if not piece.special]
-  asked = [token["bits"] for token in tokens if token.get("bits") is not None]
+  num_bytes = sum(len(token["hex"].split()) for token in tokens)
+  num_tokens = sum(not token["special"] for token in tokens)
+  asked = [token["bits"] for token in tokens if "bits" in token]
   figures = {
-    "num_tokens": len(own),
+    "num_tokens": num_tokens,
     "num_bytes": num_bytes,
-    "bytes_per_token": num_bytes / len(own) if own else None,
+    "bytes_per_token": num_bytes / num_tokens if num_tokens else None,
   }
   if asked:
     figures |= {"bits": sum(asked), "bits_per_token": sum(asked) / len(asked)}
@@ -85,7 +83,7 @@ def text_figures(pieces: Sequence[Piece], tokens: Sequence[dict]) -> dict[str, A
 
 def to_entry(run: Run, score: Scores, known: bool) -> dict[str, Any]:
   """A place's scores for the page; `known`: a token stands there, not a mask or nothing."""
-  best = describe(run.tokenizer, score.best_ids_TC.tolist())
+  best = describe(run.tokenizer, score.best_ids_TC)
   chances = np.exp(score.best_logprobs_TC.astype(np.float64)).tolist()
   entry: dict[str, Any] = {
     "entropy": float(score.entropies_T) / math.log(2),
@@ -101,13 +99,17 @@ def to_entry(run: Run, score: Scores, known: bool) -> dict[str, Any]:
   return entry
 
 
+def place_of(scores: Scores, at: int) -> Scores:
+  return Scores(*(part[at] for part in scores))
+
+
 def score_following(
   run: Run, ids: Sequence[int], source_ids: Sequence[int] | None
 ) -> tuple[list[int], list[Scores], Scores]:
   """The places scored (all but the first), their scores, and those of the token after the
   text."""
   scores = apply_to_row(run, next_scores, ids, source_ids)
-  of_place = [Scores(*(part[at] for part in scores)) for at in range(len(ids))]
+  of_place = [place_of(scores, at) for at in range(len(ids))]
   return [*range(1, len(ids))], of_place[:-1], of_place[-1]
 
 
@@ -147,7 +149,7 @@ def score_masked(run: Run, ids: Sequence[int]) -> tuple[list[int], list[Scores],
     some = places[start : start + ROWS_AT_A_TIME]
     rows_R = np.resize(np.array(some, np.int32), ROWS_AT_A_TIME)  # one shape, one program
     scores = apply_to_row(run, masked_scores, ids, None, rows_R, np.int32(mask_id))
-    found += [Scores(*(part[n] for part in scores)) for n in range(len(some))]
+    found += [place_of(scores, n) for n in range(len(some))]
   return places, found, None
 
 

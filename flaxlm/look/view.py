@@ -63,22 +63,16 @@ def line_chart(
 
 
 def heat_map(
-  title: str,
-  values: np.ndarray,
-  *,
-  x_label: str,
-  columns: list[int],
-  y_label: str,
-  rows: list[int],
+  title: str, values: np.ndarray, x: tuple[str, list[int]], y: tuple[str, list[int]]
 ) -> dict[str, Any]:
-  """A matrix, with the numbers that its columns and its rows stand for."""
+  """A matrix; `x` and `y` are what its columns and its rows are, and their numbers."""
   return {
     "form": "map",
     "title": title,
     "says": "",
     "values": np.asarray(values, np.float32),
-    "x_label": x_label,
-    "columns": columns,
-    "y_label": y_label,
-    "rows": rows,
+    "x_label": x[0],
+    "columns": x[1],
+    "y_label": y[0],
+    "rows": y[1],
   }
