@@ -9,7 +9,7 @@ the two separately.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -72,14 +72,9 @@ def bench_batch(
 ) -> list[Result]:
   """Prefill and decoding of one batch, checked against a forward pass without a cache."""
   request = random_request(cfg, batch, prompt, new)
-  start = starter(cfg, model, params, request)
-
-  def started() -> tuple[Any, Callable[[], list]]:
-    answer = start()
-    return next(answer), lambda: list(answer)
-
-  prefill = measure_alone(Side(lambda: next(start())), options)
-  decode = measure_alone(Side(lambda first, rest: [first, *rest()], started), options)
+  sides = answer_sides(cfg, model, params, request)
+  prefill = measure_alone(sides["prefill"], options)
+  decode = measure_alone(sides["steps"], options)
   gate = check_likeliest(model, params, request, whole_answer(decode.result))
   shape = f"{cfg.model.depth}x{cfg.model.width} B{batch}"
   case, amount = f"prefill {shape} {prompt}", batch * prompt
@@ -108,14 +103,14 @@ def bench_against(peer: str, options: BenchOptions) -> list[Result]:
     if batch > 1 and peer == "llama.cpp":
       continue  # its Python binding answers one row at a time
     request = random_request(cfg, batch, prompt, new)
-    start = starter(cfg, model, params, request)
+    own = answer_sides(cfg, model, params, request)
     # As many bytes as a step reads of weights, read by the fastest pass of `memory`.
     length = read_parameters(cfg, batch) // ROW * ROW
     numbers = jnp.ones(length, cfg.training.dtype)
     sides = {
-      "flaxlm": Side(lambda start=start: whole_answer(start())),
+      "flaxlm": own["whole"],
       peer: Side(functools.partial(answer, request.prompts, new)),
-      "prefill": Side(lambda start=start: next(start())),
+      "prefill": own["prefill"],
       "read": Side(jax.jit(PASSES["read"][0]), functools.partial(tuple, (numbers, None))),
     }
     timings = measure(sides, options)
@@ -204,13 +199,24 @@ def random_request(cfg: ResolvedConfig, batch: int, prompt: int, new: int) -> Re
   return Request(prompts, new, num_ids=V)
 
 
-def starter(
+def answer_sides(
   cfg: ResolvedConfig, model: LanguageModel, params: Any, request: Request
-) -> Callable[[], Iterator[Any]]:
-  """Starts a greedy answer; the parameters are prepared once for many calls."""
+) -> dict[str, Side]:
+  """The prefill, the steps after it, and the whole of a greedy answer; the parameters are
+  prepared once for many calls."""
   prepared = prepare_params(params, cfg.model)
   greedy = make_sampling(len(request.prompts), temperature=0.0)
-  return lambda: generate(model, prepared, request, greedy)
+  start = functools.partial(generate, model, prepared, request, greedy)
+
+  def started() -> tuple[Any, Callable[[], list]]:
+    answer = start()
+    return next(answer), lambda: list(answer)
+
+  return {
+    "prefill": Side(lambda: next(start())),
+    "steps": Side(lambda first, rest: [first, *rest()], started),
+    "whole": Side(lambda: whole_answer(start())),
+  }
 
 
 # -- What is checked -----------------------------------------------------------------------
