@@ -47,7 +47,7 @@ def predict_decoding(name: str, cfg: ResolvedConfig, options: BenchOptions) -> l
   sides = {
     "weights": part_side(read_weights, weight_matrices(cfg)),
     "operation": operation,
-    "decode": answer_sides(cfg, model, params, request)["steps"],
+    "decode": answer_sides(model, params, request)["steps"],
   }
   if on_cpu:
     attention = functools.partial(attend_repeatedly, cfg.model)

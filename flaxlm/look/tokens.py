@@ -42,13 +42,14 @@ def look_tokens(run: Run, reading: Reading, most: int) -> View:
   family, tokenizer = run.cfg.model.family, run.tokenizer
   ids, cuts = complete_reading(run, reading, most)
   if family == "encoder":
-    places, scores, after = score_masked(run, ids)
+    scores = score_masked(run, ids)
   else:
-    places, scores, after = score_following(run, ids, reading.source_ids)
-  if not places:
+    scores = score_following(run, ids, reading.source_ids)
+  if not scores:
     cuts = [*cuts, "The tokenizer has no mask, so the model gives no probabilities."]
   tokens: list[dict[str, Any]] = [piece._asdict() for piece in describe(tokenizer, ids)]
-  for at, score in zip(places, scores, strict=True):
+  after = scores.pop(len(ids), None)
+  for at, score in scores.items():
     tokens[at] |= to_entry(run, score, known=ids[at] != tokenizer.mask_id)
   figures = text_figures(tokens) | {"tokens": tokens}
   if after is not None:
@@ -99,18 +100,16 @@ def to_entry(run: Run, score: Scores, known: bool) -> dict[str, Any]:
   return entry
 
 
-def place_of(scores: Scores, at: int) -> Scores:
-  return Scores(*(part[at] for part in scores))
+def by_place(places: Sequence[int], scores: Scores) -> dict[int, Scores]:
+  return {at: Scores(*(part[n] for part in scores)) for n, at in enumerate(places)}
 
 
 def score_following(
   run: Run, ids: Sequence[int], source_ids: Sequence[int] | None
-) -> tuple[list[int], list[Scores], Scores]:
-  """The places scored (all but the first), their scores, and those of the token after the
-  text."""
+) -> dict[int, Scores]:
+  """The scores of each place but the first, and of the one after the text."""
   scores = apply_to_row(run, next_scores, ids, source_ids)
-  of_place = [place_of(scores, at) for at in range(len(ids))]
-  return [*range(1, len(ids))], of_place[:-1], of_place[-1]
+  return by_place(range(1, len(ids) + 1), scores)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -136,21 +135,21 @@ def score(logits_TV: jax.Array, targets_T: jax.Array) -> Scores:
   )
 
 
-def score_masked(run: Run, ids: Sequence[int]) -> tuple[list[int], list[Scores], None]:
+def score_masked(run: Run, ids: Sequence[int]) -> dict[int, Scores]:
   """Each place's scores when only it is masked (Salazar et al., 2020); special tokens have
-  none."""
+  none, and without a mask no token has."""
   mask_id = run.tokenizer.mask_id
   if mask_id is None:
-    return [], [], None
+    return {}
   asked = lambda id_: id_ == mask_id or id_ not in run.tokenizer.special_ids
   places = [at for at, id_ in enumerate(ids) if asked(id_)]
-  found: list[Scores] = []
+  found: dict[int, Scores] = {}
   for start in range(0, len(places), ROWS_AT_A_TIME):
     some = places[start : start + ROWS_AT_A_TIME]
     rows_R = np.resize(np.array(some, np.int32), ROWS_AT_A_TIME)  # one shape, one program
     scores = apply_to_row(run, masked_scores, ids, None, rows_R, np.int32(mask_id))
-    found += [place_of(scores, n) for n in range(len(some))]
-  return places, found, None
+    found |= by_place(some, scores)
+  return found
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -10,7 +10,6 @@ import pytest
 from flaxlm.benchmark import provenance
 from flaxlm.benchmark.measure import BenchOptions, Side, agree, measure
 from flaxlm.benchmark.report import (
-  UNITS,
   as_json,
   figures,
   number,
@@ -151,7 +150,3 @@ def test_flags_are_those_that_were_set(monkeypatch):
   found = provenance.flags()
   assert found["XLA_FLAGS"] == "--xla_foo=1" and found["JAX_BAR"] == "2"
   assert "OMP_NUM_THREADS" not in found or found["OMP_NUM_THREADS"]
-
-
-def test_every_unit_says_which_way_is_better():
-  assert {unit.better for unit in UNITS.values()} == {-1, 0, 1}

@@ -55,35 +55,40 @@ def bench_decode(options: BenchOptions) -> list[Result]:
   model, params = random_model(cfg)
   results = []
   for batch in options.pick((2,), (1, 4, 16), (1, 8, 64)):
-    results += bench_batch(cfg, model, params, batch, prompt, new, options)
+    request = random_request(cfg, batch, prompt, new)
+    results += bench_request(cfg, model, params, request, options)
   if options.peer is not None:
     results += bench_against(options.peer, options)
   return results
 
 
-def bench_batch(
+def bench_request(
   cfg: ResolvedConfig,
   model: LanguageModel,
   params: Any,
-  batch: int,
-  prompt: int,
-  new: int,
+  request: Request,
   options: BenchOptions,
 ) -> list[Result]:
   """Prefill and decoding of one batch, checked against a forward pass without a cache."""
-  request = random_request(cfg, batch, prompt, new)
-  sides = answer_sides(cfg, model, params, request)
+  sides = answer_sides(model, params, request)
   prefill = measure_alone(sides["prefill"], options)
   decode = measure_alone(sides["steps"], options)
-  gate = check_likeliest(model, params, request, whole_answer(decode.result))
+  answer = whole_answer(decode.result)[:, :CHECKED_TOKENS]
+  gate = check_likeliest(model, params, request, answer)
+  batch, prompt, steps = (
+    len(request.prompts),
+    len(request.prompts[0]),
+    request.max_new_tokens - 1,
+  )
   shape = f"{cfg.model.depth}x{cfg.model.width} B{batch}"
-  case, amount = f"prefill {shape} {prompt}", batch * prompt
-  demand = prefill_demand(cfg, batch, prompt)
-  results = [timed("decode", case, prefill, "tokens/s", gate, amount, demand)]
-  case, amount = f"decode {shape} {prompt}+{new - 1}", batch * (new - 1)
-  demand = answer_demand(cfg, batch, prompt, new)
-  results.append(timed("decode", case, decode, "tokens/s", gate, amount, demand))
-  return results
+  figures = (
+    (f"prefill {shape} {prompt}", prefill, prompt, prefill_demand(cfg, batch, prompt)),
+    (f"decode {shape} {prompt}+{steps}", decode, steps, answer_demand(cfg, request)),
+  )
+  return [
+    timed("decode", case, timing, "tokens/s", gate, batch * tokens, demand)
+    for case, timing, tokens, demand in figures
+  ]
 
 
 # -- Against a peer ------------------------------------------------------------------------
@@ -103,7 +108,7 @@ def bench_against(peer: str, options: BenchOptions) -> list[Result]:
     if batch > 1 and peer == "llama.cpp":
       continue  # its Python binding answers one row at a time
     request = random_request(cfg, batch, prompt, new)
-    own = answer_sides(cfg, model, params, request)
+    own = answer_sides(model, params, request)
     # As many bytes as a step reads of weights, read by the fastest pass of `memory`.
     length = read_parameters(cfg, batch) // ROW * ROW
     numbers = jnp.ones(length, cfg.training.dtype)
@@ -117,7 +122,7 @@ def bench_against(peer: str, options: BenchOptions) -> list[Result]:
     ours, theirs = timings["flaxlm"], timings[peer]
     gate = check_both(model, params, request, ours.result, theirs.result)
     case = f"answer {cfg.model.depth}x{cfg.model.width} B{batch} {prompt}+{new}"
-    demand = answer_demand(cfg, batch, prompt, new)
+    demand = answer_demand(cfg, request)
     result = timed("decode", case, ours, "tokens/s", gate, batch * new, demand)
     results.append(with_ratio(result, peer, ours.rounds, theirs.rounds, gate))
     # A step reads the weights and the cache; the prefill reads the weights once.
@@ -199,12 +204,10 @@ def random_request(cfg: ResolvedConfig, batch: int, prompt: int, new: int) -> Re
   return Request(prompts, new, num_ids=V)
 
 
-def answer_sides(
-  cfg: ResolvedConfig, model: LanguageModel, params: Any, request: Request
-) -> dict[str, Side]:
+def answer_sides(model: LanguageModel, params: Any, request: Request) -> dict[str, Side]:
   """The prefill, the steps after it, and the whole of a greedy answer; the parameters are
   prepared once for many calls."""
-  prepared = prepare_params(params, cfg.model)
+  prepared = prepare_params(params, model.cfg)
   greedy = make_sampling(len(request.prompts), temperature=0.0)
   start = functools.partial(generate, model, prepared, request, greedy)
 
@@ -223,15 +226,11 @@ def answer_sides(
 
 
 def check_likeliest(
-  model: LanguageModel,
-  params: Any,
-  request: Request,
-  tokens: np.ndarray,
-  count: int = CHECKED_TOKENS,
+  model: LanguageModel, params: Any, request: Request, tokens: np.ndarray
 ) -> str:
-  """Checks that each answer begins with the likeliest tokens of a forward pass."""
-  count = min(count, tokens.shape[1])
-  rows = np.concatenate([np.asarray(request.prompts), tokens[:, :count]], 1)
+  """Checks that each answer consists of the likeliest tokens of a forward pass."""
+  count = tokens.shape[1]
+  rows = np.concatenate([np.asarray(request.prompts), tokens], 1)
   text = f"{count} tokens of each answer are the likeliest of an uncached forward pass"
   allowed = LOGIT_TOLERANCE[jnp.dtype(model.run.dtype).name]
   if not largest_deficit(model, params, rows, count) <= allowed:
@@ -256,7 +255,7 @@ def check_both(
 ) -> str:
   """Checks every token of both sides; after a near tie their answers may differ."""
   for tokens in (ours, theirs):
-    text = check_likeliest(model, params, request, tokens, tokens.shape[1])
+    text = check_likeliest(model, params, request, tokens)
   return f"{(ours == theirs).mean():.1%} of the tokens are the same; {text}"
 
 
@@ -270,9 +269,10 @@ def prefill_demand(cfg: ResolvedConfig, batch: int, prompt: int) -> Demand:
   return Demand(work.matmul + work.head / prompt + work.attention, weights, dtype, weights)
 
 
-def answer_demand(cfg: ResolvedConfig, batch: int, prompt: int, new: int) -> Demand:
+def answer_demand(cfg: ResolvedConfig, request: Request) -> Demand:
   """All steps of an answer, with the cache at its mean length."""
-  steps = new - 1
-  flops, weights, cache = decode_work(cfg, batch, prompt + new // 2)
+  steps = request.max_new_tokens - 1
+  length = len(request.prompts[0]) + request.max_new_tokens // 2
+  flops, weights, cache = decode_work(cfg, len(request.prompts), length)
   num_bytes = weights + cache
   return Demand(steps * flops, steps * num_bytes, cfg.training.dtype, num_bytes)
