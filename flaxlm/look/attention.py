@@ -14,17 +14,10 @@ from flaxlm.look.pieces import Reading, apply_to_row, complete_reading, describe
 from flaxlm.look.view import Shares, View
 from flaxlm.nn.base import LanguageModel
 
-MOST_TOKENS = 256
 MOST_WEIGHTS = 1 << 25  # two bytes each, before they are deflated: 67 MB
 # The share of its weight from which on a head looks at one thing mostly, or partly, and the
 # share of the largest possible entropy from which on it looks at all evenly.
 MOSTLY, PARTLY, EVENLY = 0.5, 0.25, 0.9
-
-TITLES = {
-  "self": "self-attention",
-  "cross": "cross-attention",
-  "encoder_self": "self-attention of the encoder",
-}
 
 
 def check_attention(cfg: ResolvedModel, layer: int | None, head: int | None) -> None:
@@ -52,13 +45,12 @@ def look_attention(
     [piece._asdict() for piece in describe(run.tokenizer, some)]
     for some in (ids, reading.source_ids or [])
   )
-  queries_and_keys = {
-    "self": (row, row),
-    "cross": (row, source),
-    "encoder_self": (source, source),
-  }
   figures, maps = [], []
-  for name, (queries, keys) in queries_and_keys.items():
+  for name, title, queries, keys in (
+    ("self", "self-attention", row, row),
+    ("cross", "cross-attention", row, source),
+    ("encoder_self", "self-attention of the encoder", source, source),
+  ):
     weights_LNTS = captured.get(name)
     if weights_LNTS is None or not weights_LNTS.size:
       continue
@@ -73,7 +65,7 @@ def look_attention(
     maps.append(
       {
         **shown,
-        "title": TITLES[name],
+        "title": title,
         "queries": queries,
         "keys": keys,
         "weights": Shares(weights_LNTS),

@@ -15,7 +15,6 @@ from flaxlm.look.pieces import Reading, apply_to_row, complete_reading, describe
 from flaxlm.look.view import View
 from flaxlm.nn.base import LanguageModel
 
-MOST_TOKENS = 1024
 NUM_BEST = 5
 ROWS_AT_A_TIME = 32
 
