@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from benchmarks.writing import add_output, write
-from flaxlm.benchmark.processes import run_python
+from flaxlm.benchmark.measure import run_python
 from flaxlm.benchmark.report import Result, summarise
 from flaxlm.decoding.completions import complete, search
 from flaxlm.decoding.encoding import fill_masks

@@ -42,7 +42,8 @@ ROWS = [
   ["decoding"],
   ["interop", "training"],
   ["planning"],
-  ["benchmark", "look", "serving"],
+  ["look"],
+  ["benchmark", "serving"],
   ["commands"],
   ["cli"],
 ]

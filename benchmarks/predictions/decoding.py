@@ -8,8 +8,7 @@ on a CPU, and on a GPU more than a matrix product takes.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +17,8 @@ from benchmarks.predictions.comparison import compare, part_side, unmeasured_dev
 from benchmarks.predictions.models import for_decoding
 from flaxlm.benchmark.measure import BenchOptions, Side, measure
 from flaxlm.benchmark.report import Result
-from flaxlm.benchmark.suites.decode import random_model, random_request
+from flaxlm.benchmark.suites.decode import answer_sides, random_model, random_request
 from flaxlm.config import ResolvedConfig, ResolvedModel, mesh_shape
-from flaxlm.decoding.generate import generate
-from flaxlm.decoding.sampling import make_sampling
-from flaxlm.decoding.weights import prepare_params
 from flaxlm.nn.kernels.cached import attend_cached
 from flaxlm.nn.kernels.products import matrix_dot
 from flaxlm.nn.masks import Scoring, Sight
@@ -46,10 +42,12 @@ def predict_decoding(name: str, cfg: ResolvedConfig, options: BenchOptions) -> l
   slots = 1 << (PROMPT + new - 1).bit_length()  # the cache grows by powers of two
   on_cpu = jax.default_backend() == "cpu"
   operation, num_operations = operation_side(cfg)
+  model, params = random_model(cfg)
+  request = random_request(cfg, 1, PROMPT, new)
   sides = {
     "weights": part_side(read_weights, weight_matrices(cfg)),
     "operation": operation,
-    "decode": decode_side(cfg, new),
+    "decode": answer_sides(model, params, request)["steps"],
   }
   if on_cpu:
     attention = functools.partial(attend_repeatedly, cfg.model)
@@ -97,20 +95,6 @@ def measured_device(
 
 
 # -- What is timed -------------------------------------------------------------------------
-
-
-def decode_side(cfg: ResolvedConfig, new: int) -> Side:
-  """Decoding all tokens of an answer but the first, which the prefill produces."""
-  model, params = random_model(cfg)
-  params = prepare_params(params, cfg.model)
-  request = random_request(cfg, 1, PROMPT, new)
-  greedy = make_sampling(1, temperature=0.0)
-
-  def started() -> tuple[Any, Callable[[], list]]:
-    answer = generate(model, params, request, greedy)
-    return next(answer), lambda: list(answer)
-
-  return Side(lambda _, rest: rest(), started)
 
 
 def weight_matrices(cfg: ResolvedConfig) -> list[jax.Array]:

@@ -40,15 +40,13 @@ class Ceilings:
 
   def bound(self, demand: Demand) -> float | None:
     """The least seconds that the demand takes; None if a rate for it is not known."""
-    seconds = 0.0
-    for amount, rate in (
+    limits = (
       (demand.flops, self.flops.get(demand.dtype)),
       (demand.bytes, self.bandwidth(demand.footprint or demand.bytes)),
-    ):
-      if amount and not rate:
-        return None
-      seconds = max(seconds, amount / rate if amount and rate else 0.0)
-    return seconds or None
+    )
+    seconds = [amount / rate if rate else None for amount, rate in limits if amount]
+    known = [s for s in seconds if s is not None]
+    return max(known) if known and len(known) == len(seconds) else None
 
 
 def ceilings_of(results: Sequence[Result]) -> Ceilings:
@@ -56,13 +54,10 @@ def ceilings_of(results: Sequence[Result]) -> Ceilings:
   flops: dict[str, float] = {}
   bandwidths: dict[float, float] = {}
   for result in results:
-    demand = result.demand
-    if demand is None or result.suite not in ("matmul", "memory"):
-      continue
-    rate = 1e9 * result.high
-    if result.suite == "matmul":
+    demand, rate = result.demand, 1e9 * result.high
+    if demand is not None and result.suite == "matmul":
       flops[demand.dtype] = max(flops.get(demand.dtype, 0.0), rate)
-    elif demand.footprint:
+    if demand is not None and result.suite == "memory" and demand.footprint:
       bandwidths[demand.footprint] = max(bandwidths.get(demand.footprint, 0.0), rate)
   return Ceilings(flops, bandwidths)
 

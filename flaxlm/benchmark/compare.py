@@ -10,17 +10,15 @@ so the threshold alone decides.
 import dataclasses
 import json
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from flaxlm.benchmark.report import UNITS, Result, from_mapping, number
+from flaxlm.benchmark.report import UNITS, Result, number
 from flaxlm.errors import ConfigError, DataError
 
-Key = tuple[str, str]
 THRESHOLD = 0.05
-REQUIRED = {"suite": str, "case": str, "unit": str, "device": str}
-FIGURES = ("median", "low", "high")
 SLOWER = 1  # the exit status
 
 
@@ -45,20 +43,21 @@ def compare_files(
   from different devices or have no case in common.
   """
   old, new = merged(read_lines(before)), merged(read_lines(after))
-  if not any_device:
-    check_devices(old, new, before, after)
-  if not old.keys() & new.keys():
+  common = old.keys() & new.keys()
+  if not common:
     raise ConfigError(
       f"{before} and {after} have no case in common", "run the same suites for both"
     )
-  verdicts = []
-  for suite, case in {**old, **new}:
-    a, b = old.get((suite, case)), new.get((suite, case))
-    verdicts.append(judge_pair(suite, case, a, b, threshold))
-  return verdicts
+  for key in common:
+    if old[key].device != new[key].device and not any_device:
+      raise ConfigError(
+        f"{before} is of {old[key].device}, {after} of {new[key].device}",
+        "--any-device compares them all the same",
+      )
+  return [judge(*key, old.get(key), new.get(key), threshold) for key in {**old, **new}]
 
 
-def judge_pair(
+def judge(
   suite: str, case: str, a: Result | None, b: Result | None, threshold: float
 ) -> Verdict:
   if a is None or b is None:
@@ -70,18 +69,14 @@ def judge_pair(
     )
   better = UNITS[a.unit].better
   if not better:
-    word = "same" if a.median == b.median else "changed"
-    return Verdict(suite, case, word, a, b)
+    return Verdict(suite, case, "same" if a.median == b.median else "changed", a, b)
   change = b.median / a.median if better > 0 else a.median / b.median
-  apart = b.low > a.high or b.high < a.low
-  if not apart:
-    word = "same" if abs(change - 1) <= threshold else "noise"
-  elif change > 1 + threshold:
-    word = "faster"
-  elif change < 1 - threshold:
-    word = "slower"
-  else:
+  if 1 - threshold <= change <= 1 + threshold:
     word = "same"
+  elif b.low <= a.high and a.low <= b.high:
+    word = "noise"
+  else:
+    word = "faster" if change > 1 else "slower"
   return Verdict(suite, case, word, a, b, change)
 
 
@@ -114,74 +109,66 @@ def parse_line(line: str, where: str) -> Result:
     ) from e
   if not isinstance(values, dict):
     raise DataError(f"{where} is not a JSON object")
-  for name, kind in REQUIRED.items():
-    if not isinstance(values.get(name), kind):
+  for name in ("suite", "case", "unit", "device"):
+    if not isinstance(values.get(name), str):
       raise DataError(f"{where} has no {name}", "every line of flaxlm bench --json has one")
-  for name in FIGURES:
+  if (unit := values["unit"]) not in UNITS:
+    raise DataError(f"{where}: unit {unit!r} is not known", f"known: {', '.join(UNITS)}")
+  for name in ("low", "median", "high"):
     value: Any = values.get(name)
     if type(value) not in (int, float) or not 0 <= value < float("inf"):
       raise DataError(f"{where}: {name} is {value!r}", "it must be a number, 0 or more")
+    if UNITS[unit].better and value == 0:
+      raise DataError(f"{where}: {name} is 0", "speeds and times must be above 0")
   if not values["low"] <= values["median"] <= values["high"]:
     raise DataError(f"{where}: low <= median <= high does not hold")
-  if values["unit"] not in UNITS:
-    raise DataError(
-      f"{where}: unit {values['unit']!r} is not known", f"known: {', '.join(UNITS)}"
-    )
-  if UNITS[values["unit"]].better and not values["low"] > 0:
-    raise DataError(f"{where}: low is {values['low']}", "speeds and times must be above 0")
-  return from_mapping(values)
+  known = {field.name for field in dataclasses.fields(Result)}
+  return Result(**{key: value for key, value in values.items() if key in known})
 
 
-def merged(results: Sequence[Result]) -> dict[Key, Result]:
+def merged(results: Sequence[Result]) -> dict[tuple[str, str], Result]:
   """By suite and case. Repeated lines (other peers, other runs) become one wider range."""
-  groups: dict[Key, list[Result]] = {}
+  groups: dict[tuple[str, str], list[Result]] = {}
   for result in results:
     groups.setdefault((result.suite, result.case), []).append(result)
-  found = {}
-  for key, group in groups.items():
-    found[key] = dataclasses.replace(
+  return {
+    key: dataclasses.replace(
       group[0],
       median=statistics.median(result.median for result in group),
       low=min(result.low for result in group),
       high=max(result.high for result in group),
     )
-  return found
-
-
-def check_devices(
-  old: dict[Key, Result], new: dict[Key, Result], before: Path, after: Path
-) -> None:
-  for key in old.keys() & new.keys():
-    if old[key].device != new[key].device:
-      raise ConfigError(
-        f"{before} is of {old[key].device}, {after} of {new[key].device}",
-        "--any-device compares them all the same",
-      )
+    for key, group in groups.items()
+  }
 
 
 # -- For people ----------------------------------------------------------------------------
 
+# The words in the order in which they are printed, each with its explanation.
 NOTES = {
-  "noise": "the medians differ, the ranges overlap",
-  "missing": "only in the first file",
-  "new": "only in the second file",
+  "slower": "",
+  "faster": "",
+  "noise": "  (the medians differ, the ranges overlap)",
+  "changed": "",
+  "missing": "  (only in the first file)",
+  "new": "  (only in the second file)",
+  "same": "",
 }
 
 
 def print_verdicts(verdicts: Sequence[Verdict], out: TextIO) -> None:
   """The slower cases first, the worst of them on top; then how many there are of each."""
-  order = ("slower", "faster", "noise", "changed", "missing", "new", "same")
+  order = list(NOTES)
   ranked = sorted(verdicts, key=lambda v: (order.index(v.word), v.change or 1.0))
   width = max(len(f"{v.suite} {v.case}") for v in verdicts)
   for v in ranked:
     figures = " -> ".join(figure(result) for result in (v.before, v.after) if result)
     unit = " or ".join({result.unit for result in (v.before, v.after) if result})
     change = "" if v.change is None else f"{v.change:.2f}x"
-    note = f"  ({NOTES[v.word]})" if v.word in NOTES else ""
     name = f"{v.suite} {v.case}".ljust(width)
-    print(f"{v.word:8}{change:>6}  {name}  {figures} {unit}{note}", file=out)
-  counts = [(word, sum(v.word == word for v in verdicts)) for word in order]
-  print("; ".join(f"{count} {word}" for word, count in counts if count), file=out)
+    print(f"{v.word:8}{change:>6}  {name}  {figures} {unit}{NOTES[v.word]}", file=out)
+  counts = Counter(v.word for v in ranked)
+  print("; ".join(f"{count} {word}" for word, count in counts.items()), file=out)
 
 
 def figure(result: Result) -> str:
@@ -191,13 +178,12 @@ def figure(result: Result) -> str:
 
 
 def as_values(verdict: Verdict) -> dict[str, Any]:
-  """For `--json`."""
-  median = lambda result: None if result is None else result.median
+  """For `--json`; `before` and `after` are medians."""
   return {
     "suite": verdict.suite,
     "case": verdict.case,
     "verdict": verdict.word,
     "change": verdict.change,
-    "before": median(verdict.before),
-    "after": median(verdict.after),
+    "before": verdict.before and verdict.before.median,
+    "after": verdict.after and verdict.after.median,
   }

@@ -3,7 +3,10 @@
 
 import dataclasses
 import math
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -11,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from flaxlm.benchmark.report import Demand, Result, figures, summarise, with_ratio
+from flaxlm.benchmark.report import Demand, Result, figures, summarise
 from flaxlm.config import MeshConfig
 from flaxlm.errors import FlaxLMError
 
@@ -33,6 +36,11 @@ class BenchOptions:
   def pick(self, tiny: Any, small: Any, large: Any) -> Any:
     """The one of three values that belongs to the size."""
     return {"tiny": tiny, "small": small, "large": large}[self.size]
+
+  @property
+  def float_dtype(self) -> Literal["float32", "bfloat16"]:
+    """The dtype of models: bfloat16 on an accelerator, whose cases are large."""
+    return "bfloat16" if self.size == "large" else "float32"
 
 
 class Side(NamedTuple):
@@ -80,6 +88,11 @@ def measure(sides: Mapping[str, Side], options: BenchOptions) -> dict[str, Timin
   return {name: Timing(first[name], rounds[name], result[name]) for name in sides}
 
 
+def measure_alone(side: Side, options: BenchOptions) -> Timing:
+  """Times a side that is compared with no other."""
+  return measure({"alone": side}, options)["alone"]
+
+
 def _seconds_per_call(side: Side, calls: int) -> float:
   if side.queued:
     arguments = jax.block_until_ready(side.prepare())
@@ -102,22 +115,16 @@ def timed(
   case: str,
   timing: Timing,
   unit: str,
+  gate: str,
   amount: float = 1.0,
   demand: Demand | None = None,
 ) -> Result:
-  """The result of a timing; `amount` is how much of the unit one call handles."""
-  result = summarise(suite, case, figures(timing.rounds, unit, amount), unit)
+  """The result of a timing; `amount` is how much of the unit one call handles, and `gate`
+  what the check of its result found."""
+  rounds = figures(timing.rounds, unit, amount)
+  result = summarise(suite, case, rounds, unit, gate, demand)
   result.first_seconds, result.seconds = timing.first_seconds, timing.median
-  if demand is not None:
-    result.flops, result.bytes = demand.flops, demand.bytes
-    result.footprint, result.dtype = demand.footprint, demand.dtype
   return result
-
-
-def against(result: Result, peer: str, theirs: Timing, ours: Timing, gate: str) -> Result:
-  """A copy of `result` with its ratio to a peer that was timed in the same rounds."""
-  pairs = zip(theirs.rounds, ours.rounds, strict=True)
-  return with_ratio(result, peer, [their / our for their, our in pairs], gate)
 
 
 def agree(what: str, ours: Any, theirs: Any, tolerance: float) -> str:
@@ -141,3 +148,19 @@ def within(what: str, error: float, tolerance: float) -> str:
 def wrong_result(what: str) -> FlaxLMError:
   """The error of a program that was timed but did not compute what it should."""
   return FlaxLMError(f"a speed without a result: {what}")
+
+
+def run_python(*arguments: str, environment: Mapping[str, str] | None = None) -> str:
+  """The output of `python ARGUMENTS`, in a process where nothing is compiled, allocated or
+  cached yet. Raises `FlaxLMError` with the end of its stderr."""
+  run = subprocess.run(
+    [sys.executable, *arguments],
+    capture_output=True,
+    text=True,
+    env=os.environ | (environment or {}),
+    check=False,
+  )
+  if run.returncode:
+    reason = run.stderr.strip()[-400:] or "no message"
+    raise FlaxLMError(f"python {' '.join(arguments)} failed: {reason}")
+  return run.stdout

@@ -1,26 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a figure comes from: the commit, the packages, the flags, the device."""
 
+import functools
 import os
 import platform
+import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-PACKAGES = ("flaxlm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
-ACCELERATOR_PACKAGES = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
-# Variables that change the speed of the same program.
-FLAGS = (
-  "XLA_FLAGS",
-  "LIBTPU_INIT_ARGS",
-  "OMP_NUM_THREADS",
-  "NPROC",
-  "CUDA_VISIBLE_DEVICES",
+PACKAGES = (
+  *("flaxlm", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers"),
+  *("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin"),
 )
+# Variables that change the speed of the same program.
+FLAGS = ("LIBTPU_INIT_ARGS", "OMP_NUM_THREADS", "NPROC", "CUDA_VISIBLE_DEVICES")
+FLAG_PREFIXES = ("JAX_", "MALLOC_", "XLA_FLAGS")
+
+
+@functools.cache
+def origin_of_run() -> dict[str, Any]:
+  """The fields of a result that say where it was measured. Asked once: the code that runs
+  is what was loaded, whatever is committed later."""
+  return dict(versions=versions(), flags=flags(), device=device(), commit=commit())
 
 
 def versions() -> dict[str, str]:
   found = {"python": platform.python_version()}
-  for package in (*PACKAGES, *ACCELERATOR_PACKAGES):
+  for package in PACKAGES:
     try:
       found[package] = metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -30,8 +37,11 @@ def versions() -> dict[str, str]:
 
 def flags() -> dict[str, str]:
   """Those environment variables that change speeds and are set."""
-  jax_flags = [name for name in os.environ if name.startswith(("JAX_", "MALLOC_"))]
-  return {name: os.environ[name] for name in sorted({*FLAGS, *jax_flags} & {*os.environ})}
+  return {
+    name: value
+    for name, value in sorted(os.environ.items())
+    if name in FLAGS or name.startswith(FLAG_PREFIXES)
+  }
 
 
 def device() -> str:
@@ -47,32 +57,23 @@ def device() -> str:
 
 def processor() -> str:
   try:
-    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    return next(
-      line.split(":")[1].strip() for line in lines if line.startswith("model name")
-    )
-  except (OSError, StopIteration):
-    return platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
+      if line.startswith("model name"):
+        return line.split(":")[1].strip()
+  except OSError:
+    pass
+  return platform.processor() or platform.machine()
 
 
 def commit(checkout: Path = Path(__file__).parents[2]) -> str | None:
-  """The commit of the checkout that holds this file, read from .git; None without one."""
+  """The commit of the checkout that holds this file; None without one, or without git.
+
+  The folder is named, so that an installed package does not report the commit of whatever
+  repository happens to enclose it.
+  """
+  command = ["git", f"--git-dir={checkout / '.git'}", "rev-parse", "HEAD"]
   try:
-    git = checkout / ".git"
-    if git.is_file():  # a worktree: "gitdir: PATH"
-      git = checkout / git.read_text("utf-8").removeprefix("gitdir:").strip()
-    head = (git / "HEAD").read_text("utf-8").strip()
-    name = head.removeprefix("ref:").strip()
-    if name == head:
-      return head[:12]
-    common = git / "commondir"
-    shared = git / common.read_text("utf-8").strip() if common.is_file() else git
-    for folder in (git, shared):
-      if (folder / name).is_file():
-        return (folder / name).read_text("utf-8").strip()[:12]
-    for line in (shared / "packed-refs").read_text("utf-8").splitlines():
-      if line.endswith(f" {name}"):
-        return line[:12]
-  except (OSError, UnicodeDecodeError):
-    pass
-  return None
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return found.stdout.strip()[:12]

@@ -2,14 +2,13 @@
 """A benchmark's results: what was measured, its range, on which machine, against whom."""
 
 import dataclasses
-import functools
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TextIO
+from collections.abc import Sequence
+from typing import NamedTuple, TextIO
 
-from flaxlm.benchmark.provenance import commit, device, flags, versions
+from flaxlm.benchmark.provenance import origin_of_run
 from flaxlm.errors import FlaxLMError
 
 
@@ -51,11 +50,6 @@ class Demand:
   dtype: str = "float32"
   footprint: float | None = None
 
-  @property
-  def intensity(self) -> float | None:
-    """FLOPs per byte; None if there are no FLOPs or no bytes."""
-    return self.flops / self.bytes if self.flops and self.bytes else None
-
 
 @dataclasses.dataclass
 class Result:
@@ -93,7 +87,14 @@ class Result:
     return Demand(self.flops, self.bytes, self.dtype or "float32", self.footprint)
 
 
-def summarise(suite: str, case: str, rounds: Sequence[float], unit: str) -> Result:
+def summarise(
+  suite: str,
+  case: str,
+  rounds: Sequence[float],
+  unit: str,
+  gate: str | None = None,
+  demand: Demand | None = None,
+) -> Result:
   """Median and range over rounds, and where they were measured.
 
   Raises `FlaxLMError` if a round has no finite figure.
@@ -101,14 +102,26 @@ def summarise(suite: str, case: str, rounds: Sequence[float], unit: str) -> Resu
   assert unit in UNITS, unit
   if not all(map(math.isfinite, rounds)):
     raise FlaxLMError(f"{suite} {case}: a round has no figure: {rounds}")
-  result = Result(suite, case, statistics.median(rounds), min(rounds), max(rounds), unit)
-  result.rounds = len(rounds)
-  result.versions, result.flags, result.device, result.commit = origin_of_run()
-  return result
+  return Result(
+    suite,
+    case,
+    statistics.median(rounds),
+    min(rounds),
+    max(rounds),
+    unit,
+    correct=gate,
+    rounds=len(rounds),
+    **(dataclasses.asdict(demand) if demand else {}),
+    **origin_of_run(),
+  )
 
 
-def with_ratio(result: Result, peer: str, ratios: Sequence[float], gate: str) -> Result:
-  """A copy with our speed / the peer's, taken round by round because machines drift."""
+def with_ratio(
+  result: Result, peer: str, ours: Sequence[float], theirs: Sequence[float], gate: str
+) -> Result:
+  """A copy with our speed / the peer's, from the seconds of both sides, round by round
+  because machines drift."""
+  ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
   return dataclasses.replace(
     result,
     peer=peer,
@@ -117,12 +130,6 @@ def with_ratio(result: Result, peer: str, ratios: Sequence[float], gate: str) ->
     ratio_high=max(ratios),
     correct=gate,
   )
-
-
-@functools.cache
-def origin_of_run() -> tuple[dict[str, str], dict[str, str], str, str | None]:
-  """Asked once: the code that runs is what was loaded, whatever is committed later."""
-  return versions(), flags(), device(), commit()
 
 
 def figures(seconds: Sequence[float], unit: str, amount: float = 1.0) -> list[float]:
@@ -144,33 +151,42 @@ def print_json(results: Sequence[Result], out: TextIO) -> None:
 
 # -- For people ----------------------------------------------------------------------------
 
-HEADINGS = ("suite", "case", "median", "range", "unit", "of peak", "of limit", "ratio")
+# Each column and its alignment.
+COLUMNS = {
+  "suite": "<",
+  "case": "<",
+  "median": ">",
+  "range": ">",
+  "unit": "<",
+  "of peak": ">",
+  "of limit": ">",
+  "ratio": "<",
+}
 
 
 def print_results(results: Sequence[Result], out: TextIO) -> None:
   """A table; below it what was checked, and on which machine."""
   if not results:
     return
-  rows = [HEADINGS, *(table_row(result) for result in results)]
-  widths = [max(len(row[n]) for row in rows) for n in range(len(HEADINGS))]
+  rows = [tuple(COLUMNS), *map(table_row, results)]
+  widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+  layout = "  ".join(
+    f"{{:{align}{width}}}" for align, width in zip(COLUMNS.values(), widths, strict=True)
+  )
   for row in rows:
-    cells = [
-      cell.rjust(width) if HEADINGS[n] in RIGHT else cell.ljust(width)
-      for n, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ]
-    print("  ".join(cells).rstrip(), file=out)
+    print(layout.format(*row).rstrip(), file=out)
   print(file=out)
   for line in gates(results):
     print(line, file=out)
   print(origin(results[0]), file=out)
 
 
-RIGHT = {"median", "range", "of peak", "of limit"}
-
-
 def table_row(result: Result) -> tuple[str, ...]:
   percent = lambda fraction: "" if fraction is None else f"{fraction:.0%}"
   spread = f"{number(result.low)}-{number(result.high)}" if result.rounds > 1 else ""
+  ratio = "" if result.ratio is None else f"{result.ratio:.2f}x {result.peer}"
+  if result.ratio_low is not None and result.rounds > 1:
+    ratio += f" ({result.ratio_low:.2f}-{result.ratio_high:.2f})"
   return (
     result.suite,
     result.case,
@@ -179,17 +195,8 @@ def table_row(result: Result) -> tuple[str, ...]:
     result.unit,
     percent(result.peak_fraction),
     percent(result.measured_limit_fraction),
-    ratio_text(result),
+    ratio,
   )
-
-
-def ratio_text(result: Result) -> str:
-  if result.ratio is None:
-    return ""
-  spread = ""
-  if result.ratio_low is not None and result.rounds > 1:
-    spread = f" ({result.ratio_low:.2f}-{result.ratio_high:.2f})"
-  return f"{result.ratio:.2f}x {result.peer}{spread}"
 
 
 def gates(results: Sequence[Result]) -> list[str]:
@@ -221,9 +228,3 @@ def number(value: float) -> str:
     return "0"
   decimals = max(0, 2 - math.floor(math.log10(abs(value))))
   return f"{value:,.{min(decimals, 6)}f}"
-
-
-def from_mapping(values: Mapping[str, Any]) -> Result:
-  """The result of a JSON line's values; unknown keys are ignored."""
-  known = {field.name for field in dataclasses.fields(Result)}
-  return Result(**{key: value for key, value in values.items() if key in known})

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training that all sides of the suite `train` do: shapes, parameters, batches, clock.
+"""The training that all sides of the suite `train` do: shapes, optimizer, clock.
 
-The shapes are those of nanoGPT's recipes. All sides start from the same parameters and see
-the same batches, which one file holds.
+The shapes are those of nanoGPT's recipes.
 """
 
 import dataclasses
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -61,40 +59,11 @@ CASES = {
   },
 }
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0)
-CHECKED_STEPS = 4
 TIMED_PASSES = 3
 
 
 def find_case(name: str) -> Case:
-  (case,) = (cases[name] for cases in CASES.values() if name in cases)
-  return case
-
-
-def write_inputs(case: Case, path: Path) -> None:
-  """Writes initial parameters, by their names in our tree, and windows of tokens."""
-  rng = np.random.default_rng(0)
-  cfg = case.model
-  L, D, N, F = cfg.depth, cfg.width, cfg.num_heads, cfg.ffn_width
-  H = D // N
-  normal = lambda *shape: np.asarray(rng.normal(0, 0.02, shape), np.float32)
-  ones = lambda *shape: np.ones(shape, np.float32)
-  arrays: dict[str, np.ndarray] = {
-    "embedding/table": normal(cfg.vocab_size, D),
-    "positions/table": normal(cfg.context, D),
-    "final_norm/scale": ones(D),
-    "final_norm/bias": normal(D),
-    "blocks/attention/o/kernel": normal(L, N, H, D),
-    "blocks/ffn/up/kernel": normal(L, D, F),
-    "blocks/ffn/down/kernel": normal(L, F, D),
-  }
-  for name in "qkv":
-    arrays[f"blocks/attention/{name}/kernel"] = normal(L, D, N, H)
-  for name in ("attention_norm", "ffn_norm"):
-    arrays[f"blocks/{name}/scale"] = ones(L, D)
-    arrays[f"blocks/{name}/bias"] = normal(L, D)
-  shape = (CHECKED_STEPS, case.batch_size, cfg.context + 1)
-  arrays["windows"] = rng.integers(1, cfg.vocab_size, shape)
-  np.savez(path, allow_pickle=False, **arrays)
+  return {case: cases[case] for cases in CASES.values() for case in cases}[name]
 
 
 def time_steps(

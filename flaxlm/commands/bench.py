@@ -105,12 +105,13 @@ def run_bench(args: argparse.Namespace, _: list[str]) -> int:
 
 def write(results: Any, ceilings: Any, args: argparse.Namespace, out: Any) -> None:
   from flaxlm.benchmark.ceilings import this_device
-  from flaxlm.benchmark.page import render
+  from flaxlm.benchmark.page import bench_view
   from flaxlm.benchmark.report import print_json, print_results
+  from flaxlm.look.page import to_html
 
   suffix = Path(args.output or "").suffix
   if suffix in (".html", ".htm"):
-    out.write(render(results, ceilings, this_device()))
+    out.write(to_html(bench_view(results, ceilings, this_device())))
   elif args.json or suffix in (".json", ".jsonl"):
     print_json(results, out)
   else:

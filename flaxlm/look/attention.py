@@ -14,17 +14,10 @@ from flaxlm.look.pieces import Reading, apply_to_row, complete_reading, describe
 from flaxlm.look.view import Shares, View
 from flaxlm.nn.base import LanguageModel
 
-MOST_TOKENS = 256
 MOST_WEIGHTS = 1 << 25  # two bytes each, before they are deflated: 67 MB
 # The share of its weight from which on a head looks at one thing mostly, or partly, and the
 # share of the largest possible entropy from which on it looks at all evenly.
 MOSTLY, PARTLY, EVENLY = 0.5, 0.25, 0.9
-
-TITLES = {
-  "self": "self-attention",
-  "cross": "cross-attention",
-  "encoder_self": "self-attention of the encoder",
-}
 
 
 def check_attention(cfg: ResolvedModel, layer: int | None, head: int | None) -> None:
@@ -48,30 +41,37 @@ def look_attention(
   ids, cuts = complete_reading(run, reading, most)
   check_size(cfg, len(ids), len(reading.source_ids or []), layer, head)
   captured = apply_to_row(run, capture, ids, reading.source_ids, layer, head)
-  row = describe(run.tokenizer, ids)
-  source = describe(run.tokenizer, reading.source_ids or [])
+  row, source = (
+    [piece._asdict() for piece in describe(run.tokenizer, some)]
+    for some in (ids, reading.source_ids or [])
+  )
   figures, maps = [], []
-  for name in (name for name in TITLES if name in captured and captured[name].size):
-    weights_LNTS = captured[name]
-    L, N = weights_LNTS.shape[:2]
-    layers = [*range(L)] if layer is None else [layer]
+  for name, title, queries, keys in (
+    ("self", "self-attention", row, row),
+    ("cross", "cross-attention", row, source),
+    ("encoder_self", "self-attention of the encoder", source, source),
+  ):
+    weights_LNTS = captured.get(name)
+    if weights_LNTS is None or not weights_LNTS.size:
+      continue
+    layers = [*range(len(weights_LNTS))] if layer is None else [layer]
     shown = {
       "kind": name,
       "layers": layers,
-      "heads": [*range(N)] if head is None else [head],
+      "heads": [*range(cfg.num_heads)] if head is None else [head],
       "causal": name == "self" and cfg.family != "encoder",
     }
-    queries = source if name == "encoder_self" else row
-    keys = row if name == "self" else source
     figures.append(shown | {"per_head": head_figures(weights_LNTS, shown)})
-    drawn = {
-      "title": TITLES[name],
-      "queries": [piece._asdict() for piece in queries],
-      "keys": [piece._asdict() for piece in keys],
-      "weights": Shares(weights_LNTS),
-      "layer_kinds": ["" if name == "cross" else layer_kind(cfg, n) for n in layers],
-    }
-    maps.append(shown | drawn)
+    maps.append(
+      {
+        **shown,
+        "title": title,
+        "queries": queries,
+        "keys": keys,
+        "weights": Shares(weights_LNTS),
+        "layer_kinds": ["" if name == "cross" else layer_kind(cfg, n) for n in layers],
+      }
+    )
   notes = [f"{run.path} at step {run.step}, model.family={cfg.family}"]
   if cfg.num_kv_heads != cfg.num_heads:
     group = cfg.num_heads // cfg.num_kv_heads
@@ -138,22 +138,20 @@ def head_figures(weights_LNTS: np.ndarray, shown: dict[str, Any]) -> list[dict[s
   weights = weights_LNTS.astype(np.float64)
   T, S = weights.shape[-2:]
   start = 1 if causal and T > 1 else 0
-  positions_T, positions_S = np.arange(T)[:, None], np.arange(S)
   seen = weights[..., start:, :]
   entropies_LN = entropy_bits(seen).mean(-1)
   even_LN = np.log2(np.maximum((seen > 0).sum(-1), 1)).mean(-1)
-  shares = {"first": weights[..., start:, 0].mean(-1)}
+  shares = {"first": seen[..., 0].mean(-1)}
   if name == "cross":
-    shares["last"] = weights[..., start:, -1].mean(-1)
+    shares["last"] = seen[..., -1].mean(-1)
   else:
-    distance_LN = (seen * np.abs(positions_T - positions_S)[start:]).sum(-1).mean(-1)
-    diagonal = lambda by, rows: (
-      np.diagonal(weights, by, -2, -1)[..., rows].mean(-1) if T > 1 else 0 * entropies_LN
-    )
-    shares["previous"] = diagonal(-1, slice(None))
+    distances_TS = np.abs(np.arange(T)[:, None] - np.arange(S))
+    distance_LN = (seen * distances_TS[start:]).sum(-1).mean(-1)
+    diagonal = lambda by: np.diagonal(weights, by, -2, -1).sum(-1) / max(T - 1, 1)
+    shares["previous"] = diagonal(-1)
     shares["itself"] = np.diagonal(weights, 0, -2, -1)[..., start:].mean(-1)
     if not causal:
-      shares["next"] = diagonal(1, slice(None))
+      shares["next"] = diagonal(1)
   result = []
   for i, layer in enumerate(shown["layers"]):
     for j, head in enumerate(shown["heads"]):

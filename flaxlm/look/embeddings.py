@@ -5,7 +5,7 @@ import numpy as np
 
 from flaxlm.decoding.loading import Run
 from flaxlm.errors import ConfigError
-from flaxlm.look.pieces import describe
+from flaxlm.look.pieces import describe, is_special
 from flaxlm.look.view import View
 from flaxlm.tokenizers import AnyTokenizer
 
@@ -23,7 +23,6 @@ def look_embeddings(run: Run, num_tokens: int | None = None) -> View:
   table_ND = np.asarray(run.params["embedding"]["table"])[:count].astype(np.float64)
   points_NC, explained_C = principal(table_ND)
   nearest_NC, cosines_NC = nearest(table_ND)
-  pieces = describe(run.tokenizer, range(count))
   norms_N = np.linalg.norm(table_ND, axis=1)
   cuts = []
   if count < size:
@@ -35,27 +34,24 @@ def look_embeddings(run: Run, num_tokens: int | None = None) -> View:
     f"of their variance, the vertical axis {y}. Tokens that are near here may be far apart "
     "in the other directions: the neighbours are listed by the cosine of whole vectors.",
   ]
-  return View(
-    "embeddings",
-    f"The embedding table of {run.cfg.name}",
-    cuts,
-    notes,
-    figures={
-      "num_tokens": count,
-      "width": table_ND.shape[1],
-      "explained": explained_C.tolist(),
-      "mean_norm": float(norms_N.mean()),
-    },
-    data={
-      "tokens": [
-        piece._asdict() | {"sort": sort_of(run.tokenizer, piece.id)} for piece in pieces
-      ],
-      "points": points_NC,
-      "norms": norms_N,
-      "nearest": nearest_NC.tolist(),
-      "cosines": cosines_NC,
-    },
-  )
+  figures = {
+    "num_tokens": count,
+    "width": table_ND.shape[1],
+    "explained": explained_C.tolist(),
+    "mean_norm": float(norms_N.mean()),
+  }
+  data = {
+    "tokens": [
+      piece._asdict() | {"sort": sort_of(run.tokenizer, piece.id)}
+      for piece in describe(run.tokenizer, range(count))
+    ],
+    "points": points_NC,
+    "norms": norms_N,
+    "nearest": nearest_NC.tolist(),
+    "cosines": cosines_NC,
+  }
+  title = f"The embedding table of {run.cfg.name}"
+  return View("embeddings", title, cuts, notes, figures, data)
 
 
 def principal(table_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -63,12 +59,10 @@ def principal(table_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   centred_ND = table_ND - table_ND.mean(0)
   # This D x D matrix has the right singular vectors of the table, and its size is fixed.
   _, squares_D, directions_DD = np.linalg.svd(centred_ND.T @ centred_ND, hermitian=True)
-  points_NC = np.zeros((len(table_ND), 2))
-  some = centred_ND @ directions_DD[:2].T
-  points_NC[:, : some.shape[1]] = some
-  shares_C = np.zeros(2)
-  shares_C[: some.shape[1]] = squares_D[:2] / max(squares_D.sum(), 1e-300)
-  return points_NC, shares_C
+  points_NC = centred_ND @ directions_DD[:2].T
+  shares_C = squares_D[:2] / max(squares_D.sum(), 1e-300)
+  missing = 2 - len(shares_C)  # a table of width 1 has one direction
+  return np.pad(points_NC, ((0, 0), (0, missing))), np.pad(shares_C, (0, missing))
 
 
 def nearest(table_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +87,7 @@ def nearest(table_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def sort_of(tokenizer: AnyTokenizer, id_: int) -> str:
   """The kind of a token by its spelling, which decides its colour."""
-  if id_ in tokenizer.special_ids or id_ == tokenizer.mask_id:
+  if is_special(tokenizer, id_):
     return "special"
   try:
     text = tokenizer.bytes_of(id_).decode()

@@ -21,12 +21,11 @@ from flaxlm.errors import ConfigError
 from flaxlm.look.view import Shares, View
 
 ASSETS = Path(__file__).parent / "assets"
-SUFFIXES = (".html", ".png")
 
 
 def check_output(path: Path) -> None:
   """Raises `ConfigError` unless `path` can be written, as far as can be told early."""
-  if path.suffix not in SUFFIXES:
+  if path.suffix not in (".html", ".png"):
     raise ConfigError(f"{path} is neither .html nor .png", "as in --output picture.html")
   if path.is_dir():
     raise ConfigError(f"{path} is a directory", "give --output a file")
@@ -56,9 +55,9 @@ def save_view(view: View, path: Path) -> int:
 
 def to_html(view: View) -> str:
   """The whole page."""
-  style = read_asset("page.css")
-  scripts = ("common.js", "charts.js", f"{view.kind}.js", "start.js")
-  script = "\n".join(map(read_asset, scripts))
+  read = lambda name: (ASSETS / name).read_text("utf-8")
+  style = read("page.css")
+  script = "\n".join(map(read, ("common.js", "charts.js", f"{view.kind}.js", "start.js")))
   policy = (
     f"default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
     f"style-src '{digest(style)}'; script-src '{digest(script)}'"
@@ -83,10 +82,6 @@ def to_html(view: View) -> str:
 """
 
 
-def read_asset(name: str) -> str:
-  return (ASSETS / name).read_text("utf-8")
-
-
 def digest(text: str) -> str:
   """The hash by which a content security policy allows an inline element."""
   return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -108,11 +103,3 @@ def pack(value: Any) -> dict[str, Any]:
     array = np.asarray(value).astype("<f4")
   text = base64.b64encode(zlib.compress(array.tobytes(), 6)).decode()
   return {"shape": array.shape, "type": array.dtype.name, "deflated": text}
-
-
-def unpack(packed: Mapping[str, Any]) -> np.ndarray:
-  """The numbers that were given to `pack`, as the page reads them."""
-  data = zlib.decompress(base64.b64decode(packed["deflated"]))
-  array = np.frombuffer(data, np.dtype(packed["type"]).newbyteorder("<"))
-  values = array.astype(np.float64).reshape(packed["shape"])
-  return values / 65535 if packed["type"] == "uint16" else values

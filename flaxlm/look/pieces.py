@@ -2,7 +2,7 @@
 """A text in a picture: its tokens in legible form, and the rows that a model reads."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,35 +32,39 @@ class Piece(NamedTuple):
   special: bool
 
 
-def describe(tokenizer: AnyTokenizer, ids: Sequence[int]) -> list[Piece]:
+def describe(tokenizer: AnyTokenizer, ids: Iterable[int]) -> list[Piece]:
   """The tokens of some ids; ids in the padding of a vocabulary are called unused."""
-  return [_describe(tokenizer, int(id_)) for id_ in ids]
+  pieces = []
+  for id_ in map(int, ids):
+    name = tokenizer.name_of(id_) if 0 <= id_ < tokenizer.vocab_size else None
+    special = is_special(tokenizer, id_)
+    data = b"" if special else tokenizer.bytes_of(id_)
+    if name is None:
+      pieces.append(Piece(id_, f"(unused {id_})", "", "", True))
+    else:
+      pieces.append(Piece(id_, legible(data) or name, data.hex(" "), name, special))
+  return pieces
 
 
-def _describe(tokenizer: AnyTokenizer, id_: int) -> Piece:
-  name = tokenizer.name_of(id_) if 0 <= id_ < tokenizer.vocab_size else None
-  special = id_ in tokenizer.special_ids or id_ == tokenizer.mask_id
-  data = b"" if special else tokenizer.bytes_of(id_)
-  if name is None:
-    return Piece(id_, f"(unused {id_})", "", "", True)
-  return Piece(id_, legible(data) if data else name, data.hex(" "), name, special)
+def is_special(tokenizer: AnyTokenizer, id_: int) -> bool:
+  return id_ in tokenizer.special_ids or id_ == tokenizer.mask_id
 
 
 def legible(data: bytes) -> str:
-  """Bytes as text in which every character is visible; `\\xe6` for half a character."""
-  text = data.decode("utf-8", "backslashreplace")
-  return "".join(map(_legible, text))
+  """Bytes as text in which every character is visible; `\\xe6` for half a character.
 
+  A character that reverses, joins or hides its neighbours (such as U+202E) is spelled out,
+  and so is one that combines with the character before it, which may be another token's.
+  """
 
-def _legible(character: str) -> str:
-  if character in DRAWN:
-    return DRAWN[character]
-  # A character that reverses, joins or hides its neighbours (such as U+202E) is spelled
-  # out, and so is one that combines with the character before it, which may be another
-  # token's.
-  if character.isprintable() and not unicodedata.combining(character):
-    return character
-  return character.encode("unicode_escape").decode()
+  def drawn(character: str) -> str:
+    if character in DRAWN:
+      return DRAWN[character]
+    if character.isprintable() and not unicodedata.combining(character):
+      return character
+    return character.encode("unicode_escape").decode()
+
+  return "".join(map(drawn, data.decode("utf-8", "backslashreplace")))
 
 
 class Reading(NamedTuple):
@@ -98,7 +102,10 @@ def make_reading(
   cuts: list[str] = []
   most = min(most, cfg.context)
 
-  def cut(ids: list[int], what: str) -> list[int]:
+  def frame(ids: list[int], role: Role, what: str) -> list[int]:
+    if not ids:
+      raise ConfigError(f"the {what} is empty", "give it a word")
+    ids = tokenizer.framed(ids, role)
     if len(ids) > most:
       limit = f"model.context={most}" if most == cfg.context else f"--max-tokens {most}"
       cuts.append(f"The {what} has {len(ids)} tokens, of which the first {most}: {limit}.")
@@ -112,17 +119,11 @@ def make_reading(
 
   ids = source_ids = None
   if source is not None:
-    source_ids = tokenizer.encode(source)
-    if not source_ids:
-      raise ConfigError("the source is empty", "give it a word")
-    source_ids = cut(tokenizer.framed(source_ids, "source"), "source")
+    source_ids = frame(tokenizer.encode(source), "source", "source")
   if text is not None:
     masked = cfg.family == "encoder" and MASK in text and tokenizer.mask_id is not None
-    ids = (tokenizer.encode_masked if masked else tokenizer.encode)(text)
-    if not ids:
-      raise ConfigError("the text is empty", "give it a word")
-    role: Role = "text" if cfg.family == "encoder" else "prompt"
-    ids = cut(tokenizer.framed(ids, role), "text")
+    encode = tokenizer.encode_masked if masked else tokenizer.encode
+    ids = frame(encode(text), "text" if cfg.family == "encoder" else "prompt", "text")
   return Reading(ids, source_ids, cuts)
 
 

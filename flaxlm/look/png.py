@@ -14,6 +14,7 @@ MOST_NAMED = 40  # tokens whose names fit along a map
 MOST_HEADS = 16  # in a row, and three times as many rows, of small maps
 WRAP = 118  # characters of a line of tokens
 MOST_LETTERS = 40  # of a token
+TEXT_FIGURES = ("num_tokens", "num_bytes", "bytes_per_token", "bits_per_byte", "perplexity")
 
 
 def draw(view: View, path: Path) -> None:
@@ -33,47 +34,42 @@ def draw(view: View, path: Path) -> None:
 
 def draw_attention(figure: Any, view: View) -> None:
   """Every head's map, one row per layer; a single head is drawn with its tokens."""
-  maps = view.data["maps"]
-  blocks = []  # (title, weights, map) of each small picture, row by row
-  for one, figures in zip(maps, view.figures["maps"], strict=True):
-    weights_LNTS = one["weights"].values
+  rows = []  # the map, and the titles and weights of a layer's heads
+  for one, figures in zip(view.data["maps"], view.figures["maps"], strict=True):
     facts = iter(figures["per_head"])
-    for l, layer in enumerate(one["layers"]):
-      row = []
-      for n, head in enumerate(one["heads"]):
-        title = f"{one['kind']} L{layer} H{head}\n{next(facts)['looks_at']}"
-        if n < MOST_HEADS:
-          row.append((title, weights_LNTS[l, n], one))
-      blocks.append(row)
-  blocks = blocks[: 3 * MOST_HEADS]
-  columns = max(map(len, blocks))
-  alone = len(blocks) == columns == 1
+    for layer, weights_NTS in zip(one["layers"], one["weights"].values, strict=True):
+      titles = [
+        f"{one['kind']} L{layer} H{head}\n{next(facts)['looks_at']}"
+        for head in one["heads"]
+      ]
+      rows.append((one, titles[:MOST_HEADS], weights_NTS))
+  rows = rows[: 3 * MOST_HEADS]
+  columns = len(rows[0][1])
+  alone = len(rows) == columns == 1
   side = 8.0 if alone else 1.9
-  figure.set_size_inches(max(6.0, side * columns), max(3.0, 1.15 * side * len(blocks)))
-  axes = figure.subplots(len(blocks), columns, squeeze=False)
-  for axes_row, row in zip(axes, blocks, strict=True):
-    for ax in axes_row[len(row) :]:
-      ax.axis("off")
-    for ax, (title, weights_TS, one) in zip(axes_row, row, strict=False):
+  figure.set_size_inches(max(6.0, side * columns), max(3.0, 1.15 * side * len(rows)))
+  axes = figure.subplots(len(rows), columns, squeeze=False)
+  for axes_row, (one, titles, weights_NTS) in zip(axes, rows, strict=True):
+    for ax, title, weights_TS in zip(axes_row, titles, weights_NTS, strict=False):
       ax.imshow(np.sqrt(weights_TS), cmap="Blues", vmin=0, vmax=1, aspect="auto")
       ax.set_title(title, fontsize=10 if alone else 7)
-      ax.set_xticks([])
-      ax.set_yticks([])
+      ax.set(xticks=[], yticks=[])
       if alone and max(weights_TS.shape) <= MOST_NAMED:
-        for set_ticks, pieces in ((ax.set_xticks, "keys"), (ax.set_yticks, "queries")):
-          names = [piece["label"] for piece in one[pieces]]
-          turn = {"rotation": 90} if pieces == "keys" else {}
-          set_ticks(range(len(names)), names, family="monospace", fontsize=8, **turn)
+        font = dict(family="monospace", fontsize=8)
+        keys, queries = (
+          [x["label"] for x in one[pieces]] for pieces in ("keys", "queries")
+        )
+        ax.set_xticks(range(len(keys)), keys, rotation=90, **font)
+        ax.set_yticks(range(len(queries)), queries, **font)
 
 
 def draw_embeddings(figure: Any, view: View) -> None:
   figure.set_size_inches(10, 8)
   ax = figure.subplots()
   tokens, points = view.data["tokens"], view.data["points"]
-  sorts = sorted({token["sort"] for token in tokens})
-  for number, sort in enumerate(sorts):
+  for sort in sorted({token["sort"] for token in tokens}):
     some = [n for n, token in enumerate(tokens) if token["sort"] == sort]
-    ax.scatter(*points[some].T, s=5, color=f"C{number}", label=sort)
+    ax.scatter(*points[some].T, s=5, label=sort)
   taken: set[tuple[int, int]] = set()
   low, span = points.min(0), np.maximum(np.ptp(points, 0), 1e-12)
   for token, point in zip(tokens, points, strict=True):
@@ -89,58 +85,54 @@ def draw_embeddings(figure: Any, view: View) -> None:
 
 def draw_tokens(figure: Any, view: View) -> None:
   """The text: the colour of a token shows its surprisal, whose bits stand below it."""
-  figure.set_layout_engine("none")
-  lines: list[list[tuple[int, dict[str, Any]]]] = [[]]
-  at = 0
-  for token in view.figures["tokens"]:
-    size = min(MOST_LETTERS, len(token["label"])) + 2
-    if at + size > WRAP and lines[-1]:
-      lines.append([])
-      at = 0
-    lines[-1].append((at, token))
-    at += size
-    if "↵" in token["label"]:
-      lines.append([])
-      at = 0
-  lines = [line for line in lines if line]
-  height = 1.2 + 0.42 * len(lines)
-  figure.set_size_inches(11, height)
-  facts = {
-    "num_tokens": "tokens",
-    "num_bytes": "bytes",
-    "bytes_per_token": "bytes per token",
-  }
-  facts |= {"bits_per_byte": "bits per byte", "perplexity": "perplexity"}
-  known = {name: view.figures.get(key) for key, name in facts.items()}
-  words = [f"{value:.4g} {name}" for name, value in known.items() if value is not None]
-  figure.text(0.03, 1 - 0.75 / height, ", ".join(words), fontsize=9, color="0.4")
   import matplotlib
 
-  colours = matplotlib.colormaps["Blues"]
-  for number, line in enumerate(lines):
-    y = 1 - (1.05 + 0.42 * number) / height
-    for at, token in line:
-      share = min(1.0, token.get("bits", 0) / 16)
-      text = dict(family="monospace", fontsize=9, transform=figure.transFigure)
-      x = 0.03 + 0.94 * at / WRAP
-      figure.text(
-        x,
-        y,
-        token["label"][:MOST_LETTERS],
-        color="white" if share > 0.55 else "black",
-        bbox=dict(facecolor=colours(0.9 * share), edgecolor="0.85", pad=1.5),
-        **text,
-      )
-      if "bits" in token:
-        y_below = y - 0.16 / height
-        figure.text(x, y_below, f"{token['bits']:.1f}", **text | {"fontsize": 6})
+  figure.set_layout_engine("none")
+  tokens = view.figures["tokens"]
+  places: list[tuple[int, int]] = []  # the column and the line of each token
+  column = line = 0
+  for token in tokens:
+    size = min(MOST_LETTERS, len(token["label"])) + 2
+    if column and column + size > WRAP:
+      column, line = 0, line + 1
+    places.append((column, line))
+    column += size
+    if "↵" in token["label"]:
+      column, line = 0, line + 1
+  height = 1.2 + 0.42 * (1 + places[-1][1])
+  figure.set_size_inches(11, height)
+  known = {key: view.figures.get(key) for key in TEXT_FIGURES}
+  words = [
+    f"{value:.4g} {key.removeprefix('num_').replace('_', ' ')}"
+    for key, value in known.items()
+    if value is not None
+  ]
+  figure.text(0.03, 1 - 0.75 / height, ", ".join(words), fontsize=9, color="0.4")
+  for token, (column, line) in zip(tokens, places, strict=True):
+    share = min(1.0, token.get("bits", 0) / 16)
+    x, y = 0.03 + 0.94 * column / WRAP, 1 - (1.05 + 0.42 * line) / height
+    figure.text(
+      x,
+      y,
+      token["label"][:MOST_LETTERS],
+      family="monospace",
+      fontsize=9,
+      color="white" if share > 0.55 else "black",
+      bbox=dict(
+        facecolor=matplotlib.colormaps["Blues"](0.9 * share), edgecolor="0.85", pad=1.5
+      ),
+    )
+    if "bits" in token:
+      bits = f"{token['bits']:.1f}"
+      figure.text(x, y - 0.16 / height, bits, family="monospace", fontsize=6)
 
 
 def draw_charts(figure: Any, view: View) -> None:
   """Curves and heat maps, two a row."""
   charts = view.data["charts"]
-  figure.set_size_inches(12, 1 + 3.4 * max(1, math.ceil(len(charts) / 2)))
-  axes = figure.subplots(max(1, math.ceil(len(charts) / 2)), 2, squeeze=False).ravel()
+  num_rows = max(1, math.ceil(len(charts) / 2))
+  figure.set_size_inches(12, 1 + 3.4 * num_rows)
+  axes = figure.subplots(num_rows, 2, squeeze=False).ravel()
   for ax in axes[len(charts) :]:
     ax.axis("off")
   if not charts:
@@ -157,7 +149,7 @@ def draw_charts(figure: Any, view: View) -> None:
       figure.colorbar(ax.imshow(values, interpolation="nearest", **options))
       continue
     for one in chart["series"]:
-      y = [math.nan if v is None else v for v in one["y"]]
+      y = np.array(one["y"], float)  # None becomes NaN
       ax.plot(one["x"], y, label=one["name"], marker="." if len(y) < 40 else None)
     for mark in chart["marks"]:
       line = ax.axvline if mark["axis"] == "x" else ax.axhline

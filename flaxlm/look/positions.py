@@ -12,8 +12,7 @@ import numpy as np
 
 from flaxlm.config import ResolvedModel
 from flaxlm.errors import ConfigError
-from flaxlm.look.charts import heat_map, line_chart
-from flaxlm.look.view import View
+from flaxlm.look.view import View, heat_map, line_chart
 from flaxlm.nn.layers import Embedding
 from flaxlm.nn.positions import (
   alibi_bias,
@@ -28,6 +27,7 @@ from flaxlm.nn.positions import (
 MOST_ROWS = 256  # positions of a heat map
 MOST_POINTS = 512  # distances of a curve
 MOST_CURVES = 16  # heads in one chart of curves; more make a heat map
+Part = tuple[dict[str, Any], list[dict[str, Any]]]  # figures, and charts
 TURNED, UNSTRETCHED = "as the model rotates", "before stretching"
 
 SAYS = {
@@ -66,22 +66,35 @@ def look_positions(
     )
   charts: list[dict[str, Any]] = []
   figures: dict[str, Any] = {"positions": cfg.positions}
+
+  def add(key: str, part: Part, what: str = "") -> None:
+    """Keeps the figures of one stack or kind of layer, and names it in its titles."""
+    figures[key], drawn = part
+    charts.extend(c | {"title": c["title"] + (f" ({what})" if what else "")} for c in drawn)
+
+  stacks = ["encoder", "decoder"] if cfg.family == "encoder_decoder" else [""]
+  positions = shown(cfg.context, MOST_ROWS)
   if cfg.positions == "rope":
+    kinds = {"L": "local layers", "G": "global layers"}
     for kind in sorted(set(cfg.period)):
-      figures[kind] = add_rope(cfg, kind, charts)
+      add(kind, rope_part(cfg, kind), kinds[kind] if len(set(cfg.period)) > 1 else "")
   elif cfg.positions == "alibi":
-    figures |= add_alibi(cfg, charts)
+    own, charts = alibi_part(cfg)
+    figures |= own
   elif cfg.positions == "relative":
-    for stack, table in relative_tables(cfg, params):
-      figures[stack] = add_relative(cfg, stack, table, charts)
+    for stack in stacks:
+      shape = (cfg.relative_buckets, cfg.num_heads)
+      table = table_of(params, stack, "relative_bias", shape)
+      causal = cfg.family != "encoder" and stack != "encoder"
+      add(stack, relative_part(cfg, causal, table), stack)
   elif cfg.positions == "sinusoidal":
-    positions = shown(cfg.context, MOST_ROWS)
     table_TD = np.asarray(sinusoids(jnp.asarray(positions)[None], cfg.width))[0]
-    figures |= add_vectors(positions, table_TD, "", charts)
+    own, charts = vectors_part(positions, table_TD)
+    figures |= own
   elif cfg.positions == "learned":
-    positions = shown(cfg.context, MOST_ROWS)
-    for stack, table_TD in learned_tables(cfg, params):
-      figures[stack or "table"] = add_vectors(positions, table_TD[positions], stack, charts)
+    for stack in stacks:
+      table_TD = table_of(params, stack, "positions", (cfg.context, cfg.width))
+      add(stack or "table", vectors_part(positions, table_TD[positions]), stack)
   return View("positions", f"Positions of {name}", [], notes, figures, {"charts": charts})
 
 
@@ -102,28 +115,24 @@ def spread(most: int) -> np.ndarray:
 # -- Rotations -----------------------------------------------------------------------------
 
 
-def add_rope(cfg: ResolvedModel, kind: str, charts: list[dict[str, Any]]) -> dict[str, Any]:
+def rope_part(cfg: ResolvedModel, kind: str) -> Part:
   """The wavelength of each pair, its angle at each position, and how a score fades."""
   rope, local = cfg.rope, kind == "L"
   own_theta = local and rope.local_theta is not None
   theta = rope.local_theta if own_theta else rope.theta
   assert theta is not None
-  head_dim = cfg.head_dim
   stretched = rope.scaling != "none" and not own_theta
-  which = ""
-  if len(set(cfg.period)) > 1:
-    which = " (local layers)" if local else " (global layers)"
-  cos_sin = lambda at: rotation(jnp.asarray(at)[None], head_dim, rope, local)
+  cos_sin = lambda at: rotation(jnp.asarray(at)[None], cfg.head_dim, rope, local)
 
   # The angle at position 1, by the model's own function, is the speed in radians.
   cos_P, sin_P = (np.asarray(part)[0, 0] for part in cos_sin([1]))
   speeds_P = np.arctan2(sin_P, cos_P).astype(np.float64)
   pairs = [*range(len(speeds_P))]
-  figures = {"theta": theta, "head_dim": head_dim, "rotated_dims": 2 * len(pairs)}
+  figures: dict[str, Any] = {"theta": theta, "head_dim": cfg.head_dim}
+  figures["rotated_dims"] = 2 * len(pairs)
   if not pairs:
-    return figures
+    return figures, []
   wavelengths_P = 2 * np.pi / np.maximum(speeds_P, 1e-300)
-  plain_P = np.array(inverse_wavelengths(2 * len(pairs), theta))
   turns = [{"name": TURNED, "x": pairs, "y": wavelengths_P}]
   positions_T = shown(min(cfg.context, 4 * MOST_ROWS), MOST_ROWS)
   cosines_TP = np.asarray(cos_sin(positions_T)[0])[0]
@@ -133,15 +142,16 @@ def add_rope(cfg: ResolvedModel, kind: str, charts: list[dict[str, Any]]) -> dic
   scores = [{"name": TURNED, "x": at, "y": scores_T}]
   marks = []
   if stretched:
+    plain_P = np.array(inverse_wavelengths(2 * len(pairs), theta))
     turns.append({"name": UNSTRETCHED, "x": pairs, "y": 2 * np.pi / plain_P})
     angles_TP = distances_T[:, None] * plain_P
     before_T = fade((np.cos(angles_TP)[None], np.sin(angles_TP)[None]), cos_sin([0]))
     scores.append({"name": UNSTRETCHED, "x": at, "y": before_T})
     original = float(rope.original_context)
     marks = [{"name": "original context", "at": original, "axis": "x"}]
-  charts += [
+  charts = [
     line_chart(
-      f"Tokens for one whole turn, by pair of dims{which}",
+      "Tokens for one whole turn, by pair of dims",
       turns,
       x_label="pair of dims",
       y_label="tokens",
@@ -152,15 +162,13 @@ def add_rope(cfg: ResolvedModel, kind: str, charts: list[dict[str, Any]]) -> dic
       "near.",
     ),
     heat_map(
-      f"The cosine of each pair's angle{which}",
+      "The cosine of each pair's angle",
       cosines_TP.T,
-      x_label="position",
-      columns=positions_T.tolist(),
-      y_label="pair of dims",
-      rows=pairs,
+      x=("position", positions_T.tolist()),
+      y=("pair of dims", pairs),
     ),
     line_chart(
-      f"Score of equal queries and keys, by distance{which}",
+      "Score of equal queries and keys, by distance",
       scores,
       x_label="distance in tokens",
       y_label="score / score at distance 0",
@@ -169,12 +177,13 @@ def add_rope(cfg: ResolvedModel, kind: str, charts: list[dict[str, Any]]) -> dic
       says="Before the rotation, query and key are the same vector of ones.",
     ),
   ]
-  return figures | {
+  figures |= {
     "scaling": rope.scaling if stretched else "none",
     "wavelengths": wavelengths_P.tolist(),
     "distances": at,
     "scores": scores_T.tolist(),
   }
+  return figures, charts
 
 
 def fade(cos_sin: Any, at_zero: Any) -> np.ndarray:
@@ -191,16 +200,10 @@ def fade(cos_sin: Any, at_zero: Any) -> np.ndarray:
 # -- Added vectors -------------------------------------------------------------------------
 
 
-def learned_tables(cfg: ResolvedModel, params: Any | None) -> list[tuple[str, np.ndarray]]:
-  """(stack, table) of every stack with positions of its own."""
-  names = ["encoder", "decoder"] if cfg.family == "encoder_decoder" else [""]
-  return [(n, table_of(params, n, "positions", (cfg.context, cfg.width))) for n in names]
-
-
 def table_of(
   params: Any | None, stack: str, name: str, shape: tuple[int, int]
 ) -> np.ndarray:
-  """A trained table, or one as it is initialised."""
+  """A trained table of a stack ("" if the model is one), or one as it is initialised."""
   if params is None:
     module = Embedding(shape, ("slots", "embed"))
     born = module.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
@@ -209,80 +212,53 @@ def table_of(
   return np.asarray(stack_params[name]["table"]).astype(np.float32)
 
 
-def add_vectors(
-  positions: np.ndarray, table_TD: np.ndarray, stack: str, charts: list[dict[str, Any]]
-) -> dict[str, Any]:
+def vectors_part(positions: np.ndarray, table_TD: np.ndarray) -> Part:
   """The table, and how similar the vectors of two positions are."""
-  of_stack = f" ({stack})" if stack else ""
   at = positions.tolist()
   dims = shown(table_TD.shape[1], 2 * MOST_ROWS)
-  charts.append(
-    heat_map(
-      f"The vector of each position{of_stack}",
-      table_TD[:, dims],
-      x_label="dim",
-      columns=dims.tolist(),
-      y_label="position",
-      rows=at,
-    )
-  )
   norms_T = np.linalg.norm(table_TD.astype(np.float64), axis=1)
   units_TD = table_TD / np.maximum(norms_T, 1e-300)[:, None]
   cosines_TT = units_TD @ units_TD.T
-  charts.append(
+  means = [float(np.diagonal(cosines_TT, by).mean()) for by in range(len(at))]
+  charts = [
     heat_map(
-      f"Cosine of the vectors of two positions{of_stack}",
+      "The vector of each position",
+      table_TD[:, dims],
+      x=("dim", dims.tolist()),
+      y=("position", at),
+    ),
+    heat_map(
+      "Cosine of the vectors of two positions",
       cosines_TT,
-      x_label="position",
-      columns=at,
-      y_label="position",
-      rows=at,
-    )
-  )
-  step = at[1] - at[0] if len(at) > 1 else 1
-  steps = [*range(len(at))]
-  means = [float(np.diagonal(cosines_TT, by).mean()) for by in steps]
-  charts.append(
+      x=("position", at),
+      y=("position", at),
+    ),
     line_chart(
-      f"Mean cosine by distance{of_stack}",
-      [{"name": "cosine", "x": [by * step for by in steps], "y": means}],
+      "Mean cosine by distance",
+      [{"name": "cosine", "x": at, "y": means}],  # position 0's distances are all of them
       x_label="distance in tokens",
       y_label="cosine",
-    )
-  )
-  return {
-    "distances": [by * step for by in steps],
-    "cosines": means,
-    "mean_norm": float(norms_T.mean()),
-  }
+    ),
+  ]
+  return {"distances": at, "cosines": means, "mean_norm": float(norms_T.mean())}, charts
 
 
 # -- Biases of scores ----------------------------------------------------------------------
 
 
-def add_alibi(cfg: ResolvedModel, charts: list[dict[str, Any]]) -> dict[str, Any]:
+def alibi_part(cfg: ResolvedModel) -> Part:
+  """The bias of the last query of the context, by the distance of the key before it."""
   causal = cfg.family != "encoder"
   distances = spread(cfg.context - 1)
   last = cfg.context - 1
-  # The last query of the context, and the keys at these distances before it.
   bias_1N1S = np.asarray(alibi_bias(jnp.array([[last]]), last + 1, cfg.num_heads, causal))
   bias_NS = bias_1N1S[0, :, 0][:, last - distances]
-  charts.append(
-    bias_chart("The bias of each head, by distance", distances, bias_NS, "distance")
-  )
-  return {"slopes": np.asarray(alibi_slopes(cfg.num_heads)).tolist()}
+  chart = bias_chart("The bias of each head, by distance", distances, bias_NS, "distance")
+  return {"slopes": np.asarray(alibi_slopes(cfg.num_heads)).tolist()}, [chart]
 
 
-def relative_tables(cfg: ResolvedModel, params: Any | None) -> list[tuple[str, np.ndarray]]:
-  stacks = ["encoder", "decoder"] if cfg.family == "encoder_decoder" else [""]
-  shape = (cfg.relative_buckets, cfg.num_heads)
-  return [(stack, table_of(params, stack, "relative_bias", shape)) for stack in stacks]
-
-
-def add_relative(
-  cfg: ResolvedModel, stack: str, table: np.ndarray, charts: list[dict[str, Any]]
-) -> dict[str, Any]:
-  causal = cfg.family != "encoder" and stack != "encoder"
+def relative_part(cfg: ResolvedModel, causal: bool, table: np.ndarray) -> Part:
+  """The bias and the bucket of each distance; if causal, only of keys before the query."""
   reach = min(cfg.context - 1, 2 * cfg.relative_distance)
   distances = np.arange(-reach, 1 if causal else reach + 1)
   buckets = np.asarray(
@@ -290,19 +266,18 @@ def add_relative(
       jnp.asarray(distances), cfg.relative_buckets, cfg.relative_distance, causal
     )
   )
-  of_stack = f" ({stack})" if stack else ""
   apart = "key - query"
-  charts += [
-    bias_chart(f"The bias of each head{of_stack}", distances, table[buckets].T, apart),
+  charts = [
+    bias_chart("The bias of each head", distances, table[buckets].T, apart),
     line_chart(
-      f"The bucket of each distance{of_stack}",
+      "The bucket of each distance",
       [{"name": "bucket", "x": distances.tolist(), "y": buckets.tolist()}],
       x_label=f"{apart}, in tokens",
       y_label="bucket",
       says=f"All distances from {cfg.relative_distance} tokens on share a bucket.",
     ),
   ]
-  return {"bias_of_buckets": table.tolist()}
+  return {"bias_of_buckets": table.tolist()}, charts
 
 
 def bias_chart(
@@ -311,8 +286,7 @@ def bias_chart(
   """What each head adds to its scores: curves, or a heat map for many heads."""
   label, at = f"{apart}, in tokens", distances.tolist()
   if len(bias_NS) > MOST_CURVES:
-    heads = [*range(len(bias_NS))]
-    return heat_map(title, bias_NS, x_label=label, columns=at, y_label="head", rows=heads)
+    return heat_map(title, bias_NS, x=(label, at), y=("head", [*range(len(bias_NS))]))
   series = [
     {"name": f"head {n}", "x": at, "y": of_head} for n, of_head in enumerate(bias_NS)
   ]

@@ -9,8 +9,7 @@ from typing import Any
 
 from flaxlm.config import Config, difference, knobs
 from flaxlm.errors import CheckpointError
-from flaxlm.look.charts import line_chart
-from flaxlm.look.view import View
+from flaxlm.look.view import View, line_chart
 from flaxlm.runs import LOG, METRICS, SAMPLE, load_config_of
 
 # (title, y label, {metric: name}). Other metrics are drawn after these.
@@ -36,9 +35,9 @@ def look_run(path: Path) -> View:
   if not curves:
     raise CheckpointError(f"{path} has no metrics yet", "train it first")
   charts = []
-  drawn = set(UNDRAWN)
-  for title, label, names in CHARTS:
-    drawn |= set(names)
+  listed = {name for _, _, names in CHARTS for name in names} | UNDRAWN
+  others = [(name, "", {name: name}) for name in sorted(curves.keys() - listed)]
+  for title, label, names in [*CHARTS, *others]:
     series = [
       {"name": names[name], "x": curves[name][0], "y": curves[name][1]}
       for name in names
@@ -46,10 +45,6 @@ def look_run(path: Path) -> View:
     ]
     if series:
       charts.append(line_chart(title, series, "step", label))
-  for name in sorted(set(curves) - drawn):
-    steps, values = curves[name]
-    series = [{"name": name, "x": steps, "y": values}]
-    charts.append(line_chart(name, series, "step", ""))
   last_step = max(steps[-1] for steps, _ in curves.values())
   figures = {
     "last_step": last_step,
@@ -100,17 +95,9 @@ def config_rows(cfg: Config) -> list[dict[str, Any]]:
       value = getattr(value, part)
     if isinstance(value, dict):
       value = ",".join(f"{axis}={size}" for axis, size in value.items())
-    text = (
-      "none" if value is None else str(value).lower() if value in (True, False) else value
-    )
-    rows.append(
-      {
-        "name": name,
-        "value": str(text),
-        "changed": name in changed,
-        "help": field.metadata["help"],
-      }
-    )
+    text = str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    row = {"name": name, "value": text, "changed": name in changed}
+    rows.append(row | {"help": field.metadata["help"]})
   return rows
 
 

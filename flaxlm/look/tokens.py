@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.decoding.loading import Run
-from flaxlm.look.pieces import Piece, Reading, apply_to_row, complete_reading, describe
+from flaxlm.look.pieces import Reading, apply_to_row, complete_reading, describe
 from flaxlm.look.view import View
 from flaxlm.nn.base import LanguageModel
 
-MOST_TOKENS = 1024
 NUM_BEST = 5
 ROWS_AT_A_TIME = 32
 
@@ -42,19 +41,18 @@ def look_tokens(run: Run, reading: Reading, most: int) -> View:
   family, tokenizer = run.cfg.model.family, run.tokenizer
   ids, cuts = complete_reading(run, reading, most)
   if family == "encoder":
-    places, scores, after = score_masked(run, ids)
+    scores = score_masked(run, ids)
   else:
-    places, scores, after = score_following(run, ids, reading.source_ids)
-  if not places:
+    scores = score_following(run, ids, reading.source_ids)
+  if not scores:
     cuts = [*cuts, "The tokenizer has no mask, so the model gives no probabilities."]
-  pieces = describe(tokenizer, ids)
-  tokens: list[dict[str, Any]] = [piece._asdict() for piece in pieces]
-  for at, score in zip(places, scores, strict=True):
-    known = ids[at] != tokenizer.mask_id
-    tokens[at] |= to_entry(run, score, known)
-  figures = text_figures(pieces, tokens) | {"tokens": tokens}
+  tokens: list[dict[str, Any]] = [piece._asdict() for piece in describe(tokenizer, ids)]
+  after = scores.pop(len(ids), None)
+  for at, score in scores.items():
+    tokens[at] |= to_entry(run, score, known=ids[at] != tokenizer.mask_id)
+  figures = text_figures(tokens) | {"tokens": tokens}
   if after is not None:
-    figures["after"] = to_entry(run, after, False)
+    figures["after"] = to_entry(run, after, known=False)
   figures["source"] = [p._asdict() for p in describe(tokenizer, reading.source_ids or [])]
   num_ids = run.model.cfg.num_ids
   notes = [
@@ -66,15 +64,15 @@ def look_tokens(run: Run, reading: Reading, most: int) -> View:
   return View("tokens", title, cuts, notes, figures, {})
 
 
-def text_figures(pieces: Sequence[Piece], tokens: Sequence[dict]) -> dict[str, Any]:
+def text_figures(tokens: Sequence[dict[str, Any]]) -> dict[str, Any]:
   """The size of the whole text, and its surprisal at the places that were scored."""
-  num_bytes = sum(len(piece.hex.split()) for piece in pieces)
-  own = [piece for piece in pieces if not piece.special]
-  asked = [token["bits"] for token in tokens if token.get("bits") is not None]
+  num_bytes = sum(len(token["hex"].split()) for token in tokens)
+  num_tokens = sum(not token["special"] for token in tokens)
+  asked = [token["bits"] for token in tokens if "bits" in token]
   figures = {
-    "num_tokens": len(own),
+    "num_tokens": num_tokens,
     "num_bytes": num_bytes,
-    "bytes_per_token": num_bytes / len(own) if own else None,
+    "bytes_per_token": num_bytes / num_tokens if num_tokens else None,
   }
   if asked:
     figures |= {"bits": sum(asked), "bits_per_token": sum(asked) / len(asked)}
@@ -85,7 +83,7 @@ def text_figures(pieces: Sequence[Piece], tokens: Sequence[dict]) -> dict[str, A
 
 def to_entry(run: Run, score: Scores, known: bool) -> dict[str, Any]:
   """A place's scores for the page; `known`: a token stands there, not a mask or nothing."""
-  best = describe(run.tokenizer, score.best_ids_TC.tolist())
+  best = describe(run.tokenizer, score.best_ids_TC)
   chances = np.exp(score.best_logprobs_TC.astype(np.float64)).tolist()
   entry: dict[str, Any] = {
     "entropy": float(score.entropies_T) / math.log(2),
@@ -101,14 +99,16 @@ def to_entry(run: Run, score: Scores, known: bool) -> dict[str, Any]:
   return entry
 
 
+def by_place(places: Sequence[int], scores: Scores) -> dict[int, Scores]:
+  return {at: Scores(*(part[n] for part in scores)) for n, at in enumerate(places)}
+
+
 def score_following(
   run: Run, ids: Sequence[int], source_ids: Sequence[int] | None
-) -> tuple[list[int], list[Scores], Scores]:
-  """The places scored (all but the first), their scores, and those of the token after the
-  text."""
+) -> dict[int, Scores]:
+  """The scores of each place but the first, and of the one after the text."""
   scores = apply_to_row(run, next_scores, ids, source_ids)
-  of_place = [Scores(*(part[at] for part in scores)) for at in range(len(ids))]
-  return [*range(1, len(ids))], of_place[:-1], of_place[-1]
+  return by_place(range(1, len(ids) + 1), scores)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -134,21 +134,21 @@ def score(logits_TV: jax.Array, targets_T: jax.Array) -> Scores:
   )
 
 
-def score_masked(run: Run, ids: Sequence[int]) -> tuple[list[int], list[Scores], None]:
+def score_masked(run: Run, ids: Sequence[int]) -> dict[int, Scores]:
   """Each place's scores when only it is masked (Salazar et al., 2020); special tokens have
-  none."""
+  none, and without a mask no token has."""
   mask_id = run.tokenizer.mask_id
   if mask_id is None:
-    return [], [], None
+    return {}
   asked = lambda id_: id_ == mask_id or id_ not in run.tokenizer.special_ids
   places = [at for at, id_ in enumerate(ids) if asked(id_)]
-  found: list[Scores] = []
+  found: dict[int, Scores] = {}
   for start in range(0, len(places), ROWS_AT_A_TIME):
     some = places[start : start + ROWS_AT_A_TIME]
     rows_R = np.resize(np.array(some, np.int32), ROWS_AT_A_TIME)  # one shape, one program
     scores = apply_to_row(run, masked_scores, ids, None, rows_R, np.int32(mask_id))
-    found += [Scores(*(part[n] for part in scores)) for n in range(len(some))]
-  return places, found, None
+    found |= by_place(some, scores)
+  return found
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -2,6 +2,8 @@
 """What one picture shows, whether it is written as a page or drawn as a PNG."""
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,3 +29,50 @@ class Shares:
   """An array of numbers from 0 to 1, stored to the nearest 1/65535."""
 
   values: np.ndarray
+
+
+def line_chart(
+  title: str,
+  series: Sequence[dict[str, Any]],
+  x_label: str,
+  y_label: str,
+  log: str = "",
+  marks: Sequence[dict[str, Any]] = (),
+  says: str = "",
+) -> dict[str, Any]:
+  """Curves, each with a `name`, `x` and `y`; NaN makes a gap.
+
+  A series with `labels` is drawn as points, one with a `dash` (SVG's) as a broken line.
+  `log` names the logarithmic axes. A mark is a line across the chart: it has a `name`, and
+  stands `at` a number of an `axis`.
+  """
+  plain = lambda y: [
+    float(f"{x:.9g}") if x is not None and math.isfinite(x) else None for x in y
+  ]
+  return {
+    "form": "lines",
+    "title": title,
+    "says": says,
+    "series": [one | {"y": plain(one["y"])} for one in series],
+    "x_label": x_label,
+    "y_label": y_label,
+    "log_x": "x" in log,
+    "log_y": "y" in log,
+    "marks": [*marks],
+  }
+
+
+def heat_map(
+  title: str, values: np.ndarray, x: tuple[str, list[int]], y: tuple[str, list[int]]
+) -> dict[str, Any]:
+  """A matrix; `x` and `y` are what its columns and its rows are, and their numbers."""
+  return {
+    "form": "map",
+    "title": title,
+    "says": "",
+    "values": np.asarray(values, np.float32),
+    "x_label": x[0],
+    "columns": x[1],
+    "y_label": y[0],
+    "rows": y[1],
+  }

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from flaxlm.benchmark.suites import train
-from flaxlm.benchmark.training_case import find_case, write_inputs
+from flaxlm.benchmark.training_case import find_case
 from flaxlm.errors import FlaxLMError
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -22,7 +22,7 @@ def test_torch_has_the_same_losses(tmp_path):
   """An independent implementation: PyTorch's modules, attention and AdamW, step by step."""
   name = "4x128_context64_batch12"
   inputs = tmp_path / "inputs.npz"
-  write_inputs(find_case(name), inputs)
+  train.write_inputs(find_case(name), inputs)
   sides = [train.run_side(side, name, inputs) for side in ("flaxlm", "torch eager")]
   assert "agree" in train.compare_losses(sides[0]["losses"], sides[1]["losses"])
   assert sides[0]["losses"][-1] < sides[0]["losses"][0]

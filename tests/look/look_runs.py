@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random runs of every family, in memory and on disk, and pages read back."""
 
+import base64
 import json
 import re
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from meshes import mesh_of
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import OBJECTIVES, Config, DataConfig, ModelConfig, to_json
 from flaxlm.decoding.loading import Run
-from flaxlm.look.page import to_html, unpack
+from flaxlm.look.page import to_html
 from flaxlm.look.view import View
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.runs import CHECKPOINTS, CONFIG, TOKENIZER
@@ -86,6 +88,14 @@ class Page(HTMLParser):
   def view(self) -> Any:
     """The data, its arrays as arrays."""
     return arrays(json.loads(self.scripts[0]))
+
+
+def unpack(packed: dict[str, Any]) -> np.ndarray:
+  """The numbers that were given to `pack`, as the page reads them."""
+  data = zlib.decompress(base64.b64decode(packed["deflated"]))
+  array = np.frombuffer(data, np.dtype(packed["type"]).newbyteorder("<"))
+  values = array.astype(np.float64).reshape(packed["shape"])
+  return values / 65535 if packed["type"] == "uint16" else values
 
 
 def arrays(value: Any) -> Any:

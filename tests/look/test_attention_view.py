@@ -136,11 +136,6 @@ def test_what_goes_to_sinks_counts_as_one_more_outcome():
 # -- Refusals ------------------------------------------------------------------------------
 
 
-def test_an_rnn_is_refused_by_name():
-  with pytest.raises(ConfigError, match=r"model.family=rnn has no attention"):
-    check_attention(make_run("rnn").model.cfg, None, None)
-
-
 def test_layers_and_heads_that_are_not_there():
   cfg = make_run("encoder_decoder", encoder_depth=3).model.cfg
   check_attention(cfg, 2, 3)  # the encoder's

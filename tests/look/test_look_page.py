@@ -39,7 +39,10 @@ def test_hostile_text_everywhere_leaves_the_page_whole():
   assert page.scripts[1] == plain.scripts[1]
 
 
-@pytest.mark.parametrize("kind", ["attention", "embeddings", "positions", "tokens", "run"])
+KINDS = ("attention", "embeddings", "positions", "tokens", "run", "bench")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_policy_allows_our_script_and_style_and_nothing_else(kind: str):
   page = page_of(View(kind, "a", [], [], {}, {}))
   (policy,) = [a["content"] for tag, a in page.tags if "http-equiv" in a]

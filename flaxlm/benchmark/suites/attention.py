@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxlm.benchmark.measure import BenchOptions, Side, against, agree, measure, timed
-from flaxlm.benchmark.report import Demand, Result
+from flaxlm.benchmark.measure import BenchOptions, Side, agree, measure, timed
+from flaxlm.benchmark.report import Demand, Result, with_ratio
 from flaxlm.nn.attention import attend
 from flaxlm.nn.kernels.blocked import attend_blocked
 from flaxlm.nn.kernels.cudnn import attend_cudnn
@@ -50,11 +50,10 @@ def bench_attention(options: BenchOptions) -> list[Result]:
     [AttentionShape(8, 256, 6, 6, 64), AttentionShape(2, 1024, 8, 2, 64)],
     [AttentionShape(8, 2048, 16, 16, 64), AttentionShape(4, 4096, 32, 8, 128)],
   )
-  dtype = options.pick("float32", "float32", "bfloat16")
   results = []
   for shape in shapes:
     for backward in (False, True):
-      results += bench_shape(shape, dtype, backward, options)
+      results += bench_shape(shape, options.float_dtype, backward, options)
   return results
 
 
@@ -63,9 +62,10 @@ def bench_shape(
 ) -> list[Result]:
   arrays = operands(shape, dtype)
   run = with_gradients if backward else forward_only
+  ours = paths(shape, dtype)
   sides = {
     name: Side(jax.jit(functools.partial(run, path)), lambda: arrays)
-    for name, path in paths(shape, dtype).items()
+    for name, path in ours.items()
   }
   if options.peer == "torch":
     from flaxlm.benchmark.peers.torch_operations import torch_attention
@@ -73,26 +73,23 @@ def bench_shape(
     host = [np.asarray(x, np.float32) for x in arrays]
     sides |= torch_attention(host, dtype, backward, compiled=options.size != "tiny")
   timings = measure(sides, options)
-  demand = attention_demand(shape, dtype, backward)
-  results: dict[str, Result] = {}
-  peers = [name for name in timings if name.startswith("torch")]
   wanted = flattened(timings["plain"].result)
+  demand = attention_demand(shape, dtype, backward)
+  passes = "forward+backward" if backward else "forward"
+  results: dict[str, Result] = {}
   for name, timing in timings.items():
     gate = agree("the result", flattened(timing.result), wanted, TOLERANCES[dtype])
-    if name in peers:
-      continue
-    passes = "forward+backward" if backward else "forward"
-    case = f"{name} {shape.text} {dtype} {passes}"
-    results[name] = timed("attention", case, timing, "ms", demand=demand)
-    results[name].correct = gate
-  # The peers are compared with our fastest path.
-  best = min(results, key=lambda name: timings[name].median)
-  compared = [
-    against(results[best], peer, timings[peer], timings[best], results[best].correct or "")
-    for peer in peers
-  ]
-  kept = [result for name, result in results.items() if name != best or not compared]
-  return [*kept, *compared]
+    if name in ours:
+      case = f"{name} {shape.text} {dtype} {passes}"
+      results[name] = timed("attention", case, timing, "ms", gate, demand=demand)
+  peers = [name for name in timings if name not in ours]
+  if peers:  # they are compared with our fastest path, which then has a line for each
+    best = min(ours, key=lambda name: timings[name].median)
+    fastest, rounds = results.pop(best), timings[best].rounds
+    for peer in peers:
+      theirs, gate = timings[peer].rounds, fastest.correct or ""
+      results[peer] = with_ratio(fastest, peer, rounds, theirs, gate)
+  return list(results.values())
 
 
 def paths(shape: AttentionShape, dtype: str) -> dict[str, AttentionPath]:
@@ -113,15 +110,11 @@ def paths(shape: AttentionShape, dtype: str) -> dict[str, AttentionPath]:
   return found
 
 
-def forward_only(
-  path: AttentionPath, q: Any, k: Any, v: Any, grad: Any
-) -> tuple[jax.Array, ...]:
+def forward_only(path: AttentionPath, q: Any, k: Any, v: Any, grad: Any) -> Any:
   return (path(q, k, v),)
 
 
-def with_gradients(
-  path: AttentionPath, q: Any, k: Any, v: Any, grad: Any
-) -> tuple[jax.Array, ...]:
+def with_gradients(path: AttentionPath, q: Any, k: Any, v: Any, grad: Any) -> Any:
   out, pull = jax.vjp(path, q, k, v)
   return (out, *pull(grad))
 

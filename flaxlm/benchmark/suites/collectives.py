@@ -12,19 +12,25 @@ n. With b the larger of the bytes into and out of one device, and t the time:
   permute           b / t                   each device sends everything to its neighbour
 """
 
-import functools
-from collections.abc import Callable
-
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flaxlm.benchmark.measure import BenchOptions, Side, agree, measure, timed
+from flaxlm.benchmark.measure import BenchOptions, Side, agree, measure_alone, timed
 from flaxlm.benchmark.report import Result
 from flaxlm.errors import ConfigError
 from flaxlm.sharding import make_mesh
 
-KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute")
+# What each device does with its values, given an axis of n devices.
+KINDS = {
+  "all_gather": lambda x, axis, n: jax.lax.all_gather(x, axis, tiled=True),
+  "reduce_scatter": lambda x, axis, n: jax.lax.psum_scatter(x, axis, tiled=True),
+  "all_reduce": lambda x, axis, n: jax.lax.psum(x, axis),
+  "all_to_all": lambda x, axis, n: jax.lax.all_to_all(x, axis, 0, 0, tiled=True),
+  "permute": lambda x, axis, n: jax.lax.ppermute(
+    x, axis, [(place, (place + 1) % n) for place in range(n)]
+  ),
+}
 
 
 def bench_collectives(options: BenchOptions) -> list[Result]:
@@ -54,34 +60,16 @@ def bench_collective(
   spec = PartitionSpec(mesh.axis_names)
   x = jax.device_put(whole, NamedSharding(mesh, spec))
   function = jax.shard_map(
-    lambda x_1N: exchange(kind, axis, n)(x_1N[0])[None],
+    lambda x_1N: KINDS[kind](x_1N[0], axis, n)[None],
     mesh=mesh,
     in_specs=spec,
     out_specs=spec,
   )
-  timing = measure({kind: Side(jax.jit(function), lambda: (x,))}, options)[kind]
+  timing = measure_alone(Side(jax.jit(function), lambda: (x,)), options)
+  gate = agree("every device", timing.result, reference(kind, whole, mesh, axis), 1e-6)
   bus = bus_bytes(kind, 4 * length, n)
-  case = f"{kind} {axis}={n} {megabytes(4 * length)}"
-  result = timed("collectives", case, timing, "GB/s", bus)
-  expected = reference(kind, whole, mesh, axis)
-  result.correct = agree("every device", timing.result, expected, 1e-6)
-  return result
-
-
-def exchange(kind: str, axis: str, n: int) -> Callable[[jax.Array], jax.Array]:
-  match kind:
-    case "all_gather":
-      return functools.partial(jax.lax.all_gather, axis_name=axis, tiled=True)
-    case "reduce_scatter":
-      return functools.partial(jax.lax.psum_scatter, axis_name=axis, tiled=True)
-    case "all_reduce":
-      return functools.partial(jax.lax.psum, axis_name=axis)
-    case "all_to_all":
-      return lambda x: jax.lax.all_to_all(x, axis, 0, 0, tiled=True)
-    case "permute":
-      ring = [(place, (place + 1) % n) for place in range(n)]
-      return lambda x: jax.lax.ppermute(x, axis, ring)
-  raise ValueError(kind)
+  case = f"{kind} {axis}={n} {4 * length / 2**20:.3g} MiB"
+  return timed("collectives", case, timing, "GB/s", gate, bus)
 
 
 def bus_bytes(kind: str, num_bytes: float, n: int) -> float:
@@ -97,11 +85,9 @@ def reference(kind: str, whole: np.ndarray, mesh: Mesh, axis: str) -> np.ndarray
   parts = np.stack(np.split(grid, n, -1)) if grid.shape[-1] >= n else grid
   match kind:
     case "all_gather":
-      out = np.broadcast_to(
-        np.concatenate(list(grid), -1), (n, *grid.shape[1:-1], n * grid.shape[-1])
-      )
+      out = np.stack([np.concatenate(list(grid), -1)] * n)
     case "all_reduce":
-      out = np.broadcast_to(grid.sum(0), grid.shape)
+      out = np.stack([grid.sum(0)] * n)
     case "reduce_scatter":
       out = parts.sum(1)
     case "all_to_all":
@@ -109,7 +95,3 @@ def reference(kind: str, whole: np.ndarray, mesh: Mesh, axis: str) -> np.ndarray
     case "permute":
       out = np.roll(grid, 1, 0)
   return np.moveaxis(out, 0, place).reshape(mesh.size, -1)
-
-
-def megabytes(num_bytes: int) -> str:
-  return f"{num_bytes / 2**20:.3g} MiB"

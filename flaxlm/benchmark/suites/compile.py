@@ -15,8 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxlm.benchmark.measure import BenchOptions, agree
-from flaxlm.benchmark.processes import run_python
+from flaxlm.benchmark.measure import BenchOptions, agree, run_python
 from flaxlm.benchmark.report import Result, summarise
 from flaxlm.config import DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from flaxlm.data.objectives import next_token
@@ -50,8 +49,7 @@ def bench_compile(options: BenchOptions) -> list[Result]:
   for kind, runs in kinds.items():
     for part in ("trace", "compile", "start to first step"):
       case = f"{part} {depth}x{width} {kind}"
-      results.append(summarise("compile", case, [run[part] for run in runs], "s"))
-      results[-1].correct = gate
+      results.append(summarise("compile", case, [run[part] for run in runs], "s", gate))
   return results
 
 

@@ -20,14 +20,20 @@ import numpy as np
 from flaxlm.benchmark.measure import (
   BenchOptions,
   Side,
-  against,
   measure,
+  measure_alone,
   timed,
   wrong_result,
 )
-from flaxlm.benchmark.report import Demand, Result, summarise
+from flaxlm.benchmark.report import Demand, Result, summarise, with_ratio
 from flaxlm.benchmark.suites.memory import PASSES, ROW
-from flaxlm.config import ModelConfig, ResolvedConfig, TrainingConfig, load_config
+from flaxlm.config import (
+  ModelConfig,
+  ResolvedConfig,
+  ResolvedModel,
+  TrainingConfig,
+  load_config,
+)
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import make_sampling
@@ -49,57 +55,40 @@ def bench_decode(options: BenchOptions) -> list[Result]:
   model, params = random_model(cfg)
   results = []
   for batch in options.pick((2,), (1, 4, 16), (1, 8, 64)):
-    results += bench_batch(cfg, model, params, batch, prompt, new, options)
+    request = random_request(cfg, batch, prompt, new)
+    results += bench_request(cfg, model, params, request, options)
   if options.peer is not None:
     results += bench_against(options.peer, options)
   return results
 
 
-def bench_batch(
+def bench_request(
   cfg: ResolvedConfig,
   model: LanguageModel,
   params: Any,
-  batch: int,
-  prompt: int,
-  new: int,
+  request: Request,
   options: BenchOptions,
 ) -> list[Result]:
   """Prefill and decoding of one batch, checked against a forward pass without a cache."""
-  request = random_request(cfg, batch, prompt, new)
-  greedy = make_sampling(batch, temperature=0.0)
-  prepared = prepare_params(params, cfg.model)  # once for many calls
-  start = functools.partial(generate, model, prepared, request, greedy)
-
-  def started() -> tuple[Any, Callable[[], list]]:
-    answer = start()
-    return next(answer), lambda: list(answer)
-
-  prefill = measure({"prefill": Side(lambda: next(start()))}, options)["prefill"]
-  decode_side = Side(lambda first, rest: [first, *rest()], started)
-  decode = measure({"decode": decode_side}, options)["decode"]
-  gate = check_likeliest(model, params, request, whole_answer(decode.result))
+  sides = answer_sides(model, params, request)
+  prefill = measure_alone(sides["prefill"], options)
+  decode = measure_alone(sides["steps"], options)
+  answer = whole_answer(decode.result)[:, :CHECKED_TOKENS]
+  gate = check_likeliest(model, params, request, answer)
+  batch, prompt, steps = (
+    len(request.prompts),
+    len(request.prompts[0]),
+    request.max_new_tokens - 1,
+  )
   shape = f"{cfg.model.depth}x{cfg.model.width} B{batch}"
-  results = [
-    timed(
-      "decode",
-      f"prefill {shape} {prompt}",
-      prefill,
-      "tokens/s",
-      batch * prompt,
-      prefill_demand(cfg, batch, prompt),
-    ),
-    timed(
-      "decode",
-      f"decode {shape} {prompt}+{new - 1}",
-      decode,
-      "tokens/s",
-      batch * (new - 1),
-      answer_demand(cfg, batch, prompt, new),
-    ),
+  figures = (
+    (f"prefill {shape} {prompt}", prefill, prompt, prefill_demand(cfg, batch, prompt)),
+    (f"decode {shape} {prompt}+{steps}", decode, steps, answer_demand(cfg, request)),
+  )
+  return [
+    timed("decode", case, timing, "tokens/s", gate, batch * tokens, demand)
+    for case, timing, tokens, demand in figures
   ]
-  for result in results:
-    result.correct = gate
-  return results
 
 
 # -- Against a peer ------------------------------------------------------------------------
@@ -113,42 +102,41 @@ def bench_against(peer: str, options: BenchOptions) -> list[Result]:
   """
   cfg, prompt, new = gpt2_shape(options)
   model, params = random_model(cfg)
-  prepared = prepare_params(params, cfg.model)
   answer = load_peer(peer, cfg, model, params)
   results = []
   for batch in options.pick((2,), (1, 8), (1, 8, 64)):
     if batch > 1 and peer == "llama.cpp":
       continue  # its Python binding answers one row at a time
     request = random_request(cfg, batch, prompt, new)
-    greedy = make_sampling(batch, temperature=0.0)
-    ours = functools.partial(generate, model, prepared, request, greedy)
+    own = answer_sides(model, params, request)
+    # As many bytes as a step reads of weights, read by the fastest pass of `memory`.
+    length = read_parameters(cfg, batch) // ROW * ROW
+    numbers = jnp.ones(length, cfg.training.dtype)
     sides = {
-      "flaxlm": Side(lambda ours=ours: whole_answer(ours())),
+      "flaxlm": own["whole"],
       peer: Side(functools.partial(answer, request.prompts, new)),
-      "prefill": Side(lambda ours=ours: next(ours())),
-      "read": weight_reading_side(cfg, batch),
+      "prefill": own["prefill"],
+      "read": Side(jax.jit(PASSES["read"][0]), functools.partial(tuple, (numbers, None))),
     }
     timings = measure(sides, options)
-    gate = check_both(
-      model, params, request, timings["flaxlm"].result, timings[peer].result
-    )
+    ours, theirs = timings["flaxlm"], timings[peer]
+    gate = check_both(model, params, request, ours.result, theirs.result)
     case = f"answer {cfg.model.depth}x{cfg.model.width} B{batch} {prompt}+{new}"
-    demand = answer_demand(cfg, batch, prompt, new)
-    result = timed("decode", case, timings["flaxlm"], "tokens/s", batch * new, demand)
-    results.append(against(result, peer, timings[peer], timings["flaxlm"], gate))
+    demand = answer_demand(cfg, request)
+    result = timed("decode", case, ours, "tokens/s", gate, batch * new, demand)
+    results.append(with_ratio(result, peer, ours.rounds, theirs.rounds, gate))
     # A step reads the weights and the cache; the prefill reads the weights once.
-    weights = read_parameters(cfg, batch) * cfg.training.item_size
-    read = np.array(timings["read"].rounds)
-    read_by_steps = read * demand.bytes / weights
-    whole, prefill = (np.array(timings[name].rounds) for name in ("flaxlm", "prefill"))
+    whole, prefill, read = (
+      np.array(timings[name].rounds) for name in ("flaxlm", "prefill", "read")
+    )
+    read_by_steps = read * demand.bytes / numbers.nbytes
     shares = {
       "answer": (read + read_by_steps) / whole,
       "steps": read_by_steps / (whole - prefill),
     }
     for part, share in shares.items():
       name = f"{case}, of reading in {part}"
-      results.append(summarise("decode", name, share.tolist(), "of the time"))
-      results[-1].correct = gate
+      results.append(summarise("decode", name, share.tolist(), "of the time", gate))
   return results
 
 
@@ -163,13 +151,6 @@ def load_peer(
   from flaxlm.benchmark.peers.llama_cpp import load_llama_cpp
 
   return load_llama_cpp(cfg, model, params)
-
-
-def weight_reading_side(cfg: ResolvedConfig, batch: int) -> Side:
-  """Reads as many bytes as a step reads of weights, by the fastest pass of `memory`."""
-  length = read_parameters(cfg, batch) // ROW * ROW
-  numbers = jnp.ones(length, cfg.training.dtype)
-  return Side(jax.jit(PASSES["read"][0]), lambda: (numbers, None))
 
 
 # -- Models and requests -------------------------------------------------------------------
@@ -188,7 +169,7 @@ def llama_shape(options: BenchOptions) -> tuple[ResolvedConfig, int, int]:
     vocab_size=vocab,
     context=max(64, 2 * (prompt + new)),
   ).resolve()
-  return ResolvedConfig(model=model, training=precision(options)), prompt, new
+  return with_precision(model, options), prompt, new
 
 
 def gpt2_shape(options: BenchOptions) -> tuple[ResolvedConfig, int, int]:
@@ -197,14 +178,14 @@ def gpt2_shape(options: BenchOptions) -> tuple[ResolvedConfig, int, int]:
   if options.size == "tiny":
     shape = dict(depth=1, width=16, num_heads=2, vocab_size=512, context=64, ffn_width=None)
     model = dataclasses.replace(model, **shape)  # type: ignore[arg-type]
-  cfg = ResolvedConfig(model=model.resolve(), training=precision(options))
-  return cfg, 32, options.pick(9, 128, 128)
+  return with_precision(model.resolve(), options), 32, options.pick(9, 128, 128)
 
 
-def precision(options: BenchOptions) -> TrainingConfig:
-  """Weights as wide as the computation: bfloat16 on an accelerator."""
-  dtype = options.pick("float32", "float32", "bfloat16")
-  return TrainingConfig(dtype=dtype, param_dtype=dtype)
+def with_precision(model: ResolvedModel, options: BenchOptions) -> ResolvedConfig:
+  """Weights are as wide as the computation."""
+  dtype = options.float_dtype
+  training = TrainingConfig(dtype=dtype, param_dtype=dtype)
+  return ResolvedConfig(model=model, training=training)
 
 
 def whole_answer(blocks: Iterable[Any]) -> np.ndarray:
@@ -223,19 +204,33 @@ def random_request(cfg: ResolvedConfig, batch: int, prompt: int, new: int) -> Re
   return Request(prompts, new, num_ids=V)
 
 
+def answer_sides(model: LanguageModel, params: Any, request: Request) -> dict[str, Side]:
+  """The prefill, the steps after it, and the whole of a greedy answer; the parameters are
+  prepared once for many calls."""
+  prepared = prepare_params(params, model.cfg)
+  greedy = make_sampling(len(request.prompts), temperature=0.0)
+  start = functools.partial(generate, model, prepared, request, greedy)
+
+  def started() -> tuple[Any, Callable[[], list]]:
+    answer = start()
+    return next(answer), lambda: list(answer)
+
+  return {
+    "prefill": Side(lambda: next(start())),
+    "steps": Side(lambda first, rest: [first, *rest()], started),
+    "whole": Side(lambda: whole_answer(start())),
+  }
+
+
 # -- What is checked -----------------------------------------------------------------------
 
 
 def check_likeliest(
-  model: LanguageModel,
-  params: Any,
-  request: Request,
-  tokens: np.ndarray,
-  count: int = CHECKED_TOKENS,
+  model: LanguageModel, params: Any, request: Request, tokens: np.ndarray
 ) -> str:
-  """Checks that each answer begins with the likeliest tokens of a forward pass."""
-  count = min(count, tokens.shape[1])
-  rows = np.concatenate([np.asarray(request.prompts), tokens[:, :count]], 1)
+  """Checks that each answer consists of the likeliest tokens of a forward pass."""
+  count = tokens.shape[1]
+  rows = np.concatenate([np.asarray(request.prompts), tokens], 1)
   text = f"{count} tokens of each answer are the likeliest of an uncached forward pass"
   allowed = LOGIT_TOLERANCE[jnp.dtype(model.execution.dtype).name]
   if not largest_deficit(model, params, rows, count) <= allowed:
@@ -260,7 +255,7 @@ def check_both(
 ) -> str:
   """Checks every token of both sides; after a near tie their answers may differ."""
   for tokens in (ours, theirs):
-    text = check_likeliest(model, params, request, tokens, tokens.shape[1])
+    text = check_likeliest(model, params, request, tokens)
   return f"{(ours == theirs).mean():.1%} of the tokens are the same; {text}"
 
 
@@ -274,9 +269,10 @@ def prefill_demand(cfg: ResolvedConfig, batch: int, prompt: int) -> Demand:
   return Demand(work.matmul + work.head / prompt + work.attention, weights, dtype, weights)
 
 
-def answer_demand(cfg: ResolvedConfig, batch: int, prompt: int, new: int) -> Demand:
+def answer_demand(cfg: ResolvedConfig, request: Request) -> Demand:
   """All steps of an answer, with the cache at its mean length."""
-  steps = new - 1
-  flops, weights, cache = decode_work(cfg, batch, prompt + new // 2)
+  steps = request.max_new_tokens - 1
+  length = len(request.prompts[0]) + request.max_new_tokens // 2
+  flops, weights, cache = decode_work(cfg, len(request.prompts), length)
   num_bytes = weights + cache
   return Demand(steps * flops, steps * num_bytes, cfg.training.dtype, num_bytes)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxlm.benchmark.measure import BenchOptions, Side, agree, measure, timed
+from flaxlm.benchmark.measure import BenchOptions, Side, agree, measure_alone, timed
 from flaxlm.benchmark.report import Demand, Result
 from flaxlm.nn.kernels.products import rows_dot
 from flaxlm.planning.roofline import LOGIT_PASSES
@@ -25,44 +25,36 @@ def bench_loss(options: BenchOptions) -> list[Result]:
   """Milliseconds for a number of tokens, by vocabulary."""
   tokens, width = options.pick((8, 16), (1024, 256), (8192, 2048))
   vocabularies = options.pick((64,), (4096, 32_000), (50_304, 128_256))
-  dtype = options.pick("float32", "float32", "bfloat16")
-  results = []
-  for vocab_size in vocabularies:
-    for backward in (False, True):
-      results.append(bench_vocabulary(tokens, width, vocab_size, dtype, backward, options))
-  return results
+  return [
+    bench_vocabulary(tokens, width, vocab_size, backward, options)
+    for vocab_size in vocabularies
+    for backward in (False, True)
+  ]
 
 
 def bench_vocabulary(
-  tokens: int,
-  width: int,
-  vocab_size: int,
-  dtype: str,
-  backward: bool,
-  options: BenchOptions,
+  tokens: int, width: int, vocab_size: int, backward: bool, options: BenchOptions
 ) -> Result:
   R, D, V = tokens, width, vocab_size
+  dtype = options.float_dtype
   rng = np.random.default_rng(0)
   x_RD = jnp.asarray(rng.standard_normal((R, D), np.float32), dtype)
   head_DV = jnp.asarray(rng.standard_normal((D, V), np.float32) / D**0.5, dtype)
   targets_R = rng.integers(0, V, R)
   function: Any = jax.value_and_grad(mean_loss, (0, 1)) if backward else mean_loss
   side = Side(jax.jit(function), lambda: (x_RD, head_DV, targets_R))
-  timing = measure({"loss": side}, options)["loss"]
+  timing = measure_alone(side, options)
+  loss = timing.result[0] if backward else timing.result
+  exact = reference(x_RD, head_DV, targets_R)
+  gate = agree("the loss in float64", loss, exact, TOLERANCES[dtype])
   passes = 3 if backward else 1
   item = jnp.dtype(dtype).itemsize
   logits = 4.0 * R * V * (LOGIT_PASSES if backward else 2)
   operands = item * (R * D + D * V) * passes
-  demand = Demand(
-    2.0 * R * D * V * passes, logits + operands, dtype, 4.0 * R * V + operands
-  )
+  flops = 2.0 * R * D * V * passes
+  demand = Demand(flops, logits + operands, dtype, 4.0 * R * V + operands)
   case = f"R{R} D{D} V{V} {dtype} " + ("forward+backward" if backward else "forward")
-  result = timed("loss", case, timing, "ms", demand=demand)
-  loss = timing.result[0] if backward else timing.result
-  result.correct = agree(
-    "the loss in float64", loss, reference(x_RD, head_DV, targets_R), TOLERANCES[dtype]
-  )
-  return result
+  return timed("loss", case, timing, "ms", gate, demand=demand)
 
 
 def mean_loss(x_RD: jax.Array, head_DV: jax.Array, targets_R: jax.Array) -> jax.Array:

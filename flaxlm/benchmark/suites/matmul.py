@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxlm.benchmark.measure import BenchOptions, Side, against, agree, measure, timed
-from flaxlm.benchmark.report import Demand, Result
+from flaxlm.benchmark.measure import BenchOptions, Side, agree, measure, timed
+from flaxlm.benchmark.report import Demand, Result, with_ratio
 from flaxlm.planning.products import Product
 
 # Largest error / largest value. float32 is as wide as it is because GPUs compute in TF32.
@@ -25,11 +25,9 @@ def bench_matmul(options: BenchOptions, square_only: bool = False) -> list[Resul
   dtypes = options.pick(floats, floats, (*floats, "int8"))
   if not square_only:
     products += model_products(options)
-  results = []
-  for dtype in dtypes:
-    for product in products:
-      results += bench_product(product, dtype, options)
-  return results
+  return [
+    bench_product(product, dtype, options) for dtype in dtypes for product in products
+  ]
 
 
 def model_products(options: BenchOptions) -> list[Product]:
@@ -44,7 +42,7 @@ def model_products(options: BenchOptions) -> list[Product]:
   ]
 
 
-def bench_product(product: Product, dtype: str, options: BenchOptions) -> list[Result]:
+def bench_product(product: Product, dtype: str, options: BenchOptions) -> Result:
   a, b = operands(product, dtype)
   sides = {"flaxlm": Side(jax.jit(multiply), lambda: (a, b))}
   if options.peer == "torch" and dtype != "int8":
@@ -54,18 +52,17 @@ def bench_product(product: Product, dtype: str, options: BenchOptions) -> list[R
     sides["torch"] = torch_product(left, right, dtype)
   timings = measure(sides, options)
   ours = timings["flaxlm"]
-  case = f"{product.text} {dtype}"
-  item = jnp.dtype(dtype).itemsize
-  num_bytes = float(product.elements * item)
-  demand = Demand(product.flops, num_bytes, dtype, num_bytes)
-  result = timed("matmul", case, ours, "GFLOP/s", product.flops, demand)
   computed, exact = sample_rows(a, b, ours.result)
-  result.correct = agree("a sample of rows in float64", computed, exact, TOLERANCES[dtype])
+  gate = agree("a sample of rows in float64", computed, exact, TOLERANCES[dtype])
+  num_bytes = float(product.elements * jnp.dtype(dtype).itemsize)
+  demand = Demand(product.flops, num_bytes, dtype, num_bytes)
+  case = f"{product.text} {dtype}"
+  result = timed("matmul", case, ours, "GFLOP/s", gate, product.flops, demand)
   if len(timings) == 1:
-    return [result]
+    return result
   theirs = timings["torch"]
   gate = agree("the product", ours.result, theirs.result.float().cpu(), TOLERANCES[dtype])
-  return [against(result, "torch", theirs, ours, gate)]
+  return with_ratio(result, "torch", ours.rounds, theirs.rounds, gate)
 
 
 def multiply(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -11,7 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxlm.benchmark.measure import BenchOptions, Side, agree, measure, timed, wrong_result
+from flaxlm.benchmark.measure import (
+  BenchOptions,
+  Side,
+  agree,
+  measure_alone,
+  timed,
+  wrong_result,
+)
 from flaxlm.benchmark.report import Demand, Result
 
 MIB = 2**20
@@ -21,9 +28,8 @@ ROW = 1024  # elements
 
 def bench_memory(options: BenchOptions) -> list[Result]:
   """GB/s of reading, scaling, adding two arrays into a third, and transfers."""
-  sizes = options.pick((1,), (1, 8, 32, 128, 512), (512, 2048))
   results = []
-  for size in sizes:
+  for size in options.pick((1,), (1, 8, 32, 128, 512), (512, 2048)):
     results += bench_passes(size, options)
   return results + bench_transfer(options.pick(1, 64, 1024), options)
 
@@ -45,11 +51,11 @@ def bench_passes(size: int, options: BenchOptions) -> list[Result]:
     total = float(arrays * length * 4)
     x, y = jnp.ones(length), jnp.full(length if arrays == 3 else 1, 2.0)
     side = Side(jax.jit(function), functools.partial(tuple, (x, y)))
-    timing = measure({name: side}, options)[name]
+    timing = measure_alone(side, options)
+    gate = agree("every element", timing.result, np.float64(expected), 0.0)
     demand = Demand(0.0, total, footprint=total)
-    result = timed("memory", f"{name} {size} MiB", timing, "GB/s", total, demand)
-    result.correct = agree("every element", timing.result, np.float64(expected), 0.0)
-    results.append(result)
+    case = f"{name} {size} MiB"
+    results.append(timed("memory", case, timing, "GB/s", gate, total, demand))
   return results
 
 
@@ -67,10 +73,10 @@ def bench_transfer(size: int, options: BenchOptions) -> list[Result]:
   }
   results = []
   for name, side in sides.items():
-    timing = measure({name: side}, options)[name]
-    result = timed("memory", f"{name} {size} MiB", timing, "GB/s", float(host.nbytes))
-    result.correct = agree("every element", timing.result, host, 0.0)
+    timing = measure_alone(side, options)
+    gate = agree("every element", timing.result, host, 0.0)
     if np.shares_memory(np.asarray(timing.result), host):
       raise wrong_result(f"{name} copied nothing")
-    results.append(result)
+    case = f"{name} {size} MiB"
+    results.append(timed("memory", case, timing, "GB/s", gate, float(host.nbytes)))
   return results

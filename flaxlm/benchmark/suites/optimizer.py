@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flaxlm.benchmark.measure import BenchOptions, Side, measure, timed, wrong_result
+from flaxlm.benchmark.measure import BenchOptions, Side, measure_alone, timed, wrong_result
 from flaxlm.benchmark.report import Demand, Result
 from flaxlm.config import OptimizerConfig
 from flaxlm.planning.products import NEWTON_SCHULZ_STEPS
@@ -37,17 +37,15 @@ def bench_optimizer(options: BenchOptions) -> list[Result]:
     update = jax.jit(functools.partial(apply_update, optimizer), donate_argnums=(0, 1))
     state = jax.jit(optimizer.init)(params)
     side = Side(update, functools.partial(copied, params, state))
-    timing = measure({kind: side}, options)[kind]
+    timing = measure_alone(side, options)
+    gate = shortens(kind, params, timing.result[0])
     count = sum(x.size for x in jax.tree.leaves(params))
     total = 4.0 * count * (3 + 2 * MOMENTS[kind])
     footprint = 4.0 * count * (2 + MOMENTS[kind])
-    demand = Demand(
-      muon_flops(params) if kind == "muon" else 0.0, total, footprint=footprint
-    )
+    flops = muon_flops(params) if kind == "muon" else 0.0
+    demand = Demand(flops, total, footprint=footprint)
     case = f"{kind} {count / 1e6:.3g}M parameters"
-    result = timed("optimizer", case, timing, "ms", demand=demand)
-    result.correct = shortens(kind, params, timing.result[0])
-    results.append(result)
+    results.append(timed("optimizer", case, timing, "ms", gate, demand=demand))
   return results
 
 

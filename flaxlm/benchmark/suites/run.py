@@ -10,15 +10,9 @@ from pathlib import Path
 
 import jax
 
-from flaxlm.benchmark.ceilings import (
-  Ceilings,
-  ceilings_of,
-  judge,
-  this_device,
-)
+from flaxlm.benchmark.ceilings import Ceilings, ceilings_of, judge, this_device
 from flaxlm.benchmark.compare import read_lines
-from flaxlm.benchmark.measure import BenchOptions, Size
-from flaxlm.benchmark.processes import run_python
+from flaxlm.benchmark.measure import BenchOptions, Size, run_python
 from flaxlm.benchmark.report import Result
 from flaxlm.benchmark.suites.attention import bench_attention
 from flaxlm.benchmark.suites.collectives import bench_collectives

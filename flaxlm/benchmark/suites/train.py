@@ -7,43 +7,35 @@ their first steps must agree before a speed counts. FLOPs are strict (see `plann
 so that the fraction of the published peak is the MFU.
 """
 
-import argparse
 import json
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import numpy as np
 
 from flaxlm.benchmark.ceilings import this_device
-from flaxlm.benchmark.measure import BenchOptions, within, wrong_result
-from flaxlm.benchmark.processes import run_python
+from flaxlm.benchmark.measure import BenchOptions, run_python, within, wrong_result
 from flaxlm.benchmark.report import Demand, Result, summarise, with_ratio
-from flaxlm.benchmark.training_case import (
-  CASES,
-  OPTIMIZER,
-  Case,
-  find_case,
-  time_steps,
-  write_inputs,
-)
+from flaxlm.benchmark.training_case import CASES, OPTIMIZER, Case, find_case, time_steps
 from flaxlm.config import DataConfig, ResolvedConfig, TrainingConfig, mesh_shape
 from flaxlm.data.objectives import next_token
-from flaxlm.nn.models import build_model
+from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.planning.cost import step_cost
 from flaxlm.planning.devices import ANY
 from flaxlm.planning.roofline import traffic_parts, with_path
 from flaxlm.platform import kernel_head_dim, start_jax
 from flaxlm.sharding import make_mesh
 from flaxlm.training.optimizer import build_optimizer
-from flaxlm.training.step import abstract_state, init_state, jit_train_step, put_batch
+from flaxlm.training.step import init_state, jit_train_step, put_batch
 
 # Every round starts one process per side.
 MAX_ROUNDS, MAX_ROUNDS_ALONE = 3, 2
 LOSS_TOLERANCES = {"float32": 2e-4, "bfloat16": 1e-2}  # relative, over the first steps
+CHECKED_STEPS = 4
 PEERS = {"torch": ("torch eager", "torch compiled")}
 
 
@@ -72,27 +64,24 @@ def summarise_sides(
   name: str, case: Case, sides: dict[str, list[dict[str, Any]]]
 ) -> list[Result]:
   """One result without peers, else one for each peer."""
-  ours, demand = sides["flaxlm"], training_demand(case)
+  seconds = {side: [case.tokens / run["rate"] for run in sides[side]] for side in sides}
+  losses = {side: runs[0]["losses"] for side, runs in sides.items()}
+  ours = sides["flaxlm"]
+  gate, demand = check_losses(losses["flaxlm"]), training_demand(case, ours[0]["devices"])
   rates = [run["rate"] for run in ours]
-  result = summarise("train", name, rates, "tokens/s")
+  result = summarise("train", name, rates, "tokens/s", gate, demand)
   result.first_seconds = statistics.median(run["first_seconds"] for run in ours)
   result.seconds = case.tokens / result.median
-  result.flops = demand.flops / ours[0]["devices"]
-  result.bytes, result.dtype = demand.bytes / ours[0]["devices"], demand.dtype
-  result.correct = check_losses(ours[0]["losses"])
   compared = []
-  for peer, theirs in sides.items():
-    if peer != "flaxlm":
-      tolerance = LOSS_TOLERANCES[case.dtype]
-      gate = compare_losses(ours[0]["losses"], theirs[0]["losses"], tolerance)
-      pairs = zip(rates, theirs, strict=True)
-      ratios = [rate / run["rate"] for rate, run in pairs]
-      compared.append(with_ratio(result, peer, ratios, gate))
+  for peer in [side for side in sides if side != "flaxlm"]:
+    tolerance = LOSS_TOLERANCES[case.dtype]
+    gate = compare_losses(losses["flaxlm"], losses[peer], tolerance)
+    compared.append(with_ratio(result, peer, seconds["flaxlm"], seconds[peer], gate))
   return compared or [result]
 
 
-def training_demand(case: Case) -> Demand:
-  """Of one step: strict FLOPs, and the bytes that the planner counts."""
+def training_demand(case: Case, num_devices: int = 1) -> Demand:
+  """Of one step on one device: strict FLOPs, and the bytes that the planner counts."""
   cfg = ResolvedConfig(
     model=case.model,
     data=DataConfig(seq_len=case.model.context, batch_size=case.batch_size),
@@ -102,7 +91,8 @@ def training_demand(case: Case) -> Demand:
   sizes = mesh_shape({})
   cfg, _ = with_path(cfg, sizes, this_device() or ANY)
   num_bytes = sum(traffic_parts(cfg, sizes).values())
-  return Demand(step_cost(cfg).strict_flops, num_bytes, case.dtype)
+  flops = step_cost(cfg).strict_flops
+  return Demand(flops / num_devices, num_bytes / num_devices, case.dtype)
 
 
 def check_losses(losses: list[float]) -> str:
@@ -126,22 +116,37 @@ def run_side(side: str, case: str, inputs: Path) -> dict[str, Any]:
   return json.loads(output.splitlines()[-1])
 
 
+def write_inputs(case: Case, path: Path) -> None:
+  """Writes initial parameters, by their names in our tree, and windows of tokens."""
+  rng = np.random.default_rng(0)
+  shapes = abstract_params(build_model(case.model), make_mesh({"data": -1}))
+  arrays = {}
+  for place, leaf in jax.tree.leaves_with_path(shapes):
+    name = name_of(place)
+    mean = 1.0 if name.endswith("scale") else 0.0
+    arrays[name] = np.asarray(rng.normal(mean, 0.02, leaf.shape), np.float32)
+  shape = (CHECKED_STEPS, case.batch_size, case.model.context + 1)
+  windows = rng.integers(1, case.model.vocab_size, shape)
+  np.savez(path, allow_pickle=False, windows=windows, **arrays)
+
+
+def name_of(path: Any) -> str:
+  """A parameter's name in the file of inputs, like blocks/attention/q/kernel."""
+  return "/".join(part.key for part in path)
+
+
 # -- In that process -----------------------------------------------------------------------
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser()
-  parser.add_argument("side", choices=("flaxlm", *PEERS["torch"]))
-  parser.add_argument("case")
-  parser.add_argument("inputs", type=Path)
-  args = parser.parse_args()
-  case, inputs = find_case(args.case), dict(np.load(args.inputs, allow_pickle=False))
-  if args.side == "flaxlm":
+  side, name, path = sys.argv[1:]
+  case, inputs = find_case(name), dict(np.load(path, allow_pickle=False))
+  if side == "flaxlm":
     print(json.dumps(flaxlm_side(case, inputs)))
   else:
     from flaxlm.benchmark.peers.torch_training import torch_side
 
-    print(json.dumps(torch_side(case, inputs, compiled=args.side == "torch compiled")))
+    print(json.dumps(torch_side(case, inputs, compiled=side == "torch compiled")))
 
 
 def flaxlm_side(case: Case, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -152,11 +157,8 @@ def flaxlm_side(case: Case, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
   model = build_model(case.model, training, kernel_head_dim())
   optimizer = build_optimizer(OPTIMIZER, num_steps=1)
   state = init_state(model, optimizer, mesh, seed=0)
-  arrays = {name: array for name, array in inputs.items() if name != "windows"}
-  params = flax.traverse_util.unflatten_dict(arrays, sep="/")
-  target = abstract_state(model, optimizer, mesh).params
-  params = jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), params, target)
-  state = state._replace(params=params)
+  given = lambda path, x: jax.device_put(inputs[name_of(path)], x.sharding)
+  state = state._replace(params=jax.tree.map_with_path(given, state.params))
   train_step = jit_train_step(model, optimizer, training, mesh)
   seed = jax.numpy.uint32(0)
   lengths_B = np.full(case.batch_size, case.model.context + 1)

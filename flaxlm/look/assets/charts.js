@@ -126,12 +126,16 @@ function lineChart(chart) {
         path += `${pen}${x(v).toFixed(2)} ${y(w).toFixed(2)}`;
         pen = "L";
         count++;
-        if (series.x.length < 40) {
+        if (series.labels) { // points that no line joins
+          picture.append(svg("circle", { cx: x(v), cy: y(w), r: 4, fill: colourOf(series.n) },
+            svg("title", {}, series.labels[i])));
+        } else if (series.x.length < 40) {
           picture.append(svg("circle", { cx: x(v), cy: y(w), r: 2.5, fill: colourOf(series.n) }));
         }
       });
-      if (count > 1) {
-        picture.append(svg("path", { d: path, fill: "none", stroke: colourOf(series.n), "stroke-width": 1.8 }));
+      if (count > 1 && !series.labels) {
+        picture.append(svg("path", { d: path, fill: "none", stroke: colourOf(series.n),
+          "stroke-width": 1.8, "stroke-dasharray": series.dash || "none" }));
       }
     }
     const cursor = svg("line", { stroke: css("--ink"), y1: box.top, y2: box.bottom, visibility: "hidden" });
