@@ -5,11 +5,10 @@ import functools
 import itertools
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from parameters import random_params
 
 from flaxlm.config import ModelConfig
 from flaxlm.decoding.beams import beam_search, length_penalty
@@ -18,7 +17,7 @@ from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel, Source
-from flaxlm.nn.models import build_model, init_params
+from flaxlm.nn.models import build_model
 
 SIZES = dict(depth=2, width=16, num_heads=2, vocab_size=8, context=32)
 FAMILIES = {
@@ -33,9 +32,7 @@ EOS = 0
 def model_of(name: str) -> tuple[LanguageModel, Any]:
   """A model whose choices are far apart."""
   model = build_model(FAMILIES[name])
-  params = nn.unbox(jax.jit(lambda seed: init_params(model, seed))(jnp.uint32(1)))
-  noise = np.random.default_rng(2)
-  return model, jax.tree.map(lambda x: x + 0.5 * noise.normal(size=x.shape), params)
+  return model, random_params(model, spread=0.5)
 
 
 def request_of(name: str, num_new: int) -> Request:

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from parameters import random_params
 from test_generate import model_of
 
 from flaxlm.config import ModelConfig
@@ -32,7 +32,7 @@ from flaxlm.decoding.prefill import (
 from flaxlm.decoding.sampling import make_sampling, stack_settings
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.nn.cache import KVCache
-from flaxlm.nn.models import build_model, init_params
+from flaxlm.nn.models import build_model
 
 NUM_NEW = 20
 
@@ -166,8 +166,7 @@ def test_a_conversation_reads_only_what_is_new(name, ahead, monkeypatch):
 
 def test_an_rnn_remembers_its_end_alone():
   model = build_model(ModelConfig(family="rnn", depth=2, width=16, vocab_size=64))
-  params = jax.jit(lambda seed: init_params(model, seed))(np.uint32(0))
-  params = jax.tree.map(lambda x: x * 3, nn.unbox(params))
+  params = random_params(model, spread=0.7)
   greedy, prefix_cache = make_sampling(1, 0.0), PrefixCache()
   (answer,) = tokens_of(
     model, params, Request([[3, 1]], 6, 64), greedy, prefix_cache=prefix_cache

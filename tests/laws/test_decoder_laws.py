@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parameters import random_params
 
 from flaxlm.config import ModelConfig, MoEConfig, RopeConfig, TrainingConfig
 from flaxlm.nn.models import build_model, init_cache
@@ -44,8 +45,7 @@ ARCHITECTURES = {
 def decoder(request):
   """(model, params), larger than at the start, logits still of the order of one."""
   model = build_model(ModelConfig(**SMALL | ARCHITECTURES[request.param]))
-  params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
-  return model, jax.tree.map(lambda x: x * 1.2, params["params"])
+  return model, random_params(model)
 
 
 @functools.partial(jax.jit, static_argnames="model")

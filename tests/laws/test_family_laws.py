@@ -3,15 +3,15 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parameters import random_params
 
 from flaxlm.config import ModelConfig, TrainingConfig
 from flaxlm.nn.base import Source
-from flaxlm.nn.models import build_model, init_params
+from flaxlm.nn.models import build_model
 
 SMALL = dict(depth=2, width=32, num_heads=4, vocab_size=61, context=32)
 FAMILIES = {
@@ -45,8 +45,7 @@ TRANSLATORS = ["transformer_2017", "t5"]
 @functools.cache
 def model_of(name: str):
   model = build_model(ModelConfig(**SMALL | FAMILIES[name]))
-  params = nn.unbox(jax.jit(lambda seed: init_params(model, seed))(jnp.uint32(0)))
-  return model, jax.tree.map(lambda x: x * 1.2, params)
+  return model, random_params(model)
 
 
 def random_tokens(*shape: int) -> np.ndarray:

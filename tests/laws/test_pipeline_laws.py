@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from meshes import mesh_of
+from parameters import random_state
 from test_training_laws import (
   CFG,
   OTHERS,
@@ -16,6 +17,7 @@ from test_training_laws import (
   loss_and_gradient_on,
   on_one,
   packed_batch,
+  params_on,
 )
 
 from flaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
@@ -27,7 +29,6 @@ from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
   abstract_batch,
   abstract_state,
-  init_state,
   jit_eval_step,
   jit_train_step,
   put_batch,
@@ -113,7 +114,7 @@ def test_steps_in_a_pipeline_are_the_steps_without(kind):
   )
   for mesh, run in [(mesh_of(), RUN), (mesh_of(stage=2, data=2), TWICE)]:
     model = build_model(DEEP, run)
-    state = init_state(model, optimizer, mesh, seed=0)
+    state = random_state(model, optimizer, mesh)
     step = jit_train_step(model, optimizer, run, mesh)
     for n in range(2):
       state, _ = step(state, put_batch(packed_batch(seed=n), mesh), jnp.uint32(0))
@@ -181,7 +182,7 @@ def test_every_microbatch_has_dropout_of_its_own():
   mesh = mesh_of(stage=2)
   run = dataclasses.replace(RUN, pipeline_microbatches=4)
   model = build_model(dataclasses.replace(CFG, dropout=0.5), run)
-  params = init_state(model, build_optimizer(OptimizerConfig(), 10), mesh, 0).params
+  params = params_on(mesh, model)
   tokens_BT = jnp.broadcast_to(jnp.arange(16), (4, 16))
 
   def hidden(params, seed):
@@ -208,7 +209,7 @@ def test_evaluation_and_decoding_on_stages():
   batch, bytes_V = packed_batch(), np.ones(CFG.vocab_size, np.float32)
   for mesh in (mesh_of(), mesh_of(stage=2, tensor=2)):
     model = build_model(DEEP, RUN)
-    params = init_state(model, build_optimizer(OptimizerConfig(), 10), mesh, 0).params
+    params = params_on(mesh, model)
     sums = jit_eval_step(model, mesh)(params, put_batch(batch, mesh), bytes_V)
     prepared = prepare_params(params, model.cfg)
 
@@ -230,7 +231,7 @@ def test_maps_are_captured_on_stages():
   maps = []
   for mesh in (mesh_of(), mesh_of(stage=2, data=2)):
     model = build_model(DEEP, RUN)
-    params = init_state(model, build_optimizer(OptimizerConfig(), 10), mesh, 0).params
+    params = params_on(mesh, model)
     look = lambda params, tokens_BT, model=model: model.apply(
       {"params": params}, tokens_BT, capture=True
     ).attention["self"]

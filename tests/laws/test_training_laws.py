@@ -4,12 +4,12 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from meshes import mesh_of
+from parameters import random_params, random_state
 
 from flaxlm.config import (
   ModelConfig,
@@ -18,7 +18,7 @@ from flaxlm.config import (
   TrainingConfig,
 )
 from flaxlm.data.objectives import next_token
-from flaxlm.nn.models import abstract_params, build_model, init_params
+from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.sharding import batch_shards, make_mesh, use_mesh
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
@@ -87,18 +87,9 @@ def batch_of(cfg: ModelConfig):
   )
 
 
-@functools.cache
-def first_params(cfg, param_dtype):
-  """On one device: to compile this once for each mesh would take as long as the step."""
-  model = build_model(cfg, dataclasses.replace(FAST, param_dtype=param_dtype))
-  init = jax.jit(lambda seed: nn.unbox(init_params(model, seed)))
-  return jax.device_get(init(np.uint32(3)))
-
-
 def params_on(mesh, model):
   """The same numbers on every mesh, cut as the rules say."""
-  where = shardings_of(abstract_params(model, mesh))
-  return jax.device_put(first_params(model.cfg, str(model.execution.param_dtype)), where)
+  return jax.device_put(random_params(model), shardings_of(abstract_params(model, mesh)))
 
 
 def loss_and_gradient_on(mesh, cfg=CFG, run=FAST):
@@ -273,7 +264,7 @@ def test_accumulation_equals_one_batch(experts):
   optimizer = build_optimizer(OptimizerConfig(warmup_steps=0, epsilon=1e-3), 10)
 
   def two_steps(parts):
-    state = init_state(model, optimizer, mesh, seed=0)
+    state = random_state(model, optimizer, mesh)
     step = jit_train_step(model, optimizer, TrainingConfig(accumulation_steps=parts), mesh)
     for n in range(2):
       state, metrics = step(state, put_batch(packed_batch(seed=n), mesh), jnp.uint32(0))
@@ -291,7 +282,7 @@ def one_device():
   model = build_model(CFG, FAST)
   optimizer = build_optimizer(OptimizerConfig(warmup_steps=0), 10)
   step = jit_train_step(model, optimizer, TrainingConfig(), mesh)
-  return lambda: init_state(model, optimizer, mesh, 0), step, lambda b: put_batch(b, mesh)
+  return lambda: random_state(model, optimizer, mesh), step, lambda b: put_batch(b, mesh)
 
 
 def test_a_step_that_is_not_finite_changes_nothing(one_device):
@@ -315,7 +306,7 @@ def test_every_dtype_stays_what_it_is():
   """Parameters and moments stay in bfloat16 after a step: nothing is widened silently."""
   cfg, mesh = TrainingConfig(param_dtype="bfloat16", scanned=True), mesh_of()
   model, optimizer = build_model(CFG, cfg), build_optimizer(OptimizerConfig(), 10)
-  state = init_state(model, optimizer, mesh, seed=0)
+  state = random_state(model, optimizer, mesh)
   before = jax.tree.map(lambda x: x.dtype, state)
   assert state.params["embedding"]["table"].dtype == jnp.bfloat16
   step = jit_train_step(model, optimizer, cfg, mesh)
@@ -360,7 +351,7 @@ def test_moments_cut_over_copies_change_nothing(kind):
     rule = OptimizerConfig(kind=kind, sharded=sharded, warmup_steps=0)
     model, optimizer = build_model(CFG, FAST), build_optimizer(rule, 10)
     mesh = make_mesh(sizes)
-    state = init_state(model, optimizer, mesh, seed=0)
+    state = random_state(model, optimizer, mesh)
     step = jit_train_step(model, optimizer, FAST, mesh)
     for n in range(2):
       state, _ = step(state, put_batch(packed_batch(seed=n), mesh), jnp.uint32(0))

@@ -4,17 +4,17 @@
 import dataclasses
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parameters import random_params
 
 from flaxlm.config import ModelConfig
 from flaxlm.config import model as model_config
 from flaxlm.nn import cache
 from flaxlm.nn.cache import empty_cache, slot_in_ring, tokens_in_ring
-from flaxlm.nn.models import build_model, init_cache, init_params
+from flaxlm.nn.models import build_model, init_cache
 
 SIZES = dict(depth=3, width=16, num_heads=2, vocab_size=32, context=128, window=5)
 KINDS = {
@@ -34,8 +34,7 @@ def small_rings(monkeypatch):
 
 def model_of(name: str) -> tuple[Any, Any]:
   model = build_model(ModelConfig(**SIZES | KINDS[name]))
-  params = nn.unbox(jax.jit(lambda seed: init_params(model, seed))(np.uint32(0)))
-  return model, jax.tree.map(lambda x: x * 1.5, params)
+  return model, random_params(model, spread=0.4)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import references
+from parameters import random_params
 
 from flaxlm.config import ModelConfig
 from flaxlm.nn.models import build_model, init_params
@@ -36,18 +37,6 @@ ARCHITECTURES = {
   ),
   "no_positions_wide_heads": dict(positions="none", head_dim=12, activation="gelu"),
 }
-
-
-def random_params(model: nn.Module, seed: int = 0):
-  """Every parameter random, norms and biases too: zeros and ones would hide mistakes."""
-  tokens = np.zeros((1, 2), np.int32)
-  params = nn.unbox(jax.jit(model.init)(jax.random.key(0), tokens))["params"]
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(seed), len(leaves))
-  noisy = [
-    x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)
-  ]
-  return jax.tree.unflatten(tree, noisy)
 
 
 def as_float64(params):

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parameters import random_params
 
 from flaxlm.config import ModelConfig, MoEConfig
 from flaxlm.nn.kernels.fusion import activate
 from flaxlm.nn.layers import FeedForward
-from flaxlm.nn.models import build_model, init_cache, init_params
+from flaxlm.nn.models import build_model, init_cache
 from flaxlm.nn.moe import MoE
 from flaxlm.sharding import batch_sharding, make_mesh, with_shardings
 
@@ -185,8 +186,7 @@ def test_decoding_drops_nothing():
   cfg = ModelConfig(**sizes, moe=tight).resolve()
   roomy = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, capacity_factor=None))
   model, tokens_BT = build_model(cfg), np.random.default_rng(0).integers(0, 16, (2, T))
-  params = jax.jit(lambda: nn.unbox(init_params(model, 0)))()
-  params = jax.tree.map(lambda x: 2 * x, params)
+  params = random_params(model, spread=0.5)
   logits = jax.jit(
     lambda model, *x, **cache: model.apply(*x, **cache).value, static_argnums=0
   )

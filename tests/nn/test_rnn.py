@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parameters import random_params
 
 from flaxlm.config import ModelConfig
 from flaxlm.nn.execution import Execution
+from flaxlm.nn.models import abstract_params, init_params
 from flaxlm.nn.rnn import RNN, init_rnn_cache
-from flaxlm.sharding import batch_sharding, make_mesh, with_shardings
+from flaxlm.sharding import batch_sharding, make_mesh
+from flaxlm.training.step import shardings_of
 
 SMALL = dict(family="rnn", depth=3, width=16, vocab_size=64)
 KINDS = {
@@ -28,19 +31,12 @@ KINDS = {
 }
 
 
-def init(model: RNN):
-  return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def rnn(request):
   """(model, params): every parameter random, as zeros and ones would hide mistakes."""
   cfg = ModelConfig(**SMALL | KINDS[request.param]).resolve()
   model = RNN(cfg, Execution(scanned=True))  # compiles one layer, not three
-  leaves, tree = jax.tree.flatten(nn.unbox(init(model)))
-  rng = np.random.default_rng(0)
-  noisy = [x + 0.2 * rng.normal(size=x.shape).astype(np.float32) for x in leaves]
-  return model, jax.tree.unflatten(tree, noisy)
+  return model, random_params(model)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -265,8 +261,7 @@ def test_a_mesh_changes_nothing(rnn, sizes, on_one_device):
   model, params = rnn
   tokens_BT, expected = on_one_device
   mesh = make_mesh(sizes)
-  abstract = with_shardings(jax.eval_shape(lambda: init(model)), mesh)
-  params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, abstract))
+  params = jax.device_put(params, shardings_of(abstract_params(model, mesh)))
   with jax.set_mesh(mesh):
     rows = jax.device_put(tokens_BT, batch_sharding(mesh))
     actual = jax.jit(loss_and_gradients, static_argnums=0)(model, params, rows)
@@ -277,7 +272,7 @@ def test_a_mesh_changes_nothing(rnn, sizes, on_one_device):
 def test_gradients_are_summed_once_and_not_at_every_step():
   """On a mesh the loop over time holds no collective."""
   model = RNN(ModelConfig(**SMALL | dict(depth=1)).resolve())
-  params = nn.unbox(init(model))
+  params = random_params(model)
   with jax.set_mesh(make_mesh(dict(data=2, fsdp=2, tensor=2))):
     jitted = jax.jit(loss_and_gradients, static_argnums=0)
     text = jitted.lower(model, params, random_tokens(8, 6)).compile().as_text()
@@ -291,7 +286,7 @@ def test_gradients_are_summed_once_and_not_at_every_step():
 
 def test_dropout_needs_a_key_and_changes_the_output():
   model = RNN(ModelConfig(**SMALL, dropout=0.5).resolve(), Execution(scanned=True))
-  params = nn.unbox(init(model))
+  params = random_params(model)
 
   @jax.jit
   def apply(seed):
@@ -319,7 +314,8 @@ def test_bfloat16_stays_close_to_float32(rnn):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_recurrent_kernels_start_orthogonal(dtype):
   run = Execution(param_dtype=jnp.dtype(dtype))
-  params = nn.unbox(init(RNN(ModelConfig(**SMALL).resolve(), run)))
+  model = RNN(ModelConfig(**SMALL).resolve(), run)
+  params = nn.unbox(init_params(model, 0))
   kernel_LDD = params["blocks"]["cell"]["hf"]["kernel"]
   assert kernel_LDD.dtype == dtype
   for kernel in np.asarray(kernel_LDD, np.float32):

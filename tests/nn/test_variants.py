@@ -4,11 +4,11 @@
 Each variant is one compiled program, which takes half a second; some test two things.
 """
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 import references
+from parameters import random_params
 
 from flaxlm.config import ModelConfig, MoEConfig, RopeConfig
 from flaxlm.nn import models
@@ -158,25 +158,12 @@ def expected(params: dict, cfg: ModelConfig, arguments: list, source=None) -> np
   return model(params, cfg, tokens_BT, segments_BT, positions_BT)
 
 
-def random_params(model: nn.Module, arguments: list, keywords: dict) -> dict:
-  """Every parameter random, norms, biases and sinks too; init is traced, never compiled."""
-  shapes = jax.eval_shape(model.init, jax.random.key(0), *arguments, **keywords)
-  random = np.random.default_rng(1)
-
-  def fill(path, leaf):
-    noise = 0.2 * random.normal(size=leaf.shape)
-    around = 1 if path[-1].key == "scale" else 0
-    return np.asarray(around + noise, np.float32)
-
-  return jax.tree_util.tree_map_with_path(fill, nn.unbox(shapes)["params"])
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_equals_float64_reference(name):
   cfg = ModelConfig(**TINY | VARIANTS[name])
   model = models.build_model(cfg)
   arguments, keywords = inputs(cfg)
-  params = random_params(model, arguments, keywords)
+  params = random_params(model)
   logits_BTV = jax.jit(model.apply)({"params": params}, *arguments, **keywords)[0]
   expected_BTV = expected(params, cfg, arguments, **keywords)
   real = SEGMENTS_BT > 0

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention paths agree, forward and backward, for every mask."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from meshes import mesh_of
+from parameters import random_params
 
 from flaxlm.config import ModelConfig, TrainingConfig
 from flaxlm.decoding.prefill import Request, prefill_prompts
@@ -18,7 +18,7 @@ from flaxlm.nn.kernels.blocked import attend_blocked, query_blocks
 from flaxlm.nn.kernels.cudnn import attend_cudnn
 from flaxlm.nn.kernels.paths import choose_path
 from flaxlm.nn.masks import Placement, Reach, Scoring, Sight, visible
-from flaxlm.nn.models import build_model, init_params
+from flaxlm.nn.models import build_model
 from flaxlm.sharding import make_mesh
 
 WAYS = {
@@ -137,7 +137,7 @@ def test_prompts_are_read_by_cudnn_where_it_can(window, asked, monkeypatch):
   ).resolve()
   prompts = [[*range(1, 60)] * 4, [*range(9, 50)], [7]]
   request = Request(prompts, 3, num_ids=64)
-  params = jax.jit(lambda: nn.unbox(init_params(build_model(cfg), 0)))()
+  params = random_params(build_model(cfg))
   found = []
   for on_gpu, wanted in ((True, "blocked"), (True, "auto"), (False, "cudnn")):
     run = TrainingConfig(dtype="bfloat16", attention=wanted)
