@@ -32,7 +32,7 @@ from flaxlm.interop.families import find_family
 from flaxlm.interop.family import Family
 from flaxlm.interop.layouts import Shape, Weight
 from flaxlm.interop.safetensors import MAX_TENSORS, Tensor, open_checkpoint, write_files
-from flaxlm.interop.settings import Settings, read_json
+from flaxlm.interop.values import Values, read_json
 from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
 
 CONFIG = "config.json"
@@ -70,7 +70,7 @@ def load_checkpoint(folder: Path, mesh: Mesh, dtype: str | None = None) -> Loade
       f"{folder} is quantized", "import the weights before quantization"
     )
   tensors = open_checkpoint(folder)
-  cfg = read_config(family, Settings(values, str(folder / CONFIG), tensors))
+  cfg = read_config(family, Values(values, str(folder / CONFIG), tensors))
   if dtype is None:
     kinds = {t.dtype for name, t in tensors.items() if not family.ignores(name)}
     dtype = "bfloat16" if kinds == {"BF16"} else "float32"
@@ -105,7 +105,7 @@ def zero_padded(array: np.ndarray, shape: Shape) -> np.ndarray:
   return np.pad(array, missing) if array.shape != shape else array
 
 
-def read_config(family: Family, hf: Settings) -> ResolvedModel:
+def read_config(family: Family, hf: Values) -> ResolvedModel:
   """The checked model config of a config.json. Raises `CheckpointError`."""
   cfg = family.read(hf)
   try:

@@ -21,7 +21,7 @@ import numpy as np
 
 from flaxlm.errors import CheckpointError
 from flaxlm.interop.layouts import Shape
-from flaxlm.interop.settings import parse_json, read_json
+from flaxlm.interop.values import parse_json, read_json
 
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 200_000

@@ -30,7 +30,7 @@ from flaxlm.errors import CheckpointError
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.family import Family
 from flaxlm.interop.huggingface import Loaded, describe, load_checkpoint, save_checkpoint
-from flaxlm.interop.settings import Settings, read_json
+from flaxlm.interop.values import Values, read_json
 from flaxlm.runs import CHECKPOINTS, CONFIG, IMPORTED_FILES, TOKENIZER
 from flaxlm.tokenizers.imported import (
   SPECIALS,
@@ -112,16 +112,14 @@ def import_tokenizer(folder: Path, run_dir: Path, config: dict[str, Any]) -> Non
   """Copies tokenizer.json, and writes the special ids of other files beside it."""
   backend = load_backend(folder / TOKENIZER)
   optional = lambda name: read_json(folder / name) if (folder / name).is_file() else {}
-  named = Settings(optional(TOKENIZER_CONFIG), str(folder / TOKENIZER_CONFIG))
+  named = Values(optional(TOKENIZER_CONFIG), str(folder / TOKENIZER_CONFIG))
   ids = config | {k: v for k, v in optional(GENERATION).items() if v is not None}
-  specials = read_specials(backend, named, Settings(ids, str(folder / GENERATION)))
+  specials = read_specials(backend, named, Values(ids, str(folder / GENERATION)))
   shutil.copyfile(folder / TOKENIZER, run_dir / TOKENIZER)
   specials.save(run_dir / SPECIALS)
 
 
-def read_specials(
-  backend: tokenizers.Tokenizer, names: Settings, ids: Settings
-) -> Specials:
+def read_specials(backend: tokenizers.Tokenizer, names: Values, ids: Values) -> Specials:
   """Special ids: from the numbers in the model's files, else from the tokenizer's names."""
 
   def named(role: str) -> int | None:
@@ -164,9 +162,9 @@ def export_run(run: Run, folder: Path, dtype: str | None, most: int) -> Family:
   kept = run.path / IMPORTED_FILES
   origin = read_json(kept / CONFIG) if (kept / CONFIG).is_file() else {}
   imported_from = origin.get("model_type")
-  family = find_fitting(
-    run, sorted(FAMILIES.values(), key=lambda f: f.model_type != imported_from)
-  )
+  candidates = [family for family in FAMILIES.values() if family.inner is None]
+  candidates.sort(key=lambda family: family.model_type != imported_from)
+  family = find_fitting(run, candidates)
   cfg = run.cfg.model
   with new_folder(folder) as partial:
     dtype = dtype or run.cfg.training.param_dtype
