@@ -37,9 +37,8 @@ from flaxlm.tokenizers.imported import (
   ImportedTokenizer,
   Specials,
   frame,
-  load_backend,
 )
-from flaxlm.tokenizers.own import MAX_FILE_BYTES
+from flaxlm.tokenizers.own import MAX_FILE_BYTES, load_backend
 
 GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 # Files that are copied unchanged: only Hugging Face's libraries read them.

@@ -182,16 +182,8 @@ class Tokenizer(Vocabulary):
   @staticmethod
   def load(path: str | Path) -> "Tokenizer":
     """Reads a tokenizer.json; raises `DataError` if it is missing, damaged or unfit."""
-    path = Path(path)
     cure = "give --tokenizer.path a byte-level tokenizer.json, or leave it out to train one"
-    try:
-      if path.stat().st_size > MAX_FILE_BYTES:
-        raise DataError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MB", cure)
-      text = path.read_text("utf-8")
-    except (OSError, ValueError) as e:
-      raise DataError(f"cannot read the tokenizer {path}: {e}", cure) from e
-    with rust_errors(f"{path} is not a tokenizer.json", cure):
-      backend = tokenizers.Tokenizer.from_str(text)
+    backend = load_backend(Path(path), cure)
     try:
       return Tokenizer(backend)
     except DataError as e:
@@ -277,6 +269,18 @@ def byte_alphabet() -> list[str]:
   others = (b for b in range(256) if b not in printable)
   moved = {byte: 256 + n for n, byte in enumerate(others)}
   return [chr(moved.get(byte, byte)) for byte in range(256)]
+
+
+def load_backend(path: Path, cure: str = "") -> tokenizers.Tokenizer:
+  """Any tokenizer.json. Raises `DataError` if it is missing, too large or damaged."""
+  try:
+    if path.stat().st_size > MAX_FILE_BYTES:
+      raise DataError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MB", cure)
+    text = path.read_text("utf-8")
+  except (OSError, ValueError) as e:
+    raise DataError(f"cannot read the tokenizer {path}: {e}", cure) from e
+  with rust_errors(f"{path} is not a tokenizer.json", cure):
+    return tokenizers.Tokenizer.from_str(text)
 
 
 @contextmanager
