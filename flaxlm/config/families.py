@@ -359,11 +359,10 @@ def gemma3(**sizes: Any) -> ModelConfig:
   and with normalised queries and keys instead of caps.
   """
   stretched = RopeConfig(theta=1_000_000, local_theta=10_000, scaling="linear", factor=8)
-  return gemma(
-    **dict(vocab_size=262208, context=131072, rope=stretched, window=1024) | sizes,
-    layer_pattern="LLLLLG",
-    qk_norm="head",
+  fields: dict[str, Any] = dict(
+    vocab_size=262208, context=131072, rope=stretched, window=1024
   )
+  return gemma(layer_pattern="LLLLLG", qk_norm="head", **fields | sizes)
 
 
 def gemma3_text(**sizes: Any) -> ModelConfig:
