@@ -8,15 +8,17 @@ from collections.abc import Callable
 
 from flaxlm.config import ResolvedModel
 from flaxlm.interop.family import Family, Table
-from flaxlm.interop.layouts import Dense, Layout, Rows, array, linear, norm
+from flaxlm.interop.layouts import Dense, Layout, Rows, array, linear, linears, norm
 from flaxlm.interop.settings import (
   ACTIVATIONS,
+  SIZES,
   Choice,
   Fields,
   Key,
   Keys,
   Row,
   Rule,
+  defaults,
   fixed,
   ours,
   written,
@@ -36,10 +38,8 @@ def encoder(prefix: str, positions: Layout) -> Table:
     array(ends + "position_embeddings.weight", "positions/table", positions),
     array(ends + "token_type_embeddings.weight", "token_types/table"),
     *norm(ends + "LayerNorm", "embedding_norm"),
-    *linear(layer + "attention.self.query", "blocks/attention/q"),
-    *linear(layer + "attention.self.key", "blocks/attention/k"),
-    *linear(layer + "attention.self.value", "blocks/attention/v"),
-    *linear(layer + "attention.output.dense", "blocks/attention/o", inputs=2),
+    *linears(layer + "attention.self.", "blocks/attention/", q="query", k="key", v="value"),
+    *linear(layer + "attention.output.dense", "blocks/attention/o"),
     *norm(layer + "attention.output.LayerNorm", "blocks/attention_norm"),
     *linear(layer + "intermediate.dense", "blocks/ffn/up"),
     *linear(layer + "output.dense", "blocks/ffn/down"),
@@ -90,12 +90,8 @@ def read_heads(head: str) -> Rule:
 
 
 ENCODER: tuple[Row, ...] = (
-  Key("vocab_size", "vocab_size"),
-  Key("hidden_size", "width"),
-  Key("num_hidden_layers", "depth"),
-  Key("num_attention_heads", "num_heads"),
+  *defaults(SIZES, max_position_embeddings=REQUIRED),
   Key("intermediate_size", "ffn_width"),
-  Key("max_position_embeddings", "context"),
   Key("type_vocab_size", "num_token_types", 2),
   Key("layer_norm_eps", "norm_epsilon", 1e-12),
   Key("tie_word_embeddings", "tied_embeddings", True),
@@ -135,16 +131,13 @@ def t5_stack(name: str, attentions: tuple[tuple[str, str], ...], up: str) -> Tab
     *norm(f"{name}.final_layer_norm", f"{name}/final_norm"),
   ]
   for number, (theirs, part) in enumerate(attentions):
-    for which in "qkv":
-      rows += linear(f"{layer}{number}.{theirs}.{which}", f"{ours}{part}/{which}")
-    rows += linear(f"{layer}{number}.{theirs}.o", f"{ours}{part}/o", inputs=2)
+    each = dict(q="q", k="k", v="v", o="o")
+    rows += linears(f"{layer}{number}.{theirs}.", f"{ours}{part}/", **each)
     rows += norm(f"{layer}{number}.layer_norm", f"{ours}{part}_norm")
   last = f"{layer}{len(attentions)}."
   return (
     *rows,
-    *linear(f"{last}DenseReluDense.wi_0", ours + "ffn/gate"),
-    *linear(f"{last}DenseReluDense.{up}", ours + "ffn/up"),
-    *linear(f"{last}DenseReluDense.wo", ours + "ffn/down"),
+    *linears(f"{last}DenseReluDense.", ours + "ffn/", gate="wi_0", up=up, down="wo"),
     *norm(f"{last}layer_norm", ours + "ffn_norm"),
   )
 

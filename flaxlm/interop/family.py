@@ -7,7 +7,14 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flaxlm.config import ModelConfig, MoEConfig, ResolvedModel, ResolvedMoE, ResolvedRope
+from flaxlm.config import (
+  ModelConfig,
+  MoEConfig,
+  ResolvedModel,
+  ResolvedMoE,
+  ResolvedRope,
+  difference,
+)
 from flaxlm.errors import CheckpointError
 from flaxlm.interop.layouts import Shape, Weight
 from flaxlm.interop.settings import (
@@ -72,7 +79,10 @@ class Family:
       raise CheckpointError(f"{self.model_type} has image input, which flaxlm lacks")
     keys = {"model_type": self.model_type, **write_keys(self.settings, cfg.resolve())}
     written = Values(keys, self.model_type, names)
-    misfits = differences(canonical(cfg), canonical(self.read(written)))
+    pairs = difference(canonical(cfg), canonical(self.read(written)), "model.")
+    misfits = [
+      f"{name}={ours}" for name, (ours, theirs) in pairs.items() if not close(ours, theirs)
+    ]
     if misfits:
       raise CheckpointError(
         f"{self.model_type} has no place for {', '.join(misfits)}",
@@ -100,25 +110,39 @@ class Family:
     }
 
 
+def causal(
+  model_type: str,
+  name: str,
+  weights: Table | Callable[[ResolvedModel], Table],
+  settings: tuple[Row, ...],
+  embedding: str,
+  head: str = "lm_head",
+  suffix: str = "ForCausalLM",
+  ignored: tuple[str, ...] = (),
+) -> Family:
+  """The family of a decoder.
+
+  `name` is that of its classes, `embedding` and `head` are modules, which may be tied.
+  """
+  return Family(
+    model_type,
+    (f"{name}{suffix}", f"{name}Model"),
+    weights,
+    settings,
+    prefix=embedding.partition(".")[0] + ".",
+    tied=((f"{head}.weight", f"{embedding}.weight"),),
+    ignored=ignored,
+  )
+
+
 # -- Comparing models ----------------------------------------------------------------------
 
 
-def differences(ours: Any, theirs: Any, prefix: str = "model.") -> list[str]:
-  """The fields in which two configs differ, with our values, as `model.window=8`.
-
-  Floats may differ by rounding, which JSON and other libraries do.
-  """
-  found = []
-  for field in dataclasses.fields(ours):
-    mine, other = getattr(ours, field.name), getattr(theirs, field.name)
-    if dataclasses.is_dataclass(mine):
-      found += differences(mine, other, f"{prefix}{field.name}.")
-    elif isinstance(mine, float) and isinstance(other, float):
-      if abs(mine - other) > 1e-6 * max(abs(mine), abs(other)):
-        found.append(f"{prefix}{field.name}={mine}")
-    elif mine != other:
-      found.append(f"{prefix}{field.name}={mine}")
-  return found
+def close(ours: Any, theirs: Any) -> bool:
+  """Whether two values are the same but for rounding, as in JSON and other libraries."""
+  if not isinstance(ours, float) or not isinstance(theirs, float):
+    return ours == theirs
+  return math.isclose(ours, theirs, rel_tol=1e-6)
 
 
 def canonical(cfg: ModelConfig) -> ResolvedModel:

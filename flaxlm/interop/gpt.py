@@ -4,15 +4,16 @@
 Sources: the configuration and modelling files of each family in `transformers`.
 """
 
-from collections.abc import Callable
+import functools
 
 from flaxlm.config import ResolvedModel
 from flaxlm.errors import CheckpointError
-from flaxlm.interop.family import Family, Table
-from flaxlm.interop.layouts import Rows, array, linear, norm
+from flaxlm.interop.family import Table, causal
+from flaxlm.interop.layouts import Rows, array, linear, linears, norm
 from flaxlm.interop.settings import (
   ACTIVATIONS,
   ROPE,
+  SIZES,
   Choice,
   Fields,
   Key,
@@ -43,7 +44,7 @@ GPT2 = (
   *norm(H + "ln_1", "blocks/attention_norm"),
   *norm(H + "ln_2", "blocks/ffn_norm"),
   *linear(H + "attn.c_attn", QKV, transposed=False),
-  *linear(H + "attn.c_proj", "blocks/attention/o", inputs=2, transposed=False),
+  *linear(H + "attn.c_proj", "blocks/attention/o", transposed=False),
   *linear(H + "mlp.c_fc", "blocks/ffn/up", transposed=False),
   *linear(H + "mlp.c_proj", "blocks/ffn/down", transposed=False),
   *linear("lm_head", "head"),
@@ -83,10 +84,8 @@ def gptj(cfg: ResolvedModel) -> Table:
     *norm(H + "ln_1", "blocks/attention_norm"),
     *linear(H + "attn.q_proj", "blocks/attention/q", pairs=turning),
     *linear(H + "attn.k_proj", "blocks/attention/k", pairs=turning),
-    *linear(H + "attn.v_proj", "blocks/attention/v"),
-    *linear(H + "attn.out_proj", "blocks/attention/o", inputs=2),
-    *linear(H + "mlp.fc_in", "blocks/ffn/up"),
-    *linear(H + "mlp.fc_out", "blocks/ffn/down"),
+    *linears(H + "attn.", "blocks/attention/", v="v_proj", o="out_proj"),
+    *linears(H + "mlp.", "blocks/ffn/", up="fc_in", down="fc_out"),
     array("lm_head.bias", "head_bias"),
     *linear("lm_head", "head"),
   )
@@ -112,19 +111,14 @@ NEOX = (
   *norm(N + "input_layernorm", "blocks/attention_norm"),
   *norm(N + "post_attention_layernorm", "blocks/ffn_norm"),
   *linear(N + "attention.query_key_value", QKV, interleaved=True),
-  *linear(N + "attention.dense", "blocks/attention/o", inputs=2),
-  *linear(N + "mlp.dense_h_to_4h", "blocks/ffn/up"),
-  *linear(N + "mlp.dense_4h_to_h", "blocks/ffn/down"),
+  *linear(N + "attention.dense", "blocks/attention/o"),
+  *linears(N + "mlp.", "blocks/ffn/", up="dense_h_to_4h", down="dense_4h_to_h"),
   *linear("embed_out", "head"),
 )
 NEOX_SETTINGS = (
   OURS,
-  Key("vocab_size", "vocab_size"),
-  Key("hidden_size", "width"),
-  Key("num_hidden_layers", "depth"),
-  Key("num_attention_heads", "num_heads"),
+  *SIZES,
   Key("intermediate_size", "ffn_width"),
-  Key("max_position_embeddings", "context", 2048),
   Key("layer_norm_eps", "norm_epsilon", 1e-5),
   Key("tie_word_embeddings", "tied_embeddings", False),
   Choice("hidden_act", ACTIVATIONS, "gelu"),
@@ -152,9 +146,8 @@ BLOOM = (
   *norm(H + "input_layernorm", "blocks/attention_norm"),
   *norm(H + "post_attention_layernorm", "blocks/ffn_norm"),
   *linear(H + "self_attention.query_key_value", QKV, interleaved=True),
-  *linear(H + "self_attention.dense", "blocks/attention/o", inputs=2),
-  *linear(H + "mlp.dense_h_to_4h", "blocks/ffn/up"),
-  *linear(H + "mlp.dense_4h_to_h", "blocks/ffn/down"),
+  *linear(H + "self_attention.dense", "blocks/attention/o"),
+  *linears(H + "mlp.", "blocks/ffn/", up="dense_h_to_4h", down="dense_4h_to_h"),
   *linear("lm_head", "head"),
 )
 BLOOM_SETTINGS = (
@@ -180,12 +173,9 @@ OPT = (
   *norm("model.decoder.final_layer_norm", "final_norm"),
   *norm(P + "self_attn_layer_norm", "blocks/attention_norm"),
   *norm(P + "final_layer_norm", "blocks/ffn_norm"),
-  *linear(P + "self_attn.q_proj", "blocks/attention/q"),
-  *linear(P + "self_attn.k_proj", "blocks/attention/k"),
-  *linear(P + "self_attn.v_proj", "blocks/attention/v"),
-  *linear(P + "self_attn.out_proj", "blocks/attention/o", inputs=2),
-  *linear(P + "fc1", "blocks/ffn/up"),
-  *linear(P + "fc2", "blocks/ffn/down"),
+  *linears(P + "self_attn.", "blocks/attention/", q="q_proj", k="k_proj", v="v_proj"),
+  *linear(P + "self_attn.out_proj", "blocks/attention/o"),
+  *linears(P, "blocks/ffn/", up="fc1", down="fc2"),
   *linear("lm_head", "head"),
 )
 
@@ -203,12 +193,8 @@ def refuse_projection(hf: Values, found: Fields) -> Fields:
 OPT_SETTINGS = (
   OURS,
   ours(positions="learned", norm_epsilon=1e-5),
-  Key("vocab_size", "vocab_size"),
-  Key("hidden_size", "width"),
-  Key("num_hidden_layers", "depth"),
-  Key("num_attention_heads", "num_heads"),
+  *SIZES,
   Key("ffn_dim", "ffn_width"),
-  Key("max_position_embeddings", "context", 2048),
   Key("tie_word_embeddings", "tied_embeddings", True),
   Choice("activation_function", ACTIVATIONS, "relu"),
   Choice(
@@ -226,60 +212,11 @@ OPT_SETTINGS = (
 # -- Families ------------------------------------------------------------------------------
 
 
-def family(
-  model_type: str,
-  architectures: tuple[str, str],
-  weights: Table | Callable[[ResolvedModel], Table],
-  settings: tuple[Row, ...],
-  embedding: str,
-  head: str = "lm_head.weight",
-) -> Family:
-  return Family(
-    model_type,
-    architectures,
-    weights,
-    settings,
-    prefix=embedding.partition(".")[0] + ".",
-    tied=((head, embedding),),
-    ignored=BUFFERS,
-  )
-
-
+family = functools.partial(causal, ignored=BUFFERS)
 FAMILIES = (
-  family(
-    "gpt2",
-    ("GPT2LMHeadModel", "GPT2Model"),
-    GPT2,
-    GPT2_SETTINGS,
-    embedding="transformer.wte.weight",
-  ),
-  family(
-    "gpt_neox",
-    ("GPTNeoXForCausalLM", "GPTNeoXModel"),
-    NEOX,
-    NEOX_SETTINGS,
-    embedding="gpt_neox.embed_in.weight",
-    head="embed_out.weight",
-  ),
-  family(
-    "gptj",
-    ("GPTJForCausalLM", "GPTJModel"),
-    gptj,
-    GPTJ_SETTINGS,
-    embedding="transformer.wte.weight",
-  ),
-  family(
-    "bloom",
-    ("BloomForCausalLM", "BloomModel"),
-    BLOOM,
-    BLOOM_SETTINGS,
-    embedding="transformer.word_embeddings.weight",
-  ),
-  family(
-    "opt",
-    ("OPTForCausalLM", "OPTModel"),
-    OPT,
-    OPT_SETTINGS,
-    embedding="model.decoder.embed_tokens.weight",
-  ),
+  family("gpt2", "GPT2", GPT2, GPT2_SETTINGS, "transformer.wte", suffix="LMHeadModel"),
+  family("gpt_neox", "GPTNeoX", NEOX, NEOX_SETTINGS, "gpt_neox.embed_in", "embed_out"),
+  family("gptj", "GPTJ", gptj, GPTJ_SETTINGS, "transformer.wte"),
+  family("bloom", "Bloom", BLOOM, BLOOM_SETTINGS, "transformer.word_embeddings"),
+  family("opt", "OPT", OPT, OPT_SETTINGS, "model.decoder.embed_tokens"),
 )

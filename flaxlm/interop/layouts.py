@@ -154,11 +154,8 @@ class Weight:
     stack = shapes[self.ours[0]][: self.stacked]
     inner = self.layout.shape([shapes[path][self.stacked :] for path in self.ours])
     for place in itertools.product(*map(range, stack)):
-      yield self.name(place), inner, place
-
-  def name(self, place: tuple[int, ...]) -> str:
-    numbers = dict(zip(("l", "e"), place, strict=False))
-    return self.theirs.format(**numbers)
+      numbers = dict(zip("le", place, strict=False))
+      yield self.theirs.format(**numbers), inner, place
 
 
 # -- Writing tables ------------------------------------------------------------------------
@@ -177,14 +174,22 @@ def norm(theirs: str, ours: str, layout: Layout = Layout()) -> tuple[Weight, ...
   )
 
 
-def linear(
-  theirs: str, ours: str | tuple[str, ...], inputs: int = 1, **layout: int
-) -> tuple[Weight, ...]:
-  """Rows for a projection, or several fused ones, and its bias if any; see `Dense`."""
+def linear(theirs: str, ours: str | tuple[str, ...], **layout: int) -> tuple[Weight, ...]:
+  """Rows for a projection, or several fused ones, and its bias if any; see `Dense`.
+
+  The inputs of attention's output, `o`, are the heads and the head dim.
+  """
   paths = (ours,) if isinstance(ours, str) else ours
-  matrix = Dense(inputs, **layout)  # type: ignore[arg-type]
+  matrix = Dense(2 if paths[0].endswith("/o") else 1, **layout)  # type: ignore[arg-type]
   bias = dataclasses.replace(matrix, inputs=0)
   return (
     Weight(f"{theirs}.weight", tuple(f"{path}/kernel" for path in paths), matrix),
     Weight(f"{theirs}.bias", tuple(f"{path}/bias" for path in paths), bias),
   )
+
+
+def linears(theirs: str, ours: str, **names: str) -> tuple[Weight, ...]:
+  """Rows for several projections: after the prefix `ours` their names are the keywords, and
+  after `theirs` the values."""
+  pairs = names.items()
+  return tuple(row for us, them in pairs for row in linear(theirs + them, ours + us))

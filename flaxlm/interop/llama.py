@@ -5,14 +5,16 @@ Sources: the configuration and modelling files of each family in `transformers`.
 """
 
 import dataclasses
+import functools
 
 from flaxlm.config import ResolvedModel
-from flaxlm.interop.family import Family, Table
-from flaxlm.interop.layouts import Dense, FromOne, Layout, array, linear, norm
+from flaxlm.interop.family import Family, Table, causal
+from flaxlm.interop.layouts import Dense, FromOne, Layout, array, linear, linears, norm
 from flaxlm.interop.settings import (
   ACTIVATIONS,
   MOST_LAYERS,
   ROPE,
+  SIZES,
   Choice,
   Fields,
   Key,
@@ -41,17 +43,11 @@ ENDS = (
   *norm("model.norm", "final_norm"),
   *linear("lm_head", "head"),
 )
-PROJECTIONS = (
-  *linear(ATTENTION + "q_proj", "blocks/attention/q"),
-  *linear(ATTENTION + "k_proj", "blocks/attention/k"),
-  *linear(ATTENTION + "v_proj", "blocks/attention/v"),
-  *linear(ATTENTION + "o_proj", "blocks/attention/o", inputs=2),
+PROJECTIONS = linears(
+  ATTENTION, "blocks/attention/", q="q_proj", k="k_proj", v="v_proj", o="o_proj"
 )
-FFN = (
-  *linear(BLOCK + "mlp.gate_proj", "blocks/ffn/gate"),
-  *linear(BLOCK + "mlp.up_proj", "blocks/ffn/up"),
-  *linear(BLOCK + "mlp.down_proj", "blocks/ffn/down"),
-)
+GATED = dict(gate="gate_proj", up="up_proj", down="down_proj")
+FFN = linears(BLOCK + "mlp.", "blocks/ffn/", **GATED)
 PRE_NORMS = (
   *norm(BLOCK + "input_layernorm", "blocks/attention_norm"),
   *norm(BLOCK + "post_attention_layernorm", "blocks/ffn_norm"),
@@ -69,32 +65,24 @@ def head_norms(layout: Layout) -> Table:
   )
 
 
-def experts(router: str, each: str, gate: str, up: str, down: str) -> Table:
-  """Rows for a router and its experts; `{e}` in `each` is the expert's number."""
-  ours = "blocks/ffn/experts/"
-  return (
-    *linear(BLOCK + router, "blocks/ffn/router"),
-    *linear(BLOCK + each + gate, ours + "gate"),
-    *linear(BLOCK + each + up, ours + "up"),
-    *linear(BLOCK + each + down, ours + "down"),
-  )
-
-
+EXPERTS = "blocks/ffn/experts/"
 LLAMA = (*ENDS, *PROJECTIONS, *FFN, *PRE_NORMS)
 QWEN3 = (*LLAMA, *head_norms(Layout()))
 MIXTRAL = (
   *(*ENDS, *PROJECTIONS, *PRE_NORMS),
-  *experts("block_sparse_moe.gate", "block_sparse_moe.experts.{e}.", "w1", "w3", "w2"),
+  *linear(BLOCK + "block_sparse_moe.gate", "blocks/ffn/router"),
+  *linears(BLOCK + "block_sparse_moe.experts.{e}.", EXPERTS, gate="w1", up="w3", down="w2"),
 )
-QWEN_EXPERTS = experts("mlp.gate", "mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj")
+QWEN3_MOE = (
+  *(*ENDS, *PROJECTIONS, *PRE_NORMS, *head_norms(Layout())),
+  *linear(BLOCK + "mlp.gate", "blocks/ffn/router"),
+  *linears(BLOCK + "mlp.experts.{e}.", EXPERTS, **GATED),
+)
 QWEN2_MOE = (
-  *(*ENDS, *PROJECTIONS, *PRE_NORMS, *QWEN_EXPERTS),
-  *linear(BLOCK + "mlp.shared_expert.gate_proj", "blocks/ffn/shared/gate"),
-  *linear(BLOCK + "mlp.shared_expert.up_proj", "blocks/ffn/shared/up"),
-  *linear(BLOCK + "mlp.shared_expert.down_proj", "blocks/ffn/shared/down"),
+  *QWEN3_MOE,
+  *linears(BLOCK + "mlp.shared_expert.", "blocks/ffn/shared/", **GATED),
   *linear(BLOCK + "mlp.shared_expert_gate", "blocks/ffn/shared_gate"),
 )
-QWEN3_MOE = (*ENDS, *PROJECTIONS, *PRE_NORMS, *QWEN_EXPERTS, *head_norms(Layout()))
 OLMO2 = (*ENDS, *PROJECTIONS, *FFN, *OUTPUT_NORMS, *head_norms(Dense(0)))
 PHI3 = (
   *(*ENDS, *PRE_NORMS, *PROJECTIONS[-2:]),
@@ -124,15 +112,11 @@ GEMMA_3 = (*GEMMA_2, *from_one(head_norms(Layout())))
 
 # -- Settings ----------------------------------------------------------------------------
 
-KEYS = (
-  Key("vocab_size", "vocab_size"),
-  Key("hidden_size", "width"),
-  Key("num_hidden_layers", "depth"),
-  Key("num_attention_heads", "num_heads"),
+KEYS: tuple[Row, ...] = (
+  *SIZES,
   Key("num_key_value_heads", "num_kv_heads"),
   Key("head_dim", "head_dim"),
   Key("intermediate_size", "ffn_width"),
-  Key("max_position_embeddings", "context", 2048),
   Key("rms_norm_eps", "norm_epsilon", 1e-6),
   Key("tie_word_embeddings", "tied_embeddings", False),
   Choice("hidden_act", ACTIVATIONS, "silu"),
@@ -332,18 +316,9 @@ GEMMA_3_SETTINGS = (
 # -- Families ------------------------------------------------------------------------------
 
 
-def family(model_type: str, name: str, weights: Table, settings: tuple[Row, ...]) -> Family:
-  return Family(
-    model_type,
-    (f"{name}ForCausalLM", f"{name}Model"),
-    weights,
-    settings,
-    prefix="model.",
-    tied=(("lm_head.weight", "model.embed_tokens.weight"),),
-    ignored=(r"rotary_emb\.inv_freq$",),
-  )
-
-
+family = functools.partial(
+  causal, embedding="model.embed_tokens", ignored=(r"rotary_emb\.inv_freq$",)
+)
 FAMILIES = (
   family("llama", "Llama", LLAMA, LLAMA_SETTINGS),
   family("mistral", "Mistral", LLAMA, MISTRAL_SETTINGS),

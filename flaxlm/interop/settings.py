@@ -153,7 +153,15 @@ def write_keys(rows: tuple[Row, ...], cfg: ResolvedModel) -> Keys:
   return {key: value for row in rows for key, value in row.write(cfg).items()}
 
 
-# -- Activations ---------------------------------------------------------------------------
+# -- Keys that most families have ----------------------------------------------------------
+
+SIZES = (
+  Key("vocab_size", "vocab_size"),
+  Key("hidden_size", "width"),
+  Key("num_hidden_layers", "depth"),
+  Key("num_attention_heads", "num_heads"),
+  Key("max_position_embeddings", "context", 2048),
+)
 
 ACTIVATIONS: Mapping[str, Fields] = {
   "gelu": {"activation": "gelu"},

@@ -170,7 +170,9 @@ def export_run(run: Run, folder: Path, dtype: str | None, most: int) -> Family:
     keys = save_checkpoint(partial, cfg, run.params, family, dtype, most)
     if origin:
       ids = {key: origin.get(key) for key in TOKEN_KEYS}
-      copy_kept(run.path, partial)
+      for source in (*(kept / name for name in COPIED), run.path / TOKENIZER):
+        if source.is_file():
+          shutil.copyfile(source, partial / source.name)
     else:
       ids = export_tokenizer(run, partial)
     if cfg.family == "encoder_decoder" and ids.get(START) is None:
@@ -196,15 +198,6 @@ def find_fitting(run: Run, families: Iterable[Family]) -> Family:
     except CheckpointError as e:
       refusals.append(e)
   raise min(refusals, key=lambda e: len(e.cause))
-
-
-def copy_kept(run_dir: Path, folder: Path) -> None:
-  """Copies the files that came with an imported run."""
-  for name in COPIED:
-    if (run_dir / IMPORTED_FILES / name).is_file():
-      shutil.copyfile(run_dir / IMPORTED_FILES / name, folder / name)
-  if (run_dir / TOKENIZER).is_file():
-    shutil.copyfile(run_dir / TOKENIZER, folder / TOKENIZER)
 
 
 def export_tokenizer(run: Run, folder: Path) -> dict[str, Any]:
