@@ -4,8 +4,6 @@
 Sources: the configuration and modelling files of each family in `transformers`.
 """
 
-from collections.abc import Callable
-
 from flaxlm.config import ResolvedModel
 from flaxlm.interop.family import Family, Table
 from flaxlm.interop.layouts import Dense, Layout, Rows, array, linear, linears, norm
@@ -29,46 +27,6 @@ from flaxlm.interop.values import REQUIRED, Values
 
 # The id of RoBERTa's first position: 1 more than that of its padding.
 ROBERTA_OFFSET = 2
-
-
-def encoder(prefix: str, positions: Layout) -> Table:
-  ends, layer = f"{prefix}.embeddings.", prefix + ".encoder.layer.{l}."
-  return (
-    array(ends + "word_embeddings.weight", "embedding/table"),
-    array(ends + "position_embeddings.weight", "positions/table", positions),
-    array(ends + "token_type_embeddings.weight", "token_types/table"),
-    *norm(ends + "LayerNorm", "embedding_norm"),
-    *linears(layer + "attention.self.", "blocks/attention/", q="query", k="key", v="value"),
-    *linear(layer + "attention.output.dense", "blocks/attention/o"),
-    *norm(layer + "attention.output.LayerNorm", "blocks/attention_norm"),
-    *linear(layer + "intermediate.dense", "blocks/ffn/up"),
-    *linear(layer + "output.dense", "blocks/ffn/down"),
-    *norm(layer + "output.LayerNorm", "blocks/ffn_norm"),
-    *linear(f"{prefix}.pooler.dense", "pooler"),
-  )
-
-
-BERT = (
-  *encoder("bert", Layout()),
-  *linear("cls.predictions.transform.dense", "head_transform/dense"),
-  *norm("cls.predictions.transform.LayerNorm", "head_transform/norm"),
-)
-ROBERTA = (
-  *encoder("roberta", Rows(ROBERTA_OFFSET)),
-  *linear("lm_head.dense", "head_transform/dense"),
-  *norm("lm_head.layer_norm", "head_transform/norm"),
-)
-
-
-def with_head(rows: Table, bias: str, head: str) -> Callable[[ResolvedModel], Table]:
-  """The table of an encoder with its head. An untied head is stored with its bias twice."""
-  once, again = array(f"{bias}.bias", "head_bias"), array(f"{head}.bias", "head_bias")
-  weight = array(f"{head}.weight", "head/kernel", Dense())
-
-  def weights(cfg: ResolvedModel) -> Table:
-    return (*rows, once, weight) if cfg.tied_embeddings else (*rows, once, again, weight)
-
-  return weights
 
 
 def read_heads(head: str) -> Rule:
@@ -117,6 +75,80 @@ ROBERTA_SETTINGS = (
     lambda cfg: {"max_position_embeddings": cfg.context + ROBERTA_OFFSET},
   ),
   fixed(pad_token_id=ROBERTA_OFFSET - 1),
+)
+
+# Older names, in the first checkpoints, which were converted from TensorFlow.
+GAMMA_BETA = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
+
+
+def encoder(
+  model_type: str,
+  name: str,
+  settings: tuple[Row, ...],
+  positions: Layout,
+  head: str,
+  transform: str,
+  transform_norm: str,
+  ignored: tuple[str, ...] = (),
+) -> Family:
+  """The family of an encoder; `head` and what follows are modules of its head."""
+  ends, layer = f"{model_type}.embeddings.", model_type + ".encoder.layer.{l}."
+  rows = (
+    array(ends + "word_embeddings.weight", "embedding/table"),
+    array(ends + "position_embeddings.weight", "positions/table", positions),
+    array(ends + "token_type_embeddings.weight", "token_types/table"),
+    *norm(ends + "LayerNorm", "embedding_norm"),
+    *linears(layer + "attention.self.", "blocks/attention/", q="query", k="key", v="value"),
+    *linear(layer + "attention.output.dense", "blocks/attention/o"),
+    *norm(layer + "attention.output.LayerNorm", "blocks/attention_norm"),
+    *linear(layer + "intermediate.dense", "blocks/ffn/up"),
+    *linear(layer + "output.dense", "blocks/ffn/down"),
+    *norm(layer + "output.LayerNorm", "blocks/ffn_norm"),
+    *linear(f"{model_type}.pooler.dense", "pooler"),
+    *linear(transform, "head_transform/dense"),
+    *norm(transform_norm, "head_transform/norm"),
+    array(f"{head}.decoder.weight", "head/kernel", Dense()),
+    array(f"{head}.bias", "head_bias"),
+  )
+
+  def weights(cfg: ResolvedModel) -> Table:
+    # An untied head is stored with its bias twice.
+    twice = () if cfg.tied_embeddings else (array(f"{head}.decoder.bias", "head_bias"),)
+    return (*rows, *twice)
+
+  return Family(
+    model_type,
+    (f"{name}ForMaskedLM", f"{name}Model"),
+    weights,
+    settings,
+    prefix=f"{model_type}.",
+    renamed=GAMMA_BETA,
+    tied=(
+      (f"{head}.decoder.weight", ends + "word_embeddings.weight"),
+      (f"{head}.decoder.bias", f"{head}.bias"),
+    ),
+    ignored=(r"embeddings\.position_ids$", *ignored),
+  )
+
+
+BERT = encoder(
+  "bert",
+  "Bert",
+  BERT_SETTINGS,
+  Layout(),
+  head="cls.predictions",
+  transform="cls.predictions.transform.dense",
+  transform_norm="cls.predictions.transform.LayerNorm",
+  ignored=(r"^cls\.seq_relationship\.",),
+)
+ROBERTA = encoder(
+  "roberta",
+  "Roberta",
+  ROBERTA_SETTINGS,
+  Rows(ROBERTA_OFFSET),
+  head="lm_head",
+  transform="lm_head.dense",
+  transform_norm="lm_head.layer_norm",
 )
 
 # -- T5 (Raffel et al., 2020), FLAN-T5 (Chung et al., 2022) --------------------------------
@@ -199,52 +231,21 @@ T5_SETTINGS = (
   written(is_encoder_decoder=True, dropout_rate=0.0),
 )
 
-# -- Families ------------------------------------------------------------------------------
-
-# Older names, in the first checkpoints, which were converted from TensorFlow.
-GAMMA_BETA = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
-
-FAMILIES = (
-  Family(
-    "bert",
-    ("BertForMaskedLM", "BertModel"),
-    with_head(BERT, "cls.predictions", "cls.predictions.decoder"),
-    BERT_SETTINGS,
-    prefix="bert.",
-    renamed=GAMMA_BETA,
-    tied=(
-      ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
-      ("cls.predictions.decoder.bias", "cls.predictions.bias"),
-    ),
-    ignored=(r"embeddings\.position_ids$", r"^cls\.seq_relationship\."),
+T5 = Family(
+  "t5",
+  ("T5ForConditionalGeneration", "T5Model"),
+  t5,
+  T5_SETTINGS,
+  prefix="",
+  tied=(
+    ("lm_head.weight", "shared.weight"),
+    ("encoder.embed_tokens.weight", "shared.weight"),
+    ("decoder.embed_tokens.weight", "shared.weight"),
   ),
-  Family(
-    "roberta",
-    ("RobertaForMaskedLM", "RobertaModel"),
-    with_head(ROBERTA, "lm_head", "lm_head.decoder"),
-    ROBERTA_SETTINGS,
-    prefix="roberta.",
-    renamed=GAMMA_BETA,
-    tied=(
-      ("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
-      ("lm_head.decoder.bias", "lm_head.bias"),
-    ),
-    ignored=(r"embeddings\.position_ids$",),
-  ),
-  Family(
-    "t5",
-    ("T5ForConditionalGeneration", "T5Model"),
-    t5,
-    T5_SETTINGS,
-    prefix="",
-    tied=(
-      ("lm_head.weight", "shared.weight"),
-      ("encoder.embed_tokens.weight", "shared.weight"),
-      ("decoder.embed_tokens.weight", "shared.weight"),
-    ),
-    # T5's first checkpoints have this bias in their first layer; no model uses it.
-    ignored=(
-      r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",
-    ),
+  # T5's first checkpoints have this bias in their first layer; no model uses it.
+  ignored=(
+    r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",
   ),
 )
+
+FAMILIES = (BERT, ROBERTA, T5)

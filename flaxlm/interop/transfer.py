@@ -137,10 +137,8 @@ def read_specials(backend: tokenizers.Tokenizer, names: Values, ids: Values) -> 
   if not all(type(end) is int and 0 <= end < 2**31 for end in ends):
     raise ids.refused("eos_token_id", "it must be an id or a list of ids")
   bos = numbered("bos")
-  if (
-    ids.values.get("is_encoder_decoder") is True
-  ):  # T5's decoder starts with the padding id
-    bos = ids.get(int, START, numbered("pad"))
+  if ids.values.get("is_encoder_decoder") is True:
+    bos = ids.get(int, START, numbered("pad"))  # T5's decoder starts with the padding id
   prefix, suffix = frame(backend)
   if names.get(bool, "add_bos_token", False) and bos is not None and bos not in prefix:
     prefix = (bos, *prefix)

@@ -157,7 +157,8 @@ class Tokenizer(Vocabulary):
     if len(self._known_words) > MAX_KNOWN_WORDS:
       self._known_words = {}
     known = self._known_words
-    split = [_word_pattern().findall(text) for text in texts]
+    words_of = re.compile(_WORDS).findall  # `re` keeps what it has compiled
+    split = [words_of(text) for text in texts]
     new = list(set().union(*split).difference(known))
     encoded = self._encode_with_backend(new)
     known.update((word, ids.tobytes()) for word, ids in zip(new, encoded, strict=True))
@@ -255,11 +256,6 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
   split = pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated")
   to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   return pre_tokenizers.Sequence([split, to_bytes])
-
-
-@functools.cache
-def _word_pattern() -> re.Pattern[str]:
-  return re.compile(_WORDS)
 
 
 @functools.cache

@@ -308,6 +308,15 @@ def test_older_keys_of_rope_mean_the_same():
   assert read(Values(LLAMA | old, "old")) == read(Values(LLAMA | new, "new"))
 
 
+def test_a_quarter_of_a_neox_head_turns_unless_its_file_says_otherwise():
+  read = FAMILIES["gpt_neox"].read
+  values = LLAMA | {"head_dim": None}
+  for said in ({}, {"rotary_pct": None}, {"partial_rotary_factor": None}):
+    assert read(Values(values | said, "config.json")).rope.fraction == 0.25
+  for said in ({"rotary_pct": 0.5}, {"partial_rotary_factor": 0.5}):
+    assert read(Values(values | said, "config.json")).rope.fraction == 0.5
+
+
 def test_gemma_3_has_a_base_for_local_layers_in_old_and_new_keys():
   values = LLAMA | {"num_hidden_layers": 12, "sliding_window": 8}
   old = {"rope_theta": 1e6, "rope_local_base_freq": 2e4, "sliding_window_pattern": 3}
