@@ -2,7 +2,9 @@
 """What is wrong with a config: every mistake at once, each with its cure."""
 
 import dataclasses
+import functools
 import math
+import operator
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,38 +57,32 @@ def _out_of_bounds(cfg: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
   """(cause, cure) of every pair of fields that cannot go together: the only such list."""
-  yield from _model_contradictions(cfg.model)
+  named = functools.partial(_named, cfg)
+  yield from _model_contradictions(cfg)
+  yield from _head_contradictions(cfg)
   objective = OBJECTIVES[cfg.model.family]
   if cfg.data.objective != objective:
     yield (
-      f"model.family={cfg.model.family} cannot learn data.objective={cfg.data.objective}",
+      f"{named('model.family')} cannot learn {named('data.objective')}",
       f"set --data.objective={objective}",
     )
   if cfg.data.seq_len > cfg.model.context:
     yield (
-      f"data.seq_len={cfg.data.seq_len} is longer than model.context={cfg.model.context}",
+      f"{named('data.seq_len')} is longer than {named('model.context')}",
       f"set --model.context={cfg.data.seq_len} or --data.seq-len={cfg.model.context}",
     )
   if cfg.data.source_len is not None and cfg.data.source_len > cfg.model.context:
     yield (
-      f"data.source_len={cfg.data.source_len} is longer than "
-      f"model.context={cfg.model.context}",
+      f"{named('data.source_len')} is longer than {named('model.context')}",
       f"set --model.context={cfg.data.source_len}",
     )
-  if cfg.training.accumulation_steps > 0 and (
-    cfg.data.batch_size % cfg.training.accumulation_steps
+  for whole, part in (
+    ("data.batch_size", "training.accumulation_steps"),
+    ("data.seq_len", "training.loss_chunks"),
   ):
-    yield (
-      f"data.batch_size={cfg.data.batch_size} is not a multiple of "
-      f"training.accumulation_steps={cfg.training.accumulation_steps}",
-      "",
-    )
-  if cfg.training.loss_chunks > 0 and cfg.data.seq_len % cfg.training.loss_chunks:
-    yield (
-      f"data.seq_len={cfg.data.seq_len} is not a multiple of "
-      f"training.loss_chunks={cfg.training.loss_chunks}",
-      "",
-    )
+    parts = operator.attrgetter(part)(cfg)
+    if parts > 0 and operator.attrgetter(whole)(cfg) % parts:
+      yield f"{named(whole)} is not a multiple of {named(part)}", ""
   if str(cfg.mesh.get("context", 1)) != "1" and cfg.model.family == "rnn":
     yield "mesh axis context cannot split the rows that an RNN reads", "leave it out"
   if cfg.name is not None and (
@@ -99,9 +95,17 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
   yield from mesh_mistakes(cfg.mesh)
 
 
-def _model_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
-  yield from _head_contradictions(model)
-  yield from _vocabulary_contradictions(model)
+def _named(cfg: Config, name: str) -> str:
+  return f"{name}={operator.attrgetter(name)(cfg)}"
+
+
+def _model_contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
+  model, named = cfg.model, functools.partial(_named, cfg)
+  if model.num_ids is not None and model.num_ids > (model.vocab_size or 0):
+    yield (
+      f"{named('model.num_ids')} is more than {named('model.vocab_size')}",
+      "it is for a vocabulary with padding: leave it out",
+    )
   if model.positions == "sinusoidal" and model.width % 2:
     yield f"sinusoidal positions need an even model.width, not {model.width}", ""
   if model.layer_pattern is not None and not set(model.layer_pattern) <= {"L", "G"}:
@@ -116,24 +120,23 @@ def _model_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
   rope = model.rope
   if rope.scaling in ("yarn", "llama3") and rope.fast_turns <= rope.slow_turns:
     yield (
-      f"model.rope.fast_turns={rope.fast_turns} is not more than "
-      f"model.rope.slow_turns={rope.slow_turns}",
+      f"{named('model.rope.fast_turns')} is not more than {named('model.rope.slow_turns')}",
       "llama3 has 4 and 1, yarn 32 and 1",
     )
   if model.parallel != "none" and model.family == "encoder_decoder":
     yield (
-      f"model.parallel={model.parallel} leaves an encoder_decoder no cross-attention",
+      f"{named('model.parallel')} leaves an encoder_decoder no cross-attention",
       "--model.parallel=none",
     )
   if model.parallel != "none" and model.norm_placement != "pre":
     yield (
-      f"model.parallel={model.parallel} with model.norm_placement={model.norm_placement}",
+      f"{named('model.parallel')} with {named('model.norm_placement')}",
       "parallel branches need pre-norm: --model.norm-placement=pre",
     )
   if model.moe.experts_per_token > model.moe.num_experts > 0:
     yield (
-      f"model.moe.experts_per_token={model.moe.experts_per_token} is more than "
-      f"model.moe.num_experts={model.moe.num_experts}",
+      f"{named('model.moe.experts_per_token')} is more than "
+      f"{named('model.moe.num_experts')}",
       f"model.moe.experts_per_token can be 1 to {model.moe.num_experts}",
     )
   if model.family == "rnn":
@@ -145,32 +148,22 @@ def _model_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
     yield "model.num_token_types and model.pooler are for encoders only", ""
 
 
-def _vocabulary_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
-  if model.num_ids is not None and model.num_ids > (model.vocab_size or 0):
-    yield (
-      f"model.num_ids={model.num_ids} is more than model.vocab_size={model.vocab_size}",
-      "it is for a vocabulary with padding: leave it out",
-    )
-
-
-def _head_contradictions(model: ModelConfig) -> Iterator[tuple[str, str]]:
+def _head_contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
+  model, named = cfg.model, functools.partial(_named, cfg)
   if model.head_dim is None and model.num_heads > 0 and model.width % model.num_heads:
     unit = model.num_heads * (2 if model.positions == "rope" else 1)  # RoPE takes pairs
+    nearest = unit * max(1, (2 * model.width + unit) // (2 * unit))
     yield (
-      f"model.width={model.width} is not a multiple of model.num_heads={model.num_heads}",
-      f"nearest width: {_nearest_multiple(model.width, unit)}, or set model.head_dim",
+      f"{named('model.width')} is not a multiple of {named('model.num_heads')}",
+      f"nearest width: {nearest}, or set model.head_dim",
     )
   kv_heads = model.num_kv_heads or model.num_heads
   if kv_heads > 0 and model.num_heads % kv_heads:
     divisors = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
     yield (
-      f"model.num_kv_heads={kv_heads} does not divide model.num_heads={model.num_heads}",
+      f"model.num_kv_heads={kv_heads} does not divide {named('model.num_heads')}",
       f"model.num_kv_heads can be {', '.join(map(str, divisors))}",
     )
   head_dim = model.head_dim or model.width // max(1, model.num_heads)
   if model.positions == "rope" and head_dim % 2:
     yield f"RoPE rotates pairs, but the head dim is {head_dim}", "make it even"
-
-
-def _nearest_multiple(number: int, unit: int) -> int:
-  return unit * max(1, (2 * number + unit) // (2 * unit))

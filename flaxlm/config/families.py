@@ -4,8 +4,8 @@
 A card of a published model names its family, the sizes that differ, and how it is trained:
 `card(model=llama3(depth=32, ...), data=..., optimizer=..., num_steps=...)`. A family's
 function sets every field in which its architecture differs from `ModelConfig`'s defaults
-(pre-norm with RMSNorm, RoPE, SwiGLU, no biases), so that a card and one function show the
-whole model. Standard library only.
+(pre-norm with RMSNorm, RoPE, SwiGLU, no biases, a tied head); its `sizes` are those fields
+of `ModelConfig` that a card gives. Standard library only.
 
 What the cards have in common:
 - `6ND`: FLOPs of training are 6 for each parameter (N) and token (D), forward and backward
@@ -18,8 +18,7 @@ What the cards have in common:
   `corpus`.
 """
 
-import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from flaxlm.config.model import ModelConfig, MoEConfig, RopeConfig
 from flaxlm.config.schema import (
@@ -63,36 +62,36 @@ def card(
   )
 
 
+# As in the first transformers; a feed-forward that is not gated has two matrices.
+LAYERNORM_AND_BIASES: dict[str, Any] = dict(norm="layernorm", gated=False, biased=True)
+
+
 # -- Encoder -------------------------------------------------------------------------------
 
 
-def bert(*, depth: int, width: int, num_heads: int) -> ModelConfig:
+def bert(*, width: int, **sizes: Any) -> ModelConfig:
   """BERT (Devlin et al., 2019, section 3), with its pooler and masked-word head.
 
   Learned positions and segments, LayerNorm after each branch, GELU, biases.
   """
   return ModelConfig(
     family="encoder",
-    depth=depth,
     width=width,
-    num_heads=num_heads,
     ffn_width=4 * width,
     vocab_size=30522,
     context=512,
     positions="learned",
-    norm="layernorm",
     norm_placement="post",
     norm_epsilon=1e-12,
     embedding_norm=True,
     dropout=0.1,
     activation="gelu",
-    gated=False,
-    biased=True,
-    tied_embeddings=True,
     head_biased=True,
     head_transform=True,
     num_token_types=2,
     pooler=True,
+    **LAYERNORM_AND_BIASES,
+    **sizes,
   )
 
 
@@ -114,32 +113,29 @@ BERT_OPTIMIZER = OptimizerConfig(  # appendix A.2
 # -- Encoder and decoder -------------------------------------------------------------------
 
 
-def t5(
-  *, depth: int, width: int, num_heads: int, head_dim: int, ffn_width: int
-) -> ModelConfig:
+T5_STACKS: dict[str, Any] = dict(
+  family="encoder_decoder",
+  vocab_size=32128,
+  context=512,
+  positions="relative",
+  attention_scale=1.0,
+)
+
+
+def t5(*, width: int, **sizes: Any) -> ModelConfig:
   """T5 (Raffel et al., 2020, section 2.1): as many blocks in the encoder as in the decoder.
 
   Bias by relative position, RMSNorm, ReLU, no biases in the layers; attention is not
   scaled, but the tied head is.
   """
   return ModelConfig(
-    family="encoder_decoder",
-    depth=depth,
     width=width,
-    num_heads=num_heads,
-    head_dim=head_dim,
-    ffn_width=ffn_width,
-    vocab_size=32128,
-    context=512,
-    positions="relative",
-    relative_buckets=32,
-    relative_distance=128,
     dropout=0.1,
-    attention_scale=1.0,
     activation="relu",
     gated=False,
-    tied_embeddings=True,
     logit_scale=width**-0.5,
+    **T5_STACKS,
+    **sizes,
   )
 
 
@@ -156,28 +152,18 @@ T5_OPTIMIZER = OptimizerConfig(  # section 3.1.2
 )
 
 
-def flan_t5(*, depth: int, width: int, num_heads: int, ffn_width: int) -> ModelConfig:
+def flan_t5(**sizes: Any) -> ModelConfig:
   """FLAN-T5 (Chung et al., 2022): T5 1.1's architecture, tuned on instructions.
 
   Version 1.1 has GEGLU (Shazeer, 2020) and a head of its own, which is not scaled.
   """
   return ModelConfig(
-    family="encoder_decoder",
-    depth=depth,
-    width=width,
-    num_heads=num_heads,
     head_dim=64,
-    ffn_width=ffn_width,
-    vocab_size=32128,
-    context=512,
-    positions="relative",
-    relative_buckets=32,
-    relative_distance=128,
     dropout=0.05,
-    attention_scale=1.0,
     activation="gelu_tanh",
-    gated=True,
     tied_embeddings=False,
+    **T5_STACKS,
+    **sizes,
   )
 
 
@@ -197,61 +183,51 @@ FLAN_T5_OPTIMIZER = OptimizerConfig(  # appendix E
 # -- Decoders ------------------------------------------------------------------------------
 
 
-def gpt2(*, depth: int, width: int, num_heads: int, context: int = 1024) -> ModelConfig:
+def gpt2(*, width: int, context: int = 1024, **sizes: Any) -> ModelConfig:
   """GPT-2 (Radford et al., 2019, section 2.3) and GPT-3 (Brown et al., 2020, section 2.1).
 
   Learned positions, LayerNorm, GELU, biases.
   """
   return ModelConfig(
-    depth=depth,
     width=width,
-    num_heads=num_heads,
     ffn_width=4 * width,
     vocab_size=50257,
     context=context,
     positions="learned",
-    norm="layernorm",
     norm_epsilon=1e-5,
     activation="gelu_tanh",
-    gated=False,
-    biased=True,
-    tied_embeddings=True,
+    **LAYERNORM_AND_BIASES,
+    **sizes,
   )
 
 
-def bloom(*, depth: int, width: int, num_heads: int) -> ModelConfig:
+def bloom(*, width: int, **sizes: Any) -> ModelConfig:
   """BLOOM (Le Scao et al., 2022, section 3.2).
 
   ALiBi, LayerNorm (one more after the embedding), GELU, biases.
   """
   return ModelConfig(
-    depth=depth,
     width=width,
-    num_heads=num_heads,
     ffn_width=4 * width,
     vocab_size=250880,
     context=2048,
     positions="alibi",
-    norm="layernorm",
     norm_epsilon=1e-5,
     embedding_norm=True,
     activation="gelu_tanh",
-    gated=False,
-    biased=True,
-    tied_embeddings=True,
+    **LAYERNORM_AND_BIASES,
+    **sizes,
   )
 
 
-def palm(*, depth: int, width: int, num_heads: int) -> ModelConfig:
+def palm(*, width: int, **sizes: Any) -> ModelConfig:
   """PaLM (Chowdhery et al., 2022, section 2).
 
   Attention, whose heads share one key/value head, and SwiGLU run in parallel after one
   LayerNorm; RoPE, no bias anywhere, a tied head that is scaled.
   """
   return ModelConfig(
-    depth=depth,
     width=width,
-    num_heads=num_heads,
     num_kv_heads=1,
     head_dim=256,
     ffn_width=4 * width,
@@ -260,8 +236,8 @@ def palm(*, depth: int, width: int, num_heads: int) -> ModelConfig:
     norm="layernorm",
     norm_biased=False,
     parallel="one_norm",
-    tied_embeddings=True,
     logit_scale=width**-0.5,
+    **sizes,
   )
 
 
@@ -275,34 +251,19 @@ PALM_OPTIMIZER = OptimizerConfig(
 )
 
 
-def llama(
-  *, depth: int, width: int, num_heads: int, ffn_width: int, norm_epsilon: float = 1e-6
-) -> ModelConfig:
+def llama(**sizes: Any) -> ModelConfig:
   """LLaMA (Touvron et al., 2023, section 2.2): RoPE, RMSNorm, SwiGLU, no biases."""
-  return ModelConfig(
-    depth=depth,
-    width=width,
-    num_heads=num_heads,
-    ffn_width=ffn_width,
-    vocab_size=32000,
-    context=2048,
-    norm_epsilon=norm_epsilon,
-    tied_embeddings=False,
-  )
+  return ModelConfig(vocab_size=32000, context=2048, tied_embeddings=False, **sizes)
 
 
-def llama3(*, depth: int, width: int, num_heads: int, ffn_width: int) -> ModelConfig:
+def llama3(**sizes: Any) -> ModelConfig:
   """Llama 3.1 (Grattafiori et al., 2024, section 3.2).
 
   LLaMA with 8 key/value heads, and with RoPE stretched by 8 for a context of 128K instead
   of 8K, as in the released config.json.
   """
   return ModelConfig(
-    depth=depth,
-    width=width,
-    num_heads=num_heads,
     num_kv_heads=8,
-    ffn_width=ffn_width,
     vocab_size=128256,
     context=131072,
     rope=RopeConfig(
@@ -315,37 +276,32 @@ def llama3(*, depth: int, width: int, num_heads: int, ffn_width: int) -> ModelCo
     ),
     norm_epsilon=1e-5,
     tied_embeddings=False,
+    **sizes,
   )
 
 
-def mistral(*, depth: int, width: int, num_heads: int, ffn_width: int) -> ModelConfig:
+def mistral(**sizes: Any) -> ModelConfig:
   """Mistral (Jiang et al., 2023, section 2).
 
   LLaMA with 8 key/value heads, and with a window of 4,096 tokens in every block.
   """
   return ModelConfig(
-    depth=depth,
-    width=width,
-    num_heads=num_heads,
     num_kv_heads=8,
-    ffn_width=ffn_width,
     vocab_size=32000,
     context=8192,
     norm_epsilon=1e-5,
     window=4096,
     tied_embeddings=False,
+    **sizes,
   )
 
 
-def mixtral(*, depth: int, width: int, num_heads: int, expert_width: int) -> ModelConfig:
+def mixtral(*, expert_width: int, **sizes: Any) -> ModelConfig:
   """Mixtral (Jiang et al., 2024, section 2).
 
   Mistral with 8 experts in each block, 2 of them for each token, and without a window.
   """
   return ModelConfig(
-    depth=depth,
-    width=width,
-    num_heads=num_heads,
     num_kv_heads=8,
     vocab_size=32000,
     context=32768,
@@ -358,139 +314,96 @@ def mixtral(*, depth: int, width: int, num_heads: int, expert_width: int) -> Mod
       load_balance_weight=0.02,
     ),
     tied_embeddings=False,
+    **sizes,
   )
 
 
-def gemma2(
-  *,
-  depth: int,
-  width: int,
-  num_heads: int,
-  ffn_width: int,
-  head_dim: int = 256,
-  scale_dim: int | None = None,
+def gemma(
+  *, num_heads: int, head_dim: int = 256, scale_dim: int | None = None, **others: Any
 ) -> ModelConfig:
-  """Gemma 2 (Gemma Team, 2024, section 2).
+  """What Gemma 2 and 3 have in common.
 
-  Local and global blocks alternate; two query heads share a key/value head; norms before
-  and after each branch, GEGLU, capped scores and logits. Scores are divided by the square
-  root of `scale_dim`: the head dim, except in the 27B, where it is width / num_heads.
+  Two query heads share a key/value head; norms before and after each branch; GEGLU. Scores
+  are divided by the square root of `scale_dim`: the head dim, except in the 27B models,
+  where it is width / num_heads.
   """
   return ModelConfig(
-    depth=depth,
-    width=width,
-    num_heads=num_heads,
-    num_kv_heads=num_heads // 2,
-    head_dim=head_dim,
-    ffn_width=ffn_width,
-    vocab_size=256000,
-    context=8192,
+    **dict(num_heads=num_heads, num_kv_heads=num_heads // 2, head_dim=head_dim) | others,
     norm_placement="both",
     embedding_scaled=True,
-    window=4096,
-    layer_pattern="LG",
     attention_scale=(scale_dim or head_dim) ** -0.5,
-    attention_softcap=50.0,
     activation="gelu_tanh",
-    tied_embeddings=True,
-    logit_softcap=30.0,
   )
 
 
-def gemma3(
-  *,
-  depth: int,
-  width: int,
-  num_heads: int,
-  ffn_width: int,
-  head_dim: int = 256,
-  scale_dim: int | None = None,
-) -> ModelConfig:
+def gemma2(**sizes: Any) -> ModelConfig:
+  """Gemma 2 (Gemma Team, 2024, section 2); see `gemma`.
+
+  Local and global blocks alternate; capped scores and logits.
+  """
+  return gemma(
+    vocab_size=256000,
+    context=8192,
+    window=4096,
+    layer_pattern="LG",
+    attention_softcap=50.0,
+    logit_softcap=30.0,
+    **sizes,
+  )
+
+
+def gemma3(**sizes: Any) -> ModelConfig:
   """The decoder of the Gemma 3 models that also read images (Gemma Team, 2025, section 2).
 
   Gemma 2 with five local blocks to each global one, whose RoPE is stretched by 8 to 128K,
   and with normalised queries and keys instead of caps.
   """
-  return ModelConfig(
-    depth=depth,
-    width=width,
-    num_heads=num_heads,
-    num_kv_heads=num_heads // 2,
-    head_dim=head_dim,
-    ffn_width=ffn_width,
-    vocab_size=262208,
-    context=131072,
-    rope=RopeConfig(theta=1_000_000, local_theta=10_000, scaling="linear", factor=8),
-    norm_placement="both",
-    embedding_scaled=True,
-    window=1024,
-    layer_pattern="LLLLLG",
-    attention_scale=(scale_dim or head_dim) ** -0.5,
-    qk_norm="head",
-    activation="gelu_tanh",
-    tied_embeddings=True,
+  stretched = RopeConfig(theta=1_000_000, local_theta=10_000, scaling="linear", factor=8)
+  fields: dict[str, Any] = dict(
+    vocab_size=262208, context=131072, rope=stretched, window=1024
   )
+  return gemma(layer_pattern="LLLLLG", qk_norm="head", **fields | sizes)
 
 
-def gemma3_text(
-  *, depth: int, width: int, num_heads: int, num_kv_heads: int, ffn_width: int
-) -> ModelConfig:
+def gemma3_text(**sizes: Any) -> ModelConfig:
   """Gemma 3's model for text alone, the 1B (Gemma Team, 2025, section 2).
 
   As `gemma3`, but with a context of 32K that needs no stretching, with narrower windows,
   and without the 64 ids for images.
   """
-  multimodal = gemma3(depth=depth, width=width, num_heads=num_heads, ffn_width=ffn_width)
-  return dataclasses.replace(
-    multimodal,
-    num_kv_heads=num_kv_heads,
+  return gemma3(
     vocab_size=262144,
     context=32768,
     rope=RopeConfig(theta=1_000_000, local_theta=10_000),
     window=512,
+    **sizes,
   )
 
 
-def qwen3(
-  *, depth: int, width: int, num_heads: int, ffn_width: int, tied_embeddings: bool
-) -> ModelConfig:
+QWEN3: dict[str, Any] = dict(
+  head_dim=128,
+  vocab_size=151936,
+  context=40960,
+  rope=RopeConfig(theta=1_000_000),
+  qk_norm="head",
+)
+
+
+def qwen3(**sizes: Any) -> ModelConfig:
   """Qwen3, dense (Yang et al., 2025, section 2).
 
   LLaMA with 8 key/value heads, each of 128 dims whatever the width, and with normalised
   queries and keys. The small models use one matrix for embedding and head.
   """
-  return ModelConfig(
-    depth=depth,
-    width=width,
-    num_heads=num_heads,
-    num_kv_heads=8,
-    head_dim=128,
-    ffn_width=ffn_width,
-    vocab_size=151936,
-    context=40960,
-    rope=RopeConfig(theta=1_000_000),
-    qk_norm="head",
-    tied_embeddings=tied_embeddings,
-  )
+  return ModelConfig(num_kv_heads=8, **QWEN3, **sizes)
 
 
-def qwen3_moe(*, depth: int, width: int, num_heads: int, expert_width: int) -> ModelConfig:
+def qwen3_moe(*, expert_width: int, **sizes: Any) -> ModelConfig:
   """Qwen3 with 128 experts, 8 of them for each token (Yang et al., 2025, section 2)."""
-  return ModelConfig(
-    depth=depth,
-    width=width,
-    num_heads=num_heads,
-    num_kv_heads=4,
-    head_dim=128,
-    vocab_size=151936,
-    context=40960,
-    rope=RopeConfig(theta=1_000_000),
-    qk_norm="head",
-    moe=MoEConfig(
-      num_experts=128,
-      experts_per_token=8,
-      expert_width=expert_width,
-      load_balance_weight=0.001,
-    ),
-    tied_embeddings=False,
+  moe = MoEConfig(
+    num_experts=128,
+    experts_per_token=8,
+    expert_width=expert_width,
+    load_balance_weight=0.001,
   )
+  return ModelConfig(num_kv_heads=4, moe=moe, tied_embeddings=False, **QWEN3, **sizes)

@@ -193,16 +193,17 @@ def to_json(cfg: Config) -> str:
 def from_json(text: str, origin: str) -> Config:
   """The inverse of `to_json`. `origin` names the text in errors."""
   try:
-    return _from_dict(Config, json.loads(text, object_pairs_hook=_no_duplicates))
+    return _from_dict(Config, json.loads(text, object_pairs_hook=unique_keys))
   except (ValueError, TypeError, AttributeError, RecursionError) as e:
     raise ConfigError(f"{origin} is not a flaxlm config: {e}") from e
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """The object of a JSON text: a hook that raises `ValueError` for a repeated name."""
   values = dict(pairs)
   if len(values) < len(pairs):
     names = [name for name, _ in pairs]
-    raise ValueError(f"{max(names, key=names.count)} appears twice")
+    raise ValueError(f"{max(names, key=names.count)!r} appears twice")
   return values
 
 

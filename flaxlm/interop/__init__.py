@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of other libraries: one table per family, read in both directions."""
+"""Checkpoints of other libraries: two tables per family, read in both directions."""

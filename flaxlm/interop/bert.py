@@ -4,12 +4,24 @@
 Sources: the configuration and modelling files of each family in `transformers`.
 """
 
-from typing import Any
-
-from flaxlm.config import ModelConfig, ResolvedModel
-from flaxlm.interop.family import Family
-from flaxlm.interop.layouts import Rows, Weight, array, linear, norm
-from flaxlm.interop.settings import ACTIVATION_NAMES, Keys, Settings, to_keys
+from flaxlm.config import ResolvedModel
+from flaxlm.interop.family import Family, Table
+from flaxlm.interop.layouts import Dense, Layout, Rows, array, linear, linears, norm
+from flaxlm.interop.settings import (
+  ACTIVATIONS,
+  SIZES,
+  Choice,
+  Fields,
+  Key,
+  Keys,
+  Row,
+  Rule,
+  defaults,
+  fixed,
+  ours,
+  written,
+)
+from flaxlm.interop.values import REQUIRED, Values
 
 # -- BERT (Devlin et al., 2019), RoBERTa (Liu et al., 2019) --------------------------------
 
@@ -17,264 +29,223 @@ from flaxlm.interop.settings import ACTIVATION_NAMES, Keys, Settings, to_keys
 ROBERTA_OFFSET = 2
 
 
-def encoder(prefix: str, positions: Any) -> tuple[Weight, ...]:
-  ends, layer = f"{prefix}.embeddings.", prefix + ".encoder.layer.{l}."
-  return (
-    array(ends + "word_embeddings.weight", "embedding/table"),
-    positions(ends + "position_embeddings.weight", "positions/table"),
-    array(ends + "token_type_embeddings.weight", "token_types/table"),
-    *norm(ends + "LayerNorm", "embedding_norm"),
-    *linear(layer + "attention.self.query", "blocks/attention/q"),
-    *linear(layer + "attention.self.key", "blocks/attention/k"),
-    *linear(layer + "attention.self.value", "blocks/attention/v"),
-    *linear(layer + "attention.output.dense", "blocks/attention/o", inputs=2),
-    *norm(layer + "attention.output.LayerNorm", "blocks/attention_norm"),
-    *linear(layer + "intermediate.dense", "blocks/ffn/up"),
-    *linear(layer + "output.dense", "blocks/ffn/down"),
-    *norm(layer + "output.LayerNorm", "blocks/ffn_norm"),
-    *linear(f"{prefix}.pooler.dense", "pooler"),
-  )
+def read_heads(head: str) -> Rule:
+  """Whether there is a head, which the tensor `head` tells, and a pooler.
+
+  Encoders for sentence embeddings have no head.
+  """
+
+  def read(hf: Values, found: Fields) -> Fields:
+    headed = hf.has(head)
+    return {
+      "tied_embeddings": found["tied_embeddings"] or not headed,
+      "head_transform": headed,
+      "head_biased": headed,
+      "pooler": hf.has("pooler.dense.weight"),
+    }
+
+  return Rule(read)
 
 
-BERT = (
-  *encoder("bert", array),
-  *linear("cls.predictions.transform.dense", "head_transform/dense"),
-  *norm("cls.predictions.transform.LayerNorm", "head_transform/norm"),
-)
-ROBERTA = (
-  *encoder("roberta", lambda theirs, ours: array(theirs, ours, Rows(ROBERTA_OFFSET))),
-  *linear("lm_head.dense", "head_transform/dense"),
-  *norm("lm_head.layer_norm", "head_transform/norm"),
-)
-
-
-def with_head(rows: tuple[Weight, ...], bias: str, head: str, tied: bool) -> Any:
-  """The table of an encoder with its head. An untied head is stored with its bias twice."""
-  biases = array(f"{bias}.bias", "head_bias"), array(f"{head}.bias", "head_bias")
-  return *rows, *biases[: 1 if tied else 2], *linear(head, "head")[:1]
-
-
-def bert(cfg: ResolvedModel) -> tuple[Weight, ...]:
-  names = ("cls.predictions", "cls.predictions.decoder")
-  return with_head(BERT, *names, cfg.tied_embeddings)
-
-
-def roberta(cfg: ResolvedModel) -> tuple[Weight, ...]:
-  return with_head(ROBERTA, "lm_head", "lm_head.decoder", cfg.tied_embeddings)
-
-
-KEYS: Keys = (
-  ("vocab_size", "vocab_size"),
-  ("hidden_size", "width"),
-  ("num_hidden_layers", "depth"),
-  ("num_attention_heads", "num_heads"),
-  ("intermediate_size", "ffn_width"),
-  ("max_position_embeddings", "context"),
-  ("type_vocab_size", "num_token_types"),
-  ("layer_norm_eps", "norm_epsilon"),
-  ("tie_word_embeddings", "tied_embeddings"),
-)
-
-
-def read_bert(hf: Settings, head: str = "cls.predictions.bias", **ours: Any) -> ModelConfig:
-  hf.demand(position_embedding_type="absolute", is_decoder=False)
-  defaults = {"type_vocab_size": 2, "layer_norm_eps": 1e-12, "tie_word_embeddings": True}
-  fields = hf.fields(KEYS, defaults) | ours
-  has_head = hf.has(head)  # encoders for sentence embeddings have none
-  if not has_head:
-    fields["tied_embeddings"] = True
-  return ModelConfig(
-    **fields,
+ENCODER: tuple[Row, ...] = (
+  *defaults(SIZES, max_position_embeddings=REQUIRED),
+  Key("intermediate_size", "ffn_width"),
+  Key("type_vocab_size", "num_token_types", 2),
+  Key("layer_norm_eps", "norm_epsilon", 1e-12),
+  Key("tie_word_embeddings", "tied_embeddings", True),
+  Choice("hidden_act", ACTIVATIONS, "gelu"),
+  fixed(position_embedding_type="absolute", is_decoder=False),
+  written(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0),
+  ours(
     family="encoder",
-    activation=hf.activation("hidden_act", "gelu"),
     positions="learned",
     norm="layernorm",
     norm_placement="post",
     embedding_norm=True,
     gated=False,
     biased=True,
-    head_transform=has_head,
-    head_biased=has_head,
-    pooler=hf.has("pooler.dense.weight"),
-  )
-
-
-def write_bert(cfg: ResolvedModel) -> dict[str, Any]:
-  return {
-    **to_keys(cfg, KEYS),
-    "hidden_act": ACTIVATION_NAMES[cfg.activation],
-    "position_embedding_type": "absolute",
-    "attention_probs_dropout_prob": 0.0,
-    "hidden_dropout_prob": 0.0,
-  }
-
-
-def read_roberta(hf: Settings) -> ModelConfig:
-  hf.demand(pad_token_id=ROBERTA_OFFSET - 1)
-  rows = hf.get(int, "max_position_embeddings")
-  return read_bert(hf, "lm_head.layer_norm.weight", context=rows - ROBERTA_OFFSET)
-
-
-def write_roberta(cfg: ResolvedModel) -> dict[str, Any]:
-  rows = cfg.context + ROBERTA_OFFSET
-  padding = ROBERTA_OFFSET - 1
-  return {**write_bert(cfg), "max_position_embeddings": rows, "pad_token_id": padding}
-
-
-# -- T5 (Raffel et al., 2020), FLAN-T5 (Chung et al., 2022) --------------------------------
-
-
-def t5_stack(name: str, ffn: int) -> tuple[Weight, ...]:
-  """One of the two stacks. Its feed-forward is sub-layer number `ffn` of a layer."""
-  layer, ours = name + ".block.{l}.layer.", f"{name}/blocks/"
-  attention, dense = layer + "0.SelfAttention.", f"{layer}{ffn}.DenseReluDense."
-  bias = f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-  return (
-    array(bias, f"{name}/relative_bias/table"),
-    *linear(attention + "q", ours + "attention/q")[:1],
-    *linear(attention + "k", ours + "attention/k")[:1],
-    *linear(attention + "v", ours + "attention/v")[:1],
-    *linear(attention + "o", ours + "attention/o", inputs=2)[:1],
-    *norm(layer + "0.layer_norm", ours + "attention_norm")[:1],
-    *linear(dense + "wo", ours + "ffn/down")[:1],
-    *norm(f"{layer}{ffn}.layer_norm", ours + "ffn_norm")[:1],
-    array(f"{name}.final_layer_norm.weight", f"{name}/final_norm/scale"),
-  )
-
-
-def t5(cfg: ResolvedModel) -> tuple[Weight, ...]:
-  cross, ours = "decoder.block.{l}.layer.1.", "decoder/blocks/"
-  wi, stacks = "block.{l}.layer.%d.DenseReluDense.wi", (("encoder", 1), ("decoder", 2))
-  ffn: list[Weight] = []
-  for name, part in stacks:
-    inner, into = f"{name}.{wi % part}", f"{name}/blocks/ffn/"
-    ffn += linear(inner + ("_1" if cfg.gated else ""), into + "up")[:1]
-    ffn += linear(inner + "_0", into + "gate")[:1]
-  return (
-    array("shared.weight", "embedding/table"),
-    *t5_stack("encoder", 1),
-    *t5_stack("decoder", 2),
-    *ffn,
-    *linear(cross + "EncDecAttention.q", ours + "cross_attention/q")[:1],
-    *linear(cross + "EncDecAttention.k", ours + "cross_attention/k")[:1],
-    *linear(cross + "EncDecAttention.v", ours + "cross_attention/v")[:1],
-    *linear(cross + "EncDecAttention.o", ours + "cross_attention/o", inputs=2)[:1],
-    *norm(cross + "layer_norm", ours + "cross_attention_norm")[:1],
-    *linear("lm_head", "head")[:1],
-  )
-
-
-T5_KEYS: Keys = (
-  ("vocab_size", "vocab_size"),
-  ("d_model", "width"),
-  ("d_kv", "head_dim"),
-  ("d_ff", "ffn_width"),
-  ("num_layers", "encoder_depth"),
-  ("num_decoder_layers", "depth"),
-  ("num_heads", "num_heads"),
-  ("n_positions", "context"),
-  ("relative_attention_num_buckets", "relative_buckets"),
-  ("relative_attention_max_distance", "relative_distance"),
-  ("layer_norm_epsilon", "norm_epsilon"),
+  ),
 )
-FFNS = {"relu": ("relu", False), "gated-gelu": ("gelu_tanh", True)}
-FFNS |= {"gated-silu": ("silu", True), "gelu_new": ("gelu_tanh", False)}
-
-
-def read_t5(hf: Settings) -> ModelConfig:
-  depth = hf.get(int, "num_layers")
-  defaults = {
-    "num_decoder_layers": depth,
-    "n_positions": 512,
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
-    "layer_norm_epsilon": 1e-6,
-  }
-  fields = hf.fields(T5_KEYS, defaults)
-  ffn = hf.get(str, "feed_forward_proj", "relu")
-  if ffn not in FFNS:
-    raise hf.refused("feed_forward_proj", f"it can be {', '.join(FFNS)}")
-  activation: Any
-  activation, gated = FFNS[ffn]
-  # T5 scales the input of its tied head. T5 1.1 and FLAN-T5 have an untied head, without
-  # scaling. Newer files have a key for it, and may tie a head without scaling.
-  tied = hf.get(bool, "tie_word_embeddings", True)
-  scaled = hf.get(bool, "scale_decoder_outputs", tied)
-  tied = tied and not (hf.has("lm_head.weight") and not scaled)
-  return ModelConfig(
-    **fields,
-    family="encoder_decoder",
-    activation=activation,
-    gated=gated,
-    positions="relative",
-    attention_scale=1.0,
-    tied_embeddings=tied,
-    logit_scale=max(1, fields["width"]) ** -0.5 if scaled else 1.0,
-  )
-
-
-def write_t5(cfg: ResolvedModel) -> dict[str, Any]:
-  ffns = {ours: theirs for theirs, ours in FFNS.items()}
-  scaled = cfg.logit_scale != 1
-  return {
-    **to_keys(cfg, T5_KEYS),
-    "feed_forward_proj": ffns.get((cfg.activation, cfg.gated), "relu"),
-    "tie_word_embeddings": cfg.tied_embeddings,
-    "scale_decoder_outputs": scaled,
-    "is_encoder_decoder": True,
-    "dropout_rate": 0.0,
-  }
-
-
-# -- Families ------------------------------------------------------------------------------
+BERT_SETTINGS = (*ENCODER, read_heads("cls.predictions.bias"))
+ROBERTA_SETTINGS = (
+  *ENCODER,
+  read_heads("lm_head.layer_norm.weight"),
+  Rule(
+    lambda hf, found: {"context": found["context"] - ROBERTA_OFFSET},
+    lambda cfg: {"max_position_embeddings": cfg.context + ROBERTA_OFFSET},
+  ),
+  fixed(pad_token_id=ROBERTA_OFFSET - 1),
+)
 
 # Older names, in the first checkpoints, which were converted from TensorFlow.
 GAMMA_BETA = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
-FAMILIES = (
-  Family(
-    "bert",
-    ("BertForMaskedLM", "BertModel"),
-    bert,
-    read_bert,
-    write_bert,
-    prefix="bert.",
+
+def encoder(
+  model_type: str,
+  name: str,
+  settings: tuple[Row, ...],
+  positions: Layout,
+  head: str,
+  transform: str,
+  transform_norm: str,
+  ignored: tuple[str, ...] = (),
+) -> Family:
+  """The family of an encoder; `head` and what follows are modules of its head."""
+  ends, layer = f"{model_type}.embeddings.", model_type + ".encoder.layer.{l}."
+  rows = (
+    array(ends + "word_embeddings.weight", "embedding/table"),
+    array(ends + "position_embeddings.weight", "positions/table", positions),
+    array(ends + "token_type_embeddings.weight", "token_types/table"),
+    *norm(ends + "LayerNorm", "embedding_norm"),
+    *linears(layer + "attention.self.", "blocks/attention/", q="query", k="key", v="value"),
+    *linear(layer + "attention.output.dense", "blocks/attention/o"),
+    *norm(layer + "attention.output.LayerNorm", "blocks/attention_norm"),
+    *linear(layer + "intermediate.dense", "blocks/ffn/up"),
+    *linear(layer + "output.dense", "blocks/ffn/down"),
+    *norm(layer + "output.LayerNorm", "blocks/ffn_norm"),
+    *linear(f"{model_type}.pooler.dense", "pooler"),
+    *linear(transform, "head_transform/dense"),
+    *norm(transform_norm, "head_transform/norm"),
+    array(f"{head}.decoder.weight", "head/kernel", Dense()),
+    array(f"{head}.bias", "head_bias"),
+  )
+
+  def weights(cfg: ResolvedModel) -> Table:
+    # An untied head is stored with its bias twice.
+    twice = () if cfg.tied_embeddings else (array(f"{head}.decoder.bias", "head_bias"),)
+    return (*rows, *twice)
+
+  return Family(
+    model_type,
+    (f"{name}ForMaskedLM", f"{name}Model"),
+    weights,
+    settings,
+    prefix=f"{model_type}.",
     renamed=GAMMA_BETA,
     tied=(
-      ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
-      ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+      (f"{head}.decoder.weight", ends + "word_embeddings.weight"),
+      (f"{head}.decoder.bias", f"{head}.bias"),
     ),
-    ignored=(r"embeddings\.position_ids$", r"^cls\.seq_relationship\."),
+    ignored=(r"embeddings\.position_ids$", *ignored),
+  )
+
+
+BERT = encoder(
+  "bert",
+  "Bert",
+  BERT_SETTINGS,
+  Layout(),
+  head="cls.predictions",
+  transform="cls.predictions.transform.dense",
+  transform_norm="cls.predictions.transform.LayerNorm",
+  ignored=(r"^cls\.seq_relationship\.",),
+)
+ROBERTA = encoder(
+  "roberta",
+  "Roberta",
+  ROBERTA_SETTINGS,
+  Rows(ROBERTA_OFFSET),
+  head="lm_head",
+  transform="lm_head.dense",
+  transform_norm="lm_head.layer_norm",
+)
+
+# -- T5 (Raffel et al., 2020), FLAN-T5 (Chung et al., 2022) --------------------------------
+
+
+def t5_stack(name: str, attentions: tuple[tuple[str, str], ...], up: str) -> Table:
+  """The encoder or the decoder: its attentions, (theirs, ours), and then a feed-forward."""
+  layer, ours = name + ".block.{l}.layer.", f"{name}/blocks/"
+  bias = f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+  rows = [
+    array(bias, f"{name}/relative_bias/table"),
+    *norm(f"{name}.final_layer_norm", f"{name}/final_norm"),
+  ]
+  for number, (theirs, part) in enumerate(attentions):
+    each = dict(q="q", k="k", v="v", o="o")
+    rows += linears(f"{layer}{number}.{theirs}.", f"{ours}{part}/", **each)
+    rows += norm(f"{layer}{number}.layer_norm", f"{ours}{part}_norm")
+  last = f"{layer}{len(attentions)}."
+  return (
+    *rows,
+    *linears(f"{last}DenseReluDense.", ours + "ffn/", gate="wi_0", up=up, down="wo"),
+    *norm(f"{last}layer_norm", ours + "ffn_norm"),
+  )
+
+
+def t5(cfg: ResolvedModel) -> Table:
+  itself, source = ("SelfAttention", "attention"), ("EncDecAttention", "cross_attention")
+  up = "wi_1" if cfg.gated else "wi"
+  return (
+    array("shared.weight", "embedding/table"),
+    *t5_stack("encoder", (itself,), up),
+    *t5_stack("decoder", (itself, source), up),
+    *linear("lm_head", "head"),
+  )
+
+
+def read_t5_head(hf: Values, found: Fields) -> Fields:
+  """T5 scales the input of its tied head; T5 1.1 and FLAN-T5 have an untied head, and no
+  scaling. Newer files have a key for it, and may tie a head without scaling."""
+  tied = hf.get(bool, "tie_word_embeddings", True)
+  scaled = hf.get(bool, "scale_decoder_outputs", tied)
+  return {
+    "tied_embeddings": tied and not (hf.has("lm_head.weight") and not scaled),
+    "logit_scale": max(1, found["width"]) ** -0.5 if scaled else 1.0,
+  }
+
+
+def write_t5_head(cfg: ResolvedModel) -> Keys:
+  return {
+    "tie_word_embeddings": cfg.tied_embeddings,
+    "scale_decoder_outputs": cfg.logit_scale != 1,
+  }
+
+
+T5_SETTINGS = (
+  Key("vocab_size", "vocab_size"),
+  Key("d_model", "width"),
+  Key("d_kv", "head_dim"),
+  Key("d_ff", "ffn_width"),
+  Key("num_layers", "depth"),
+  Key("num_layers", "encoder_depth", REQUIRED),
+  Key("num_decoder_layers", "depth"),  # in its absence, as many as the encoder has
+  Key("num_heads", "num_heads"),
+  Key("n_positions", "context", 512),
+  Key("relative_attention_num_buckets", "relative_buckets", 32),
+  Key("relative_attention_max_distance", "relative_distance", 128),
+  Key("layer_norm_epsilon", "norm_epsilon", 1e-6),
+  Choice(
+    "feed_forward_proj",
+    {
+      "relu": {"activation": "relu", "gated": False},
+      "gated-gelu": {"activation": "gelu_tanh", "gated": True},
+      "gated-silu": {"activation": "silu", "gated": True},
+      "gelu_new": {"activation": "gelu_tanh", "gated": False},
+    },
+    "relu",
   ),
-  Family(
-    "roberta",
-    ("RobertaForMaskedLM", "RobertaModel"),
-    roberta,
-    read_roberta,
-    write_roberta,
-    prefix="roberta.",
-    renamed=GAMMA_BETA,
-    tied=(
-      ("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
-      ("lm_head.decoder.bias", "lm_head.bias"),
-    ),
-    ignored=(r"embeddings\.position_ids$",),
+  Rule(read_t5_head, write_t5_head),
+  ours(family="encoder_decoder", positions="relative", attention_scale=1.0),
+  written(is_encoder_decoder=True, dropout_rate=0.0),
+)
+
+T5 = Family(
+  "t5",
+  ("T5ForConditionalGeneration", "T5Model"),
+  t5,
+  T5_SETTINGS,
+  prefix="",
+  tied=(
+    ("lm_head.weight", "shared.weight"),
+    ("encoder.embed_tokens.weight", "shared.weight"),
+    ("decoder.embed_tokens.weight", "shared.weight"),
   ),
-  Family(
-    "t5",
-    ("T5ForConditionalGeneration", "T5Model"),
-    t5,
-    read_t5,
-    write_t5,
-    prefix="",
-    tied=(
-      ("lm_head.weight", "shared.weight"),
-      ("encoder.embed_tokens.weight", "shared.weight"),
-      ("decoder.embed_tokens.weight", "shared.weight"),
-    ),
-    # T5's first checkpoints have this bias in their first layer; no model uses it.
-    ignored=(
-      r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",
-    ),
+  # T5's first checkpoints have this bias in their first layer; no model uses it.
+  ignored=(
+    r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",
   ),
 )
+
+FAMILIES = (BERT, ROBERTA, T5)

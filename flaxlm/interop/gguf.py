@@ -17,7 +17,7 @@ from flaxlm.config import ResolvedModel
 from flaxlm.decoding.loading import Run
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.interop.families import FAMILIES
-from flaxlm.interop.huggingface import describe, reader
+from flaxlm.interop.huggingface import describe
 from flaxlm.interop.layouts import Shape
 from flaxlm.interop.transfer import find_fitting
 from flaxlm.nn.positions import inverse_wavelengths, stretched_frequencies
@@ -74,8 +74,7 @@ def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
       f"GGUF: llama.cpp does not support a window in {architecture.name}",
       "export to safetensors",
     )
-  _, expected = describe(run.cfg.model, run.params, family)
-  read = reader(run.cfg.model, run.params, expected)
+  _, shapes, read = describe(run.cfg.model, run.params, family)
   narrow = (dtype or run.cfg.training.param_dtype) == "bfloat16"
   factors = frequency_factors(cfg, architecture)
   known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -88,7 +87,7 @@ def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
   def is_narrow(shape: Shape) -> bool:
     return narrow and len(shape) > 1
 
-  for theirs, (_, _, shape) in expected.items():
+  for theirs, shape in shapes.items():
     name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
     assert name is not None, theirs
     kind = gguf.GGMLQuantizationType["BF16" if is_narrow(shape) else "F32"]
@@ -102,7 +101,7 @@ def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for theirs, (_, _, shape) in expected.items():
+    for theirs, shape in shapes.items():
       array = read(theirs).astype(jnp.bfloat16 if is_narrow(shape) else np.float32)
       array = to_gguf(theirs, array, cfg, architecture)
       array = array.view(np.uint16) if is_narrow(shape) else array

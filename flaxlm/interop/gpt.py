@@ -4,25 +4,34 @@
 Sources: the configuration and modelling files of each family in `transformers`.
 """
 
-import dataclasses
-from typing import Any
+import functools
 
-from flaxlm.config import ModelConfig, ResolvedModel, RopeConfig
+from flaxlm.config import ResolvedModel
 from flaxlm.errors import CheckpointError
-from flaxlm.interop.family import Family
-from flaxlm.interop.layouts import Rows, Weight, array, linear, norm
+from flaxlm.interop.family import Table, causal
+from flaxlm.interop.layouts import Rows, array, linear, linears, norm
 from flaxlm.interop.settings import (
-  ACTIVATION_NAMES,
-  Keys,
-  Settings,
+  ACTIVATIONS,
+  ROPE,
+  SIZES,
+  Choice,
+  Fields,
+  Key,
+  Row,
+  Rule,
+  defaults,
+  fixed,
+  fixed_base,
   head_dim,
-  rope_keys,
+  ours,
+  rotary_dims,
   rotary_fraction,
-  to_keys,
+  written,
 )
+from flaxlm.interop.values import Values
 
 QKV = tuple(f"blocks/attention/{part}" for part in "qkv")
-OURS: dict[str, Any] = dict(norm="layernorm", gated=False, biased=True)
+OURS = ours(norm="layernorm", gated=False, biased=True)
 BUFFERS = (r"attn\.(bias|masked_bias)$", r"attention\.(bias|masked_bias)$", r"inv_freq$")
 
 # -- GPT-2 (Radford et al., 2019) ----------------------------------------------------------
@@ -35,84 +44,63 @@ GPT2 = (
   *norm(H + "ln_1", "blocks/attention_norm"),
   *norm(H + "ln_2", "blocks/ffn_norm"),
   *linear(H + "attn.c_attn", QKV, transposed=False),
-  *linear(H + "attn.c_proj", "blocks/attention/o", inputs=2, transposed=False),
+  *linear(H + "attn.c_proj", "blocks/attention/o", transposed=False),
   *linear(H + "mlp.c_fc", "blocks/ffn/up", transposed=False),
   *linear(H + "mlp.c_proj", "blocks/ffn/down", transposed=False),
   *linear("lm_head", "head"),
 )
-GPT_KEYS: Keys = (
-  ("vocab_size", "vocab_size"),
-  ("n_embd", "width"),
-  ("n_layer", "depth"),
-  ("n_head", "num_heads"),
-  ("n_inner", "ffn_width"),
-  ("n_positions", "context"),
-  ("layer_norm_epsilon", "norm_epsilon"),
-  ("tie_word_embeddings", "tied_embeddings"),
+GPT_KEYS: tuple[Row, ...] = (
+  OURS,
+  Key("vocab_size", "vocab_size"),
+  Key("n_embd", "width"),
+  Key("n_layer", "depth"),
+  Key("n_head", "num_heads"),
+  Key("n_inner", "ffn_width"),
+  Key("n_positions", "context", 1024),
+  Key("layer_norm_epsilon", "norm_epsilon", 1e-5),
+  Key("tie_word_embeddings", "tied_embeddings", True),
+  Choice("activation_function", ACTIVATIONS, "gelu_new"),
+  written(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),
 )
-NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-
-
-def read_gpt2(hf: Settings) -> ModelConfig:
-  hf.demand(
+GPT2_SETTINGS = (
+  *GPT_KEYS,
+  ours(positions="learned"),
+  fixed(
     scale_attn_weights=True,
     scale_attn_by_inverse_layer_idx=False,
     reorder_and_upcast_attn=False,
     add_cross_attention=False,
-  )
-  defaults = {"layer_norm_epsilon": 1e-5, "n_positions": 1024, "tie_word_embeddings": True}
-  return ModelConfig(
-    **hf.fields(GPT_KEYS, defaults),
-    activation=hf.activation("activation_function", "gelu_new"),
-    positions="learned",
-    **OURS,
-  )
-
-
-def write_gpt2(cfg: ResolvedModel) -> dict[str, Any]:
-  name = ACTIVATION_NAMES[cfg.activation]
-  return {**to_keys(cfg, GPT_KEYS), "activation_function": name, **NO_DROPOUT}
-
+  ),
+)
 
 # -- GPT-J (Wang & Komatsuzaki, 2021) ------------------------------------------------------
 
 
-def gptj(cfg: ResolvedModel) -> tuple[Weight, ...]:
-  turning = 2 * int(cfg.head_dim * cfg.rope.fraction / 2)
+def gptj(cfg: ResolvedModel) -> Table:
+  turning = rotary_dims(cfg)
   return (
     array("transformer.wte.weight", "embedding/table"),
     *norm("transformer.ln_f", "final_norm"),
     *norm(H + "ln_1", "blocks/attention_norm"),
     *linear(H + "attn.q_proj", "blocks/attention/q", pairs=turning),
     *linear(H + "attn.k_proj", "blocks/attention/k", pairs=turning),
-    *linear(H + "attn.v_proj", "blocks/attention/v"),
-    *linear(H + "attn.out_proj", "blocks/attention/o", inputs=2),
-    *linear(H + "mlp.fc_in", "blocks/ffn/up"),
-    *linear(H + "mlp.fc_out", "blocks/ffn/down"),
+    *linears(H + "attn.", "blocks/attention/", v="v_proj", o="out_proj"),
+    *linears(H + "mlp.", "blocks/ffn/", up="fc_in", down="fc_out"),
     array("lm_head.bias", "head_bias"),
-    *linear("lm_head", "head")[:1],
+    *linear("lm_head", "head"),
   )
 
 
-def read_gptj(hf: Settings) -> ModelConfig:
-  defaults = {"layer_norm_epsilon": 1e-5, "n_positions": 2048, "tie_word_embeddings": False}
-  cfg = ModelConfig(
-    **hf.fields(GPT_KEYS, defaults),
-    activation=hf.activation("activation_function", "gelu_new"),
-    parallel="one_norm",
-    qkv_biased=False,
-    o_biased=False,
-    head_biased=True,
-    **OURS,
-  )
-  size = head_dim(hf, cfg)
-  fraction = rotary_fraction(hf.get(int, "rotary_dim", size), size)
-  return dataclasses.replace(cfg, rope=RopeConfig(fraction=fraction))
+def read_rotary_dim(hf: Values, found: Fields) -> Fields:
+  size = head_dim(hf, found)
+  return {"rope.fraction": rotary_fraction(hf.get(int, "rotary_dim", size), size)}
 
 
-def write_gptj(cfg: ResolvedModel) -> dict[str, Any]:
-  return {**write_gpt2(cfg), "rotary_dim": 2 * int(cfg.head_dim * cfg.rope.fraction / 2)}
-
+GPTJ_SETTINGS = (
+  *defaults(GPT_KEYS, n_positions=2048, tie_word_embeddings=False),
+  Rule(read_rotary_dim, lambda cfg: {"rotary_dim": rotary_dims(cfg)}),
+  ours(parallel="one_norm", qkv_biased=False, o_biased=False, head_biased=True),
+)
 
 # -- GPT-NeoX (Black et al., 2022), Pythia (Biderman et al., 2023) -------------------------
 
@@ -123,59 +111,31 @@ NEOX = (
   *norm(N + "input_layernorm", "blocks/attention_norm"),
   *norm(N + "post_attention_layernorm", "blocks/ffn_norm"),
   *linear(N + "attention.query_key_value", QKV, interleaved=True),
-  *linear(N + "attention.dense", "blocks/attention/o", inputs=2),
-  *linear(N + "mlp.dense_h_to_4h", "blocks/ffn/up"),
-  *linear(N + "mlp.dense_4h_to_h", "blocks/ffn/down"),
+  *linear(N + "attention.dense", "blocks/attention/o"),
+  *linears(N + "mlp.", "blocks/ffn/", up="dense_h_to_4h", down="dense_4h_to_h"),
   *linear("embed_out", "head"),
 )
-NEOX_KEYS: Keys = (
-  ("vocab_size", "vocab_size"),
-  ("hidden_size", "width"),
-  ("num_hidden_layers", "depth"),
-  ("num_attention_heads", "num_heads"),
-  ("intermediate_size", "ffn_width"),
-  ("max_position_embeddings", "context"),
-  ("layer_norm_eps", "norm_epsilon"),
-  ("tie_word_embeddings", "tied_embeddings"),
+NEOX_SETTINGS = (
+  OURS,
+  *SIZES,
+  Key("intermediate_size", "ffn_width"),
+  Key("layer_norm_eps", "norm_epsilon", 1e-5),
+  Key("tie_word_embeddings", "tied_embeddings", False),
+  Choice("hidden_act", ACTIVATIONS, "gelu"),
+  Choice(
+    "use_parallel_residual",
+    {True: {"parallel": "two_norms"}, False: {"parallel": "none"}},
+    True,
+  ),
+  Key("attention_bias", "o_biased", True),
+  Key("attention_bias", "qkv_biased", True),
+  Key("partial_rotary_factor", "rope.fraction", 0.25, older="rotary_pct"),
+  Key("rotary_pct", "rope.fraction"),
+  Key("rope_theta", "rope.theta", 10_000.0, older="rotary_emb_base"),
+  ROPE,
+  Rule(write=lambda cfg: {"rotary_emb_base": fixed_base(cfg).theta}),
+  written(attention_dropout=0.0, hidden_dropout=0.0),
 )
-
-
-def read_neox(hf: Settings) -> ModelConfig:
-  defaults = {
-    "max_position_embeddings": 2048,
-    "layer_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-  }
-  biased = hf.get(bool, "attention_bias", True)
-  cfg = ModelConfig(
-    **hf.fields(NEOX_KEYS, defaults),
-    activation=hf.activation("hidden_act", "gelu"),
-    parallel="two_norms" if hf.get(bool, "use_parallel_residual", True) else "none",
-    qkv_biased=biased,
-    o_biased=biased,
-    **OURS,
-  )
-  defaults = {"partial_rotary_factor": hf.get(float, "rotary_pct", 0.25)}
-  defaults["rope_theta"] = hf.get(float, "rotary_emb_base", 10_000.0)
-  rope = hf.rope(head_dim(hf, cfg), cfg.context, defaults)
-  return dataclasses.replace(cfg, rope=rope)
-
-
-def write_neox(cfg: ResolvedModel) -> dict[str, Any]:
-  rope = rope_keys(cfg.rope, cfg.head_dim)
-  return {
-    **to_keys(cfg, NEOX_KEYS),
-    "hidden_act": ACTIVATION_NAMES[cfg.activation],
-    "use_parallel_residual": cfg.parallel == "two_norms",
-    "attention_bias": cfg.qkv_biased,
-    "rotary_pct": cfg.rope.fraction,
-    "rotary_emb_base": rope["rope_theta"],
-    "partial_rotary_factor": cfg.rope.fraction,
-    **rope,
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-  }
-
 
 # -- BLOOM (BigScience, 2022) --------------------------------------------------------------
 
@@ -186,43 +146,23 @@ BLOOM = (
   *norm(H + "input_layernorm", "blocks/attention_norm"),
   *norm(H + "post_attention_layernorm", "blocks/ffn_norm"),
   *linear(H + "self_attention.query_key_value", QKV, interleaved=True),
-  *linear(H + "self_attention.dense", "blocks/attention/o", inputs=2),
-  *linear(H + "mlp.dense_h_to_4h", "blocks/ffn/up"),
-  *linear(H + "mlp.dense_4h_to_h", "blocks/ffn/down"),
+  *linear(H + "self_attention.dense", "blocks/attention/o"),
+  *linears(H + "mlp.", "blocks/ffn/", up="dense_h_to_4h", down="dense_4h_to_h"),
   *linear("lm_head", "head"),
 )
-BLOOM_KEYS: Keys = (
-  ("vocab_size", "vocab_size"),
-  ("hidden_size", "width"),
-  ("n_layer", "depth"),
-  ("n_head", "num_heads"),
-  ("seq_length", "context"),
-  ("layer_norm_epsilon", "norm_epsilon"),
-  ("tie_word_embeddings", "tied_embeddings"),
+BLOOM_SETTINGS = (
+  OURS,
+  ours(activation="gelu_tanh", positions="alibi", embedding_norm=True),
+  Key("vocab_size", "vocab_size"),
+  Key("hidden_size", "width", older="n_embed"),
+  Key("n_layer", "depth", older="num_hidden_layers"),
+  Key("n_head", "num_heads", older="num_attention_heads"),
+  Key("seq_length", "context", 2048),
+  Key("layer_norm_epsilon", "norm_epsilon", 1e-5),
+  Key("tie_word_embeddings", "tied_embeddings", True),
+  fixed(apply_residual_connection_post_layernorm=False),
+  written(attention_dropout=0.0, hidden_dropout=0.0),
 )
-# Names of keys in older files.
-BLOOM_NAMES = {"n_embed": "hidden_size", "num_hidden_layers": "n_layer"}
-BLOOM_NAMES["num_attention_heads"] = "n_head"
-
-
-def read_bloom(hf: Settings) -> ModelConfig:
-  older = {new: hf.values[old] for old, new in BLOOM_NAMES.items() if old in hf.values}
-  hf = Settings(older | dict(hf.values), hf.origin, hf.names)
-  hf.demand(apply_residual_connection_post_layernorm=False)
-  defaults = {"layer_norm_epsilon": 1e-5, "seq_length": 2048, "tie_word_embeddings": True}
-  return ModelConfig(
-    **hf.fields(BLOOM_KEYS, defaults),
-    activation="gelu_tanh",
-    positions="alibi",
-    embedding_norm=True,
-    **OURS,
-  )
-
-
-def write_bloom(cfg: ResolvedModel) -> dict[str, Any]:
-  none = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
-  return {**to_keys(cfg, BLOOM_KEYS), **none}
-
 
 # -- OPT (Zhang et al., 2022) --------------------------------------------------------------
 
@@ -233,82 +173,50 @@ OPT = (
   *norm("model.decoder.final_layer_norm", "final_norm"),
   *norm(P + "self_attn_layer_norm", "blocks/attention_norm"),
   *norm(P + "final_layer_norm", "blocks/ffn_norm"),
-  *linear(P + "self_attn.q_proj", "blocks/attention/q"),
-  *linear(P + "self_attn.k_proj", "blocks/attention/k"),
-  *linear(P + "self_attn.v_proj", "blocks/attention/v"),
-  *linear(P + "self_attn.out_proj", "blocks/attention/o", inputs=2),
-  *linear(P + "fc1", "blocks/ffn/up"),
-  *linear(P + "fc2", "blocks/ffn/down"),
+  *linears(P + "self_attn.", "blocks/attention/", q="q_proj", k="k_proj", v="v_proj"),
+  *linear(P + "self_attn.out_proj", "blocks/attention/o"),
+  *linears(P, "blocks/ffn/", up="fc1", down="fc2"),
   *linear("lm_head", "head"),
 )
-OPT_KEYS: Keys = (
-  ("vocab_size", "vocab_size"),
-  ("hidden_size", "width"),
-  ("num_hidden_layers", "depth"),
-  ("num_attention_heads", "num_heads"),
-  ("ffn_dim", "ffn_width"),
-  ("max_position_embeddings", "context"),
-  ("tie_word_embeddings", "tied_embeddings"),
-)
 
 
-def read_opt(hf: Settings) -> ModelConfig:
-  hf.demand(_remove_final_layer_norm=False, layer_norm_elementwise_affine=True)
-  hf.demand(enable_bias=True)
-  width = hf.get(int, "hidden_size")
-  if hf.get(int, "word_embed_proj_dim", width) != width:
+def refuse_projection(hf: Values, found: Fields) -> Fields:
+  if hf.get(int, "word_embed_proj_dim", found["width"]) != found["width"]:
     raise CheckpointError(
       f"{hf.origin}: the embedding is projected to another width (word_embed_proj_dim), "
       "as in OPT-350m alone",
       "flaxlm does not support it; every other OPT works",
     )
-  placement: Any = "pre" if hf.get(bool, "do_layer_norm_before", True) else "post"
-  return ModelConfig(
-    **hf.fields(OPT_KEYS, {"max_position_embeddings": 2048, "tie_word_embeddings": True}),
-    activation=hf.activation("activation_function", "relu"),
-    positions="learned",
-    norm_epsilon=1e-5,
-    norm_placement=placement,
-    **OURS,
-  )
+  return {}
 
 
-def write_opt(cfg: ResolvedModel) -> dict[str, Any]:
-  return {
-    **to_keys(cfg, OPT_KEYS),
-    "activation_function": ACTIVATION_NAMES[cfg.activation],
-    "do_layer_norm_before": cfg.norm_placement == "pre",
-    "word_embed_proj_dim": cfg.width,
-    "attention_dropout": 0.0,
-    "dropout": 0.0,
-  }
-
+OPT_SETTINGS = (
+  OURS,
+  ours(positions="learned", norm_epsilon=1e-5),
+  *SIZES,
+  Key("ffn_dim", "ffn_width"),
+  Key("tie_word_embeddings", "tied_embeddings", True),
+  Choice("activation_function", ACTIVATIONS, "relu"),
+  Choice(
+    "do_layer_norm_before",
+    {True: {"norm_placement": "pre"}, False: {"norm_placement": "post"}},
+    True,
+  ),
+  Rule(refuse_projection, lambda cfg: {"word_embed_proj_dim": cfg.width}),
+  fixed(
+    _remove_final_layer_norm=False, layer_norm_elementwise_affine=True, enable_bias=True
+  ),
+  written(attention_dropout=0.0, dropout=0.0),
+)
 
 # -- Families ------------------------------------------------------------------------------
 
 
-def family(
-  model_type: str, name: str, prefix: str, weights: Any, read: Any, write: Any
-) -> Family:
-  rows = weights if callable(weights) else lambda _: weights
-  embedding, *_ = rows(ModelConfig().resolve(1))
-  head = "embed_out.weight" if model_type == "gpt_neox" else "lm_head.weight"
-  return Family(
-    model_type,
-    (f"{name}{'LMHeadModel' if model_type == 'gpt2' else 'ForCausalLM'}", f"{name}Model"),
-    rows,
-    read,
-    write,
-    prefix,
-    tied=((head, embedding.theirs),),
-    ignored=BUFFERS,
-  )
-
-
+family = functools.partial(causal, ignored=BUFFERS)
 FAMILIES = (
-  family("gpt2", "GPT2", "transformer.", GPT2, read_gpt2, write_gpt2),
-  family("gpt_neox", "GPTNeoX", "gpt_neox.", NEOX, read_neox, write_neox),
-  family("gptj", "GPTJ", "transformer.", gptj, read_gptj, write_gptj),
-  family("bloom", "Bloom", "transformer.", BLOOM, read_bloom, write_bloom),
-  family("opt", "OPT", "model.", OPT, read_opt, write_opt),
+  family("gpt2", "GPT2", GPT2, GPT2_SETTINGS, "transformer.wte", suffix="LMHeadModel"),
+  family("gpt_neox", "GPTNeoX", NEOX, NEOX_SETTINGS, "gpt_neox.embed_in", "embed_out"),
+  family("gptj", "GPTJ", gptj, GPTJ_SETTINGS, "transformer.wte"),
+  family("bloom", "Bloom", BLOOM, BLOOM_SETTINGS, "transformer.word_embeddings"),
+  family("opt", "OPT", OPT, OPT_SETTINGS, "model.decoder.embed_tokens"),
 )

@@ -30,9 +30,9 @@ from flaxlm.config import (
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.interop.families import find_family
 from flaxlm.interop.family import Family
-from flaxlm.interop.layouts import Shape, Weight
+from flaxlm.interop.layouts import Shape
 from flaxlm.interop.safetensors import MAX_TENSORS, Tensor, open_checkpoint, write_files
-from flaxlm.interop.settings import Settings, read_json
+from flaxlm.interop.values import Values, read_json
 from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
 
 CONFIG = "config.json"
@@ -70,7 +70,7 @@ def load_checkpoint(folder: Path, mesh: Mesh, dtype: str | None = None) -> Loade
       f"{folder} is quantized", "import the weights before quantization"
     )
   tensors = open_checkpoint(folder)
-  cfg = read_config(family, Settings(values, str(folder / CONFIG), tensors))
+  cfg = read_config(family, Values(values, str(folder / CONFIG), tensors))
   if dtype is None:
     kinds = {t.dtype for name, t in tensors.items() if not family.ignores(name)}
     dtype = "bfloat16" if kinds == {"BF16"} else "float32"
@@ -105,7 +105,7 @@ def zero_padded(array: np.ndarray, shape: Shape) -> np.ndarray:
   return np.pad(array, missing) if array.shape != shape else array
 
 
-def read_config(family: Family, hf: Settings) -> ResolvedModel:
+def read_config(family: Family, hf: Values) -> ResolvedModel:
   """The checked model config of a config.json. Raises `CheckpointError`."""
   cfg = family.read(hf)
   try:
@@ -213,6 +213,14 @@ def _filler(sharding: NamedSharding, stacked: int) -> Callable:
 # -- To Hugging Face -----------------------------------------------------------------------
 
 
+class Export(NamedTuple):
+  """A model of ours as a family has it."""
+
+  keys: dict[str, Any]  # of config.json
+  shapes: dict[str, Shape]  # of each tensor, by its name
+  read: Callable[[str], np.ndarray]  # the tensor of a name, on the host
+
+
 def save_checkpoint(
   folder: Path, cfg: ResolvedModel, params: Any, family: Family, dtype: str, most: int
 ) -> dict[str, Any]:
@@ -220,41 +228,30 @@ def save_checkpoint(
 
   Raises `CheckpointError` where `family` cannot express the model.
   """
-  keys, expected = describe(cfg, params, family)
-  keys["torch_dtype"] = dtype
-  theirs = {name: shape for name, (_, _, shape) in expected.items()}
-  write_files(folder, theirs, jnp.dtype(dtype), most, reader(cfg, params, expected))
-  return keys
+  keys, shapes, read = describe(cfg, params, family)
+  write_files(folder, shapes, jnp.dtype(dtype), most, read)
+  return keys | {"torch_dtype": dtype}
 
 
-def reader(
-  cfg: ResolvedModel, params: Any, expected: Mapping[str, Any]
-) -> Callable[[str], np.ndarray]:
-  """A function that returns the tensor of a name in `expected`, on the host."""
-  flat = flatten_dict(params, sep="/")
-  shapes = real_shapes(cfg, flat)
-
-  def read(name: str) -> np.ndarray:
-    row, place, _ = expected[name]
-    real = lambda path: tuple(slice(dim) for dim in shapes[path][row.stacked :])
-    return row.layout.to_theirs([slice_at(flat[p], place)[real(p)] for p in row.ours])
-
-  return read
-
-
-def describe(
-  cfg: ResolvedModel, params: Any, family: Family
-) -> tuple[dict[str, Any], dict[str, tuple[Weight, tuple[int, ...], Shape]]]:
-  """The keys of config.json for a model in `family`, and the result of `Family.expected`.
+def describe(cfg: ResolvedModel, params: Any, family: Family) -> Export:
+  """How `family` has a model; no tensor is read yet.
 
   Raises `CheckpointError` where `family` cannot express the model.
   """
-  shapes = real_shapes(cfg, flatten_dict(params, sep="/"))
+  flat = flatten_dict(params, sep="/")
+  ours = real_shapes(cfg, flat)
   cfg = cfg.unpadded
-  expected = family.expected(cfg, shapes)
-  keys = family.keys(cfg, tuple(expected))
+  expected = family.expected(cfg, ours)
   headless = cfg.family == "encoder" and not cfg.head_transform
-  return keys | {"architectures": [family.architectures[headless]]}, expected
+  keys = family.keys(cfg, tuple(expected))
+  keys["architectures"] = [family.architectures[headless]]
+
+  def read(name: str) -> np.ndarray:
+    row, place, _ = expected[name]
+    real = lambda path: tuple(slice(dim) for dim in ours[path][row.stacked :])
+    return row.layout.to_theirs([slice_at(flat[p], place)[real(p)] for p in row.ours])
+
+  return Export(keys, {name: shape for name, (_, _, shape) in expected.items()}, read)
 
 
 def slice_at(whole: jax.Array | np.ndarray, place: tuple[int, ...]) -> np.ndarray:

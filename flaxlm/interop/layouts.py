@@ -38,7 +38,8 @@ class Layout:
 class Dense(Layout):
   """The matrix or bias of a projection, or of several fused ones, as (outputs, inputs).
 
-  inputs: how many of our leading dims are contracted; 0 for a bias.
+  inputs: how many of our leading dims are contracted; 0 for a bias, or another vector over
+    all heads.
   transposed: False if theirs is (inputs, outputs), as in GPT-2.
   interleaved: the fused parts alternate from head to head, as in GPT-NeoX, instead of
     following one another.
@@ -59,7 +60,7 @@ class Dense(Layout):
     return (columns, rows) if self.transposed else (rows, columns)
 
   def to_ours(self, theirs: np.ndarray, ours: Sequence[Shape]) -> list[np.ndarray]:
-    matrix = transpose(theirs) if self.transposed else theirs
+    matrix = transpose(theirs) if self.transposed and self.inputs else theirs
     if self.interleaved:
       *leading, heads, head_dim = ours[0]
       fused = matrix.reshape(*leading, heads, len(ours), head_dim)
@@ -97,20 +98,6 @@ def transpose(matrix: np.ndarray) -> np.ndarray:
     stripe = slice(start, start + STRIPE)
     result[:, stripe] = matrix[stripe].T
   return result
-
-
-@dataclasses.dataclass(frozen=True)
-class Heads(Layout):
-  """A vector over all heads; ours is (heads, head dim)."""
-
-  def shape(self, ours: Sequence[Shape]) -> Shape:
-    return (math.prod(ours[0]),)
-
-  def to_ours(self, theirs: np.ndarray, ours: Sequence[Shape]) -> list[np.ndarray]:
-    return [theirs.reshape(ours[0])]
-
-  def to_theirs(self, ours: Sequence[np.ndarray]) -> np.ndarray:
-    return ours[0].reshape(-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,11 +154,8 @@ class Weight:
     stack = shapes[self.ours[0]][: self.stacked]
     inner = self.layout.shape([shapes[path][self.stacked :] for path in self.ours])
     for place in itertools.product(*map(range, stack)):
-      yield self.name(place), inner, place
-
-  def name(self, place: tuple[int, ...]) -> str:
-    numbers = dict(zip(("l", "e"), place, strict=False))
-    return self.theirs.format(**numbers)
+      numbers = dict(zip("le", place, strict=False))
+      yield self.theirs.format(**numbers), inner, place
 
 
 # -- Writing tables ------------------------------------------------------------------------
@@ -190,14 +174,22 @@ def norm(theirs: str, ours: str, layout: Layout = Layout()) -> tuple[Weight, ...
   )
 
 
-def linear(
-  theirs: str, ours: str | tuple[str, ...], inputs: int = 1, **layout: int
-) -> tuple[Weight, ...]:
-  """Rows for a projection, or several fused ones, and its bias if any; see `Dense`."""
+def linear(theirs: str, ours: str | tuple[str, ...], **layout: int) -> tuple[Weight, ...]:
+  """Rows for a projection, or several fused ones, and its bias if any; see `Dense`.
+
+  The inputs of attention's output, `o`, are the heads and the head dim.
+  """
   paths = (ours,) if isinstance(ours, str) else ours
-  matrix = Dense(inputs, **layout)  # type: ignore[arg-type]
-  bias = dataclasses.replace(matrix, inputs=0, transposed=False)
+  matrix = Dense(2 if paths[0].endswith("/o") else 1, **layout)  # type: ignore[arg-type]
+  bias = dataclasses.replace(matrix, inputs=0)
   return (
     Weight(f"{theirs}.weight", tuple(f"{path}/kernel" for path in paths), matrix),
     Weight(f"{theirs}.bias", tuple(f"{path}/bias" for path in paths), bias),
   )
+
+
+def linears(theirs: str, ours: str, **names: str) -> tuple[Weight, ...]:
+  """Rows for several projections: after the prefix `ours` their names are the keywords, and
+  after `theirs` the values."""
+  pairs = names.items()
+  return tuple(row for us, them in pairs for row in linear(theirs + them, ours + us))

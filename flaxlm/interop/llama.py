@@ -5,59 +5,49 @@ Sources: the configuration and modelling files of each family in `transformers`.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import functools
 
-from flaxlm.config import ModelConfig, MoEConfig, ResolvedModel
-from flaxlm.errors import CheckpointError
-from flaxlm.interop.family import Family
-from flaxlm.interop.layouts import FromOne, Heads, Layout, Weight, array, linear, norm
+from flaxlm.config import ResolvedModel
+from flaxlm.interop.family import Family, Table, causal
+from flaxlm.interop.layouts import Dense, FromOne, Layout, array, linear, linears, norm
 from flaxlm.interop.settings import (
-  ACTIVATION_NAMES,
+  ACTIVATIONS,
   MOST_LAYERS,
+  ROPE,
+  SIZES,
+  Choice,
+  Fields,
+  Key,
   Keys,
-  Settings,
-  head_dim,
+  Row,
+  Rule,
+  defaults,
+  fixed,
+  fixed_base,
+  layer_pattern,
   layer_types,
-  rope_keys,
-  to_keys,
+  ours,
+  read_rope,
+  write_rope,
+  written,
 )
+from flaxlm.interop.values import REQUIRED, Values
 
 BLOCK = "model.layers.{l}."
 ATTENTION = BLOCK + "self_attn."
 
-KEYS: Keys = (
-  ("vocab_size", "vocab_size"),
-  ("hidden_size", "width"),
-  ("num_hidden_layers", "depth"),
-  ("num_attention_heads", "num_heads"),
-  ("num_key_value_heads", "num_kv_heads"),
-  ("head_dim", "head_dim"),
-  ("intermediate_size", "ffn_width"),
-  ("max_position_embeddings", "context"),
-  ("rms_norm_eps", "norm_epsilon"),
-  ("tie_word_embeddings", "tied_embeddings"),
-)
-ROPE_KEYS = {"rope_theta", "partial_rotary_factor"}
-
-# -- Tables --------------------------------------------------------------------------------
+# -- Weights -------------------------------------------------------------------------------
 
 ENDS = (
   array("model.embed_tokens.weight", "embedding/table"),
   *norm("model.norm", "final_norm"),
   *linear("lm_head", "head"),
 )
-PROJECTIONS = (
-  *linear(ATTENTION + "q_proj", "blocks/attention/q"),
-  *linear(ATTENTION + "k_proj", "blocks/attention/k"),
-  *linear(ATTENTION + "v_proj", "blocks/attention/v"),
-  *linear(ATTENTION + "o_proj", "blocks/attention/o", inputs=2),
+PROJECTIONS = linears(
+  ATTENTION, "blocks/attention/", q="q_proj", k="k_proj", v="v_proj", o="o_proj"
 )
-FFN = (
-  *linear(BLOCK + "mlp.gate_proj", "blocks/ffn/gate"),
-  *linear(BLOCK + "mlp.up_proj", "blocks/ffn/up"),
-  *linear(BLOCK + "mlp.down_proj", "blocks/ffn/down"),
-)
+GATED = dict(gate="gate_proj", up="up_proj", down="down_proj")
+FFN = linears(BLOCK + "mlp.", "blocks/ffn/", **GATED)
 PRE_NORMS = (
   *norm(BLOCK + "input_layernorm", "blocks/attention_norm"),
   *norm(BLOCK + "post_attention_layernorm", "blocks/ffn_norm"),
@@ -68,40 +58,32 @@ OUTPUT_NORMS = (
 )
 
 
-def head_norms(layout: Layout) -> tuple[Weight, ...]:
+def head_norms(layout: Layout) -> Table:
   return (
     array(ATTENTION + "q_norm.weight", "blocks/attention/q_norm/scale", layout),
     array(ATTENTION + "k_norm.weight", "blocks/attention/k_norm/scale", layout),
   )
 
 
-def experts(router: str, each: str, gate: str, up: str, down: str) -> tuple[Weight, ...]:
-  """Rows for a router and its experts; `{e}` in `each` is the expert's number."""
-  ours = "blocks/ffn/experts/"
-  return (
-    *linear(BLOCK + router, "blocks/ffn/router"),
-    *linear(BLOCK + each + gate, ours + "gate"),
-    *linear(BLOCK + each + up, ours + "up"),
-    *linear(BLOCK + each + down, ours + "down"),
-  )
-
-
+EXPERTS = "blocks/ffn/experts/"
 LLAMA = (*ENDS, *PROJECTIONS, *FFN, *PRE_NORMS)
 QWEN3 = (*LLAMA, *head_norms(Layout()))
 MIXTRAL = (
   *(*ENDS, *PROJECTIONS, *PRE_NORMS),
-  *experts("block_sparse_moe.gate", "block_sparse_moe.experts.{e}.", "w1", "w3", "w2"),
+  *linear(BLOCK + "block_sparse_moe.gate", "blocks/ffn/router"),
+  *linears(BLOCK + "block_sparse_moe.experts.{e}.", EXPERTS, gate="w1", up="w3", down="w2"),
 )
-QWEN_EXPERTS = experts("mlp.gate", "mlp.experts.{e}.", "gate_proj", "up_proj", "down_proj")
+QWEN3_MOE = (
+  *(*ENDS, *PROJECTIONS, *PRE_NORMS, *head_norms(Layout())),
+  *linear(BLOCK + "mlp.gate", "blocks/ffn/router"),
+  *linears(BLOCK + "mlp.experts.{e}.", EXPERTS, **GATED),
+)
 QWEN2_MOE = (
-  *(*ENDS, *PROJECTIONS, *PRE_NORMS, *QWEN_EXPERTS),
-  *linear(BLOCK + "mlp.shared_expert.gate_proj", "blocks/ffn/shared/gate"),
-  *linear(BLOCK + "mlp.shared_expert.up_proj", "blocks/ffn/shared/up"),
-  *linear(BLOCK + "mlp.shared_expert.down_proj", "blocks/ffn/shared/down"),
+  *QWEN3_MOE,
+  *linears(BLOCK + "mlp.shared_expert.", "blocks/ffn/shared/", **GATED),
   *linear(BLOCK + "mlp.shared_expert_gate", "blocks/ffn/shared_gate"),
 )
-QWEN3_MOE = (*ENDS, *PROJECTIONS, *PRE_NORMS, *QWEN_EXPERTS, *head_norms(Layout()))
-OLMO2 = (*ENDS, *PROJECTIONS, *FFN, *OUTPUT_NORMS, *head_norms(Heads()))
+OLMO2 = (*ENDS, *PROJECTIONS, *FFN, *OUTPUT_NORMS, *head_norms(Dense(0)))
 PHI3 = (
   *(*ENDS, *PRE_NORMS, *PROJECTIONS[-2:]),
   *linear(ATTENTION + "qkv_proj", tuple(f"blocks/attention/{x}" for x in "qkv")),
@@ -110,7 +92,7 @@ PHI3 = (
 )
 
 
-def from_one(rows: tuple[Weight, ...]) -> tuple[Weight, ...]:
+def from_one(rows: Table) -> Table:
   """The table for Gemma, whose norms multiply by 1 + weight."""
   is_norm = lambda row: row.ours[0].endswith("norm/scale")
   return tuple(
@@ -128,92 +110,58 @@ GEMMA_2 = from_one(
 )
 GEMMA_3 = (*GEMMA_2, *from_one(head_norms(Layout())))
 
-# -- Configs -------------------------------------------------------------------------------
+# -- Settings ----------------------------------------------------------------------------
+
+KEYS: tuple[Row, ...] = (
+  *SIZES,
+  Key("num_key_value_heads", "num_kv_heads"),
+  Key("head_dim", "head_dim"),
+  Key("intermediate_size", "ffn_width"),
+  Key("rms_norm_eps", "norm_epsilon", 1e-6),
+  Key("tie_word_embeddings", "tied_embeddings", False),
+  Choice("hidden_act", ACTIVATIONS, "silu"),
+  Key("rope_theta", "rope.theta", 10_000.0),
+  ROPE,
+  written(attention_dropout=0.0),
+)
+BIASES = (
+  Key("attention_bias", "o_biased", False),
+  Key("attention_bias", "qkv_biased", False),
+)
+LLAMA_SETTINGS = (*KEYS, *BIASES, Key("mlp_bias", "biased", False))
+MISTRAL_SETTINGS = (
+  *defaults(KEYS, max_position_embeddings=131_072),
+  Key("sliding_window", "window", 4096, nullable=True),
+)
+MIXTRAL_SETTINGS = (
+  *defaults(KEYS, rms_norm_eps=1e-5, rope_theta=1e6, max_position_embeddings=131_072),
+  Key("sliding_window", "window"),
+  Key("intermediate_size", "moe.expert_width"),
+  Key("num_local_experts", "moe.num_experts"),
+  Key("num_experts_per_tok", "moe.experts_per_token", 2),
+  Key("router_aux_loss_coef", "moe.load_balance_weight", 0.001),
+)
+PHI3_SETTINGS = (*defaults(KEYS, rms_norm_eps=1e-5), Key("sliding_window", "window"))
+OLMO2_SETTINGS = (
+  *defaults(KEYS, rms_norm_eps=1e-5),
+  *BIASES,
+  ours(norm_placement="output", qk_norm="width"),
+)
+
+# -- Qwen
 
 
-def read(
-  hf: Settings,
-  defaults: Mapping[str, Any],
-  activation: tuple[str, str] = ("hidden_act", "silu"),
-  **ours: Any,
-) -> ModelConfig:
-  """The config that all of them share.
-
-  `defaults` are by their key, `ours` are a family's own fields.
-  """
-  general = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
-  fields = hf.fields(KEYS, {**general, "tie_word_embeddings": False, **defaults})
-  cfg = ModelConfig(**fields, activation=hf.activation(*activation), **ours)
-  rotary = {key: defaults[key] for key in ROPE_KEYS & defaults.keys()}
-  rope = hf.rope(head_dim(hf, cfg), cfg.context, rotary)
-  return dataclasses.replace(cfg, rope=rope)
-
-
-def write(cfg: ResolvedModel) -> dict[str, Any]:
-  return {
-    **to_keys(cfg, KEYS),
-    "hidden_act": ACTIVATION_NAMES[cfg.activation],
-    **rope_keys(cfg.rope, cfg.head_dim),
-    "attention_dropout": 0.0,
-  }
-
-
-def attention_bias(hf: Settings) -> dict[str, Any]:
-  biased = hf.get(bool, "attention_bias", False)
-  return {"qkv_biased": biased, "o_biased": biased}
-
-
-def read_llama(hf: Settings) -> ModelConfig:
-  return read(hf, {}, biased=hf.get(bool, "mlp_bias", False), **attention_bias(hf))
-
-
-def write_llama(cfg: ResolvedModel) -> dict[str, Any]:
-  return {**write(cfg), "attention_bias": cfg.qkv_biased, "mlp_bias": cfg.biased}
-
-
-def read_mistral(hf: Settings) -> ModelConfig:
-  window: int | None = 4096  # of a file without the key; null means no window
-  if "sliding_window" in hf.values:
-    window = hf.get(int, "sliding_window", None)
-  return read(hf, {"max_position_embeddings": 131_072}, window=window)
-
-
-def write_mistral(cfg: ResolvedModel) -> dict[str, Any]:
-  return {**write(cfg), "sliding_window": cfg.window}
-
-
-def read_mixtral(hf: Settings) -> ModelConfig:
-  moe = MoEConfig(
-    num_experts=hf.get(int, "num_local_experts"),
-    experts_per_token=hf.get(int, "num_experts_per_tok", 2),
-    load_balance_weight=hf.get(float, "router_aux_loss_coef", 0.001),
-  )
-  window = hf.get(int, "sliding_window", None)
-  defaults = {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 131_072}
-  return read(hf, defaults, window=window, moe=moe)
-
-
-def write_mixtral(cfg: ResolvedModel) -> dict[str, Any]:
-  return {
-    **write_mistral(cfg),
-    "intermediate_size": cfg.moe.expert_width,
-    "num_local_experts": cfg.moe.num_experts,
-    "num_experts_per_tok": cfg.moe.experts_per_token,
-    "router_aux_loss_coef": cfg.moe.load_balance_weight,
-  }
-
-
-def windows(hf: Settings) -> dict[str, Any]:
-  """Qwen's windows: the first `max_window_layers` layers are global, the others local."""
+def read_windows(hf: Values, found: Fields) -> Fields:
+  """The first `max_window_layers` layers are global, the others local."""
   if not hf.get(bool, "use_sliding_window", False):
     return {}
-  depth = hf.get(int, "num_hidden_layers")
+  depth = found["depth"]
   full = max(0, min(depth, hf.get(int, "max_window_layers", 28)))
-  pattern = hf.layer_pattern(depth, "G" * full + "L" * (depth - full))
+  pattern = layer_pattern(hf, depth, "G" * full + "L" * (depth - full))
   return {"window": hf.get(int, "sliding_window", 4096), "layer_pattern": pattern}
 
 
-def window_keys(cfg: ResolvedModel) -> dict[str, Any]:
+def write_windows(cfg: ResolvedModel) -> Keys:
   kinds = layer_types(cfg)
   return {
     "use_sliding_window": "sliding_attention" in kinds,
@@ -223,237 +171,177 @@ def window_keys(cfg: ResolvedModel) -> dict[str, Any]:
   }
 
 
-def read_qwen2(hf: Settings) -> ModelConfig:
-  return read(hf, {}, qkv_biased=True, **windows(hf))
+def read_window(hf: Values, found: Fields) -> Fields:
+  """The window of Qwen 3's models with experts, which is the same in every layer."""
+  if not hf.get(bool, "use_sliding_window", False):
+    return {}
+  return {"window": hf.get(int, "sliding_window", 4096)}
 
 
-def write_qwen2(cfg: ResolvedModel) -> dict[str, Any]:
-  return {**write(cfg), **window_keys(cfg)}
+def write_window(cfg: ResolvedModel) -> Keys:
+  return {"use_sliding_window": cfg.window is not None, "sliding_window": cfg.window}
 
 
-def read_qwen3(hf: Settings) -> ModelConfig:
-  return read(hf, {"head_dim": 128}, qk_norm="head", **attention_bias(hf), **windows(hf))
-
-
-def write_qwen3(cfg: ResolvedModel) -> dict[str, Any]:
-  return {**write_qwen2(cfg), "attention_bias": cfg.qkv_biased}
-
-
-def qwen_moe(hf: Settings) -> MoEConfig:
-  hf.demand(decoder_sparse_step=1, mlp_only_layers=[])
-  experts = hf.get(int, "num_local_experts", None)
-  if experts is None:
-    experts = hf.get(int, "num_experts")
-  width = hf.get(int, "moe_intermediate_size")
-  shared = hf.get(int, "shared_expert_intermediate_size", 0)
+def read_shared_experts(hf: Values, found: Fields) -> Fields:
+  shared, width = hf.get(int, SHARED_WIDTH, 0), found["moe.expert_width"]
   if width < 1 or shared % width:
-    raise hf.refused("shared_expert_intermediate_size", f"use a multiple of {width}")
-  return MoEConfig(
-    num_experts=experts,
-    experts_per_token=hf.get(int, "num_experts_per_tok"),
-    expert_width=width,
-    num_shared_experts=shared // width,
-    shared_gated=shared > 0,
-    normalized=hf.get(bool, "norm_topk_prob", False),
-    load_balance_weight=hf.get(float, "router_aux_loss_coef", 0.001),
-  )
+    raise hf.refused(SHARED_WIDTH, f"use a multiple of {width}")
+  return {"moe.num_shared_experts": shared // width, "moe.shared_gated": shared > 0}
 
 
-def moe_keys(cfg: ResolvedModel) -> dict[str, Any]:
-  return {
-    "num_experts": cfg.moe.num_experts,
-    "num_experts_per_tok": cfg.moe.experts_per_token,
-    "moe_intermediate_size": cfg.moe.expert_width,
-    "norm_topk_prob": cfg.moe.normalized,
-    "router_aux_loss_coef": cfg.moe.load_balance_weight,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-  }
+def write_shared_experts(cfg: ResolvedModel) -> Keys:
+  return {SHARED_WIDTH: cfg.moe.num_shared_experts * cfg.moe.expert_width}
 
 
-def read_qwen2_moe(hf: Settings) -> ModelConfig:
-  biased = hf.get(bool, "qkv_bias", True)
-  return read(hf, {}, qkv_biased=biased, moe=qwen_moe(hf), **windows(hf))
+SHARED_WIDTH = "shared_expert_intermediate_size"
+WINDOWS = Rule(read_windows, write_windows)
+QWEN_MOE = (
+  fixed(decoder_sparse_step=1, mlp_only_layers=[]),
+  Key("num_experts", "moe.num_experts", older="num_local_experts"),
+  Key("num_experts_per_tok", "moe.experts_per_token"),
+  Key("moe_intermediate_size", "moe.expert_width", REQUIRED),
+  Key("norm_topk_prob", "moe.normalized", False),
+  Key("router_aux_loss_coef", "moe.load_balance_weight", 0.001),
+)
+QWEN2_SETTINGS = (*KEYS, WINDOWS, ours(qkv_biased=True))
+QWEN2_MOE_SETTINGS = (
+  *(*KEYS, WINDOWS, *QWEN_MOE),
+  Rule(read_shared_experts, write_shared_experts),
+  Key("qkv_bias", "qkv_biased", True),
+)
+QWEN3_SETTINGS = (
+  *(*defaults(KEYS, head_dim=128), *BIASES, WINDOWS),
+  ours(qk_norm="head"),
+)
+QWEN3_MOE_SETTINGS = (
+  *(*KEYS, *BIASES, *QWEN_MOE),
+  Rule(read_window, write_window),
+  ours(qk_norm="head"),
+)
+
+# -- Gemma
 
 
-def write_qwen2_moe(cfg: ResolvedModel) -> dict[str, Any]:
-  shared = cfg.moe.num_shared_experts * cfg.moe.expert_width
-  return {
-    **write_qwen2(cfg),
-    **moe_keys(cfg),
-    "qkv_bias": cfg.qkv_biased,
-    "shared_expert_intermediate_size": shared,
-  }
+def read_activation(hf: Values, found: Fields) -> Fields:
+  if hf.values.get("hidden_activation") is not None:
+    return Choice("hidden_activation", ACTIVATIONS, "gelu").read(hf, found)
+  # The first files say gelu, but were trained with its tanh approximation.
+  return {"activation": "gelu_tanh"} if found["activation"] == "gelu" else {}
 
 
-def read_qwen3_moe(hf: Settings) -> ModelConfig:
-  window = None
-  if hf.get(bool, "use_sliding_window", False):
-    window = hf.get(int, "sliding_window", 4096)  # in every layer
-  moe, biases = qwen_moe(hf), attention_bias(hf)
-  return read(hf, {}, qk_norm="head", moe=moe, window=window, **biases)
-
-
-def write_qwen3_moe(cfg: ResolvedModel) -> dict[str, Any]:
-  return {
-    **write_mistral(cfg),
-    **moe_keys(cfg),
-    "use_sliding_window": cfg.window is not None,
-    "attention_bias": cfg.qkv_biased,
-  }
-
-
-def read_phi3(hf: Settings) -> ModelConfig:
-  return read(hf, {"rms_norm_eps": 1e-5}, window=hf.get(int, "sliding_window", None))
-
-
-def read_olmo2(hf: Settings) -> ModelConfig:
-  defaults = {"rms_norm_eps": 1e-5}
-  biases = attention_bias(hf)
-  return read(hf, defaults, norm_placement="output", qk_norm="width", **biases)
-
-
-def write_olmo2(cfg: ResolvedModel) -> dict[str, Any]:
-  return {**write(cfg), "attention_bias": cfg.qkv_biased}
-
-
-def read_gemma(hf: Settings, **ours: Any) -> ModelConfig:
-  hf.demand(use_bidirectional_attention=False)
-  key = "hidden_act" if hf.values.get("hidden_activation") is None else "hidden_activation"
-  defaults = {"tie_word_embeddings": True, "head_dim": 256, "max_position_embeddings": 8192}
-  ours |= dict(embedding_scaled=True, **attention_bias(hf))
-  cfg = read(hf, defaults, (key, "gelu_pytorch_tanh"), **ours)
-  if key == "hidden_act" and cfg.activation == "gelu":
-    # The first files say gelu, but were trained with its tanh approximation.
-    cfg = dataclasses.replace(cfg, activation="gelu_tanh")
-  return cfg
-
-
-def write_gemma(cfg: ResolvedModel) -> dict[str, Any]:
-  return {**write(cfg), "attention_bias": cfg.qkv_biased}
-
-
-def read_gemma2(hf: Settings, pattern: str = "LG", **ours: Any) -> ModelConfig:
-  """Gemma 2 and, with other fields, Gemma 3."""
+def read_scale(hf: Values, found: Fields) -> Fields:
   scalar = hf.get(float, "query_pre_attn_scalar", 256.0)
   if scalar <= 0:
     raise hf.refused("query_pre_attn_scalar", "it is positive")
-  softcaps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-  softcaps |= {key: hf.values[key] for key in softcaps if key in hf.values}
-  capped = Settings(softcaps, hf.origin)
-  return read_gemma(
-    hf,
-    norm_placement="both",
-    attention_scale=scalar**-0.5,
-    attention_softcap=capped.get(float, "attn_logit_softcapping", None),
-    logit_softcap=capped.get(float, "final_logit_softcapping", None),
-    window=hf.get(int, "sliding_window", 4096),
-    layer_pattern=hf.layer_pattern(hf.get(int, "num_hidden_layers"), pattern),
-    **ours,
-  )
+  return {"attention_scale": scalar**-0.5}
 
 
-def write_gemma2(cfg: ResolvedModel) -> dict[str, Any]:
-  return {
-    **write_gemma(cfg),
-    "hidden_activation": ACTIVATION_NAMES[cfg.activation],
-    "query_pre_attn_scalar": round(cfg.attention_scale**-2),
-    "attn_logit_softcapping": cfg.attention_softcap,
-    "final_logit_softcapping": cfg.logit_softcap,
-    "sliding_window": cfg.window or cfg.context,
-    "layer_types": layer_types(cfg),
-  }
+def write_scale(cfg: ResolvedModel) -> Keys:
+  return {"query_pre_attn_scalar": round(cfg.attention_scale**-2)}
 
 
-# Keys that the text config of a model with image input leaves out.
-GEMMA_3_DEFAULTS: dict[str, Any] = {
-  "vocab_size": 262_208,
-  "num_attention_heads": 8,
-  "num_key_value_heads": 4,
-  "max_position_embeddings": 131_072,
-  "rope_theta": 1e6,
-  "attn_logit_softcapping": None,
-  "final_logit_softcapping": None,
-}
-
-
-def read_gemma3(hf: Settings) -> ModelConfig:
-  of_kind = hf.inner("rope_parameters") or Settings({}, hf.origin)
-  whole, local = of_kind.inner("full_attention"), of_kind.inner("sliding_attention")
-  theta = hf.get(float, "rope_local_base_freq", 10_000.0)
-  if local is not None:
-    local.demand(rope_type="default")
-    theta = local.get(float, "rope_theta", theta)
-  values = GEMMA_3_DEFAULTS | dict(hf.values)
-  if whole is not None:
-    values["rope_parameters"] = dict(whole.values)
+def read_period(hf: Values, found: Fields) -> Fields:
+  """Gemma 3's global layers, of which one follows several local ones."""
   period = hf.get(int, "sliding_window_pattern", 6)
   if not 0 < period < MOST_LAYERS:
     raise hf.refused("sliding_window_pattern", "it is positive")
-  hf = Settings(values, hf.origin, hf.names)
-  cfg = read_gemma2(hf, "L" * (period - 1) + "G", qk_norm="head")
-  return dataclasses.replace(cfg, rope=dataclasses.replace(cfg.rope, local_theta=theta))
+  pattern = "L" * (period - 1) + "G"
+  return {"layer_pattern": layer_pattern(hf, found["depth"], pattern)}
 
 
-def write_gemma3(cfg: ResolvedModel) -> dict[str, Any]:
-  keys = write_gemma2(cfg)
-  theta = cfg.rope.local_theta or cfg.rope.theta
-  return {**keys, "rope_local_base_freq": theta, "use_bidirectional_attention": False}
+def read_both_ropes(hf: Values, found: Fields) -> Fields:
+  """Gemma 3's RoPE, which has another base in local layers, and there no scaling."""
+  of_kind = hf.inner("rope_parameters")
+  whole, local = of_kind.inner("full_attention"), of_kind.inner("sliding_attention")
+  local.demand(rope_type="default")
+  older = hf.get(float, "rope_local_base_freq", 10_000.0)
+  fields = {"rope.local_theta": local.get(float, "rope_theta", older)}
+  if whole.values:
+    hf = Values({**hf.values, "rope_parameters": whole.values}, hf.origin)
+  return fields | read_rope(hf, found)
 
 
-def read_gemma3_multimodal(hf: Settings) -> ModelConfig:
-  """The language model of a Gemma 3 with image input."""
-  text = hf.inner("text_config")
-  if text is None:
-    raise hf.refused("text_config", "it is an object")
-  return read_gemma3(text)
+def write_both_ropes(cfg: ResolvedModel) -> Keys:
+  local = cfg.rope.local_theta or fixed_base(cfg).theta
+  return {**write_rope(cfg), "rope_local_base_freq": local}
 
 
-def write_gemma3_multimodal(cfg: ResolvedModel) -> dict[str, Any]:
-  raise CheckpointError("gemma3 has image input, which flaxlm lacks", "use gemma3_text")
-
+GEMMA_SETTINGS: tuple[Row, ...] = (
+  *defaults(
+    KEYS,
+    hidden_act="gelu_pytorch_tanh",
+    tie_word_embeddings=True,
+    head_dim=256,
+    max_position_embeddings=8192,
+  ),
+  *BIASES,
+  Rule(read_activation),
+  fixed(use_bidirectional_attention=False),
+  ours(embedding_scaled=True),
+)
+GEMMA_2_SETTINGS = (
+  *GEMMA_SETTINGS,
+  # Written after it has been read from either key, so that any activation has a place.
+  Rule(write=Choice("hidden_activation", ACTIVATIONS, "gelu").write),
+  Rule(read_scale, write_scale),
+  Key("attn_logit_softcapping", "attention_softcap", 50.0, nullable=True),
+  Key("final_logit_softcapping", "logit_softcap", 30.0, nullable=True),
+  Rule(
+    lambda hf, found: {"window": hf.get(int, "sliding_window", 4096)},
+    lambda cfg: {"sliding_window": cfg.window or cfg.context},
+  ),
+  Rule(
+    lambda hf, found: {"layer_pattern": layer_pattern(hf, found["depth"], "LG")},
+    lambda cfg: {"layer_types": layer_types(cfg)},
+  ),
+  ours(norm_placement="both"),
+)
+# The defaults are those of the text model in a model with image input.
+GEMMA_3_SETTINGS = (
+  *defaults(
+    tuple(row for row in GEMMA_2_SETTINGS if row is not ROPE),
+    vocab_size=262_208,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    max_position_embeddings=131_072,
+    rope_theta=1e6,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+  ),
+  Rule(read_both_ropes, write_both_ropes),
+  Rule(read_period),
+  ours(qk_norm="head"),
+)
 
 # -- Families ------------------------------------------------------------------------------
 
 
-def family(
-  model_type: str, name: str, rows: tuple[Weight, ...], read: Any, write: Any
-) -> Family:
-  return Family(
-    model_type,
-    (f"{name}ForCausalLM", f"{name}Model"),
-    lambda _: rows,
-    read,
-    write,
-    prefix="model.",
-    tied=(("lm_head.weight", "model.embed_tokens.weight"),),
-    ignored=(r"rotary_emb\.inv_freq$",),
-  )
-
-
+family = functools.partial(
+  causal, embedding="model.embed_tokens", ignored=(r"rotary_emb\.inv_freq$",)
+)
 FAMILIES = (
-  family("llama", "Llama", LLAMA, read_llama, write_llama),
-  family("mistral", "Mistral", LLAMA, read_mistral, write_mistral),
-  family("mixtral", "Mixtral", MIXTRAL, read_mixtral, write_mixtral),
-  family("qwen2", "Qwen2", LLAMA, read_qwen2, write_qwen2),
-  family("qwen2_moe", "Qwen2Moe", QWEN2_MOE, read_qwen2_moe, write_qwen2_moe),
-  family("qwen3", "Qwen3", QWEN3, read_qwen3, write_qwen3),
-  family("qwen3_moe", "Qwen3Moe", QWEN3_MOE, read_qwen3_moe, write_qwen3_moe),
-  family("gemma", "Gemma", GEMMA, read_gemma, write_gemma),
-  family("gemma2", "Gemma2", GEMMA_2, read_gemma2, write_gemma2),
-  family("gemma3_text", "Gemma3", GEMMA_3, read_gemma3, write_gemma3),
+  family("llama", "Llama", LLAMA, LLAMA_SETTINGS),
+  family("mistral", "Mistral", LLAMA, MISTRAL_SETTINGS),
+  family("mixtral", "Mixtral", MIXTRAL, MIXTRAL_SETTINGS),
+  family("qwen2", "Qwen2", LLAMA, QWEN2_SETTINGS),
+  family("qwen2_moe", "Qwen2Moe", QWEN2_MOE, QWEN2_MOE_SETTINGS),
+  family("qwen3", "Qwen3", QWEN3, QWEN3_SETTINGS),
+  family("qwen3_moe", "Qwen3Moe", QWEN3_MOE, QWEN3_MOE_SETTINGS),
+  family("gemma", "Gemma", GEMMA, GEMMA_SETTINGS),
+  family("gemma2", "Gemma2", GEMMA_2, GEMMA_2_SETTINGS),
+  family("gemma3_text", "Gemma3", GEMMA_3, GEMMA_3_SETTINGS),
   Family(
     "gemma3",
     ("Gemma3ForConditionalGeneration", "Gemma3Model"),
-    lambda _: tuple(
+    tuple(
       dataclasses.replace(row, theirs=f"language_model.{row.theirs}") for row in GEMMA_3
     ),
-    read_gemma3_multimodal,
-    write_gemma3_multimodal,
+    GEMMA_3_SETTINGS,
     prefix="language_model.",
     tied=(("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),),
     ignored=(r"^vision_tower\.", r"^multi_modal_projector\."),
+    inner="text_config",
   ),
-  family("phi3", "Phi3", PHI3, read_phi3, write_mistral),
-  family("olmo2", "Olmo2", OLMO2, read_olmo2, write_olmo2),
+  family("phi3", "Phi3", PHI3, PHI3_SETTINGS),
+  family("olmo2", "Olmo2", OLMO2, OLMO2_SETTINGS),
 )

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +21,7 @@ import numpy as np
 
 from flaxlm.errors import CheckpointError
 from flaxlm.interop.layouts import Shape
-from flaxlm.interop.settings import parse_json, read_json
+from flaxlm.interop.values import parse_json, read_json
 
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 200_000
@@ -96,7 +96,7 @@ def _open_index(folder: Path) -> dict[str, Tensor]:
     raise CheckpointError(f"{folder / INDEX} has no weight_map")
   files: dict[str, dict[str, Tensor]] = {}
   for name, file in where.items():
-    if file not in files if isinstance(file, str) else True:
+    if not isinstance(file, str) or file not in files:
       files[file] = read_header(_inside(folder, file))
     if name not in files[file]:
       raise CheckpointError(f"{folder / INDEX}: {name} is not in {file}")
@@ -221,22 +221,21 @@ def write_files(
   shapes: Mapping[str, Shape],
   dtype: np.dtype,
   most: int,
-  values: Any,
-) -> list[Path]:
-  """Writes `values(name)` for every name of `shapes`; returns the files.
+  values: Callable[[str], np.ndarray],
+) -> None:
+  """Writes `values(name)` for every name of `shapes`, in files of at most `most` bytes.
 
   Only one tensor is in memory at a time. Several files get an index.
   """
   sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
   files = plan_files(sizes, most)
-  several = len(files) > 1
-  paths: list[Path] = []
   where: dict[str, str] = {}
   for number, names in enumerate(files, 1):
-    file = f"model-{number:05}-of-{len(files):05}.safetensors" if several else SINGLE
+    file = f"model-{number:05}-of-{len(files):05}.safetensors"
+    if len(files) == 1:
+      file = SINGLE
     where |= dict.fromkeys(names, file)
-    paths.append(folder / file)
-    with paths[-1].open("wb") as out:
+    with (folder / file).open("wb") as out:
       write_header(out, {name: shapes[name] for name in names}, dtype)
       for name in names:
         array = np.asarray(values(name), dtype, order="C")
@@ -244,7 +243,6 @@ def write_files(
         out.write(array.reshape(-1).view(np.uint8).data)
       out.flush()
       os.fsync(out.fileno())
-  if several:
+  if len(files) > 1:
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-  return paths

@@ -1,234 +1,272 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's config.json: read key by key, with types and bounds, and written.
+"""Tables of settings: how the keys of a config.json correspond to fields of `ModelConfig`.
 
-Values that both sides express alike are in a table of (their key, our field), which
-is used in both directions (`Settings.fields`, `to_keys`). Each family converts the rest.
+A table is a tuple of rows. Each row can read (their values become our fields) and write
+(our config becomes their keys), so that one table serves import and export. Our fields have
+dotted names, as in `rope.theta`. If two rows have the same field or key, the later one
+counts, so that a family's table can begin with that of another.
 """
 
 import dataclasses
-import json
 import math
+import operator
 import typing
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from flaxlm.config import (
-  ModelConfig,
-  MoEConfig,
-  ResolvedModel,
-  ResolvedMoE,
-  ResolvedRope,
-  RopeConfig,
-)
-from flaxlm.errors import CheckpointError
+from flax.traverse_util import unflatten_dict
 
-MAX_JSON_BYTES = 32 * 2**20
-MOST = 2**31  # limit of integers in a config
+from flaxlm.config import ModelConfig, MoEConfig, ResolvedModel, RopeConfig, knobs
+from flaxlm.errors import CheckpointError
+from flaxlm.interop.values import REQUIRED, Values
+
 MOST_LAYERS = 10_000
 
-Keys = tuple[tuple[str, str], ...]
+Fields = dict[str, Any]  # of ours, by their dotted names
+Keys = dict[str, Any]  # of a config.json
 
-ACTIVATIONS = {
-  "gelu": "gelu",
-  "gelu_new": "gelu_tanh",
-  "gelu_pytorch_tanh": "gelu_tanh",
-  "gelu_fast": "gelu_tanh",
-  "silu": "silu",
-  "swish": "silu",
-  "relu": "relu",
-}
-ACTIVATION_NAMES = {
-  "gelu": "gelu",
-  "gelu_tanh": "gelu_pytorch_tanh",
-  "silu": "silu",
-  "relu": "relu",
-}
-
-_REQUIRED = object()
+KINDS = {name: kind for name, kind, _ in knobs(ModelConfig)}
+_UNSET = object()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-  """The object in a JSON file. Raises `CheckpointError`, also for duplicate keys."""
-  try:
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-      raise CheckpointError(f"{path} has {size} bytes", f"at most {MAX_JSON_BYTES}")
-    return parse_json(path.read_bytes(), str(path))
-  except OSError as e:
-    raise CheckpointError(f"{path} cannot be read: {e}") from e
+# -- Rows ----------------------------------------------------------------------------------
 
 
-def parse_json(text: bytes, origin: str) -> dict[str, Any]:
-  """The JSON object in `text`; `origin` names it in errors."""
-  try:
-    values = json.loads(text.decode("utf-8"), object_pairs_hook=_no_doubles)
-  except (ValueError, RecursionError) as e:
-    raise CheckpointError(f"{origin} is not JSON: {e}") from e
-  if not isinstance(values, dict):
-    raise CheckpointError(f"{origin} is not a JSON object")
-  return values
+@dataclasses.dataclass(frozen=True)
+class Key:
+  """A key and a field that have the same value.
 
-
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  values = dict(pairs)
-  if len(values) < len(pairs):
-    [(double, _)] = Counter(name for name, _ in pairs).most_common(1)
-    raise ValueError(f"{double!r} is there twice")
-  return values
-
-
-class Settings:
-  """The values of a config.json, and the names of the tensors beside it.
-
-  Every method raises `CheckpointError` for a value of the wrong type or out of bounds.
+  default: for a file where the key is missing or null. By default it is what an earlier row
+    has found for the field, or else None if the field can be None; other keys are required.
+  nullable: null is a value, and the default is only for a file without the key.
+  older: the name of the key in older files, which is only read.
   """
 
-  def __init__(self, values: Mapping[str, Any], origin: str, names: Iterable[str] = ()):
-    self.values, self.origin, self.names = values, origin, frozenset(names)
+  theirs: str
+  ours: str
+  default: Any = _UNSET
+  nullable: bool = False
+  older: str = ""
 
-  def refused(self, key: str, cure: str = "") -> CheckpointError:
-    return CheckpointError(f"{self.origin}: {key} is {self.values.get(key)!r}", cure)
+  def read(self, hf: Values, found: Fields) -> Fields:
+    kind, *others = typing.get_args(KINDS[self.ours]) or (KINDS[self.ours],)
+    default = self.default
+    if default is _UNSET:
+      default = found.get(self.ours, None if others else REQUIRED)
+    if self.nullable and self.theirs in hf.values:
+      default = None
+    if self.older and hf.values.get(self.theirs) is None:
+      default = hf.get(kind, self.older, default)
+    return {self.ours: hf.get(kind, self.theirs, default)}
 
-  def inner(self, *keys: str) -> "Settings | None":
-    """The object under the first of `keys` that is present, not null and not empty."""
-    for key in keys:
-      value = self.values.get(key)
-      if value:
-        if not isinstance(value, dict):
-          raise self.refused(key, "it must be an object")
-        return Settings(value, f"{self.origin}: {key}", self.names)
-    return None
+  def write(self, cfg: ResolvedModel) -> Keys:
+    return {self.theirs: operator.attrgetter(self.ours)(cfg)}
 
-  def get(self, kind: Any, key: str, default: Any = _REQUIRED) -> Any:
-    """The int, float, bool or str under `key`; `default` if it is missing or null."""
-    value = self.values.get(key)
-    if value is None:
-      if default is _REQUIRED:
-        raise CheckpointError(f"{self.origin} has no {key}")
-      return default
-    if kind is float and type(value) is int and abs(value) < MOST:
-      value = float(value)
-    if type(value) is not kind:
-      raise self.refused(key, f"it must be of type {kind.__name__}")
-    if (kind is int and not -MOST < value < MOST) or (
-      kind is float and not math.isfinite(value)
-    ):
-      raise self.refused(key, "it is out of bounds")
-    return value
 
-  def fields(self, keys: Keys, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Our fields, {name: value}, from a table of (their key, our field).
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """A key whose values stand for fields of ours: {their value: {our field: value}}.
 
-    A key may be missing if our field may be None, or if `defaults` (by their key) has it.
-    """
-    hints = typing.get_type_hints(ModelConfig)
-    found = {}
-    for key, field in keys:
-      arguments = typing.get_args(hints[field])
-      default = None if arguments else _REQUIRED
-      default = (defaults or {}).get(key, default)
-      found[field] = self.get(arguments[0] if arguments else hints[field], key, default)
-    depth = found.get("depth", 0)
+  Of several values that stand for the same, the first is written.
+  """
+
+  theirs: str
+  choices: Mapping[Any, Fields]
+  default: Any
+
+  def read(self, hf: Values, found: Fields) -> Fields:
+    value = hf.get(type(self.default), self.theirs, self.default)
+    if value not in self.choices:
+      raise hf.refused(self.theirs, f"use one of {', '.join(map(str, self.choices))}")
+    return dict(self.choices[value])
+
+  def write(self, cfg: ResolvedModel) -> Keys:
+    for theirs, fields in self.choices.items():
+      if all(getattr(cfg, name) == value for name, value in fields.items()):
+        return {self.theirs: theirs}
+    return {self.theirs: self.default}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """A row of two functions, for all that is not one key and one field.
+
+  `read` also gets the fields that earlier rows have found.
+  """
+
+  read: Callable[[Values, Fields], Fields] = lambda hf, found: {}
+  write: Callable[[ResolvedModel], Keys] = lambda cfg: {}
+
+
+Row = Key | Choice | Rule
+
+
+def ours(**fields: Any) -> Rule:
+  """Fields that all models of a family have in common, and for which there is no key."""
+  return Rule(read=lambda hf, found: fields)
+
+
+def written(**keys: Any) -> Rule:
+  """Keys that are only written."""
+  return Rule(write=lambda cfg: keys)
+
+
+def fixed(**keys: Any) -> Rule:
+  """Keys for which flaxlm supports one value, the default; any other is refused."""
+
+  def read(hf: Values, found: Fields) -> Fields:
+    hf.demand(**keys)
+    return {}
+
+  return Rule(read, lambda cfg: keys)
+
+
+def defaults(rows: tuple[Row, ...], **values: Any) -> tuple[Row, ...]:
+  """`rows` with other defaults, by their keys."""
+  return tuple(
+    dataclasses.replace(row, default=values[row.theirs])
+    if isinstance(row, Key | Choice) and row.theirs in values
+    else row
+    for row in rows
+  )
+
+
+# -- The engine ----------------------------------------------------------------------------
+
+
+def read_fields(rows: tuple[Row, ...], hf: Values) -> ModelConfig:
+  """The model of a config.json, not checked yet. Raises `CheckpointError`."""
+  found: Fields = {}
+  for row in rows:
+    found |= row.read(hf, found)
+    depth = max(found.get(name) or 0 for name in ("depth", "encoder_depth"))
     if depth > MOST_LAYERS:
-      raise CheckpointError(f"{self.origin}: {depth} layers", f"at most {MOST_LAYERS}")
-    return found
+      raise CheckpointError(f"{hf.origin}: {depth} layers", f"at most {MOST_LAYERS}")
+  fields = unflatten_dict(found, sep=".")
+  for name, kind in (("rope", RopeConfig), ("moe", MoEConfig)):
+    fields[name] = kind(**fields.get(name, {}))
+  return ModelConfig(**fields)
 
-  def activation(self, key: str, default: str) -> Any:
-    name = self.get(str, key, default)
-    if name not in ACTIVATIONS:
-      raise self.refused(key, f"use one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
 
-  def demand(self, **values: Any) -> None:
-    """Raises `CheckpointError` for a key that is present with another value than these."""
-    for key, wanted in values.items():
-      value = self.values.get(key)
-      if value is not None and value != wanted:
-        raise self.refused(key, f"flaxlm supports only {wanted!r}")
+def write_keys(rows: tuple[Row, ...], cfg: ResolvedModel) -> Keys:
+  """The inverse of `read_fields`; it leaves out what the rows have no key for."""
+  return {key: value for row in rows for key, value in row.write(cfg).items()}
 
-  def has(self, end: str) -> bool:
-    """Whether the name of some tensor has this ending."""
-    return any(name.endswith(end) for name in self.names)
 
-  # -- Positions and windows
+# -- Keys that most families have ----------------------------------------------------------
 
-  def rope(self, head_dim: int, context: int, defaults: Mapping[str, float]) -> RopeConfig:
-    """RoPE, from newer files (rope_parameters) or older ones (rope_theta and others).
+SIZES = (
+  Key("vocab_size", "vocab_size"),
+  Key("hidden_size", "width"),
+  Key("num_hidden_layers", "depth"),
+  Key("num_attention_heads", "num_heads"),
+  Key("max_position_embeddings", "context", 2048),
+)
 
-    `defaults` may have rope_theta and partial_rotary_factor, for files without them.
-    """
-    scaling = self.inner("rope_parameters", "rope_scaling") or Settings({}, self.origin)
-    both = Settings(dict(defaults) | dict(self.values) | dict(scaling.values), self.origin)
-    share = both.get(float, "partial_rotary_factor", both.get(float, "rotary_pct", 1.0))
-    rope = dict(
-      theta=both.get(float, "rope_theta", 10_000.0),
-      fraction=rotary_fraction(int(head_dim * share), head_dim),
-    )
-    if rope["theta"] <= 1:
-      raise both.refused("rope_theta", "it must be more than 1")
-    older = scaling.get(str, "type", "default")
-    kind = scaling.get(str, "rope_type", older)
-    original = self.values.get("original_max_position_embeddings")
-    if original is None:
-      original = scaling.values.get("original_max_position_embeddings", context)
-    match kind:
-      case "default":
-        return RopeConfig(**rope)
-      case "linear":
-        return RopeConfig(**rope, scaling="linear", factor=scaling.get(float, "factor"))
-      case "llama3":
-        slow = scaling.get(float, "low_freq_factor")
-        if scaling.get(float, "high_freq_factor") <= slow:
-          raise scaling.refused("high_freq_factor", f"it must be more than {slow}")
-        return RopeConfig(
-          **rope,
-          scaling="llama3",
-          factor=scaling.get(float, "factor"),
-          original_context=scaling.get(int, "original_max_position_embeddings"),
-          slow_turns=slow,
-          fast_turns=scaling.get(float, "high_freq_factor"),
-        )
-      case "yarn":
-        scaling.demand(mscale=None, mscale_all_dim=None, truncate=True)
-        return RopeConfig(
-          **rope,
-          scaling="yarn",
-          factor=scaling.get(float, "factor"),
-          original_context=original if type(original) is int else context,
-          slow_turns=scaling.get(float, "beta_slow", 1.0),
-          fast_turns=scaling.get(float, "beta_fast", 32.0),
-          attention_factor=scaling.get(float, "attention_factor", None),
-        )
+ACTIVATIONS: Mapping[str, Fields] = {
+  "gelu": {"activation": "gelu"},
+  "gelu_pytorch_tanh": {"activation": "gelu_tanh"},
+  "gelu_new": {"activation": "gelu_tanh"},
+  "gelu_fast": {"activation": "gelu_tanh"},
+  "silu": {"activation": "silu"},
+  "swish": {"activation": "silu"},
+  "relu": {"activation": "relu"},
+}
+
+
+# -- RoPE ----------------------------------------------------------------------------------
+
+ORIGINAL = "original_max_position_embeddings"
+FACTOR = Key("factor", "rope.factor", REQUIRED)
+# The keys of each kind of scaling.
+SCALINGS: Mapping[str, tuple[Key, ...]] = {
+  "default": (),
+  "linear": (FACTOR,),
+  "llama3": (
+    FACTOR,
+    Key(ORIGINAL, "rope.original_context", REQUIRED),
+    Key("low_freq_factor", "rope.slow_turns", REQUIRED),
+    Key("high_freq_factor", "rope.fast_turns", REQUIRED),
+  ),
+  "yarn": (
+    FACTOR,
+    Key(ORIGINAL, "rope.original_context"),
+    Key("beta_slow", "rope.slow_turns", 1.0),
+    Key("beta_fast", "rope.fast_turns", 32.0),
+    Key("attention_factor", "rope.attention_factor"),
+  ),
+}
+
+
+def read_rope(hf: Values, found: Fields) -> Fields:
+  """RoPE, from newer files (rope_parameters) or older ones (rope_theta and others)."""
+  scaling = hf.inner("rope_parameters", "rope_scaling")
+  both = Values({**hf.values, **scaling.values}, hf.origin)
+  theta = both.get(float, "rope_theta", found.get("rope.theta", 10_000.0))
+  if theta <= 1:
+    raise both.refused("rope_theta", "it must be more than 1")
+  size = head_dim(hf, found)
+  share = both.get(float, "partial_rotary_factor", found.get("rope.fraction", 1.0))
+  fields = {"rope.theta": theta, "rope.fraction": rotary_fraction(int(size * share), size)}
+  kind = scaling.get(str, "rope_type", scaling.get(str, "type", "default"))
+  if kind not in SCALINGS:
     raise CheckpointError(
-      f"{self.origin}: RoPE scaling {kind!r} is not supported",
-      "supported: default, linear, llama3 and yarn",
+      f"{hf.origin}: RoPE scaling {kind!r} is not supported",
+      f"supported: {', '.join(SCALINGS)}",
     )
-
-  def layer_pattern(self, depth: int, default: str) -> str:
-    """The shortest pattern of L and G from their layer_types, or else from `default`,
-    repeated over the layers."""
-    kinds = self.values.get("layer_types")
-    if kinds is None:
-      return shortest_period((default * depth)[:depth])
-    letters = {"full_attention": "G", "sliding_attention": "L"}
-    if not isinstance(kinds, list) or len(kinds) != depth:
-      raise CheckpointError(f"{self.origin}: layer_types is not a list of {depth} kinds")
-    unknown = [kind for kind in kinds if not isinstance(kind, str) or kind not in letters]
-    if unknown:
-      raise CheckpointError(
-        f"{self.origin}: layer_types has {unknown[0]!r}", f"supported: {', '.join(letters)}"
-      )
-    return shortest_period("".join(letters[kind] for kind in kinds))
+  if kind != "default":
+    fields["rope.scaling"] = kind
+  if kind == "llama3":
+    slow = scaling.get(float, "low_freq_factor")
+    if scaling.get(float, "high_freq_factor") <= slow:
+      raise scaling.refused("high_freq_factor", f"it must be more than {slow}")
+  if kind == "yarn":
+    scaling.demand(mscale=None, mscale_all_dim=None, truncate=True)
+    context = scaling.get(int, ORIGINAL, found["context"])
+    context = hf.get(int, ORIGINAL, context)
+    scaling = Values({**scaling.values, ORIGINAL: context}, scaling.origin)
+  for row in SCALINGS[kind]:
+    fields |= row.read(scaling, fields)
+  return fields
 
 
-def head_dim(hf: Settings, cfg: ModelConfig) -> int:
-  """The head dim of a config that is neither resolved nor checked yet."""
-  heads = cfg.num_heads
-  if not cfg.head_dim and (heads < 1 or cfg.width < heads or cfg.width % heads):
-    raise CheckpointError(f"{hf.origin}: {heads} heads cannot share a width of {cfg.width}")
-  return cfg.head_dim or cfg.width // heads
+def write_rope(cfg: ResolvedModel) -> Keys:
+  """RoPE in the keys that all versions of transformers read."""
+  rope = fixed_base(cfg)
+  scaling = None
+  if rope.scaling != "none":
+    keys = write_keys(SCALINGS[rope.scaling], cfg)
+    scaling = {"rope_type": rope.scaling}
+    scaling |= {key: value for key, value in keys.items() if value is not None}
+  share = {} if rope.fraction == 1 else {"partial_rotary_factor": rope.fraction}
+  return {"rope_theta": rope.theta, "rope_scaling": scaling, **share}
+
+
+ROPE = Rule(read_rope, write_rope)
+
+
+def fixed_base(cfg: ResolvedModel) -> RopeConfig:
+  """RoPE without ntk scaling, which by a fixed factor is the same as a larger base."""
+  rope = cfg.rope
+  if rope.scaling != "ntk":
+    return rope
+  num_dims = rotary_dims(cfg)
+  theta = rope.theta * rope.factor ** (num_dims / max(1, num_dims - 2))
+  return dataclasses.replace(rope, scaling="none", theta=theta)
+
+
+def head_dim(hf: Values, found: Fields) -> int:
+  """The head dim of a model of which only these fields are known, and not checked."""
+  width, heads = found["width"], found["num_heads"]
+  given = found.get("head_dim")
+  if not given and (heads < 1 or width < heads or width % heads):
+    raise CheckpointError(f"{hf.origin}: {heads} heads cannot share a width of {width}")
+  return given or width // heads
+
+
+def rotary_dims(cfg: ResolvedModel) -> int:
+  """How many dims of a head are rotated, as `nn.positions` computes it."""
+  return 2 * int(cfg.head_dim * cfg.rope.fraction / 2)
 
 
 def rotary_fraction(num_dims: int, head_dim: int) -> float:
@@ -245,122 +283,35 @@ def rotary_fraction(num_dims: int, head_dim: int) -> float:
   return fraction
 
 
+# -- Windows -------------------------------------------------------------------------------
+
+LAYER_KINDS = {"full_attention": "G", "sliding_attention": "L"}
+
+
+def layer_pattern(hf: Values, depth: int, default: str) -> str:
+  """The shortest pattern of L and G from their layer_types, or else from `default`, which
+  is repeated over the layers."""
+  kinds = hf.values.get("layer_types")
+  if kinds is None:
+    return shortest_period((default * depth)[:depth])
+  if not isinstance(kinds, list) or len(kinds) != depth:
+    raise CheckpointError(f"{hf.origin}: layer_types is not a list of {depth} kinds")
+  for kind in kinds:
+    if not isinstance(kind, str) or kind not in LAYER_KINDS:
+      raise CheckpointError(
+        f"{hf.origin}: layer_types has {kind!r}", f"supported: {', '.join(LAYER_KINDS)}"
+      )
+  return shortest_period("".join(LAYER_KINDS[kind] for kind in kinds))
+
+
+def layer_types(cfg: ResolvedModel) -> list[str]:
+  """Their name for the kind of each layer."""
+  names = {ours: theirs for theirs, ours in LAYER_KINDS.items()}
+  return [names[kind] for kind in cfg.layer_kinds()]
+
+
 def shortest_period(kinds: str) -> str:
   """The shortest string that gives `kinds` when it is repeated and cut to its length."""
   sizes = range(1, len(kinds))
   whole = (kinds[:size] for size in sizes if kinds.startswith(kinds[size:]))
   return next(whole, kinds)
-
-
-# -- Writing -------------------------------------------------------------------------------
-
-
-def to_keys(cfg: ResolvedModel, keys: Keys) -> dict[str, Any]:
-  """The inverse of `Settings.fields`."""
-  return {key: getattr(cfg, field) for key, field in keys}
-
-
-def rope_keys(rope: RopeConfig, head_dim: int) -> dict[str, Any]:
-  """RoPE in the keys that all versions of transformers read."""
-  theta, scaling = rope.theta, None
-  match rope.scaling:
-    case "linear":
-      scaling = {"rope_type": "linear", "factor": rope.factor}
-    case "ntk":  # a fixed factor: the same as a larger base
-      num_dims = 2 * int(head_dim * rope.fraction / 2)
-      theta *= rope.factor ** (num_dims / max(1, num_dims - 2))
-    case "llama3":
-      scaling = {
-        "rope_type": "llama3",
-        "factor": rope.factor,
-        "original_max_position_embeddings": rope.original_context,
-        "low_freq_factor": rope.slow_turns,
-        "high_freq_factor": rope.fast_turns,
-      }
-    case "yarn":
-      scaling = {
-        "rope_type": "yarn",
-        "factor": rope.factor,
-        "original_max_position_embeddings": rope.original_context,
-        "beta_slow": rope.slow_turns,
-        "beta_fast": rope.fast_turns,
-      }
-      if rope.attention_factor is not None:
-        scaling["attention_factor"] = rope.attention_factor
-  keys: dict[str, Any] = {"rope_theta": theta, "rope_scaling": scaling}
-  if rope.fraction != 1:
-    keys["partial_rotary_factor"] = rope.fraction
-  return keys
-
-
-def layer_types(cfg: ResolvedModel) -> list[str]:
-  """Their name for the kind of each layer."""
-  names = {"G": "full_attention", "L": "sliding_attention"}
-  return [names[cfg.period[n % len(cfg.period)]] for n in range(cfg.depth)]
-
-
-def canonical(cfg: ModelConfig) -> ResolvedModel:
-  """`cfg` without fields that only training reads, or that have no effect here.
-
-  Two configs that compute the same have the same canonical config.
-  """
-  cfg = cfg.resolve()
-  kinds = cfg.layer_kinds()
-  window = cfg.window if "L" in kinds else None
-  if window is not None and window >= cfg.context:
-    window, kinds = None, "G" * cfg.depth
-  return dataclasses.replace(
-    cfg,
-    layer_pattern=shortest_period(kinds),
-    window=window,
-    sink_tokens=cfg.sink_tokens if window else 0,
-    rope=canonical_rope(cfg),
-    moe=canonical_moe(cfg),
-    encoder_depth=cfg.encoder_depth if cfg.family == "encoder_decoder" else cfg.depth,
-    norm_biased=cfg.norm == "layernorm" and cfg.norm_biased,
-    relative_buckets=cfg.relative_buckets if cfg.positions == "relative" else 32,
-    relative_distance=cfg.relative_distance if cfg.positions == "relative" else 128,
-    cell="lstm",
-    dropout=0.0,
-  )
-
-
-def canonical_rope(cfg: ResolvedModel) -> ResolvedRope:
-  rope = cfg.rope
-  if cfg.positions != "rope":
-    return ResolvedRope(original_context=cfg.context)
-  fixed = rope.scaling == "ntk" or (rope.factor == 1 and rope.attention_factor is None)
-  kept: dict[str, Any] = dict(
-    original_context=cfg.context,
-    theta=rope_keys(rope, cfg.head_dim)["rope_theta"],
-    fraction=rope.fraction,
-    scaling="none" if fixed else rope.scaling,
-  )
-  if "L" in cfg.period and not (
-    kept["scaling"] == "none" and rope.local_theta == rope.theta
-  ):
-    kept["local_theta"] = rope.local_theta
-  if kept["scaling"] != "none":
-    kept["factor"] = rope.factor
-  if kept["scaling"] in ("yarn", "llama3"):
-    kept |= dict(
-      original_context=rope.original_context,
-      slow_turns=rope.slow_turns,
-      fast_turns=rope.fast_turns,
-    )
-  if kept["scaling"] == "yarn":
-    kept["attention_factor"] = rope.attention_factor or 0.1 * math.log(rope.factor) + 1
-  return ResolvedRope(**kept)
-
-
-def canonical_moe(cfg: ResolvedModel) -> Any:
-  plain = MoEConfig()
-  if not cfg.moe.num_experts:
-    return ResolvedMoE(expert_width=cfg.ffn_width)
-  return dataclasses.replace(
-    cfg.moe,
-    capacity_factor=None,  # decoding drops no token
-    load_balance_weight=plain.load_balance_weight,
-    router_z_weight=plain.router_z_weight,
-    shared_gated=cfg.moe.shared_gated and cfg.moe.num_shared_experts > 0,
-  )

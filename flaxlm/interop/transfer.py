@@ -30,16 +30,15 @@ from flaxlm.errors import CheckpointError
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.family import Family
 from flaxlm.interop.huggingface import Loaded, describe, load_checkpoint, save_checkpoint
-from flaxlm.interop.settings import Settings, read_json
+from flaxlm.interop.values import Values, read_json
 from flaxlm.runs import CHECKPOINTS, CONFIG, IMPORTED_FILES, TOKENIZER
 from flaxlm.tokenizers.imported import (
   SPECIALS,
   ImportedTokenizer,
   Specials,
   frame,
-  load_backend,
 )
-from flaxlm.tokenizers.own import MAX_FILE_BYTES
+from flaxlm.tokenizers.own import MAX_FILE_BYTES, load_backend
 
 GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
 # Files that are copied unchanged: only Hugging Face's libraries read them.
@@ -112,16 +111,14 @@ def import_tokenizer(folder: Path, run_dir: Path, config: dict[str, Any]) -> Non
   """Copies tokenizer.json, and writes the special ids of other files beside it."""
   backend = load_backend(folder / TOKENIZER)
   optional = lambda name: read_json(folder / name) if (folder / name).is_file() else {}
-  named = Settings(optional(TOKENIZER_CONFIG), str(folder / TOKENIZER_CONFIG))
+  named = Values(optional(TOKENIZER_CONFIG), str(folder / TOKENIZER_CONFIG))
   ids = config | {k: v for k, v in optional(GENERATION).items() if v is not None}
-  specials = read_specials(backend, named, Settings(ids, str(folder / GENERATION)))
+  specials = read_specials(backend, named, Values(ids, str(folder / GENERATION)))
   shutil.copyfile(folder / TOKENIZER, run_dir / TOKENIZER)
   specials.save(run_dir / SPECIALS)
 
 
-def read_specials(
-  backend: tokenizers.Tokenizer, names: Settings, ids: Settings
-) -> Specials:
+def read_specials(backend: tokenizers.Tokenizer, names: Values, ids: Values) -> Specials:
   """Special ids: from the numbers in the model's files, else from the tokenizer's names."""
 
   def named(role: str) -> int | None:
@@ -140,10 +137,8 @@ def read_specials(
   if not all(type(end) is int and 0 <= end < 2**31 for end in ends):
     raise ids.refused("eos_token_id", "it must be an id or a list of ids")
   bos = numbered("bos")
-  if (
-    ids.values.get("is_encoder_decoder") is True
-  ):  # T5's decoder starts with the padding id
-    bos = ids.get(int, START, numbered("pad"))
+  if ids.values.get("is_encoder_decoder") is True:
+    bos = ids.get(int, START, numbered("pad"))  # T5's decoder starts with the padding id
   prefix, suffix = frame(backend)
   if names.get(bool, "add_bos_token", False) and bos is not None and bos not in prefix:
     prefix = (bos, *prefix)
@@ -164,16 +159,18 @@ def export_run(run: Run, folder: Path, dtype: str | None, most: int) -> Family:
   kept = run.path / IMPORTED_FILES
   origin = read_json(kept / CONFIG) if (kept / CONFIG).is_file() else {}
   imported_from = origin.get("model_type")
-  family = find_fitting(
-    run, sorted(FAMILIES.values(), key=lambda f: f.model_type != imported_from)
-  )
+  candidates = [family for family in FAMILIES.values() if family.inner is None]
+  candidates.sort(key=lambda family: family.model_type != imported_from)
+  family = find_fitting(run, candidates)
   cfg = run.cfg.model
   with new_folder(folder) as partial:
     dtype = dtype or run.cfg.training.param_dtype
     keys = save_checkpoint(partial, cfg, run.params, family, dtype, most)
     if origin:
       ids = {key: origin.get(key) for key in TOKEN_KEYS}
-      copy_kept(run.path, partial)
+      for source in (*(kept / name for name in COPIED), run.path / TOKENIZER):
+        if source.is_file():
+          shutil.copyfile(source, partial / source.name)
     else:
       ids = export_tokenizer(run, partial)
     if cfg.family == "encoder_decoder" and ids.get(START) is None:
@@ -199,15 +196,6 @@ def find_fitting(run: Run, families: Iterable[Family]) -> Family:
     except CheckpointError as e:
       refusals.append(e)
   raise min(refusals, key=lambda e: len(e.cause))
-
-
-def copy_kept(run_dir: Path, folder: Path) -> None:
-  """Copies the files that came with an imported run."""
-  for name in COPIED:
-    if (run_dir / IMPORTED_FILES / name).is_file():
-      shutil.copyfile(run_dir / IMPORTED_FILES / name, folder / name)
-  if (run_dir / TOKENIZER).is_file():
-    shutil.copyfile(run_dir / TOKENIZER, folder / TOKENIZER)
 
 
 def export_tokenizer(run: Run, folder: Path) -> dict[str, Any]:

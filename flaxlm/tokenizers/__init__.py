@@ -17,18 +17,3 @@ from flaxlm.tokenizers.own import (
   Vocabulary,
   train_tokenizer,
 )
-
-__all__ = [
-  "END_OF_TEXT",
-  "MASK",
-  "AnyTokenizer",
-  "ImportedTokenizer",
-  "Role",
-  "Specials",
-  "TextStream",
-  "Tokenizer",
-  "Vocabulary",
-  "expected_vocab_size",
-  "load_tokenizer",
-  "train_tokenizer",
-]

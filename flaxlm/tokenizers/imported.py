@@ -18,11 +18,11 @@ from flaxlm.config import TokenizerConfig
 from flaxlm.errors import DataError
 from flaxlm.tokenizers.own import (
   MASK,
-  MAX_FILE_BYTES,
   Role,
   Tokenizer,
   Vocabulary,
   byte_alphabet,
+  load_backend,
   rust_errors,
 )
 
@@ -71,9 +71,8 @@ class ImportedTokenizer(Vocabulary):
     backend.no_padding()
     self._backend, self._specials = backend, specials
     vocab = backend.get_vocab(with_added_tokens=True)
-    self.vocab_size: int = 1 + max(
-      vocab.values(), default=0
-    )  # there may be gaps between the ids
+    # There may be gaps between the ids.
+    self.vocab_size: int = 1 + max(vocab.values(), default=0)
     self.eos_ids = frozenset(specials.eos_ids)
     self.eos_id: int = next(iter(specials.eos_ids), -1)
     starts = (specials.bos_id, *specials.eos_ids, specials.pad_id, 0)
@@ -178,18 +177,6 @@ class ImportedStream:
     piece = text[len(self._decode(self._ids[: self._shown])) :]
     self._shown = len(self._ids)
     return piece
-
-
-def load_backend(path: Path) -> tokenizers.Tokenizer:
-  """Any tokenizer.json. Raises `DataError` if it is missing, too large or damaged."""
-  try:
-    if path.stat().st_size > MAX_FILE_BYTES:
-      raise DataError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MB")
-    text = path.read_text("utf-8")
-  except (OSError, ValueError) as e:
-    raise DataError(f"cannot read the tokenizer {path}: {e}") from e
-  with rust_errors(f"{path} is not a tokenizer.json"):
-    return tokenizers.Tokenizer.from_str(text)
 
 
 def frame(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -157,7 +157,8 @@ class Tokenizer(Vocabulary):
     if len(self._known_words) > MAX_KNOWN_WORDS:
       self._known_words = {}
     known = self._known_words
-    split = [_word_pattern().findall(text) for text in texts]
+    words_of = re.compile(_WORDS).findall  # `re` keeps what it has compiled
+    split = [words_of(text) for text in texts]
     new = list(set().union(*split).difference(known))
     encoded = self._encode_with_backend(new)
     known.update((word, ids.tobytes()) for word, ids in zip(new, encoded, strict=True))
@@ -182,16 +183,8 @@ class Tokenizer(Vocabulary):
   @staticmethod
   def load(path: str | Path) -> "Tokenizer":
     """Reads a tokenizer.json; raises `DataError` if it is missing, damaged or unfit."""
-    path = Path(path)
     cure = "give --tokenizer.path a byte-level tokenizer.json, or leave it out to train one"
-    try:
-      if path.stat().st_size > MAX_FILE_BYTES:
-        raise DataError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MB", cure)
-      text = path.read_text("utf-8")
-    except (OSError, ValueError) as e:
-      raise DataError(f"cannot read the tokenizer {path}: {e}", cure) from e
-    with rust_errors(f"{path} is not a tokenizer.json", cure):
-      backend = tokenizers.Tokenizer.from_str(text)
+    backend = load_backend(Path(path), cure)
     try:
       return Tokenizer(backend)
     except DataError as e:
@@ -266,17 +259,24 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
 
 
 @functools.cache
-def _word_pattern() -> re.Pattern[str]:
-  return re.compile(_WORDS)
-
-
-@functools.cache
 def byte_alphabet() -> list[str]:
   """The character that stands for each byte 0..255 in byte-level BPE (GPT-2's table)."""
   printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
   others = (b for b in range(256) if b not in printable)
   moved = {byte: 256 + n for n, byte in enumerate(others)}
   return [chr(moved.get(byte, byte)) for byte in range(256)]
+
+
+def load_backend(path: Path, cure: str = "") -> tokenizers.Tokenizer:
+  """Any tokenizer.json. Raises `DataError` if it is missing, too large or damaged."""
+  try:
+    if path.stat().st_size > MAX_FILE_BYTES:
+      raise DataError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MB", cure)
+    text = path.read_text("utf-8")
+  except (OSError, ValueError) as e:
+    raise DataError(f"cannot read the tokenizer {path}: {e}", cure) from e
+  with rust_errors(f"{path} is not a tokenizer.json", cure):
+    return tokenizers.Tokenizer.from_str(text)
 
 
 @contextmanager

@@ -22,10 +22,11 @@ from tiny_models import LLAMA, VARIANTS, scaled
 from flaxlm.config import ModelConfig, MoEConfig, RopeConfig
 from flaxlm.errors import CheckpointError, FlaxLMError
 from flaxlm.interop.families import FAMILIES
-from flaxlm.interop.family import Family
+from flaxlm.interop.family import Family, canonical
 from flaxlm.interop.huggingface import load_checkpoint, read_config, save_checkpoint
 from flaxlm.interop.safetensors import open_checkpoint, write_files
-from flaxlm.interop.settings import Settings, canonical, rotary_fraction, shortest_period
+from flaxlm.interop.settings import rotary_fraction, shortest_period
+from flaxlm.interop.values import Values
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.sharding import make_mesh
 
@@ -42,7 +43,7 @@ def family_of(variant: str) -> Family:
 def config_of(variant: str) -> tuple[Family, ModelConfig]:
   family = family_of(variant)
   values = {"model_type": family.model_type, **VARIANTS[variant].values}
-  return family, read_config(family, Settings(values, "config.json", HEADS))
+  return family, read_config(family, Values(values, "config.json", HEADS))
 
 
 @functools.cache
@@ -136,7 +137,7 @@ def test_code_that_comes_along_is_never_run(llama: Path):
 def test_a_config_survives_the_way_there_and_back(variant: str):
   family, cfg = config_of(variant)
   keys = json.loads(json.dumps(family.keys(cfg, HEADS)))
-  again = read_config(family, Settings(keys, "config.json", HEADS))
+  again = read_config(family, Values(keys, "config.json", HEADS))
   assert canonical(again) == canonical(cfg)
 
 
@@ -304,7 +305,16 @@ def test_older_keys_of_rope_mean_the_same():
   old = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}}
   new = scaled(rope_type="linear", factor=4.0, rope_theta=5e5)
   read = FAMILIES["llama"].read
-  assert read(Settings(LLAMA | old, "old")) == read(Settings(LLAMA | new, "new"))
+  assert read(Values(LLAMA | old, "old")) == read(Values(LLAMA | new, "new"))
+
+
+def test_a_quarter_of_a_neox_head_turns_unless_its_file_says_otherwise():
+  read = FAMILIES["gpt_neox"].read
+  values = LLAMA | {"head_dim": None}
+  for said in ({}, {"rotary_pct": None}, {"partial_rotary_factor": None}):
+    assert read(Values(values | said, "config.json")).rope.fraction == 0.25
+  for said in ({"rotary_pct": 0.5}, {"partial_rotary_factor": 0.5}):
+    assert read(Values(values | said, "config.json")).rope.fraction == 0.5
 
 
 def test_gemma_3_has_a_base_for_local_layers_in_old_and_new_keys():
@@ -316,8 +326,8 @@ def test_gemma_3_has_a_base_for_local_layers_in_old_and_new_keys():
   local = {"rope_type": "default", "rope_theta": 2e4}
   both = {"full_attention": whole, "sliding_attention": local}
   read = FAMILIES["gemma3_text"].read
-  cfg = read(Settings(values | old, "old"))
-  assert cfg == read(Settings(values | {"layer_types": kinds, "rope_parameters": both}, ""))
+  cfg = read(Values(values | old, "old"))
+  assert cfg == read(Values(values | {"layer_types": kinds, "rope_parameters": both}, ""))
   assert (cfg.layer_pattern, cfg.rope.theta, cfg.rope.local_theta) == ("LLG", 1e6, 2e4)
 
 
@@ -343,7 +353,7 @@ def test_an_export_names_what_the_family_cannot_say(field: str):
 
 
 def test_gemmas_gelu_is_the_approximation_whatever_it_says():
-  cfg = FAMILIES["gemma"].read(Settings(LLAMA | {"hidden_act": "gelu"}, "config.json"))
+  cfg = FAMILIES["gemma"].read(Values(LLAMA | {"hidden_act": "gelu"}, "config.json"))
   assert cfg.activation == "gelu_tanh"
   exact = dataclasses.replace(cfg, activation="gelu")
   with pytest.raises(CheckpointError, match="activation=gelu"):
@@ -399,7 +409,7 @@ def test_any_config_is_read_or_refused(variant: str, data: Any):
       data.draw(VALUES)
     )
   try:
-    found = read_config(family, Settings(keys, "config.json", HEADS))
+    found = read_config(family, Values(keys, "config.json", HEADS))
     family.keys(found, HEADS)
   except FlaxLMError:
     pass

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from flaxlm.interop.layouts import Dense, FromOne, Heads, Layout, Rows, array, transpose
+from flaxlm.interop.layouts import Dense, FromOne, Layout, Rows, array, transpose
 
 D, N, K, H = 5, 4, 2, 6
 
@@ -72,7 +72,7 @@ def test_neighbouring_pairs_become_halves(turning: int):
 
 
 def test_the_others():
-  check(Heads(), np.arange(12.0), np.arange(12.0).reshape(3, 4))
+  check(Dense(0), np.arange(12.0), np.arange(12.0).reshape(3, 4))
   check(FromOne(), np.float32([0, -1, 0.5]), np.float32([1, 0, 1.5]))
   table = numbers(7, D)
   assert Rows(2).shape([(5, D)]) == (7, D)

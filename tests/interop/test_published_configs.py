@@ -10,7 +10,7 @@ import pytest
 
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.huggingface import read_config
-from flaxlm.interop.settings import Settings
+from flaxlm.interop.values import Values
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.sharding import make_mesh
 
@@ -247,7 +247,7 @@ UNUSED = {"opt-125m": 2 * 768, "roberta-base": 2 * 768}
 def test_a_published_config_is_the_published_model(name: str):
   count, values = CONFIGS[name]
   family = FAMILIES[values["model_type"]]
-  cfg = read_config(family, Settings(values, name, HEADS))
+  cfg = read_config(family, Values(values, name, HEADS))
   params = abstract_params(build_model(cfg), make_mesh({"data": -1}))
   found = sum(math.prod(x.shape) for x in jax.tree.leaves(params)) + UNUSED.get(name, 0)
   assert found == count

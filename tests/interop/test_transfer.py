@@ -29,7 +29,7 @@ from flaxlm.interop.transfer import export_run, import_run, write_json
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.sharding import make_mesh
 from flaxlm.tokenizers import train_tokenizer
-from flaxlm.tokenizers.imported import load_backend
+from flaxlm.tokenizers.own import load_backend
 
 MOST = 10**9
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tiny_tokenizers import bert, gpt2, llama, t5
 
 from flaxlm.errors import CheckpointError, DataError
-from flaxlm.interop.settings import Settings
 from flaxlm.interop.transfer import read_specials
+from flaxlm.interop.values import Values
 from flaxlm.tokenizers import train_tokenizer
 from flaxlm.tokenizers.imported import (
   SPECIALS,
@@ -157,7 +157,7 @@ def test_damaged_specials_are_refused(tmp_path: Path, text: str):
 
 
 def specials(said: dict[str, Any], ids: dict[str, Any], kind: str = "llama") -> Specials:
-  return read_specials(MADE[kind](), Settings(said, "said"), Settings(ids, "ids"))
+  return read_specials(MADE[kind](), Values(said, "said"), Values(ids, "ids"))
 
 
 def test_numbers_come_before_names():
