@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -157,6 +157,13 @@ def in_process(
   monkeypatch.chdir(tmp_path)
   with commands_in_process(cache_root) as run:
     yield run
+
+
+def slow_but(fast: Iterable[str], names: Iterable[str]) -> list:
+  """Parameters of a test: the names in `fast`, and the others in the slow tests only."""
+  return [
+    pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names
+  ]
 
 
 def tiny(corpus, **knobs):

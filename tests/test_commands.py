@@ -105,7 +105,7 @@ def test_stop_and_resume_equals_never_stopped(flaxlm, in_process, corpus, tmp_pa
   run = in_process("train", *arguments("whole"))
   assert run.returncode == 0, run.stderr
   stopped = subprocess.run(
-    [sys.executable, "-c", STOP_AT_FIVE, *arguments("halves")],
+    [sys.executable, "-c", STOP_AT_FIVE, *arguments("halves", simulated_devices=8)],
     cwd=tmp_path,
     env=os.environ | flaxlm.environment,
     capture_output=True,
@@ -218,6 +218,7 @@ def test_divergence_stops_with_its_own_code(in_process, corpus):
   assert "lower --optimizer.learning-rate" in run.stderr
 
 
+@pytest.mark.slow
 def test_sharded_over_simulated_devices(flaxlm, corpus, tmp_path):
   """The same losses on one device and on data=2,fsdp=2,tensor=2, as a user asks for it."""
   arguments = tiny(corpus, training__num_steps=3)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from parameters import random_params
 from test_generate import model_of
 from test_prefill import tokens_of
 
@@ -94,7 +95,7 @@ def test_narrow_numbers_are_near():
     depth=2, width=64, num_heads=4, num_kv_heads=2, vocab_size=64, context=64
   )
   model = build_model(cfg)
-  params = jax.tree.map(lambda x: x * 2, jax.jit(lambda: unboxed(model))())
+  params = random_params(model, spread=0.25)
   small = model.clone(execution=Execution(narrow_cache=True))
   for kind, narrow_model in ((None, small), ("int8", model), ("bfloat16", model)):
     narrow = prepare_params(params, model.cfg, kind)

@@ -37,10 +37,10 @@ def compiles_quickly(monkeypatch):
   monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
-def test_two_processes_learn_what_one_learns(flaxlm, arguments, tmp_path):
+def test_two_processes_learn_what_one_learns(flaxlm, in_process, arguments, tmp_path):
   """Twice 4 devices, and 8 in one: the same losses, the same sample."""
   few = dict(training__num_steps=3, optimizer__kind="sgd")
-  one = flaxlm(*arguments(name="one", simulated_devices=8, **few))
+  one = in_process(*arguments(name="one", **few))
   assert one.returncode == 0, one.stderr
   two = flaxlm(
     *("launch", "--processes=2", "--"),

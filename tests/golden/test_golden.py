@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """A refactoring must not change results: losses to 1e-5, tokens exactly."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 from golden_runs import FIGURES, MESHES, MODELS, decoded, held_out, trained
 
+FAST = ("decoder", "moe")  # of which the fast tests take every mesh
 STORED = json.loads(FIGURES.read_text("utf-8"))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+  ("name", "mesh"),
+  [
+    pytest.param(
+      name, mesh, marks=[] if name in FAST or mesh == "one device" else pytest.mark.slow
+    )
+    for name, mesh in itertools.product(MODELS, MESHES)
+  ],
+)
 def test_ten_steps_have_the_losses_that_they_had(name: str, mesh: str):
   stored = STORED[name]["losses"][mesh]
   np.testing.assert_allclose(trained(name, mesh)[2], stored, rtol=1e-5)

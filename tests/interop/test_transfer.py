@@ -191,18 +191,20 @@ def test_a_model_that_no_family_is_is_refused(mesh: Any, tmp_path: Path):
 # -- Commands ------------------------------------------------------------------------------
 
 
-def test_the_commands(flaxlm: Any, run_dir: Path, tmp_path: Path):
+def test_the_commands(in_process: Any, run_dir: Path, tmp_path: Path):
   source = run_dir.parent / "hub"
-  done = flaxlm("import", source, tmp_path / "runs/mine")
+  done = in_process("import", source, tmp_path / "runs/mine")
   assert done.returncode == 0, done.stderr
   assert "gpt2" in done.stdout and "float32" in done.stdout
-  done = flaxlm("export", "mine", tmp_path / "out", "--shard-size=20KB", "--dtype=bfloat16")
+  done = in_process(
+    "export", "mine", tmp_path / "out", "--shard-size=20KB", "--dtype=bfloat16"
+  )
   assert done.returncode == 0, done.stderr
   assert {t.dtype for t in open_checkpoint(tmp_path / "out").values()} == {"BF16"}
   assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
-  done = flaxlm("import", tmp_path / "nowhere", tmp_path / "x")
+  done = in_process("import", tmp_path / "nowhere", tmp_path / "x")
   assert done.returncode == 4 and "nowhere" in done.stderr
-  done = flaxlm("export", "mine", tmp_path / "y", "--shard-size=lots")
+  done = in_process("export", "mine", tmp_path / "y", "--shard-size=lots")
   assert done.returncode == 2 and "shard-size" in done.stderr
 
 

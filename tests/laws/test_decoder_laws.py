@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow_but
 from parameters import random_params
 
 from flaxlm.config import ModelConfig, MoEConfig, RopeConfig, TrainingConfig
@@ -40,8 +41,10 @@ ARCHITECTURES = {
   ),
 }
 
+FAST = ("llama", "pattern", "experts")  # the others are made of less
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+
+@pytest.fixture(scope="module", params=slow_but(FAST, ARCHITECTURES))
 def decoder(request):
   """(model, params), larger than at the start, logits still of the order of one."""
   model = build_model(ModelConfig(**SMALL | ARCHITECTURES[request.param]))

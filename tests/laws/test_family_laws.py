@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow_but
 from parameters import random_params
 
 from flaxlm.config import ModelConfig, TrainingConfig
@@ -40,6 +41,7 @@ FAMILIES = {
   ),
 }
 TRANSLATORS = ["transformer_2017", "t5"]
+FAST = ("bert", "t5")
 
 
 @functools.cache
@@ -63,7 +65,7 @@ def _logits(model, params, tokens_BT, positions_BT, segments_BT, source):
   return model.apply({"params": params}, tokens_BT, positions_BT, segments_BT, **read).value
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_but(FAST, FAMILIES))
 def test_packed_equals_alone(name):
   """Documents in one row, and their sources in one, have the logits of each alone."""
   model, params = model_of(name)
@@ -84,7 +86,7 @@ def test_packed_equals_alone(name):
   np.testing.assert_allclose(packed, np.concatenate(alone), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_but(FAST, FAMILIES))
 def test_padding_never_matters(name):
   """What stands in padding, on either side, changes no bit outside it."""
   model, params = model_of(name)
@@ -110,7 +112,7 @@ def test_an_encoder_sees_both_sides():
     assert np.all(np.abs(logits_of(model, params, other) - plain).max(-1) > 1e-6)
 
 
-@pytest.mark.parametrize("name", TRANSLATORS)
+@pytest.mark.parametrize("name", slow_but(FAST, TRANSLATORS))
 def test_a_decoder_with_a_source_is_causal(name):
   """A later target token changes no bit before it; a source token changes all of it."""
   model, params = model_of(name)
@@ -126,7 +128,7 @@ def test_a_decoder_with_a_source_is_causal(name):
   assert np.all(np.abs(changed - plain).max(-1) > 1e-6)
 
 
-@pytest.mark.parametrize("name", TRANSLATORS)
+@pytest.mark.parametrize("name", slow_but(FAST, TRANSLATORS))
 def test_cached_equals_full_at_every_position(name):
   """Ragged sources, ragged prefills, then fed on by ones and by threes."""
   model, params = model_of(name)
@@ -171,7 +173,7 @@ def test_how_it_runs_changes_nothing(name):
   jax.tree.map(compare, actual, loss_and_gradient())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_but(FAST, FAMILIES))
 def test_captured_maps_are_the_ones_used(name):
   """Looking changes no logit, and every map is a distribution over what may be seen."""
   model, params = model_of(name)

@@ -2,6 +2,7 @@
 """Laws of pipelines: a step with stages = the step without, and what is refused."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -36,6 +37,7 @@ from flaxlm.training.step import (
 
 DEEP = dataclasses.replace(CFG, depth=4)
 RUN = TrainingConfig(scanned=True)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 TWICE = TrainingConfig(scanned=True, remat="full", pipeline_repeats=2)
 
 
@@ -153,7 +155,7 @@ def test_stages_hold_their_layers_and_hand_on():
   assert f"f32[{whole}]" not in text, "no device ever has all layers"
 
 
-@pytest.mark.parametrize("sizes", [dict(fsdp=4), dict(stage=2, fsdp=4)], ids=str)
+@pytest.mark.parametrize("sizes", [slow(dict(fsdp=4)), dict(stage=2, fsdp=4)], ids=str)
 def test_gathered_experts_are_not_kept(sizes):
   """A layer's kernels are whole while it runs; never those of all layers, for the gradient.
 

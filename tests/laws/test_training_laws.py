@@ -196,8 +196,8 @@ OTHERS = {
   [
     ("experts", dict(fsdp=2, tensor=2, expert=2)),
     ("encoder_decoder", dict(data=2, fsdp=2, tensor=2)),
-    ("windows", dict(data=2, context=4)),
-    ("capacity", dict(context=2, expert=4)),
+    slow("windows", dict(data=2, context=4)),
+    slow("capacity", dict(context=2, expert=4)),
     slow("experts", dict(data=2, expert=4)),
     slow("encoder", dict(data=2, fsdp=2, tensor=2)),
     slow("dense", dict(context=4, tensor=2)),

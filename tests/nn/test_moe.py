@@ -282,7 +282,7 @@ def on_one_device():
   "sizes",
   [
     pytest.param(dict(expert=8), marks=pytest.mark.slow),
-    dict(data=2, expert=4),
+    pytest.param(dict(data=2, expert=4), marks=pytest.mark.slow),
     dict(fsdp=2, tensor=2, expert=2),
     pytest.param(dict(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),
   ],

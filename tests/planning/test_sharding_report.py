@@ -95,14 +95,14 @@ def test_the_slow_network_is_shown(capsys: pytest.CaptureFixture):
 @pytest.mark.parametrize(
   "mesh, extra",
   [
-    ({"data": 4}, 0),
+    pytest.param({"data": 4}, 0, marks=pytest.mark.slow),
     ({"fsdp": 4}, 0),
     # Of q, k and v, and of up and gate, XLA's CPU compiler sums each gradient on its own,
     # where the TPU's adds them up first: 3 vectors more in each of 2 layers.
     ({"tensor": 2}, 6),
     # The gradients of k and v are summed whole, not scattered: twice, in each of 2 layers.
-    ({"context": 2}, 2),
-    ({"stage": 2}, 0),
+    pytest.param({"context": 2}, 2, marks=pytest.mark.slow),
+    pytest.param({"stage": 2}, 0, marks=pytest.mark.slow),
   ],
   ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -128,6 +128,7 @@ def test_what_travels_is_what_the_formula_says(mesh: dict, extra: int):
     assert set(counts) == {"all-reduce"} and counts["all-reduce"] <= 2
 
 
+@pytest.mark.slow
 def test_norms_cut_over_tensor_keep_a_share_of_each_layers_input():
   depth, T, D = 4, 256, 64
   model = dataclasses.replace(TINY.model, depth=depth, context=T, width=D, ffn_width=D)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention paths agree, forward and backward, for every mask."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,12 +35,19 @@ WAYS = {
   "learned_sinks": dict(sinks=True),
   "all": dict(window=40, softcap=2.0, bias=1, sinks=True),
 }
+# Between them they have everything; one thing each is for the slow tests.
+ONCE = ("causal", "window_and_sinks", "bidirectional_window", "all")
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 OUTSIDE_CUDNN = ("softcap", "bias", "bias_of_each_row", "learned_sinks", "all")
 
 
 @pytest.mark.parametrize(
   ("way", "num_tokens", "kv_heads"),
-  [(way, 130, 2) for way in WAYS] + [("all", 9, 1), ("all", 9, 4), ("causal", 9, 2)],
+  [
+    *(slow(way, 130, 2) for way in WAYS if way not in ONCE),
+    *((way, 130, 2) for way in ONCE),
+    *(("all", 9, 1), ("all", 9, 4), ("causal", 9, 2)),
+  ],
 )
 def test_blocked_equals_reference_with_gradients(way, num_tokens, kv_heads):
   B, T, N, H = 2, num_tokens, 4, 8
