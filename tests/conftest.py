@@ -40,10 +40,10 @@ CACHE = "JAX_COMPILATION_CACHE_DIR"
 if CACHE not in os.environ:
   os.environ[CACHE] = tempfile.mkdtemp(prefix="flaxlm-tests-")
   atexit.register(shutil.rmtree, os.environ[CACHE], ignore_errors=True)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # It names what it loads by two hints of the compiler as if the processor lacked them.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

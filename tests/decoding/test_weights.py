@@ -88,6 +88,7 @@ def error_of(model: Any, params: Any, narrow_model: Any, narrow_params: Any) -> 
   return float(change.mean() / exact.std())
 
 
+@pytest.mark.slow
 def test_narrow_numbers_are_near():
   """int8 weights, the int8 cache and bfloat16 change log-probabilities by 6 % of their
   spread in the mean, and by more than nothing."""

@@ -37,6 +37,7 @@ def compiles_quickly(monkeypatch):
   monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(flaxlm, in_process, arguments, tmp_path):
   """Twice 4 devices, and 8 in one: the same losses, the same sample."""
   few = dict(training__num_steps=3, optimizer__kind="sgd")

@@ -2,7 +2,6 @@
 """Laws of pipelines: a step with stages = the step without, and what is refused."""
 
 import dataclasses
-import functools
 
 import flax.linen as nn
 import jax
@@ -37,7 +36,6 @@ from flaxlm.training.step import (
 
 DEEP = dataclasses.replace(CFG, depth=4)
 RUN = TrainingConfig(scanned=True)
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 TWICE = TrainingConfig(scanned=True, remat="full", pipeline_repeats=2)
 
 
@@ -55,6 +53,7 @@ def test_a_pipeline_equals_one_device():
   check(dict(stage=2, data=2))
 
 
+@pytest.mark.slow
 def test_experts_in_a_pipeline_that_goes_round_twice():
   """With every other axis in use, more microbatches than stages, and accumulation."""
   run = dataclasses.replace(TWICE, pipeline_microbatches=4, accumulation_steps=2)
@@ -155,7 +154,8 @@ def test_stages_hold_their_layers_and_hand_on():
   assert f"f32[{whole}]" not in text, "no device ever has all layers"
 
 
-@pytest.mark.parametrize("sizes", [slow(dict(fsdp=4)), dict(stage=2, fsdp=4)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [dict(fsdp=4), dict(stage=2, fsdp=4)], ids=str)
 def test_gathered_experts_are_not_kept(sizes):
   """A layer's kernels are whole while it runs; never those of all layers, for the gradient.
 

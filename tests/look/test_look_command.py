@@ -53,9 +53,11 @@ def views(folder: Path) -> dict[str, View]:
   }
 
 
-def test_attention_and_tokens_from_the_command_line(flaxlm, folder: Path, tmp_path: Path):
+def test_attention_and_tokens_from_the_command_line(
+  in_process, folder: Path, tmp_path: Path
+):
   runs = ("--runs-dir", folder.parent)
-  run = flaxlm("look", "attention", "--text", "ab", *runs, "--json", "--head", 1)
+  run = in_process("look", "attention", "--text", "ab", *runs, "--json", "--head", 1)
   assert run.returncode == 0, run.stderr
   figures = json.loads(run.stdout)
   path = folder / "look" / "attention.html"
@@ -65,7 +67,7 @@ def test_attention_and_tokens_from_the_command_line(flaxlm, folder: Path, tmp_pa
   assert page["data"]["maps"][0]["weights"].shape == (1, 1, 3, 3)
   (tmp_path / "text.txt").write_text("ab" * 40)
   asked = ("--text-file", "text.txt", "--output", "some/where.html")
-  run = flaxlm("look", "tokens", folder, *asked)
+  run = in_process("look", "tokens", folder, *asked)
   assert run.returncode == 0, run.stderr
   assert run.stdout.startswith("some/where.html (")
   assert "model.context=48" in run.stderr, "what was cut is told"
@@ -148,6 +150,7 @@ def test_on_a_mesh_as_on_one_device(folder: Path, views: dict[str, View]):
 # -- Images and browsers -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_view_as_a_png(views: dict[str, View], tmp_path: Path):
   pytest.importorskip("matplotlib")
   for kind, view in views.items():
