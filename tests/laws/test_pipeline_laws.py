@@ -53,7 +53,6 @@ def test_a_pipeline_equals_one_device():
   check(dict(stage=2, data=2))
 
 
-@pytest.mark.slow
 def test_experts_in_a_pipeline_that_goes_round_twice():
   """With every other axis in use, more microbatches than stages, and accumulation."""
   run = dataclasses.replace(TWICE, pipeline_microbatches=4, accumulation_steps=2)
