@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to tokens, once: a corpus becomes one long array of ids per split, on disk.
 
-Each document is `bos` and its ids; documents follow one another in a fixed order. A corpus
-of pairs becomes two such arrays, of the sources and of the targets. The results are found
-again by the fingerprints of the corpus and of the tokenizer, which costs only the time to
-hash the corpus.
+Each document is `bos` and its ids; documents follow one another in a fixed order. Where
+each begins is stored beside the ids: tokenizers of others may find `bos` inside of a text
+too. A corpus of pairs becomes two such arrays, of the sources and of the targets. The
+results are found again by the fingerprints of the corpus and of the tokenizer, which costs
+only the time to hash the corpus.
 """
 
 import contextlib
@@ -51,9 +52,9 @@ class TokenStore:
   """The tokens of a split: one array, mapped from disk; each document begins with bos."""
 
   tokens: np.ndarray
-  bos_id: int
+  bounds: np.ndarray  # where each document begins and, at last, where the last one ends
+  end_id: int  # what the last token of a document predicts
   vocab_size: int  # every token is below it
-  num_documents: int
   num_bytes: int  # of text
   gzip_bits_per_byte: float | None  # of the text under `gzip -9`; validation only
   mask_id: int | None = None  # of tokenizers for masked models
@@ -62,6 +63,10 @@ class TokenStore:
   @property
   def num_tokens(self) -> int:
     return len(self.tokens)
+
+  @property
+  def num_documents(self) -> int:
+    return len(self.bounds) - 1
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,8 @@ class PairStore:
   gzip_bits_per_byte: ClassVar[None] = None
 
   @property
-  def bos_id(self) -> int:
-    return self.target.bos_id
+  def end_id(self) -> int:
+    return self.target.end_id
 
   @property
   def vocab_size(self) -> int:
@@ -229,16 +234,35 @@ def _open(
   tokens = np.load(folder / f"{name}.npy", mmap_mode="r")
   if len(tokens) != about["num_tokens"]:
     raise ValueError(f"{len(tokens)} tokens instead of {about['num_tokens']}")
+  if tokens[0] != tokenizer.bos_id:  # one tokenizer.json may serve with several
+    raise ValueError(f"documents begin with {tokens[0]}")
+  bounds = _open_bounds(folder / f"{name}.bounds.npy", tokens, tokenizer.bos_id)
+  if len(bounds) != about["num_documents"] + 1:
+    raise ValueError(f"{len(bounds) - 1} documents instead of {about['num_documents']}")
   return TokenStore(
     tokens,
-    bos_id=tokenizer.bos_id,
+    bounds,
+    end_id=tokenizer.bos_id if tokenizer.eos_id < 0 else tokenizer.eos_id,
     vocab_size=tokenizer.vocab_size,
-    num_documents=about["num_documents"],
     num_bytes=about["num_bytes"],
     gzip_bits_per_byte=about["gzip_bits_per_byte"],
     mask_id=tokenizer.mask_id,
     special_ids=tokenizer.special_ids,
   )
+
+
+def _open_bounds(path: Path, tokens: np.ndarray, bos_id: int) -> np.ndarray:
+  """Where the documents of an array begin, and where the last one ends.
+
+  The first releases did not store it. What they stored is used if no text holds a bos,
+  which its number of documents tells.
+  """
+  if not path.is_file():
+    return np.append(np.flatnonzero(tokens == bos_id), len(tokens))
+  bounds = np.load(path, mmap_mode="r")
+  if bounds.dtype != np.int64 or bounds[0] != 0 or bounds[-1] != len(tokens):
+    raise ValueError(f"{path} does not fit the tokens")
+  return bounds
 
 
 def _build(plan: _Plan, log: Log) -> None:
@@ -253,7 +277,9 @@ def _build(plan: _Plan, log: Log) -> None:
     meta: dict[str, Any] = {"corpus": corpus.name, "format": _FORMAT}
     for name, part in (item for split in SPLITS for item in texts[split].items()):
       start = time.perf_counter()
-      about = meta[name] = _tokenize(part, tokenizer, partial / f"{name}.npy")
+      about, bounds = _tokenize(part, tokenizer, partial / f"{name}.npy")
+      np.save(partial / f"{name}.bounds.npy", bounds, allow_pickle=False)
+      meta[name] = about
       if not about["num_bytes"]:
         raise DataError(f"the {name} split of {corpus.name} has no text")
       if name == "validation":
@@ -307,11 +333,14 @@ def _num_characters(texts: Sequence[str]) -> int:
   return step * sum(len(texts[n]) for n in range(0, len(texts), step))
 
 
-def _tokenize(texts: Sequence[str], tokenizer: AnyTokenizer, path: Path) -> dict[str, Any]:
-  """Writes the ids of all documents to a .npy file; returns the counts."""
+def _tokenize(
+  texts: Sequence[str], tokenizer: AnyTokenizer, path: Path
+) -> tuple[dict[str, Any], np.ndarray]:
+  """Writes the ids of all documents to a .npy file; returns (counts, bounds)."""
   dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
   bos = np.array([tokenizer.bos_id], dtype)
-  num_tokens = num_bytes = 0
+  bounds = np.zeros(len(texts) + 1, np.int64)
+  number = num_tokens = num_bytes = 0
   with path.open("wb") as file:
     # The header is written again when the length is known: NumPy leaves room for it.
     header = {"descr": dtype.str, "fortran_order": False, "shape": (0,)}
@@ -321,14 +350,17 @@ def _tokenize(texts: Sequence[str], tokenizer: AnyTokenizer, path: Path) -> dict
       for ids in tokenizer.encode_batch(chunk):
         file.write(bos.tobytes() + ids.astype(dtype).tobytes())
         num_tokens += 1 + len(ids)
+        number += 1
+        bounds[number] = num_tokens
     file.seek(0)
     np.lib.format.write_array_header_1_0(file, header | {"shape": (num_tokens,)})
-  return {
+  about = {
     "num_documents": len(texts),
     "num_tokens": num_tokens,
     "num_bytes": num_bytes,
     "gzip_bits_per_byte": None,
   }
+  return about, bounds
 
 
 def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:

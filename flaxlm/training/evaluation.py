@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """How good a model is on held-out text: loss, bits per byte, masks filled, BLEU."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from flaxlm.config import OBJECTIVES, ResolvedConfig, TokenizerConfig
@@ -37,10 +37,9 @@ class Evaluator:
     mesh: Mesh,
   ):
     """`num_batches` limits the evaluation; None takes the whole split."""
-    self.batches, self.num_batches, self.mesh = batches, num_batches, mesh
-    sizes = tokenizer.token_bytes()[: model.cfg.vocab_size]
-    padding = model.cfg.vocab_size - len(sizes)
-    self.token_bytes_V = np.pad(sizes, (0, padding)).astype(np.float32)
+    self.batches, self.mesh, self.tokenizer = batches, mesh, tokenizer
+    assert batches.num_batches is not None, "one epoch"
+    self.num_batches = min(batches.num_batches, num_batches or batches.num_batches)
     self.eval_step = jit_eval_step(model, mesh)
     self.fills = OBJECTIVES[model.cfg.family] == "masked"
 
@@ -54,22 +53,25 @@ class Evaluator:
     reported instead.
     """
     sums: dict[str, float] = {}
-    count = self.batches.num_batches
-    assert count is not None, "one epoch"
-    for n in range(min(count, self.num_batches or count)):
+    for n in range(self.num_batches):
       batch = put_batch(self.batches[n], self.mesh)
-      for name, value in self.eval_step(params, batch, self.token_bytes_V).items():
+      for name, value in self.eval_step(params, batch).items():
         sums[name] = sums.get(name, 0.0) + float(value)
       progress()
     loss = sums["nats"] / sums["tokens"]
     values = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
     if self.fills:
       return values | {"eval/accuracy": sums["hits"] / sums["tokens"]}
-    values["eval/bits_per_byte"] = sums["nats"] / math.log(2) / max(sums["bytes"], 1.0)
+    values["eval/bits_per_byte"] = sums["nats"] / math.log(2) / max(self.num_bytes, 1)
     gzip = self.batches.store.gzip_bits_per_byte
-    if gzip is not None and self.num_batches is None:  # of the same text
-      values["eval/gzip_bits_per_byte"] = gzip
+    if gzip is not None and self.num_batches == self.batches.num_batches:
+      values["eval/gzip_bits_per_byte"] = gzip  # of the same text
     return values
+
+  @functools.cached_property
+  def num_bytes(self) -> int:
+    """Bytes of the text whose tokens are predicted: the same in every evaluation."""
+    return self.batches.num_bytes(self.num_batches, self.tokenizer.token_bytes())
 
 
 def evaluate_run(
