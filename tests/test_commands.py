@@ -79,6 +79,14 @@ def test_train_infer_eval_ckpt(flaxlm, in_process, corpus, tmp_path):
   assert run.returncode == 0, run.stderr
   value = json.loads(run.stdout)["eval/bits_per_byte"]
   assert value == pytest.approx(evaluations[-1]["eval/bits_per_byte"], rel=1e-5)
+  found = json.loads(run.stdout)
+  assert (found["corpus"], found["split"]) == (corpus, "validation")
+  (tmp_path / "one.txt").write_text("7 times é" * 9)
+  run = in_process("eval", "--corpus=files:one.txt", "--json")
+  assert run.returncode == 0, run.stderr
+  found = json.loads(run.stdout)
+  assert (found["corpus"], found["split"]) == ("files:one.txt", "whole")
+  assert found["tokens"] == found["bytes"] == 90, "each byte, and no end after the last"
 
   run = in_process("ckpt", "verify")
   assert run.returncode == 0

@@ -36,7 +36,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from flaxlm.data.corpus import SPLITS, Corpus, Document, Log, Pair
+from flaxlm.data.corpus import SPLITS, WHOLE, Corpus, Document, Log, Pair
 from flaxlm.errors import ConfigError, DataError
 
 # Some Python distributions ship the tests, others do not.
@@ -71,23 +71,23 @@ def data_dir() -> Path:
   return Path(cache) / "flaxlm"
 
 
-def find_corpus(name: str, log: Log = to_stderr) -> Corpus:
+def find_corpus(name: str, log: Log = to_stderr, whole: bool = False) -> Corpus:
   """The corpus `stdlib`, `files:GLOB` (or folder, or file), `tfds:NAME[/CONFIG]` or
-  `gettext:LANG`.
+  `gettext:LANG`; a `whole` one is not split.
 
   Downloads a TFDS dataset that is not there yet. Raises `DataError` if nothing is found.
   """
   kind, _, rest = name.partition(":")
   if name == "stdlib":
     root = Path(sysconfig.get_paths()["stdlib"])
-    return _local_corpus(name, root, _python_files(root), log, _Unread())
+    return _local_corpus(name, root, _python_files(root), log, _Unread(), whole)
   if kind == "files" and rest:
     unread = _Unread()
-    return _local_corpus(name, *_match(rest, unread), log, unread)
+    return _local_corpus(name, *_match(rest, unread), log, unread, whole)
   if kind == "tfds" and rest:
-    return _tfds_corpus(name, rest, log)
+    return _tfds_corpus(name, rest, log, whole)
   if kind == "gettext" and rest:
-    return _gettext_corpus(name, rest, log)
+    return _gettext_corpus(name, rest, log, whole)
   known = ["stdlib", "files:GLOB", "tfds:NAME", "gettext:LANG"]
   near = difflib.get_close_matches(name, known, 1)
   raise ConfigError(
@@ -248,7 +248,12 @@ def _match(pattern: str, unread: _Unread) -> tuple[Path, Iterator[tuple[Path, st
 
 
 def _local_corpus(
-  name: str, root: Path, found: Iterator[tuple[Path, str]], log: Log, unread: _Unread
+  name: str,
+  root: Path,
+  found: Iterator[tuple[Path, str]],
+  log: Log,
+  unread: _Unread,
+  whole: bool,
 ) -> Corpus:
   files: dict[str, tuple[Path, str]] = {}
   for path in _each_once(found, root, unread):
@@ -258,15 +263,18 @@ def _local_corpus(
     if digest is not None:
       files[relative] = path, digest
   _report_unread(name, files, log, unread)
-  splits = _split({relative: _named_split(relative) for relative in files})
+  splits = _split({relative: _named_split(relative) for relative in files}, whole)
   documents = []
   for relative, (path, digest) in files.items():
-    for split, start, end in _cut(path, splits[relative] if len(files) > 1 else None):
+    split_of_all = splits[relative] if whole or len(files) > 1 else None
+    for split, start, end in _cut(path, split_of_all):
       documents.append(Document(split, relative, path, start, end, digest))
-  missing = set(SPLITS) - {document.split for document in documents}
+  wanted = (WHOLE,) if whole else SPLITS
+  missing = set(wanted) - {document.split for document in documents}
   if missing:
     raise DataError(f"{name} is too small: no {missing.pop()} text", "add a file")
-  return Corpus(name, *_fingerprints(documents), documents=tuple(documents))
+  prints = _fingerprints(documents)
+  return Corpus(name, *prints, documents=tuple(documents), splits=wanted)
 
 
 def _each_once(
@@ -336,8 +344,10 @@ def _digest_of_text(path: Path, name: str, unread: _Unread) -> str | None:
   return digest.hexdigest()
 
 
-def _split(named: Mapping[str, str | None]) -> dict[str, str]:
+def _split(named: Mapping[str, str | None], whole: bool) -> dict[str, str]:
   """The split of each name, by the rule at the top of this file, if none is given."""
+  if whole:
+    return dict.fromkeys(named, WHOLE)
   hashes = {name: int(hashlib.sha256(name.encode()).hexdigest(), 16) for name in named}
   splits = {name: named[name] or SPLITS[hashes[name] % 20 == 0] for name in named}
   for split in SPLITS:
@@ -398,7 +408,7 @@ def _fingerprint(parts: Sequence[Document | Pair]) -> str:
 # -- Catalogues ------------------------------------------------------------------------
 
 
-def _gettext_corpus(name: str, language: str, log: Log) -> Corpus:
+def _gettext_corpus(name: str, language: str, log: Log, whole: bool) -> Corpus:
   """The pairs of all catalogues of a language, each pair once, in the catalogues' order.
 
   Messages that are empty or were left in English are skipped.
@@ -430,9 +440,10 @@ def _gettext_corpus(name: str, language: str, log: Log) -> Corpus:
   sources = dict.fromkeys(source for source, _ in found)
   if len(sources) < len(SPLITS):
     raise DataError(f"{name} is too small: {len(sources)} texts", "pip install Django")
-  splits = _split(dict.fromkeys(sources))
+  splits = _split(dict.fromkeys(sources), whole)
   pairs = [Pair(splits[pair[0]], *pair, domain) for pair, domain in found.items()]
-  return Corpus(name, *_fingerprints(pairs), pairs=tuple(pairs))
+  wanted = (WHOLE,) if whole else SPLITS
+  return Corpus(name, *_fingerprints(pairs), pairs=tuple(pairs), splits=wanted)
 
 
 def _catalogues() -> dict[str, list[tuple[str, Path]]]:
@@ -480,7 +491,7 @@ def _translations(path: Path) -> Iterator[tuple[str, str]]:
 # -- TFDS ------------------------------------------------------------------------------
 
 
-def _tfds_corpus(name: str, dataset: str, log: Log) -> Corpus:
+def _tfds_corpus(name: str, dataset: str, log: Log, whole: bool) -> Corpus:
   root = data_dir() / "tfds"
   # Only TFDS knows the name of a default configuration, so it is asked each time.
   versions = sorted((root / dataset).glob("*.*.*/dataset_info.json"))
@@ -492,5 +503,7 @@ def _tfds_corpus(name: str, dataset: str, log: Log) -> Corpus:
     with locked(data_dir(), log):
       folder = builders.download(dataset, root, log)
   listing = (folder / "dataset_info.json").read_bytes()
-  fingerprint = hashlib.sha256(str(_LISTING_VERSION).encode() + listing).hexdigest()
-  return Corpus(name, fingerprint, train_fingerprint=fingerprint, tfds_folder=folder)
+  splits = (WHOLE,) if whole else SPLITS
+  about = str(_LISTING_VERSION) + (WHOLE if whole else "")
+  fingerprint = hashlib.sha256(about.encode() + listing).hexdigest()
+  return Corpus(name, fingerprint, fingerprint, tfds_folder=folder, splits=splits)

@@ -17,7 +17,14 @@ import numpy as np
 import pytest
 
 from flaxlm.config import TokenizerConfig
-from flaxlm.data.prepare import PairStore, Prepared, TokenStore, prepare
+from flaxlm.data.prepare import (
+  LONG_LINE,
+  PairStore,
+  Prepared,
+  TokenStore,
+  prepare,
+  prepare_whole,
+)
 from flaxlm.data.sources import find_corpus
 from flaxlm.errors import DataError
 from flaxlm.tokenizers import ImportedTokenizer, Specials, train_tokenizer
@@ -431,6 +438,29 @@ def test_a_document_ends_with_the_end_of_text_where_it_is_not_the_start(
   assert store.end_id == 257
   without = TokenizerConfig(path=chat_tokenizer(tmp_path / "u", bos_id=256, eos_ids=()))
   assert prepare(chats, without).train.end_id == 256
+
+
+def test_a_whole_corpus(corpus: str, tmp_path: Path):
+  tokenizer = train_tokenizer("byte", [], 0)
+  tokenizer.save(tmp_path / "mine.json")
+  lines: list[str] = []
+  store = prepare_whole(corpus, tmp_path / "mine.json", lines.append)
+  assert isinstance(store, TokenStore)
+  texts = [d.read() for d in find_corpus(corpus, whole=True).documents]
+  assert [tokenizer.decode(ids) for ids in documents(store)] == texts
+  assert store.num_bytes == len("".join(texts).encode()) and len(texts) == 40
+  assert store.gzip_bits_per_byte is not None
+  lines.clear()
+  prepare_whole(corpus, tmp_path / "mine.json", lines.append)
+  assert lines == []
+
+
+def test_a_long_line_is_announced(corpus: str, tmp_path: Path):
+  (tmp_path / "corpus" / "0.txt").write_text("a" * LONG_LINE)
+  lines: list[str] = []
+  prepare(corpus, BYTE, lines.append)
+  (line,) = (line for line in lines if "tokenizing" in line)
+  assert "a line of which has 262,144 characters" in line
 
 
 @pytest.fixture(scope="module")

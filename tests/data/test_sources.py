@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from flaxlm.data.corpus import SPLITS, Corpus
+from flaxlm.data.corpus import SPLITS, WHOLE, Corpus
 from flaxlm.data.sources import (
   DOCUMENT_BYTES,
   data_dir,
@@ -205,6 +205,30 @@ def test_what_cannot_be_read_is_counted(tmp_path: Path):
   assert lines == [f"files:{root}: not read are neither files nor folders: 1, as pipe"]
   with pytest.raises(DataError, match=r"no documents matched .*not UTF-8 text: 1, as a"):
     find_corpus(f"files:{write(tmp_path / 'b', {'a.pdf': bytes([255])})}")
+
+
+def test_a_whole_corpus_is_not_split(tmp_path: Path, own_data_dir: Path):
+  root = write(tmp_path / "corpus", many(30) | {"train/a": "a", "validation/b": "b"})
+  parts, whole = find_corpus(f"files:{root}"), find_corpus(f"files:{root}", whole=True)
+  assert (parts.splits, whole.splits) == (SPLITS, (WHOLE,))
+  assert sorted(texts(whole, WHOLE)) == sorted(
+    texts(parts, "train") + texts(parts, "validation")
+  )
+  assert whole.fingerprint != parts.fingerprint
+  assert list(read_documents(whole, WHOLE, own_data_dir)) == texts(whole, WHOLE)
+  one = find_corpus(f"files:{write(tmp_path, {'one.txt': 'é'})}/one.txt", whole=True)
+  assert texts(one, WHOLE) == ["é"], "too small to be split, but not to be read"
+  translations = find_corpus("gettext:de", whole=True)
+  assert {pair.split for pair in translations.pairs} == {WHOLE}
+
+
+def test_a_whole_public_dataset_is_all_its_splits(own_data_dir: Path):
+  root = own_data_dir / "tfds"
+  LetterSet(data_dir=str(root), file_format="array_record").download_and_prepare()
+  whole = find_corpus("tfds:letter_set", whole=True)
+  found = list(read_documents(whole, WHOLE, root))
+  assert sorted(found) == sorted(f"é{s} {n}" for s in LetterSet.SPLITS for n in range(40))
+  assert whole.fingerprint != find_corpus("tfds:letter_set").fingerprint
 
 
 def test_globs(tmp_path: Path):

@@ -5,6 +5,7 @@ All parameters are zero but the head's bias, so that the logits are that bias ev
 """
 
 import itertools
+import types
 
 import jax
 import numpy as np
@@ -14,11 +15,12 @@ from tiny_tokenizers import bert
 
 from flaxlm.config import Config, DataConfig, ModelConfig
 from flaxlm.data.batches import Batches
+from flaxlm.data.corpus import WHOLE
 from flaxlm.data.prepare import TokenStore
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.sharding import make_mesh
 from flaxlm.tokenizers import AnyTokenizer, ImportedTokenizer, Specials, train_tokenizer
-from flaxlm.training.evaluation import Evaluator, split_batches
+from flaxlm.training.evaluation import Evaluator, scored, split_batches
 
 TEXTS = ["two words", "größer, länger", "an end"]
 SIZES = dict(depth=1, width=4, num_heads=1, vocab_size=320, context=16, head_biased=True)
@@ -141,6 +143,23 @@ def test_the_bytes_of_a_whole_text_are_known_whatever_its_tokens_stand_for():
   assert values["eval/loss"] == pytest.approx(nats.mean(), rel=1e-5)
   bits_per_byte = nats.sum() / np.log(2) / store.num_bytes
   assert values["eval/bits_per_byte"] == pytest.approx(bits_per_byte, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("corpus", "split", "expected"),
+  [
+    (None, None, ("stdlib", "validation")),
+    (None, "train", ("stdlib", "train")),
+    ("files:a", None, ("files:a", WHOLE)),
+    ("files:a", "validation", ("files:a", "validation")),
+    ("stdlib", None, ("stdlib", WHOLE)),
+  ],
+)
+def test_a_corpus_that_is_named_is_scored_whole(corpus, split, expected):
+  lines: list[str] = []
+  run = types.SimpleNamespace(path="runs/a", cfg=Config())
+  assert scored(run, corpus, split, lines.append) == expected
+  assert bool(lines) == (corpus == "stdlib"), "what the run has learnt from is in it"
 
 
 def test_training_is_shuffled_by_the_seed_and_evaluation_is_in_order():
