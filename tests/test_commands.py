@@ -112,6 +112,8 @@ def test_stop_and_resume_equals_never_stopped(flaxlm, in_process, corpus, tmp_pa
 
   run = in_process("train", *arguments("whole"))
   assert run.returncode == 0, run.stderr
+  short = "optimizer.warmup_steps=50 is not less than training.num_steps=9: the learning "
+  assert f"{short}rate ends at 16% of optimizer.learning_rate" in run.stderr
   stopped = subprocess.run(
     [sys.executable, "-c", STOP_AT_FIVE, *arguments("halves", simulated_devices=8)],
     cwd=tmp_path,
