@@ -11,13 +11,14 @@ from flaxlm import __version__
 from flaxlm.commands.bench import add_bench
 from flaxlm.commands.checkpoints import add_ckpt, add_export, add_import
 from flaxlm.commands.embed import add_embed
+from flaxlm.commands.eval import add_eval
 from flaxlm.commands.infer import add_infer
 from flaxlm.commands.launch import add_launch
 from flaxlm.commands.look import add_look
 from flaxlm.commands.parsing import Parser, with_hyphens
 from flaxlm.commands.plan import add_plan, add_shard
 from flaxlm.commands.tokenizer import add_tokenizer
-from flaxlm.commands.train import add_eval, add_train
+from flaxlm.commands.train import add_train
 from flaxlm.errors import (
   INTERRUPTED,
   ConfigError,

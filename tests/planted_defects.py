@@ -452,16 +452,16 @@ TRAINING = [
   ),
   Defect(
     "the bytes of an evaluation are those of its inputs",
-    "flaxlm/training/step.py",
-    "num_bytes_BT = jnp.asarray(token_bytes_V)[batch.targets_BT] * batch.weights_BT",
-    "num_bytes_BT = jnp.asarray(token_bytes_V)[batch.tokens_BT] * batch.weights_BT",
+    "flaxlm/data/rows.py",
+    "sizes_V[windows.tokens_BX[:, 1:][is_text_BX]]",
+    "sizes_V[windows.tokens_BX[:, :-1][is_text_BX]]",
     "training/test_evaluation.py",
   ),
   Defect(
     "an evaluation counts padding as text",
     "flaxlm/training/step.py",
-    '"tokens": batch.weights_BT.sum(),',
-    '"tokens": jnp.float32(batch.weights_BT.size),',
+    '"tokens": batch.weights_BT.sum()}',
+    '"tokens": jnp.float32(batch.weights_BT.size)}',
     "training/test_evaluation.py",
   ),
   Defect(
@@ -474,8 +474,8 @@ TRAINING = [
   Defect(
     "an evaluation of the whole split ends with its first batch",
     "flaxlm/training/evaluation.py",
-    "min(count, self.num_batches or count)",
-    "min(count, self.num_batches or 1)",
+    "num_batches or batches.num_batches)",
+    "num_batches or 1)",
     "training/test_evaluation.py",
   ),
   Defect(
@@ -607,8 +607,8 @@ DATA = [
   Defect(
     "a token predicts itself",
     "flaxlm/data/objectives.py",
-    "tokens_BT, targets_BT = windows[:, :-1], windows[:, 1:]",
-    "tokens_BT, targets_BT = windows[:, :-1], windows[:, :-1]",
+    "targets_BT = windows.tokens_BX[:, :-1], windows.tokens_BX[:, 1:]",
+    "targets_BT = windows.tokens_BX[:, :-1], windows.tokens_BX[:, :-1]",
     "data/test_objectives.py",
   ),
   Defect(
@@ -642,8 +642,8 @@ DATA = [
   Defect(
     "a source keeps its bos and loses its end",
     "flaxlm/data/objectives.py",
-    "source_BS=source.targets_BT,",
-    "source_BS=source.tokens_BT,",
+    "source_BS=read.targets_BT,",
+    "source_BS=read.tokens_BT,",
     "data/test_objectives.py",
   ),
   Defect(
@@ -701,6 +701,20 @@ DATA = [
     'np.searchsorted(starts_P, starts_P[:-1] + limit, side="right")',
     'np.searchsorted(starts_P, starts_P[:-1] + limit + 1, side="right")',
     "data/test_rows.py",
+  ),
+  Defect(
+    "documents begin where bos stands",
+    "flaxlm/data/rows.py",
+    "row[bounds[first:last] - start] = True",
+    "row[tokens[start : start + width] == tokens[0]] = True",
+    "data/test_rows.py",
+  ),
+  Defect(
+    "a document ends with what begins the next",
+    "flaxlm/data/objectives.py",
+    "np.where(windows.begins_BX[:, 1:], end_id, targets_BT)",
+    "np.where(windows.begins_BX[:, 1:], targets_BT, targets_BT)",
+    "data/test_objectives.py",
   ),
   Defect(
     "documents follow one another without a bos",

@@ -79,6 +79,14 @@ def test_train_infer_eval_ckpt(flaxlm, in_process, corpus, tmp_path):
   assert run.returncode == 0, run.stderr
   value = json.loads(run.stdout)["eval/bits_per_byte"]
   assert value == pytest.approx(evaluations[-1]["eval/bits_per_byte"], rel=1e-5)
+  found = json.loads(run.stdout)
+  assert (found["corpus"], found["split"]) == (corpus, "validation")
+  (tmp_path / "one.txt").write_text("7 times é" * 9)
+  run = in_process("eval", "--corpus=files:one.txt", "--json")
+  assert run.returncode == 0, run.stderr
+  found = json.loads(run.stdout)
+  assert (found["corpus"], found["split"]) == ("files:one.txt", "whole")
+  assert found["tokens"] == found["bytes"] == 90, "each byte, and no end after the last"
 
   run = in_process("ckpt", "verify")
   assert run.returncode == 0
@@ -104,6 +112,8 @@ def test_stop_and_resume_equals_never_stopped(flaxlm, in_process, corpus, tmp_pa
 
   run = in_process("train", *arguments("whole"))
   assert run.returncode == 0, run.stderr
+  short = "optimizer.warmup_steps=50 is not less than training.num_steps=9: the learning "
+  assert f"{short}rate ends at 16% of optimizer.learning_rate" in run.stderr
   stopped = subprocess.run(
     [sys.executable, "-c", STOP_AT_FIVE, *arguments("halves", simulated_devices=8)],
     cwd=tmp_path,

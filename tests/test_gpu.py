@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flaxlm.config import ModelConfig, TrainingConfig
-from flaxlm.data.objectives import next_token
+from flaxlm.data.objectives import Windows, next_token
 from flaxlm.decoding.prefill import Request, prefill_prompts
 from flaxlm.nn.attention import attend
 from flaxlm.nn.kernels.cudnn import attend_cudnn
@@ -105,7 +105,8 @@ def test_a_step_with_cudnn_is_the_step_without():
   rng = np.random.default_rng(0)
   windows = rng.integers(1, cfg.vocab_size, (4, cfg.context + 1))
   windows[rng.random(windows.shape) < 0.02] = 0
-  batch = next_token(windows, np.full(4, cfg.context + 1), bos_id=0)
+  lengths_B = np.full(4, cfg.context + 1)
+  batch = next_token(Windows(windows, windows == 0, lengths_B), end_id=0)
   found = {}
   for path in ("blocked", "cudnn"):
     model, params = with_path(cfg, path)

@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT
 
 from flaxlm.config import ModelConfig, TrainingConfig
-from flaxlm.data.objectives import next_token
+from flaxlm.data.objectives import Windows, next_token
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import make_sampling
@@ -192,7 +192,7 @@ def take_a_step() -> None:
   model = build_model(CFG, run)
   params = jax.eval_shape(lambda: nn.unbox(init_params(model, jnp.uint32(0))))
   windows = np.ones((2, 9), np.int32)
-  batch = next_token(windows, np.full(2, 9), bos_id=0)
+  batch = next_token(Windows(windows, windows == 0, np.full(2, 9)), end_id=0)
   jax.eval_shape(functools.partial(forward, model), params, batch)
   key = jax.eval_shape(lambda: jax.random.key(0))
   jax.eval_shape(functools.partial(loss_and_gradient, model, run), params, batch, key)

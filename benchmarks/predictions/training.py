@@ -23,7 +23,7 @@ from flaxlm.benchmark.report import Result
 from flaxlm.benchmark.suites.attention import AttentionShape, operands, with_gradients
 from flaxlm.benchmark.suites.matmul import multiply
 from flaxlm.config import OptimizerConfig, ResolvedConfig, ResolvedModel, mesh_shape
-from flaxlm.data.objectives import next_token
+from flaxlm.data.objectives import Windows, next_token
 from flaxlm.nn.kernels.cudnn import attend_cudnn
 from flaxlm.nn.kernels.fusion import activate
 from flaxlm.nn.layers import build_norm
@@ -142,7 +142,8 @@ def step_side(cfg: ResolvedConfig) -> Side:
   step = jit_train_step(model, optimizer, cfg.training, mesh)
   B, T = cfg.data.batch_size, cfg.data.seq_len
   window = np.random.default_rng(0).integers(1, cfg.model.vocab_size, (B, T + 1))
-  batch = put_batch(next_token(window, np.full(B, T + 1), bos_id=0), mesh)
+  windows = Windows(window, window == 0, np.full(B, T + 1))
+  batch = put_batch(next_token(windows, end_id=0), mesh)
   state, seed = init_state(model, optimizer, mesh, seed=0), jnp.uint32(0)
 
   def call() -> tuple[jax.Array, Any]:

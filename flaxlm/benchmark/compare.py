@@ -2,16 +2,17 @@
 """Compares two files of results: which cases became faster or slower beyond the noise.
 
 Two figures differ only if their ranges over rounds do not overlap and their medians differ
-by more than a threshold (default 5 %). The threshold is needed because the rounds of one
-process do not show what varies between processes; a figure of a single round has no range,
-so the threshold alone decides.
+by more than a threshold (default 5 %) and by more than the processes of either file differ
+(`drifts`): the rounds of one process do not show what varies between processes. A figure of
+a single round has no range, and one of a single process no drift; then the threshold alone
+decides.
 """
 
 import dataclasses
 import json
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,6 +33,7 @@ class Verdict:
   before: Result | None = None
   after: Result | None = None
   change: float | None = None
+  drift: float | None = None  # what processes of the same program differ by
 
 
 def compare_files(
@@ -43,6 +45,7 @@ def compare_files(
   from different devices or have no case in common.
   """
   old, new = merged(read_lines(before)), merged(read_lines(after))
+  drift_of = drifts((old, new))
   common = old.keys() & new.keys()
   if not common:
     raise ConfigError(
@@ -54,11 +57,19 @@ def compare_files(
         f"{before} is of {old[key].device}, {after} of {new[key].device}",
         "--any-device compares them all the same",
       )
-  return [judge(*key, old.get(key), new.get(key), threshold) for key in {**old, **new}]
+  return [
+    judge(*key, old.get(key), new.get(key), threshold, drift_of.get(key))
+    for key in {**old, **new}
+  ]
 
 
 def judge(
-  suite: str, case: str, a: Result | None, b: Result | None, threshold: float
+  suite: str,
+  case: str,
+  a: Result | None,
+  b: Result | None,
+  threshold: float,
+  drift: float | None = None,
 ) -> Verdict:
   if a is None or b is None:
     return Verdict(suite, case, "new" if a is None else "missing", a, b)
@@ -71,13 +82,36 @@ def judge(
   if not better:
     return Verdict(suite, case, "same" if a.median == b.median else "changed", a, b)
   change = b.median / a.median if better > 0 else a.median / b.median
+  overlap = b.low <= a.high and a.low <= b.high
   if 1 - threshold <= change <= 1 + threshold:
     word = "same"
-  elif b.low <= a.high and a.low <= b.high:
+  elif overlap or max(change, 1 / change) <= 1 + (drift or 0.0):
     word = "noise"
   else:
     word = "faster" if change > 1 else "slower"
-  return Verdict(suite, case, word, a, b, change)
+  return Verdict(suite, case, word, a, b, change, drift)
+
+
+def drifts(files: Sequence[Mapping[tuple[str, str], Result]]) -> dict[Any, float]:
+  """How much the processes of one file differ, by suite and case.
+
+  It is that of the file in which they differ more, or that which is usual in the suite: a
+  few processes may agree by chance.
+  """
+  own: dict[tuple[str, str], float] = {}
+  for key, result in (item for results in files for item in results.items()):
+    if result.drift is not None:
+      own[key] = max(result.drift, own.get(key, 0.0))
+  usual = {
+    suite: statistics.median(drift for (other, _), drift in own.items() if other == suite)
+    for suite, _ in own
+  }
+  return {key: max(drift, usual[key[0]]) for key, drift in own.items()}
+
+
+def unrepeated(*paths: Path) -> list[Path]:
+  """The files that were measured by one process."""
+  return [path for path in paths if all(r.processes == 1 for r in read_lines(path))]
 
 
 # -- Files ---------------------------------------------------------------------------------
@@ -137,6 +171,7 @@ def merged(results: Sequence[Result]) -> dict[tuple[str, str], Result]:
       median=statistics.median(result.median for result in group),
       low=min(result.low for result in group),
       high=max(result.high for result in group),
+      drift=max((r.drift for r in group if r.drift is not None), default=None),
     )
     for key, group in groups.items()
   }
@@ -148,7 +183,7 @@ def merged(results: Sequence[Result]) -> dict[tuple[str, str], Result]:
 NOTES = {
   "slower": "",
   "faster": "",
-  "noise": "  (the medians differ, the ranges overlap)",
+  "noise": "  (the medians differ, but so do rounds or processes)",
   "changed": "",
   "missing": "  (only in the first file)",
   "new": "  (only in the second file)",
@@ -184,6 +219,7 @@ def as_values(verdict: Verdict) -> dict[str, Any]:
     "case": verdict.case,
     "verdict": verdict.word,
     "change": verdict.change,
+    "drift": verdict.drift,
     "before": verdict.before and verdict.before.median,
     "after": verdict.after and verdict.after.median,
   }

@@ -152,7 +152,7 @@ def wrong_result(what: str) -> FlaxLMError:
 
 def run_python(*arguments: str, environment: Mapping[str, str] | None = None) -> str:
   """The output of `python ARGUMENTS`, in a process where nothing is compiled, allocated or
-  cached yet. Raises `FlaxLMError` with the end of its stderr."""
+  cached yet. Raises `FlaxLMError` with the end of its stderr, and its exit code."""
   run = subprocess.run(
     [sys.executable, *arguments],
     capture_output=True,
@@ -162,5 +162,7 @@ def run_python(*arguments: str, environment: Mapping[str, str] | None = None) ->
   )
   if run.returncode:
     reason = run.stderr.strip()[-400:] or "no message"
-    raise FlaxLMError(f"python {' '.join(arguments)} failed: {reason}")
+    error = FlaxLMError(f"python {' '.join(arguments)} failed: {reason}")
+    error.exit_code = max(1, run.returncode)
+    raise error
   return run.stdout

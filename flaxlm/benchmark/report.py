@@ -79,6 +79,8 @@ class Result:
   flags: dict[str, str] = dataclasses.field(default_factory=dict)
   device: str = ""
   commit: str | None = None
+  processes: int = 1  # fresh ones that measured it, one after the other
+  drift: float | None = None  # 0.1: the largest of their medians is 1.1 times the smallest
 
   @property
   def demand(self) -> Demand | None:

@@ -27,6 +27,8 @@ MOVED = ("families", "predictions")
 DESCRIPTION = """Measures this machine against its published peak and its own limits: the
 best matrix product and the memory bandwidth of the same run. Figures are medians over
 rounds, with their range; every result is checked before its speed counts."""
+PROCESSES = 3  # the fewest whose range says how much they differ
+JSON_LINES, PAGES = (".json", ".jsonl"), (".html", ".htm")  # by the name of --output
 SIZES = ("tiny", "small", "large")
 
 
@@ -38,7 +40,8 @@ def add_bench(commands: Any) -> None:
       *rows,
       "",
       "flaxlm bench compare A B compares two files of --json lines. Exit status 1: a case",
-      "became slower by more than --threshold, and beyond the ranges of both; else 0.",
+      "became slower by more than --threshold, beyond the ranges of both, and by more than",
+      "the processes of either file differ; else 0.",
     ]
   )
   parser = commands.add_parser(
@@ -57,6 +60,8 @@ def add_bench(commands: Any) -> None:
   flag(
     "--output", str, "a file to write; .jsonl: JSON lines, .html: a page with a roofline"
   )
+  text = f"fresh processes that measure all; default: {PROCESSES} for JSON lines, which "
+  flag("--processes", int, f"{text}compare reads, else 1", metavar="N")
   flag("--rounds", int, "rounds of each case; default: 5", default=5)
   flag("--size", SIZES, "size of the cases; default: small on a CPU, else large")
   text = "compare: relative changes to ignore; default: 0.05"
@@ -80,7 +85,18 @@ def run_bench(args: argparse.Namespace, _: list[str]) -> int:
       )
     if name not in SUITES:
       raise ConfigError(f"unknown suite {name!r}", f"all, compare, {', '.join(SUITES)}")
-  check_least(args, 1, "rounds")
+  check_least(args, 1, "rounds", "processes")
+  suffix = Path(args.output or "").suffix
+  lines = suffix in JSON_LINES or (args.json and suffix not in PAGES)
+  number = args.processes or (PROCESSES if lines else 1)
+  if number > 1 and not lines:
+    raise ConfigError(
+      f"processes is {number}, but one page or table is of one process",
+      "add --json or --output F.jsonl",
+    )
+
+  if number > 1:
+    return repeat(args, what, number)
 
   from flaxlm.config import parse_mesh
   from flaxlm.platform import start_jax
@@ -103,6 +119,26 @@ def run_bench(args: argparse.Namespace, _: list[str]) -> int:
   return 0
 
 
+def repeat(args: argparse.Namespace, what: list[str], number: int) -> int:
+  from flaxlm.benchmark.repeat import measure_in_processes
+  from flaxlm.benchmark.report import print_json
+  from flaxlm.benchmark.suites.run import check_peer
+
+  check_peer(what, args.vs)
+  options = {
+    "rounds": args.rounds,
+    "size": args.size,
+    "vs": args.vs,
+    "mesh": args.mesh,
+    "simulated-devices": args.simulated_devices,
+  }
+  given = [f"--{name}={value}" for name, value in options.items() if value is not None]
+  log = lambda line: print(line, file=sys.stderr)
+  with open_output(args.output) as out:
+    print_json(measure_in_processes(number, [*what, *given], log), out)
+  return 0
+
+
 def write(results: Any, ceilings: Any, args: argparse.Namespace, out: Any) -> None:
   from flaxlm.benchmark.ceilings import this_device
   from flaxlm.benchmark.page import bench_view
@@ -110,9 +146,9 @@ def write(results: Any, ceilings: Any, args: argparse.Namespace, out: Any) -> No
   from flaxlm.look.page import to_html
 
   suffix = Path(args.output or "").suffix
-  if suffix in (".html", ".htm"):
+  if suffix in PAGES:
     out.write(to_html(bench_view(results, ceilings, this_device())))
-  elif args.json or suffix in (".json", ".jsonl"):
+  elif args.json or suffix in JSON_LINES:
     print_json(results, out)
   else:
     print_results(results, out)
@@ -126,10 +162,22 @@ def run_compare(args: argparse.Namespace, paths: list[str]) -> int:
       f"threshold is {args.threshold}", "it must be at least 0 and below 1, like 0.05"
     )
 
-  from flaxlm.benchmark.compare import SLOWER, as_values, compare_files, print_verdicts
+  from flaxlm.benchmark.compare import (
+    SLOWER,
+    as_values,
+    compare_files,
+    print_verdicts,
+    unrepeated,
+  )
 
   before, after = map(Path, paths)
   verdicts = compare_files(before, after, args.threshold, args.any_device)
+  for path in unrepeated(before, after):
+    print(
+      f"{path} is of one process: how much processes differ is not known, and may be what "
+      f"is found here; flaxlm bench --json --processes {PROCESSES} tells it",
+      file=sys.stderr,
+    )
   with open_output(args.output) as out:
     if args.json:
       for verdict in verdicts:

@@ -29,6 +29,8 @@ def add_plan(commands: Any) -> None:
   flag("--decode", bool, "also the speed of decoding")
   flag("--batch", list[int], "decode: rows")
   flag("--context", list[int], "decode: tokens")
+  flag("--weights", ("float32", "bfloat16", "int8"), "decode: dtype of the matrices")
+  flag("--cache", ("int8",), "decode: dtype of keys and values")
   flag("--tokens", float, "tokens to train on; default: 20 per parameter")
   flag("--price", float, "price of one device for one hour")
   parser.add_output("one JSON object")
@@ -37,6 +39,7 @@ def add_plan(commands: Any) -> None:
 
 def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
   from flaxlm.config import parse_mesh
+  from flaxlm.planning.decoding import Stored
   from flaxlm.planning.planner import Questions, plan
   from flaxlm.planning.report import print_report, to_json
   from flaxlm.platform import leave_out_absent_tpu
@@ -48,6 +51,8 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
     for value in given if isinstance(given, list) else [given]:
       if value is not None and value <= 0:
         raise ConfigError(f"{name} is {value}", "it must be more than 0")
+  if not args.decode and (args.weights or args.cache):
+    raise ConfigError("--weights and --cache are about decoding", "add --decode")
   questions = Questions(
     mesh=cfg.mesh if args.mesh is None else parse_mesh(args.mesh),
     device=args.device,
@@ -56,6 +61,7 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
     searched=args.search,
     batches=(args.batch or [1, 8, 64]) if args.decode else [],
     contexts=args.context or None,
+    stored=Stored(args.weights, args.cache),
     tokens=args.tokens,
     price=args.price,
     network=None if args.network is None else args.network * 1e9,

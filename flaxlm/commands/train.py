@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flaxlm train` and `flaxlm eval`."""
+"""`flaxlm train`."""
 
 import argparse
 import dataclasses
@@ -7,13 +7,7 @@ import typing
 from types import UnionType
 from typing import Any, Literal
 
-from flaxlm.commands.parsing import (
-  DEFAULT_CONFIG,
-  check_least,
-  open_run,
-  read_config,
-  write_result,
-)
+from flaxlm.commands.parsing import DEFAULT_CONFIG, read_config
 from flaxlm.config import Config, flag, knobs
 
 
@@ -54,41 +48,3 @@ def describe_knobs() -> str:
     text = str(default).lower() if default is None else str(default)
     lines.append(f"  {flag(name)}  {field.metadata['help']}  [{kind_text}, {text}]")
   return "\n".join(lines).replace("%", "%%")
-
-
-def add_eval(commands: Any) -> None:
-  parser = commands.add_parser("eval", help="loss and bits per byte on held-out text")
-  parser.add_run()
-  splits = ("validation", "train")
-  parser.add_flag("--split", splits, "default: validation", default="validation")
-  parser.add_flag("--corpus", str, "default: the corpus that the run was trained on")
-  parser.add_flag("--batches", int, "use at most so many; default: all")
-  parser.add_flag("--bleu", bool, "translate the pairs of the split, and score the result")
-  parser.add_flag("--beams", int, "bleu: number of beams", default=4)
-  parser.add_flag("--pairs", int, "bleu: use at most so many pairs", default=500)
-  parser.add_output("one JSON object")
-  parser.set_defaults(run=run_eval)
-
-
-def run_eval(args: argparse.Namespace, _: list[str]) -> int:
-  check_least(args, 1, "batches", "pairs")
-  run = open_run(args)
-
-  from flaxlm.training.evaluation import describe_evaluation, evaluate_run, translate_run
-
-  corpus = args.corpus or run.cfg.data.corpus
-  if args.bleu:
-    result = translate_run(run, corpus, args.split, args.pairs, args.beams)
-    values: dict[str, Any] = {"eval/bleu": result.bleu, "eval/copy_bleu": result.copy_bleu}
-    text = (
-      f"BLEU {result.bleu:.1f} on {result.num_pairs} pairs; "
-      f"copying the source: {result.copy_bleu:.1f} ({result.signature})"
-    )
-    for source, reference, translation in result.examples:
-      text += f"\n  {source!r}\n    => {translation!r}\n    ({reference!r})"
-  else:
-    values = evaluate_run(run, corpus, args.split, args.batches)
-    text = describe_evaluation(values)
-  text = f"{run.path} at step {run.step}: {text}"
-  write_result(args, {"step": run.step, **values}, lambda out: print(text, file=out))
-  return 0

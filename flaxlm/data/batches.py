@@ -14,8 +14,8 @@ import numpy as np
 
 from flaxlm.config import DataConfig
 from flaxlm.data.objectives import Batch
-from flaxlm.data.prepare import Store
-from flaxlm.data.rows import PADDING, make_rows
+from flaxlm.data.prepare import Store, TokenStore
+from flaxlm.data.rows import PADDING, make_rows, text_bytes
 from flaxlm.errors import DataError
 
 PREFETCHED_BATCHES = 4
@@ -94,6 +94,17 @@ class Batches:
       yield iterator
     finally:
       iterator.close()
+
+  def num_bytes(self, num_batches: int, sizes_V: np.ndarray) -> int:
+    """The bytes of text that the targets of the first batches, of all processes, stand for.
+
+    `sizes_V` are the bytes of each id. They are not asked for a whole text, whose bytes are
+    known: an id may stand for other bytes than its own, as where a tokenizer drops blanks.
+    """
+    if num_batches == self.num_batches and isinstance(self.store, TokenStore):
+      return self.store.num_bytes
+    parts = (self._parts[n] for n in range(num_batches * self._num_parts))
+    return sum(text_bytes(self._rows.windows(rows_B), sizes_V) for rows_B in parts)
 
   def _assemble(self, n: int, first: np.ndarray) -> Batch:
     """This process's parts of batch n; `first` has the rows of the first part."""

@@ -18,7 +18,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
-from flaxlm.data.corpus import SPLITS, Corpus, Document, Log, Pair
+from flaxlm.data.corpus import WHOLE, Corpus, Document, Log, Pair
 from flaxlm.errors import DataError
 
 FILE_FORMAT = "array_record"
@@ -46,6 +46,7 @@ class LocalConfig(tfds.core.BuilderConfig):
     kind = corpus.name.partition(":")[0]
     super().__init__(name=f"{kind}-{corpus.fingerprint[:16]}")
     self.parts: Sequence[Document | Pair] = corpus.documents or corpus.pairs
+    self.splits = corpus.splits
 
 
 class LocalText(tfds.core.GeneratorBasedBuilder):
@@ -67,7 +68,7 @@ class LocalText(tfds.core.GeneratorBasedBuilder):
     parts = self.builder_config.parts
     return {
       split: self._generate_examples([part for part in parts if part.split == split])
-      for split in SPLITS
+      for split in self.builder_config.splits
     }
 
   def _generate_examples(self, parts: Sequence[Any]) -> Iterator[tuple[int, Any]]:
@@ -159,11 +160,11 @@ def _pair_features(builder: Any, folder: Path, texts: Sequence[str]) -> tuple[st
 
 
 def _records(builder: Any, folder: Path, split: str) -> Sequence[Any]:
-  choices = {"train": "train", "validation": "validation"}
+  choices = {"train": "train", "validation": "validation", WHOLE: "all"}
   if "validation" not in builder.info.splits:
     choices["validation"] = "test"
     if "test" not in builder.info.splits:
-      choices = {"train": "train[:95%]", "validation": "train[95%:]"}
+      choices |= {"train": "train[:95%]", "validation": "train[95%:]"}
   try:
     return builder.as_data_source(choices[split])
   except (NotImplementedError, ValueError) as e:  # another file format, no such split

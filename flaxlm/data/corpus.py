@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 Log = Callable[[str], None]
 SPLITS = ("train", "validation")
+WHOLE = "whole"  # the only split of a corpus that is evaluated on, not learnt from
 
 
 class Document(NamedTuple):
@@ -48,3 +49,4 @@ class Corpus:
   documents: tuple[Document, ...] = field(default=(), repr=False)  # of local files
   pairs: tuple[Pair, ...] = field(default=(), repr=False)  # of catalogues
   tfds_folder: Path | None = None  # of a public dataset
+  splits: tuple[str, ...] = SPLITS

@@ -25,6 +25,14 @@ class Batch(NamedTuple):
   source_segments_BS: np.ndarray | None = None
 
 
+class Windows(NamedTuple):
+  """Parts of a text, one in each row."""
+
+  tokens_BX: np.ndarray
+  begins_BX: np.ndarray  # whether a document begins with this token
+  lengths_B: np.ndarray  # what comes after so many tokens is padding
+
+
 class Masking(NamedTuple):
   """The settings of `masked`."""
 
@@ -33,14 +41,16 @@ class Masking(NamedTuple):
   ordinary_ids: np.ndarray  # all ids but the special ones
 
 
-def next_token(windows: np.ndarray, lengths_B: np.ndarray, bos_id: int) -> Batch:
-  """Each token predicts the next; the last one of a document predicts the next bos.
+def next_token(windows: Windows, end_id: int) -> Batch:
+  """Each token predicts the next; the last one of a document predicts `end_id`.
 
-  `windows` has (B, T + 1) ids; those of row b after lengths_B[b] are padding.
+  `windows` are of T + 1 tokens.
   """
-  tokens_BT, targets_BT = windows[:, :-1], windows[:, 1:]
-  real_BT = np.arange(tokens_BT.shape[1]) < lengths_B[:, None] - 1
-  positions_BT, segments_BT = _places(tokens_BT, real_BT, bos_id)
+  tokens_BT, targets_BT = windows.tokens_BX[:, :-1], windows.tokens_BX[:, 1:]
+  real_BT = _real(windows)[:, 1:]
+  positions_BT, segments_BT = _places(windows.begins_BX[:, :-1], real_BT)
+  # What begins a document stands for the end of the one before.
+  targets_BT = np.where(windows.begins_BX[:, 1:], end_id, targets_BT)
   return Batch(
     tokens_BT=np.where(real_BT, tokens_BT, 0).astype(np.int32),
     targets_BT=np.where(real_BT, targets_BT, 0).astype(np.int32),
@@ -50,22 +60,18 @@ def next_token(windows: np.ndarray, lengths_B: np.ndarray, bos_id: int) -> Batch
   )
 
 
-def masked(
-  tokens_BT: np.ndarray,
-  lengths_B: np.ndarray,
-  bos_id: int,
-  masking: Masking,
-  random_3BT: np.ndarray,
-) -> Batch:
+def masked(windows: Windows, masking: Masking, random_3BT: np.ndarray) -> Batch:
   """Some tokens are hidden and predicted from all others (Devlin et al., 2019, 3.1).
 
   The same share of each row, but at least one token, is predicted. 80% of these become the
   mask, 10% a random id, and 10% stay, so that the model never knows whether a token that it
-  sees is right. bos is never predicted. `random_3BT`, uniform in [0, 1), decides it all.
+  sees is right. Special tokens are never predicted, nor is what begins a document.
+  `random_3BT`, uniform in [0, 1), decides it all. `windows` are of T tokens.
   """
-  real_BT = np.arange(tokens_BT.shape[1]) < lengths_B[:, None]
-  positions_BT, segments_BT = _places(tokens_BT, real_BT, bos_id)
-  text_BT = real_BT & (tokens_BT != bos_id)
+  tokens_BT, begins_BT, _ = windows
+  real_BT = _real(windows)
+  positions_BT, segments_BT = _places(begins_BT, real_BT)
+  text_BT = real_BT & ~begins_BT & np.isin(tokens_BT, masking.ordinary_ids)
   num_text_B = text_BT.sum(1)
   num_chosen_B = np.maximum(np.rint(masking.fraction * num_text_B), num_text_B > 0)
   choice_BT, way_BT, other_BT = random_3BT
@@ -83,31 +89,28 @@ def masked(
   )
 
 
-def seq2seq(
-  sources: tuple[np.ndarray, np.ndarray],
-  targets: tuple[np.ndarray, np.ndarray],
-  bos_id: int,
-) -> Batch:
+def seq2seq(source: Windows, target: Windows, end_id: int) -> Batch:
   """Each target is predicted from its source, token by token from bos to the end.
 
-  `sources` and `targets` are windows and lengths as `next_token` takes them, (B, S + 1) and
-  (B, T + 1). They hold the same pairs in the same order, each text after its bos. In the
-  batch a source has no bos before it, but its end: the bos that follows it.
+  The windows are of S + 1 and of T + 1 tokens, and hold the same pairs in the same order,
+  each text after its bos. In the batch a source has no bos before it, but its end.
   """
-  source, target = next_token(*sources, bos_id), next_token(*targets, bos_id)
-  return target._replace(
-    source_BS=source.targets_BT,
-    source_positions_BS=source.positions_BT,
-    source_segments_BS=source.segments_BT,
+  read, written = next_token(source, end_id), next_token(target, end_id)
+  return written._replace(
+    source_BS=read.targets_BT,
+    source_positions_BS=read.positions_BT,
+    source_segments_BS=read.segments_BT,
   )
 
 
-def _places(
-  tokens_BT: np.ndarray, real_BT: np.ndarray, bos_id: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """(positions, segments) of tokens; each document begins with bos."""
-  index_T = np.arange(tokens_BT.shape[1], dtype=np.int32)
-  starts_BT = tokens_BT == bos_id
+def _real(windows: Windows) -> np.ndarray:
+  return np.arange(windows.tokens_BX.shape[1]) < windows.lengths_B[:, None]
+
+
+def _places(begins_BT: np.ndarray, real_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """(positions, segments) of tokens; a row begins anew even within a document."""
+  index_T = np.arange(begins_BT.shape[1], dtype=np.int32)
+  starts_BT = begins_BT.copy()
   starts_BT[:, :1] = True
   start_of_BT = np.maximum.accumulate(np.where(starts_BT, index_T, 0), axis=1)
   positions_BT = np.where(real_BT, index_T - start_of_BT, 0).astype(np.int32)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to tokens, once: a corpus becomes one long array of ids per split, on disk.
 
-Each document is `bos` and its ids; documents follow one another in a fixed order. A corpus
-of pairs becomes two such arrays, of the sources and of the targets. The results are found
-again by the fingerprints of the corpus and of the tokenizer, which costs only the time to
-hash the corpus.
+Each document is `bos` and its ids; documents follow one another in a fixed order. Where
+each begins is stored beside the ids: tokenizers of others may find `bos` inside of a text
+too. A corpus of pairs becomes two such arrays, of the sources and of the targets. The
+results are found again by the fingerprints of the corpus and of the tokenizer, which costs
+only the time to hash the corpus.
 """
 
 import contextlib
@@ -14,15 +15,15 @@ import json
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from flaxlm.config import TokenizerConfig
-from flaxlm.data.corpus import SPLITS, Corpus, Log
+from flaxlm.data.corpus import WHOLE, Corpus, Log
 from flaxlm.data.sources import (
   data_dir,
   find_corpus,
@@ -38,6 +39,8 @@ from flaxlm.tokenizers import MASK, AnyTokenizer, load_tokenizer, train_tokenize
 # else, or when `train_tokenizer` makes another tokenizer from the same texts.
 _FORMAT = 1
 CHUNK_CHARACTERS = 2**22  # tokenized at a time
+SILENT_SECONDS = 10.0
+LONG_LINE = 2**18  # characters: without blanks, this may take a tokenizer seconds
 # A tokenizer is trained on pieces spread evenly over the corpus. For the standard library
 # and 4,096 ids this takes a sixth of the time that the whole corpus would take, and gives
 # 3.56 bytes per held-out token instead of 3.58.
@@ -51,9 +54,9 @@ class TokenStore:
   """The tokens of a split: one array, mapped from disk; each document begins with bos."""
 
   tokens: np.ndarray
-  bos_id: int
+  bounds: np.ndarray  # where each document begins and, at last, where the last one ends
+  end_id: int  # what the last token of a document predicts
   vocab_size: int  # every token is below it
-  num_documents: int
   num_bytes: int  # of text
   gzip_bits_per_byte: float | None  # of the text under `gzip -9`; validation only
   mask_id: int | None = None  # of tokenizers for masked models
@@ -62,6 +65,10 @@ class TokenStore:
   @property
   def num_tokens(self) -> int:
     return len(self.tokens)
+
+  @property
+  def num_documents(self) -> int:
+    return len(self.bounds) - 1
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,8 @@ class PairStore:
   gzip_bits_per_byte: ClassVar[None] = None
 
   @property
-  def bos_id(self) -> int:
-    return self.target.bos_id
+  def end_id(self) -> int:
+    return self.target.end_id
 
   @property
   def vocab_size(self) -> int:
@@ -99,6 +106,14 @@ class Prepared:
   fingerprint: str
 
 
+class _Found(NamedTuple):
+  """What is stored of a corpus."""
+
+  tokenizer: AnyTokenizer
+  stores: tuple[Store, ...]  # one of each split
+  fingerprint: str
+
+
 def prepare(
   corpus: str,
   cfg: TokenizerConfig,
@@ -115,21 +130,38 @@ def prepare(
   parallel. Raises `DataError`.
   """
   plan = _Plan(find_corpus(corpus, log), cfg, objective, data_dir())
-  prepared = _find(plan)
-  if prepared is not None:
-    return prepared
+  tokenizer, (train, validation), fingerprint = _find_or_build(plan, log, meanwhile)
+  return Prepared(tokenizer, train, validation, fingerprint)
+
+
+def prepare_whole(
+  corpus: str, tokenizer: Path, log: Log = to_stderr, objective: str = "next_token"
+) -> Store:
+  """All tokens of a corpus by the tokenizer of a file, not split; see `prepare`."""
+  found = find_corpus(corpus, log, whole=True)
+  plan = _Plan(found, TokenizerConfig(path=str(tokenizer)), objective, data_dir())
+  (store,) = _find_or_build(plan, log).stores
+  return store
+
+
+def _find_or_build(
+  plan: "_Plan", log: Log, meanwhile: Callable[[], object] = lambda: None
+) -> _Found:
+  found = _find(plan)
+  if found is not None:
+    return found
   # While TFDS is imported it replaces Python's import function, so no other thread may
   # import anything at that time, and compiling does.
   from flaxlm.data import builders  # noqa: F401
 
   meanwhile()
   with locked(plan.root, log):
-    prepared = _find(plan)  # another process may have been faster
-    if prepared is None:
+    found = _find(plan)  # another process may have been faster
+    if found is None:
       _build(plan, log)
-      prepared = _find(plan)
-  assert prepared is not None, "it has just been built"
-  return prepared
+      found = _find(plan)
+  assert found is not None, "it has just been built"
+  return found
 
 
 def corpus_tokenizer(
@@ -190,7 +222,7 @@ class _Plan:
     return {f"{split}.{side}": texts for side, texts in sides}
 
 
-def _find(plan: _Plan) -> Prepared | None:
+def _find(plan: _Plan) -> _Found | None:
   """What was prepared before, if it is complete; else None."""
   try:
     tokenizer = load_tokenizer(plan.tokenizer_path)
@@ -209,10 +241,11 @@ def _find(plan: _Plan) -> Prepared | None:
   try:
     meta = json.loads((folder / "meta.json").read_text())
     open_split = _open_pairs if plan.objective == "seq2seq" else _open
-    train, validation = (open_split(folder, meta, split, tokenizer) for split in SPLITS)
+    splits = plan.corpus.splits
+    stores = tuple(open_split(folder, meta, split, tokenizer) for split in splits)
   except (OSError, ValueError, KeyError, TypeError):
     return None
-  return Prepared(tokenizer, train, validation, fingerprint)
+  return _Found(tokenizer, stores, fingerprint)
 
 
 def _open_pairs(
@@ -229,11 +262,16 @@ def _open(
   tokens = np.load(folder / f"{name}.npy", mmap_mode="r")
   if len(tokens) != about["num_tokens"]:
     raise ValueError(f"{len(tokens)} tokens instead of {about['num_tokens']}")
+  if tokens[0] != tokenizer.bos_id:  # one tokenizer.json may serve with several
+    raise ValueError(f"documents begin with {tokens[0]}")
+  bounds = _open_bounds(folder / f"{name}.bounds.npy", tokens, tokenizer.bos_id)
+  if len(bounds) != about["num_documents"] + 1:
+    raise ValueError(f"{len(bounds) - 1} documents instead of {about['num_documents']}")
   return TokenStore(
     tokens,
-    bos_id=tokenizer.bos_id,
+    bounds,
+    end_id=tokenizer.bos_id if tokenizer.eos_id < 0 else tokenizer.eos_id,
     vocab_size=tokenizer.vocab_size,
-    num_documents=about["num_documents"],
     num_bytes=about["num_bytes"],
     gzip_bits_per_byte=about["gzip_bits_per_byte"],
     mask_id=tokenizer.mask_id,
@@ -241,22 +279,38 @@ def _open(
   )
 
 
+def _open_bounds(path: Path, tokens: np.ndarray, bos_id: int) -> np.ndarray:
+  """Where the documents of an array begin, and where the last one ends.
+
+  The first releases did not store it. What they stored is used if no text holds a bos,
+  which its number of documents tells.
+  """
+  if not path.is_file():
+    return np.append(np.flatnonzero(tokens == bos_id), len(tokens))
+  bounds = np.load(path, mmap_mode="r")
+  if bounds.dtype != np.int64 or bounds[0] != 0 or bounds[-1] != len(tokens):
+    raise ValueError(f"{path} does not fit the tokens")
+  return bounds
+
+
 def _build(plan: _Plan, log: Log) -> None:
   """Trains the tokenizer if there is none, then tokenizes both splits."""
   start, corpus = time.perf_counter(), plan.corpus
-  texts = {split: plan.texts(split) for split in SPLITS}
-  counts = ", ".join(f"{len(next(iter(texts[s].values()))):,} {s}" for s in SPLITS)
+  texts = {split: plan.texts(split) for split in corpus.splits}
+  counts = ", ".join(f"{len(next(iter(texts[s].values()))):,} {s}" for s in texts)
   parts = "pairs" if plan.objective == "seq2seq" else "documents"
   log(f"{corpus.name}: {counts} {parts} ({time.perf_counter() - start:.1f} s)")
-  tokenizer = _load_or_train(plan, [*texts["train"].values()], log)
+  tokenizer = _load_or_train(plan, [*texts[corpus.splits[0]].values()], log)
   with _new_folder(plan.root / "tokens" / plan.fingerprint(tokenizer)) as partial:
     meta: dict[str, Any] = {"corpus": corpus.name, "format": _FORMAT}
-    for name, part in (item for split in SPLITS for item in texts[split].items()):
+    for name, part in (item for split in texts for item in texts[split].items()):
       start = time.perf_counter()
-      about = meta[name] = _tokenize(part, tokenizer, partial / f"{name}.npy")
+      about, bounds = _tokenize(part, tokenizer, partial / f"{name}.npy", log)
+      np.save(partial / f"{name}.bounds.npy", bounds, allow_pickle=False)
+      meta[name] = about
       if not about["num_bytes"]:
         raise DataError(f"the {name} split of {corpus.name} has no text")
-      if name == "validation":
+      if name in ("validation", WHOLE):
         about["gzip_bits_per_byte"] = _gzip_bits_per_byte(part)
       log(
         f"{name}: {about['num_tokens']:,} tokens of {about['num_bytes']:,} bytes "
@@ -307,31 +361,51 @@ def _num_characters(texts: Sequence[str]) -> int:
   return step * sum(len(texts[n]) for n in range(0, len(texts), step))
 
 
-def _tokenize(texts: Sequence[str], tokenizer: AnyTokenizer, path: Path) -> dict[str, Any]:
-  """Writes the ids of all documents to a .npy file; returns the counts."""
+def _tokenize(
+  texts: Sequence[str], tokenizer: AnyTokenizer, path: Path, log: Log
+) -> tuple[dict[str, Any], np.ndarray]:
+  """Writes the ids of all documents to a .npy file; returns (counts, bounds)."""
   dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
   bos = np.array([tokenizer.bos_id], dtype)
-  num_tokens = num_bytes = 0
+  bounds = np.zeros(len(texts) + 1, np.int64)
+  number = num_tokens = num_bytes = 0
   with path.open("wb") as file:
     # The header is written again when the length is known: NumPy leaves room for it.
     header = {"descr": dtype.str, "fortran_order": False, "shape": (0,)}
     np.lib.format.write_array_header_1_0(file, header)
-    for chunk in _chunks(texts):
+    for chunk in _chunks(_announced(texts, path.stem, log)):
       num_bytes += sum(len(text.encode("utf-8", "replace")) for text in chunk)
       for ids in tokenizer.encode_batch(chunk):
         file.write(bos.tobytes() + ids.astype(dtype).tobytes())
         num_tokens += 1 + len(ids)
+        number += 1
+        bounds[number] = num_tokens
     file.seek(0)
     np.lib.format.write_array_header_1_0(file, header | {"shape": (num_tokens,)})
-  return {
+  about = {
     "num_documents": len(texts),
     "num_tokens": num_tokens,
     "num_bytes": num_bytes,
     "gzip_bits_per_byte": None,
   }
+  return about, bounds
 
 
-def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
+def _announced(texts: Sequence[str], name: str, log: Log) -> Iterator[str]:
+  """The texts; a line every ten seconds says how far they are, and one at once about the
+  first line that is so long that it may take seconds by itself."""
+  told, warned = time.perf_counter(), False
+  for number, text in enumerate(texts):
+    longest = max(map(len, text.split("\n")))
+    warn = longest >= LONG_LINE and not warned
+    if warn or time.perf_counter() - told > SILENT_SECONDS:
+      told, warned = time.perf_counter(), warned or warn
+      what = f", a line of which has {longest:,} characters" if warn else ""
+      log(f"{name}: tokenizing document {number + 1:,} of {len(texts):,}{what}")
+    yield text
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
   chunk: list[str] = []
   size = 0
   for text in texts:

@@ -2,7 +2,9 @@
 """What each row of a batch holds: a window of a text, or as many pairs as fit.
 
 Which tokens are in which row is decided when the store is opened. A row is a contiguous
-part of the stored tokens, so it costs the same to read everywhere in the corpus.
+part of the stored tokens, so it costs the same to read everywhere in the corpus. Where
+documents begin in it is read from the store, and never told by a token: a text may hold
+every token of the vocabulary.
 """
 
 import math
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flaxlm.config import DataConfig
-from flaxlm.data.objectives import Batch, Masking, masked, next_token, seq2seq
+from flaxlm.data.objectives import Batch, Masking, Windows, masked, next_token, seq2seq
 from flaxlm.data.prepare import PairStore, Store, TokenStore
 from flaxlm.errors import DataError
 
@@ -46,12 +48,9 @@ class TextRows:
     `places_B` are their places in the sequence of rows of all epochs, so that other tokens
     of a row are masked in each epoch.
     """
-    store, starts_B = self.store, np.maximum(rows_B, 0) * self.seq_len
-    windows = _windows(store, starts_B, self.seq_len + 1)
-    lengths_B = np.minimum(store.num_tokens - starts_B, self.seq_len + 1)
-    lengths_B = np.where(rows_B == PADDING, 0, lengths_B)
+    windows = self.windows(rows_B)
     if self.masking is None:
-      return next_token(windows, lengths_B, store.bos_id)
+      return next_token(windows, self.store.end_id)
     random_3BT = np.stack(
       [
         np.random.default_rng((self.seed, place)).random((3, self.seq_len))
@@ -59,7 +58,17 @@ class TextRows:
       ],
       axis=1,
     )
-    return masked(windows[:, :-1], lengths_B, store.bos_id, self.masking, random_3BT)
+    tokens_BX, begins_BX, lengths_B = windows
+    return masked(
+      Windows(tokens_BX[:, :-1], begins_BX[:, :-1], lengths_B), self.masking, random_3BT
+    )
+
+  def windows(self, rows_B: np.ndarray) -> Windows:
+    """What the rows with these numbers are made of, T + 1 tokens each."""
+    starts_B = np.maximum(rows_B, 0) * self.seq_len
+    lengths_B = np.minimum(self.store.num_tokens - starts_B, self.seq_len + 1)
+    lengths_B = np.where(rows_B == PADDING, 0, lengths_B)
+    return _windows(self.store, starts_B, lengths_B, self.seq_len + 1)
 
 
 class PairRows:
@@ -72,12 +81,11 @@ class PairRows:
     """Raises `DataError` if the stored pairs are damaged."""
     self.store = store
     self.source_len, self.seq_len = cfg.source_length, cfg.seq_len
-    source_P, target_P = _starts(store.source), _starts(store.target)
-    num_pairs = store.source.num_documents
-    if not len(source_P) == len(target_P) == num_pairs + 1:
+    source_P, target_P = store.source.bounds, store.target.bounds
+    if len(source_P) != len(target_P):
       raise DataError(
         f"the stored pairs are damaged: {len(source_P) - 1} sources and "
-        f"{len(target_P) - 1} targets of {num_pairs} pairs",
+        f"{len(target_P) - 1} targets",
         CURE,
       )
     first_R = _first_pairs((source_P, target_P), (self.source_len, self.seq_len))
@@ -87,16 +95,19 @@ class PairRows:
   def batch(self, rows_B: np.ndarray, places_B: np.ndarray) -> Batch:
     """The rows with these numbers; their places do not matter."""
     source = self._side(self.store.source, self.source_R, rows_B, self.source_len)
-    target = self._side(self.store.target, self.target_R, rows_B, self.seq_len)
-    return seq2seq(source, target, self.store.bos_id)
+    return seq2seq(source, self.windows(rows_B), self.store.end_id)
+
+  def windows(self, rows_B: np.ndarray) -> Windows:
+    """What the targets of the rows with these numbers are made of, T + 1 tokens each."""
+    return self._side(self.store.target, self.target_R, rows_B, self.seq_len)
 
   def _side(
     self, store: TokenStore, starts_R: np.ndarray, rows_B: np.ndarray, width: int
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """The windows of one side, and their lengths with the end of the last text."""
+  ) -> Windows:
+    """The windows of one side; what follows the last text is its end."""
     lengths_B = np.minimum(starts_R[rows_B + 1] - starts_R[rows_B], width) + 1
-    windows = _windows(store, starts_R[rows_B], width + 1)
-    return windows, np.where(rows_B == PADDING, 0, lengths_B)
+    lengths_B = np.where(rows_B == PADDING, 0, lengths_B)
+    return _windows(store, starts_R[rows_B], lengths_B, width + 1)
 
 
 Rows = TextRows | PairRows
@@ -111,36 +122,47 @@ def make_rows(store: Store, cfg: DataConfig, seed: int) -> Rows:
   return TextRows(store, cfg, seed)
 
 
-def _windows(store: TokenStore, starts_B: np.ndarray, width: int) -> np.ndarray:
+def text_bytes(windows: Windows, sizes_V: np.ndarray) -> int:
+  """The bytes of text that the targets of windows stand for, by the bytes of each id.
+
+  What ends a document has none, whatever that id stands for inside of a text.
+  """
+  is_text_BX = ~windows.begins_BX[:, 1:]
+  is_text_BX &= np.arange(1, windows.tokens_BX.shape[1]) < windows.lengths_B[:, None]
+  return int(sizes_V[windows.tokens_BX[:, 1:][is_text_BX]].sum(dtype=np.int64))
+
+
+def _windows(
+  store: TokenStore, starts_B: np.ndarray, lengths_B: np.ndarray, width: int
+) -> Windows:
   """`width` tokens from each start on; after the last token comes the first one, a bos.
 
   Raises `DataError` if a token is not in the store's vocabulary.
   """
-  tokens = store.tokens
-  windows = tokens[(starts_B[:, None] + np.arange(width)) % len(tokens)]
-  if windows.max() >= store.vocab_size:
+  tokens, bounds = store.tokens, store.bounds
+  tokens_BX = tokens[(starts_B[:, None] + np.arange(width)) % len(tokens)]
+  if tokens_BX.max() >= store.vocab_size:
     raise DataError(
-      f"the stored tokens are damaged: {windows.max()} is no id of the tokenizer", CURE
+      f"the stored tokens are damaged: {tokens_BX.max()} is no id of the tokenizer", CURE
     )
-  return windows
-
-
-def _starts(store: TokenStore) -> np.ndarray:
-  """Where each document starts, and at last where the last one ends."""
-  return np.append(np.flatnonzero(store.tokens == store.bos_id), store.num_tokens)
+  begins_BX = np.zeros(tokens_BX.shape, bool)
+  first_B, last_B = np.searchsorted(bounds, (starts_B, starts_B + width))
+  for row, start, first, last in zip(begins_BX, starts_B, first_B, last_B, strict=True):
+    row[bounds[first:last] - start] = True
+  return Windows(tokens_BX, begins_BX, lengths_B)
 
 
 def _first_pairs(
-  starts_of_sides: Sequence[np.ndarray], limits: Sequence[int]
+  bounds_of_sides: Sequence[np.ndarray], limits: Sequence[int]
 ) -> np.ndarray:
   """The first pair of each row, and the number of pairs.
 
   The first pair of a row decides where the row ends, so the ends of the rows that would
   begin with each pair are computed together.
   """
-  num_pairs = len(starts_of_sides[0]) - 1
+  num_pairs = len(bounds_of_sides[0]) - 1
   ends_P = np.full(num_pairs, num_pairs)
-  for starts_P, limit in zip(starts_of_sides, limits, strict=True):
+  for starts_P, limit in zip(bounds_of_sides, limits, strict=True):
     fits_P = np.searchsorted(starts_P, starts_P[:-1] + limit, side="right") - 1
     ends_P = np.minimum(ends_P, fits_P)
   ends = np.maximum(ends_P, np.arange(1, num_pairs + 1)).tolist()  # one at least, if cut

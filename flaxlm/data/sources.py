@@ -10,7 +10,8 @@ A local file of UTF-8 text is one document; if it is longer than 2 MiB it is cut
 ends into several. A file or folder called `train` or `validation` belongs to that split;
 any other file is in validation if the SHA-256 of its relative path is 0 modulo 20. A split
 that would be empty gets the file with the smallest hash. Of a single file the last 5% are
-validation.
+validation. Linked folders are followed, and no file is read twice under two names. What is
+not read is counted, and a line says so; a corpus of nothing else is refused.
 
 `gettext:LANG` consists of pairs: the messages of programs in English and in LANG. They come
 from the catalogues of installed Python packages, which are read as data and never imported.
@@ -35,7 +36,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from flaxlm.data.corpus import SPLITS, Corpus, Document, Log, Pair
+from flaxlm.data.corpus import SPLITS, WHOLE, Corpus, Document, Log, Pair
 from flaxlm.errors import ConfigError, DataError
 
 # Some Python distributions ship the tests, others do not.
@@ -45,6 +46,16 @@ STDLIB_EXCLUDED = frozenset(
 DOCUMENT_BYTES = 2**20
 # A number for which most languages use the plural form of "many".
 MANY = 5
+# Formats that hold text but are no text: to read one as it is would teach its syntax.
+UNREAD = {
+  **dict.fromkeys((".jsonl", ".ndjson"), "JSON lines"),
+  **dict.fromkeys((".parquet", ".arrow", ".feather", ".avro", ".orc"), "a table"),
+  **dict.fromkeys((".tfrecord", ".array_record", ".arrayrecord", ".mds"), "records"),
+  **dict.fromkeys((".gz", ".zst", ".xz", ".bz2", ".lz4", ".br"), "compressed data"),
+  **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "an archive"),
+}
+# Text with a syntax of its own, which may be what somebody wants to learn.
+MARKED_UP = (".json", ".csv", ".tsv", ".html", ".htm", ".xml", ".ipynb")
 _LISTING_VERSION = 1  # a part of fingerprints: raise it when the rules of this file change
 
 
@@ -60,24 +71,23 @@ def data_dir() -> Path:
   return Path(cache) / "flaxlm"
 
 
-def find_corpus(name: str, log: Log = to_stderr) -> Corpus:
+def find_corpus(name: str, log: Log = to_stderr, whole: bool = False) -> Corpus:
   """The corpus `stdlib`, `files:GLOB` (or folder, or file), `tfds:NAME[/CONFIG]` or
-  `gettext:LANG`.
+  `gettext:LANG`; a `whole` one is not split.
 
   Downloads a TFDS dataset that is not there yet. Raises `DataError` if nothing is found.
   """
   kind, _, rest = name.partition(":")
   if name == "stdlib":
     root = Path(sysconfig.get_paths()["stdlib"])
-    python = (path for path in _walk(root, STDLIB_EXCLUDED) if path.suffix == ".py")
-    return _local_corpus(name, root, python, log)
+    return _local_corpus(name, root, _python_files(root), log, _Unread(), whole)
   if kind == "files" and rest:
-    root, paths = _match(rest)
-    return _local_corpus(name, root, paths, log)
+    unread = _Unread()
+    return _local_corpus(name, *_match(rest, unread), log, unread, whole)
   if kind == "tfds" and rest:
-    return _tfds_corpus(name, rest, log)
+    return _tfds_corpus(name, rest, log, whole)
   if kind == "gettext" and rest:
-    return _gettext_corpus(name, rest, log)
+    return _gettext_corpus(name, rest, log, whole)
   known = ["stdlib", "files:GLOB", "tfds:NAME", "gettext:LANG"]
   near = difflib.get_close_matches(name, known, 1)
   raise ConfigError(
@@ -145,73 +155,199 @@ def locked(root: Path, log: Log) -> Iterator[None]:
 # -- Local files -----------------------------------------------------------------------
 
 
-def _walk(root: Path, excluded: frozenset[str] = frozenset()) -> Iterator[Path]:
-  """The files below `root`, without hidden ones and without the excluded folders."""
+class _Unread:
+  """What was found and is not read, by the reason."""
+
+  def __init__(self) -> None:
+    self.names: dict[str, list[str]] = {}
+    self.formats: list[str] = []  # names of files that hold text, but are no text
+
+  def __bool__(self) -> bool:
+    return bool(self.names)
+
+  def add(self, reason: str, name: str | Path) -> None:
+    self.names.setdefault(reason, []).append(_shown(name))
+
+  def __str__(self) -> str:
+    return "; ".join(
+      f"{reason}: {len(names)}, as {min(names)}" for reason, names in self.names.items()
+    )
+
+
+def _shown(name: str | Path) -> str:
+  """A name as text: it may be bytes, and it may hold anything but a NUL."""
+  text = str(name).encode("utf-8", "backslashreplace").decode()
+  return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _python_files(root: Path) -> Iterator[tuple[Path, str]]:
+  """(path, path) of the standard library's modules."""
   for folder, subfolders, files in os.walk(root):
-    subfolders[:] = [s for s in subfolders if s not in excluded and s[0] != "."]
-    yield from (Path(folder, file) for file in files if file[0] != ".")
+    subfolders[:] = [s for s in subfolders if s not in STDLIB_EXCLUDED and s[0] != "."]
+    paths = (Path(folder, file) for file in files if file[0] != ".")
+    yield from ((path, str(path)) for path in paths if path.suffix == ".py")
 
 
-def _match(pattern: str) -> tuple[Path, Iterator[Path]]:
-  """(the folder to which names are relative, the files) of a glob, a folder or a file."""
+def _walk(root: Path, unread: _Unread) -> Iterator[tuple[Path, str]]:
+  """(path, where it really lies) of the files below `root`, but for hidden ones.
+
+  Linked folders are followed, but each folder is entered once: links may form a ring.
+  """
+  real_root = os.path.realpath(root)
+  real_of, entered = {str(root): real_root}, {real_root}
+
+  def refuse(error: OSError) -> None:
+    unread.add("folders that cannot be read", Path(error.filename).relative_to(root))
+
+  for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+    real_folder, kept = real_of.pop(folder), []
+    for subfolder in sorted(subfolders):
+      path = Path(folder, subfolder)
+      linked, relative = path.is_symlink(), path.relative_to(root)
+      real = os.path.realpath(path) if linked else str(Path(real_folder, subfolder))
+      if subfolder[0] == ".":
+        unread.add("hidden folders", relative)
+      elif real in entered or (linked and _is_visible_below(real, real_root)):
+        unread.add("folders that are read by another name", relative)
+      else:
+        entered.add(real)
+        real_of[str(path)] = real
+        kept.append(subfolder)
+    subfolders[:] = kept
+    for file in files:
+      path = Path(folder, file)
+      if file[0] == ".":
+        unread.add("hidden files", path.relative_to(root))
+      else:
+        linked = path.is_symlink()
+        yield path, os.path.realpath(path) if linked else str(Path(real_folder, file))
+
+
+def _is_visible_below(real: str, root: str) -> bool:
+  """Whether walking through `root` comes by."""
+  path = Path(real)
+  return path.is_relative_to(root) and not any(
+    part[0] == "." for part in path.relative_to(root).parts
+  )
+
+
+def _match(pattern: str, unread: _Unread) -> tuple[Path, Iterator[tuple[Path, str]]]:
+  """(the folder to which names are relative, the files) of a glob, a folder or a file;
+  with each file where it really lies."""
   path = Path(pattern).expanduser()
   if path.is_dir():
-    return path, _walk(path)
+    return path, _walk(path, unread)
   if path.is_file():
-    return path.parent, iter([path])
+    return path.parent, iter([(path, str(path))])
   parts = path.parts
   literal = next((n for n, part in enumerate(parts) if glob.has_magic(part)), len(parts))
   # Not Path.glob, which finds hidden files too.
   found = glob.iglob(str(path), recursive=True)  # noqa: PTH207
-  return Path(*parts[: min(literal, len(parts) - 1)]), map(Path, found)
+  files = ((Path(one), os.path.realpath(one)) for one in found if not Path(one).is_dir())
+  return Path(*parts[: min(literal, len(parts) - 1)]), files
 
 
-def _local_corpus(name: str, root: Path, paths: Iterator[Path], log: Log) -> Corpus:
+def _local_corpus(
+  name: str,
+  root: Path,
+  found: Iterator[tuple[Path, str]],
+  log: Log,
+  unread: _Unread,
+  whole: bool,
+) -> Corpus:
   files: dict[str, tuple[Path, str]] = {}
-  skipped = []
-  for path in sorted(path for path in paths if path.is_file()):
-    if not path.stat().st_size:
-      continue
-    digest = _digest_of_text(path)
+  for path in _each_once(found, root, unread):
     relative = path.relative_to(root).as_posix()
     relative = relative.encode("utf-8", "backslashreplace").decode()  # names may be bytes
-    if digest is None:
-      skipped.append(relative)
-    else:
+    digest = _digest_of_text(path, relative, unread)
+    if digest is not None:
       files[relative] = path, digest
-  if skipped:
-    log(f"{name}: skipped what is not UTF-8 text: {len(skipped)}, as {skipped[0]}")
-  if not files:
-    raise DataError(f"no documents matched {name}", "files: takes a folder, glob or file")
-  splits = _split({relative: _named_split(relative) for relative in files})
+  _report_unread(name, files, log, unread)
+  splits = _split({relative: _named_split(relative) for relative in files}, whole)
   documents = []
   for relative, (path, digest) in files.items():
-    for split, start, end in _cut(path, splits[relative] if len(files) > 1 else None):
+    split_of_all = splits[relative] if whole or len(files) > 1 else None
+    for split, start, end in _cut(path, split_of_all):
       documents.append(Document(split, relative, path, start, end, digest))
-  missing = set(SPLITS) - {document.split for document in documents}
+  wanted = (WHOLE,) if whole else SPLITS
+  missing = set(wanted) - {document.split for document in documents}
   if missing:
     raise DataError(f"{name} is too small: no {missing.pop()} text", "add a file")
-  return Corpus(name, *_fingerprints(documents), documents=tuple(documents))
+  prints = _fingerprints(documents)
+  return Corpus(name, *prints, documents=tuple(documents), splits=wanted)
 
 
-def _digest_of_text(path: Path) -> str | None:
+def _each_once(
+  found: Iterator[tuple[Path, str]], root: Path, unread: _Unread
+) -> Iterator[Path]:
+  """The files in order. Of the names of one file, that counts which is no link: a text that
+  is learnt and held out under two names would look like one that the model can predict."""
+  real_root, name_of = os.path.realpath(root), dict[str, Path]()
+  is_own = lambda path, real: str(Path(real_root, path.relative_to(root))) == real
+  for path, real in sorted(found, key=lambda pair: (not is_own(*pair), pair[0])):
+    if name_of.setdefault(real, path) is not path:
+      unread.add("files that are read by another name", path.relative_to(root))
+  yield from sorted(name_of.values())
+
+
+def _report_unread(
+  name: str, files: Mapping[str, tuple[Path, str]], log: Log, unread: _Unread
+) -> None:
+  """Says what is not read, and what is read with its syntax; `DataError` if nothing is."""
+  if not files:
+    if unread.formats:
+      first = min(unread.formats)
+      kind = UNREAD[Path(first).suffix.lower()]
+      raise DataError(
+        f"{name}: {first} is no text but {kind}, which flaxlm does not read ({unread})",
+        "write each text into a .txt file of its own, and name those",
+      )
+    cause = f": not read are {unread}" if unread else ""
+    raise DataError(f"no documents matched {name}{cause}", "files: takes UTF-8 text")
+  if unread:
+    log(f"{name}: not read are {unread}")
+  suffixes = [Path(relative).suffix.lower() for relative in files]
+  marked_up = [f"{suffixes.count(s)} {s}" for s in MARKED_UP if s in suffixes]
+  if marked_up and name != "stdlib":
+    log(f"{name}: read as they are, with their syntax: {', '.join(marked_up)}")
+
+
+def _digest_of_text(path: Path, name: str, unread: _Unread) -> str | None:
   """SHA-256 of a file; None if it is not UTF-8 text (a NUL byte means it is not)."""
+  suffix = path.suffix.lower()
+  if suffix in UNREAD:
+    unread.formats.append(_shown(name))
+    unread.add(f"{suffix} files", name)
+    return None
   digest = hashlib.sha256()
   decoder = codecs.getincrementaldecoder("utf-8")()
   try:
+    if not path.is_file():
+      exists = path.exists()
+      unread.add("neither files nor folders" if exists else "links to nowhere", name)
+      return None
+    if not path.stat().st_size:
+      unread.add("empty files", name)
+      return None
     with path.open("rb") as file:
       while block := file.read(2**20):
         digest.update(block)
         if "\0" in decoder.decode(block):
-          return None
+          raise ValueError("a NUL byte")
     decoder.decode(b"", final=True)
-  except (OSError, UnicodeDecodeError):
+  except OSError as e:
+    unread.add(f"files that cannot be read ({e.strerror})", name)
+    return None
+  except ValueError:
+    unread.add("not UTF-8 text", name)
     return None
   return digest.hexdigest()
 
 
-def _split(named: Mapping[str, str | None]) -> dict[str, str]:
+def _split(named: Mapping[str, str | None], whole: bool) -> dict[str, str]:
   """The split of each name, by the rule at the top of this file, if none is given."""
+  if whole:
+    return dict.fromkeys(named, WHOLE)
   hashes = {name: int(hashlib.sha256(name.encode()).hexdigest(), 16) for name in named}
   splits = {name: named[name] or SPLITS[hashes[name] % 20 == 0] for name in named}
   for split in SPLITS:
@@ -272,7 +408,7 @@ def _fingerprint(parts: Sequence[Document | Pair]) -> str:
 # -- Catalogues ------------------------------------------------------------------------
 
 
-def _gettext_corpus(name: str, language: str, log: Log) -> Corpus:
+def _gettext_corpus(name: str, language: str, log: Log, whole: bool) -> Corpus:
   """The pairs of all catalogues of a language, each pair once, in the catalogues' order.
 
   Messages that are empty or were left in English are skipped.
@@ -304,9 +440,10 @@ def _gettext_corpus(name: str, language: str, log: Log) -> Corpus:
   sources = dict.fromkeys(source for source, _ in found)
   if len(sources) < len(SPLITS):
     raise DataError(f"{name} is too small: {len(sources)} texts", "pip install Django")
-  splits = _split(dict.fromkeys(sources))
+  splits = _split(dict.fromkeys(sources), whole)
   pairs = [Pair(splits[pair[0]], *pair, domain) for pair, domain in found.items()]
-  return Corpus(name, *_fingerprints(pairs), pairs=tuple(pairs))
+  wanted = (WHOLE,) if whole else SPLITS
+  return Corpus(name, *_fingerprints(pairs), pairs=tuple(pairs), splits=wanted)
 
 
 def _catalogues() -> dict[str, list[tuple[str, Path]]]:
@@ -354,7 +491,7 @@ def _translations(path: Path) -> Iterator[tuple[str, str]]:
 # -- TFDS ------------------------------------------------------------------------------
 
 
-def _tfds_corpus(name: str, dataset: str, log: Log) -> Corpus:
+def _tfds_corpus(name: str, dataset: str, log: Log, whole: bool) -> Corpus:
   root = data_dir() / "tfds"
   # Only TFDS knows the name of a default configuration, so it is asked each time.
   versions = sorted((root / dataset).glob("*.*.*/dataset_info.json"))
@@ -366,5 +503,7 @@ def _tfds_corpus(name: str, dataset: str, log: Log) -> Corpus:
     with locked(data_dir(), log):
       folder = builders.download(dataset, root, log)
   listing = (folder / "dataset_info.json").read_bytes()
-  fingerprint = hashlib.sha256(str(_LISTING_VERSION).encode() + listing).hexdigest()
-  return Corpus(name, fingerprint, train_fingerprint=fingerprint, tfds_folder=folder)
+  splits = (WHOLE,) if whole else SPLITS
+  about = str(_LISTING_VERSION) + (WHOLE if whole else "")
+  fingerprint = hashlib.sha256(about.encode() + listing).hexdigest()
+  return Corpus(name, fingerprint, fingerprint, tfds_folder=folder, splits=splits)

@@ -4,6 +4,7 @@
 Everything is computed by the functions that the model itself calls.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -135,7 +136,9 @@ def rope_part(cfg: ResolvedModel, kind: str) -> Part:
   wavelengths_P = 2 * np.pi / np.maximum(speeds_P, 1e-300)
   turns = [{"name": TURNED, "x": pairs, "y": wavelengths_P}]
   positions_T = shown(min(cfg.context, 4 * MOST_ROWS), MOST_ROWS)
-  cosines_TP = np.asarray(cos_sin(positions_T)[0])[0]
+  # YaRN scales cosines and sines, and with them the scores: no part of the angle.
+  scale = float(np.hypot(cos_P[0], sin_P[0]))
+  cosines_TP = np.clip(np.asarray(cos_sin(positions_T)[0])[0] / max(scale, 1e-30), -1, 1)
   distances_T = spread(cfg.context - 1)
   at = distances_T.tolist()
   scores_T = fade(cos_sin(distances_T), cos_sin([0]))
@@ -166,6 +169,9 @@ def rope_part(cfg: ResolvedModel, kind: str) -> Part:
       cosines_TP.T,
       x=("position", positions_T.tolist()),
       y=("pair of dims", pairs),
+      says=""
+      if math.isclose(scale, 1, rel_tol=1e-5)
+      else f"What the model multiplies it by, {scale:.4f}, is divided out.",
     ),
     line_chart(
       "Score of equal queries and keys, by distance",
@@ -179,6 +185,7 @@ def rope_part(cfg: ResolvedModel, kind: str) -> Part:
   ]
   figures |= {
     "scaling": rope.scaling if stretched else "none",
+    "attention_scale": scale,
     "wavelengths": wavelengths_P.tolist(),
     "distances": at,
     "scores": scores_T.tolist(),
@@ -218,7 +225,7 @@ def vectors_part(positions: np.ndarray, table_TD: np.ndarray) -> Part:
   dims = shown(table_TD.shape[1], 2 * MOST_ROWS)
   norms_T = np.linalg.norm(table_TD.astype(np.float64), axis=1)
   units_TD = table_TD / np.maximum(norms_T, 1e-300)[:, None]
-  cosines_TT = units_TD @ units_TD.T
+  cosines_TT = np.clip(units_TD @ units_TD.T, -1, 1)
   means = [float(np.diagonal(cosines_TT, by).mean()) for by in range(len(at))]
   charts = [
     heat_map(

@@ -50,7 +50,7 @@ def look_tokens(run: Run, reading: Reading, most: int) -> View:
   after = scores.pop(len(ids), None)
   for at, score in scores.items():
     tokens[at] |= to_entry(run, score, known=ids[at] != tokenizer.mask_id)
-  figures = text_figures(tokens) | {"tokens": tokens}
+  figures = text_figures(tokens, bytes_of_text(run, reading, ids)) | {"tokens": tokens}
   if after is not None:
     figures["after"] = to_entry(run, after, known=False)
   figures["source"] = [p._asdict() for p in describe(tokenizer, reading.source_ids or [])]
@@ -64,9 +64,17 @@ def look_tokens(run: Run, reading: Reading, most: int) -> View:
   return View("tokens", title, cuts, notes, figures, {})
 
 
-def text_figures(tokens: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def bytes_of_text(run: Run, reading: Reading, ids: Sequence[int]) -> int:
+  """The bytes that a row's tokens stand for: those of special tokens too, if the text
+  itself named them, for they are scored."""
+  if reading.ids is None or run.cfg.model.family == "encoder":
+    return sum(len(run.tokenizer.bytes_of(id_)) for id_ in ids)
+  num_before = len(run.tokenizer.framed([0], "prompt")) - 1
+  return int(run.tokenizer.token_bytes()[list(ids[num_before:])].sum())
+
+
+def text_figures(tokens: Sequence[dict[str, Any]], num_bytes: int) -> dict[str, Any]:
   """The size of the whole text, and its surprisal at the places that were scored."""
-  num_bytes = sum(len(token["hex"].split()) for token in tokens)
   num_tokens = sum(not token["special"] for token in tokens)
   asked = [token["bits"] for token in tokens if "bits" in token]
   figures = {

@@ -63,13 +63,17 @@ def line_chart(
 
 
 def heat_map(
-  title: str, values: np.ndarray, x: tuple[str, list[int]], y: tuple[str, list[int]]
+  title: str,
+  values: np.ndarray,
+  x: tuple[str, list[int]],
+  y: tuple[str, list[int]],
+  says: str = "",
 ) -> dict[str, Any]:
   """A matrix; `x` and `y` are what its columns and its rows are, and their numbers."""
   return {
     "form": "map",
     "title": title,
-    "says": "",
+    "says": says,
     "values": np.asarray(values, np.float32),
     "x_label": x[0],
     "columns": x[1],

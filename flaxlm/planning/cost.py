@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from flaxlm.config import ResolvedConfig, ResolvedModel, TrainingConfig
 from flaxlm.nn.kernels.blocked import query_blocks
 
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al., 2022)
 
 
@@ -105,6 +106,40 @@ def _cell(cfg: ResolvedModel) -> int:
   """Parameters of one recurrent layer: each gate reads the input and the state; biases."""
   gates = {"lstm": 4, "gru": 3}[cfg.cell]
   return gates * 2 * cfg.width**2 + 4 * cfg.width
+
+
+def narrow_parameters(cfg: ResolvedModel) -> tuple[int, int]:
+  """The weights that decoding can store in int8, and their outputs, one scale for each.
+
+  They are those of `decoding.weights.prepare_params`: the matrices of attention, of
+  feed-forwards without experts, and of the head or the tied embedding.
+  """
+  D, V, F = cfg.width, cfg.vocab_size, cfg.ffn_width
+  weights, outputs = D * V, V
+  for depth, reads_source in stacks(cfg):
+    if cfg.family == "rnn":
+      continue
+    attentions = depth * (1 + reads_source)
+    weights += attentions * sum(_projections(cfg))
+    heads = cfg.num_heads + 2 * cfg.num_kv_heads
+    outputs += attentions * (heads * cfg.head_dim + D)
+    inner, width = (2 if cfg.gated else 1), F
+    if cfg.moe.num_experts:
+      width = cfg.moe.num_shared_experts * cfg.moe.expert_width
+    weights += depth * (inner + 1) * D * width
+    outputs += depth * (inner * width + D) * (width > 0)
+  return weights, outputs
+
+
+def weight_bytes(cfg: ResolvedModel, item_size: int, kind: str | None = None) -> int:
+  """Bytes of all parameters, laid out for decoding; `kind` is the dtype of matrices, and
+  all others have `item_size` bytes."""
+  whole = sum(parameters(cfg).values()) * item_size
+  if kind is None:
+    return whole
+  weights, outputs = narrow_parameters(cfg)
+  scales = 4 * outputs if kind == "int8" else 0
+  return whole - weights * (item_size - BYTES[kind]) + scales
 
 
 def active_parameters(cfg: ResolvedModel) -> int:
@@ -260,20 +295,23 @@ def kv_cache_bytes(
   item_size: int,
   source_len: int = 0,
   parts: int = 1,
+  narrow: bool = False,
 ) -> int:
   """Bytes of the cache that `rows` rows of `context` tokens decode from, on one of the
   `parts` members of a `tensor` axis.
 
   Local layers keep a ring of slots, the others all of them (`ResolvedModel.cache_slots`);
   a decoder that reads a source of `source_len` tokens also keeps each layer's keys and
-  values of those. A number has `item_size` bytes. An RNN keeps its state, whatever the
-  context.
+  values of those. A number has `item_size` bytes. In a `narrow` cache it has one, with a
+  float32 scale for each vector, but for those of a source. An RNN keeps its state,
+  whatever the context.
   """
   lengths = 4 * rows  # int32: the tokens of each row so far
   if cfg.family == "rnn":  # float32 always: a vector per layer, two with an LSTM's cell
     vectors = rows * cfg.depth * (2 if cfg.cell == "lstm" else 1)
     return lengths + vectors * 4 * cfg.width // parts
-  slots = cfg.all_cache_slots(context) + cfg.depth * source_len
   segments = 4 * rows * source_len  # int32: which tokens of the source are real
-  per_slot = 2 * cfg.num_kv_heads // parts * cfg.head_dim * item_size
-  return lengths + segments + rows * slots * per_slot
+  vectors, wide = 2 * cfg.num_kv_heads // parts, cfg.head_dim * item_size
+  per_slot = vectors * (cfg.head_dim + 4 if narrow else wide)
+  of_source = cfg.depth * source_len * vectors * wide
+  return lengths + segments + rows * (cfg.all_cache_slots(context) * per_slot + of_source)

@@ -5,7 +5,13 @@ import dataclasses
 import math
 
 from flaxlm.config import ResolvedConfig, slow_axes
-from flaxlm.planning.cost import active_parameters, forward_work, kv_cache_bytes, parameters
+from flaxlm.planning.cost import (
+  active_parameters,
+  forward_work,
+  kv_cache_bytes,
+  parameters,
+  weight_bytes,
+)
 from flaxlm.planning.devices import Device
 from flaxlm.planning.memory import Sizes, decoding_memory
 from flaxlm.planning.network import axis_bandwidth
@@ -21,6 +27,18 @@ OPERATIONS = {"cpu": (23, 32), "gpu": (14, 9)}
 
 
 @dataclasses.dataclass(frozen=True)
+class Stored:
+  """The dtypes that decoding keeps matrices and the cache in (`flaxlm infer --weights` and
+  `--cache`); None: that of the computation."""
+
+  weights: str | None = None
+  cache: str | None = None
+
+
+AS_COMPUTED = Stored()
+
+
+@dataclasses.dataclass(frozen=True)
 class DecodePoint:
   """Decoding `batch` rows of `context` tokens: memory per device, and time per step."""
 
@@ -32,10 +50,16 @@ class DecodePoint:
   seconds: float | None  # per step: one token for every row
   tokens_per_second: float | None
   limited_by: str | None
+  stored: Stored = AS_COMPUTED
 
 
 def plan_decoding(
-  cfg: ResolvedConfig, sizes: Sizes, device: Device, batch: int, context: int
+  cfg: ResolvedConfig,
+  sizes: Sizes,
+  device: Device,
+  batch: int,
+  context: int,
+  stored: Stored = AS_COMPUTED,
 ) -> DecodePoint:
   """One point of the bandwidth roofline: every step reads the weights and the cache.
 
@@ -43,10 +67,12 @@ def plan_decoding(
   `tensor`. So `fsdp` has to gather the weights at every step; `tensor` does not.
   """
   usable, item = device.usable_bytes, cfg.training.item_size
-  local = sum(decoding_memory(cfg, sizes, batch, context).values())
-  whole = sum(parameters(cfg.model).values()) * item
-  whole += kv_cache_bytes(cfg.model, batch, context, item, cfg.source_length)
-  times = _decode_times(cfg, sizes, device, batch, context)
+  dtypes = (stored.weights, stored.cache)
+  local = sum(decoding_memory(cfg, sizes, batch, context, *dtypes).values())
+  shape, narrow = (cfg.model, batch, context, item), stored.cache == "int8"
+  whole = weight_bytes(cfg.model, item, stored.weights)
+  whole += kv_cache_bytes(*shape, cfg.source_length, narrow=narrow)
+  times = _decode_times(cfg, sizes, device, batch, context, stored)
   known = {name: time for name, time in times.items() if time is not None}
   seconds = None
   if len(known) == len(times):
@@ -61,16 +87,22 @@ def plan_decoding(
     seconds=seconds,
     tokens_per_second=seconds and batch / seconds,
     limited_by=None if seconds is None else max(known, key=lambda name: known[name]),
+    stored=stored,
   )
 
 
 def _decode_times(
-  cfg: ResolvedConfig, sizes: Sizes, device: Device, batch: int, context: int
+  cfg: ResolvedConfig,
+  sizes: Sizes,
+  device: Device,
+  batch: int,
+  context: int,
+  stored: Stored,
 ) -> dict[str, float | None]:
   """Seconds of one step by their cause; compute and weights come first."""
   model, tensor = cfg.model, sizes["tensor"]
   rows = math.ceil(batch / batch_shards(sizes))
-  flops, weights, cache = decode_work(cfg, rows, context)
+  flops, weights, cache = decode_work(cfg, rows, context, stored)
   weights, cache = weights / tensor / sizes["expert"], cache / tensor
   vectors = rows * model.width * cfg.training.item_size * model.depth
   exchanges = {  # bytes in all, and the number of exchanges
@@ -95,7 +127,9 @@ def _decode_times(
   }
 
 
-def decode_work(cfg: ResolvedConfig, rows: int, context: int) -> tuple[float, float, float]:
+def decode_work(
+  cfg: ResolvedConfig, rows: int, context: int, stored: Stored = AS_COMPUTED
+) -> tuple[float, float, float]:
   """One decoding step of `rows` rows, unsharded: FLOPs, bytes of weights and of cache."""
   model, item, source = cfg.model, cfg.training.item_size, cfg.source_length
   work = forward_work(model, rows, 1)
@@ -103,8 +137,10 @@ def decode_work(cfg: ResolvedConfig, rows: int, context: int) -> tuple[float, fl
   if model.family != "rnn":  # attention computes the scores of all slots of its cache
     slots = model.all_cache_slots(context) + model.depth * source
     flops += 4.0 * rows * model.num_heads * model.head_dim * slots
-  weights = read_parameters(cfg, rows) * item
-  return flops, weights, kv_cache_bytes(model, rows, context, item, source)
+  weights = float(read_parameters(cfg, rows) * item)
+  weights -= weight_bytes(model, item) - weight_bytes(model, item, stored.weights)
+  narrow = stored.cache == "int8"
+  return flops, weights, kv_cache_bytes(model, rows, context, item, source, narrow=narrow)
 
 
 def read_parameters(cfg: ResolvedConfig, rows: int) -> int:

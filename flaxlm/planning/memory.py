@@ -29,7 +29,7 @@ from flaxlm.config import (
 from flaxlm.data.objectives import Batch
 from flaxlm.nn.kernels.outline import OUTLINE
 from flaxlm.nn.models import boxed_shapes, build_model
-from flaxlm.planning.cost import kv_cache_bytes, stacks
+from flaxlm.planning.cost import kv_cache_bytes, stacks, weight_bytes
 from flaxlm.sharding import (
   axes_of,
   batch_shards,
@@ -360,9 +360,16 @@ def _origins(jaxpr: Any) -> Callable[[Any], Any]:
 
 
 def decoding_memory(
-  cfg: ResolvedConfig, sizes: Sizes, rows: int, context: int
+  cfg: ResolvedConfig,
+  sizes: Sizes,
+  rows: int,
+  context: int,
+  weights: str | None = None,
+  cache: str | None = None,
 ) -> Mapping[str, int]:
   """Bytes per device that decoding `rows` rows of `context` tokens needs.
+
+  `weights` and `cache` are the dtypes that these are stored in, if not that of `training`.
 
   An encoder-decoder's source is as long as in training (`data.source_len`).
   """
@@ -371,9 +378,12 @@ def decoding_memory(
   shards, parts = batch_shards(sizes), sizes["tensor"]
   V = cfg.model.vocab_size
   local = math.ceil(rows / shards)
+  # Decoding unstacks the layers, and then every stage holds all of them.
+  elements = state.elements + (sizes["stage"] - 1) * state.stored_in_blocks
+  narrower = weight_bytes(cfg.model, item, weights) / weight_bytes(cfg.model, item)
+  shape = (cfg.model, local, context, item, cfg.source_length, parts)
   return {
-    # Decoding unstacks the layers, and then every stage holds all of them.
-    "parameters": (state.elements + (sizes["stage"] - 1) * state.stored_in_blocks) * item,
-    "kv_cache": kv_cache_bytes(cfg.model, local, context, item, cfg.source_length, parts),
+    "parameters": round(elements * item * narrower),
+    "kv_cache": kv_cache_bytes(*shape, narrow=cache == "int8"),
     "logits": local * (V // parts) * 4,
   }

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from flaxlm.config import Config, MeshConfig, ResolvedConfig, mesh_shape
 from flaxlm.errors import ConfigError
 from flaxlm.planning.compile import compile_step
-from flaxlm.planning.decoding import plan_decoding
+from flaxlm.planning.decoding import AS_COMPUTED, Stored, plan_decoding
 from flaxlm.planning.devices import ANY, find_device
 from flaxlm.planning.report import Report
 from flaxlm.planning.roofline import plan_training
@@ -27,6 +27,7 @@ class Questions:
   searched: bool = False
   batches: Sequence[int] = ()  # to decode with
   contexts: Sequence[int] | None = None  # None: three, up to the model's
+  stored: Stored = AS_COMPUTED  # while decoding
   tokens: float | None = None  # to train on
   price: float | None = None  # per device and hour
   network: float | None = None  # bytes per second out of a device, beyond its domain
@@ -65,7 +66,7 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
     cure=cheapest_fit(cfg, found.sizes, device) if found.fits is False else None,
     choices=choices,
     decoding=[
-      plan_decoding(cfg, found.sizes, device, batch, length)
+      plan_decoding(cfg, found.sizes, device, batch, length, asked.stored)
       for batch in asked.batches
       for length in asked.contexts or sorted(three)
     ],

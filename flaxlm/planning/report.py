@@ -15,6 +15,7 @@ from flaxlm.planning.decoding import DecodePoint
 from flaxlm.planning.devices import ANY
 from flaxlm.planning.roofline import Plan
 
+WIDEST = 10_000  # columns of a table
 MOST_CHOICES = 20  # of a search that the tables show; JSON has all
 
 
@@ -124,7 +125,7 @@ def _choice(plan: Plan) -> dict[str, Any]:
 
 def print_report(report: Report, out: TextIO) -> None:
   """The report as tables, with the verdict last."""
-  console = Console(file=out, highlight=False)
+  console = wide_console(out)
   plan = report.plan
   name = plan.cfg.name or "config"
   count = "" if plan.num_devices == 1 else f"{plan.num_devices} x "
@@ -140,14 +141,52 @@ def print_report(report: Report, out: TextIO) -> None:
     points = ([cell(point) for cell in DECODING.values()] for point in report.decoding)
     print_table(console, "Decoding, from the bandwidth roofline", [*DECODING], points)
   if report.choices:
-    title = f"Best of {len(report.choices)} ways to run it"
     best = report.choices[:MOST_CHOICES]
+    title = f"Best {len(best)} of {len(report.choices)} ways to run it"
     rows = ([cell(choice) for cell in CHOICES.values()] for choice in best)
     print_table(console, title, [*CHOICES], rows)
   if report.compiled is not None:
     title = f"Compiled for {report.compiled.target} in {report.compiled.seconds:.0f} s"
     print_table(console, title, ("", ""), _compiled(report.compiled, plan))
-  print(verdict(report), file=out)  # rich would break lines in the middle of the flags
+  # Not by rich, which would break lines in the middle of the flags.
+  if report.decoding:
+    print(f"training: {verdict(report)}\ndecoding: {decoding_verdict(report)}", file=out)
+  else:
+    print(verdict(report), file=out)
+
+
+def wide_console(out: TextIO) -> Console:
+  """As wide as its tables: a mesh that is cut at column 80 cannot be copied."""
+  return Console(file=out, highlight=False, width=WIDEST)
+
+
+def decoding_verdict(report: Report) -> str:
+  """Whether everything that was asked about decoding fits, by the largest that does not
+  or, if all does, by the largest."""
+  usable, points = report.plan.device.usable_bytes, report.decoding
+  most = max(points, key=lambda point: point.bytes_per_device)
+  needs = f"{size(most.bytes_per_device)} per device"
+  rows = f"for {most.batch} x {most.context:,} tokens"
+  if usable is None:
+    return f"{needs} {rows}; {_unknown(report.plan)}"
+  share = f"{size(most.bytes_per_device)} of {size(usable)} per device {rows}"
+  fitting = [point for point in points if point.fits]
+  if len(fitting) == len(points):
+    return f"FITS: {share}"
+  text = f"DOES NOT FIT: {share}; it takes at least {most.min_devices} devices"
+  if fitting:
+    best = max(fitting, key=lambda point: point.bytes_per_device)
+    text += f"\n  it fits up to {best.batch} x {best.context:,} tokens"
+    text += f" ({size(best.bytes_per_device)})"
+  if None in (most.stored.weights, most.stored.cache):
+    text += "\n  smaller: --weights int8 --cache int8"
+  return text
+
+
+def _unknown(plan: Plan) -> str:
+  if plan.device is ANY:
+    return "name a --device to learn whether it fits"
+  return f"the memory of a {plan.device.name} is not known"
 
 
 def verdict(report: Report) -> str:
@@ -155,10 +194,7 @@ def verdict(report: Report) -> str:
   plan = report.plan
   usable, total = plan.device.usable_bytes, plan.memory.total
   if usable is None:
-    why = f"the memory of a {plan.device.name} is not known"
-    if plan.device is ANY:
-      why = "name a --device to learn whether it fits"
-    return f"{size(total)} per device; {why}"
+    return f"{size(total)} per device; {_unknown(plan)}"
   times = total / usable
   share = f"{times:.0%}" if times < 10 else f"{times:,.0f} times as much"
   share = f"{size(total)} of {size(usable)} per device ({share})"

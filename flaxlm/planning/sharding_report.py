@@ -8,7 +8,6 @@ from typing import TextIO
 
 import flax.linen as nn
 import jax
-from rich.console import Console
 
 from flaxlm.config import MeshConfig, ResolvedConfig, mesh_shape, slow_axes
 from flaxlm.nn.models import boxed_shapes, build_model
@@ -22,7 +21,7 @@ from flaxlm.planning.memory import (
   state_bytes,
 )
 from flaxlm.planning.network import axis_bandwidth, network_bytes
-from flaxlm.planning.report import duration, named_axis, print_table, size
+from flaxlm.planning.report import duration, named_axis, print_table, size, wide_console
 from flaxlm.sharding import (
   RULES,
   axes_of,
@@ -168,7 +167,7 @@ def explain(names: Sequence[str], sizes: Sizes) -> str:
 
 def print_sharding(report: ShardingReport, out: TextIO) -> None:
   """The report as tables."""
-  console = Console(file=out, highlight=False, width=None if out.isatty() else 120)
+  console = wide_console(out)
   mesh = describe_mesh(report.mesh, report.slow_axes)
   console.print(f"{report.name} on {mesh}: {math.prod(report.mesh.values())} devices")
   console.print(f"{report.padding}\n" if report.padding else "")

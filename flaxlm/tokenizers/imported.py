@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import tokenizers
 
 from flaxlm.config import TokenizerConfig
@@ -128,6 +129,15 @@ class ImportedTokenizer(Vocabulary):
       if token_id < self.vocab_size:
         pieces[token_id] = b""
     return pieces
+
+  def token_bytes(self) -> np.ndarray:
+    """How many bytes of text each id stands for, (V,) int32; a special token for those of
+    its name, which a text may hold."""
+    sizes = super().token_bytes()
+    for token_id in self.special_ids:
+      if token_id < self.vocab_size:
+        sizes[token_id] = len((self.name_of(token_id) or "").encode())
+    return sizes
 
   def save(self, path: str | Path) -> None:
     """Writes tokenizer.json, and the special ids beside it."""

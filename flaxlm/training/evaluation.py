@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """How good a model is on held-out text: loss, bits per byte, masks filled, BLEU."""
 
+import functools
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from flaxlm.config import OBJECTIVES, ResolvedConfig, TokenizerConfig
 from flaxlm.data.batches import Batches
-from flaxlm.data.prepare import Store, prepare
+from flaxlm.data.corpus import WHOLE, Log
+from flaxlm.data.prepare import SILENT_SECONDS, Store, prepare, prepare_whole
 from flaxlm.data.sources import data_dir, find_corpus, read_pairs
 from flaxlm.decoding.completions import search
 from flaxlm.decoding.loading import Run
@@ -37,53 +39,108 @@ class Evaluator:
     mesh: Mesh,
   ):
     """`num_batches` limits the evaluation; None takes the whole split."""
-    self.batches, self.num_batches, self.mesh = batches, num_batches, mesh
-    sizes = tokenizer.token_bytes()[: model.cfg.vocab_size]
-    padding = model.cfg.vocab_size - len(sizes)
-    self.token_bytes_V = np.pad(sizes, (0, padding)).astype(np.float32)
+    self.batches, self.mesh, self.tokenizer = batches, mesh, tokenizer
+    assert batches.num_batches is not None, "one epoch"
+    self.num_batches = min(batches.num_batches, num_batches or batches.num_batches)
     self.eval_step = jit_eval_step(model, mesh)
     self.fills = OBJECTIVES[model.cfg.family] == "masked"
 
   def __call__(
     self, params: Any, progress: Callable[[], None] = lambda: None
   ) -> dict[str, float]:
-    """Averages over the split's tokens, end-of-text tokens included; bytes are the text's.
+    """The figures of the split; `progress` is called after each batch."""
+    return self.figures(self.sums(params, progress))
 
-    `progress` is called after each batch. A model that fills masks sees the text on both
-    sides of them, so bits per byte would not compare with a compressor's: its accuracy is
-    reported instead.
-    """
+  def sums(
+    self, params: Any, progress: Callable[[], None] = lambda: None
+  ) -> dict[str, float]:
+    """The sums of `eval_step` over all batches."""
     sums: dict[str, float] = {}
-    count = self.batches.num_batches
-    assert count is not None, "one epoch"
-    for n in range(min(count, self.num_batches or count)):
+    for n in range(self.num_batches):
       batch = put_batch(self.batches[n], self.mesh)
-      for name, value in self.eval_step(params, batch, self.token_bytes_V).items():
+      for name, value in self.eval_step(params, batch).items():
         sums[name] = sums.get(name, 0.0) + float(value)
       progress()
+    return sums
+
+  def figures(self, sums: dict[str, float]) -> dict[str, float]:
+    """Averages over the split's tokens, end-of-text tokens included; bytes are the text's.
+
+    A model that fills masks sees the text on both sides of them, so bits per byte would not
+    compare with a compressor's: its accuracy is reported instead.
+    """
     loss = sums["nats"] / sums["tokens"]
     values = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
     if self.fills:
       return values | {"eval/accuracy": sums["hits"] / sums["tokens"]}
-    values["eval/bits_per_byte"] = sums["nats"] / math.log(2) / max(sums["bytes"], 1.0)
+    values["eval/bits_per_byte"] = sums["nats"] / math.log(2) / max(self.num_bytes, 1)
     gzip = self.batches.store.gzip_bits_per_byte
-    if gzip is not None and self.num_batches is None:  # of the same text
-      values["eval/gzip_bits_per_byte"] = gzip
+    if gzip is not None and self.num_batches == self.batches.num_batches:
+      values["eval/gzip_bits_per_byte"] = gzip  # of the same text
     return values
+
+  @functools.cached_property
+  def num_bytes(self) -> int:
+    """Bytes of the text whose tokens are predicted: the same in every evaluation."""
+    return self.batches.num_bytes(self.num_batches, self.tokenizer.token_bytes())
 
 
 def evaluate_run(
-  run: Run, corpus: str, split: str, num_batches: int | None
-) -> dict[str, float]:
-  """The evaluation of a stored run on a split of a corpus, with the run's tokenizer."""
-  tokenizer = TokenizerConfig(path=str(run.path / TOKENIZER))
-  prepared = prepare(corpus, tokenizer, objective=run.cfg.data.objective)
-  store = prepared.train if split == "train" else prepared.validation
+  run: Run, corpus: str | None, split: str | None, num_batches: int | None, log: Log
+) -> dict[str, Any]:
+  """The evaluation of a stored run, with the run's tokenizer, and what it is of: corpus,
+  split, and the tokens and bytes that were predicted.
+
+  Without a corpus it is that of the run, and without a split what it holds out; a corpus
+  that is named is taken whole. `log` takes lines about progress.
+  """
+  corpus, split = scored(run, corpus, split, log)
+  tokenizer, objective = run.path / TOKENIZER, run.cfg.data.objective
+  if split == WHOLE:
+    store = prepare_whole(corpus, tokenizer, log, objective)
+  else:
+    cfg = TokenizerConfig(path=str(tokenizer))
+    prepared = prepare(corpus, cfg, log, objective)
+    store = prepared.train if split == "train" else prepared.validation
   batches = split_batches(run.cfg, store, run.mesh, shuffled=False)
-  return Evaluator(run.model, run.tokenizer, batches, num_batches, run.mesh)(run.params)
+  evaluator = Evaluator(run.model, run.tokenizer, batches, num_batches, run.mesh)
+  of = {"corpus": corpus, "split": split, "bytes": evaluator.num_bytes}
+  log(
+    f"{corpus} ({split}): {store.num_tokens:,} tokens, "
+    f"{evaluator.num_batches:,} of {batches.num_batches:,} batches to evaluate"
+  )
+  sums = evaluator.sums(run.params, Progress(evaluator.num_batches, log))
+  return {**of, "tokens": round(sums["tokens"]), **evaluator.figures(sums)}
 
 
-def describe_evaluation(values: dict[str, float]) -> str:
+def scored(run: Run, corpus: str | None, split: str | None, log: Log) -> tuple[str, str]:
+  """(corpus, split) of an evaluation; see `evaluate_run`."""
+  own = run.cfg.data.corpus
+  if corpus is None:
+    return own, split or "validation"
+  if corpus == own and split is None:
+    log(
+      f"{corpus} is what {run.path} has learnt from: its split `train` is scored too; "
+      "--split validation leaves it out"
+    )
+  return corpus, split or WHOLE
+
+
+class Progress:
+  """Called after each batch: a line every ten seconds says how many are done."""
+
+  def __init__(self, num_batches: int, log: Log):
+    self.num_batches, self.log = num_batches, log
+    self.done, self.told = 0, time.monotonic()
+
+  def __call__(self) -> None:
+    self.done += 1
+    if time.monotonic() - self.told > SILENT_SECONDS:
+      self.told = time.monotonic()
+      self.log(f"{self.done:,} of {self.num_batches:,} batches evaluated")
+
+
+def describe_evaluation(values: Mapping[str, Any]) -> str:
   text = f"loss {values['eval/loss']:.3f}, perplexity {values['eval/perplexity']:.1f}"
   if "eval/accuracy" in values:
     return f"{text}, {values['eval/accuracy']:.1%} of the masks filled rightly"
@@ -95,6 +152,8 @@ def describe_evaluation(values: dict[str, float]) -> str:
 class Translation(NamedTuple):
   """BLEU of a model's translations, and of the sources taken for translations."""
 
+  corpus: str
+  split: str
   bleu: float
   copy_bleu: float
   num_pairs: int
@@ -103,9 +162,16 @@ class Translation(NamedTuple):
 
 
 def translate_run(
-  run: Run, corpus: str, split: str, num_pairs: int, num_beams: int
+  run: Run,
+  corpus: str | None,
+  split: str | None,
+  num_pairs: int,
+  num_beams: int,
+  log: Log,
 ) -> Translation:
   """Translates the first pairs of a split and scores them with sacrebleu (Post, 2018).
+
+  Which corpus and which split are those of `evaluate_run`.
 
   Raises `ConfigError` where sacrebleu is missing or the model does not translate.
   """
@@ -115,7 +181,9 @@ def translate_run(
     import sacrebleu
   except ImportError as e:
     raise ConfigError("BLEU needs sacrebleu", "pip install 'flaxlm[translation]'") from e
-  sources, references = read_pairs(find_corpus(corpus), split, data_dir() / "tfds")
+  corpus, split = scored(run, corpus, split, log)
+  found = find_corpus(corpus, log, whole=split == WHOLE)
+  sources, references = read_pairs(found, split, data_dir() / "tfds")
   # A source longer than the model's context cannot be read.
   fits = lambda text: len(run.tokenizer.encode(text)) < run.model.cfg.context
   pairs = [(s, r) for s, r in zip(sources, references, strict=True) if fits(s)][:num_pairs]
@@ -128,7 +196,8 @@ def translate_run(
   score = metric.corpus_score(translations, wanted).score
   copied = metric.corpus_score([source for source, _ in pairs], wanted).score
   examples = [(*pair, t) for pair, t in zip(pairs, translations, strict=True)]
-  return Translation(score, copied, len(pairs), str(metric.get_signature()), examples[:5])
+  signature = str(metric.get_signature())
+  return Translation(corpus, split, score, copied, len(pairs), signature, examples[:5])
 
 
 def split_batches(cfg: ResolvedConfig, store: Store, mesh: Mesh, shuffled: bool) -> Batches:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -18,7 +18,14 @@ from jax.sharding import Mesh
 
 from flaxlm.checkpoint.manifest import write_atomically
 from flaxlm.checkpoint.store import CheckpointStore
-from flaxlm.config import Config, ResolvedConfig, check_config, slow_axes, to_json
+from flaxlm.config import (
+  Config,
+  ResolvedConfig,
+  check_config,
+  difference,
+  slow_axes,
+  to_json,
+)
 from flaxlm.data.prepare import Prepared, prepare
 from flaxlm.data.sources import data_dir, to_stderr
 from flaxlm.decoding.loading import Run
@@ -122,7 +129,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     state = program.state
     if state is None:
       state = restore_state(store, first_step, program, mesh)
-    report_start(reporter, cfg, first_step, flags, attention)
+    report_start(reporter, cfg, before, first_step, flags, attention)
     reporter.log(describe(cfg, state, prepared, mesh))
 
     # -- Steps.
@@ -172,20 +179,29 @@ def check_shared(run_dir: Path, peers: Alone) -> None:
 def report_start(
   reporter: Reporter,
   cfg: ResolvedConfig,
+  before: ResolvedConfig | None,
   first_step: int,
   flags: Sequence[Flag],
   attention: AttentionPath | None,
 ) -> None:
-  """Logs where the run starts from, and what was chosen for it."""
+  """Logs where the run starts from, what was chosen for it, and what it will not reach.
+
+  `before` is the config with which it trained so far.
+  """
   num_steps = cfg.training.num_steps
-  if first_step >= num_steps:
+  if first_step and first_step >= num_steps:
     reporter.log(
       f"{cfg.run_dir}: already finished at step {first_step}: nothing to train. To train "
       "another run give it a --name of its own; to train this one longer, "
       f"--training.num-steps={2 * first_step}"
     )
-  elif first_step:
-    reporter.log(f"resuming {cfg.run_dir} at step {first_step}")
+  elif not num_steps:
+    reporter.log(f"{cfg.run_dir}: training.num_steps=0: nothing to train")
+  else:
+    if before is not None:
+      reporter.log(f"resuming {cfg.run_dir} at step {first_step}")
+    for line in (*changes(before or cfg, cfg), *unreached(cfg)):
+      reporter.log(line)
   for flag in flags:
     reporter.log(flag.line)
   if cfg.model.padding:
@@ -193,6 +209,33 @@ def report_start(
   if attention is not None and jax.default_backend() != "cpu":
     why = f": {attention.why}" if attention.why else ""
     reporter.log(f"attention: {attention.name}{why}")
+
+
+def changes(before: ResolvedConfig, cfg: ResolvedConfig) -> Iterator[str]:
+  """A line if the rest of a run follows another schedule than what it has done."""
+  changed = [
+    f"{name} was {old}, now {new}"
+    for name, (old, new) in difference(before, cfg).items()
+    if name.startswith("optimizer.") or name == "training.num_steps"
+  ]
+  if changed:
+    yield f"the learning rate and the update from here on: {', '.join(changed)}"
+
+
+def unreached(cfg: ResolvedConfig) -> Iterator[str]:
+  """A line for what the run is too short for."""
+  num_steps, warmup = cfg.training.num_steps, cfg.optimizer.warmup_steps
+  if warmup >= num_steps:
+    yield (
+      f"optimizer.warmup_steps={warmup} is not less than training.num_steps={num_steps}: "
+      f"the learning rate ends at {(num_steps - 1) / warmup:.0%} of "
+      f"optimizer.learning_rate={cfg.optimizer.learning_rate:g}"
+    )
+  if cfg.training.log_every_steps > num_steps:
+    yield (
+      f"training.log_every_steps={cfg.training.log_every_steps} is more than "
+      f"training.num_steps={num_steps}: no train/loss will be written"
+    )
 
 
 def describe(cfg: Config, state: TrainState, prepared: Prepared, mesh: Mesh) -> str:

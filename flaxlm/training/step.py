@@ -194,19 +194,12 @@ def accumulate(
   return total
 
 
-def eval_step(
-  model: LanguageModel, params: Any, batch: Batch, token_bytes_V: ArrayLike
-) -> Metrics:
-  """Sums over a batch: the loss in nats, the tokens, their bytes of text; for an encoder
-  also the hits, where the likeliest token is the right one."""
+def eval_step(model: LanguageModel, params: Any, batch: Batch) -> Metrics:
+  """Sums over a batch: the loss in nats, the tokens; for an encoder also the hits, where
+  the likeliest token is the right one."""
   logits_BTV = forward(model, params, batch).value
   nats_BT = cross_entropy(logits_BTV, batch.targets_BT) * batch.weights_BT
-  num_bytes_BT = jnp.asarray(token_bytes_V)[batch.targets_BT] * batch.weights_BT
-  sums = {
-    "nats": nats_BT.sum(),
-    "tokens": batch.weights_BT.sum(),
-    "bytes": num_bytes_BT.sum(),
-  }
+  sums = {"nats": nats_BT.sum(), "tokens": batch.weights_BT.sum()}
   if model.cfg.family == "encoder":
     hits_BT = logits_BTV.argmax(-1) == batch.targets_BT
     sums["hits"] = (hits_BT * batch.weights_BT).sum()
@@ -295,9 +288,7 @@ def abstract_batch(cfg: DataConfig, mesh: Mesh) -> Batch:
   return Batch(ids, ids, ids, ids, weights, source, source, source)
 
 
-def jit_eval_step(
-  model: LanguageModel, mesh: Mesh
-) -> Callable[[Any, Batch, ArrayLike], Metrics]:
+def jit_eval_step(model: LanguageModel, mesh: Mesh) -> Callable[[Any, Batch], Metrics]:
   """`eval_step` under `jit`."""
   step = functools.partial(eval_step, model)
   # The sums are replicated: every process reads them.

@@ -9,6 +9,7 @@ import pytest
 
 from flaxlm import cli
 from flaxlm.benchmark.compare import compare_files, print_verdicts, read_lines
+from flaxlm.benchmark.repeat import of_processes
 from flaxlm.benchmark.report import Result, as_json
 from flaxlm.errors import ConfigError, DataError
 
@@ -82,6 +83,43 @@ def test_repeated_lines_widen_the_band(files):
   assert verdict.word == "noise"
   assert verdict.before is not None
   assert (verdict.before.median, verdict.before.low, verdict.before.high) == (90, 78, 102)
+
+
+def of_three(case: str, *medians: float) -> Result:
+  """Rounds that are steady within each process."""
+  return of_processes([line(case, (m, 0.99 * m, 1.01 * m)) for m in medians])
+
+
+def test_of_several_processes_there_is_one_line():
+  first = line("x", (2.0, 1.0, 3.0), ratio=0.5, ratio_low=0.4, ratio_high=0.6)
+  other = line("x", (4.0, 2.0, 5.0), ratio=0.7, ratio_low=0.6, ratio_high=0.9)
+  both = of_processes([first, other])
+  assert (both.median, both.low, both.high, both.processes) == (3, 1, 5, 2)
+  assert (both.ratio, both.ratio_low, both.ratio_high) == (pytest.approx(0.6), 0.4, 0.9)
+  assert both.drift == 1.0 and both.peak_fraction is None
+  assert of_processes([first]).drift is None
+
+
+def test_processes_that_differ_are_no_finding(files, capsys):
+  """As two runs of one program, each of which is steady in itself."""
+  before = [of_three("x", 100, 103, 102), of_three("y", 100, 120, 110)]
+  after = [of_three("x", 93, 93.5, 94), of_three("y", 94, 94.5, 95)]
+  verdicts = {v.case: v for v in compare_files(*files(before, after))}
+  assert verdicts["y"].word == "noise" and verdicts["y"].drift == pytest.approx(0.2)
+  # Those of x agree by chance: what is usual in the suite counts.
+  assert verdicts["x"].word == "noise" and verdicts["x"].drift == pytest.approx(0.115)
+  slow = [of_three("x", 70, 71, 72), of_three("y", 60, 61, 62)]
+  paths = files(before, slow)
+  assert [v.word for v in compare_files(*paths)] == ["slower"] * 2
+  assert cli.main(["bench", "compare", *map(str, paths)]) == 1
+  assert "one process" not in capsys.readouterr().err
+
+
+def test_one_process_does_not_say_how_much_they_differ(files, capsys):
+  paths = files([line("x", STEADY)], [of_three("x", 80, 81, 82)])
+  assert cli.main(["bench", "compare", *map(str, paths)]) == 1
+  err = capsys.readouterr().err
+  assert f"{paths[0]} is of one process" in err and f"{paths[1]} is" not in err
 
 
 def test_cases_of_one_file_only_are_told(files, capsys):

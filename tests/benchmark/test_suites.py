@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 
 from flaxlm import cli
+from flaxlm.benchmark import measure, repeat
 from flaxlm.benchmark.ceilings import Ceilings
 from flaxlm.benchmark.measure import BenchOptions
-from flaxlm.benchmark.report import UNITS, Result
+from flaxlm.benchmark.report import UNITS, Result, as_json
 from flaxlm.benchmark.suites import collectives, decode, loss, matmul, optimizer, run
 from flaxlm.benchmark.suites.attention import (
   AttentionShape,
@@ -31,6 +33,30 @@ from flaxlm.sharding import make_mesh
 from tests.benchmark.test_report import CONTRACT
 
 TINY = BenchOptions(size="tiny", rounds=1, round_seconds=0.0)
+
+
+def test_json_lines_come_from_several_processes(monkeypatch, tmp_path):
+  """Of which this test starts none."""
+  commands = []
+
+  def run(*command: str) -> str:
+    commands.append(command)
+    output = next(a for a in command if a.startswith("--output=")).removeprefix("--output=")
+    values = {"median": 1.0 + len(commands), "low": 1.0, "high": 9.0, "unit": "s"}
+    result = Result("loss", "x", device="d", **values)
+    Path(output).write_text(as_json(result) + "\n")
+    return ""
+
+  monkeypatch.setattr(repeat, "run_python", run)
+  path = tmp_path / "a.jsonl"
+  assert cli.main(["bench", "loss", "--size=tiny", "--rounds=2", f"--output={path}"]) == 0
+  found = [json.loads(one) for one in path.read_text().splitlines()]
+  (one,) = found
+  assert (one["median"], one["low"], one["high"]) == (3, 1, 9)
+  assert (one["processes"], one["drift"]) == (3, 1.0)
+  assert all({"loss", "--size=tiny", "--rounds=2"} < {*c} for c in commands)
+  assert len(commands) == 3
+  assert cli.main(["bench", "loss", "--processes=2"]) == 2, "a table is of one process"
 
 
 def test_the_command_knows_every_suite():
@@ -66,13 +92,20 @@ def check_results(name: str, results: list[Result]) -> None:
 def test_lines_of_a_run(tmp_path, capsys):
   """Written to a file, with fractions of ceilings that were measured on the way."""
   path = tmp_path / "a.jsonl"
-  assert cli.main(["bench", "loss", "--size=tiny", "--rounds=1", f"--output={path}"]) == 0
+  asked = ["bench", "loss", "--size=tiny", "--rounds=1", "--processes=1"]
+  assert cli.main([*asked, f"--output={path}"]) == 0
   assert capsys.readouterr().out == ""
   lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
   assert len(lines) == 2
   for line in lines:
     assert line.keys() >= CONTRACT
     assert line["peak_fraction"] is None  # a CPU's is not published
+
+
+def test_a_process_that_fails_hands_on_its_exit_code():
+  with pytest.raises(FlaxLMError, match="failed: told to") as error:
+    measure.run_python("-c", "import sys; print('told to', file=sys.stderr); sys.exit(8)")
+  assert error.value.exit_code == 8
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,10 @@ def make_text(num_tokens: int, every: int = 10) -> TokenStore:
   """Tokens that tell their place: token i is i, but for a bos at every 10th; a mask."""
   tokens = np.arange(num_tokens, dtype=np.uint32)
   tokens[::every] = BOS
-  num_documents = -(-num_tokens // every)
+  bounds = np.append(np.arange(0, num_tokens, every), num_tokens)
   special_ids = (BOS, num_tokens)
   return TokenStore(
-    tokens, BOS, num_tokens + 1, num_documents, num_tokens, None, num_tokens, special_ids
+    tokens, bounds, BOS, num_tokens + 1, num_tokens, None, num_tokens, special_ids
   )
 
 
@@ -226,7 +226,7 @@ def test_leaving_in_the_middle_prints_nothing():
     "from flaxlm.config import DataConfig\n"
     "from flaxlm.data.batches import Batches\n"
     "from flaxlm.data.prepare import TokenStore\n"
-    "store = TokenStore(np.arange(999), 0, 999, 1, 999, None)\n"
+    "store = TokenStore(np.arange(999), np.array([0, 999]), 0, 999, 999, None)\n"
     "cfg = DataConfig(seq_len=4, batch_size=4)\n"
     "batches = Batches(store, cfg, vocab_size=999, seed=0, num_epochs=None)\n"
     "import sys\n"

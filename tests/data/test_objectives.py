@@ -7,9 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from flaxlm.data.objectives import Batch, Masking, masked, next_token, seq2seq
+from flaxlm.data.objectives import Batch, Masking, Windows, masked, next_token, seq2seq
 
-BOS = 3
+BOS, END = 3, 7
+
+
+def parts(tokens, lengths) -> Windows:
+  """Windows of documents that all begin with bos, which no text holds."""
+  tokens = np.asarray(tokens)
+  return Windows(tokens, tokens == BOS, np.asarray(lengths))
 
 
 def reference(window: list[int], length: int) -> list[tuple[int, int, int, int, float]]:
@@ -34,13 +40,14 @@ def test_next_token_against_the_reference(data: st.DataObject):
   lengths = data.draw(
     st.lists(st.integers(0, shape[1]), min_size=shape[0], max_size=shape[0])
   )
-  batch = next_token(windows, np.array(lengths), BOS)
+  batch = next_token(parts(windows, lengths), BOS)
   expected = [reference(w.tolist(), n) for w, n in zip(windows, lengths, strict=True)]
   assert np.stack(batch[:5], axis=-1).tolist() == np.array(expected).tolist()
 
 
 def test_dtypes_and_an_example():
-  batch = next_token(np.array([[7, 8, 3, 9, 3, 3, 5]], np.uint16), np.array([7]), BOS)
+  window = np.array([[7, 8, 3, 9, 3, 3, 5]], np.uint16)
+  batch = next_token(parts(window, [7]), BOS)
   assert [array.dtype.name for array in batch[:5]] == ["int32"] * 4 + ["float32"]
   assert batch[5:] == (None, None, None)
   assert batch.tokens_BT.tolist() == [[7, 8, 3, 9, 3, 3]]
@@ -49,13 +56,24 @@ def test_dtypes_and_an_example():
   assert batch.segments_BT.tolist() == [[1, 1, 2, 2, 3, 4]]
 
 
+def test_documents_begin_where_they_were_joined():
+  """An id that begins documents may also stand in their text; what ends them is another."""
+  tokens = np.array([[BOS, 5, BOS, 6, BOS, BOS, 4]], np.uint16)
+  begins = np.array([[True, False, False, False, True, False, False]])
+  batch = next_token(Windows(tokens, begins, np.array([7])), END)
+  assert batch.tokens_BT.tolist() == [[BOS, 5, BOS, 6, BOS, BOS]]
+  assert batch.targets_BT.tolist() == [[5, BOS, 6, END, BOS, 4]]
+  assert batch.positions_BT.tolist() == [[0, 1, 2, 3, 0, 1]]
+  assert batch.segments_BT.tolist() == [[1, 1, 1, 1, 2, 2]]
+
+
 MASK, NUM_IDS = 5, 40
 
 
 def mask(tokens: np.ndarray, lengths: np.ndarray, fraction: float, seed: int) -> Batch:
   ordinary_ids = np.setdiff1d(np.arange(NUM_IDS), [BOS, MASK])
   random = np.random.default_rng(seed).random((3, *tokens.shape))
-  return masked(tokens, lengths, BOS, Masking(fraction, MASK, ordinary_ids), random)
+  return masked(parts(tokens, lengths), Masking(fraction, MASK, ordinary_ids), random)
 
 
 @given(st.data())
@@ -83,6 +101,17 @@ def test_masked_hides_some_tokens_and_asks_for_them(data: st.DataObject):
       else:
         assert batch.tokens_BT[b, t] == token
         assert batch.targets_BT[b, t] == 0
+
+
+def test_no_special_token_is_masked():
+  """Also those in a text, as transformers' collator leaves them (special_tokens_mask)."""
+  tokens = np.array([[9, MASK, 9, BOS, 9, 9]])
+  begins = np.array([[True, False, False, False, False, False]])
+  masking = Masking(0.999, MASK, np.array([9, 10]))
+  windows = Windows(tokens, begins, np.array([6]))
+  batch = masked(windows, masking, np.full((3, *tokens.shape), 0.5))
+  assert batch.weights_BT.tolist() == [[0, 0, 1, 0, 1, 1]]
+  assert batch.segments_BT.tolist() == [[1] * 6]
 
 
 def test_eight_in_ten_are_masked_one_is_another_and_one_stays():
@@ -114,7 +143,7 @@ def test_seq2seq_by_an_example():
   # Two pairs (7 8 -> 9), (6 -> 4 2) in one row, and a row of padding.
   sources = np.array([[BOS, 7, 8, BOS, 6, BOS, 1], [BOS] * 7]), np.array([6, 0])
   targets = np.array([[BOS, 9, BOS, 4, 2, BOS, 1], [BOS] * 7]), np.array([6, 0])
-  batch = seq2seq(sources, targets, BOS)
+  batch = seq2seq(parts(*sources), parts(*targets), BOS)
   padding = [0] * 6
   assert batch.tokens_BT.tolist() == [[BOS, 9, BOS, 4, 2, 0], padding]
   assert batch.targets_BT.tolist() == [[9, BOS, 4, 2, BOS, 0], padding]

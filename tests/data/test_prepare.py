@@ -3,6 +3,7 @@
 
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -10,15 +11,23 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from flaxlm.config import TokenizerConfig
-from flaxlm.data.prepare import PairStore, Prepared, TokenStore, prepare
+from flaxlm.data.prepare import (
+  LONG_LINE,
+  PairStore,
+  Prepared,
+  TokenStore,
+  prepare,
+  prepare_whole,
+)
 from flaxlm.data.sources import find_corpus
 from flaxlm.errors import DataError
-from flaxlm.tokenizers import train_tokenizer
+from flaxlm.tokenizers import ImportedTokenizer, Specials, train_tokenizer
 
 BPE = TokenizerConfig(kind="bpe", vocab_size=300)
 BYTE = TokenizerConfig(kind="byte")
@@ -36,8 +45,10 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def documents(store: TokenStore) -> list[list[int]]:
-  starts = np.flatnonzero(store.tokens == store.bos_id)
-  return [part[1:].tolist() for part in np.split(store.tokens, starts)[1:]]
+  bounds = store.bounds.tolist()
+  return [
+    store.tokens[start + 1 : end].tolist() for start, end in itertools.pairwise(bounds)
+  ]
 
 
 def stored(root: Path) -> dict[Path, int]:
@@ -57,7 +68,9 @@ def test_the_store_holds_the_text(corpus: str, cfg: TokenizerConfig):
     store = getattr(prepared, split)
     expected = [d.read() for d in found.documents if d.split == split]
     assert [prepared.tokenizer.decode(ids) for ids in documents(store)] == expected
-    assert store.tokens[0] == store.bos_id
+    bos_id = prepared.tokenizer.bos_id
+    assert store.bounds[:-1].tolist() == np.flatnonzero(store.tokens == bos_id).tolist()
+    assert store.end_id == prepared.tokenizer.eos_id
     assert store.tokens.max() < store.vocab_size == prepared.tokenizer.vocab_size
     assert store.tokens.dtype == np.uint16
     assert store.num_documents == len(expected)
@@ -130,18 +143,20 @@ def spoil(tmp_path: Path, damaged: str, damage: str) -> tuple[Path, bytes]:
 
 
 @pytest.mark.parametrize(
-  "damaged", ["train.npy", "validation.npy", "meta.json", "tokenizers/*.json"]
+  "damaged",
+  ["train.npy", "validation.npy", "train.bounds.npy", "meta.json", "tokenizers/*.json"],
 )
 @pytest.mark.parametrize("damage", ["truncate", "garble", "delete"])
 def test_damaged_stores_are_built_again(
   corpus: str, tmp_path: Path, damaged: str, damage: str
 ):
   first = prepare(corpus, BPE)
-  tokens = np.array(first.train.tokens)
+  expected = documents(first.train)
   path, content = spoil(tmp_path, damaged, damage)
   second = prepare(corpus, BPE)
-  assert path.read_bytes() == content
-  assert np.array_equal(second.train.tokens, tokens)
+  if "bounds" not in damaged or damage != "delete":  # what is told by bos is not missed
+    assert path.read_bytes() == content
+  assert documents(second.train) == expected
 
 
 def test_what_a_killed_process_left_is_removed(corpus: str, tmp_path: Path):
@@ -246,7 +261,7 @@ def test_the_store_holds_the_pairs(pairs: str, cfg: TokenizerConfig):
     assert store.num_tokens == len(store.source.tokens) + len(store.target.tokens)
     assert store.source.num_bytes == len("".join(s for s, _ in expected).encode())
     assert store.vocab_size == prepared.tokenizer.vocab_size
-    assert store.bos_id == prepared.tokenizer.bos_id
+    assert store.end_id == prepared.tokenizer.eos_id
     assert store.gzip_bits_per_byte is None
 
 
@@ -350,6 +365,102 @@ def test_keys_of_what_is_stored_do_not_change(corpus: str, tmp_path: Path):
   (path,) = (tmp_path / "data" / "tokenizers").iterdir()
   assert path.stem == key(found.train_fingerprint, "byte", 4096)
   assert path.stem == "c4953ce5820f04719d907fbb"  # the documents' fingerprint too
+
+
+END = "<|im_end|>"
+
+
+def chat_tokenizer(path: Path, **specials: Any) -> str:
+  """A tokenizer with no bos, as many have: its end of text stands in, also inside texts."""
+  backend = train_tokenizer("byte", [], 0)._backend
+  backend.encode_special_tokens = False
+  backend.add_special_tokens([END])
+  imported = ImportedTokenizer(backend, Specials(**{"eos_ids": (257,), **specials}))
+  path.mkdir()
+  imported.save(path / "tokenizer.json")
+  return str(path / "tokenizer.json")
+
+
+@pytest.fixture
+def chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+  monkeypatch.setenv("FLAXLM_DATA_DIR", str(tmp_path / "data"))
+  folder = tmp_path / "chats"
+  folder.mkdir()
+  for n in range(8):
+    (folder / f"{n}.txt").write_text(f"hi {END} nr {n}{END}\n" * 3)
+  return f"files:{folder}"
+
+
+def test_documents_begin_where_files_do_and_never_where_an_id_stands(
+  chats: str, tmp_path: Path
+):
+  cfg = TokenizerConfig(path=chat_tokenizer(tmp_path / "t"))
+  prepared = prepare(chats, cfg)
+  found = find_corpus(chats)
+  for split in ("train", "validation"):
+    store = getattr(prepared, split)
+    expected = [d.read() for d in found.documents if d.split == split]
+    assert store.num_documents == len(expected)
+    assert documents(store) == list(map(prepared.tokenizer.encode, expected))
+    assert (store.tokens[store.bounds[:-1]] == 257).all() and store.end_id == 257
+    assert sum(257 in ids for ids in documents(store)) == len(expected)
+    assert prepared.tokenizer.token_bytes()[np.concatenate(documents(store))].sum() == (
+      store.num_bytes
+    )
+
+
+def test_what_was_stored_before_boundaries_were_is_read_again_or_made_again(
+  corpus: str, chats: str, tmp_path: Path
+):
+  def forget() -> dict[Path, int]:
+    for path in (tmp_path / "data").rglob("*.bounds.npy"):
+      path.unlink()
+    return stored(tmp_path / "data")
+
+  plain = documents(prepare(corpus, BYTE).train)
+  before = forget()
+  assert documents(prepare(corpus, BYTE).train) == plain
+  assert stored(tmp_path / "data") == before  # no text of ours holds a bos
+  cfg = TokenizerConfig(path=chat_tokenizer(tmp_path / "t"))
+  with_specials = documents(prepare(chats, cfg).train)
+  forget()
+  assert documents(prepare(chats, cfg).train) == with_specials
+  assert len(list((tmp_path / "data").rglob("*.bounds.npy"))) == 2
+
+
+def test_a_document_ends_with_the_end_of_text_where_it_is_not_the_start(
+  chats: str, tmp_path: Path
+):
+  cfg = TokenizerConfig(path=chat_tokenizer(tmp_path / "t", bos_id=256))
+  assert prepare(chats, TokenizerConfig(path=chat_tokenizer(tmp_path / "s"))).train.end_id
+  store = prepare(chats, cfg).train  # not what the other made of the same tokenizer.json
+  assert (store.tokens[store.bounds[:-1]] == 256).all()
+  assert store.end_id == 257
+  without = TokenizerConfig(path=chat_tokenizer(tmp_path / "u", bos_id=256, eos_ids=()))
+  assert prepare(chats, without).train.end_id == 256
+
+
+def test_a_whole_corpus(corpus: str, tmp_path: Path):
+  tokenizer = train_tokenizer("byte", [], 0)
+  tokenizer.save(tmp_path / "mine.json")
+  lines: list[str] = []
+  store = prepare_whole(corpus, tmp_path / "mine.json", lines.append)
+  assert isinstance(store, TokenStore)
+  texts = [d.read() for d in find_corpus(corpus, whole=True).documents]
+  assert [tokenizer.decode(ids) for ids in documents(store)] == texts
+  assert store.num_bytes == len("".join(texts).encode()) and len(texts) == 40
+  assert store.gzip_bits_per_byte is not None
+  lines.clear()
+  prepare_whole(corpus, tmp_path / "mine.json", lines.append)
+  assert lines == []
+
+
+def test_a_long_line_is_announced(corpus: str, tmp_path: Path):
+  (tmp_path / "corpus" / "0.txt").write_text("a" * LONG_LINE)
+  lines: list[str] = []
+  prepare(corpus, BYTE, lines.append)
+  (line,) = (line for line in lines if "tokenizing" in line)
+  assert "a line of which has 262,144 characters" in line
 
 
 @pytest.fixture(scope="module")

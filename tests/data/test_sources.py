@@ -2,6 +2,7 @@
 """Corpora: which files, which split, and a fingerprint that follows the content."""
 
 import hashlib
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from flaxlm.data.corpus import SPLITS, Corpus
+from flaxlm.data.corpus import SPLITS, WHOLE, Corpus
 from flaxlm.data.sources import (
   DOCUMENT_BYTES,
   data_dir,
@@ -135,7 +136,99 @@ def test_only_visible_text_is_read(tmp_path: Path):
   lines: list[str] = []
   corpus = find_corpus(f"files:{root}", lines.append)
   assert names(corpus, "train") | names(corpus, "validation") == set(many(20))
-  assert lines == [f"files:{root}: skipped what is not UTF-8 text: 3, as a.png"]
+  reasons = (
+    "hidden folders: 1, as .git; hidden files: 1, as .hidden; "
+    "not UTF-8 text: 3, as a.png; empty files: 1, as empty.txt"
+  )
+  assert lines == [f"files:{root}: not read are {reasons}"]
+
+
+UNREADABLE = ["x.jsonl", "x.ndjson", "x.JSONL", "x.txt.gz", "x.parquet", "x.tar.zst"]
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+@pytest.mark.parametrize("pattern", ["{0}/{1}", "{0}", "{0}/*"])
+def test_formats_that_are_not_read_are_refused_by_name(
+  tmp_path: Path, name: str, pattern: str
+):
+  root = write(tmp_path / "corpus", {name: '{"text": "a"}\n' * 50})
+  with pytest.raises(DataError, match=name) as error:
+    find_corpus("files:" + pattern.format(root, name))
+  assert "does not read" in str(error.value) and ".txt" in error.value.cure
+
+
+def test_among_text_they_are_counted_and_mark_up_is_named(tmp_path: Path):
+  root = write(tmp_path / "corpus", many(5) | {"a.jsonl": "{}\n", "b/c.jsonl": "{}\n"})
+  write(root, {"d.json": "[1]", "e.csv": "1,2", "f.csv": "3"})
+  lines: list[str] = []
+  corpus = find_corpus(f"files:{root}", lines.append)
+  names_of_all = {document.name for document in corpus.documents}
+  assert names_of_all == {*many(5), "d.json", "e.csv", "f.csv"}
+  assert lines == [
+    f"files:{root}: not read are .jsonl files: 2, as a.jsonl",
+    f"files:{root}: read as they are, with their syntax: 1 .json, 2 .csv",
+  ]
+
+
+def test_linked_folders_are_read_and_nothing_twice(tmp_path: Path):
+  """Links to elsewhere, to what is there already, to nowhere, and round in a ring."""
+  elsewhere = write(tmp_path / "elsewhere", {"x.txt": "x", "deep/y.txt": "y"})
+  root = write(tmp_path / "corpus", {"a/1.txt": "1", ".store/2.txt": "2"})
+  (elsewhere / "ring").symlink_to(root)
+  (root / "linked").symlink_to(elsewhere)
+  (root / "part").symlink_to(elsewhere / "deep")  # is in `linked` too
+  (root / "0").symlink_to(root / "a")
+  (root / "kept").symlink_to(root / ".store")
+  (root / "b.txt").symlink_to(root / "a" / "1.txt")
+  (root / "c.txt").symlink_to(tmp_path / "none.txt")
+  lines: list[str] = []
+  found = find_corpus(f"files:{root}", lines.append)
+  read = {"a/1.txt", "linked/x.txt", "part/y.txt", "kept/2.txt"}
+  assert {document.name for document in found.documents} == read
+  (line,) = lines
+  for reason in (
+    "folders that are read by another name: 3, as 0",
+    "files that are read by another name: 1, as b.txt",
+    "links to nowhere: 1, as c.txt",
+    "hidden folders: 1, as .store",
+  ):
+    assert reason in line
+  globbed = find_corpus(f"files:{root}/**", lambda line: None)
+  assert sorted(d.read() for d in globbed.documents) == ["1", "2", "x", "y"]
+
+
+def test_what_cannot_be_read_is_counted(tmp_path: Path):
+  root = write(tmp_path / "corpus", many(3))
+  os.mkfifo(root / "pipe")
+  lines: list[str] = []
+  find_corpus(f"files:{root}", lines.append)
+  assert lines == [f"files:{root}: not read are neither files nor folders: 1, as pipe"]
+  with pytest.raises(DataError, match=r"no documents matched .*not UTF-8 text: 1, as a"):
+    find_corpus(f"files:{write(tmp_path / 'b', {'a.pdf': bytes([255])})}")
+
+
+def test_a_whole_corpus_is_not_split(tmp_path: Path, own_data_dir: Path):
+  root = write(tmp_path / "corpus", many(30) | {"train/a": "a", "validation/b": "b"})
+  parts, whole = find_corpus(f"files:{root}"), find_corpus(f"files:{root}", whole=True)
+  assert (parts.splits, whole.splits) == (SPLITS, (WHOLE,))
+  assert sorted(texts(whole, WHOLE)) == sorted(
+    texts(parts, "train") + texts(parts, "validation")
+  )
+  assert whole.fingerprint != parts.fingerprint
+  assert list(read_documents(whole, WHOLE, own_data_dir)) == texts(whole, WHOLE)
+  one = find_corpus(f"files:{write(tmp_path, {'one.txt': 'é'})}/one.txt", whole=True)
+  assert texts(one, WHOLE) == ["é"], "too small to be split, but not to be read"
+  translations = find_corpus("gettext:de", whole=True)
+  assert {pair.split for pair in translations.pairs} == {WHOLE}
+
+
+def test_a_whole_public_dataset_is_all_its_splits(own_data_dir: Path):
+  root = own_data_dir / "tfds"
+  LetterSet(data_dir=str(root), file_format="array_record").download_and_prepare()
+  whole = find_corpus("tfds:letter_set", whole=True)
+  found = list(read_documents(whole, WHOLE, root))
+  assert sorted(found) == sorted(f"é{s} {n}" for s in LetterSet.SPLITS for n in range(40))
+  assert whole.fingerprint != find_corpus("tfds:letter_set").fingerprint
 
 
 def test_globs(tmp_path: Path):

@@ -22,7 +22,7 @@ from flaxlm.config import (
   OptimizerConfig,
   TrainingConfig,
 )
-from flaxlm.data.objectives import Batch, Masking, masked, next_token, seq2seq
+from flaxlm.data.objectives import Batch, Masking, Windows, masked, next_token, seq2seq
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import make_sampling
@@ -106,14 +106,17 @@ def batch_of(family: str, step: int) -> Batch:
     masking = Masking(0.25, MASK, np.arange(2, NUM_IDS))
     random_3BT = rng.random((3, ROWS, LENGTH))
     lengths_B = np.minimum(lengths_B, LENGTH)
-    return masked(windows[:, :-1], lengths_B, BOS, masking, random_3BT)
+    windows = windows[:, :-1]
+    return masked(Windows(windows, windows == BOS, lengths_B), masking, random_3BT)
   if family == "encoder_decoder":  # the target is the source, backwards
     windows = ids[starts_B[:, None] + np.arange(LENGTH + 1)]
     windows[:, 0] = BOS
     lengths_B[:] = LENGTH
     windows[:, LENGTH - 1 :] = BOS
-    return seq2seq((windows, lengths_B), (np.roll(windows[:, ::-1], 1, 1), lengths_B), BOS)
-  return next_token(windows, lengths_B, BOS)
+    backwards = np.roll(windows[:, ::-1], 1, 1)
+    source, target = (Windows(w, w == BOS, lengths_B) for w in (windows, backwards))
+    return seq2seq(source, target, BOS)
+  return next_token(Windows(windows, windows == BOS, lengths_B), BOS)
 
 
 @functools.cache
@@ -145,7 +148,7 @@ def held_out(name: str) -> float:
   """Loss in nats per token of a batch that no step saw."""
   model, params, _, mesh = trained(name, "one device")
   batch = put_batch(batch_of(model.cfg.family, NUM_STEPS), mesh)
-  sums = jit_eval_step(model, mesh)(params, batch, np.ones(64, np.float32))
+  sums = jit_eval_step(model, mesh)(params, batch)
   return float(sums["nats"] / sums["tokens"])
 
 

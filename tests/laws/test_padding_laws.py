@@ -104,9 +104,8 @@ def test_padding_is_never_the_likeliest_and_has_no_share():
   sums, hits = [], []
   for model_cfg, flat in ((cfg, real), (padded, garbage)):
     model, params = build_model(model_cfg, FAST), unflatten_dict(flat, sep="/")
-    token_bytes_V = np.ones(model_cfg.vocab_size, np.float32)
     step = jax.jit(functools.partial(eval_step, model))
-    sums.append({k: float(v) for k, v in step(params, batch, token_bytes_V).items()})
+    sums.append({k: float(v) for k, v in step(params, batch).items()})
     logits_BTV = jax.jit(lambda p, b, m=model: forward(m, p, b).value)(params, batch)
     hits.append(np.asarray(logits_BTV.argmax(-1)))
     probs_BTV = jax.nn.softmax(logits_BTV, -1)

@@ -207,11 +207,11 @@ def test_every_microbatch_has_dropout_of_its_own():
 def test_evaluation_and_decoding_on_stages():
   """Losses through the pipeline; a token at a time with every layer on every stage."""
   results = []
-  batch, bytes_V = packed_batch(), np.ones(CFG.vocab_size, np.float32)
+  batch = packed_batch()
   for mesh in (mesh_of(), mesh_of(stage=2, tensor=2)):
     model = build_model(DEEP, RUN)
     params = params_on(mesh, model)
-    sums = jit_eval_step(model, mesh)(params, put_batch(batch, mesh), bytes_V)
+    sums = jit_eval_step(model, mesh)(params, put_batch(batch, mesh))
     prepared = prepare_params(params, model.cfg)
 
     def decode(params, tokens_BT, model=model):

@@ -17,7 +17,7 @@ from flaxlm.config import (
   OptimizerConfig,
   TrainingConfig,
 )
-from flaxlm.data.objectives import next_token
+from flaxlm.data.objectives import Windows, next_token
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.sharding import batch_shards, make_mesh, use_mesh
 from flaxlm.training.optimizer import build_optimizer
@@ -70,7 +70,8 @@ def packed_batch(rows=16, seed=0):
   rng = np.random.default_rng(seed)
   windows = rng.integers(1, CFG.vocab_size, (rows, CFG.context + 1))
   windows[rng.random(windows.shape) < 0.15] = 0
-  return next_token(windows, rng.integers(4, CFG.context + 2, rows), bos_id=0)
+  lengths_B = rng.integers(4, CFG.context + 2, rows)
+  return next_token(Windows(windows, windows == 0, lengths_B), end_id=0)
 
 
 def batch_of(cfg: ModelConfig):

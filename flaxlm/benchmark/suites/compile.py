@@ -18,7 +18,7 @@ import numpy as np
 from flaxlm.benchmark.measure import BenchOptions, agree, run_python
 from flaxlm.benchmark.report import Result, summarise
 from flaxlm.config import DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
-from flaxlm.data.objectives import next_token
+from flaxlm.data.objectives import Windows, next_token
 from flaxlm.nn.models import build_model
 from flaxlm.platform import kernel_head_dim, start_jax
 from flaxlm.sharding import make_mesh
@@ -82,7 +82,9 @@ def main() -> None:
   lowered.compile()
   compiled = time.perf_counter()
   window = np.arange(8 * 65).reshape(8, 65) % 1000 + 1
-  first = put_batch(next_token(window, np.full(8, 65), bos_id=0), mesh)
+  first = put_batch(
+    next_token(Windows(window, window == 0, np.full(8, 65)), end_id=0), mesh
+  )
   seed = jax.numpy.uint32(0)
   _, metrics = step(init_state(model, optimizer, mesh, seed=0), first, seed)
   found = {"trace": traced - started, "compile": compiled - traced}

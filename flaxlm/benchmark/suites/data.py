@@ -38,9 +38,9 @@ def bench_data(options: BenchOptions) -> list[Result]:
     np.save(path, np.concatenate(ids).astype(np.uint16), allow_pickle=False)
     store = TokenStore(
       tokens=np.load(path, mmap_mode="r"),
-      bos_id=tokenizer.bos_id,
+      bounds=np.cumsum([0, *map(len, ids)]),
+      end_id=tokenizer.eos_id,
       vocab_size=tokenizer.vocab_size,
-      num_documents=len(texts),
       num_bytes=sum(map(len, texts)),
       gzip_bits_per_byte=None,
     )

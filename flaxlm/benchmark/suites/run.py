@@ -112,7 +112,7 @@ def collectives_in_a_process(
   with tempfile.TemporaryDirectory() as folder:
     output = Path(folder) / "collectives.jsonl"
     arguments = ["-m", "flaxlm.cli", "bench", "collectives", "--simulated-devices=8"]
-    arguments += [f"--size={options.size}", f"--rounds={options.rounds}"]
+    arguments += [f"--size={options.size}", f"--rounds={options.rounds}", "--processes=1"]
     run_python(*arguments, f"--output={output}", environment={"JAX_PLATFORMS": "cpu"})
     return read_lines(output)
 

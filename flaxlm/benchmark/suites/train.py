@@ -22,7 +22,7 @@ from flaxlm.benchmark.measure import BenchOptions, run_python, within, wrong_res
 from flaxlm.benchmark.report import Demand, Result, summarise, with_ratio
 from flaxlm.benchmark.training_case import CASES, OPTIMIZER, Case, find_case, time_steps
 from flaxlm.config import DataConfig, ResolvedConfig, TrainingConfig, mesh_shape
-from flaxlm.data.objectives import next_token
+from flaxlm.data.objectives import Windows, next_token
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.planning.cost import step_cost
 from flaxlm.planning.devices import ANY
@@ -165,7 +165,8 @@ def flaxlm_side(case: Case, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
 
   def step(window: np.ndarray) -> jax.Array:
     nonlocal state
-    batch = put_batch(next_token(window, lengths_B, bos_id=0), mesh)
+    windows = Windows(window, window == 0, lengths_B)
+    batch = put_batch(next_token(windows, end_id=0), mesh)
     state, metrics = train_step(state, batch, seed)
     return metrics["loss"]
 
