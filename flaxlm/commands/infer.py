@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
   "presence_penalty": (float, "subtracted from the logits of tokens in the answer, once"),
   "frequency_penalty": (float, "the same, for each time that the token occurs"),
   "regex": (str, "a regular expression that the whole answer matches"),
-  "seed": (int, "sample n draws with seed + n"),
+  "seed": (int, "the same seed draws the same answers"),
 }
 SAMPLING_DEFAULTS = {"temperature": 0.8, "seed": 0}
 DEFAULT_LENGTH_PENALTY = 0.6
@@ -266,6 +267,11 @@ def print_completions(
   from flaxlm.decoding.sampling import stack_settings
 
   rows = [prompt for prompt in prompts for _ in range(args.num_samples)]
+  drawing = [
+    of_sample
+    for row in range(len(prompts))
+    for of_sample in dataclasses.replace(settings, row=row).for_samples(args.num_samples)
+  ]
   streams = len(rows) == 1 and not args.json
   show = lambda _, piece: print(piece, end="", file=out, flush=True)
   reads_prompt = run.cfg.model.family == "encoder_decoder"
@@ -280,7 +286,7 @@ def print_completions(
     results = complete(
       run,
       rows,
-      stack_settings(settings.for_samples(len(rows)), run.tokenizer),
+      stack_settings(drawing, run.tokenizer),
       args.max_new_tokens,
       stop,
       on_text=show if streams else None,

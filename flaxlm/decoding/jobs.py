@@ -41,12 +41,14 @@ class SizedJob(NamedTuple):
 
 
 SETTING_KEYS = {field.name for field in dataclasses.fields(SamplingSettings)}
+SETTING_KEYS -= {"row", "sample"}  # these follow from the line
 JOB_KEYS = {*SETTING_KEYS, "prompt", "stop", "stop_tokens", "max_seconds", "max_new_tokens"}
 JOB_KEYS |= {"json_schema", "num_samples", "id"}  # an id is for the user alone
 
 
 def read_jobs(text: str, defaults: PromptJob) -> list[PromptJob]:
-  """The jobs of a JSON-lines text; job i draws with the default seed + i.
+  """The jobs of a JSON-lines text. Job i is row i of the default seed, or, with a seed of
+  its own, the first row of that one: it draws what it would alone.
 
   Raises `ConfigError`, with the line's number, for a line that is not a job.
   """
@@ -75,7 +77,8 @@ def read_job(values: dict[str, Any], defaults: PromptJob, number: int) -> Prompt
     own["logit_bias"] = {int(token): bias for token, bias in own["logit_bias"].items()}
   if "json_schema" in values:
     own["regex"] = regex_of_schema(values["json_schema"])
-  own.setdefault("seed", (defaults.settings.seed + number) % 2**31)
+  if "seed" not in own:
+    own["row"] = number
   settings = dataclasses.replace(defaults.settings, **own)
   settings.check()
   strings = values.get("stop", defaults.stop.strings)
@@ -139,7 +142,7 @@ def complete_batch(
   num_top: int,
   prefix_cache: PrefixCache | None,
 ) -> dict[int, list[dict]]:
-  """The samples of each job, by its number: sample n of a job draws with its seed + n."""
+  """The samples of each job, by its number."""
   rows: list[SizedJob] = []
   settings: list[SamplingSettings] = []
   for sized in batch:

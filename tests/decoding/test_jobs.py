@@ -19,7 +19,7 @@ from flaxlm.decoding.jobs import (
   read_jobs,
 )
 from flaxlm.decoding.loading import Run
-from flaxlm.decoding.sampling import SamplingSettings, make_sampling
+from flaxlm.decoding.sampling import SamplingSettings, make_sampling, stack_settings
 from flaxlm.errors import ConfigError, DataError
 from flaxlm.runs import IMPORTED_FILES
 
@@ -60,23 +60,32 @@ def test_each_prompt_is_answered_as_if_alone(run, tmp_path):
   ]
   assert sum(done) == len(LINES)
   assert [*tmp_path.iterdir()] == [tmp_path / "out.jsonl"], "nothing else is left"
-  settings = [
+  settings: list[dict[str, Any]] = [
     dict(seed=5),
     dict(seed=77),
-    dict(seed=7, temperature=0),
-    dict(seed=8, temperature=0),
-    dict(seed=8, top_p=0.7),
-    dict(seed=9, banned_tokens=[97]),
+    dict(seed=5, row=2, temperature=0),
+    dict(seed=5, row=2, sample=1, temperature=0),
+    dict(seed=5, row=3, top_p=0.7),
+    dict(seed=5, row=4, banned_tokens=[97]),
   ]
   stops = [Stopping()] * 4 + [Stopping(strings=[" "]), Stopping(tokens=[32])]
   for answer, of_row, stop in zip(found, settings, stops, strict=True):
-    sampling = make_sampling(1, **{"temperature": 1.0} | of_row)
+    sampling = stack_settings([SamplingSettings(**{"temperature": 1.0} | of_row)])
     number = 3 if of_row["seed"] == 77 else 6
     (alone,) = complete(run, [answer["prompt"]], sampling, number, stop)
     expected = alone.as_json()
     assert [answer[key] for key in ("completion", "tokens", "finish_reason")] == [
       expected[key] for key in ("completion", "tokens", "finish_reason")
     ]
+
+
+def test_equal_prompts_have_different_answers(run, tmp_path):
+  """Nine of nine: no sample of a row repeats one of the next row."""
+  jobs = read_jobs(as_text([{"prompt": "a", "num_samples": 3}] * 3), DEFAULTS)
+  jobs = [job._replace(max_new_tokens=20) for job in jobs]
+  complete_jobs(run, jobs, tmp_path / "out.jsonl", 9)
+  found = written(tmp_path / "out.jsonl")
+  assert len({answer["completion"] for answer in found}) == 9
 
 
 def test_a_killed_job_goes_on(run, tmp_path, monkeypatch):
