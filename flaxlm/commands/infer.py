@@ -76,10 +76,13 @@ def add_infer(commands: Any) -> None:
 
 def check(args: argparse.Namespace) -> None:
   """Raises `ConfigError` for flags that do not go together, before anything is loaded."""
+  from flaxlm.decoding.sampling import MOST_SAMPLES
+
   if not (args.prompt or args.prompt_file or args.interactive or args.fill):
     raise ConfigError("there is no prompt", 'give --prompt "..." or --interactive')
-  check_least(args, 1, "num_samples", "batch_size")
-  check_least(args, 0, "length_penalty")
+  check_least(args, 1, "max_new_tokens", "beams", "draft_tokens")
+  check_least(args, 0, "top_logprobs", "length_penalty")
+  check_least(args, 1, "num_samples", "batch_size", most=MOST_SAMPLES)
   alone = ("regex", "json_schema", "draft", "beams")
   given = [flag_of(name) for name in alone if getattr(args, name) is not None]
   if len(given) > 1:

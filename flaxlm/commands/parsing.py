@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 import typing
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxlm.config import check_config, load_config, override
+from flaxlm.config import flag as flag_of
 from flaxlm.errors import ConfigError
 
 DEFAULT_CONFIG = "stdlib_tiny"
@@ -90,13 +92,16 @@ def read_config(arguments: list[str]) -> Any:
   return cfg
 
 
-def check_least(args: argparse.Namespace, least: int, *names: str) -> None:
-  """Raises `ConfigError` for a flag whose number is given and below `least`."""
+def check_least(
+  args: argparse.Namespace, least: int, *names: str, most: float = math.inf
+) -> None:
+  """Raises `ConfigError` for a flag whose number is given and not `least` to `most`."""
   for name in names:
     value = getattr(args, name)
-    if value is not None and not value >= least:
+    if value is not None and not least <= value <= most:
+      above = "" if most == math.inf else f", at most {most:g}"
       raise ConfigError(
-        f"{name.replace('_', '-')} is {value}", f"it must be at least {least}"
+        f"{flag_of(name)} is {value}", f"it must be at least {least}{above}"
       )
 
 

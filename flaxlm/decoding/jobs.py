@@ -16,8 +16,18 @@ from flaxlm.decoding.completions import Stopping, complete, make_request
 from flaxlm.decoding.constraint import regex_of_schema
 from flaxlm.decoding.generate import PrefixCache
 from flaxlm.decoding.loading import Run
-from flaxlm.decoding.prefill import BLOCK_STEPS, SMALLEST_PREFIX, common_length
-from flaxlm.decoding.sampling import SamplingSettings, stack_settings
+from flaxlm.decoding.prefill import (
+  BLOCK_STEPS,
+  MOST_NEW_TOKENS,
+  SMALLEST_PREFIX,
+  common_length,
+)
+from flaxlm.decoding.sampling import (
+  MOST_SAMPLES,
+  SamplingSettings,
+  check_rows,
+  stack_settings,
+)
 from flaxlm.errors import ConfigError
 
 
@@ -90,9 +100,12 @@ def read_job(values: dict[str, Any], defaults: PromptJob, number: int) -> Prompt
   stop.check()
   num_new = values.get("max_new_tokens", defaults.max_new_tokens)
   num_samples = values.get("num_samples", defaults.num_samples)
-  for name, count in (("max_new_tokens", num_new), ("num_samples", num_samples)):
-    if count is not None and (type(count) is not int or count < 1):
-      raise ConfigError(f"{name} is {count!r}")
+  for name, count, most in (
+    ("max_new_tokens", num_new, MOST_NEW_TOKENS),
+    ("num_samples", num_samples, MOST_SAMPLES),
+  ):
+    if count is not None and (type(count) is not int or not 1 <= count <= most):
+      raise ConfigError(f"{name} is {count!r}, not a whole number from 1 to {most}")
   return PromptJob(values["prompt"], settings, stop, num_new, num_samples)
 
 
@@ -165,9 +178,14 @@ def complete_batch(
 
 def measure_job(run: Run, number: int, job: PromptJob) -> SizedJob:
   """Raises `ConfigError`, with the job's number, if it does not fit the model."""
-  request = make_request(run, [job.prompt], job.max_new_tokens)
   try:
+    request = make_request(run, [job.prompt], job.max_new_tokens)
     request.check(run.model.cfg)
+    unformed = dataclasses.replace(
+      job.settings, regex=None
+    )  # whose ids are the tokenizer's
+    check_rows(stack_settings([unformed]), 1, run.num_ids)
+    job.stop.check(run.num_ids)
   except ConfigError as e:
     raise ConfigError(f"prompt {number + 1}: {e.cause}", e.cure) from e
   return SizedJob(number, job, len(request.prompts[0]), request.max_new_tokens)

@@ -21,6 +21,8 @@ from flaxlm.errors import ConfigError
 from flaxlm.tokenizers import AnyTokenizer
 
 OFF_TOP_K = 2**30
+MOST_SAMPLES = 1024  # of one prompt: they are decoded together
+LARGEST_BIAS = 1e30  # float32 holds its sum with any logit
 BLOCK = 256  # tokens in a block of `draw`
 INF = float("inf")
 
@@ -63,7 +65,7 @@ class SamplingSettings:
       if value is not None and not low <= value <= high:
         raise ConfigError(f"{name.replace('_', '-')} is {value}", cure)
     for token, bias in self.biases.items():
-      if token < 0 or math.isnan(bias) or bias == INF:
+      if token < 0 or not (abs(bias) <= LARGEST_BIAS or bias == -INF):
         raise ConfigError(f"logit-bias of token {token} is {bias}", "as in 50256=-5")
     if self.regex is not None and not isinstance(self.regex, str):
       raise ConfigError(f"regex is {self.regex!r}", "use a string")
@@ -74,8 +76,13 @@ class SamplingSettings:
       )
 
   def for_samples(self, count: int) -> "list[SamplingSettings]":
-    """The settings of `count` samples of one prompt, each with draws of its own."""
+    """The settings of `count` samples of one prompt, each with draws of its own.
+
+    Raises `ConfigError` for values out of range, and for more than `MOST_SAMPLES`.
+    """
     self.check()
+    if not 1 <= count <= MOST_SAMPLES:
+      raise ConfigError(f"num-samples is {count}", f"it can be 1 to {MOST_SAMPLES}")
     return [dataclasses.replace(self, sample=n) for n in range(count)]
 
   @property
@@ -204,6 +211,26 @@ def stack_settings(
     states_B=np.array([states[row.regex] for row in rows], np.int32),
     automaton=automaton,
   )
+
+
+def check_rows(sampling: Sampling, num_rows: int, num_ids: int) -> None:
+  """Raises `ConfigError` unless there are settings for each of `num_rows` prompts, which
+  name only ids below `num_ids` and leave at least one of them to be drawn."""
+  found = len(sampling.temperature_B)
+  if found != num_rows:
+    raise ConfigError(
+      f"there are sampling settings for {found} rows, and {num_rows} prompts",
+      "give as many: make_sampling(len(prompts))",
+    )
+  outside_BX = (sampling.bias_ids_BX >= num_ids) & (sampling.biases_BX != 0)
+  if outside_BX.any():
+    token = int(sampling.bias_ids_BX[outside_BX][0])
+    raise ConfigError(
+      f"token id {token} of a bias or a ban is not in the vocabulary",
+      f"ids are 0 to {num_ids - 1}",
+    )
+  if ((sampling.biases_BX == -INF).sum(1) >= num_ids).any():
+    raise ConfigError("every token is banned", "leave at least one to be drawn")
 
 
 # -- Rules: logits in, logits out; -inf where a token is cut ------------------------------

@@ -137,6 +137,8 @@ def test_batches_are_of_like_length_and_fit(run):
     ('{"prompt": "a", "top_k": "many"}', "line 1 of the prompts"),
     ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens is 0"),
     ('{"prompt": "a", "num_samples": "2"}', "num_samples is '2'"),
+    ('{"prompt": "a", "num_samples": 1000000000}', "num_samples is 1000000000"),
+    ('{"prompt": "a", "max_new_tokens": 1000000000}', "max_new_tokens is 1000000000"),
     ('{"prompt": "a", "stop": [""]}', "a stop string is empty"),
     ('{"prompt": "a", "logit_bias": [3]}', "line 1 of the prompts"),
   ],
@@ -150,6 +152,21 @@ def test_a_prompt_that_is_too_long_is_named(run, tmp_path):
   jobs = read_jobs(as_text([{"prompt": "a"}, {"prompt": "a" * 170}]), DEFAULTS)
   with pytest.raises(ConfigError, match="prompt 2: prompt of 171 tokens"):
     complete_jobs(run, jobs, tmp_path / "out.jsonl", 2)
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    {"prompt": "a", "banned_tokens": [*range(257)]},
+    {"prompt": "a", "logit_bias": {"257": 1}},
+    {"prompt": "a", "stop_tokens": [257]},
+  ],
+)
+def test_ids_past_the_vocabulary_are_refused_before_the_first_answer(run, tmp_path, line):
+  jobs = read_jobs(as_text([{"prompt": "a"}, line]), DEFAULTS)
+  with pytest.raises(ConfigError, match="prompt 2: "):
+    complete_jobs(run, jobs, tmp_path / "out.jsonl", 2)
+  assert not [*tmp_path.iterdir()]
 
 
 def test_time_and_tokens_end_an_answer(run):

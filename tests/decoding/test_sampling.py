@@ -15,6 +15,7 @@ from scipy import stats
 
 from flaxlm.decoding.sampling import (
   GREEDY_RULES,
+  MOST_SAMPLES,
   RULES,
   Sampling,
   SamplingSettings,
@@ -328,6 +329,12 @@ def test_no_sample_of_a_row_draws_with_the_key_of_another():
   assert all(0 <= word < 2**32 for key in keys for word in key)
 
 
+@pytest.mark.parametrize("count", [0, MOST_SAMPLES + 1, 10**9])
+def test_samples_are_bounded(count: int):
+  with pytest.raises(ConfigError, match=f"num-samples is {count}"):
+    SamplingSettings().for_samples(count)
+
+
 def test_rows_and_samples_have_the_keys_of_their_numbers():
   rows = make_sampling(3, seed=5).keys_B2.tolist()
   assert rows == [[*draw_key(5, row)] for row in range(3)]
@@ -391,6 +398,7 @@ def test_only_rules_that_some_row_uses_are_compiled(rules: dict[str, Any], names
     ({"presence_penalty": float("nan")}, "presence-penalty is nan"),
     ({"frequency_penalty": 101}, "frequency-penalty is 101"),
     ({"logit_bias": {3: float("inf")}}, "logit-bias of token 3 is inf"),
+    ({"logit_bias": {3: 1e39}}, "logit-bias of token 3 is 1e+39"),
     ({"banned_tokens": [-1]}, "logit-bias of token -1 is -inf"),
     ({"top_p": 1.1}, "top-p is 1.1"),
     ({"top_p": float("nan")}, "top-p is nan"),
