@@ -99,6 +99,8 @@ def check(args: argparse.Namespace) -> None:
       "a .jsonl file of prompts needs --output, and goes without other prompts and beams",
       "--output out.jsonl",
     )
+  if reads_jobs(args) and Path(args.output).is_dir():
+    raise ConfigError(f"--output {args.output} is a folder", "--output out.jsonl")
 
 
 def reads_jobs(args: argparse.Namespace) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from flaxlm.config import check_config, load_config, override
 from flaxlm.config import flag as flag_of
-from flaxlm.errors import ConfigError
+from flaxlm.errors import ConfigError, first_line
 
 DEFAULT_CONFIG = "stdlib_tiny"
 
@@ -140,8 +140,8 @@ def open_output(path: str | None) -> Any:
     return contextlib.nullcontext(sys.stdout)
   try:
     return Path(path).open("w", encoding="utf-8")
-  except OSError as e:
-    raise ConfigError(f"{path} cannot be written: {e}") from e
+  except (OSError, ValueError) as e:
+    raise ConfigError(f"{path!r} cannot be written: {first_line(e)}") from e
 
 
 def write_result(args: argparse.Namespace, values: Any, show: Any) -> None:
@@ -154,8 +154,9 @@ def write_result(args: argparse.Namespace, values: Any, show: Any) -> None:
 
 
 def read_text(path: str) -> str:
-  """A file's text, or all of standard input for "-"."""
+  """A file's text, or all of standard input for "-", without a byte order mark."""
   try:
-    return sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
-  except (OSError, UnicodeDecodeError) as e:
-    raise ConfigError(f"{path} cannot be read: {e}") from e
+    text = sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
+  except (OSError, ValueError) as e:  # not there, not UTF-8, not even a path
+    raise ConfigError(f"{path!r} cannot be read: {first_line(e)}") from e
+  return text.removeprefix("\N{BYTE ORDER MARK}")

@@ -2,6 +2,7 @@
 """Text in, text out: prompts are encoded, continued, and decoded token by token."""
 
 import dataclasses
+import reprlib
 import time
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -10,7 +11,7 @@ from flaxlm.decoding.beams import beam_search
 from flaxlm.decoding.generate import PrefixCache, generate
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import Request
-from flaxlm.decoding.sampling import Sampling
+from flaxlm.decoding.sampling import Sampling, is_number
 from flaxlm.decoding.speculative import speculate
 from flaxlm.errors import ConfigError
 from flaxlm.tokenizers import AnyTokenizer
@@ -47,18 +48,24 @@ class Stopping:
   max_tokens: int | None = None  # for a row that shares its batch with longer ones
 
   def __post_init__(self) -> None:
+    # Frozen, but what was given may be another kind of list, or a string alone.
     object.__setattr__(self, "strings", tuple(as_texts(self.strings, "stop string")))
+    object.__setattr__(self, "tokens", tuple(self.tokens))
 
   def check(self, num_ids: int | None = None) -> None:
     """Raises `ConfigError` for stops that could never be, such as ids from `num_ids` on."""
     if any(not text for text in self.strings):
       raise ConfigError("a stop string is empty", "leave --stop out")
     for token in self.tokens:
-      if token < 0 or (num_ids is not None and token >= num_ids):
-        most = "" if num_ids is None else f", at most {num_ids - 1}"
-        raise ConfigError(f"stop-token is {token}", f"use an id of the vocabulary{most}")
-    if self.max_seconds is not None and not self.max_seconds > 0:
-      raise ConfigError(f"max-seconds is {self.max_seconds}", "use more than 0")
+      most = "" if num_ids is None else f", at most {num_ids - 1}"
+      is_id = is_number(token, whole=True) and token >= 0
+      if not is_id or (num_ids is not None and token >= num_ids):
+        raise ConfigError(
+          f"stop-token is {reprlib.repr(token)}", f"use an id of the vocabulary{most}"
+        )
+    seconds = self.max_seconds
+    if seconds is not None and not (is_number(seconds) and seconds > 0):
+      raise ConfigError(f"max-seconds is {reprlib.repr(seconds)}", "use more than 0")
 
 
 def as_texts(texts: str | Sequence[str], what: str = "prompt") -> list[str]:
@@ -70,7 +77,7 @@ def as_texts(texts: str | Sequence[str], what: str = "prompt") -> list[str]:
   texts = [texts] if isinstance(texts, str) else [*texts]
   for number, text in enumerate(texts, 1):
     if not isinstance(text, str):
-      raise ConfigError(f"{what} {number} is {text!r}", "use a string")
+      raise ConfigError(f"{what} {number} is {reprlib.repr(text)}", "use a string")
     try:
       text.encode("utf-8")
     except UnicodeEncodeError as e:

@@ -9,6 +9,8 @@ sorts the vocabulary: a search for the threshold finds what a sort would find.
 import dataclasses
 import hashlib
 import math
+import numbers
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +27,16 @@ MOST_SAMPLES = 1024  # of one prompt: they are decoded together
 LARGEST_BIAS = 1e30  # float32 holds its sum with any logit
 BLOCK = 256  # tokens in a block of `draw`
 INF = float("inf")
+
+
+WHOLE = {"top_k", "seed"}  # settings that are whole numbers
+NO_RULE = {"top_k", "top_p", "min_p", "typical_p"}  # of which None is none
+
+
+def is_number(value: Any, whole: bool = False) -> bool:
+  """Whether it is a number, of Python's or numpy's; True and False are none."""
+  kind = numbers.Integral if whole else numbers.Real
+  return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +60,7 @@ class SamplingSettings:
   sample: int = 0
 
   def check(self) -> None:
-    """Raises `ConfigError` for values out of range."""
+    """Raises `ConfigError` for values of another type or out of range."""
     above_0 = math.ulp(0)
     for name, low, high, cure in (
       ("temperature", 0, 1e38, "0 is greedy, 1 the model's own distribution"),
@@ -62,18 +74,32 @@ class SamplingSettings:
       ("seed", 0, 2**31 - 1, "use 0 to 2147483647"),
     ):
       value = getattr(self, name)
-      if value is not None and not low <= value <= high:
-        raise ConfigError(f"{name.replace('_', '-')} is {value}", cure)
-    for token, bias in self.biases.items():
-      if token < 0 or not (abs(bias) <= LARGEST_BIAS or bias == -INF):
-        raise ConfigError(f"logit-bias of token {token} is {bias}", "as in 50256=-5")
+      if value is None and name in NO_RULE:
+        continue
+      if not is_number(value, whole=name in WHOLE) or not low <= value <= high:
+        raise ConfigError(f"{name.replace('_', '-')} is {reprlib.repr(value)}", cure)
+    self._check_ids()
     if self.regex is not None and not isinstance(self.regex, str):
-      raise ConfigError(f"regex is {self.regex!r}", "use a string")
+      raise ConfigError(f"regex is {reprlib.repr(self.regex)}", "use a string")
     if self.regex is not None and -INF in self.biases.values():
       raise ConfigError(
         "with banned tokens, an answer may be unable to match the regex",
         "use banned tokens or a regex, not both",
       )
+
+  def _check_ids(self) -> None:
+    if not isinstance(self.logit_bias, Mapping):
+      raise ConfigError(f"logit-bias is {reprlib.repr(self.logit_bias)}", "as in 50256=-5")
+    for token in (*self.logit_bias, *self.banned_tokens):
+      if not is_number(token, whole=True) or not 0 <= token < OFF_TOP_K:
+        raise ConfigError(
+          f"there is no token id {reprlib.repr(token)}", "use an id of the vocabulary"
+        )
+    for token, bias in self.logit_bias.items():
+      if not is_number(bias) or not (abs(bias) <= LARGEST_BIAS or bias == -INF):
+        raise ConfigError(
+          f"logit-bias of token {token} is {reprlib.repr(bias)}", "as in 50256=-5"
+        )
 
   def for_samples(self, count: int) -> "list[SamplingSettings]":
     """The settings of `count` samples of one prompt, each with draws of its own.

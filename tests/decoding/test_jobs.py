@@ -2,6 +2,7 @@
 """Jobs: results in order, as for each prompt alone, after kills and in any batches."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def test_each_prompt_is_answered_as_if_alone(run, tmp_path):
   jobs, done = read_jobs(as_text(LINES), DEFAULTS), []
   complete_jobs(run, jobs, tmp_path / "out.jsonl", 3, on_done=done.append)
   found = written(tmp_path / "out.jsonl")
+  assert [answer.get("id") for answer in found] == [None, "mine", None, None, None, None]
   assert [answer["prompt"] for answer in found] == [
     "a",
     "b é and more",
@@ -140,12 +142,63 @@ def test_batches_are_of_like_length_and_fit(run):
     ('{"prompt": "a", "num_samples": 1000000000}', "num_samples is 1000000000"),
     ('{"prompt": "a", "max_new_tokens": 1000000000}', "max_new_tokens is 1000000000"),
     ('{"prompt": "a", "stop": [""]}', "a stop string is empty"),
-    ('{"prompt": "a", "logit_bias": [3]}', "line 1 of the prompts"),
+    ('{"prompt": "a", "logit_bias": [3]}', "logit_bias is [3]"),
+    ('{"prompt": "a", "logit_bias": {"a": 3}}', "logit_bias has 'a'"),
+    ('{"prompt": "a", "logit_bias": {"1_0": 3}}', "logit_bias has '1_0'"),
+    ('{"prompt": "a", "logit_bias": {"1": "3"}}', "logit-bias of token 1 is '3'"),
+    ('{"prompt": "a", "top_k": 2.5}', "top-k is 2.5"),
+    ('{"prompt": "a", "top_k": true}', "top-k is True"),
+    ('{"prompt": "a", "temperature": true}', "temperature is True"),
+    ('{"prompt": "a", "temperature": "1"}', "temperature is '1'"),
+    ('{"prompt": "a", "seed": 1.0}', "seed is 1.0"),
+    ('{"prompt": "a", "row": 1}', "'row' is not one of"),
+    ('{"prompt": "a", "stop": [5]}', "stop string 1 is 5"),
+    ('{"prompt": "a", "stop": 5}', "stop is 5, not a list"),
+    ('{"prompt": "a", "stop_tokens": "12"}', "stop_tokens is '12', not a list"),
+    ('{"prompt": "a", "stop_tokens": [true]}', "stop-token is True"),
+    ('{"prompt": "a", "banned_tokens": "12"}', "banned_tokens is '12', not a list"),
+    ('{"prompt": "a", "banned_tokens": [1.5]}', "token id 1.5"),
+    ('{"prompt": "a", "max_seconds": "1"}', "max-seconds is '1'"),
+    ('{"prompt": "a", "max_seconds": false}', "max-seconds is False"),
+    ('{"prompt": "a", "max_new_tokens": 2.0}', "max_new_tokens is 2.0"),
+    ('{"prompt": "a", "num_samples": true}', "num_samples is True"),
+    ('{"prompt": "a", "regex": 5}', "regex is 5"),
+    ('{"prompt": "a", "regex": "a", "json_schema": {}}', "regex with json_schema"),
+    ('{"prompt": "a", "id": ["x"]}', "id is ['x']"),
+    ('{"prompt": "a", "prompt": "b"}', "'prompt' appears twice"),
+    ('{"prompt": "a", "top_p": NaN}', "NaN is not JSON"),
+    ('{"prompt": "\\ud800"}', "prompt 1 is not UTF-8"),
+    ("[" * 100_000, "nested too deeply"),
+    ('{"prompt": "a", "id": ' + "[" * 100_000, "nested too deeply"),
   ],
 )
 def test_what_is_no_job_is_refused_by_its_line(line: str, complaint: str):
-  with pytest.raises(ConfigError, match=complaint.replace("[", r"\[")):
+  with pytest.raises(ConfigError, match=re.escape(complaint)) as caught:
     read_jobs(line, DEFAULTS)
+  assert caught.value.cause.startswith("line 1 of the prompts: ")
+  assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_only_a_newline_ends_a_line():
+  """Python's `splitlines` would cut at every one of these within a string."""
+  ends = "\u2028\u2029\x85"
+  lines = [{"prompt": f"a{ends}b", "id": 1}, {"prompt": "c"}]
+  text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+  jobs = read_jobs("\N{BYTE ORDER MARK}" + text, DEFAULTS)
+  assert [job.prompt for job in jobs] == [f"a{ends}b", "c"]
+
+
+def test_null_is_left_out():
+  (job,) = read_jobs('{"prompt": "a", "top_k": null, "stop": null, "id": null}', DEFAULTS)
+  assert job == DEFAULTS._replace(prompt="a")
+
+
+@pytest.mark.parametrize("damage", ["{\n", "[]\n", '{"x": 1}\n{"x": 2}\n', "\0\0\n"])
+def test_a_damaged_partial_file_is_named(run, tmp_path, damage: str):
+  (tmp_path / "out.jsonl.partial").write_text(damage)
+  jobs = read_jobs(as_text(LINES), DEFAULTS)
+  with pytest.raises(ConfigError, match=r"out\.jsonl\.partial"):
+    complete_jobs(run, jobs, tmp_path / "out.jsonl", 2)
 
 
 def test_a_prompt_that_is_too_long_is_named(run, tmp_path):

@@ -399,7 +399,7 @@ def test_only_rules_that_some_row_uses_are_compiled(rules: dict[str, Any], names
     ({"frequency_penalty": 101}, "frequency-penalty is 101"),
     ({"logit_bias": {3: float("inf")}}, "logit-bias of token 3 is inf"),
     ({"logit_bias": {3: 1e39}}, "logit-bias of token 3 is 1e+39"),
-    ({"banned_tokens": [-1]}, "logit-bias of token -1 is -inf"),
+    ({"banned_tokens": [-1]}, "there is no token id -1"),
     ({"top_p": 1.1}, "top-p is 1.1"),
     ({"top_p": float("nan")}, "top-p is nan"),
     ({"min_p": -0.1}, "min-p is -0.1"),
