@@ -109,8 +109,9 @@ def reads_jobs(args: argparse.Namespace) -> bool:
 
 def read_sampling(args: argparse.Namespace) -> Any:
   """The `SamplingSettings` of the flags, checked."""
-  from flaxlm.decoding.constraint import regex_of_schema
+  from flaxlm.decoding.constraint import check_expressions
   from flaxlm.decoding.sampling import SamplingSettings
+  from flaxlm.decoding.schemas import regex_of_schema
 
   given = {name: getattr(args, name) for name in SAMPLING_FLAGS}
   if args.json_schema is not None:
@@ -121,6 +122,8 @@ def read_sampling(args: argparse.Namespace) -> Any:
     banned_tokens=args.ban,
   )
   settings.check()
+  if settings.regex is not None:
+    check_expressions([settings.regex])
   return settings
 
 

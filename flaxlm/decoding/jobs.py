@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from flaxlm.config import unique_keys
 from flaxlm.decoding.completions import Stopping, as_texts, complete, make_request
-from flaxlm.decoding.constraint import regex_of_schema
+from flaxlm.decoding.constraint import check_expressions
 from flaxlm.decoding.generate import PrefixCache
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import (
@@ -32,6 +32,7 @@ from flaxlm.decoding.sampling import (
   is_number,
   stack_settings,
 )
+from flaxlm.decoding.schemas import regex_of_schema
 from flaxlm.errors import ConfigError, first_line
 
 
@@ -79,6 +80,8 @@ def read_jobs(text: str, defaults: PromptJob) -> list[PromptJob]:
         f"line {number} of the prompts: {e.cause}",
         e.cure or 'as in {"prompt": "def ", "top_p": 0.9}',
       ) from e
+  if expressions := [job.settings.regex for job in jobs if job.settings.regex is not None]:
+    check_expressions(expressions)
   return jobs
 
 
