@@ -59,7 +59,10 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def first_line(error: BaseException) -> str:
-  """The first line of a library's message, or the error's type if it has none."""
+  """The first line of a library's message, or the error's type if it has none; of the
+  system's errors what happened, without their number."""
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
   return next(iter(str(error).splitlines()), type(error).__name__)
 
 

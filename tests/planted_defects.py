@@ -806,8 +806,8 @@ DECODING = [
   Defect(
     "a row's draws do not depend on its length",
     "flaxlm/decoding/sampling.py",
-    "jax.random.fold_in(jax.random.key(seed), length)",
-    "jax.random.fold_in(jax.random.key(seed), 0 * length)",
+    "jax.random.fold_in(key, length)",
+    "jax.random.fold_in(key, 0 * length)",
     "decoding/test_sampling.py",
   ),
   Defect(
@@ -911,15 +911,15 @@ DECODING = [
   Defect(
     "jobs of one file all draw with one seed",
     "flaxlm/decoding/jobs.py",
-    "(defaults.settings.seed + number) % 2**31",
-    "(defaults.settings.seed + 0 * number) % 2**31",
+    'own["row"] = number',
+    'own["row"] = 0 * number',
     "decoding/test_jobs.py",
   ),
   Defect(
     "samples of one prompt all draw with one seed",
     "flaxlm/decoding/sampling.py",
-    "seed=(self.seed + n) % 2**31",
-    "seed=(self.seed + 0 * n) % 2**31",
+    "dataclasses.replace(self, sample=n)",
+    "dataclasses.replace(self, sample=0 * n)",
     "decoding/test_sampling.py",
   ),
 ]

@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
   "presence_penalty": (float, "subtracted from the logits of tokens in the answer, once"),
   "frequency_penalty": (float, "the same, for each time that the token occurs"),
   "regex": (str, "a regular expression that the whole answer matches"),
-  "seed": (int, "sample n draws with seed + n"),
+  "seed": (int, "the same seed draws the same answers"),
 }
 SAMPLING_DEFAULTS = {"temperature": 0.8, "seed": 0}
 DEFAULT_LENGTH_PENALTY = 0.6
@@ -75,10 +76,13 @@ def add_infer(commands: Any) -> None:
 
 def check(args: argparse.Namespace) -> None:
   """Raises `ConfigError` for flags that do not go together, before anything is loaded."""
+  from flaxlm.decoding.sampling import MOST_SAMPLES
+
   if not (args.prompt or args.prompt_file or args.interactive or args.fill):
     raise ConfigError("there is no prompt", 'give --prompt "..." or --interactive')
-  check_least(args, 1, "num_samples", "batch_size")
-  check_least(args, 0, "length_penalty")
+  check_least(args, 1, "max_new_tokens", "beams", "draft_tokens")
+  check_least(args, 0, "top_logprobs", "length_penalty")
+  check_least(args, 1, "num_samples", "batch_size", most=MOST_SAMPLES)
   alone = ("regex", "json_schema", "draft", "beams")
   given = [flag_of(name) for name in alone if getattr(args, name) is not None]
   if len(given) > 1:
@@ -95,6 +99,8 @@ def check(args: argparse.Namespace) -> None:
       "a .jsonl file of prompts needs --output, and goes without other prompts and beams",
       "--output out.jsonl",
     )
+  if reads_jobs(args) and Path(args.output).is_dir():
+    raise ConfigError(f"--output {args.output} is a folder", "--output out.jsonl")
 
 
 def reads_jobs(args: argparse.Namespace) -> bool:
@@ -103,8 +109,9 @@ def reads_jobs(args: argparse.Namespace) -> bool:
 
 def read_sampling(args: argparse.Namespace) -> Any:
   """The `SamplingSettings` of the flags, checked."""
-  from flaxlm.decoding.constraint import regex_of_schema
+  from flaxlm.decoding.constraint import check_expressions
   from flaxlm.decoding.sampling import SamplingSettings
+  from flaxlm.decoding.schemas import regex_of_schema
 
   given = {name: getattr(args, name) for name in SAMPLING_FLAGS}
   if args.json_schema is not None:
@@ -115,6 +122,8 @@ def read_sampling(args: argparse.Namespace) -> Any:
     banned_tokens=args.ban,
   )
   settings.check()
+  if settings.regex is not None:
+    check_expressions([settings.regex])
   return settings
 
 
@@ -266,6 +275,11 @@ def print_completions(
   from flaxlm.decoding.sampling import stack_settings
 
   rows = [prompt for prompt in prompts for _ in range(args.num_samples)]
+  drawing = [
+    of_sample
+    for row in range(len(prompts))
+    for of_sample in dataclasses.replace(settings, row=row).for_samples(args.num_samples)
+  ]
   streams = len(rows) == 1 and not args.json
   show = lambda _, piece: print(piece, end="", file=out, flush=True)
   reads_prompt = run.cfg.model.family == "encoder_decoder"
@@ -280,7 +294,7 @@ def print_completions(
     results = complete(
       run,
       rows,
-      stack_settings(settings.for_samples(len(rows)), run.tokenizer),
+      stack_settings(drawing, run.tokenizer),
       args.max_new_tokens,
       stop,
       on_text=show if streams else None,

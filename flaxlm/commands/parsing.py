@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 import typing
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from flaxlm.config import check_config, load_config, override
-from flaxlm.errors import ConfigError
+from flaxlm.config import flag as flag_of
+from flaxlm.errors import ConfigError, first_line
 
 DEFAULT_CONFIG = "stdlib_tiny"
 
@@ -90,13 +92,16 @@ def read_config(arguments: list[str]) -> Any:
   return cfg
 
 
-def check_least(args: argparse.Namespace, least: int, *names: str) -> None:
-  """Raises `ConfigError` for a flag whose number is given and below `least`."""
+def check_least(
+  args: argparse.Namespace, least: int, *names: str, most: float = math.inf
+) -> None:
+  """Raises `ConfigError` for a flag whose number is given and not `least` to `most`."""
   for name in names:
     value = getattr(args, name)
-    if value is not None and not value >= least:
+    if value is not None and not least <= value <= most:
+      above = "" if most == math.inf else f", at most {most:g}"
       raise ConfigError(
-        f"{name.replace('_', '-')} is {value}", f"it must be at least {least}"
+        f"{flag_of(name)} is {value}", f"it must be at least {least}{above}"
       )
 
 
@@ -135,8 +140,8 @@ def open_output(path: str | None) -> Any:
     return contextlib.nullcontext(sys.stdout)
   try:
     return Path(path).open("w", encoding="utf-8")
-  except OSError as e:
-    raise ConfigError(f"{path} cannot be written: {e}") from e
+  except (OSError, ValueError) as e:
+    raise ConfigError(f"{path!r} cannot be written: {first_line(e)}") from e
 
 
 def write_result(args: argparse.Namespace, values: Any, show: Any) -> None:
@@ -149,8 +154,9 @@ def write_result(args: argparse.Namespace, values: Any, show: Any) -> None:
 
 
 def read_text(path: str) -> str:
-  """A file's text, or all of standard input for "-"."""
+  """A file's text, or all of standard input for "-", without a byte order mark."""
   try:
-    return sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
-  except (OSError, UnicodeDecodeError) as e:
-    raise ConfigError(f"{path} cannot be read: {e}") from e
+    text = sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
+  except (OSError, ValueError) as e:  # not there, not UTF-8, not even a path
+    raise ConfigError(f"{path!r} cannot be read: {first_line(e)}") from e
+  return text.removeprefix("\N{BYTE ORDER MARK}")

@@ -25,6 +25,7 @@ from flaxlm.sharding import on_host, use_mesh
 
 NO_SCORE = -1e9  # of a hypothesis that does not exist; infinity would make NaN if scaled
 MOST_BEAMS = 256
+MOST_ALPHA = 5.0  # float32 holds the penalty of any length
 
 
 class Beams(NamedTuple):
@@ -67,6 +68,8 @@ def beam_search(
   """
   if not 1 <= num_beams <= MOST_BEAMS:
     raise ConfigError(f"beams is {num_beams}", f"it can be 1 to {MOST_BEAMS}")
+  if not 0 <= alpha <= MOST_ALPHA:
+    raise ConfigError(f"length-penalty is {alpha}", f"it can be 0 to {MOST_ALPHA:g}")
   request.check(model.cfg)
   num_steps = request.max_new_tokens
   with use_mesh(mesh):

@@ -2,14 +2,16 @@
 """Text in, text out: prompts are encoded, continued, and decoded token by token."""
 
 import dataclasses
+import reprlib
 import time
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from flaxlm.decoding.beams import beam_search
 from flaxlm.decoding.generate import PrefixCache, generate
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import Request
-from flaxlm.decoding.sampling import Sampling
+from flaxlm.decoding.sampling import Sampling, is_number
 from flaxlm.decoding.speculative import speculate
 from flaxlm.errors import ConfigError
 from flaxlm.tokenizers import AnyTokenizer
@@ -40,24 +42,57 @@ class Completion:
 class Stopping:
   """What ends a completion, besides its length and the end of text."""
 
-  strings: Sequence[str] = ()
+  strings: Sequence[str] = ()  # a string alone is one of them
   tokens: Sequence[int] = ()
   max_seconds: float | None = None  # checked between blocks of tokens
   max_tokens: int | None = None  # for a row that shares its batch with longer ones
 
-  def check(self) -> None:
+  def __post_init__(self) -> None:
+    # Frozen, but what was given may be another kind of list, or a string alone.
+    object.__setattr__(self, "strings", tuple(as_texts(self.strings, "stop string")))
+    object.__setattr__(self, "tokens", tuple(self.tokens))
+
+  def check(self, num_ids: int | None = None) -> None:
+    """Raises `ConfigError` for stops that could never be, such as ids from `num_ids` on."""
     if any(not text for text in self.strings):
       raise ConfigError("a stop string is empty", "leave --stop out")
-    if self.max_seconds is not None and not self.max_seconds > 0:
-      raise ConfigError(f"max-seconds is {self.max_seconds}", "use more than 0")
+    for token in self.tokens:
+      most = "" if num_ids is None else f", at most {num_ids - 1}"
+      is_id = is_number(token, whole=True) and token >= 0
+      if not is_id or (num_ids is not None and token >= num_ids):
+        raise ConfigError(
+          f"stop-token is {reprlib.repr(token)}", f"use an id of the vocabulary{most}"
+        )
+    seconds = self.max_seconds
+    if seconds is not None and not (is_number(seconds) and seconds > 0):
+      raise ConfigError(f"max-seconds is {reprlib.repr(seconds)}", "use more than 0")
+
+
+def as_texts(texts: str | Sequence[str], what: str = "prompt") -> list[str]:
+  """A list of texts; a string alone is one text, not its characters.
+
+  Raises `ConfigError` for what is no text: other types, and halves of a surrogate pair, as
+  Python makes them of a command line that is not UTF-8.
+  """
+  texts = [texts] if isinstance(texts, str) else [*texts]
+  for number, text in enumerate(texts, 1):
+    if not isinstance(text, str):
+      raise ConfigError(f"{what} {number} is {reprlib.repr(text)}", "use a string")
+    try:
+      text.encode("utf-8")
+    except UnicodeEncodeError as e:
+      raise ConfigError(
+        f"{what} {number} is not UTF-8: see its character {e.start + 1}", "convert it"
+      ) from e
+  return texts
 
 
 def complete(
   run: Run,
-  prompts: Sequence[str],
+  prompts: str | Sequence[str],
   sampling: Sampling,
   max_new_tokens: int | None = None,
-  stop: Sequence[str] | Stopping | Sequence[Stopping] = (),
+  stop: str | Sequence[str] | Stopping | Sequence[Stopping] = (),
   on_text: Callable[[int, str], None] | None = None,
   num_top: int = 0,
   prefix_cache: PrefixCache | None = None,
@@ -65,12 +100,15 @@ def complete(
   """Continues each prompt until the end of text, a stop, or its length.
 
   Args:
+    prompts: texts to continue, or one.
+    sampling: settings for as many rows as there are prompts.
     stop: stop strings for all rows, or a `Stopping` for all or for each of them.
     on_text: `on_text(row, piece)` is called with new text as soon as no later token can
       change it; the pieces of a row add up to its completion.
     num_top: how many of the likeliest tokens to report at each step.
     prefix_cache: keeps what this call reads for a next one, as in a conversation.
   """
+  prompts = as_texts(prompts)
   request = make_request(run, prompts, max_new_tokens, num_top)
   return complete_request(run, request, prompts, sampling, stop, on_text, prefix_cache)
 
@@ -80,13 +118,13 @@ def complete_request(
   request: Request,
   prompts: Sequence[str],
   sampling: Sampling,
-  stop: Sequence[str] | Stopping | Sequence[Stopping] = (),
+  stop: str | Sequence[str] | Stopping | Sequence[Stopping] = (),
   on_text: Callable[[int, str], None] | None = None,
   prefix_cache: PrefixCache | None = None,
 ) -> list[Completion]:
   """`complete` for ids that are known already; `prompts` are what the results are for."""
   started = time.monotonic()
-  stops = stopping_of_rows(stop, len(prompts))
+  stops = stopping_of_rows(stop, len(prompts), run.num_ids)
   rows = [
     _GrowingCompletion(Completion(prompt), run.tokenizer, row_stop)
     for prompt, row_stop in zip(prompts, stops, strict=True)
@@ -113,7 +151,7 @@ def complete_request(
 
 
 def stopping_of_rows(
-  stop: Sequence[str] | Stopping | Sequence[Stopping], count: int
+  stop: str | Sequence[str] | Stopping | Sequence[Stopping], count: int, num_ids: int
 ) -> list[Stopping]:
   """A `Stopping` for each of `count` rows. Raises `ConfigError` if one is wrong."""
   if isinstance(stop, Stopping):
@@ -121,15 +159,17 @@ def stopping_of_rows(
   elif stop and all(isinstance(row_stop, Stopping) for row_stop in stop):
     stops = [*stop]
   else:
-    stops = [Stopping(strings=[*stop])] * count
+    stops = [Stopping(strings=cast(Sequence[str], stop))] * count
+  if len(stops) != count:
+    raise ConfigError(f"there are stops for {len(stops)} rows, and {count} prompts")
   for row_stop in stops:
-    row_stop.check()
+    row_stop.check(num_ids)
   return stops
 
 
 def search(
   run: Run,
-  prompts: Sequence[str],
+  prompts: str | Sequence[str],
   num_beams: int,
   alpha: float = 0.6,
   max_new_tokens: int | None = None,
@@ -143,6 +183,7 @@ def search(
     raise ConfigError(
       f"{num_best} completions of {num_beams} beams", f"use {num_best} beams or more"
     )
+  prompts = as_texts(prompts)
   request = make_request(run, prompts, max_new_tokens)
   found = beam_search(
     run.model, run.params, request, num_beams, run.tokenizer.eos_id, alpha, run.mesh

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Constrained decoding: answers that match a regular expression or a JSON schema.
+"""Constrained decoding: answers that match a regular expression.
 
 An expression becomes an automaton over the tokenizer's tokens (Willard & Louf, 2023; the
 library is outlines-core): each state allows some tokens, and each of them leads to a next
@@ -10,7 +10,11 @@ column of the table: there are far fewer kinds than tokens.
 
 import functools
 import json
+import reprlib
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +26,11 @@ from flaxlm.tokenizers import AnyTokenizer
 
 FREE = 0  # the state that allows every token: of unconstrained rows, and after the end
 NEVER = -1  # the next state of a token that is not allowed
+MOST_LENGTH = 100_000  # characters of an expression
+MOST_STATES = 20_000  # of its automaton
+MOST_LINKS = 20_000_000  # of its automaton over tokens: about 2 GB
+MOST_SECONDS, MOST_BYTES = 3, 2**30  # to build its automaton over bytes
+PROBED_TOGETHER = 64
 END = "\U0010ffff"  # stands for the end of text; no text has this code point
 
 
@@ -56,16 +65,60 @@ class Automaton(NamedTuple):
 NO_AUTOMATON = Automaton(np.zeros(0, np.int32), np.zeros((0, 0), np.int32))
 
 
-def regex_of_schema(schema: str | dict) -> str:
-  """A regular expression for the JSON texts that a schema describes.
+class Size(NamedTuple):
+  """How many states the automaton of an expression has, and transitions by bytes."""
 
-  Raises `ConfigError` for an invalid schema, and for one that no expression can describe.
-  """
-  text = schema if isinstance(schema, str) else json.dumps(schema)
-  try:
-    return outlines().json_schema.build_regex_from_schema(text)
-  except (ValueError, TypeError) as e:
-    raise ConfigError(f"the JSON schema cannot be used: {e}") from e
+  states: int
+  links: int
+
+
+_sizes: dict[str, Size] = {}  # of the expressions that are known to be within the limits
+
+
+def check_expressions(expressions: Sequence[str]) -> None:
+  """Raises `ConfigError` for the first expression that is invalid or whose automaton is too
+  large; needs no tokenizer. Processes with limits find out: see `probe`."""
+  outlines()  # or say what to install
+  unknown = [e for e in dict.fromkeys(expressions) if e not in _sizes]
+  for expression in unknown:
+    if len(expression) > MOST_LENGTH:
+      raise _unusable(expression, f"it has more than {MOST_LENGTH} characters")
+  for start in range(0, len(unknown), PROBED_TOGETHER):
+    probe(unknown[start : start + PROBED_TOGETHER])
+
+
+def probe(expressions: Sequence[str]) -> None:
+  """Measures some expressions in a process of limited time and memory. Raises `ConfigError`
+  for the first that exceeds them, or is invalid."""
+  asked = dict(seconds=MOST_SECONDS, bytes=MOST_BYTES)
+  framed = [f"(?:{expression}){END}" for expression in expressions]
+  result = subprocess.run(
+    [sys.executable, "-I", Path(__file__).with_name("probe.py")],
+    input=json.dumps(asked | {"expressions": framed}).encode(),
+    capture_output=True,
+    check=False,
+  )
+  found = [json.loads(line) for line in result.stdout.splitlines()]
+  for expression, size in zip(expressions, found, strict=False):
+    if "error" in size:
+      raise _unusable(expression, size["error"])
+    if size["states"] > MOST_STATES:
+      raise _unusable(expression, f"it has more than {MOST_STATES} states")
+    _sizes[expression] = Size(**size)
+  if len(found) < len(expressions):
+    raise _unusable(
+      expressions[len(found)],
+      f"its automaton takes more than {MOST_SECONDS} s or {MOST_BYTES >> 20} MiB",
+    )
+
+
+def _unusable(expression: str, why: str) -> ConfigError:
+  why = why.splitlines()[-1].removeprefix("error: ") if why else "it is not valid"
+  return ConfigError(
+    f"the regular expression {reprlib.repr(expression)} cannot be used: {why}",
+    "use fewer and smaller counts; it must match the whole answer, in Rust's syntax: "
+    "docs.rs/regex",
+  )
 
 
 @functools.lru_cache(maxsize=16)
@@ -102,13 +155,16 @@ def build_index(expression: str, tokenizer: AnyTokenizer) -> Any:
   """
   if tokenizer.eos_id < 0:
     raise ConfigError("a regex or JSON schema needs a tokenizer with an end of text")
+  check_expressions([expression])
+  # A state that 256 bytes may follow has a transition for each token.
+  if _sizes[expression].links / 256 * tokenizer.vocab_size > MOST_LINKS:
+    raise _unusable(
+      expression, f"with {tokenizer.vocab_size} ids it has more than {MOST_LINKS:,} links"
+    )
   try:
     return outlines().Index(f"(?:{expression}){END}", build_vocabulary(tokenizer))
   except ValueError as e:
-    raise ConfigError(
-      f"the regular expression {expression!r} cannot be used: {e}",
-      "it must match the whole answer; its syntax is Rust's: docs.rs/regex",
-    ) from e
+    raise _unusable(expression, str(e)) from e
 
 
 @functools.lru_cache(maxsize=4)
@@ -148,7 +204,6 @@ def tabulate(states: Sequence[dict[int, int]], num_tokens: int) -> Automaton:
 def outlines() -> Any:
   try:
     import outlines_core
-    import outlines_core.json_schema
   except ImportError as e:
     raise ConfigError(
       "a regex or JSON schema needs outlines-core", "pip install 'flaxlm[constraint]'"

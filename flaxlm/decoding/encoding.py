@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxlm.decoding.completions import as_texts
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import is_real_token, pad_rows
 from flaxlm.errors import ConfigError
@@ -28,7 +29,9 @@ class Filled(NamedTuple):
   candidates: list[list[tuple[str, float]]]  # (token, probability), best first
 
 
-def fill_masks(run: Run, texts: Sequence[str], num_candidates: int = 5) -> list[Filled]:
+def fill_masks(
+  run: Run, texts: str | Sequence[str], num_candidates: int = 5
+) -> list[Filled]:
   """Replaces every `[MASK]` of each text by its likeliest token, independently.
 
   Raises `ConfigError` for a model that cannot fill masks, and for a text that has no mask
@@ -37,6 +40,7 @@ def fill_masks(run: Run, texts: Sequence[str], num_candidates: int = 5) -> list[
   mask_id = run.tokenizer.mask_id
   if run.cfg.model.family != "encoder" or mask_id is None:
     raise ConfigError(f"{run.path} cannot fill masks", "use the run of an encoder")
+  texts = as_texts(texts, "text")
   rows = encode_rows(run, texts, masked=True)
   for text, row in zip(texts, rows, strict=True):
     if mask_id not in row:
@@ -61,7 +65,7 @@ def fill_masks(run: Run, texts: Sequence[str], num_candidates: int = 5) -> list[
 
 
 def embed_texts(
-  run: Run, texts: Sequence[str], normalised: bool = False
+  run: Run, texts: str | Sequence[str], normalised: bool = False
 ) -> list[np.ndarray]:
   """A vector (D,) for each text: the mean of the hidden vectors of its tokens.
 
@@ -70,14 +74,14 @@ def embed_texts(
   """
   if run.cfg.model.family != "encoder":
     raise ConfigError(f"{run.path} is not an encoder", "use the run of an encoder")
-  rows = encode_rows(run, texts)
+  rows = encode_rows(run, as_texts(texts, "text"))
   means_BD = map_in_batches(run, rows, mean_hidden)
   if normalised:
     means_BD = [mean_D / np.linalg.norm(mean_D) for mean_D in means_BD]
   return means_BD
 
 
-def encode_rows(run: Run, texts: Sequence[str], masked: bool = False) -> list[list[int]]:
+def encode_rows(run: Run, texts: list[str], masked: bool = False) -> list[list[int]]:
   """The ids of each text, with its special tokens, as in training."""
   context = run.model.cfg.context
   rows = []

@@ -20,6 +20,7 @@ from flaxlm.decoding.sampling import (
   HISTORY_RULES,
   Sampling,
   TokenHistory,
+  check_rows,
   rules_in_use,
   sample,
 )
@@ -93,9 +94,11 @@ def generate(
     prefix_cache: filled by an earlier call, and updated by this one.
 
   The caller stops by asking for no more blocks. Raises `ConfigError` when a row would
-  outgrow the model's context, `NonFiniteError` when logits are NaN or infinite.
+  outgrow the model's context or may draw no token, `NonFiniteError` when logits are NaN or
+  infinite.
   """
   request.check(model.cfg)
+  check_rows(sampling, len(request.prompts), request.num_ids)
   num_rows, num_ids = len(request.prompts), jnp.int32(request.num_ids)
   static = StaticSampling(rules_in_use(sampling), request.num_top)
   with use_mesh(mesh):

@@ -6,19 +6,34 @@ continues with the rest. The output appears when it is complete, in the input's 
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flaxlm.decoding.completions import Stopping, complete, make_request
-from flaxlm.decoding.constraint import regex_of_schema
+from flaxlm.config import unique_keys
+from flaxlm.decoding.completions import Stopping, as_texts, complete, make_request
+from flaxlm.decoding.constraint import check_expressions
 from flaxlm.decoding.generate import PrefixCache
 from flaxlm.decoding.loading import Run
-from flaxlm.decoding.prefill import BLOCK_STEPS, SMALLEST_PREFIX, common_length
-from flaxlm.decoding.sampling import SamplingSettings, stack_settings
-from flaxlm.errors import ConfigError
+from flaxlm.decoding.prefill import (
+  BLOCK_STEPS,
+  MOST_NEW_TOKENS,
+  SMALLEST_PREFIX,
+  common_length,
+)
+from flaxlm.decoding.sampling import (
+  MOST_SAMPLES,
+  SamplingSettings,
+  check_rows,
+  is_number,
+  stack_settings,
+)
+from flaxlm.decoding.schemas import regex_of_schema
+from flaxlm.errors import ConfigError, first_line
 
 
 class PromptJob(NamedTuple):
@@ -29,6 +44,7 @@ class PromptJob(NamedTuple):
   stop: Stopping
   max_new_tokens: int | None
   num_samples: int = 1
+  id: str | float | None = None  # the user's own, which the answers repeat
 
 
 class SizedJob(NamedTuple):
@@ -41,56 +57,125 @@ class SizedJob(NamedTuple):
 
 
 SETTING_KEYS = {field.name for field in dataclasses.fields(SamplingSettings)}
+SETTING_KEYS -= {"row", "sample"}  # these follow from the line
 JOB_KEYS = {*SETTING_KEYS, "prompt", "stop", "stop_tokens", "max_seconds", "max_new_tokens"}
-JOB_KEYS |= {"json_schema", "num_samples", "id"}  # an id is for the user alone
+JOB_KEYS |= {"json_schema", "num_samples", "id"}
 
 
 def read_jobs(text: str, defaults: PromptJob) -> list[PromptJob]:
-  """The jobs of a JSON-lines text; job i draws with the default seed + i.
+  """The jobs of a JSON-lines text. Job i is row i of the default seed, or, with a seed of
+  its own, the first row of that one: it draws what it would alone.
 
   Raises `ConfigError`, with the line's number, for a line that is not a job.
   """
   jobs: list[PromptJob] = []
-  for number, line in enumerate(text.splitlines(), 1):
+  # Only \n ends a line: within a JSON string, U+2028 and its like stand for themselves.
+  for number, line in enumerate(text.removeprefix("\N{BYTE ORDER MARK}").split("\n"), 1):
     if not line.strip():
       continue
     try:
-      values = json.loads(line)
-      jobs.append(read_job(values, defaults, len(jobs)))
-    except (ConfigError, ValueError, TypeError, AttributeError) as e:
-      cause = e.cause if isinstance(e, ConfigError) else str(e)
+      jobs.append(read_job(read_object(line), defaults, len(jobs)))
+    except ConfigError as e:
       raise ConfigError(
-        f"line {number} of the prompts: {cause}", 'as in {"prompt": "def ", "top_p": 0.9}'
+        f"line {number} of the prompts: {e.cause}",
+        e.cure or 'as in {"prompt": "def ", "top_p": 0.9}',
       ) from e
+  if expressions := [job.settings.regex for job in jobs if job.settings.regex is not None]:
+    check_expressions(expressions)
   return jobs
 
 
+def read_object(text: str) -> dict[str, Any]:
+  """The JSON object that a text is. Raises `ConfigError`."""
+
+  def refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+  try:
+    values = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse)
+  except RecursionError as e:
+    raise ConfigError("the JSON is nested too deeply") from e
+  except ValueError as e:
+    raise ConfigError(str(e)) from e
+  if not isinstance(values, dict):
+    raise ConfigError(f"{reprlib.repr(values)} is not a JSON object")
+  return values
+
+
 def read_job(values: dict[str, Any], defaults: PromptJob, number: int) -> PromptJob:
+  """The job of a JSON object; a field that is null is left out.
+
+  Raises `ConfigError` for a field that is wrong.
+  """
+  values = {name: value for name, value in values.items() if value is not None}
   if unknown := sorted(set(values) - JOB_KEYS):
-    raise ConfigError(f"{unknown[0]!r} is not one of {', '.join(sorted(JOB_KEYS))}")
+    near = difflib.get_close_matches(unknown[0], JOB_KEYS, 1)
+    raise ConfigError(
+      f"{reprlib.repr(unknown[0])} is not one of {', '.join(sorted(JOB_KEYS))}",
+      f"did you mean {near[0]}?" if near else "",
+    )
   if not isinstance(values.get("prompt"), str):
     raise ConfigError("there is no prompt, or it is not a string")
-  own = {name: value for name, value in values.items() if name in SETTING_KEYS}
-  if "logit_bias" in own:
-    own["logit_bias"] = {int(token): bias for token, bias in own["logit_bias"].items()}
-  if "json_schema" in values:
-    own["regex"] = regex_of_schema(values["json_schema"])
-  own.setdefault("seed", (defaults.settings.seed + number) % 2**31)
-  settings = dataclasses.replace(defaults.settings, **own)
-  settings.check()
-  strings = values.get("stop", defaults.stop.strings)
+  as_texts(values["prompt"])
   stop = Stopping(
-    strings=[strings] if isinstance(strings, str) else [*strings],
-    tokens=[*values.get("stop_tokens", defaults.stop.tokens)],
+    strings=_list_of(values, "stop", defaults.stop.strings),
+    tokens=_list_of(values, "stop_tokens", defaults.stop.tokens),
     max_seconds=values.get("max_seconds", defaults.stop.max_seconds),
   )
   stop.check()
+  own_id = values.get("id")
+  if "id" in values and not (isinstance(own_id, str) or is_number(own_id)):
+    raise ConfigError(f"id is {reprlib.repr(own_id)}", "use a string or a number")
   num_new = values.get("max_new_tokens", defaults.max_new_tokens)
+  if num_new is not None:
+    _check_count("max_new_tokens", num_new, MOST_NEW_TOKENS)
   num_samples = values.get("num_samples", defaults.num_samples)
-  for name, count in (("max_new_tokens", num_new), ("num_samples", num_samples)):
-    if count is not None and (type(count) is not int or count < 1):
-      raise ConfigError(f"{name} is {count!r}")
-  return PromptJob(values["prompt"], settings, stop, num_new, num_samples)
+  _check_count("num_samples", num_samples, MOST_SAMPLES)
+  settings = read_settings(values, defaults.settings, number)
+  return PromptJob(values["prompt"], settings, stop, num_new, num_samples, own_id)
+
+
+def read_settings(
+  values: dict[str, Any], defaults: SamplingSettings, number: int
+) -> SamplingSettings:
+  """The sampling settings of job `number`. Raises `ConfigError` for one that is wrong."""
+  own = {name: value for name, value in values.items() if name in SETTING_KEYS}
+  if "logit_bias" in own:
+    own["logit_bias"] = _read_biases(own["logit_bias"])
+  if "banned_tokens" in own:
+    own["banned_tokens"] = _list_of(own, "banned_tokens", ())
+  if "json_schema" in values:
+    if "regex" in own:
+      raise ConfigError("regex with json_schema", "leave one of them out")
+    own["regex"] = regex_of_schema(values["json_schema"])
+  if "seed" not in own:
+    own["row"] = number
+  settings = dataclasses.replace(defaults, **own)
+  settings.check()
+  return settings
+
+
+def _list_of(values: dict[str, Any], name: str, default: Sequence) -> Sequence:
+  """A field that is a list or, for `stop`, may be a string alone."""
+  found = values.get(name, default)
+  if name in values and not isinstance(found, (list, str) if name == "stop" else list):
+    raise ConfigError(f"{name} is {reprlib.repr(found)}, not a list")
+  return found
+
+
+def _read_biases(values: Any) -> dict[int, Any]:
+  """{token: bias} of a JSON object, whose names are strings."""
+  if not isinstance(values, dict):
+    raise ConfigError(f"logit_bias is {reprlib.repr(values)}", 'as in {"50256": -5}')
+  for token in values:
+    if not (token.isascii() and token.isdecimal() and len(token) <= 10):
+      raise ConfigError(f"logit_bias has {reprlib.repr(token)}", 'as in {"50256": -5}')
+  return {int(token): bias for token, bias in values.items()}
+
+
+def _check_count(name: str, count: Any, most: int) -> None:
+  if not is_number(count, whole=True) or not 1 <= count <= most:
+    raise ConfigError(f"{name} is {reprlib.repr(count)}", f"it can be 1 to {most}")
 
 
 def complete_jobs(
@@ -139,7 +224,7 @@ def complete_batch(
   num_top: int,
   prefix_cache: PrefixCache | None,
 ) -> dict[int, list[dict]]:
-  """The samples of each job, by its number: sample n of a job draws with its seed + n."""
+  """The samples of each job, by its number."""
   rows: list[SizedJob] = []
   settings: list[SamplingSettings] = []
   for sized in batch:
@@ -156,15 +241,21 @@ def complete_batch(
   )
   results: dict[int, list[dict]] = {sized.number: [] for sized in batch}
   for row, completion in zip(rows, completions, strict=True):
-    results[row.number].append(completion.as_json())
+    own_id = {} if row.job.id is None else {"id": row.job.id}
+    results[row.number].append(own_id | completion.as_json())
   return results
 
 
 def measure_job(run: Run, number: int, job: PromptJob) -> SizedJob:
   """Raises `ConfigError`, with the job's number, if it does not fit the model."""
-  request = make_request(run, [job.prompt], job.max_new_tokens)
   try:
+    request = make_request(run, [job.prompt], job.max_new_tokens)
     request.check(run.model.cfg)
+    unformed = dataclasses.replace(
+      job.settings, regex=None
+    )  # whose ids are the tokenizer's
+    check_rows(stack_settings([unformed]), 1, run.num_ids)
+    job.stop.check(run.num_ids)
   except ConfigError as e:
     raise ConfigError(f"prompt {number + 1}: {e.cause}", e.cure) from e
   return SizedJob(number, job, len(request.prompts[0]), request.max_new_tokens)
@@ -209,17 +300,18 @@ def read_partial(path: Path, header: dict[str, str]) -> dict[int, list[dict]]:
   A last line that was cut short is removed.
   """
   try:
-    lines = path.read_text("utf-8").splitlines(keepends=True)
+    *lines, cut_short = path.read_text("utf-8").split("\n")
+    whole = [read_object(line) for line in lines]
+    done = {record["index"]: record["samples"] for record in whole[1:]}
   except FileNotFoundError:
     return {}
-  except (OSError, UnicodeDecodeError) as e:
-    raise ConfigError(f"{path} cannot be read: {e}") from e
-  whole = [json.loads(line) for line in lines if line.endswith("\n")]
+  except (OSError, UnicodeDecodeError, ConfigError, KeyError) as e:
+    raise ConfigError(f"{path} cannot be read: {first_line(e)}", "remove it") from e
   if whole and whole[0] != header:
     raise ConfigError(
       f"{path} belongs to other prompts or settings",
       "remove it, or choose another --output",
     )
-  if lines and not lines[-1].endswith("\n"):
-    path.write_text("".join(lines[:-1]), "utf-8")
-  return {record["index"]: record["samples"] for record in whole[1:]}
+  if cut_short:
+    path.write_text("".join(line + "\n" for line in lines), "utf-8")
+  return done

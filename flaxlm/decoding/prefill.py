@@ -25,6 +25,7 @@ from flaxlm.sharding import batch_shards
 
 BLOCK_STEPS = 16
 SMALLEST_BUCKET = 32
+MOST_NEW_TOKENS = 2**20  # of an RNN, which no context limits
 CHUNK = MAX_NEW_IN_RING  # tokens of a prompt that one pass reads
 SMALLEST_PREFIX = 64  # tokens that all prompts share, worth a pass of their own
 
@@ -47,8 +48,10 @@ class Request:
   def check(self, cfg: ResolvedModel) -> None:
     """Raises `ConfigError` for prompts that JAX would accept silently, and decode wrongly:
     none at all, an empty one, one that is too long, or an unknown id."""
-    if self.max_new_tokens < 1:
-      raise ConfigError(f"max-new-tokens is {self.max_new_tokens}", "it is at least 1")
+    if not 1 <= self.max_new_tokens <= MOST_NEW_TOKENS:
+      raise ConfigError(
+        f"max-new-tokens is {self.max_new_tokens}", f"it can be 1 to {MOST_NEW_TOKENS}"
+      )
     if not 0 <= self.num_top <= self.num_ids:
       raise ConfigError(f"top-logprobs is {self.num_top}", "0 to the vocabulary's size")
     needs_sources = cfg.family == "encoder_decoder"

@@ -7,7 +7,10 @@ sorts the vocabulary: a search for the threshold finds what a sort would find.
 """
 
 import dataclasses
+import hashlib
 import math
+import numbers
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,8 +23,20 @@ from flaxlm.errors import ConfigError
 from flaxlm.tokenizers import AnyTokenizer
 
 OFF_TOP_K = 2**30
+MOST_SAMPLES = 1024  # of one prompt: they are decoded together
+LARGEST_BIAS = 1e30  # float32 holds its sum with any logit
 BLOCK = 256  # tokens in a block of `draw`
 INF = float("inf")
+
+
+WHOLE = {"top_k", "seed"}  # settings that are whole numbers
+NO_RULE = {"top_k", "top_p", "min_p", "typical_p"}  # of which None is none
+
+
+def is_number(value: Any, whole: bool = False) -> bool:
+  """Whether it is a number, of Python's or numpy's; True and False are none."""
+  kind = numbers.Integral if whole else numbers.Real
+  return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,9 +55,12 @@ class SamplingSettings:
   banned_tokens: Sequence[int] = ()
   regex: str | None = None  # the whole answer matches it
   seed: int = 0
+  # Which of the draws of one seed this is: see `draw_key`.
+  row: int = 0
+  sample: int = 0
 
   def check(self) -> None:
-    """Raises `ConfigError` for values out of range."""
+    """Raises `ConfigError` for values of another type or out of range."""
     above_0 = math.ulp(0)
     for name, low, high, cure in (
       ("temperature", 0, 1e38, "0 is greedy, 1 the model's own distribution"),
@@ -56,27 +74,60 @@ class SamplingSettings:
       ("seed", 0, 2**31 - 1, "use 0 to 2147483647"),
     ):
       value = getattr(self, name)
-      if value is not None and not low <= value <= high:
-        raise ConfigError(f"{name.replace('_', '-')} is {value}", cure)
-    for token, bias in self.biases.items():
-      if token < 0 or math.isnan(bias) or bias == INF:
-        raise ConfigError(f"logit-bias of token {token} is {bias}", "as in 50256=-5")
+      if value is None and name in NO_RULE:
+        continue
+      if not is_number(value, whole=name in WHOLE) or not low <= value <= high:
+        raise ConfigError(f"{name.replace('_', '-')} is {reprlib.repr(value)}", cure)
+    self._check_ids()
     if self.regex is not None and not isinstance(self.regex, str):
-      raise ConfigError(f"regex is {self.regex!r}", "use a string")
+      raise ConfigError(f"regex is {reprlib.repr(self.regex)}", "use a string")
     if self.regex is not None and -INF in self.biases.values():
       raise ConfigError(
         "with banned tokens, an answer may be unable to match the regex",
         "use banned tokens or a regex, not both",
       )
 
+  def _check_ids(self) -> None:
+    if not isinstance(self.logit_bias, Mapping):
+      raise ConfigError(f"logit-bias is {reprlib.repr(self.logit_bias)}", "as in 50256=-5")
+    for token in (*self.logit_bias, *self.banned_tokens):
+      if not is_number(token, whole=True) or not 0 <= token < OFF_TOP_K:
+        raise ConfigError(
+          f"there is no token id {reprlib.repr(token)}", "use an id of the vocabulary"
+        )
+    for token, bias in self.logit_bias.items():
+      if not is_number(bias) or not (abs(bias) <= LARGEST_BIAS or bias == -INF):
+        raise ConfigError(
+          f"logit-bias of token {token} is {reprlib.repr(bias)}", "as in 50256=-5"
+        )
+
   def for_samples(self, count: int) -> "list[SamplingSettings]":
-    """The settings of `count` samples: sample n draws with `seed + n`."""
+    """The settings of `count` samples of one prompt, each with draws of its own.
+
+    Raises `ConfigError` for values out of range, and for more than `MOST_SAMPLES`.
+    """
     self.check()
-    return [dataclasses.replace(self, seed=(self.seed + n) % 2**31) for n in range(count)]
+    if not 1 <= count <= MOST_SAMPLES:
+      raise ConfigError(f"num-samples is {count}", f"it can be 1 to {MOST_SAMPLES}")
+    return [dataclasses.replace(self, sample=n) for n in range(count)]
 
   @property
   def biases(self) -> dict[int, float]:
     return {**self.logit_bias, **dict.fromkeys(self.banned_tokens, -INF)}
+
+
+def draw_key(seed: int, row: int = 0, sample: int = 0) -> tuple[int, int]:
+  """The Threefry key (two 32-bit words) of all draws of one sample of one prompt.
+
+  `row` is the prompt's place in its batch or file, `sample` counts its answers. The first
+  sample of the first prompt has (0, seed), the key that JAX makes of a seed. All others
+  have a hash of the three numbers whose first word is not 0: no row's samples are those of
+  another row or of another seed, as they would be with seed + row + sample.
+  """
+  if row == sample == 0:
+    return 0, seed
+  digest = hashlib.blake2b(f"{seed},{row},{sample}".encode(), digest_size=8).digest()
+  return int.from_bytes(digest[:4]) | 1 << 31, int.from_bytes(digest[4:])
 
 
 class Sampling(NamedTuple):
@@ -92,7 +143,7 @@ class Sampling(NamedTuple):
   frequency_penalty_B: Any
   bias_ids_BX: Any  # X tokens whose logits are changed
   biases_BX: Any  # by how much; 0 where a row has fewer of them
-  seeds_B: Any  # a row's only source of randomness
+  keys_B2: Any  # a row's only source of randomness: see `draw_key`
   states_B: Any  # the automaton's initial states; 0: unconstrained
   automaton: Automaton  # shared by all rows
 
@@ -131,13 +182,12 @@ class SampledTokens(NamedTuple):
 
 
 def make_sampling(batch: int, temperature: float = 1.0, **settings: Any) -> Sampling:
-  """The same settings for every row, except that row i draws with `seed + i`.
+  """The same settings for every row, each with draws of its own.
 
   Keywords are the fields of `SamplingSettings`. Raises `ConfigError` for a bad value.
   """
-  return stack_settings(
-    SamplingSettings(temperature=temperature, **settings).for_samples(batch)
-  )
+  same = SamplingSettings(temperature=temperature, **settings)
+  return stack_settings([dataclasses.replace(same, row=i) for i in range(batch)])
 
 
 def stack_settings(
@@ -170,6 +220,7 @@ def stack_settings(
   for number, row in enumerate(rows):
     for at, (token, bias) in enumerate(row.biases.items()):
       ids_BX[number, at], biases_BX[number, at] = token, bias
+  keys = [draw_key(row.seed, row.row, row.sample) for row in rows]
   top_ks = [min(row.top_k or OFF_TOP_K, OFF_TOP_K) for row in rows]
   return Sampling(
     temperature_B=column("temperature"),
@@ -182,10 +233,30 @@ def stack_settings(
     frequency_penalty_B=column("frequency_penalty"),
     bias_ids_BX=ids_BX,
     biases_BX=biases_BX,
-    seeds_B=column("seed", dtype=np.uint32),
+    keys_B2=np.array(keys, np.uint32).reshape(-1, 2),
     states_B=np.array([states[row.regex] for row in rows], np.int32),
     automaton=automaton,
   )
+
+
+def check_rows(sampling: Sampling, num_rows: int, num_ids: int) -> None:
+  """Raises `ConfigError` unless there are settings for each of `num_rows` prompts, which
+  name only ids below `num_ids` and leave at least one of them to be drawn."""
+  found = len(sampling.temperature_B)
+  if found != num_rows:
+    raise ConfigError(
+      f"there are sampling settings for {found} rows, and {num_rows} prompts",
+      "give as many: make_sampling(len(prompts))",
+    )
+  outside_BX = (sampling.bias_ids_BX >= num_ids) & (sampling.biases_BX != 0)
+  if outside_BX.any():
+    token = int(sampling.bias_ids_BX[outside_BX][0])
+    raise ConfigError(
+      f"token id {token} of a bias or a ban is not in the vocabulary",
+      f"ids are 0 to {num_ids - 1}",
+    )
+  if ((sampling.biases_BX == -INF).sum(1) >= num_ids).any():
+    raise ConfigError("every token is banned", "leave at least one to be drawn")
 
 
 # -- Rules: logits in, logits out; -inf where a token is cut ------------------------------
@@ -356,7 +427,7 @@ def sample(
 ) -> SampledTokens:
   """Each row's next token, by its own settings, and the `num_top` likeliest ones.
 
-  A row's draw depends on its logits, seed and length so far: on no other row.
+  A row's draw depends on its logits, key and length so far: on no other row.
   """
   model_BV = logits_BV = logits_BV.astype(jnp.float32)
   sampling = jax.tree.map(jnp.asarray, sampling)
@@ -365,7 +436,7 @@ def sample(
   token_B = first_highest(logits_BV)
   if "temperature" in rules:
     logits_BV = apply_rules(rules[len(greedy_rules) :], logits_BV, sampling, history)
-    drawn_B = draw(jnp.exp(logits_BV), uniforms(sampling.seeds_B, lengths_B))
+    drawn_B = draw(jnp.exp(logits_BV), uniforms(sampling.keys_B2, lengths_B))
     token_B = jnp.where(is_greedy(sampling), token_B, drawn_B).astype(jnp.int32)
   total_B = jax.nn.logsumexp(model_BV, -1)
   chosen_B = jnp.take_along_axis(model_BV, token_B[:, None], -1)[:, 0]
@@ -375,13 +446,14 @@ def sample(
   )
 
 
-def uniforms(seeds_B: jax.Array, lengths_B: jax.Array) -> jax.Array:
+def uniforms(keys_B2: jax.Array, lengths_B: jax.Array) -> jax.Array:
   """Two random numbers for each row, (B, 2)."""
 
-  def of_row(seed: jax.Array, length: jax.Array) -> jax.Array:
-    return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), length), (2,))
+  def of_row(words_2: jax.Array, length: jax.Array) -> jax.Array:
+    key = jax.random.wrap_key_data(words_2, impl="threefry2x32")
+    return jax.random.uniform(jax.random.fold_in(key, length), (2,))
 
-  return jax.vmap(of_row)(seeds_B, lengths_B)
+  return jax.vmap(of_row)(keys_B2, lengths_B)
 
 
 def first_highest(logits_BV: jax.Array) -> jax.Array:

@@ -28,7 +28,13 @@ from flaxlm.decoding.generate import (
   sample_step,
 )
 from flaxlm.decoding.prefill import Request, prefill_prompts
-from flaxlm.decoding.sampling import HISTORY_RULES, Sampling, rules_in_use, sample
+from flaxlm.decoding.sampling import (
+  HISTORY_RULES,
+  Sampling,
+  check_rows,
+  rules_in_use,
+  sample,
+)
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
@@ -87,6 +93,7 @@ def speculate(
 ) -> Iterator[TokenBlock]:
   """Yields the tokens that `generate` yields; arguments and errors are the same."""
   request.check(model.cfg)
+  check_rows(sampling, len(request.prompts), request.num_ids)
   rules = rules_in_use(sampling)
   draft.check(model, rules)
   if draft.model is not None:

@@ -208,6 +208,50 @@ def test_mistakes_are_told(endless: Run, prompts: list[str], kwargs: Any, compla
     complete(endless, prompts, make_sampling(len(prompts)), **kwargs)
 
 
+def test_a_string_alone_is_one_prompt_and_one_stop(endless: Run):
+  """Never its characters."""
+  (whole,) = told(endless, ["def "])
+  (alone,) = complete(endless, "def ", make_sampling(1), NUM_NEW)
+  assert alone == whole
+  stop = whole.completion[3:5]
+  for way in (stop, [stop], Stopping(strings=stop)):
+    (stopped,) = complete(endless, "def ", make_sampling(1), NUM_NEW, way)
+    assert stopped.completion == whole.completion.partition(stop)[0]
+
+
+@pytest.mark.parametrize(
+  ("sampling", "stop", "complaint"),
+  [
+    (make_sampling(1), (), "settings for 1 rows, and 2 prompts"),
+    (make_sampling(3), (), "settings for 3 rows, and 2 prompts"),
+    (make_sampling(2), [Stopping()], "stops for 1 rows, and 2 prompts"),
+    (make_sampling(2, banned_tokens=range(BYTES.vocab_size)), (), "every token is banned"),
+    (make_sampling(2, logit_bias={BYTES.vocab_size: 1.0}), (), "token id 257 of a bias"),
+    (make_sampling(2, banned_tokens=[BYTES.vocab_size]), (), "token id 257 of a bias"),
+    (make_sampling(2), Stopping(tokens=[257]), "stop-token is 257"),
+    (make_sampling(2), Stopping(tokens=[-1]), "stop-token is -1"),
+    (make_sampling(2), ["a", 3], "stop string 2 is 3"),
+  ],
+)
+def test_settings_that_do_not_fit_are_refused(
+  endless: Run, sampling: Any, stop: Any, complaint: str
+):
+  with pytest.raises(ConfigError, match=complaint):
+    complete(endless, ["a", "b"], sampling, 4, stop)
+
+
+def test_one_token_may_be_left_to_be_drawn(endless: Run):
+  banned = [token for token in range(BYTES.vocab_size) if token != 98]
+  (answer,) = complete(endless, "a", make_sampling(1, banned_tokens=banned), 3)
+  assert answer.completion == "bbb"
+
+
+@pytest.mark.parametrize("prompt", [b"a", 3, "a\ud800", ["a"]])
+def test_what_is_no_text_is_refused(endless: Run, prompt: Any):
+  with pytest.raises(ConfigError, match="prompt 2 is"):
+    complete(endless, ["a", prompt], make_sampling(2), 4)
+
+
 # -- Every border --------------------------------------------------------------------------
 
 

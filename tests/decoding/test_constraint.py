@@ -3,6 +3,7 @@
 
 import json
 import re
+import resource
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 from test_completions import BYTES, make_run
 
 from flaxlm.decoding.completions import Stopping, complete
-from flaxlm.decoding.constraint import FREE, NEVER, build_automaton, regex_of_schema
+from flaxlm.decoding.constraint import FREE, NEVER, build_automaton, check_expressions
 from flaxlm.decoding.jobs import PromptJob, complete_jobs, read_jobs
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.sampling import SamplingSettings, make_sampling, stack_settings
+from flaxlm.decoding.schemas import regex_of_schema
 from flaxlm.errors import ConfigError
 from flaxlm.tokenizers import train_tokenizer
 
@@ -120,6 +122,39 @@ def test_jobs_answer_in_json(run, tmp_path):
     assert answer["finish_reason"] == "stop", answer
     assert isinstance(json.loads(answer["completion"])["age"], int)
   assert {answer["completion"] for answer in found[2:]} <= {"no", "yes"}
+
+
+@pytest.mark.parametrize(
+  "expression",
+  [
+    "a{99999999}",
+    "(a|b)*a(a|b){30}",
+    "x" * 200_000,
+    pytest.param("(.{0,500}){500}", marks=pytest.mark.slow),
+    pytest.param("(?:(?:(?:a{99}){99}){99}){99}", marks=pytest.mark.slow),
+    pytest.param(r"\w{2000}", marks=pytest.mark.slow),
+  ],
+)
+def test_large_automata_are_refused_without_a_tokenizer(expression, monkeypatch):
+  """In bounded time and memory, and the process that finds out is not ours."""
+  monkeypatch.setattr("flaxlm.decoding.constraint.MOST_SECONDS", 1)
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  with pytest.raises(ConfigError, match="cannot be used") as caught:
+    check_expressions(["a+", expression, "b+"])
+  assert len(str(caught.value)) < 300
+  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+def test_what_a_large_vocabulary_makes_too_large_is_refused(monkeypatch):
+  monkeypatch.setattr("flaxlm.decoding.constraint.MOST_LINKS", 10)
+  with pytest.raises(ConfigError, match="it has more than 10 links"):
+    build_automaton(("abcdefghijklmnopq.{3}",), BYTES)
+
+
+def test_a_job_is_refused_before_a_run_is_opened():
+  line = json.dumps({"prompt": "a", "regex": "a{99999999}"})
+  with pytest.raises(ConfigError, match=r"'a\{99999999\}' cannot be used"):
+    read_jobs(line, PromptJob("", SamplingSettings(), Stopping(), 80, 2))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 """Jobs: results in order, as for each prompt alone, after kills and in any batches."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from flaxlm.decoding.jobs import (
   read_jobs,
 )
 from flaxlm.decoding.loading import Run
-from flaxlm.decoding.sampling import SamplingSettings, make_sampling
+from flaxlm.decoding.sampling import SamplingSettings, make_sampling, stack_settings
 from flaxlm.errors import ConfigError, DataError
 from flaxlm.runs import IMPORTED_FILES
 
@@ -50,6 +51,7 @@ def test_each_prompt_is_answered_as_if_alone(run, tmp_path):
   jobs, done = read_jobs(as_text(LINES), DEFAULTS), []
   complete_jobs(run, jobs, tmp_path / "out.jsonl", 3, on_done=done.append)
   found = written(tmp_path / "out.jsonl")
+  assert [answer.get("id") for answer in found] == [None, "mine", None, None, None, None]
   assert [answer["prompt"] for answer in found] == [
     "a",
     "b é and more",
@@ -60,23 +62,32 @@ def test_each_prompt_is_answered_as_if_alone(run, tmp_path):
   ]
   assert sum(done) == len(LINES)
   assert [*tmp_path.iterdir()] == [tmp_path / "out.jsonl"], "nothing else is left"
-  settings = [
+  settings: list[dict[str, Any]] = [
     dict(seed=5),
     dict(seed=77),
-    dict(seed=7, temperature=0),
-    dict(seed=8, temperature=0),
-    dict(seed=8, top_p=0.7),
-    dict(seed=9, banned_tokens=[97]),
+    dict(seed=5, row=2, temperature=0),
+    dict(seed=5, row=2, sample=1, temperature=0),
+    dict(seed=5, row=3, top_p=0.7),
+    dict(seed=5, row=4, banned_tokens=[97]),
   ]
   stops = [Stopping()] * 4 + [Stopping(strings=[" "]), Stopping(tokens=[32])]
   for answer, of_row, stop in zip(found, settings, stops, strict=True):
-    sampling = make_sampling(1, **{"temperature": 1.0} | of_row)
+    sampling = stack_settings([SamplingSettings(**{"temperature": 1.0} | of_row)])
     number = 3 if of_row["seed"] == 77 else 6
     (alone,) = complete(run, [answer["prompt"]], sampling, number, stop)
     expected = alone.as_json()
     assert [answer[key] for key in ("completion", "tokens", "finish_reason")] == [
       expected[key] for key in ("completion", "tokens", "finish_reason")
     ]
+
+
+def test_equal_prompts_have_different_answers(run, tmp_path):
+  """Nine of nine: no sample of a row repeats one of the next row."""
+  jobs = read_jobs(as_text([{"prompt": "a", "num_samples": 3}] * 3), DEFAULTS)
+  jobs = [job._replace(max_new_tokens=20) for job in jobs]
+  complete_jobs(run, jobs, tmp_path / "out.jsonl", 9)
+  found = written(tmp_path / "out.jsonl")
+  assert len({answer["completion"] for answer in found}) == 9
 
 
 def test_a_killed_job_goes_on(run, tmp_path, monkeypatch):
@@ -128,19 +139,87 @@ def test_batches_are_of_like_length_and_fit(run):
     ('{"prompt": "a", "top_k": "many"}', "line 1 of the prompts"),
     ('{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens is 0"),
     ('{"prompt": "a", "num_samples": "2"}', "num_samples is '2'"),
+    ('{"prompt": "a", "num_samples": 1000000000}', "num_samples is 1000000000"),
+    ('{"prompt": "a", "max_new_tokens": 1000000000}', "max_new_tokens is 1000000000"),
     ('{"prompt": "a", "stop": [""]}', "a stop string is empty"),
-    ('{"prompt": "a", "logit_bias": [3]}', "line 1 of the prompts"),
+    ('{"prompt": "a", "logit_bias": [3]}', "logit_bias is [3]"),
+    ('{"prompt": "a", "logit_bias": {"a": 3}}', "logit_bias has 'a'"),
+    ('{"prompt": "a", "logit_bias": {"1_0": 3}}', "logit_bias has '1_0'"),
+    ('{"prompt": "a", "logit_bias": {"1": "3"}}', "logit-bias of token 1 is '3'"),
+    ('{"prompt": "a", "top_k": 2.5}', "top-k is 2.5"),
+    ('{"prompt": "a", "top_k": true}', "top-k is True"),
+    ('{"prompt": "a", "temperature": true}', "temperature is True"),
+    ('{"prompt": "a", "temperature": "1"}', "temperature is '1'"),
+    ('{"prompt": "a", "seed": 1.0}', "seed is 1.0"),
+    ('{"prompt": "a", "row": 1}', "'row' is not one of"),
+    ('{"prompt": "a", "stop": [5]}', "stop string 1 is 5"),
+    ('{"prompt": "a", "stop": 5}', "stop is 5, not a list"),
+    ('{"prompt": "a", "stop_tokens": "12"}', "stop_tokens is '12', not a list"),
+    ('{"prompt": "a", "stop_tokens": [true]}', "stop-token is True"),
+    ('{"prompt": "a", "banned_tokens": "12"}', "banned_tokens is '12', not a list"),
+    ('{"prompt": "a", "banned_tokens": [1.5]}', "token id 1.5"),
+    ('{"prompt": "a", "max_seconds": "1"}', "max-seconds is '1'"),
+    ('{"prompt": "a", "max_seconds": false}', "max-seconds is False"),
+    ('{"prompt": "a", "max_new_tokens": 2.0}', "max_new_tokens is 2.0"),
+    ('{"prompt": "a", "num_samples": true}', "num_samples is True"),
+    ('{"prompt": "a", "regex": 5}', "regex is 5"),
+    ('{"prompt": "a", "regex": "a", "json_schema": {}}', "regex with json_schema"),
+    ('{"prompt": "a", "id": ["x"]}', "id is ['x']"),
+    ('{"prompt": "a", "prompt": "b"}', "'prompt' appears twice"),
+    ('{"prompt": "a", "top_p": NaN}', "NaN is not JSON"),
+    ('{"prompt": "\\ud800"}', "prompt 1 is not UTF-8"),
+    ("[" * 100_000, "nested too deeply"),
+    ('{"prompt": "a", "id": ' + "[" * 100_000, "nested too deeply"),
   ],
 )
 def test_what_is_no_job_is_refused_by_its_line(line: str, complaint: str):
-  with pytest.raises(ConfigError, match=complaint.replace("[", r"\[")):
+  with pytest.raises(ConfigError, match=re.escape(complaint)) as caught:
     read_jobs(line, DEFAULTS)
+  assert caught.value.cause.startswith("line 1 of the prompts: ")
+  assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_only_a_newline_ends_a_line():
+  """Python's `splitlines` would cut at every one of these within a string."""
+  ends = "\u2028\u2029\x85"
+  lines = [{"prompt": f"a{ends}b", "id": 1}, {"prompt": "c"}]
+  text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+  jobs = read_jobs("\N{BYTE ORDER MARK}" + text, DEFAULTS)
+  assert [job.prompt for job in jobs] == [f"a{ends}b", "c"]
+
+
+def test_null_is_left_out():
+  (job,) = read_jobs('{"prompt": "a", "top_k": null, "stop": null, "id": null}', DEFAULTS)
+  assert job == DEFAULTS._replace(prompt="a")
+
+
+@pytest.mark.parametrize("damage", ["{\n", "[]\n", '{"x": 1}\n{"x": 2}\n', "\0\0\n"])
+def test_a_damaged_partial_file_is_named(run, tmp_path, damage: str):
+  (tmp_path / "out.jsonl.partial").write_text(damage)
+  jobs = read_jobs(as_text(LINES), DEFAULTS)
+  with pytest.raises(ConfigError, match=r"out\.jsonl\.partial"):
+    complete_jobs(run, jobs, tmp_path / "out.jsonl", 2)
 
 
 def test_a_prompt_that_is_too_long_is_named(run, tmp_path):
   jobs = read_jobs(as_text([{"prompt": "a"}, {"prompt": "a" * 170}]), DEFAULTS)
   with pytest.raises(ConfigError, match="prompt 2: prompt of 171 tokens"):
     complete_jobs(run, jobs, tmp_path / "out.jsonl", 2)
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    {"prompt": "a", "banned_tokens": [*range(257)]},
+    {"prompt": "a", "logit_bias": {"257": 1}},
+    {"prompt": "a", "stop_tokens": [257]},
+  ],
+)
+def test_ids_past_the_vocabulary_are_refused_before_the_first_answer(run, tmp_path, line):
+  jobs = read_jobs(as_text([{"prompt": "a"}, line]), DEFAULTS)
+  with pytest.raises(ConfigError, match="prompt 2: "):
+    complete_jobs(run, jobs, tmp_path / "out.jsonl", 2)
+  assert not [*tmp_path.iterdir()]
 
 
 def test_time_and_tokens_end_an_answer(run):

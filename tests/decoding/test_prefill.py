@@ -29,7 +29,7 @@ from flaxlm.decoding.prefill import (
   prefill_prompts,
   shared_prefix,
 )
-from flaxlm.decoding.sampling import make_sampling, stack_settings
+from flaxlm.decoding.sampling import SamplingSettings, make_sampling, stack_settings
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.nn.cache import KVCache
 from flaxlm.nn.models import build_model
@@ -89,7 +89,7 @@ def test_samples_of_a_prompt_are_read_once(monkeypatch):
   together = tokens_of(model, params, Request(prompts, NUM_NEW, 64), sampling)
   assert counts == [3 + 2]
   for row, prompt in enumerate(prompts):
-    one = make_sampling(1, 1.0, seed=3 + row)
+    one = stack_settings([SamplingSettings(seed=3, row=row)])
     assert tokens_of(model, params, Request([prompt], NUM_NEW, 64), one) == [together[row]]
 
 
@@ -281,4 +281,4 @@ def test_beams_of_a_long_prompt():
     model, prepare_params(params, model.cfg), request, None
   )
   assert logits_BV.shape[0] == cache.lengths_B.shape[0] == 2
-  assert stack_settings([]).seeds_B.shape == (0,)
+  assert stack_settings([]).keys_B2.shape == (0, 2)

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -14,12 +15,14 @@ from scipy import stats
 
 from flaxlm.decoding.sampling import (
   GREEDY_RULES,
+  MOST_SAMPLES,
   RULES,
   Sampling,
   SamplingSettings,
   TokenHistory,
   apply_rules,
   draw,
+  draw_key,
   make_sampling,
   rules_in_use,
   sample,
@@ -303,7 +306,8 @@ def test_a_draw_depends_on_the_seed_and_on_the_length():
   (logits_V,) = logits_of(7)
 
   def tokens(seeds: Any, lengths: Any) -> list[int]:
-    rule = make_sampling(64)._replace(seeds_B=np.broadcast_to(seeds, 64).astype(np.uint32))
+    seeds = np.broadcast_to(seeds, 64).tolist()
+    rule = stack_settings([SamplingSettings(seed=seed) for seed in seeds])
     logits_BV = np.tile(logits_V, (64, 1))
     return jitted(logits_BV, np.broadcast_to(lengths, 64), rule, DRAWING)[0].tolist()
 
@@ -313,10 +317,29 @@ def test_a_draw_depends_on_the_seed_and_on_the_length():
   assert len(set(tokens(3, np.arange(64)))) > 3
 
 
-def test_make_sampling_gives_each_row_its_own_seed():
-  assert make_sampling(3, seed=5).seeds_B.tolist() == [5, 6, 7]
-  last = make_sampling(2, seed=2**31 - 1)
-  assert last.seeds_B.tolist() == [2**31 - 1, 0], "a seed is below 2**31"
+def test_no_sample_of_a_row_draws_with_the_key_of_another():
+  """Not of the next row, nor of the next seed; the very first has JAX's key of the seed."""
+  keys = [
+    draw_key(*numbers)
+    for numbers in itertools.product((0, 1, 2**31 - 1), range(9), range(9))
+  ]
+  assert len(set(keys)) == 3 * 9 * 9
+  assert np.array_equal(draw_key(5), jax.random.key_data(jax.random.key(5)))
+  assert sum(first == 0 for first, _ in keys) == 3, "nothing hashed meets a plain seed"
+  assert all(0 <= word < 2**32 for key in keys for word in key)
+
+
+@pytest.mark.parametrize("count", [0, MOST_SAMPLES + 1, 10**9])
+def test_samples_are_bounded(count: int):
+  with pytest.raises(ConfigError, match=f"num-samples is {count}"):
+    SamplingSettings().for_samples(count)
+
+
+def test_rows_and_samples_have_the_keys_of_their_numbers():
+  rows = make_sampling(3, seed=5).keys_B2.tolist()
+  assert rows == [[*draw_key(5, row)] for row in range(3)]
+  samples = stack_settings(SamplingSettings(seed=5, row=1).for_samples(3))
+  assert samples.keys_B2.tolist() == [[*draw_key(5, 1, n)] for n in range(3)]
 
 
 # -- Rules are values ----------------------------------------------------------------------
@@ -375,7 +398,8 @@ def test_only_rules_that_some_row_uses_are_compiled(rules: dict[str, Any], names
     ({"presence_penalty": float("nan")}, "presence-penalty is nan"),
     ({"frequency_penalty": 101}, "frequency-penalty is 101"),
     ({"logit_bias": {3: float("inf")}}, "logit-bias of token 3 is inf"),
-    ({"banned_tokens": [-1]}, "logit-bias of token -1 is -inf"),
+    ({"logit_bias": {3: 1e39}}, "logit-bias of token 3 is 1e+39"),
+    ({"banned_tokens": [-1]}, "there is no token id -1"),
     ({"top_p": 1.1}, "top-p is 1.1"),
     ({"top_p": float("nan")}, "top-p is nan"),
     ({"min_p": -0.1}, "min-p is -0.1"),

@@ -5,6 +5,7 @@ Their results are stored in figures.json. Only a change that is meant to compute
 else writes it again, by `PYTHONPATH=tests python tests/golden/golden_runs.py`, and says so.
 """
 
+import dataclasses
 import functools
 import json
 import re
@@ -25,7 +26,7 @@ from flaxlm.config import (
 from flaxlm.data.objectives import Batch, Masking, Windows, masked, next_token, seq2seq
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.prefill import Request
-from flaxlm.decoding.sampling import make_sampling
+from flaxlm.decoding.sampling import SamplingSettings, stack_settings
 from flaxlm.nn.models import build_model
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
@@ -171,14 +172,10 @@ def decoded(name: str, temperature: float) -> list[list[int]]:
   if model.cfg.family == "encoder_decoder":
     sources, prompts = [[*prompt[1:], BOS] for prompt in prompts], [[BOS], [BOS]]
   request = Request(prompts, NUM_NEW, NUM_IDS, sources)
-  sampling = make_sampling(
-    2,
-    temperature=temperature,
-    top_p=0.95,
-    repetition_penalty=2.0,
-    banned_tokens=[BOS],
-    seed=11,
+  settings = SamplingSettings(
+    temperature=temperature, top_p=0.95, repetition_penalty=2.0, banned_tokens=[BOS]
   )
+  sampling = stack_settings([dataclasses.replace(settings, seed=s) for s in (11, 12)])
   blocks = [block.tokens_BT for block in generate(model, params, request, sampling, mesh)]
   return np.concatenate(blocks, 1).tolist()
 
