@@ -95,6 +95,23 @@ def test_train_infer_eval_ckpt(flaxlm, in_process, corpus, tmp_path):
   assert run.returncode == 0, "the older checkpoint is whole"
   assert "damaged" in run.stderr
 
+  # No manifest at all: nothing is trusted, and nothing is deleted.
+  for path in folder.glob("checkpoints/*/MANIFEST.json"):
+    path.unlink()
+  files = {path for path in folder.glob("checkpoints/**/*") if path.is_file()}
+  for command in (["train", *tiny(corpus)], ["infer", "--prompt=1"], ["ckpt", "verify"]):
+    run = in_process(*command)
+    assert run.returncode == 4, run.stderr
+    assert "MANIFEST.json: missing" in run.stdout + run.stderr
+  assert {path for path in folder.glob("checkpoints/**/*") if path.is_file()} == files
+
+  config = folder / "config.json"
+  config.write_text(config.read_text().replace('"logit_scale": 1.0', '"logit_scale": 7.0'))
+  for command in (["eval"], ["ckpt", "verify", "--json"]):
+    run = in_process(*command)
+    assert run.returncode == 4, run.stderr
+    assert "config.json: damaged" in run.stdout + run.stderr
+
 
 def test_stop_and_resume_equals_never_stopped(flaxlm, in_process, corpus, tmp_path):
   """Stopped between two checkpoints and resumed: every later loss, bit for bit."""

@@ -53,7 +53,9 @@ class CheckpointStore:
     items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
     arguments = ocp.args.Composite(**items, progress=ocp.args.JsonSave(progress))
     try:
+      self._mark(step)
       if not self._manager.save(step, args=arguments):
+        self._unmark(step)
         raise CheckpointError(f"{self.directory}: step {step} is there already")
     except (OSError, ValueError) as e:
       raise self._unwritable(step, e) from e
@@ -80,15 +82,30 @@ class CheckpointStore:
     """Reads from disk again which steps exist, after some of them were moved."""
     self._manager.reload()
 
+  def _mark(self, step: int) -> None:
+    """Says, until `_unmark`, that what there is of the step is not complete."""
+    if jax.process_index() == 0:
+      manifest.mark_of(self.directory / str(step)).touch()
+
+  def _unmark(self, step: int) -> None:
+    if jax.process_index() == 0:
+      manifest.mark_of(self.directory / str(step)).unlink(missing_ok=True)
+
   def _finish(self, step: int) -> None:
     # Orbax reports a failed write only to a caller that waits.
     try:
       self._manager.wait_until_finished()
       if jax.process_index() == 0:
         manifest.write_manifest(self.directory / str(step))
+        self._unmark(step)
         # Orbax itself would delete old steps before the new one has its manifest.
-        for old in manifest.saved_steps(self.directory)[: -self.keep]:
-          shutil.rmtree(self.directory / str(old))
+        finished = [
+          directory
+          for step in manifest.saved_steps(self.directory)
+          if manifest.is_finished(directory := self.directory / str(step))
+        ]
+        for old in finished[: -self.keep]:
+          shutil.rmtree(old)
     except Exception as e:  # kept for the thread that trains
       self._failure = self._unwritable(step, e)
 

@@ -29,12 +29,16 @@ from flaxlm.platform import Flag, start_jax
 from flaxlm.runs import (
   CHECKPOINTS,
   CONFIG,
+  METRICS,
   TOKENIZER,
   check_same_experiment,
+  files_damage,
   find_resume_step,
   load_config_of,
   locked,
   make_room_after,
+  metrics_until,
+  new_files,
 )
 from flaxlm.sharding import check_batch, describe_mesh, make_mesh
 from flaxlm.tokenizers import expected_vocab_size
@@ -78,6 +82,8 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     if not first_step:
       peers.decide(lambda: make_room_after(checkpoints, 0))
     before = load_config_of(cfg.run_dir) if first_step else None
+    for problem in files_damage(cfg.run_dir) if first_step else ():
+      to_stderr(f"{cfg.run_dir}: {problem}")
 
     # -- Data: their tokenizer decides the vocabulary. Its size can be told before, except
     # for the smallest corpora, so the program compiles while the data are prepared.
@@ -110,8 +116,11 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     stop_at = stack.enter_context(stop_signals(peers))
     compiler.start(cfg.model)
     if peers.process == 0:
-      write_atomically(cfg.run_dir / CONFIG, to_json(cfg))
-      prepared.tokenizer.save(cfg.run_dir / TOKENIZER)
+      kept_metrics = metrics_until(cfg.run_dir, first_step)
+      with new_files(cfg.run_dir) as folder:
+        (folder / CONFIG).write_text(to_json(cfg), "utf-8")
+        (folder / METRICS).write_bytes(kept_metrics)
+        prepared.tokenizer.save(folder / TOKENIZER)
     reporter = Reporter(
       cfg.run_dir, first_step, cfg.training.num_steps, writes=peers.process == 0
     )

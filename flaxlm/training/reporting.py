@@ -2,6 +2,7 @@
 """What a run reports: a progress bar or lines, metrics.jsonl, TensorBoard, log.txt."""
 
 import contextlib
+import hashlib
 import json
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flaxlm.checkpoint.manifest import write_atomically
+from flaxlm.checkpoint.manifest import Entry, read_entries, write_entries
 from flaxlm.runs import LOG, METRICS
 
 
@@ -20,13 +21,16 @@ class Reporter:
   """Reports on a run. Only process 0 (`writes`) writes anything."""
 
   def __init__(self, run_dir: Path, first_step: int, num_steps: int, writes: bool):
+    """`runs.new_files` has put the metrics up to `first_step` there, and a manifest."""
     self.num_steps, self.writes = num_steps, writes
     self.console = Console(stderr=True, highlight=False)
     self._stack = contextlib.ExitStack()
     self._bar: Progress | None = None
     if not writes:
       return
-    forget_later_steps(run_dir / METRICS, first_step)
+    self._run_dir, self._entries = run_dir, read_entries(run_dir)
+    written = (run_dir / METRICS).read_bytes()
+    self._size, self._sha256 = len(written), hashlib.sha256(written)
     open_text = lambda name: (run_dir / name).open("a", encoding="utf-8")
     self._metrics = self._stack.enter_context(open_text(METRICS))
     self._log = self._stack.enter_context(open_text(LOG))
@@ -58,12 +62,21 @@ class Reporter:
     progress."""
     if not self.writes:
       return
-    self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+    line = json.dumps({"step": step, **values}) + "\n"
+    self._metrics.write(line)
     self._metrics.flush()
+    self._size += len(line)  # json.dumps gives ASCII
+    self._sha256.update(line.encode())
     for name, value in values.items():
       self._events.add_scalar(name, value, step)
     if "train/loss" in values:
       self._progress(step, values)
+
+  def vouch(self) -> None:
+    """Writes into the run's manifest what the metrics are now."""
+    if self.writes:
+      self._entries[METRICS] = Entry(self._size, self._sha256.hexdigest())
+      write_entries(self._run_dir, self._entries)
 
   def advance(self, step: int) -> None:
     """Moves the progress bar, if there is one."""
@@ -90,18 +103,6 @@ class Reporter:
 
   def close(self) -> None:
     self._stack.close()
-
-
-def forget_later_steps(path: Path, last_step: int) -> None:
-  """Drops the metrics after `last_step`: a resumed run writes those steps again."""
-  if not path.exists():
-    return
-  kept = []
-  for line in path.read_text("utf-8").splitlines():
-    with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short by a kill
-      if json.loads(line)["step"] <= last_step:
-        kept.append(line)
-  write_atomically(path, "".join(f"{line}\n" for line in kept))
 
 
 def import_tensorboard() -> ModuleType:

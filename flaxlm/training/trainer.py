@@ -140,6 +140,7 @@ class Trainer:
     progress = {"step": step, "corpus": self.fingerprint}
     self.watchdog.progress()
     self.store.save(step, state.params, state.opt_state, progress)
+    self.reporter.vouch()
 
 
 class Clock:
