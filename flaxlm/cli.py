@@ -2,6 +2,7 @@
 """The command line: finds the command, runs it, and turns errors into exit codes."""
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -19,10 +20,13 @@ from flaxlm.commands.plan import add_plan, add_shard
 from flaxlm.commands.tokenizer import add_tokenizer
 from flaxlm.commands.train import add_eval, add_train
 from flaxlm.errors import (
+  DISK_ERRORS,
   INTERRUPTED,
   ConfigError,
   FlaxLMError,
   OutOfMemoryError,
+  first_line,
+  write_error,
 )
 
 
@@ -34,30 +38,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
   # processor features, and prints pages about them.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   try:
-    args, rest = build_parser().parse_known_args(with_hyphens(arguments))
-    if rest and not args.takes_overrides:
-      raise ConfigError(f"unknown argument {rest[0]}", f"flaxlm {args.command} --help")
-    return args.run(args, rest)
+    code = run_command(build_parser(), arguments)
+    if sys.stdout is not None:  # it is, where a shell has closed it
+      sys.stdout.flush()
+    return code
   except FlaxLMError as e:
-    if debug:
-      traceback.print_exc()
-    print(f"flaxlm: {e}", file=sys.stderr)
-    return e.exit_code
+    return end_with(e, debug)
   except KeyboardInterrupt:
     return INTERRUPTED
   except BrokenPipeError:  # the reader of our output has ended, as `| head` does
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - it must outlive us
+    discard_output()
     return 0
+  except OSError as e:
+    if e.errno not in DISK_ERRORS:
+      raise
+    discard_output()
+    return end_with(write_error(e, "the output"), debug)
   except RuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e) or debug:
       raise
     error = OutOfMemoryError(
-      f"out of device memory: {str(e).splitlines()[0]}",
+      f"out of device memory: {first_line(e)}",
       "lower --data.batch-size, raise --training.accumulation-steps, or "
       "use --training.remat=full",
     )
-    print(f"flaxlm: {error}", file=sys.stderr)
-    return error.exit_code
+    return end_with(error, debug)
+
+
+def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
+  try:
+    args, rest = parser.parse_known_args(with_hyphens(arguments))
+  except SystemExit as e:  # --help and --version have printed
+    return int(e.code or 0)
+  if rest and not args.takes_overrides:
+    raise ConfigError(f"unknown argument {rest[0]}", f"flaxlm {args.command} --help")
+  return args.run(args, rest)
+
+
+def end_with(error: FlaxLMError, debug: bool) -> int:
+  """Prints an error, where that can be printed, and returns its exit code."""
+  with contextlib.suppress(OSError):  # stderr may be on the disk that is full
+    if debug:
+      traceback.print_exc()
+    print(f"flaxlm: {error}", file=sys.stderr, flush=True)
+  return error.exit_code
+
+
+def discard_output() -> None:
+  """What is left of the output cannot be written, at the end of the process either."""
+  sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - it must outlive us
 
 
 def build_parser() -> argparse.ArgumentParser:

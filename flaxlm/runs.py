@@ -17,7 +17,13 @@ from pathlib import Path
 from flaxlm.checkpoint import manifest
 from flaxlm.checkpoint.manifest import Entry, damage, saved_steps
 from flaxlm.config import Config, ResolvedConfig, check_config, difference, from_json
-from flaxlm.errors import CheckpointError, ConfigError
+from flaxlm.errors import (
+  CheckpointError,
+  ConfigError,
+  first_line,
+  write_error,
+  writing,
+)
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
 METRICS, LOG, SAMPLE = "metrics.jsonl", "log.txt", "sample.txt"
@@ -63,7 +69,7 @@ def load_config_of(path: Path) -> ResolvedConfig:
     check_config(cfg)
     return cfg.resolve()
   except OSError as e:
-    raise CheckpointError(f"{path / CONFIG} cannot be read: {e.strerror}") from e
+    raise CheckpointError(f"{path / CONFIG} cannot be read: {first_line(e)}") from e
   except (ValueError, ConfigError) as e:
     raise CheckpointError(f"{path / CONFIG} cannot be read: {e}") from e
 
@@ -155,7 +161,10 @@ def new_files(run_dir: Path) -> Iterator[Path]:
   A full disk shows before anything has changed. A kill between two files leaves the run
   without a manifest, rather than with one that does not fit.
   """
-  with tempfile.TemporaryDirectory(prefix=".new-", dir=run_dir) as name:
+  with (
+    writing(run_dir),
+    tempfile.TemporaryDirectory(prefix=".new-", dir=run_dir) as name,
+  ):
     folder = Path(name)
     yield folder
     written = {path.name: manifest.describe(path) for path in sorted(folder.iterdir())}
@@ -200,7 +209,7 @@ def locked(run_dir: Path, process: int = 0) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = (run_dir / f".lock-{process}").open("w")
   except OSError as e:
-    raise CheckpointError(f"{run_dir} cannot be written: {e}", "choose --runs-dir") from e
+    raise write_error(e, run_dir, "choose --runs-dir") from e
   with lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -80,6 +80,11 @@ def test_train_infer_eval_ckpt(flaxlm, in_process, corpus, tmp_path):
   value = json.loads(run.stdout)["eval/bits_per_byte"]
   assert value == pytest.approx(evaluations[-1]["eval/bits_per_byte"], rel=1e-5)
 
+  with pytest.MonkeyPatch.context() as patch:  # nothing need be written
+    patch.setenv("FLAXLM_DATA_DIR", "/dev/full/data")
+    run = in_process("infer", "--prompt=1", "--max-new-tokens=1")
+    assert run.returncode == 0, run.stderr
+
   run = in_process("ckpt", "verify")
   assert run.returncode == 0
   assert "taking the newest, runs/stdlib_tiny" in run.stderr

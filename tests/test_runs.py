@@ -8,7 +8,7 @@ import pytest
 
 from flaxlm.checkpoint.manifest import NAME, Entry, digest, read_entries, write_entries
 from flaxlm.config import Config, to_json
-from flaxlm.errors import CheckpointError
+from flaxlm.errors import CheckpointError, WriteError
 from flaxlm.runs import (
   CONFIG,
   IMPORTED_FILES,
@@ -106,7 +106,7 @@ def test_a_manifest_of_another_shape_is_damage(run: Path, text: str | None):
 
 def test_new_files_come_together_or_not_at_all(run: Path):
   before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-  with pytest.raises(OSError, match="full"), new_files(run) as folder:
+  with pytest.raises(WriteError, match="full"), new_files(run) as folder:
     (folder / CONFIG).write_text("{}")
     raise OSError("full")
   assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

@@ -7,12 +7,12 @@ import dataclasses
 import json
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from flaxlm.config import check_config, load_config, override
-from flaxlm.errors import ConfigError
+from flaxlm.errors import ConfigError, first_line, writing
 
 DEFAULT_CONFIG = "stdlib_tiny"
 
@@ -129,14 +129,21 @@ def open_run(args: argparse.Namespace, needs_text: bool = True) -> Any:
   return load_run(path, make_mesh(parse_mesh(args.mesh)), warn, needs_text)
 
 
-def open_output(path: str | None) -> Any:
-  """A context with the file to write to, or with stdout, which stays open."""
+@contextlib.contextmanager
+def open_output(path: str | None) -> Iterator[TextIO]:
+  """The file to write to, or stdout, which stays open.
+
+  Raises `ConfigError` if it cannot be opened, `WriteError` if the disk does not take it.
+  """
   if path is None:
-    return contextlib.nullcontext(sys.stdout)
+    yield sys.stdout
+    return
   try:
-    return Path(path).open("w", encoding="utf-8")
+    file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 - it is closed below
   except OSError as e:
-    raise ConfigError(f"{path} cannot be written: {e}") from e
+    raise ConfigError(f"{path} cannot be written: {first_line(e)}") from e
+  with writing(path), file:
+    yield file
 
 
 def write_result(args: argparse.Namespace, values: Any, show: Any) -> None:
@@ -153,4 +160,4 @@ def read_text(path: str) -> str:
   try:
     return sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
   except (OSError, UnicodeDecodeError) as e:
-    raise ConfigError(f"{path} cannot be read: {e}") from e
+    raise ConfigError(f"{path} cannot be read: {first_line(e)}") from e

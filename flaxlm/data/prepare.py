@@ -279,8 +279,11 @@ def _load_or_train(plan: _Plan, parts: Sequence[Sequence[str]], log: Log) -> Any
   tokenizer = train_tokenizer(cfg.kind, sample, cfg.vocab_size, masked)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_suffix(".partial")
-  tokenizer.save(partial)
-  partial.replace(path)
+  try:
+    tokenizer.save(partial)
+    partial.replace(path)
+  finally:
+    partial.unlink(missing_ok=True)
   seconds = time.perf_counter() - start
   log(f"tokenizer: {cfg.kind}, {tokenizer.vocab_size:,} ids ({seconds:.1f} s)")
   return tokenizer
@@ -365,6 +368,10 @@ def _new_folder(folder: Path) -> Iterator[Path]:
   partial = folder.with_suffix(".partial")  # no other process writes to it: see `locked`
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
-  yield partial
+  try:
+    yield partial
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)  # the disk may be full of it
+    raise
   shutil.rmtree(folder, ignore_errors=True)
   partial.rename(folder)

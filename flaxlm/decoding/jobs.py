@@ -8,6 +8,7 @@ continues with the rest. The output appears when it is complete, in the input's 
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from flaxlm.decoding.generate import PrefixCache
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import BLOCK_STEPS, SMALLEST_PREFIX, common_length
 from flaxlm.decoding.sampling import SamplingSettings, stack_settings
-from flaxlm.errors import ConfigError
+from flaxlm.errors import ConfigError, first_line, writing
 
 
 class PromptJob(NamedTuple):
@@ -42,6 +43,7 @@ class SizedJob(NamedTuple):
 
 SETTING_KEYS = {field.name for field in dataclasses.fields(SamplingSettings)}
 JOB_KEYS = {*SETTING_KEYS, "prompt", "stop", "stop_tokens", "max_seconds", "max_new_tokens"}
+RESUMES = "free some space; the same command goes on from what is done"
 JOB_KEYS |= {"json_schema", "num_samples", "id"}  # an id is for the user alone
 
 
@@ -104,8 +106,11 @@ def complete_jobs(
   """Writes one JSON object per sample, in the order of the jobs.
 
   `on_done(n)` is called whenever n more jobs are done; first with those that an earlier,
-  killed run has done. Raises `ConfigError` if OUTPUT.partial is of other jobs or settings.
+  killed run has done. Raises `ConfigError` if OUTPUT.partial is of other jobs or settings,
+  or OUTPUT is no file. Raises `WriteError` if the disk is full: OUTPUT.partial stays.
   """
+  if output.exists() and not output.is_file():  # it would be replaced, even a device
+    raise ConfigError(f"--output {output} is not a file", "name one, or a new one")
   partial = output.with_name(output.name + ".partial")
   header = {"job": fingerprint(run, jobs, num_top)}
   done = read_partial(partial, header)
@@ -114,7 +119,7 @@ def complete_jobs(
     measure_job(run, number, job) for number, job in enumerate(jobs) if number not in done
   ]
   prefix_cache = PrefixCache() if share_a_prefix(run, jobs) else None
-  with partial.open("a", encoding="utf-8") as file:
+  with writing(partial, RESUMES), partial.open("a", encoding="utf-8") as file:
     if not done:
       file.truncate(0)
       print(json.dumps(header), file=file, flush=True)
@@ -125,11 +130,14 @@ def complete_jobs(
         print(json.dumps({"index": number, "samples": samples}), file=file, flush=True)
       on_done(len(results))
   whole = output.with_name(output.name + ".tmp")
-  with whole.open("w", encoding="utf-8") as file:
-    for number in range(len(jobs)):
-      for sample in done[number]:
-        print(json.dumps(sample), file=file)
-  whole.replace(output)
+  try:
+    with writing(whole, RESUMES), whole.open("w", encoding="utf-8") as file:
+      for number in range(len(jobs)):
+        for sample in done[number]:
+          print(json.dumps(sample), file=file)
+    whole.replace(output)
+  finally:
+    whole.unlink(missing_ok=True)
   partial.unlink()
 
 
@@ -213,13 +221,13 @@ def read_partial(path: Path, header: dict[str, str]) -> dict[int, list[dict]]:
   except FileNotFoundError:
     return {}
   except (OSError, UnicodeDecodeError) as e:
-    raise ConfigError(f"{path} cannot be read: {e}") from e
+    raise ConfigError(f"{path} cannot be read: {first_line(e)}") from e
   whole = [json.loads(line) for line in lines if line.endswith("\n")]
   if whole and whole[0] != header:
     raise ConfigError(
       f"{path} belongs to other prompts or settings",
       "remove it, or choose another --output",
     )
-  if lines and not lines[-1].endswith("\n"):
-    path.write_text("".join(lines[:-1]), "utf-8")
+  if lines and not lines[-1].endswith("\n"):  # cut in place, which a full disk allows
+    os.truncate(path, len("".join(lines[:-1]).encode()))
   return {record["index"]: record["samples"] for record in whole[1:]}

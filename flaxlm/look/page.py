@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxlm.errors import ConfigError
+from flaxlm.errors import DISK_ERRORS, ConfigError, first_line, write_error
 from flaxlm.look.view import Shares, View
 
 ASSETS = Path(__file__).parent / "assets"
@@ -49,7 +49,9 @@ def save_view(view: View, path: Path) -> int:
     else:
       path.write_text(to_html(view), "utf-8")
   except OSError as e:
-    raise ConfigError(f"{path} cannot be written: {e}") from e
+    if e.errno in DISK_ERRORS:
+      raise write_error(e, path) from e
+    raise ConfigError(f"{path} cannot be written: {first_line(e)}") from e
   return path.stat().st_size
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from flaxlm.config import OBJECTIVES, ResolvedConfig, TokenizerConfig
 from flaxlm.data.batches import Batches
 from flaxlm.data.prepare import Store, prepare
-from flaxlm.data.sources import data_dir, find_corpus, read_pairs
+from flaxlm.data.sources import data_dir, find_corpus, locked, read_pairs, to_stderr
 from flaxlm.decoding.completions import search
 from flaxlm.decoding.loading import Run
 from flaxlm.errors import ConfigError
@@ -115,7 +115,9 @@ def translate_run(
     import sacrebleu
   except ImportError as e:
     raise ConfigError("BLEU needs sacrebleu", "pip install 'flaxlm[translation]'") from e
-  sources, references = read_pairs(find_corpus(corpus), split, data_dir() / "tfds")
+  found = find_corpus(corpus)
+  with locked(data_dir(), to_stderr):
+    sources, references = read_pairs(found, split, data_dir() / "tfds")
   # A source longer than the model's context cannot be read.
   fits = lambda text: len(run.tokenizer.encode(text)) < run.model.cfg.context
   pairs = [(s, r) for s, r in zip(sources, references, strict=True) if fits(s)][:num_pairs]

@@ -24,6 +24,7 @@ from flaxlm.data.sources import data_dir, to_stderr
 from flaxlm.decoding.loading import Run
 from flaxlm.distributed.peers import Alone
 from flaxlm.distributed.start import joined
+from flaxlm.errors import writing
 from flaxlm.nn.kernels.paths import Path as AttentionPath
 from flaxlm.platform import Flag, start_jax
 from flaxlm.runs import (
@@ -166,7 +167,8 @@ def check_shared(run_dir: Path, peers: Alone) -> None:
 
   def leave_mark() -> str:
     mark = secrets.token_hex(8)
-    write_atomically(run_dir / MARK, mark)
+    with writing(run_dir / MARK):
+      write_atomically(run_dir / MARK, mark)
     return mark
 
   mark = peers.decide(leave_mark)
