@@ -231,13 +231,16 @@ def test_two_trainers_in_one_directory(flaxlm, in_process, corpus, tmp_path):
     assert child.wait(timeout=60) == 75
 
 
-def test_divergence_stops_with_its_own_code(in_process, corpus):
+def test_divergence_stops_with_its_own_code(in_process, corpus, tmp_path):
   knobs = dict(
     optimizer__learning_rate=1e38, optimizer__warmup_steps=0, optimizer__clip_norm=None
   )
   run = in_process("train", *tiny(corpus, training__num_steps=50, **knobs))
   assert run.returncode == 5, run.stderr
   assert "lower --optimizer.learning-rate" in run.stderr
+  for line in (tmp_path / "runs/stdlib_tiny/metrics.jsonl").read_text().splitlines():
+    json.loads(line, parse_constant=pytest.fail)  # NaN is not JSON
+  assert not list(tmp_path.glob("runs/stdlib_tiny/checkpoints/[0-9]*"))
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from flaxlm.strict_json import to_json
+
 NAME = "MANIFEST.json"
 _CHUNK = 2**20
 
@@ -83,7 +85,7 @@ def is_step(path: Path) -> bool:
 def write_entries(directory: Path, entries: Mapping[str, Entry]) -> None:
   """Writes a manifest with these entries, by their paths below the directory."""
   files = {name: {"bytes": e.size, "sha256": e.sha256} for name, e in entries.items()}
-  write_atomically(directory / NAME, json.dumps({"files": files}, indent=1) + "\n")
+  write_atomically(directory / NAME, to_json({"files": files}, indent=1) + "\n")
 
 
 def read_entries(directory: Path) -> dict[str, Entry]:

@@ -2,13 +2,13 @@
 """`flaxlm ckpt`, `flaxlm import` and `flaxlm export`: stored checkpoints."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from flaxlm.commands.parsing import find_named_run, open_run
 from flaxlm.errors import CheckpointError, ConfigError
+from flaxlm.strict_json import to_json
 
 
 def add_ckpt(commands: Any) -> None:
@@ -33,7 +33,7 @@ def run_ckpt(args: argparse.Namespace, _: list[str]) -> int:
     nonlocal whole
     whole &= not problems
     if args.json:
-      print(json.dumps({"step": step, "bytes": size, "problems": problems}))
+      print(to_json({"step": step, "bytes": size, "problems": problems}))
       return
     name = "config, tokenizer, metrics" if step is None else f"step {step:>8}"
     verdict = "  whole" if verifies and not problems else ""

@@ -4,7 +4,6 @@
 import argparse
 import contextlib
 import dataclasses
-import json
 import sys
 import typing
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any, TextIO
 
 from flaxlm.config import check_config, load_config, override
 from flaxlm.errors import ConfigError, first_line, writing
+from flaxlm.strict_json import to_json
 
 DEFAULT_CONFIG = "stdlib_tiny"
 
@@ -150,7 +150,7 @@ def write_result(args: argparse.Namespace, values: Any, show: Any) -> None:
   """Writes `values` as one line of JSON, or what `show` prints for people, to --output."""
   with open_output(args.output) as out:
     if args.json:
-      print(json.dumps(values), file=out)
+      print(to_json(values), file=out)
     else:
       show(out)
 

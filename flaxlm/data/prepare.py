@@ -32,6 +32,7 @@ from flaxlm.data.sources import (
   to_stderr,
 )
 from flaxlm.errors import DataError
+from flaxlm.strict_json import to_json
 from flaxlm.tokenizers import MASK, AnyTokenizer, load_tokenizer, train_tokenizer
 
 # A part of the keys of everything that is stored: raise it when this file stores something
@@ -262,7 +263,7 @@ def _build(plan: _Plan, log: Log) -> None:
         f"{name}: {about['num_tokens']:,} tokens of {about['num_bytes']:,} bytes "
         f"({time.perf_counter() - start:.1f} s)"
       )
-    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    (partial / "meta.json").write_text(to_json(meta, indent=2) + "\n")
 
 
 def _load_or_train(plan: _Plan, parts: Sequence[Sequence[str]], log: Log) -> AnyTokenizer:

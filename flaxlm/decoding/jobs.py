@@ -20,6 +20,7 @@ from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import BLOCK_STEPS, SMALLEST_PREFIX, common_length
 from flaxlm.decoding.sampling import SamplingSettings, stack_settings
 from flaxlm.errors import ConfigError, first_line, writing
+from flaxlm.strict_json import to_json
 
 
 class PromptJob(NamedTuple):
@@ -122,19 +123,19 @@ def complete_jobs(
   with writing(partial, RESUMES), partial.open("a", encoding="utf-8") as file:
     if not done:
       file.truncate(0)
-      print(json.dumps(header), file=file, flush=True)
+      print(to_json(header), file=file, flush=True)
     for batch in batch_jobs(sized, batch_size, run.model.cfg.context):
       results = complete_batch(run, batch, num_top, prefix_cache)
       for number, samples in results.items():
         done[number] = samples
-        print(json.dumps({"index": number, "samples": samples}), file=file, flush=True)
+        print(to_json({"index": number, "samples": samples}), file=file, flush=True)
       on_done(len(results))
   whole = output.with_name(output.name + ".tmp")
   try:
     with writing(whole, RESUMES), whole.open("w", encoding="utf-8") as file:
       for number in range(len(jobs)):
         for sample in done[number]:
-          print(json.dumps(sample), file=file)
+          print(to_json(sample), file=file)
     whole.replace(output)
   finally:
     whole.unlink(missing_ok=True)

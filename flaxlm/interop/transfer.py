@@ -255,4 +255,5 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-  path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")
+  text = json.dumps(values, indent=2, sort_keys=True, allow_nan=False)
+  path.write_text(f"{text}\n", "utf-8")

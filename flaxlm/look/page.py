@@ -9,7 +9,6 @@ scripts, whatever the text of a token is.
 import base64
 import hashlib
 import html
-import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxlm import strict_json
 from flaxlm.errors import DISK_ERRORS, ConfigError, first_line, write_error
 from flaxlm.look.view import Shares, View
 
@@ -91,7 +91,7 @@ def digest(text: str) -> str:
 
 def to_json(values: Mapping[str, Any]) -> str:
   """JSON that is safe inside a script element: ASCII without `<`, `>` and `&`."""
-  text = json.dumps(values, default=pack, allow_nan=False, separators=(",", ":"))
+  text = strict_json.to_json(values, default=pack, separators=(",", ":"))
   for character in "<>&":  # JSON has them only inside strings
     text = text.replace(character, f"\\u{ord(character):04x}")
   return text

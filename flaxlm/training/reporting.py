@@ -3,7 +3,6 @@
 
 import contextlib
 import hashlib
-import json
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from flaxlm.checkpoint.manifest import Entry, read_entries, write_entries
 from flaxlm.errors import writing
 from flaxlm.runs import LOG, METRICS
+from flaxlm.strict_json import to_json
 from flaxlm.training.events import EventFile
 
 
@@ -86,12 +86,12 @@ class Reporter:
     progress."""
     if not self.writes:
       return
-    line = json.dumps({"step": step, **values}) + "\n"
+    line = to_json({"step": step, **values}) + "\n"
     with self._writing():
       self._metrics.write(line)
       self._metrics.flush()
       self._events.add(step, values)
-    self._size += len(line)  # json.dumps gives ASCII
+    self._size += len(line)  # JSON is written in ASCII
     self._sha256.update(line.encode())
     if "train/loss" in values:
       self._progress(step, values)

@@ -74,6 +74,15 @@ def test_metrics_are_on_disk_at_once(reporter: Reporter, tmp_path: Path):
   assert threading.active_count() == threads, "nothing writes behind the run's back"
 
 
+def test_what_is_not_finite_is_null(reporter: Reporter, tmp_path: Path):
+  values = VALUES | {"train/loss": float("nan"), "train/gradient_norm": float("inf")}
+  reporter.metrics(4, values)
+  line = (tmp_path / METRICS).read_text().splitlines()[-1]
+  record = json.loads(line, parse_constant=pytest.fail)
+  assert record["train/loss"] is record["train/gradient_norm"] is None
+  assert record["train/tokens"] == 256.0
+
+
 def test_the_manifest_vouches_for_the_metrics(reporter: Reporter, tmp_path: Path):
   reporter.metrics(4, VALUES)
   reporter.vouch()
