@@ -1,27 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: finds the command, runs it, and turns errors into exit codes."""
 
-import argparse
 import contextlib
 import os
+import signal
 import sys
-import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from flaxlm import __version__
-from flaxlm.commands.bench import add_bench
-from flaxlm.commands.checkpoints import add_ckpt, add_export, add_import
-from flaxlm.commands.embed import add_embed
-from flaxlm.commands.infer import add_infer
-from flaxlm.commands.launch import add_launch
-from flaxlm.commands.look import add_look
-from flaxlm.commands.parsing import Parser, with_hyphens
-from flaxlm.commands.plan import add_plan, add_shard
-from flaxlm.commands.tokenizer import add_tokenizer
-from flaxlm.commands.train import add_eval, add_train
 from flaxlm.errors import (
   DISK_ERRORS,
   INTERRUPTED,
+  PREEMPTED,
   ConfigError,
   FlaxLMError,
   OutOfMemoryError,
@@ -38,7 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   # processor features, and prints pages about them.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   try:
-    code = run_command(build_parser(), arguments)
+    with early_signals():
+      code = run_command(build_parser(), arguments)
     if sys.stdout is not None:  # it is, where a shell has closed it
       sys.stdout.flush()
     return code
@@ -65,7 +57,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return end_with(error, debug)
 
 
-def run_command(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> int:
+@contextlib.contextmanager
+def early_signals() -> Iterator[None]:
+  """SIGTERM and Ctrl-C end the process with their exit codes from the first moment on:
+  importing JAX takes a second, preparing data longer, and there is nothing to save yet.
+
+  They end it at once where an exception would be lost, in C++ that is importing. A run that
+  trains takes the signals over (`training.signals`).
+  """
+
+  def terminate(number: int, frame: Any) -> None:
+    with contextlib.suppress(OSError):
+      os.write(2, b"flaxlm: stopped by SIGTERM\n")
+    os._exit(PREEMPTED)
+
+  def interrupt(number: int, frame: Any) -> None:
+    while frame is not None:
+      if frame.f_code.co_filename.startswith("<frozen importlib"):
+        os._exit(INTERRUPTED)
+      frame = frame.f_back
+    raise KeyboardInterrupt
+
+  before: dict[int, Any] = {}
+  with contextlib.suppress(ValueError):  # outside the main thread our caller handles them
+    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # it may be ignored
+      before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+  try:
+    yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def run_command(parser: Any, arguments: Sequence[str]) -> int:
+  from flaxlm.commands.parsing import with_hyphens
+
   try:
     args, rest = parser.parse_known_args(with_hyphens(arguments))
   except SystemExit as e:  # --help and --version have printed
@@ -79,6 +106,8 @@ def end_with(error: FlaxLMError, debug: bool) -> int:
   """Prints an error, where that can be printed, and returns its exit code."""
   with contextlib.suppress(OSError):  # stderr may be on the disk that is full
     if debug:
+      import traceback
+
       traceback.print_exc()
     print(f"flaxlm: {error}", file=sys.stderr, flush=True)
   return error.exit_code
@@ -89,7 +118,19 @@ def discard_output() -> None:
   sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - it must outlive us
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Any:
+  """The parser of all commands. They are imported here, when signals are handled."""
+  from flaxlm.commands.bench import add_bench
+  from flaxlm.commands.checkpoints import add_ckpt, add_export, add_import
+  from flaxlm.commands.embed import add_embed
+  from flaxlm.commands.infer import add_infer
+  from flaxlm.commands.launch import add_launch
+  from flaxlm.commands.look import add_look
+  from flaxlm.commands.parsing import Parser
+  from flaxlm.commands.plan import add_plan, add_shard
+  from flaxlm.commands.tokenizer import add_tokenizer
+  from flaxlm.commands.train import add_eval, add_train
+
   parser = Parser(prog="flaxlm", description="Language models in JAX and Flax.")
   parser.add_argument("--version", action="version", version=f"flaxlm {__version__}")
   commands = parser.add_subparsers(

@@ -28,6 +28,7 @@ from flaxlm.errors import (
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
 METRICS, LOG, SAMPLE = "metrics.jsonl", "log.txt", "sample.txt"
 IMPORTED_FILES = "huggingface"  # the files that came with an imported checkpoint
+NEW = ".new-"  # begins the name of a folder of files that are to take their places
 # What a run needs besides its checkpoints: config, tokenizer, and what came with an import.
 NEEDED = ("*.json", f"{IMPORTED_FILES}/*")
 
@@ -161,9 +162,11 @@ def new_files(run_dir: Path) -> Iterator[Path]:
   A full disk shows before anything has changed. A kill between two files leaves the run
   without a manifest, rather than with one that does not fit.
   """
+  for left in run_dir.glob(f"{NEW}*"):  # by a kill
+    shutil.rmtree(left, ignore_errors=True)
   with (
     writing(run_dir),
-    tempfile.TemporaryDirectory(prefix=".new-", dir=run_dir) as name,
+    tempfile.TemporaryDirectory(prefix=NEW, dir=run_dir) as name,
   ):
     folder = Path(name)
     yield folder

@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, tiny
+from conftest import ROOT, slow_but, tiny
 
 
 def metrics(tmp_path, name="stdlib_tiny"):
@@ -163,6 +163,38 @@ def stop(self, step, values):
 Reporter.metrics = stop
 sys.exit(cli.main(["train", *sys.argv[1:]]))
 """
+
+
+# A signal while a module is being imported, as in the first second.
+SIGNALLED = """
+import os, signal, sys
+class Finder:
+  def find_spec(self, name, *_):
+    if name == sys.argv[2]:
+      os.kill(os.getpid(), int(sys.argv[1]))
+sys.meta_path.insert(0, Finder())
+from flaxlm import cli
+sys.exit(cli.main(["train", *sys.argv[3:]]))
+"""
+EARLY, LATER = ("flaxlm.commands.train", "jax._src.core"), ("numpy", "jaxlib._jax", "optax")
+
+
+@pytest.mark.parametrize("module", slow_but(EARLY, [*EARLY, *LATER]))
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_in_the_first_second_ends_as_later(
+  flaxlm, corpus, tmp_path, number, code, module
+):
+  run = subprocess.run(
+    [sys.executable, "-c", SIGNALLED, str(int(number)), module, *tiny(corpus)],
+    cwd=tmp_path,
+    env=os.environ | flaxlm.environment,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert run.returncode == code, run.stderr
+  assert run.stderr in ("", "flaxlm: stopped by SIGTERM\n")
+  assert not (tmp_path / "runs").exists()
 
 
 def start_training(flaxlm, tmp_path, arguments):

@@ -70,6 +70,10 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
   check_config(cfg)
   flags = start_jax(cfg.simulated_devices, data_dir() / "xla")
   with joined(cfg) as peers, contextlib.ExitStack() as stack:
+    if (
+      peers.num_processes > 1
+    ):  # they stop together; alone, it ends at once until it trains
+      stop_at = stack.enter_context(stop_signals(peers))
     # -- Devices.
     mesh = make_mesh(cfg.mesh)
     check_batch(cfg, mesh.shape)
@@ -114,7 +118,8 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
       check_same_experiment(before, cfg, stored_corpus, prepared.fingerprint)
       peers.decide(lambda: make_room_after(checkpoints, first_step))
       store.reload()
-    stop_at = stack.enter_context(stop_signals(peers))
+    if peers.num_processes == 1:
+      stop_at = stack.enter_context(stop_signals(peers))
     compiler.start(cfg.model)
     if peers.process == 0:
       kept_metrics = metrics_until(cfg.run_dir, first_step)
