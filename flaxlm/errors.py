@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Errors for users: one line of cause, one line of cure, one exit code each."""
 
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
 
 class FlaxLMError(Exception):
   """An error that the user can fix. `cause` says what is wrong, `cure` what would work."""
@@ -26,6 +32,12 @@ class DataError(FlaxLMError):
 
 class CheckpointError(FlaxLMError):
   """A checkpoint is missing, damaged, or belongs to another configuration."""
+
+  exit_code = 4
+
+
+class WriteError(FlaxLMError):
+  """A file could not be written: the disk is full, or does not take it."""
 
   exit_code = 4
 
@@ -58,12 +70,38 @@ PREEMPTED = 75  # EX_TEMPFAIL: the run was told to stop, saved its state, and ca
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
+# What the system says of a disk that takes no more: full, a quota, a file as large as it
+# may get, mounted for reading, broken.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+@contextlib.contextmanager
+def writing(path: Path | str, cure: str = "") -> Iterator[None]:
+  """Turns an `OSError` of its block, which writes to `path`, into a `WriteError`."""
+  try:
+    yield
+  except BrokenPipeError:  # nobody reads on; no disk is to blame
+    raise
+  except OSError as e:
+    raise write_error(e, path, cure) from e
+
+
+def write_error(error: OSError, path: Path | str, cure: str = "") -> WriteError:
+  """The error for a file, or for what the system's error names."""
+  cause = f"{error.filename or path} cannot be written: {first_line(error)}"
+  return WriteError(cause, cure or "free some space, or write elsewhere")
+
+
 def first_line(error: BaseException) -> str:
-  """The first line of a library's message, or the error's type if it has none; of the
-  system's errors what happened, without their number."""
+  """The first line of a library's message, or the error's type if it has none; of an error
+  of the system, or of a disk, what the system says, without numbers."""
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
-  return next(iter(str(error).splitlines()), type(error).__name__)
+  text = str(error)
+  for number in DISK_ERRORS:
+    if os.strerror(number) in text:  # as C++ passes it on, among paths and positions
+      return os.strerror(number)
+  return next(iter(text.splitlines()), type(error).__name__)
 
 
 def exit_code_of(error: BaseException) -> int:

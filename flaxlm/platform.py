@@ -92,11 +92,23 @@ def start_jax(
           "set simulated_devices before the first use of JAX",
         ) from None
   if cache_dir is not None and jax.config.values["jax_compilation_cache_dir"] is None:
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    cache_dir.chmod(0o700)  # its files are executed: nobody else may write them
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    keep_programs(cache_dir)
   return flags
+
+
+def keep_programs(folder: Path) -> bool:
+  """Keeps compiled programs in a folder, for other processes; returns whether it does.
+
+  Where the folder cannot be written every process compiles for itself.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)  # its files are executed: nobody else may write them
+  except OSError:
+    return False
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  return True
 
 
 def leave_out_absent_tpu(

@@ -7,17 +7,30 @@ Nothing here needs a device or a model; `decoding.loading` makes a model of a ru
 import contextlib
 import fcntl
 import itertools
+import json
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from flaxlm.checkpoint.manifest import damage, is_finished, saved_steps
-from flaxlm.config import Config, ResolvedConfig, difference, from_json
-from flaxlm.errors import CheckpointError, ConfigError
+from flaxlm.checkpoint import manifest
+from flaxlm.checkpoint.manifest import Entry, damage, saved_steps
+from flaxlm.config import Config, ResolvedConfig, check_config, difference, from_json
+from flaxlm.errors import (
+  CheckpointError,
+  ConfigError,
+  first_line,
+  write_error,
+  writing,
+)
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
 METRICS, LOG, SAMPLE = "metrics.jsonl", "log.txt", "sample.txt"
 IMPORTED_FILES = "huggingface"  # the files that came with an imported checkpoint
+NEW = ".new-"  # begins the name of a folder of files that are to take their places
+# What a run needs besides its checkpoints: config, tokenizer, and what came with an import.
+NEEDED = ("*.json", f"{IMPORTED_FILES}/*")
 
 # A run resumes only with the data and the parameters that it began with.
 FIXED_FIELDS = ("model.", "tokenizer.", "data.", "seed", "optimizer.kind")
@@ -47,10 +60,18 @@ def _runs(runs_dir: Path) -> list[Path]:
 
 
 def load_config_of(path: Path) -> ResolvedConfig:
-  """The resolved config of a run directory; `CheckpointError` if it is unreadable."""
+  """The resolved config of a run directory.
+
+  Raises `CheckpointError` if it is unreadable, not as it was written, or no model has it.
+  """
+  check_unchanged(path, CONFIG)
   try:
-    return from_json((path / CONFIG).read_text("utf-8"), str(path / CONFIG)).resolve()
-  except (OSError, ValueError, ConfigError) as e:
+    cfg = from_json((path / CONFIG).read_text("utf-8"), str(path / CONFIG))
+    check_config(cfg)
+    return cfg.resolve()
+  except OSError as e:
+    raise CheckpointError(f"{path / CONFIG} cannot be read: {first_line(e)}") from e
+  except (ValueError, ConfigError) as e:
     raise CheckpointError(f"{path / CONFIG} cannot be read: {e}") from e
 
 
@@ -78,6 +99,106 @@ def newest_whole_step(
   return None
 
 
+# -- Whether a run is whole ----------------------------------------------------------------
+
+
+def describe_files(run_dir: Path) -> dict[str, Entry]:
+  """The entries of the files that a run needs, besides its checkpoints and its metrics."""
+  paths = (path for pattern in NEEDED for path in run_dir.glob(pattern))
+  names = (str(p.relative_to(run_dir)) for p in paths if p.is_file())
+  return {
+    name: manifest.describe(run_dir / name)
+    for name in sorted(names)
+    if name != manifest.NAME
+  }
+
+
+def files_damage(run_dir: Path) -> list[str]:
+  """The differences from the run's manifest, one line per file; checkpoints have their own.
+
+  Of the metrics, which are appended, the lines that the manifest knows count.
+  """
+  try:
+    entries = manifest.read_entries(run_dir)
+  except ValueError as e:
+    return [str(e)]
+  present = describe_files(run_dir).keys()
+  problems = [f"{name}: not in the manifest" for name in sorted(present - entries.keys())]
+  for name, entry in sorted(entries.items()):
+    problems += manifest.difference(run_dir, name, entry, grows=name == METRICS)
+  return problems
+
+
+def check_unchanged(run_dir: Path, *names: str) -> None:
+  """Raises `CheckpointError` if one of these files is not as the run's manifest says.
+
+  A run without a manifest passes, as older runs have none: `flaxlm ckpt verify` says so.
+  """
+  if not (run_dir / manifest.NAME).exists():
+    return
+  try:
+    entries = manifest.read_entries(run_dir)
+    known = {name: entries[name] for name in names if name in entries}
+    problems = [
+      problem
+      for name, entry in known.items()
+      for problem in manifest.difference(run_dir, name, entry)
+    ]
+  except ValueError as e:
+    problems = [str(e)]
+  if problems:
+    own = run_dir / manifest.NAME
+    raise CheckpointError(
+      f"{run_dir} is not as it was written: {'; '.join(problems)}",
+      f"restore the file; if you have changed it yourself, remove {own}",
+    )
+
+
+@contextlib.contextmanager
+def new_files(run_dir: Path) -> Iterator[Path]:
+  """A folder for new versions of the run's files: they take their places together, when the
+  block ends, and with them a manifest of all files that the run needs.
+
+  A full disk shows before anything has changed. A kill between two files leaves the run
+  without a manifest, rather than with one that does not fit.
+  """
+  for left in run_dir.glob(f"{NEW}*"):  # by a kill
+    shutil.rmtree(left, ignore_errors=True)
+  with (
+    writing(run_dir),
+    tempfile.TemporaryDirectory(prefix=NEW, dir=run_dir) as name,
+  ):
+    folder = Path(name)
+    yield folder
+    written = {path.name: manifest.describe(path) for path in sorted(folder.iterdir())}
+    try:
+      others = manifest.read_entries(run_dir)
+    except ValueError:
+      others = describe_files(run_dir)
+    manifest.write_entries(folder, others | written)
+    for path in folder.iterdir():
+      with path.open("rb") as file:
+        os.fsync(file)
+    (run_dir / manifest.NAME).unlink(missing_ok=True)
+    for file_name in (*written, manifest.NAME):
+      (folder / file_name).replace(run_dir / file_name)
+
+
+def metrics_until(run_dir: Path, last_step: int) -> bytes:
+  """The lines of the run's metrics up to a step: a resumed run writes the later ones again.
+  A line that a kill has cut short is left out."""
+  try:
+    lines = (run_dir / METRICS).read_bytes().splitlines(keepends=True)
+  except FileNotFoundError:
+    return b""
+  kept = []
+  for line in lines:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+      if line.endswith(b"\n") and json.loads(line)["step"] <= last_step:
+        kept.append(line)
+  return b"".join(kept)
+
+
 # -- Training into a run directory ---------------------------------------------------------
 
 
@@ -91,7 +212,7 @@ def locked(run_dir: Path, process: int = 0) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = (run_dir / f".lock-{process}").open("w")
   except OSError as e:
-    raise CheckpointError(f"{run_dir} cannot be written: {e}", "choose --runs-dir") from e
+    raise write_error(e, run_dir, "choose --runs-dir") from e
   with lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -147,22 +268,26 @@ def check_same_experiment(
 def make_room_after(directory: Path, step: int) -> None:
   """Clears the way for saves after `step`, from which a run resumes; 0: it starts anew.
 
-  Saves that were interrupted are deleted. Complete directories of later steps, which
-  did not match their manifests, are kept under another name, and so are all checkpoints
+  Saves that were interrupted are deleted. Directories of later steps, which do not match
+  their manifests or have lost them, are kept under another name, and so are all checkpoints
   of an earlier run.
   """
   if not step and saved_steps(directory):
     names = (f"{directory.name}.{n}" for n in itertools.count(1))
     rename_to_first_free(directory, names)
   for path in sorted(directory.iterdir()) if directory.is_dir() else []:
-    name = path.name.split(".")[0]
-    if not name.isdecimal() or not path.is_dir():
-      continue
-    if not is_finished(path):
+    number, being_written, _ = path.name.partition(".orbax-checkpoint-tmp")
+    if being_written and number.isdecimal():
       shutil.rmtree(path)
-    elif int(name) > step:
-      again = (f"damaged-{name}.{n}" for n in itertools.count(1))
-      rename_to_first_free(path, itertools.chain([f"damaged-{name}"], again))
+    elif not manifest.is_step(path):
+      continue
+    elif manifest.is_interrupted(path):
+      shutil.rmtree(path)
+    elif int(path.name) > step:
+      again = (f"damaged-{path.name}.{n}" for n in itertools.count(1))
+      rename_to_first_free(path, itertools.chain([f"damaged-{path.name}"], again))
+  for mark in directory.glob(manifest.mark_of(directory / "*").name):
+    mark.unlink()
 
 
 def rename_to_first_free(path: Path, names: Iterator[str]) -> None:

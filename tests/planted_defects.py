@@ -590,15 +590,15 @@ TRAINING = [
   Defect(
     "files of the right length are not hashed",
     "flaxlm/checkpoint/manifest.py",
-    "elif digest(step_dir / name) != sha256:",
-    "elif digest(step_dir / name) == sha256 == 0:",
+    "if digest(path, entry.size) != entry.sha256:",
+    "if digest(path, entry.size) == entry.sha256 == 0:",
     "checkpoint/test_store.py",
   ),
   Defect(
     "the oldest checkpoints are kept",
     "flaxlm/checkpoint/store.py",
-    "manifest.saved_steps(self.directory)[: -self.keep]",
-    "manifest.saved_steps(self.directory)[self.keep :]",
+    "for old in finished[: -self.keep]:",
+    "for old in finished[self.keep :]:",
     "checkpoint/test_store.py",
   ),
 ]

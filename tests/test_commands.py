@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, tiny
+from conftest import ROOT, slow_but, tiny
 
 
 def metrics(tmp_path, name="stdlib_tiny"):
@@ -88,6 +88,11 @@ def test_train_infer_eval_ckpt(flaxlm, in_process, corpus, tmp_path):
   assert (found["corpus"], found["split"]) == ("files:one.txt", "whole")
   assert found["tokens"] == found["bytes"] == 90, "each byte, and no end after the last"
 
+  with pytest.MonkeyPatch.context() as patch:  # nothing need be written
+    patch.setenv("FLAXLM_DATA_DIR", "/dev/full/data")
+    run = in_process("infer", "--prompt=1", "--max-new-tokens=1")
+    assert run.returncode == 0, run.stderr
+
   run = in_process("ckpt", "verify")
   assert run.returncode == 0
   assert "taking the newest, runs/stdlib_tiny" in run.stderr
@@ -102,6 +107,23 @@ def test_train_infer_eval_ckpt(flaxlm, in_process, corpus, tmp_path):
   run = in_process("infer", "--prompt=1", "--max-new-tokens=1")
   assert run.returncode == 0, "the older checkpoint is whole"
   assert "damaged" in run.stderr
+
+  # No manifest at all: nothing is trusted, and nothing is deleted.
+  for path in folder.glob("checkpoints/*/MANIFEST.json"):
+    path.unlink()
+  files = {path for path in folder.glob("checkpoints/**/*") if path.is_file()}
+  for command in (["train", *tiny(corpus)], ["infer", "--prompt=1"], ["ckpt", "verify"]):
+    run = in_process(*command)
+    assert run.returncode == 4, run.stderr
+    assert "MANIFEST.json: missing" in run.stdout + run.stderr
+  assert {path for path in folder.glob("checkpoints/**/*") if path.is_file()} == files
+
+  config = folder / "config.json"
+  config.write_text(config.read_text().replace('"logit_scale": 1.0', '"logit_scale": 7.0'))
+  for command in (["eval"], ["ckpt", "verify", "--json"]):
+    run = in_process(*command)
+    assert run.returncode == 4, run.stderr
+    assert "config.json: damaged" in run.stdout + run.stderr
 
 
 def test_stop_and_resume_equals_never_stopped(flaxlm, in_process, corpus, tmp_path):
@@ -151,6 +173,38 @@ def stop(self, step, values):
 Reporter.metrics = stop
 sys.exit(cli.main(["train", *sys.argv[1:]]))
 """
+
+
+# A signal while a module is being imported, as in the first second.
+SIGNALLED = """
+import os, signal, sys
+class Finder:
+  def find_spec(self, name, *_):
+    if name == sys.argv[2]:
+      os.kill(os.getpid(), int(sys.argv[1]))
+sys.meta_path.insert(0, Finder())
+from flaxlm import cli
+sys.exit(cli.main(["train", *sys.argv[3:]]))
+"""
+EARLY, LATER = ("flaxlm.commands.train", "jax._src.core"), ("numpy", "jaxlib._jax", "optax")
+
+
+@pytest.mark.parametrize("module", slow_but(EARLY, [*EARLY, *LATER]))
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_in_the_first_second_ends_as_later(
+  flaxlm, corpus, tmp_path, number, code, module
+):
+  run = subprocess.run(
+    [sys.executable, "-c", SIGNALLED, str(int(number)), module, *tiny(corpus)],
+    cwd=tmp_path,
+    env=os.environ | flaxlm.environment,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert run.returncode == code, run.stderr
+  assert run.stderr in ("", "flaxlm: stopped by SIGTERM\n")
+  assert not (tmp_path / "runs").exists()
 
 
 def start_training(flaxlm, tmp_path, arguments):
@@ -219,13 +273,16 @@ def test_two_trainers_in_one_directory(flaxlm, in_process, corpus, tmp_path):
     assert child.wait(timeout=60) == 75
 
 
-def test_divergence_stops_with_its_own_code(in_process, corpus):
+def test_divergence_stops_with_its_own_code(in_process, corpus, tmp_path):
   knobs = dict(
     optimizer__learning_rate=1e38, optimizer__warmup_steps=0, optimizer__clip_norm=None
   )
   run = in_process("train", *tiny(corpus, training__num_steps=50, **knobs))
   assert run.returncode == 5, run.stderr
   assert "lower --optimizer.learning-rate" in run.stderr
+  for line in (tmp_path / "runs/stdlib_tiny/metrics.jsonl").read_text().splitlines():
+    json.loads(line, parse_constant=pytest.fail)  # NaN is not JSON
+  assert not list(tmp_path.glob("runs/stdlib_tiny/checkpoints/[0-9]*"))
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ EVERY_FILE = [
 # them, imports from the rows above its own and from itself.
 ROWS = [
   [""],  # flaxlm/__init__.py
-  ["errors"],
+  ["errors", "strict_json"],
   ["config"],
   ["checkpoint", "distributed", "platform", "sharding", "tokenizers"],
   ["runs"],
@@ -302,7 +302,7 @@ def test_nn_asks_no_device():
 
 
 def test_a_command_imports_what_it_needs_when_it_runs():
-  allowed = ("", "commands.parsing", "config", "errors")
+  allowed = ("", "commands.parsing", "config", "errors", "strict_json")
   wrong = [
     at(path, node, other)
     for module, path in MODULES.items()
@@ -373,6 +373,30 @@ def runs_what_it_reads(path: Path) -> Iterator[str]:
 def test_nothing_runs_what_it_reads():
   """No pickle, no eval: data never becomes code (a config file is code, by choice)."""
   assert not [place for path in [*SOURCES, *DOORS] for place in runs_what_it_reads(path)]
+
+
+# What these print is read by Python, which knows NaN: each is its own child process.
+THEIR_OWN_READERS = {"benchmark.suites.compile", "benchmark.suites.train"}
+
+
+def test_what_is_written_as_json_is_json():
+  """NaN and Infinity are not: `strict_json.to_json` writes null."""
+  writers = {"print", "write", "writelines", "write_text", "write_atomically"}
+  name = lambda call: ast.unparse(call.func).rpartition(".")[2]
+  wrong = [
+    at(path, inner)
+    for module, path in MODULES.items()
+    if module not in THEIR_OWN_READERS
+    for node in ast.walk(TREES[path])
+    if isinstance(node, (ast.Call, ast.Return))
+    and (isinstance(node, ast.Return) or name(node) in writers)
+    for inner in ast.walk(node)
+    if isinstance(inner, ast.Call)
+    and ast.unparse(inner.func) == "json.dumps"
+    and "allow_nan" not in {keyword.arg for keyword in inner.keywords}
+    and not isinstance(inner.args[0], ast.List)  # of a key, hashed
+  ]
+  assert not wrong
 
 
 def test_nothing_is_decided_at_import():

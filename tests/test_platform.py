@@ -6,10 +6,18 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 from conftest import ROOT
 
-from flaxlm.platform import GPU, TPU_SLICES, VARIABLES, flags_for, set_flags
+from flaxlm.platform import (
+  GPU,
+  TPU_SLICES,
+  VARIABLES,
+  flags_for,
+  keep_programs,
+  set_flags,
+)
 
 
 def test_jaxlib_knows_the_gpu_flags():
@@ -68,6 +76,25 @@ def test_importing_sets_nothing():
     check=True,
   )
   assert run.stdout.strip() == "None"
+
+
+@pytest.mark.parametrize("folder", ["a file", "a file/below", "/dev/full", "/proc/none"])
+def test_where_no_program_can_be_kept_each_process_compiles(tmp_path, folder):
+  (tmp_path / "a file").touch()
+  before = dict(jax.config.values)
+  assert not keep_programs(tmp_path / folder)
+  assert jax.config.values == before
+
+
+def test_programs_are_kept_where_nobody_else_writes(tmp_path):
+  folder, name = tmp_path / "a" / "b", "jax_compilation_cache_dir"
+  before = jax.config.values[name]
+  try:
+    assert keep_programs(folder)
+    assert jax.config.values[name] == str(folder)
+  finally:
+    jax.config.update(name, before)
+  assert folder.stat().st_mode & 0o777 == 0o700
 
 
 LIBTPU = """

@@ -2,7 +2,6 @@
 """A benchmark's results: what was measured, its range, on which machine, against whom."""
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import NamedTuple, TextIO
 
 from flaxlm.benchmark.provenance import origin_of_run
 from flaxlm.errors import FlaxLMError
+from flaxlm.strict_json import to_json
 
 
 class Unit(NamedTuple):
@@ -143,7 +143,7 @@ def figures(seconds: Sequence[float], unit: str, amount: float = 1.0) -> list[fl
 
 
 def as_json(result: Result) -> str:
-  return json.dumps(dataclasses.asdict(result))
+  return to_json(dataclasses.asdict(result))
 
 
 def print_json(results: Sequence[Result], out: TextIO) -> None:

@@ -8,7 +8,9 @@ still match that manifest (`manifest.py`). This is the only module that uses Orb
 import contextlib
 import logging
 import shutil
+import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,36 @@ import jax
 import orbax.checkpoint as ocp
 
 from flaxlm.checkpoint import manifest
-from flaxlm.errors import CheckpointError, first_line
+from flaxlm.errors import CheckpointError, first_line, writing
 
 # Orbax logs every save, and warns of restores that we intend.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+  """False for errors of Orbax's tasks beside the one that it has raised, which asyncio
+  prints with their stacks."""
+  frames = traceback.walk_tb(record.exc_info[2]) if record.exc_info else ()
+  return not any("orbax" in frame.f_code.co_filename for frame, _ in frames)
+
+
+logging.getLogger("asyncio").addFilter(_is_ours)
+
+
+def _hide_closed_loops() -> None:
+  """Where one write of a save fails, TensorStore's threads report the others to a loop that
+  is closed by then, and print each with its stack through `sys.excepthook`."""
+  shown = sys.excepthook
+  if getattr(shown, "hides_closed_loops", False):
+    return
+
+  def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+      shown(kind, error, trace)
+
+  hook.hides_closed_loops = True  # type: ignore[attr-defined]
+  sys.excepthook = hook
+
 
 ARRAYS = ("params", "opt_state")
 PROGRESS = "progress"  # plain JSON: the step, and a fingerprint of the corpus
@@ -36,9 +64,10 @@ class CheckpointStore:
     # wait 300 s for the directory, and the process would wait for the threads.
     now = ocp.options.AsyncOptions(create_directories_asynchronously=False)
     options = ocp.CheckpointManagerOptions(create=True, async_options=now)
-    self._manager = ocp.CheckpointManager(
-      self.directory, item_handlers=handlers, options=options
-    )
+    with writing(self.directory):
+      self._manager = ocp.CheckpointManager(
+        self.directory, item_handlers=handlers, options=options
+      )
     self._finisher: threading.Thread | None = None
     self._failure: Exception | None = None
 
@@ -49,11 +78,14 @@ class CheckpointStore:
     it. Raises `CheckpointError` if this or the previous save failed.
     """
     self.wait()
+    _hide_closed_loops()
     arrays = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
     items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
     arguments = ocp.args.Composite(**items, progress=ocp.args.JsonSave(progress))
     try:
+      self._mark(step)
       if not self._manager.save(step, args=arguments):
+        self._unmark(step)
         raise CheckpointError(f"{self.directory}: step {step} is there already")
     except (OSError, ValueError) as e:
       raise self._unwritable(step, e) from e
@@ -80,15 +112,30 @@ class CheckpointStore:
     """Reads from disk again which steps exist, after some of them were moved."""
     self._manager.reload()
 
+  def _mark(self, step: int) -> None:
+    """Says, until `_unmark`, that what there is of the step is not complete."""
+    if jax.process_index() == 0:
+      manifest.mark_of(self.directory / str(step)).touch()
+
+  def _unmark(self, step: int) -> None:
+    if jax.process_index() == 0:
+      manifest.mark_of(self.directory / str(step)).unlink(missing_ok=True)
+
   def _finish(self, step: int) -> None:
     # Orbax reports a failed write only to a caller that waits.
     try:
       self._manager.wait_until_finished()
       if jax.process_index() == 0:
         manifest.write_manifest(self.directory / str(step))
+        self._unmark(step)
         # Orbax itself would delete old steps before the new one has its manifest.
-        for old in manifest.saved_steps(self.directory)[: -self.keep]:
-          shutil.rmtree(self.directory / str(old))
+        finished = [
+          directory
+          for step in manifest.saved_steps(self.directory)
+          if manifest.is_finished(directory := self.directory / str(step))
+        ]
+        for old in finished[: -self.keep]:
+          shutil.rmtree(old)
     except Exception as e:  # kept for the thread that trains
       self._failure = self._unwritable(step, e)
 
@@ -104,7 +151,9 @@ class CheckpointStore:
     try:
       return self._manager.restore(step, args=arguments)[PROGRESS]
     except (ValueError, KeyError, OSError) as e:
-      raise CheckpointError(f"{self.directory}/{step} cannot be read: {e}") from e
+      raise CheckpointError(
+        f"{self.directory}/{step} cannot be read: {first_line(e)}"
+      ) from e
 
   def restore(self, step: int, **targets: Any) -> dict[str, Any]:
     """The items named in `targets`, each shaped, typed and sharded like its target.

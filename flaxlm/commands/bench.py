@@ -2,13 +2,13 @@
 """`flaxlm bench` and `flaxlm bench compare`."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from flaxlm.commands.parsing import check_least, open_output
 from flaxlm.errors import ConfigError
+from flaxlm.strict_json import to_json
 
 SUITES = {
   "matmul": "matrix products: square ones, a model's shapes, by dtype",
@@ -181,7 +181,7 @@ def run_compare(args: argparse.Namespace, paths: list[str]) -> int:
   with open_output(args.output) as out:
     if args.json:
       for verdict in verdicts:
-        print(json.dumps(as_values(verdict)), file=out)
+        print(to_json(as_values(verdict)), file=out)
     else:
       print_verdicts(verdicts, out)
   return SLOWER if any(verdict.word == "slower" for verdict in verdicts) else 0

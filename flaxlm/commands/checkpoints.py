@@ -2,41 +2,56 @@
 """`flaxlm ckpt`, `flaxlm import` and `flaxlm export`: stored checkpoints."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from flaxlm.commands.parsing import find_named_run, open_run
 from flaxlm.errors import CheckpointError, ConfigError
+from flaxlm.strict_json import to_json
 
 
 def add_ckpt(commands: Any) -> None:
   parser = commands.add_parser("ckpt", help="list checkpoints, or verify their files")
   parser.add_argument("action", choices=("list", "verify"))
   parser.add_run(devices=False)
-  parser.add_flag("--json", bool, "one JSON object per checkpoint")
+  parser.add_flag(
+    "--json",
+    bool,
+    "one JSON object per checkpoint; verify: and one, without step, for the other files",
+  )
   parser.set_defaults(run=run_ckpt)
 
 
 def run_ckpt(args: argparse.Namespace, _: list[str]) -> int:
   from flaxlm.checkpoint.manifest import damage, saved_steps
-  from flaxlm.runs import CHECKPOINTS
+  from flaxlm.runs import CHECKPOINTS, describe_files, files_damage
 
-  directory = find_named_run(args) / CHECKPOINTS
-  whole = True
-  for step in saved_steps(directory):
-    files = [path for path in (directory / str(step)).rglob("*") if path.is_file()]
-    size = sum(path.stat().st_size for path in files)
-    problems = damage(directory / str(step)) if args.action == "verify" else []
+  run_dir, verifies, whole = find_named_run(args), args.action == "verify", True
+
+  def report(step: int | None, size: int, problems: list[str]) -> None:
+    nonlocal whole
     whole &= not problems
     if args.json:
-      print(json.dumps({"step": step, "bytes": size, "problems": problems}))
-    else:
-      verdict = {"list": "", "verify": "  whole"}[args.action]
-      print(f"step {step:>8}  {size / 1e6:10.1f} MB{'' if problems else verdict}")
-      for problem in problems:
-        print(f"  {problem}")
+      print(to_json({"step": step, "bytes": size, "problems": problems}))
+      return
+    name = "config, tokenizer, metrics" if step is None else f"step {step:>8}"
+    verdict = "  whole" if verifies and not problems else ""
+    print(f"{name}  {size / 1e6:10.1f} MB{verdict}")
+    for problem in problems:
+      print(f"  {problem}")
+
+  directory = run_dir / CHECKPOINTS
+  steps = saved_steps(directory)
+  for step in steps:
+    files = [path for path in (directory / str(step)).rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    report(step, size, damage(directory / str(step)) if verifies else [])
+  if verifies:
+    size = sum(entry.size for entry in describe_files(run_dir).values())
+    report(None, size, files_damage(run_dir))
+  if verifies and not steps:
+    raise CheckpointError(f"{run_dir} has no checkpoint", "train it first")
   return 0 if whole else CheckpointError.exit_code
 
 

@@ -2,11 +2,11 @@
 """`flaxlm embed`: sentence embeddings from an encoder."""
 
 import argparse
-import json
 from typing import Any
 
 from flaxlm.commands.parsing import open_output, open_run
 from flaxlm.errors import ConfigError
+from flaxlm.strict_json import to_json
 
 
 def add_embed(commands: Any) -> None:
@@ -30,7 +30,7 @@ def run_embed(args: argparse.Namespace, _: list[str]) -> int:
     for text, vector_D in zip(args.text, vectors, strict=True):
       values = [float(x) for x in vector_D]
       if args.json:
-        print(json.dumps({"text": text, "embedding": values}), file=out)
+        print(to_json({"text": text, "embedding": values}), file=out)
       else:
         print(" ".join(f"{x:.6g}" for x in values), file=out)
   return 0

@@ -4,7 +4,6 @@
 import argparse
 import contextlib
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, TextIO
 from flaxlm.commands.parsing import check_least, open_output, open_run, read_text
 from flaxlm.config import flag as flag_of
 from flaxlm.errors import ConfigError
+from flaxlm.strict_json import to_json
 
 # Flags that are fields of `SamplingSettings`: type and help.
 SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
@@ -303,7 +303,7 @@ def print_completions(
   arrow = "\n=> " if reads_prompt else ""
   for number, result in enumerate(results, 1):
     if args.json:
-      print(json.dumps(result.as_json()), file=out)
+      print(to_json(result.as_json()), file=out)
     elif streams:
       print(file=out)
     else:
@@ -316,7 +316,7 @@ def print_filled(run: Any, args: argparse.Namespace, out: TextIO) -> None:
 
   for result in fill_masks(run, args.fill):
     if args.json:
-      print(json.dumps(result._asdict()), file=out)
+      print(to_json(result._asdict()), file=out)
       continue
     print(result.filled, file=out)
     for number, candidates in enumerate(result.candidates, 1):

@@ -2,7 +2,6 @@
 """`flaxlm look`: pictures of a model's parts."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from flaxlm.commands.parsing import (
   read_text,
 )
 from flaxlm.errors import ConfigError
+from flaxlm.strict_json import to_json
 
 
 def add_look(commands: Any) -> None:
@@ -175,7 +175,7 @@ def finish(args: argparse.Namespace, view: Any, path: Path | None, name: str = "
     print(cut, file=sys.stderr)
   if args.json:
     figures = {"output": str(where), "bytes": size, **view.figures}
-    print(json.dumps(figures, allow_nan=False))
+    print(to_json(figures))
   else:
     print(f"{where} ({size / 1e3:,.0f} kB)")
   return 0

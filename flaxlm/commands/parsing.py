@@ -4,17 +4,17 @@
 import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from flaxlm.config import check_config, load_config, override
 from flaxlm.config import flag as flag_of
-from flaxlm.errors import ConfigError, first_line
+from flaxlm.errors import ConfigError, first_line, writing
+from flaxlm.strict_json import to_json
 
 DEFAULT_CONFIG = "stdlib_tiny"
 
@@ -134,21 +134,28 @@ def open_run(args: argparse.Namespace, needs_text: bool = True) -> Any:
   return load_run(path, make_mesh(parse_mesh(args.mesh)), warn, needs_text)
 
 
-def open_output(path: str | None) -> Any:
-  """A context with the file to write to, or with stdout, which stays open."""
+@contextlib.contextmanager
+def open_output(path: str | None) -> Iterator[TextIO]:
+  """The file to write to, or stdout, which stays open.
+
+  Raises `ConfigError` if it cannot be opened, `WriteError` if the disk does not take it.
+  """
   if path is None:
-    return contextlib.nullcontext(sys.stdout)
+    yield sys.stdout
+    return
   try:
-    return Path(path).open("w", encoding="utf-8")
+    file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 - it is closed below
   except (OSError, ValueError) as e:
     raise ConfigError(f"{path!r} cannot be written: {first_line(e)}") from e
+  with writing(path), file:
+    yield file
 
 
 def write_result(args: argparse.Namespace, values: Any, show: Any) -> None:
   """Writes `values` as one line of JSON, or what `show` prints for people, to --output."""
   with open_output(args.output) as out:
     if args.json:
-      print(json.dumps(values), file=out)
+      print(to_json(values), file=out)
     else:
       show(out)
 

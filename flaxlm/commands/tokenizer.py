@@ -3,7 +3,6 @@
 
 import argparse
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from flaxlm.commands.parsing import Parser, open_output, read_text
 from flaxlm.config import check_config, override
 from flaxlm.errors import ConfigError
+from flaxlm.strict_json import to_json
 
 COMPARED_BYTES = 2**22  # of held-out text, at most
 SOURCES = "a tokenizer.json, a run, or byte or bpe:SIZE, trained on the corpus"
@@ -62,7 +62,7 @@ def run_compare(args: argparse.Namespace, _: list[str]) -> int:
   rows = [{"tokenizer": name} | measure(found[name], texts, size) for name in found]
   with open_output(args.output) as file:
     if args.json:
-      file.writelines(json.dumps(row) + "\n" for row in rows)
+      file.writelines(to_json(row) + "\n" for row in rows)
       return 0
     print(f"{size:,} held-out bytes of {args.corpus}", file=file)
     width = max(9, *map(len, found))
@@ -86,7 +86,7 @@ def run_encode(args: argparse.Namespace, _: list[str]) -> int:
   ids = tokenizer.encode(text)
   pieces = describe(tokenizer, ids)
   if args.json:
-    print(json.dumps({"text": text, "ids": ids, "pieces": [p.label for p in pieces]}))
+    print(to_json({"text": text, "ids": ids, "pieces": [p.label for p in pieces]}))
     return 0
   for piece in pieces:
     print(f"{piece.id:>8}  {piece.label:20}  {piece.hex}".rstrip())

@@ -187,7 +187,7 @@ def _parse(kind: Any, text: str, name: str) -> Any:
 
 
 def to_json(cfg: Config) -> str:
-  return json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"
+  return json.dumps(dataclasses.asdict(cfg), indent=2, allow_nan=False) + "\n"
 
 
 def from_json(text: str, origin: str) -> Config:

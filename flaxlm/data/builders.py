@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
 from flaxlm.data.corpus import WHOLE, Corpus, Document, Log, Pair
-from flaxlm.errors import DataError
+from flaxlm.errors import DataError, first_line
 
 FILE_FORMAT = "array_record"
 REACHABLE_SECONDS = 4.0
@@ -117,7 +117,13 @@ def read_texts(corpus: Corpus, split: str, root: Path, paired: bool) -> list[Tex
   if folder is None:
     kind = LocalPairs if paired else LocalText
     builder = kind(config=LocalConfig(corpus), data_dir=str(root), file_format=FILE_FORMAT)
-    builder.download_and_prepare()
+    try:
+      builder.download_and_prepare()
+    except RuntimeError as e:  # of array_record's writer, in C++
+      raise DataError(
+        f"cannot prepare data in {root}: {first_line(e)}",
+        "free some space, or set FLAXLM_DATA_DIR to another folder",
+      ) from e
     records = builder.as_data_source(split)
   else:
     builder = tfds.builder_from_directory(str(folder))

@@ -33,6 +33,7 @@ from flaxlm.data.sources import (
   to_stderr,
 )
 from flaxlm.errors import DataError
+from flaxlm.strict_json import to_json
 from flaxlm.tokenizers import MASK, AnyTokenizer, load_tokenizer, train_tokenizer
 
 # A part of the keys of everything that is stored: raise it when this file stores something
@@ -316,7 +317,7 @@ def _build(plan: _Plan, log: Log) -> None:
         f"{name}: {about['num_tokens']:,} tokens of {about['num_bytes']:,} bytes "
         f"({time.perf_counter() - start:.1f} s)"
       )
-    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    (partial / "meta.json").write_text(to_json(meta, indent=2) + "\n")
 
 
 def _load_or_train(plan: _Plan, parts: Sequence[Sequence[str]], log: Log) -> AnyTokenizer:
@@ -333,8 +334,11 @@ def _load_or_train(plan: _Plan, parts: Sequence[Sequence[str]], log: Log) -> Any
   tokenizer = train_tokenizer(cfg.kind, sample, cfg.vocab_size, masked)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_suffix(".partial")
-  tokenizer.save(partial)
-  partial.replace(path)
+  try:
+    tokenizer.save(partial)
+    partial.replace(path)
+  finally:
+    partial.unlink(missing_ok=True)
   seconds = time.perf_counter() - start
   log(f"tokenizer: {cfg.kind}, {tokenizer.vocab_size:,} ids ({seconds:.1f} s)")
   return tokenizer
@@ -439,6 +443,10 @@ def _new_folder(folder: Path) -> Iterator[Path]:
   partial = folder.with_suffix(".partial")  # no other process writes to it: see `locked`
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
-  yield partial
+  try:
+    yield partial
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)  # the disk may be full of it
+    raise
   shutil.rmtree(folder, ignore_errors=True)
   partial.rename(folder)

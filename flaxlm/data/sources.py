@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from flaxlm.data.corpus import SPLITS, WHOLE, Corpus, Document, Log, Pair
-from flaxlm.errors import ConfigError, DataError
+from flaxlm.errors import ConfigError, DataError, first_line
 
 # Some Python distributions ship the tests, others do not.
 STDLIB_EXCLUDED = frozenset(
@@ -64,11 +64,20 @@ def to_stderr(line: str) -> None:
 
 
 def data_dir() -> Path:
-  """Where prepared data are kept. It may be deleted: data are then prepared again."""
-  if "FLAXLM_DATA_DIR" in os.environ:
-    return Path(os.environ["FLAXLM_DATA_DIR"])
-  cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-  return Path(cache) / "flaxlm"
+  """Where prepared data are kept. It may be deleted: data are then prepared again.
+
+  A variable that is set but empty counts as one that is not set, as in the XDG rules.
+  """
+  if named := os.environ.get("FLAXLM_DATA_DIR"):
+    return Path(named)
+  if cache := os.environ.get("XDG_CACHE_HOME"):
+    return Path(cache) / "flaxlm"
+  try:
+    return Path.home() / ".cache" / "flaxlm"
+  except RuntimeError as e:  # as in a container whose user has no name
+    raise DataError(
+      f"there is no folder for data: {first_line(e)}", "set FLAXLM_DATA_DIR"
+    ) from e
 
 
 def find_corpus(name: str, log: Log = to_stderr, whole: bool = False) -> Corpus:
@@ -148,7 +157,8 @@ def locked(root: Path, log: Log) -> Iterator[None]:
       yield
   except OSError as e:
     raise DataError(
-      f"cannot prepare data in {root}: {e}", "set FLAXLM_DATA_DIR to another folder"
+      f"cannot prepare data in {root}: {first_line(e)}",
+      "free some space, or set FLAXLM_DATA_DIR to another folder",
     ) from e
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,7 +34,8 @@ from flaxlm.decoding.sampling import (
   stack_settings,
 )
 from flaxlm.decoding.schemas import regex_of_schema
-from flaxlm.errors import ConfigError, first_line
+from flaxlm.errors import ConfigError, first_line, writing
+from flaxlm.strict_json import to_json
 
 
 class PromptJob(NamedTuple):
@@ -60,6 +62,7 @@ SETTING_KEYS = {field.name for field in dataclasses.fields(SamplingSettings)}
 SETTING_KEYS -= {"row", "sample"}  # these follow from the line
 JOB_KEYS = {*SETTING_KEYS, "prompt", "stop", "stop_tokens", "max_seconds", "max_new_tokens"}
 JOB_KEYS |= {"json_schema", "num_samples", "id"}
+RESUMES = "free some space; the same command goes on from what is done"
 
 
 def read_jobs(text: str, defaults: PromptJob) -> list[PromptJob]:
@@ -189,8 +192,11 @@ def complete_jobs(
   """Writes one JSON object per sample, in the order of the jobs.
 
   `on_done(n)` is called whenever n more jobs are done; first with those that an earlier,
-  killed run has done. Raises `ConfigError` if OUTPUT.partial is of other jobs or settings.
+  killed run has done. Raises `ConfigError` if OUTPUT.partial is of other jobs or settings,
+  or OUTPUT is no file. Raises `WriteError` if the disk is full: OUTPUT.partial stays.
   """
+  if output.exists() and not output.is_file():  # it would be replaced, even a device
+    raise ConfigError(f"--output {output} is not a file", "name one, or a new one")
   partial = output.with_name(output.name + ".partial")
   header = {"job": fingerprint(run, jobs, num_top)}
   done = read_partial(partial, header)
@@ -199,22 +205,25 @@ def complete_jobs(
     measure_job(run, number, job) for number, job in enumerate(jobs) if number not in done
   ]
   prefix_cache = PrefixCache() if share_a_prefix(run, jobs) else None
-  with partial.open("a", encoding="utf-8") as file:
+  with writing(partial, RESUMES), partial.open("a", encoding="utf-8") as file:
     if not done:
       file.truncate(0)
-      print(json.dumps(header), file=file, flush=True)
+      print(to_json(header), file=file, flush=True)
     for batch in batch_jobs(sized, batch_size, run.model.cfg.context):
       results = complete_batch(run, batch, num_top, prefix_cache)
       for number, samples in results.items():
         done[number] = samples
-        print(json.dumps({"index": number, "samples": samples}), file=file, flush=True)
+        print(to_json({"index": number, "samples": samples}), file=file, flush=True)
       on_done(len(results))
   whole = output.with_name(output.name + ".tmp")
-  with whole.open("w", encoding="utf-8") as file:
-    for number in range(len(jobs)):
-      for sample in done[number]:
-        print(json.dumps(sample), file=file)
-  whole.replace(output)
+  try:
+    with writing(whole, RESUMES), whole.open("w", encoding="utf-8") as file:
+      for number in range(len(jobs)):
+        for sample in done[number]:
+          print(to_json(sample), file=file)
+    whole.replace(output)
+  finally:
+    whole.unlink(missing_ok=True)
   partial.unlink()
 
 
@@ -312,6 +321,6 @@ def read_partial(path: Path, header: dict[str, str]) -> dict[int, list[dict]]:
       f"{path} belongs to other prompts or settings",
       "remove it, or choose another --output",
     )
-  if cut_short:
-    path.write_text("".join(line + "\n" for line in lines), "utf-8")
+  if cut_short:  # in place, which a full disk allows
+    os.truncate(path, len("".join(line + "\n" for line in lines).encode()))
   return done

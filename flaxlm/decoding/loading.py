@@ -16,9 +16,16 @@ from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.platform import kernel_head_dim
-from flaxlm.runs import CHECKPOINTS, TOKENIZER, load_config_of, newest_whole_step
+from flaxlm.runs import (
+  CHECKPOINTS,
+  TOKENIZER,
+  check_unchanged,
+  load_config_of,
+  newest_whole_step,
+)
 from flaxlm.sharding import use_mesh
 from flaxlm.tokenizers import AnyTokenizer, load_tokenizer
+from flaxlm.tokenizers.imported import SPECIALS
 
 
 class Run(NamedTuple):
@@ -49,12 +56,14 @@ def load_run(
 
   `warn` gets a line for each damaged checkpoint that is skipped. Without `needs_text`
   the run may lack a tokenizer, as an imported one may; `Run.tokenizer` is then None.
-  Raises `CheckpointError` when there is no checkpoint, or it does not fit its config.
+  Raises `CheckpointError` when there is no checkpoint, it does not fit its config, or
+  config or tokenizer are not as they were written.
   """
   cfg = load_config_of(path)
   step = newest_whole_step(path / CHECKPOINTS, warn)
   if step is None:
     raise CheckpointError(f"{path} has no checkpoint yet", "train it first")
+  check_unchanged(path, TOKENIZER, SPECIALS)
   tokenizer: Any = None
   if needs_text or (path / TOKENIZER).exists():
     tokenizer = load_tokenizer(path / TOKENIZER)

@@ -74,6 +74,10 @@ def detect(environment: Environment, metadata: Metadata = lambda _: None) -> Job
         f"set all three, or unset {ADDRESS}",
       )
     return None
+  if job.num_processes < 1:
+    raise ConfigError(
+      f"{job.source}: a job of {job.num_processes} processes", "it has 1 or more"
+    )
   if not 0 <= job.process < job.num_processes:
     raise ConfigError(
       f"{job.source}: process {job.process} of {job.num_processes}",

@@ -41,12 +41,13 @@ def launch(command: Sequence[str], num_processes: int, grace_seconds: float = 10
   }
   children: list[subprocess.Popen[bytes]] = []
   try:
-    with forwarded_signals(children):
+    with forwarded_signals(children) as forwarded:
       for number in range(num_processes):
         environment = os.environ | shared | {PROCESS: str(number)}
         children.append(start(command, environment))
+      forwarded.catch_up()
       threads = [relays(n, child) for n, child in enumerate(children)]
-      code = wait(children, threads, grace_seconds)
+      code = wait(children, threads, grace_seconds, forwarded)
       for thread in itertools.chain.from_iterable(threads):
         thread.join(timeout=2.0)  # a grandchild may hold the pipe open
     return code
@@ -79,6 +80,7 @@ def wait(
   children: Sequence[Any],
   relayed: Sequence[Sequence[threading.Thread]],
   grace_seconds: float,
+  forwarded: "Forwarded",
 ) -> int:
   """Waits until all have ended, by themselves or because one failed; returns the exit code.
 
@@ -86,14 +88,15 @@ def wait(
   `relayed` pass on.
   """
   while True:
-    codes = [child.poll() for child in children]
-    if all(code in GOOD_ENDS for code in codes):
-      return max(codes, key=GOOD_ENDS.index)
+    codes = [forwarded.meaning(child.poll()) for child in children]
+    good = [code for code in codes if code in GOOD_ENDS]
+    if len(good) == len(codes):
+      return max(good, key=GOOD_ENDS.index)
     if any(code is not None and code not in GOOD_ENDS for code in codes):
       break
     time.sleep(0.05)
   let_end(children, LOOK_AROUND)
-  codes = [child.poll() for child in children]
+  codes = [forwarded.meaning(child.poll()) for child in children]
   for code, threads in zip(codes, relayed, strict=True):
     for thread in threads if code is not None else ():
       thread.join(timeout=0.2)
@@ -124,18 +127,20 @@ def let_end(children: Sequence[Any], seconds: float) -> None:
 
 
 def first_to_fail(codes: Sequence[int | None]) -> int:
-  """The process whose end explains the others: a signal before an error before a lost peer.
+  """The process whose end explains the others: a signal, else an error, an abort, a peer
+  that is lost.
 
-  An abort comes last, because JAX aborts a process when another one is gone.
+  JAX aborts a process when another one is gone, so an abort explains less than another end
+  does; but a process that has lost a peer says that the reason is elsewhere.
   """
 
   def rank(number: int) -> int:
     code = codes[number]
     if code is None or code in GOOD_ENDS:
       return 4
-    if code == -signal.SIGABRT:
-      return 3
     if code == PeerLostError.exit_code:
+      return 3
+    if code == -signal.SIGABRT:
       return 2
     return 0 if code < 0 else 1
 
@@ -180,19 +185,44 @@ def relay(source: IO[bytes], target: IO[bytes], prefix: bytes) -> None:
       target.flush()
 
 
-@contextlib.contextmanager
-def forwarded_signals(children: Sequence[Any]) -> Iterator[None]:
-  """Forwards every SIGTERM and Ctrl-C to all children."""
+class Forwarded:
+  """The signals that all children get, also those that start later."""
 
-  def forward(number: int, _: Any) -> None:
-    for child in children:
+  def __init__(self, children: Sequence[Any]):
+    self.children = children
+    self._got: dict[int, set[int]] = {}  # the processes that have got each signal
+
+  def __call__(self, number: int, _: Any) -> None:
+    got = self._got.setdefault(number, set())
+    for child in self.children:
       if child.poll() is None:
+        got.add(child.pid)
         child.send_signal(number)
 
+  def catch_up(self) -> None:
+    """To be called when all have started: a signal may have come between two of them."""
+    for number, got in list(self._got.items()):
+      for child in self.children:
+        if child.pid not in got and child.poll() is None:
+          child.send_signal(number)
+
+  def meaning(self, code: int | None) -> int | None:
+    """The exit code of a child. One that was told to stop may not handle signals yet, or
+    may lose a peer that has stopped before it: then it ends as it was told to."""
+    for number, stopped in ((signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)):
+      if number in self._got and code in (-number, PeerLostError.exit_code):
+        return stopped
+    return code
+
+
+@contextlib.contextmanager
+def forwarded_signals(children: Sequence[Any]) -> Iterator[Forwarded]:
+  """Forwards every SIGTERM and Ctrl-C to all children."""
+  forwarded = Forwarded(children)
   numbers = (signal.SIGTERM, signal.SIGINT)
-  before = {number: signal.signal(number, forward) for number in numbers}
+  before = {number: signal.signal(number, forwarded) for number in numbers}
   try:
-    yield
+    yield forwarded
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)

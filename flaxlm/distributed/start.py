@@ -42,7 +42,7 @@ def joined(cfg: Config) -> Iterator[Alone]:
   if job is None:
     yield Alone()
     return
-  bind, token = os.environ.get(BIND), os.environ.get(TOKEN, "")
+  bind, token = os.environ.get(BIND) or None, os.environ.get(TOKEN, "")
   meeting = meet(job, claims(cfg), cfg.job.start_seconds, bind, token)
   peers = Peers(job.process, meeting, cfg.job.heartbeat_seconds)
   try:

@@ -245,4 +245,6 @@ def write_files(
       os.fsync(out.fileno())
   if len(files) > 1:
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    (folder / INDEX).write_text(
+      json.dumps(index, indent=2, allow_nan=False) + "\n", "utf-8"
+    )

@@ -31,7 +31,7 @@ from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.family import Family
 from flaxlm.interop.huggingface import Loaded, describe, load_checkpoint, save_checkpoint
 from flaxlm.interop.values import Values, read_json
-from flaxlm.runs import CHECKPOINTS, CONFIG, IMPORTED_FILES, TOKENIZER
+from flaxlm.runs import CHECKPOINTS, CONFIG, IMPORTED_FILES, TOKENIZER, new_files
 from flaxlm.tokenizers.imported import (
   SPECIALS,
   ImportedTokenizer,
@@ -88,7 +88,8 @@ def import_run(
     for name in (CONFIG, *COPIED):
       if (folder / name).is_file() and (folder / name).stat().st_size <= MAX_FILE_BYTES:
         shutil.copyfile(folder / name, partial / IMPORTED_FILES / name)
-    (partial / CONFIG).write_text(to_json(run_config(loaded, run_dir)), "utf-8")
+    with new_files(partial) as written:
+      (written / CONFIG).write_text(to_json(run_config(loaded, run_dir)), "utf-8")
   return loaded, notes
 
 
@@ -254,4 +255,5 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-  path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", "utf-8")
+  text = json.dumps(values, indent=2, sort_keys=True, allow_nan=False)
+  path.write_text(f"{text}\n", "utf-8")

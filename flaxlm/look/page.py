@@ -9,7 +9,6 @@ scripts, whatever the text of a token is.
 import base64
 import hashlib
 import html
-import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from flaxlm.errors import ConfigError
+from flaxlm import strict_json
+from flaxlm.errors import DISK_ERRORS, ConfigError, first_line, write_error
 from flaxlm.look.view import Shares, View
 
 ASSETS = Path(__file__).parent / "assets"
@@ -49,7 +49,9 @@ def save_view(view: View, path: Path) -> int:
     else:
       path.write_text(to_html(view), "utf-8")
   except OSError as e:
-    raise ConfigError(f"{path} cannot be written: {e}") from e
+    if e.errno in DISK_ERRORS:
+      raise write_error(e, path) from e
+    raise ConfigError(f"{path} cannot be written: {first_line(e)}") from e
   return path.stat().st_size
 
 
@@ -89,7 +91,7 @@ def digest(text: str) -> str:
 
 def to_json(values: Mapping[str, Any]) -> str:
   """JSON that is safe inside a script element: ASCII without `<`, `>` and `&`."""
-  text = json.dumps(values, default=pack, allow_nan=False, separators=(",", ":"))
+  text = strict_json.to_json(values, default=pack, separators=(",", ":"))
   for character in "<>&":  # JSON has them only inside strings
     text = text.replace(character, f"\\u{ord(character):04x}")
   return text

@@ -78,10 +78,11 @@ def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float | None]]]:
       record = json.loads(line)  # a line that a kill has cut is skipped
       step = int(record.pop("step"))
       for name, value in record.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number or value is None:
           steps, values = curves.setdefault(name, ([], []))
           steps.append(step)
-          values.append(value if math.isfinite(value) else None)
+          values.append(value if is_number and math.isfinite(value) else None)
   return curves
 
 

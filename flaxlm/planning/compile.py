@@ -147,7 +147,7 @@ def main() -> None:
     result = dataclasses.asdict(compile_here(cfg, request["sizes"], device))
   except ConfigError as e:
     result = {"error": e.cause, "cure": e.cure}
-  print(json.dumps(result))
+  print(json.dumps(result, allow_nan=False))
 
 
 def tpu_options() -> dict[str, Any]:

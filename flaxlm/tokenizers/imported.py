@@ -43,7 +43,7 @@ class Specials(NamedTuple):
   suffix: tuple[int, ...] = ()  # and after it
 
   def save(self, path: Path) -> None:
-    path.write_text(json.dumps(self._asdict(), indent=2) + "\n", "utf-8")
+    path.write_text(json.dumps(self._asdict(), indent=2, allow_nan=False) + "\n", "utf-8")
 
   @staticmethod
   def load(path: Path) -> "Specials":

@@ -9,6 +9,7 @@ from flaxlm.decoding.completions import complete, search
 from flaxlm.decoding.encoding import fill_masks
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.sampling import make_sampling
+from flaxlm.errors import writing
 from flaxlm.runs import SAMPLE
 from flaxlm.tokenizers import MASK
 from flaxlm.training.reporting import Reporter
@@ -41,7 +42,8 @@ def show_sample(run: Run, reporter: Reporter, arguments: Sequence[str] = ()) -> 
   reporter.log("a sample:")
   if reporter.writes:
     print(text, flush=True)
-    (run.path / SAMPLE).write_text(f"{text}\n", "utf-8")
+    with writing(run.path / SAMPLE):
+      (run.path / SAMPLE).write_text(f"{text}\n", "utf-8")
   tries.append(longer(arguments, f"{run.cfg.name}_longer", 2 * run.step))
   tries.append(f"tensorboard --logdir {run.cfg.runs_dir}   (pip install tensorboard)")
   reporter.log("next, try:\n" + "\n".join(f"  {line}" for line in tries))

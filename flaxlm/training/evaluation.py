@@ -14,7 +14,7 @@ from flaxlm.config import OBJECTIVES, ResolvedConfig, TokenizerConfig
 from flaxlm.data.batches import Batches
 from flaxlm.data.corpus import WHOLE, Log
 from flaxlm.data.prepare import SILENT_SECONDS, Store, prepare, prepare_whole
-from flaxlm.data.sources import data_dir, find_corpus, read_pairs
+from flaxlm.data.sources import data_dir, find_corpus, locked, read_pairs
 from flaxlm.decoding.completions import search
 from flaxlm.decoding.loading import Run
 from flaxlm.errors import ConfigError
@@ -183,7 +183,8 @@ def translate_run(
     raise ConfigError("BLEU needs sacrebleu", "pip install 'flaxlm[translation]'") from e
   corpus, split = scored(run, corpus, split, log)
   found = find_corpus(corpus, log, whole=split == WHOLE)
-  sources, references = read_pairs(found, split, data_dir() / "tfds")
+  with locked(data_dir(), log):
+    sources, references = read_pairs(found, split, data_dir() / "tfds")
   # A source longer than the model's context cannot be read.
   fits = lambda text: len(run.tokenizer.encode(text)) < run.model.cfg.context
   pairs = [(s, r) for s, r in zip(sources, references, strict=True) if fits(s)][:num_pairs]

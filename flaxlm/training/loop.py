@@ -31,17 +31,22 @@ from flaxlm.data.sources import data_dir, to_stderr
 from flaxlm.decoding.loading import Run
 from flaxlm.distributed.peers import Alone
 from flaxlm.distributed.start import joined
+from flaxlm.errors import writing
 from flaxlm.nn.kernels.paths import Path as AttentionPath
 from flaxlm.platform import Flag, start_jax
 from flaxlm.runs import (
   CHECKPOINTS,
   CONFIG,
+  METRICS,
   TOKENIZER,
   check_same_experiment,
+  files_damage,
   find_resume_step,
   load_config_of,
   locked,
   make_room_after,
+  metrics_until,
+  new_files,
 )
 from flaxlm.sharding import check_batch, describe_mesh, make_mesh
 from flaxlm.tokenizers import expected_vocab_size
@@ -72,6 +77,10 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
   check_config(cfg)
   flags = start_jax(cfg.simulated_devices, data_dir() / "xla")
   with joined(cfg) as peers, contextlib.ExitStack() as stack:
+    if (
+      peers.num_processes > 1
+    ):  # they stop together; alone, it ends at once until it trains
+      stop_at = stack.enter_context(stop_signals(peers))
     # -- Devices.
     mesh = make_mesh(cfg.mesh)
     check_batch(cfg, mesh.shape)
@@ -85,6 +94,8 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     if not first_step:
       peers.decide(lambda: make_room_after(checkpoints, 0))
     before = load_config_of(cfg.run_dir) if first_step else None
+    for problem in files_damage(cfg.run_dir) if first_step else ():
+      to_stderr(f"{cfg.run_dir}: {problem}")
 
     # -- Data: their tokenizer decides the vocabulary. Its size can be told before, except
     # for the smallest corpora, so the program compiles while the data are prepared.
@@ -114,11 +125,15 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
       check_same_experiment(before, cfg, stored_corpus, prepared.fingerprint)
       peers.decide(lambda: make_room_after(checkpoints, first_step))
       store.reload()
-    stop_at = stack.enter_context(stop_signals(peers))
+    if peers.num_processes == 1:
+      stop_at = stack.enter_context(stop_signals(peers))
     compiler.start(cfg.model)
     if peers.process == 0:
-      write_atomically(cfg.run_dir / CONFIG, to_json(cfg))
-      prepared.tokenizer.save(cfg.run_dir / TOKENIZER)
+      kept_metrics = metrics_until(cfg.run_dir, first_step)
+      with new_files(cfg.run_dir) as folder:
+        (folder / CONFIG).write_text(to_json(cfg), "utf-8")
+        (folder / METRICS).write_bytes(kept_metrics)
+        prepared.tokenizer.save(folder / TOKENIZER)
     reporter = Reporter(
       cfg.run_dir, first_step, cfg.training.num_steps, writes=peers.process == 0
     )
@@ -164,7 +179,8 @@ def check_shared(run_dir: Path, peers: Alone) -> None:
 
   def leave_mark() -> str:
     mark = secrets.token_hex(8)
-    write_atomically(run_dir / MARK, mark)
+    with writing(run_dir / MARK):
+      write_atomically(run_dir / MARK, mark)
     return mark
 
   mark = peers.decide(leave_mark)

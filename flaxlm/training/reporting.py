@@ -2,38 +2,36 @@
 """What a run reports: a progress bar or lines, metrics.jsonl, TensorBoard, log.txt."""
 
 import contextlib
-import json
+import hashlib
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flaxlm.checkpoint.manifest import write_atomically
+from flaxlm.checkpoint.manifest import Entry, read_entries, write_entries
+from flaxlm.errors import writing
 from flaxlm.runs import LOG, METRICS
+from flaxlm.strict_json import to_json
+from flaxlm.training.events import EventFile
 
 
 class Reporter:
   """Reports on a run. Only process 0 (`writes`) writes anything."""
 
   def __init__(self, run_dir: Path, first_step: int, num_steps: int, writes: bool):
+    """`runs.new_files` has put the metrics up to `first_step` there, and a manifest."""
     self.num_steps, self.writes = num_steps, writes
     self.console = Console(stderr=True, highlight=False)
     self._stack = contextlib.ExitStack()
     self._bar: Progress | None = None
+    self._is_mute = False
     if not writes:
       return
-    forget_later_steps(run_dir / METRICS, first_step)
-    open_text = lambda name: (run_dir / name).open("a", encoding="utf-8")
-    self._metrics = self._stack.enter_context(open_text(METRICS))
-    self._log = self._stack.enter_context(open_text(LOG))
-    self._events = import_tensorboard().SummaryWriter(
-      str(run_dir), purge_step=first_step + 1 if first_step else None
-    )
-    self._stack.callback(self._events.close)
+    self._run_dir = run_dir
+    with self._writing():
+      self._open(first_step)
     if self.console.is_terminal:
       self._bar = self._stack.enter_context(
         Progress(
@@ -46,24 +44,64 @@ class Reporter:
       )
       self._task = self._bar.add_task("", total=num_steps, completed=first_step)
 
+  def _open(self, first_step: int) -> None:
+    run_dir = self._run_dir
+    self._entries = read_entries(run_dir)
+    written = (run_dir / METRICS).read_bytes()
+    self._size, self._sha256 = len(written), hashlib.sha256(written)
+    open_text = lambda name: (run_dir / name).open("a", encoding="utf-8")
+    self._metrics = self._stack.enter_context(open_text(METRICS))
+    self._log = self._stack.enter_context(open_text(LOG))
+    self._events = EventFile(run_dir, first_step)
+    self._stack.callback(self._events.close)
+
+  def _writing(self) -> contextlib.AbstractContextManager[None]:
+    """Whoever writes learns that the disk is full: nothing waits or is left out."""
+    return writing(self._run_dir, "free some space; the same command then resumes the run")
+
   def log(self, text: str) -> None:
     """Prints a line, and appends it to log.txt."""
-    if self.writes:
-      self.console.print(text, markup=False, soft_wrap=True)
+    if not self.writes:
+      return
+    self._show(text)
+    with self._writing():
       self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
       self._log.flush()
+
+  def _show(self, text: str) -> None:
+    """Prints a line on stderr, as long as that takes it: a reader that has ended, or a full
+    disk behind it, ends no training, and the log has every line."""
+    if self._is_mute:
+      return
+    try:
+      if self._bar is not None:
+        self.console.print(text, markup=False, soft_wrap=True)
+      else:
+        print(text, file=sys.stderr, flush=True)  # rich would exit where nobody reads
+    except OSError:
+      self._is_mute = True
 
   def metrics(self, step: int, values: dict[str, float]) -> None:
     """Writes a line of metrics.jsonl and a TensorBoard point of each value, and shows the
     progress."""
     if not self.writes:
       return
-    self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-    self._metrics.flush()
-    for name, value in values.items():
-      self._events.add_scalar(name, value, step)
+    line = to_json({"step": step, **values}) + "\n"
+    with self._writing():
+      self._metrics.write(line)
+      self._metrics.flush()
+      self._events.add(step, values)
+    self._size += len(line)  # JSON is written in ASCII
+    self._sha256.update(line.encode())
     if "train/loss" in values:
       self._progress(step, values)
+
+  def vouch(self) -> None:
+    """Writes into the run's manifest what the metrics are now."""
+    if self.writes:
+      self._entries[METRICS] = Entry(self._size, self._sha256.hexdigest())
+      with self._writing():
+        write_entries(self._run_dir, self._entries)
 
   def advance(self, step: int) -> None:
     """Moves the progress bar, if there is one."""
@@ -89,30 +127,6 @@ class Reporter:
     self.log(f"step {step:>6}/{self.num_steps}  {text}")
 
   def close(self) -> None:
-    self._stack.close()
-
-
-def forget_later_steps(path: Path, last_step: int) -> None:
-  """Drops the metrics after `last_step`: a resumed run writes those steps again."""
-  if not path.exists():
-    return
-  kept = []
-  for line in path.read_text("utf-8").splitlines():
-    with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short by a kill
-      if json.loads(line)["step"] <= last_step:
-        kept.append(line)
-  write_atomically(path, "".join(f"{line}\n" for line in kept))
-
-
-def import_tensorboard() -> ModuleType:
-  """tensorboardX without PyTorch, which it would import if installed, for 1.4 s."""
-  hidden: Any = None
-  absent = "torch" not in sys.modules
-  if absent:
-    sys.modules["torch"] = hidden
-  try:
-    import tensorboardX
-  finally:
-    if absent:
-      del sys.modules["torch"]
-  return tensorboardX
+    if self.writes:
+      with self._writing():  # what could not be written is tried once more
+        self._stack.close()

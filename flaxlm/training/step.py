@@ -296,6 +296,20 @@ def jit_eval_step(model: LanguageModel, mesh: Mesh) -> Callable[[Any, Batch], Me
   return use_mesh(mesh)(jitted)
 
 
+def jit_all_finite(mesh: Mesh) -> Callable[[Any], jax.Array]:
+  """A function that says whether every number of a tree of arrays is finite.
+
+  A rate that is too large makes infinite parameters of a finite gradient. The step itself
+  does not ask: it would have to keep the old state until the new one is known.
+  """
+
+  def all_finite(tree: Any) -> jax.Array:
+    wrong = [jnp.sum(~jnp.isfinite(x), dtype=jnp.float32) for x in jax.tree.leaves(tree)]
+    return sum(wrong, jnp.float32(0)) == 0
+
+  return jax.jit(all_finite, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
 def shardings_of(tree: Any) -> Any:
   return jax.tree.map(lambda x: x.sharding, tree)
 

@@ -22,10 +22,17 @@ from flaxlm.errors import INTERRUPTED, PREEMPTED, NonFiniteError
 from flaxlm.training.evaluation import Evaluator, describe_evaluation
 from flaxlm.training.reporting import Reporter
 from flaxlm.training.signals import StopAt
-from flaxlm.training.step import Metrics, TrainState, TrainStep, put_batch
+from flaxlm.training.step import (
+  Metrics,
+  TrainState,
+  TrainStep,
+  jit_all_finite,
+  put_batch,
+)
 from flaxlm.training.watchdog import Watchdog
 
 MOST_SKIPPED_STEPS = 3  # in a row, before a run that keeps diverging is stopped
+LOWER_RATE = "lower --optimizer.learning-rate, or lengthen --optimizer.warmup-steps"
 
 
 @dataclass
@@ -43,6 +50,7 @@ class Trainer:
 
   def __post_init__(self) -> None:
     self.clock = Clock()
+    self.all_finite = jit_all_finite(self.mesh)
     self.skipped = 0  # steps in a row that were not finite
     self.evaluated = False
 
@@ -80,17 +88,21 @@ class Trainer:
           pending = None
           if evaluate:
             self.evaluate(step, state)
-          if save:
+          if save and self.skipped:
+            self.reporter.log(f"step {step} is not saved: it was skipped")
+          elif save:
             self.save(step, state)
             saved = step
           self.clock.restart()
     self.report(pending)
     stopped = stopped or stop_at(step)
-    if stopped:
-      self.reporter.log(f"{signal.Signals(stopped).name}: saving step {step}")
-    elif step > first_step and step % training.eval_every_steps:
+    if not stopped and step > first_step and step % training.eval_every_steps:
       self.evaluate(step, state)
-    if step > saved:
+    # At the end the state is saved after skipped steps, too: nothing is to follow.
+    saves = step > saved and not (stopped and self.skipped)
+    if stopped:
+      self.reporter.log(describe_stop(stopped, step, step if saves else saved, saves))
+    if saves:
       self.save(step, state)
     with self.watchdog.resting():  # a large checkpoint takes its time
       self.store.wait()
@@ -119,7 +131,7 @@ class Trainer:
       if self.skipped >= MOST_SKIPPED_STEPS:
         raise NonFiniteError(
           f"{self.skipped} steps in a row, up to step {step}, were NaN or infinite",
-          "lower --optimizer.learning-rate, or lengthen --optimizer.warmup-steps",
+          LOWER_RATE,
         )
     if step % self.cfg.training.log_every_steps == 0:
       named = {f"train/{name}": value for name, value in values.items()}
@@ -136,10 +148,29 @@ class Trainer:
     self.reporter.log(f"step {step:>6}  held-out: {describe_evaluation(values)}")
 
   def save(self, step: int, state: TrainState) -> None:
+    """Raises `NonFiniteError` rather than to replace a good checkpoint by one of NaNs."""
+    if not self.all_finite(state.params):
+      raise NonFiniteError(
+        f"the parameters after step {step} are NaN or infinite: they are not saved",
+        LOWER_RATE,
+      )
     # Batch n belongs to step n, so the step is all that resuming the data needs.
     progress = {"step": step, "corpus": self.fingerprint}
     self.watchdog.progress()
     self.store.save(step, state.params, state.opt_state, progress)
+    self.reporter.vouch()
+
+
+def describe_stop(number: int, step: int, last: int, saves: bool) -> str:
+  """What a signal does: the run stops after `step`, and can resume from the step `last`."""
+  name = signal.Signals(number).name
+  if saves:
+    return f"{name}: saving step {step}"
+  if not last:
+    return f"{name}: stopping after step {step}: there is nothing to save"
+  if step == last:
+    return f"{name}: stopping after step {step}, which is saved"
+  return f"{name}: stopping after step {step}, which was skipped; step {last} is saved"
 
 
 class Clock:

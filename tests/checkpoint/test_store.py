@@ -22,6 +22,8 @@ from flaxlm.checkpoint.manifest import (
   NAME,
   damage,
   is_finished,
+  is_interrupted,
+  mark_of,
   saved_steps,
   write_manifest,
 )
@@ -287,7 +289,7 @@ def test_the_older_step_stands_in_for_a_damaged_one(copied: Path):
 def test_nothing_saved_is_no_step(tmp_path: Path):
   assert newest_whole_step(tmp_path) is None
   assert newest_whole_step(tmp_path / "absent") is None
-  (tmp_path / "7").mkdir()
+  (tmp_path / "7").mkdir()  # empty
   (tmp_path / "notes.txt").write_text("")
   assert newest_whole_step(tmp_path) is None
 
@@ -297,11 +299,12 @@ def test_nothing_saved_is_no_step(tmp_path: Path):
 
 def cut_off(step_dir: Path) -> None:
   """As a kill between Orbax's commit and our manifest leaves it."""
+  mark_of(step_dir).touch()
   (step_dir / NAME).unlink()
   assert not is_finished(step_dir)
 
 
-def test_a_step_without_a_manifest_does_not_count_and_can_be_saved_again(
+def test_an_interrupted_step_does_not_count_and_can_be_saved_again(
   copied: Path, fsdp: Mesh
 ):
   cut_off(copied / "4")
@@ -314,6 +317,44 @@ def test_a_step_without_a_manifest_does_not_count_and_can_be_saved_again(
   again.save(4, **placed(trees(40), fsdp), progress={})
   again.close()
   assert newest_whole_step(copied, warn=pytest.fail) == 4
+
+
+def test_a_lost_manifest_is_damage_and_nothing_is_deleted(copied: Path):
+  """A good checkpoint may have lost its manifest, as a copy has: it is kept."""
+  kept = {path.name: path.read_bytes() for path in files_of(copied / "4")}
+  kept.pop(NAME)
+  (copied / "4" / NAME).unlink()
+  assert saved_steps(copied) == [2, 4]
+  assert damage(copied / "4") == [f"{NAME}: missing"]
+  warnings: list[str] = []
+  assert newest_whole_step(copied, warnings.append) == 2
+  assert warnings == [f"checkpoint {copied / '4'} is damaged: {NAME}: missing"]
+  make_room_after(copied, 2)
+  assert saved_steps(copied) == [2]
+  left = {path.name: path.read_bytes() for path in files_of(copied / "damaged-4")}
+  assert left == kept
+  (copied / "2" / NAME).unlink()
+  with pytest.raises(CheckpointError, match="every checkpoint"):
+    newest_whole_step(copied)
+  assert saved_steps(copied) == [2]
+
+
+def test_a_lost_manifest_stays_when_others_are_rotated_away(copied: Path, fsdp: Mesh):
+  (copied / "2" / NAME).unlink()
+  store = CheckpointStore(copied, keep=1)
+  store.save(6, **placed(trees(6), fsdp), progress={})
+  store.close()
+  assert saved_steps(copied) == [2, 6]
+  assert not list(copied.glob(".*")), "what is saved has no mark"
+
+
+def test_a_copy_beside_the_steps_is_in_nobodys_way(copied: Path):
+  shutil.copytree(copied / "4", copied / "4.bak")
+  (copied / "4.bak" / NAME).unlink()
+  (copied / "007").mkdir()
+  make_room_after(copied, 2)
+  names = sorted(path.name for path in copied.iterdir())
+  assert names == ["007", "2", "4.bak", "damaged-4"]
 
 
 def test_an_open_store_saves_again_what_was_damaged(copied: Path, fsdp: Mesh):
@@ -477,6 +518,7 @@ sys.addaudithook(no_space)
   assert result.stdout.startswith("refused step 2 could not be saved below")
   assert "No space left on device" in result.stdout
   assert newest_whole_step(tmp_path / "checkpoints") == 1
+  assert is_interrupted(tmp_path / "checkpoints" / "2"), "and may be deleted"
 
 
 def test_a_manifest_is_whole_or_absent(copied: Path):

@@ -18,6 +18,7 @@ from flaxlm.data.sources import (
   DOCUMENT_BYTES,
   data_dir,
   find_corpus,
+  locked,
   read_documents,
   read_pairs,
 )
@@ -505,6 +506,36 @@ def test_the_data_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
   monkeypatch.delenv("XDG_CACHE_HOME")
   monkeypatch.setenv("HOME", str(tmp_path))
   assert data_dir() == tmp_path / ".cache" / "flaxlm"
+
+
+def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+  """Data do not land in the working folder."""
+  monkeypatch.setenv("FLAXLM_DATA_DIR", "")
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  assert data_dir() == tmp_path / "flaxlm"
+  monkeypatch.setenv("XDG_CACHE_HOME", "")
+  assert data_dir() == Path.home() / ".cache" / "flaxlm"
+
+
+def test_nobodys_home_is_told(monkeypatch: pytest.MonkeyPatch):
+  def home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+  for name in ("FLAXLM_DATA_DIR", "XDG_CACHE_HOME"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr(Path, "home", home)
+  with pytest.raises(DataError, match="no folder for data") as caught:
+    data_dir()
+  assert "FLAXLM_DATA_DIR" in caught.value.cure
+
+
+@pytest.mark.parametrize("folder", ["a file/below", "/dev/full/below", "/proc/none"])
+def test_a_data_directory_that_cannot_be_written_is_told(tmp_path: Path, folder: str):
+  (tmp_path / "a file").touch()
+  refused = pytest.raises(DataError, match="cannot prepare data in")
+  with refused as caught, locked(tmp_path / folder, print):
+    raise AssertionError("nobody holds it")
+  assert "Errno" not in caught.value.cause
 
 
 def test_building_needs_neither_tensorflow_nor_jax(tmp_path: Path, own_data_dir: Path):

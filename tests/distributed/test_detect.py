@@ -108,6 +108,7 @@ def without(environment: dict[str, str], *names: str) -> dict[str, str]:
     (without(PLAIN, "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"), "neither"),
     (PLAIN | {"JAX_PROCESS_ID": "4"}, "process 4 of 4"),
     (PLAIN | {"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID is '-1'"),
+    (PLAIN | {"JAX_NUM_PROCESSES": "0", "JAX_PROCESS_ID": "0"}, "a job of 0 processes"),
     (PLAIN | {"JAX_NUM_PROCESSES": "many"}, "JAX_NUM_PROCESSES is 'many'"),
     (PLAIN | {"JAX_COORDINATOR_ADDRESS": "node"}, "JAX_COORDINATOR_ADDRESS is 'node'"),
     (without(SLURM, "SLURM_LOCALID"), "not SLURM_LOCALID"),

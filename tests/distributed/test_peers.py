@@ -20,7 +20,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaxlm.distributed.launcher import first_to_fail
+from flaxlm.distributed.launcher import Forwarded, first_to_fail
 from flaxlm.distributed.lines import Line
 from flaxlm.distributed.peers import Alone, Peers
 from flaxlm.distributed.rendezvous import Card, Meeting
@@ -303,5 +303,57 @@ def test_the_first_to_fail_is_the_one_that_explains_the_others():
   assert first_to_fail([7, 7, -9]) == 2
   assert first_to_fail([7, 3, 7]) == 1
   assert first_to_fail([0, 7, None]) == 1
-  assert first_to_fail([-6, 7, -6]) == 1
+  assert first_to_fail([-6, 7, 7]) == 0
   assert first_to_fail([-6, 7, 1]) == 2
+  assert first_to_fail([-6, -9, 7]) == 1
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_abort_is_reported_as_its_own(victim):
+  code, _, err = launch(
+    f"""
+peers.agree("all there")
+if me == {victim}:
+  os.abort()
+time.sleep(25)
+""",
+    2,
+  )
+  assert code == 128 + signal.SIGABRT
+  assert f"process {victim} died of SIGABRT (exit code 134)" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_before_a_process_handles_it_ends_it_as_asked(number, code):
+  """Python takes a moment to start; one that has begun loses its peer."""
+  body = f"""
+signal.signal({int(number)}, signal.SIG_DFL if me else signal.SIG_IGN)
+peers.agree("all there")
+if me == 0:
+  os.kill(os.getppid(), {int(number)})
+time.sleep(25)
+"""
+  ended, _, err = launch(body, 2)
+  assert ended == code, err
+  assert "Traceback" not in err and "launch: process" not in err
+
+
+def test_a_signal_reaches_those_that_start_after_it():
+  class Child:
+    def __init__(self, pid: int):
+      self.pid, self.got = pid, []
+
+    def poll(self) -> None:
+      return None
+
+    def send_signal(self, number: int) -> None:
+      self.got.append(number)
+
+  children = [Child(1)]
+  forwarded = Forwarded(children)
+  forwarded(signal.SIGTERM, None)
+  children += [Child(2), Child(3)]
+  forwarded.catch_up()
+  assert [child.got for child in children] == [[signal.SIGTERM]] * 3
+  forwarded(signal.SIGTERM, None)
+  assert [len(child.got) for child in children] == [2] * 3, "a second one, to all"

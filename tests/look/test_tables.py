@@ -226,7 +226,8 @@ def test_a_runs_curves_are_its_metrics(tmp_path: Path):
   with pytest.raises(CheckpointError, match="no metrics"):
     look_run(tmp_path)
   lines = [{"step": n, "train/loss": 4.0 - n, "perf/other": n} for n in (1, 2, 3)]
-  lines[1]["train/loss"] = float("nan")
+  lines[1]["train/loss"] = float("nan")  # as older runs have it
+  lines[2]["train/gradient_norm"] = None
   lines.append({"step": 3, "eval/loss": 2.5, "eval/bits_per_byte": 1.5})
   text = "".join(f"{json.dumps(line)}\n" for line in lines)
   (tmp_path / "metrics.jsonl").write_text(text + '{"step": 4, "train/lo')
@@ -238,6 +239,7 @@ def test_a_runs_curves_are_its_metrics(tmp_path: Path):
   assert (training["x"], training["y"]) == ([1, 2, 3], [3, None, 1])
   assert (held_out["x"], held_out["y"]) == ([3], [2.5])
   assert charts["perf/other"][0]["y"] == [1, 2, 3], "nothing is left out"
+  assert charts["Gradient norm"][0]["y"] == [None]
   assert page["figures"]["last"]["eval/bits_per_byte"] == 1.5
   assert page["figures"]["best"]["train/loss"] == 1
   assert page["figures"]["last_step"] == 3

@@ -24,7 +24,7 @@ def load_transformers(cfg: ResolvedConfig, params: Any) -> Callable[..., np.ndar
   dtype = cfg.training.dtype
   with tempfile.TemporaryDirectory() as folder:
     keys = save_checkpoint(Path(folder), cfg.model, params, FAMILIES["gpt2"], dtype, 2**40)
-    (Path(folder) / "config.json").write_text(json.dumps(keys), "utf-8")
+    (Path(folder) / "config.json").write_text(json.dumps(keys, allow_nan=False), "utf-8")
     peer = transformers.AutoModelForCausalLM.from_pretrained(
       folder, dtype=getattr(torch, dtype), attn_implementation="sdpa"
     )
