@@ -19,19 +19,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flaxlm.config import (
-  OBJECTIVES,
-  Config,
-  DataConfig,
-  ResolvedModel,
-  TrainingConfig,
-  check_config,
-)
-from flaxlm.errors import CheckpointError, ConfigError
+from flaxlm.config import ResolvedModel, TrainingConfig
+from flaxlm.errors import CheckpointError
 from flaxlm.interop.families import find_family
-from flaxlm.interop.family import Family
+from flaxlm.interop.family import Family, read_config
 from flaxlm.interop.layouts import Shape
-from flaxlm.interop.safetensors import MAX_TENSORS, Tensor, open_checkpoint, write_files
+from flaxlm.interop.safetensors import Tensor, open_checkpoint, write_files
 from flaxlm.interop.values import Values, read_json
 from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
 
@@ -103,20 +96,6 @@ def zero_padded(array: np.ndarray, shape: Shape) -> np.ndarray:
   """`array` with zeros at the end of each dim, up to `shape`."""
   missing = [(0, n - m) for n, m in zip(shape, array.shape, strict=True)]
   return np.pad(array, missing) if array.shape != shape else array
-
-
-def read_config(family: Family, hf: Values) -> ResolvedModel:
-  """The checked model config of a config.json. Raises `CheckpointError`."""
-  cfg = family.read(hf)
-  try:
-    data = DataConfig(objective=OBJECTIVES[cfg.family], seq_len=1)  # type: ignore[arg-type]
-    check_config(Config(model=cfg, data=data))
-  except ConfigError as e:
-    raise CheckpointError(f"{hf.origin}: {e.cause}", e.cure) from e
-  count = cfg.depth * max(1, cfg.moe.num_experts)
-  if count > MAX_TENSORS:
-    raise CheckpointError(f"{hf.origin}: {count} feed-forwards", f"at most {MAX_TENSORS}")
-  return cfg.resolve()
 
 
 def match(
