@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.decoding.loading import Run
-from flaxlm.decoding.prefill import is_real_token, pad_rows
+from flaxlm.decoding.prefill import check_ids, is_real_token, pad_rows
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.vocabulary import mask_padding_ids
@@ -92,6 +92,7 @@ def encode_rows(run: Run, texts: Sequence[str], masked: bool = False) -> list[li
         f"a text of {len(row)} tokens > model.context={context}", "shorten it"
       )
     rows.append(row)
+  check_ids(rows, run.model.cfg.num_ids)
   return rows
 
 

@@ -24,8 +24,8 @@ from flaxlm.errors import CheckpointError
 from flaxlm.interop.families import find_family
 from flaxlm.interop.family import Family, read_config
 from flaxlm.interop.layouts import Shape
-from flaxlm.interop.safetensors import Tensor, open_checkpoint, write_files
-from flaxlm.interop.values import Values, read_json
+from flaxlm.interop.safetensors import Tensor, is_finite, open_checkpoint, write_files
+from flaxlm.interop.values import Values, read_json, shortened
 from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
 
 CONFIG = "config.json"
@@ -76,11 +76,22 @@ def load_checkpoint(folder: Path, mesh: Mesh, dtype: str | None = None) -> Loade
   params: dict[str, jax.Array] = {}
   for name, (row, place, _) in expected.items():
     inner = [shapes[path][row.stacked :] for path in row.ours]
-    arrays = row.layout.to_ours(found[name].read(), inner)
+    arrays = row.layout.to_ours(read_finite(found[name], name), inner)
     for path, array in zip(row.ours, arrays, strict=True):
       whole = abstract[path].shape[row.stacked :]
       params[path] = put(params.get(path), abstract[path], zero_padded(array, whole), place)
   return Loaded(cfg, unflatten_dict(params, sep="/"), dtype, family)
+
+
+def read_finite(tensor: Tensor, name: str) -> np.ndarray:
+  """The values of a tensor. Raises `CheckpointError` for NaN and infinity among them."""
+  values = tensor.read()
+  if not is_finite(values):
+    raise CheckpointError(
+      f"{tensor.path}: {name} has values that are NaN or infinite",
+      "the checkpoint is damaged, or its training had diverged: get another",
+    )
+  return values
 
 
 def real_shapes(cfg: ResolvedModel, flat: Mapping[str, Any]) -> dict[str, Shape]:
@@ -116,7 +127,7 @@ def match(
       if candidate in expected or candidate in twins:
         if candidate in found:
           raise CheckpointError(
-            f"{tensor.path}: {candidate} is there twice, once as {given}"
+            f"{tensor.path}: {candidate} is there twice, once as {shortened(given)}"
           )
         found[candidate] = tensor
         break
@@ -148,7 +159,9 @@ def match(
 def some(names: list[str]) -> str:
   """The first names of a list, and the number of others."""
   more = len(names) - MAX_LISTED
-  return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+  return ", ".join(map(shortened, names[:MAX_LISTED])) + (
+    f" and {more} more" if more > 0 else ""
+  )
 
 
 def put(

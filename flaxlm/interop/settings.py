@@ -19,7 +19,7 @@ from flax.traverse_util import unflatten_dict
 
 from flaxlm.config import ModelConfig, MoEConfig, ResolvedModel, RopeConfig, knobs
 from flaxlm.errors import CheckpointError
-from flaxlm.interop.values import REQUIRED, Values
+from flaxlm.interop.values import REQUIRED, Values, shown
 
 MOST_LAYERS = 10_000
 
@@ -225,7 +225,7 @@ def read_rope(
   kind = scaling.get(str, "rope_type", scaling.get(str, "type", "default"))
   if kind not in supported:
     raise CheckpointError(
-      f"{hf.origin}: RoPE scaling {kind!r} is not supported",
+      f"{hf.origin}: RoPE scaling {shown(kind)} is not supported",
       f"supported: {', '.join(supported)}",
     )
   if kind != "default":
@@ -334,7 +334,8 @@ def layer_pattern(hf: Values, depth: int, default: str) -> str:
   for kind in kinds:
     if not isinstance(kind, str) or kind not in LAYER_KINDS:
       raise CheckpointError(
-        f"{hf.origin}: layer_types has {kind!r}", f"supported: {', '.join(LAYER_KINDS)}"
+        f"{hf.origin}: layer_types has {shown(kind)}",
+        f"supported: {', '.join(LAYER_KINDS)}",
       )
   return shortest_period("".join(LAYER_KINDS[kind] for kind in kinds))
 
