@@ -82,8 +82,7 @@ def import_run(
     else:
       notes.append(f"{folder} has no {TOKENIZER}: text cannot be encoded (docs/interop.md)")
     loaded = load_checkpoint(folder, mesh, dtype)
-    if loaded.cfg.padding:
-      notes.append(loaded.cfg.padding)
+    notes += [note for note in (loaded.cfg.padding, loaded.note) if note]
     if num_ids > loaded.cfg.num_ids:
       notes.append(
         f"{folder / TOKENIZER} has {num_ids:,} ids, the model only {loaded.cfg.num_ids:,}: "

@@ -30,7 +30,7 @@ from flaxlm.interop.huggingface import (
   read_config,
   save_checkpoint,
 )
-from flaxlm.interop.safetensors import open_checkpoint, write_files
+from flaxlm.interop.safetensors import INDEX, SINGLE, open_checkpoint, write_files
 from flaxlm.interop.settings import rotary_fraction, shortest_period
 from flaxlm.interop.values import Values
 from flaxlm.nn.models import abstract_params, build_model
@@ -257,6 +257,49 @@ def test_a_dtype_is_kept_or_asked_for(llama: Path, stored: Any, asked: Any, expe
   assert params["final_norm"]["scale"].dtype == np.float32
   wanted = table.astype(expected).astype(np.float32)
   np.testing.assert_array_equal(params["embedding"]["table"].astype(np.float32), wanted)
+
+
+def narrowed(folder: Path, wide: Any, stored: Any = jnp.bfloat16) -> None:
+  """Stores the tensors whose names satisfy `wide` in float32, the others in `stored`."""
+  arrays = {name: tensor.read() for name, tensor in open_checkpoint(folder).items()}
+  parts = {np.float32: filter(wide, arrays), stored: (n for n in arrays if not wide(n))}
+  where = {}
+  (folder / SINGLE).unlink()
+  for number, (dtype, names) in enumerate(parts.items()):
+    part = {name: arrays[name].astype(dtype) for name in names}
+    shapes = {name: array.shape for name, array in part.items()}
+    write_files(folder, shapes, np.dtype(dtype), 10**9, part.__getitem__)
+    (folder / SINGLE).rename(folder / f"part-{number}.safetensors")
+    where |= dict.fromkeys(part, f"part-{number}.safetensors")
+  (folder / INDEX).write_text(json.dumps({"weight_map": where}))
+
+
+def test_norms_in_float32_do_not_widen_the_rest(llama: Path):
+  narrowed(llama, lambda name: "norm" in name)
+  loaded = load_checkpoint(llama, mesh())
+  assert (loaded.dtype, loaded.note) == ("bfloat16", "")
+  assert loaded.params["blocks"]["attention"]["q"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_what_float32_costs_is_said(llama: Path):
+  """One matrix in float32 cannot be kept beside others in bfloat16."""
+  narrowed(llama, lambda name: name == "lm_head.weight")
+  loaded = load_checkpoint(llama, mesh())
+  matrices = [x for x in jax.tree.leaves(loaded.params) if x.ndim > 2 or x.size > 100]
+  assert loaded.dtype == "float32" and {x.dtype for x in matrices} == {np.dtype("float32")}
+  size = sum(4 * x.size for x in matrices)
+  stored = size / 2 + 2 * loaded.params["head"]["kernel"].size
+  assert loaded.note == (
+    f"weights stored as bfloat16 and float32 become float32: {size / 1e9:.3g} GB for "
+    f"{stored / 1e9:.3g} GB; --dtype bfloat16 takes {size / 2e9:.3g} GB, and rounds"
+  )
+  assert not load_checkpoint(llama, mesh(), "float32").note, "it was asked for"
+
+
+def test_float16_becomes_float32_and_says_so(llama: Path):
+  assert not load_checkpoint(llama, mesh()).note
+  rewrite(llama, lambda arrays: arrays, np.float16)
+  assert "stored as float16 become float32" in load_checkpoint(llama, mesh()).note
 
 
 def test_tensors_of_whole_numbers_are_no_parameters(llama: Path):
