@@ -241,6 +241,25 @@ def find_resume_step(cfg: Config, warn: Callable[[str], None] | None = None) -> 
   return step or 0
 
 
+def check_is_ours(run_dir: Path) -> None:
+  """Refuses, by `CheckpointError`, to begin a run where a checkpoint of others is.
+
+  It may have been imported into `run_dir`, or may be what a hub has, which also has a
+  config.json. Its config and tokenizer would be overwritten, its weights set aside.
+  """
+  try:
+    config = json.loads((run_dir / CONFIG).read_bytes())
+  except (OSError, ValueError, RecursionError):
+    config = None  # missing, or damaged: then starting over is the cure
+  is_a_hubs = isinstance(config, dict) and "model_type" in config
+  if is_a_hubs or (run_dir / IMPORTED_FILES).exists():
+    raise CheckpointError(
+      f"{run_dir} holds a checkpoint that was not trained here, and training would begin "
+      "from random weights in its place",
+      "choose another --name; training from its weights (--init) is not there yet",
+    )
+
+
 def check_same_experiment(
   before: Config, cfg: Config, stored_corpus: str, corpus: str
 ) -> None:

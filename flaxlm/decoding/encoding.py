@@ -11,7 +11,7 @@ import numpy as np
 
 from flaxlm.decoding.completions import as_texts
 from flaxlm.decoding.loading import Run
-from flaxlm.decoding.prefill import is_real_token, pad_rows
+from flaxlm.decoding.prefill import check_ids, is_real_token, pad_rows
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.vocabulary import mask_padding_ids
@@ -96,6 +96,7 @@ def encode_rows(run: Run, texts: list[str], masked: bool = False) -> list[list[i
         f"a text of {len(row)} tokens > model.context={context}", "shorten it"
       )
     rows.append(row)
+  check_ids(rows, run.model.cfg.num_ids)
   return rows
 
 

@@ -30,6 +30,16 @@ CHUNK = MAX_NEW_IN_RING  # tokens of a prompt that one pass reads
 SMALLEST_PREFIX = 64  # tokens that all prompts share, worth a pass of their own
 
 
+def check_ids(rows: Sequence[Sequence[int]], num_ids: int) -> None:
+  """Raises `ConfigError` for an id that the model has not: JAX would read another one."""
+  for token in (min(map(min, rows), default=0), max(map(max, rows), default=0)):
+    if not 0 <= token < num_ids:
+      raise ConfigError(
+        f"token id {token} is not in the model's vocabulary of {num_ids}",
+        "the tokenizer does not fit the model",
+      )
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
   """The rows to continue, as token ids; they may differ in length.
@@ -60,12 +70,7 @@ class Request:
     for rows in (self.prompts, self.sources or []):
       if (rows is self.prompts and not rows) or not all(map(len, rows)):
         raise ConfigError("a prompt has no tokens", "begin it with the end-of-text token")
-      for token in (min(map(min, rows), default=0), max(map(max, rows), default=0)):
-        if not 0 <= token < cfg.num_ids:
-          raise ConfigError(
-            f"token id {token} is not in the model's vocabulary of {cfg.num_ids}",
-            "the tokenizer does not fit the model",
-          )
+      check_ids(rows, cfg.num_ids)
     longest = max(map(len, self.prompts))
     if cfg.family != "rnn" and longest + self.max_new_tokens > cfg.context:
       room = max(0, cfg.context - longest)

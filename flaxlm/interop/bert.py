@@ -47,10 +47,17 @@ def read_heads(head: str) -> Rule:
   return Rule(read)
 
 
+def refuse_no_types(hf: Values, found: Fields) -> Fields:
+  if not found["num_token_types"]:
+    raise hf.refused("type_vocab_size", "it is at least 1")
+  return {}
+
+
 ENCODER: tuple[Row, ...] = (
   *defaults(SIZES, max_position_embeddings=REQUIRED),
-  Key("intermediate_size", "ffn_width"),
+  Key("intermediate_size", "ffn_width", REQUIRED),
   Key("type_vocab_size", "num_token_types", 2),
+  Rule(refuse_no_types),
   Key("layer_norm_eps", "norm_epsilon", 1e-12),
   Key("tie_word_embeddings", "tied_embeddings", True),
   Choice("hidden_act", ACTIVATIONS, "gelu"),
@@ -204,10 +211,10 @@ def write_t5_head(cfg: ResolvedModel) -> Keys:
 
 
 T5_SETTINGS = (
-  Key("vocab_size", "vocab_size"),
+  Key("vocab_size", "vocab_size", REQUIRED),
   Key("d_model", "width"),
-  Key("d_kv", "head_dim"),
-  Key("d_ff", "ffn_width"),
+  Key("d_kv", "head_dim", REQUIRED),
+  Key("d_ff", "ffn_width", REQUIRED),
   Key("num_layers", "depth"),
   Key("num_layers", "encoder_depth", REQUIRED),
   Key("num_decoder_layers", "depth"),  # in its absence, as many as the encoder has

@@ -6,6 +6,7 @@ from typing import Any
 from flaxlm.errors import CheckpointError
 from flaxlm.interop import bert, gpt, llama
 from flaxlm.interop.family import Family
+from flaxlm.interop.values import shown
 
 FAMILIES = {
   family.model_type: family for family in (*llama.FAMILIES, *gpt.FAMILIES, *bert.FAMILIES)
@@ -17,6 +18,6 @@ def find_family(model_type: Any, origin: str) -> Family:
   if not isinstance(model_type, str) or model_type not in FAMILIES:
     known = ", ".join(sorted(FAMILIES))
     raise CheckpointError(
-      f"{origin}: model_type {model_type!r} is not supported", f"supported: {known}"
+      f"{origin}: model_type {shown(model_type)} is not supported", f"supported: {known}"
     )
   return FAMILIES[model_type]

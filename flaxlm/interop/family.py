@@ -8,20 +8,27 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flaxlm.config import (
+  OBJECTIVES,
+  Config,
+  DataConfig,
   ModelConfig,
   MoEConfig,
   ResolvedModel,
   ResolvedMoE,
   ResolvedRope,
+  check_config,
   difference,
 )
-from flaxlm.errors import CheckpointError
+from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.interop.layouts import Shape, Weight
+from flaxlm.interop.safetensors import MAX_TENSORS
 from flaxlm.interop.settings import (
   SCALINGS,
   Row,
   fixed_base,
   read_fields,
+  rotary_dims,
+  rotary_fraction,
   shortest_period,
   write_keys,
 )
@@ -79,7 +86,8 @@ class Family:
       raise CheckpointError(f"{self.model_type} has image input, which flaxlm lacks")
     keys = {"model_type": self.model_type, **write_keys(self.settings, cfg.resolve())}
     written = Values(keys, self.model_type, names)
-    pairs = difference(canonical(cfg), canonical(self.read(written)), "model.")
+    theirs = read_config(self, written)
+    pairs = difference(canonical(cfg), canonical(theirs), "model.")
     misfits = [
       f"{name}={ours}" for name, (ours, theirs) in pairs.items() if not close(ours, theirs)
     ]
@@ -98,6 +106,7 @@ class Family:
     `shapes` are those of our parameters. Raises `CheckpointError` if one has no row.
     """
     table = self.weights(cfg) if callable(self.weights) else self.weights
+    table = tuple(row for row in table if row.applies(shapes))
     unmapped = shapes.keys() - {path for row in table for path in row.ours}
     if unmapped:
       raise CheckpointError(
@@ -108,6 +117,20 @@ class Family:
       for row in table
       for name, shape, place in row.tensors(shapes)
     }
+
+
+def read_config(family: Family, hf: Values) -> ResolvedModel:
+  """The checked model config of a config.json. Raises `CheckpointError`."""
+  cfg = family.read(hf)
+  try:
+    data = DataConfig(objective=OBJECTIVES[cfg.family], seq_len=1)  # type: ignore[arg-type]
+    check_config(Config(model=cfg, data=data))
+  except ConfigError as e:
+    raise CheckpointError(f"{hf.origin}: {e.cause}", e.cure) from e
+  count = cfg.depth * max(1, cfg.moe.num_experts)
+  if count > MAX_TENSORS:
+    raise CheckpointError(f"{hf.origin}: {count} feed-forwards", f"at most {MAX_TENSORS}")
+  return cfg.resolve()
 
 
 def causal(
@@ -175,7 +198,8 @@ def canonical_rope(cfg: ResolvedModel) -> ResolvedRope:
   plain = ResolvedRope(original_context=cfg.context)
   if cfg.positions != "rope":
     return plain
-  rope = fixed_base(cfg)
+  share = rotary_fraction(rotary_dims(cfg), cfg.head_dim)
+  rope = dataclasses.replace(fixed_base(cfg), fraction=share)
   if rope.scaling == "yarn" and rope.attention_factor is None and rope.factor != 1:
     rope = dataclasses.replace(rope, attention_factor=0.1 * math.log(rope.factor) + 1)
   scaled = rope.scaling != "none" and (

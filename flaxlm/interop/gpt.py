@@ -12,23 +12,25 @@ from flaxlm.interop.family import Table, causal
 from flaxlm.interop.layouts import Rows, array, linear, linears, norm
 from flaxlm.interop.settings import (
   ACTIVATIONS,
-  ROPE,
+  PARTIAL,
   SIZES,
   Choice,
   Fields,
   Key,
+  Keys,
   Row,
   Rule,
   defaults,
   fixed,
-  fixed_base,
   head_dim,
   ours,
+  read_rope,
   rotary_dims,
   rotary_fraction,
+  write_partial_rope,
   written,
 )
-from flaxlm.interop.values import Values
+from flaxlm.interop.values import REQUIRED, Values
 
 QKV = tuple(f"blocks/attention/{part}" for part in "qkv")
 OURS = ours(norm="layernorm", gated=False, biased=True)
@@ -51,7 +53,7 @@ GPT2 = (
 )
 GPT_KEYS: tuple[Row, ...] = (
   OURS,
-  Key("vocab_size", "vocab_size"),
+  Key("vocab_size", "vocab_size", REQUIRED),
   Key("n_embd", "width"),
   Key("n_layer", "depth"),
   Key("n_head", "num_heads"),
@@ -93,7 +95,7 @@ def gptj(cfg: ResolvedModel) -> Table:
 
 def read_rotary_dim(hf: Values, found: Fields) -> Fields:
   size = head_dim(hf, found)
-  return {"rope.fraction": rotary_fraction(hf.get(int, "rotary_dim", size), size)}
+  return {"rope.fraction": rotary_fraction(hf.get(int, "rotary_dim", 64), size)}
 
 
 GPTJ_SETTINGS = (
@@ -115,10 +117,26 @@ NEOX = (
   *linears(N + "mlp.", "blocks/ffn/", up="dense_h_to_4h", down="dense_4h_to_h"),
   *linear("embed_out", "head"),
 )
+NEOX_ROPE = {"rope_theta": "rotary_emb_base", PARTIAL: "rotary_pct"}  # its own names
+
+
+def read_neox_rope(hf: Values, found: Fields) -> Fields:
+  own = {name: hf.values.get(key) for name, key in NEOX_ROPE.items()}
+  given = {name: value for name, value in own.items() if value is not None}
+  hf = Values({**hf.values, **given}, hf.origin)
+  return read_rope(hf, found | {"rope.fraction": 0.25}, partial=True)
+
+
+def write_neox_rope(cfg: ResolvedModel) -> Keys:
+  keys = {PARTIAL: 1.0, **write_partial_rope(cfg)}
+  keys |= {own: keys[name] for name, own in NEOX_ROPE.items()}
+  return {name: value for name, value in keys.items() if name != PARTIAL}
+
+
 NEOX_SETTINGS = (
   OURS,
   *SIZES,
-  Key("intermediate_size", "ffn_width"),
+  Key("intermediate_size", "ffn_width", REQUIRED),
   Key("layer_norm_eps", "norm_epsilon", 1e-5),
   Key("tie_word_embeddings", "tied_embeddings", False),
   Choice("hidden_act", ACTIVATIONS, "gelu"),
@@ -129,11 +147,7 @@ NEOX_SETTINGS = (
   ),
   Key("attention_bias", "o_biased", True),
   Key("attention_bias", "qkv_biased", True),
-  Key("partial_rotary_factor", "rope.fraction", 0.25, older="rotary_pct"),
-  Key("rotary_pct", "rope.fraction"),
-  Key("rope_theta", "rope.theta", 10_000.0, older="rotary_emb_base"),
-  ROPE,
-  Rule(write=lambda cfg: {"rotary_emb_base": fixed_base(cfg).theta}),
+  Rule(read_neox_rope, write_neox_rope),
   written(attention_dropout=0.0, hidden_dropout=0.0),
 )
 
@@ -153,8 +167,9 @@ BLOOM = (
 BLOOM_SETTINGS = (
   OURS,
   ours(activation="gelu_tanh", positions="alibi", embedding_norm=True),
-  Key("vocab_size", "vocab_size"),
+  Key("vocab_size", "vocab_size", REQUIRED),
   Key("hidden_size", "width", older="n_embed"),
+  Key("n_embed", "width"),  # of two, transformers takes this one
   Key("n_layer", "depth", older="num_hidden_layers"),
   Key("n_head", "num_heads", older="num_attention_heads"),
   Key("seq_length", "context", 2048),
@@ -194,7 +209,7 @@ OPT_SETTINGS = (
   OURS,
   ours(positions="learned", norm_epsilon=1e-5),
   *SIZES,
-  Key("ffn_dim", "ffn_width"),
+  Key("ffn_dim", "ffn_width", REQUIRED),
   Key("tie_word_embeddings", "tied_embeddings", True),
   Choice("activation_function", ACTIVATIONS, "relu"),
   Choice(

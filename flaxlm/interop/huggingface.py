@@ -8,6 +8,7 @@ a config that the other side cannot express.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,20 +20,19 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flaxlm.config import (
-  OBJECTIVES,
-  Config,
-  DataConfig,
-  ResolvedModel,
-  TrainingConfig,
-  check_config,
-)
-from flaxlm.errors import CheckpointError, ConfigError
+from flaxlm.config import ResolvedModel, TrainingConfig
+from flaxlm.errors import CheckpointError
 from flaxlm.interop.families import find_family
-from flaxlm.interop.family import Family
+from flaxlm.interop.family import Family, read_config
 from flaxlm.interop.layouts import Shape
-from flaxlm.interop.safetensors import MAX_TENSORS, Tensor, open_checkpoint, write_files
-from flaxlm.interop.values import Values, read_json
+from flaxlm.interop.safetensors import (
+  DTYPES,
+  Tensor,
+  is_finite,
+  open_checkpoint,
+  write_files,
+)
+from flaxlm.interop.values import Values, read_json, shortened
 from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
 
 CONFIG = "config.json"
@@ -46,6 +46,7 @@ class Loaded(NamedTuple):
   params: Any  # sharded over the mesh
   dtype: str  # of the parameters
   family: Family
+  note: str = ""  # for the user, where the parameters take more than the checkpoint
 
   @property
   def num_parameters(self) -> int:
@@ -58,10 +59,11 @@ class Loaded(NamedTuple):
 def load_checkpoint(folder: Path, mesh: Mesh, dtype: str | None = None) -> Loaded:
   """The model in `folder`, its parameters on `mesh`.
 
-  `dtype` of the parameters is float32 or bfloat16. None keeps a checkpoint's bfloat16, and
-  makes float32 of everything else: float16 is not supported, but float32 holds its values.
-  Norms are always float32. A vocabulary that the mesh does not divide is padded. Raises
-  `CheckpointError` for a checkpoint that is damaged or not supported.
+  `dtype` of the parameters is float32 or bfloat16. None keeps bfloat16 where all matrices
+  are stored in it, and else takes float32, which holds the values of any: then the result
+  has a note of the cost. Norms are always float32. A vocabulary that the mesh does not
+  divide is padded. Raises `CheckpointError` for a checkpoint that is damaged or not
+  supported.
   """
   values = read_json(folder / CONFIG)
   family = find_family(values.get("model_type"), str(folder / CONFIG))
@@ -71,23 +73,59 @@ def load_checkpoint(folder: Path, mesh: Mesh, dtype: str | None = None) -> Loade
     )
   tensors = open_checkpoint(folder)
   cfg = read_config(family, Values(values, str(folder / CONFIG), tensors))
-  if dtype is None:
-    kinds = {t.dtype for name, t in tensors.items() if not family.ignores(name)}
-    dtype = "bfloat16" if kinds == {"BF16"} else "float32"
   cfg = cfg.padded(mesh.shape["tensor"])
-  model = build_model(cfg, TrainingConfig(dtype=dtype, param_dtype=dtype))  # type: ignore[arg-type]
-  abstract = flatten_dict(abstract_params(model, mesh), sep="/")
+  abstract = flat_params(cfg, mesh, dtype or "bfloat16")
   shapes = real_shapes(cfg, abstract)
-  expected = family.expected(model.cfg, shapes)
+  expected = family.expected(cfg, shapes)
   found = match(family, tensors, {name: shape for name, (_, _, shape) in expected.items()})
+  note = ""
+  if dtype is None:
+    narrow = {path for path, x in abstract.items() if x.dtype == jnp.bfloat16}
+    matrices = [n for n, (row, *_) in expected.items() if not narrow.isdisjoint(row.ours)]
+    dtype, note = dtype_of([found[name] for name in matrices])
+    abstract = flat_params(cfg, mesh, dtype)
   params: dict[str, jax.Array] = {}
   for name, (row, place, _) in expected.items():
     inner = [shapes[path][row.stacked :] for path in row.ours]
-    arrays = row.layout.to_ours(found[name].read(), inner)
+    arrays = row.layout.to_ours(read_finite(found[name], name), inner)
     for path, array in zip(row.ours, arrays, strict=True):
       whole = abstract[path].shape[row.stacked :]
       params[path] = put(params.get(path), abstract[path], zero_padded(array, whole), place)
-  return Loaded(cfg, unflatten_dict(params, sep="/"), dtype, family)
+  return Loaded(cfg, unflatten_dict(params, sep="/"), dtype, family, note)
+
+
+def flat_params(cfg: ResolvedModel, mesh: Mesh, dtype: str) -> dict[str, Any]:
+  """The shape, dtype and sharding of every parameter, by its path."""
+  model = build_model(cfg, TrainingConfig(dtype=dtype, param_dtype=dtype))  # type: ignore[arg-type]
+  return flatten_dict(abstract_params(model, mesh), sep="/")
+
+
+def dtype_of(matrices: list[Tensor]) -> tuple[str, str]:
+  """The dtype that holds all of `matrices`, and a line about it if it takes more bytes."""
+  matrices = [tensor for tensor in matrices if tensor.dtype in DTYPES]  # others are refused
+  kinds = sorted({tensor.dtype for tensor in matrices})
+  if kinds == ["BF16"]:
+    return "bfloat16", ""
+  stored = sum(DTYPES[t.dtype].itemsize * math.prod(t.shape) for t in matrices)
+  taken = sum(4 * math.prod(tensor.shape) for tensor in matrices)
+  if taken <= stored:
+    return "float32", ""
+  names = " and ".join(DTYPES[kind].name for kind in kinds)
+  return "float32", (
+    f"weights stored as {names} become float32: {taken / 1e9:.3g} GB for "
+    f"{stored / 1e9:.3g} GB; --dtype bfloat16 takes {taken / 2e9:.3g} GB, and rounds"
+  )
+
+
+def read_finite(tensor: Tensor, name: str) -> np.ndarray:
+  """The values of a tensor. Raises `CheckpointError` for NaN and infinity among them."""
+  values = tensor.read()
+  if not is_finite(values):
+    raise CheckpointError(
+      f"{tensor.path}: {name} has values that are NaN or infinite",
+      "the checkpoint is damaged, or its training had diverged: get another",
+    )
+  return values
 
 
 def real_shapes(cfg: ResolvedModel, flat: Mapping[str, Any]) -> dict[str, Shape]:
@@ -103,20 +141,6 @@ def zero_padded(array: np.ndarray, shape: Shape) -> np.ndarray:
   """`array` with zeros at the end of each dim, up to `shape`."""
   missing = [(0, n - m) for n, m in zip(shape, array.shape, strict=True)]
   return np.pad(array, missing) if array.shape != shape else array
-
-
-def read_config(family: Family, hf: Values) -> ResolvedModel:
-  """The checked model config of a config.json. Raises `CheckpointError`."""
-  cfg = family.read(hf)
-  try:
-    data = DataConfig(objective=OBJECTIVES[cfg.family], seq_len=1)  # type: ignore[arg-type]
-    check_config(Config(model=cfg, data=data))
-  except ConfigError as e:
-    raise CheckpointError(f"{hf.origin}: {e.cause}", e.cure) from e
-  count = cfg.depth * max(1, cfg.moe.num_experts)
-  if count > MAX_TENSORS:
-    raise CheckpointError(f"{hf.origin}: {count} feed-forwards", f"at most {MAX_TENSORS}")
-  return cfg.resolve()
 
 
 def match(
@@ -137,7 +161,7 @@ def match(
       if candidate in expected or candidate in twins:
         if candidate in found:
           raise CheckpointError(
-            f"{tensor.path}: {candidate} is there twice, once as {given}"
+            f"{tensor.path}: {candidate} is there twice, once as {shortened(given)}"
           )
         found[candidate] = tensor
         break
@@ -169,7 +193,9 @@ def match(
 def some(names: list[str]) -> str:
   """The first names of a list, and the number of others."""
   more = len(names) - MAX_LISTED
-  return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+  return ", ".join(map(shortened, names[:MAX_LISTED])) + (
+    f" and {more} more" if more > 0 else ""
+  )
 
 
 def put(

@@ -140,17 +140,21 @@ class Weight:
     """How many leading dims of ours are stacked over layers and experts."""
     return self.theirs.count("{l}") + self.theirs.count("{e}")
 
+  def applies(self, shapes: Mapping[str, Shape]) -> bool:
+    """Whether a model with parameters of these shapes has all that the row is made of.
+
+    It may have some alone: a feed-forward without a gate has no row in a table that fuses
+    both.
+    """
+    return all(path in shapes for path in self.ours)
+
   def tensors(
     self, shapes: Mapping[str, Shape]
   ) -> Iterator[tuple[str, Shape, tuple[int, ...]]]:
     """(name, shape, index in our stacked array) of each of their tensors in this row.
 
-    `shapes` are those of our parameters; if the row's are not among them, there are none.
+    `shapes` are those of our parameters, to which the row applies.
     """
-    present = [path in shapes for path in self.ours]
-    if not all(present):
-      assert not any(present), self.ours
-      return
     stack = shapes[self.ours[0]][: self.stacked]
     inner = self.layout.shape([shapes[path][self.stacked :] for path in self.ours])
     for place in itertools.product(*map(range, stack)):

@@ -27,7 +27,9 @@ from flaxlm.interop.settings import (
   layer_pattern,
   layer_types,
   ours,
+  partial_rope,
   read_rope,
+  replaced,
   write_rope,
   written,
 )
@@ -116,7 +118,7 @@ KEYS: tuple[Row, ...] = (
   *SIZES,
   Key("num_key_value_heads", "num_kv_heads"),
   Key("head_dim", "head_dim"),
-  Key("intermediate_size", "ffn_width"),
+  Key("intermediate_size", "ffn_width", REQUIRED),
   Key("rms_norm_eps", "norm_epsilon", 1e-6),
   Key("tie_word_embeddings", "tied_embeddings", False),
   Choice("hidden_act", ACTIVATIONS, "silu"),
@@ -128,20 +130,37 @@ BIASES = (
   Key("attention_bias", "o_biased", False),
   Key("attention_bias", "qkv_biased", False),
 )
-LLAMA_SETTINGS = (*KEYS, *BIASES, Key("mlp_bias", "biased", False))
+
+
+def refuse_uneven_heads(hf: Values, found: Fields) -> Fields:
+  """For families whose classes refuse it, although they have a key for the head dim."""
+  if found["num_heads"] and found["width"] % found["num_heads"]:
+    raise hf.refused("hidden_size", f"use a multiple of {found['num_heads']} heads")
+  return {}
+
+
+EVEN_HEADS = Rule(refuse_uneven_heads)
+LLAMA_SETTINGS = (*KEYS, *BIASES, Key("mlp_bias", "biased", False), EVEN_HEADS)
 MISTRAL_SETTINGS = (
   *defaults(KEYS, max_position_embeddings=131_072),
+  Key("num_key_value_heads", "num_kv_heads", 8, nullable=True),
   Key("sliding_window", "window", 4096, nullable=True),
 )
 MIXTRAL_SETTINGS = (
   *defaults(KEYS, rms_norm_eps=1e-5, rope_theta=1e6, max_position_embeddings=131_072),
+  Key("num_key_value_heads", "num_kv_heads", 8, nullable=True),
   Key("sliding_window", "window"),
   Key("intermediate_size", "moe.expert_width"),
   Key("num_local_experts", "moe.num_experts"),
   Key("num_experts_per_tok", "moe.experts_per_token", 2),
   Key("router_aux_loss_coef", "moe.load_balance_weight", 0.001),
 )
-PHI3_SETTINGS = (*defaults(KEYS, rms_norm_eps=1e-5), Key("sliding_window", "window"))
+PHI3_SETTINGS = (
+  *defaults(
+    replaced(KEYS, ROPE, partial_rope()), rms_norm_eps=1e-5, max_position_embeddings=4096
+  ),
+  Key("sliding_window", "window"),
+)
 OLMO2_SETTINGS = (
   *defaults(KEYS, rms_norm_eps=1e-5),
   *BIASES,
@@ -151,14 +170,21 @@ OLMO2_SETTINGS = (
 # -- Qwen
 
 
-def read_windows(hf: Values, found: Fields) -> Fields:
-  """The first `max_window_layers` layers are global, the others local."""
-  if not hf.get(bool, "use_sliding_window", False):
+def read_windows(hf: Values, found: Fields, alternating: bool = False) -> Fields:
+  """The first `max_window_layers` layers are global, the others local.
+
+  If `alternating` (Qwen 2's models with experts), every second of the first ones is local
+  instead, and all others are global.
+  """
+  window = read_window(hf, found)
+  if not window:
     return {}
   depth = found["depth"]
-  full = max(0, min(depth, hf.get(int, "max_window_layers", 28)))
-  pattern = layer_pattern(hf, depth, "G" * full + "L" * (depth - full))
-  return {"window": hf.get(int, "sliding_window", 4096), "layer_pattern": pattern}
+  first = max(0, min(depth, hf.get(int, "max_window_layers", 28)))
+  pattern = "G" * first + "L" * (depth - first)
+  if alternating:
+    pattern = ("LG" * depth)[:first] + "G" * (depth - first)
+  return {**window, "layer_pattern": layer_pattern(hf, depth, pattern)}
 
 
 def write_windows(cfg: ResolvedModel) -> Keys:
@@ -172,8 +198,9 @@ def write_windows(cfg: ResolvedModel) -> Keys:
 
 
 def read_window(hf: Values, found: Fields) -> Fields:
-  """The window of Qwen 3's models with experts, which is the same in every layer."""
-  if not hf.get(bool, "use_sliding_window", False):
+  """The window, which in Qwen 3's models with experts is the same in every layer."""
+  missing = hf.values.get("sliding_window", 4096) is None  # null is no window
+  if missing or not hf.get(bool, "use_sliding_window", False):
     return {}
   return {"window": hf.get(int, "sliding_window", 4096)}
 
@@ -183,10 +210,10 @@ def write_window(cfg: ResolvedModel) -> Keys:
 
 
 def read_shared_experts(hf: Values, found: Fields) -> Fields:
-  shared, width = hf.get(int, SHARED_WIDTH, 0), found["moe.expert_width"]
-  if width < 1 or shared % width:
+  shared, width = hf.get(int, SHARED_WIDTH), found["moe.expert_width"]
+  if width < 1 or shared < 1 or shared % width:
     raise hf.refused(SHARED_WIDTH, f"use a multiple of {width}")
-  return {"moe.num_shared_experts": shared // width, "moe.shared_gated": shared > 0}
+  return {"moe.num_shared_experts": shared // width, "moe.shared_gated": True}
 
 
 def write_shared_experts(cfg: ResolvedModel) -> Keys:
@@ -195,6 +222,7 @@ def write_shared_experts(cfg: ResolvedModel) -> Keys:
 
 SHARED_WIDTH = "shared_expert_intermediate_size"
 WINDOWS = Rule(read_windows, write_windows)
+MOE_WINDOWS = Rule(functools.partial(read_windows, alternating=True), write_windows)
 QWEN_MOE = (
   fixed(decoder_sparse_step=1, mlp_only_layers=[]),
   Key("num_experts", "moe.num_experts", older="num_local_experts"),
@@ -203,18 +231,20 @@ QWEN_MOE = (
   Key("norm_topk_prob", "moe.normalized", False),
   Key("router_aux_loss_coef", "moe.load_balance_weight", 0.001),
 )
-QWEN2_SETTINGS = (*KEYS, WINDOWS, ours(qkv_biased=True))
+QWEN_KEYS = defaults(KEYS, max_position_embeddings=32_768)
+KV_HEADS = Key("num_key_value_heads", "num_kv_heads", 32, nullable=True)
+QWEN2_SETTINGS = (*QWEN_KEYS, KV_HEADS, WINDOWS, ours(qkv_biased=True))
 QWEN2_MOE_SETTINGS = (
-  *(*KEYS, WINDOWS, *QWEN_MOE),
+  *(*QWEN_KEYS, dataclasses.replace(KV_HEADS, default=16), MOE_WINDOWS, *QWEN_MOE),
   Rule(read_shared_experts, write_shared_experts),
   Key("qkv_bias", "qkv_biased", True),
 )
 QWEN3_SETTINGS = (
-  *(*defaults(KEYS, head_dim=128), *BIASES, WINDOWS),
+  *(*defaults(QWEN_KEYS, head_dim=128), KV_HEADS, *BIASES, WINDOWS),
   ours(qk_norm="head"),
 )
 QWEN3_MOE_SETTINGS = (
-  *(*KEYS, *BIASES, *QWEN_MOE),
+  *(*defaults(QWEN_KEYS, num_key_value_heads=4), *BIASES, *QWEN_MOE),
   Rule(read_window, write_window),
   ours(qk_norm="head"),
 )
@@ -237,7 +267,8 @@ def read_scale(hf: Values, found: Fields) -> Fields:
 
 
 def write_scale(cfg: ResolvedModel) -> Keys:
-  return {"query_pre_attn_scalar": round(cfg.attention_scale**-2)}
+  scale = cfg.attention_scale
+  return {"query_pre_attn_scalar": round(scale**-2) if scale > 1e-4 else None}
 
 
 def read_period(hf: Values, found: Fields) -> Fields:
@@ -251,13 +282,13 @@ def read_period(hf: Values, found: Fields) -> Fields:
 
 def read_both_ropes(hf: Values, found: Fields) -> Fields:
   """Gemma 3's RoPE, which has another base in local layers, and there no scaling."""
-  of_kind = hf.inner("rope_parameters")
+  of_kind, older_scaling = hf.inner("rope_parameters"), hf.inner("rope_scaling").values
   whole, local = of_kind.inner("full_attention"), of_kind.inner("sliding_attention")
-  local.demand(rope_type="default")
+  local.demand(rope_type="default", partial_rotary_factor=1.0)
   older = hf.get(float, "rope_local_base_freq", 10_000.0)
   fields = {"rope.local_theta": local.get(float, "rope_theta", older)}
-  if whole.values:
-    hf = Values({**hf.values, "rope_parameters": whole.values}, hf.origin)
+  scaling = {**whole.values, **older_scaling}
+  hf = Values({**hf.values, "rope_scaling": scaling, "rope_parameters": {}}, hf.origin)
   return fields | read_rope(hf, found)
 
 
@@ -266,12 +297,19 @@ def write_both_ropes(cfg: ResolvedModel) -> Keys:
   return {**write_rope(cfg), "rope_local_base_freq": local}
 
 
+def read_local_window(hf: Values, found: Fields) -> Fields:
+  if "sliding_window" in hf.values and hf.values["sliding_window"] is None:
+    raise hf.refused("sliding_window", "local layers need one")
+  return {"window": hf.get(int, "sliding_window", 4096)}
+
+
 GEMMA_SETTINGS: tuple[Row, ...] = (
   *defaults(
     KEYS,
     hidden_act="gelu_pytorch_tanh",
     tie_word_embeddings=True,
     head_dim=256,
+    num_key_value_heads=16,
     max_position_embeddings=8192,
   ),
   *BIASES,
@@ -280,22 +318,30 @@ GEMMA_SETTINGS: tuple[Row, ...] = (
   ours(embedding_scaled=True),
 )
 GEMMA_2_SETTINGS = (
-  *GEMMA_SETTINGS,
+  *defaults(GEMMA_SETTINGS, num_key_value_heads=4),
+  EVEN_HEADS,
   # Written after it has been read from either key, so that any activation has a place.
   Rule(write=Choice("hidden_activation", ACTIVATIONS, "gelu").write),
   Rule(read_scale, write_scale),
   Key("attn_logit_softcapping", "attention_softcap", 50.0, nullable=True),
   Key("final_logit_softcapping", "logit_softcap", 30.0, nullable=True),
-  Rule(
-    lambda hf, found: {"window": hf.get(int, "sliding_window", 4096)},
-    lambda cfg: {"sliding_window": cfg.window or cfg.context},
-  ),
+  Rule(read_local_window, lambda cfg: {"sliding_window": cfg.window or cfg.context}),
   Rule(
     lambda hf, found: {"layer_pattern": layer_pattern(hf, found["depth"], "LG")},
     lambda cfg: {"layer_types": layer_types(cfg)},
   ),
   ours(norm_placement="both"),
 )
+SOFTCAP = "attn_logit_softcapping"
+
+
+def refuse_softcap(hf: Values, found: Fields) -> Fields:
+  """Gemma 3 has the key, but its attention has no cap."""
+  if hf.values.get(SOFTCAP) is not None:
+    raise hf.refused(SOFTCAP, "this family has no such cap: set it to null")
+  return {"attention_softcap": None}
+
+
 # The defaults are those of the text model in a model with image input.
 GEMMA_3_SETTINGS = (
   *defaults(
@@ -305,9 +351,9 @@ GEMMA_3_SETTINGS = (
     num_key_value_heads=4,
     max_position_embeddings=131_072,
     rope_theta=1e6,
-    attn_logit_softcapping=None,
     final_logit_softcapping=None,
   ),
+  Rule(refuse_softcap, lambda cfg: {SOFTCAP: None}),
   Rule(read_both_ropes, write_both_ropes),
   Rule(read_period),
   ours(qk_norm="head"),

@@ -19,13 +19,15 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
-from flaxlm.errors import CheckpointError
+from flaxlm.errors import CheckpointError, reason
+from flaxlm.interop.files import has_file
 from flaxlm.interop.layouts import Shape
-from flaxlm.interop.values import parse_json, read_json
+from flaxlm.interop.values import parse_json, read_json, shortened, shown
 
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 200_000
 MAX_RANK = 8
+PIECE = 2**20  # values that are looked at together: few enough to stay in a cache
 
 DTYPES: Mapping[str, np.dtype] = {
   "F32": np.dtype(np.float32),
@@ -64,10 +66,22 @@ class Tensor:
     try:
       values = np.fromfile(self.path, dtype, count, offset=self.start)
     except OSError as e:
-      raise CheckpointError(f"{self.path} cannot be read: {e}") from e
+      raise CheckpointError(f"{self.path} cannot be read: {reason(e)}") from e
     if values.size < count:
       raise CheckpointError(f"{self.path} was cut short while it was read")
     return values.reshape(self.shape)
+
+
+def is_finite(values: np.ndarray) -> bool:
+  """Whether floats (float32 at most) have neither NaN nor infinity: their exponents say."""
+  if values.dtype == np.float64:
+    with np.errstate(over="ignore"):
+      values = values.astype(np.float32)
+  kind = jnp.finfo(values.dtype)
+  exponent = ((1 << kind.nexp) - 1) << kind.nmant
+  bits = values.reshape(-1).view(f"u{values.dtype.itemsize}")
+  pieces = (bits[at : at + PIECE] for at in range(0, bits.size, PIECE))
+  return all((piece & exponent).max() < exponent for piece in pieces)
 
 
 # -- Reading -------------------------------------------------------------------------------
@@ -80,9 +94,9 @@ def open_checkpoint(folder: Path) -> dict[str, Tensor]:
   """
   if not folder.is_dir():
     raise CheckpointError(f"{folder} is not a directory")
-  if (folder / INDEX).exists():
+  if has_file(folder / INDEX):
     return _open_index(folder)
-  if (folder / SINGLE).exists():
+  if has_file(folder / SINGLE):
     return read_header(folder / SINGLE)
   pickles = sorted(path.name for name in PICKLE_NAMES for path in folder.glob(name))
   if pickles:
@@ -99,11 +113,13 @@ def _open_index(folder: Path) -> dict[str, Tensor]:
     if not isinstance(file, str) or file not in files:
       files[file] = read_header(_inside(folder, file))
     if name not in files[file]:
-      raise CheckpointError(f"{folder / INDEX}: {name} is not in {file}")
+      raise CheckpointError(f"{folder / INDEX}: {shortened(name)} is not in {file}")
   for file, tensors in files.items():
     stray = [name for name in tensors if where.get(name) != file]
     if stray:
-      raise CheckpointError(f"{folder / INDEX} does not list {stray[0]} of {file}")
+      raise CheckpointError(
+        f"{folder / INDEX} does not list {shortened(stray[0])} of {file}"
+      )
   return {name: files[file][name] for name, file in where.items()}
 
 
@@ -114,7 +130,7 @@ def _inside(folder: Path, file: Any) -> Path:
     if isinstance(file, str) and any(Path(file).match(name) for name in PICKLE_NAMES):
       raise _pickled(folder / Path(file).name)
     raise CheckpointError(
-      f"{folder / INDEX} names the file {file!r}",
+      f"{folder / INDEX} names the file {shown(file)}",
       "use the plain name of a .safetensors file beside the index",
     )
   return folder / file
@@ -130,8 +146,8 @@ def _pickled(path: Path) -> CheckpointError:
 def read_header(path: Path) -> dict[str, Tensor]:
   """The tensors of one file. Raises `CheckpointError` if anything in it is wrong."""
   try:
-    if not path.is_file():
-      raise CheckpointError(f"{path} is not a file")
+    if not has_file(path):
+      raise CheckpointError(f"{path} does not exist")
     size = path.stat().st_size
     with path.open("rb") as file:
       start = file.read(8)
@@ -147,7 +163,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
           f"{path}: a header of {length} bytes", f"at most {MAX_HEADER_BYTES}"
         )
       header = file.read(length)
-  except (OSError, ValueError) as e:
+  except OSError as e:
+    raise CheckpointError(f"{path} cannot be read: {reason(e)}") from e
+  except ValueError as e:
     raise CheckpointError(f"{path} cannot be read: {e}") from e
   entries = parse_json(header, str(path))
   entries.pop("__metadata__", None)
@@ -160,7 +178,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
     places.append((first, last, name))
   for first, last, name in sorted(places):
     if first != end:
-      raise CheckpointError(f"{path}: {name} does not begin where the tensor before ends")
+      raise CheckpointError(
+        f"{path}: {shortened(name)} does not begin where the tensor before ends"
+      )
     end = last
   if end != size - 8 - length:
     raise CheckpointError(f"{path}: {size - 8 - length} bytes of data, {end} in the header")
@@ -169,6 +189,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 def _entry(path: Path, name: str, entry: Any, base: int) -> tuple[Tensor, int, int]:
   """A tensor, and the range of bytes that the header gives it."""
+  name = shortened(name)
   try:
     dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
     whole = all(type(number) is int and number >= 0 for number in (first, last, *shape))
@@ -178,9 +199,11 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> tuple[Tensor, int, i
     raise CheckpointError(f"{path}: the entry of {name} is wrong ({e})") from e
   known = DTYPES[dtype].itemsize if dtype in DTYPES else OTHER_SIZES.get(dtype)
   if known is None:
-    raise CheckpointError(f"{path}: {name} has the unknown dtype {dtype[:20]!r}")
+    raise CheckpointError(f"{path}: {name} has the unknown dtype {shown(dtype)}")
   if last - first != known * math.prod(shape):
-    raise CheckpointError(f"{path}: {name} has {last - first} bytes for {dtype} {shape}")
+    raise CheckpointError(
+      f"{path}: {name} has {last - first} bytes for {dtype} {shown(shape)}"
+    )
   return Tensor(path, dtype, tuple(shape), base + first), first, last
 
 

@@ -8,17 +8,18 @@ counts, so that a family's table can begin with that of another.
 """
 
 import dataclasses
+import functools
 import math
 import operator
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from flax.traverse_util import unflatten_dict
 
 from flaxlm.config import ModelConfig, MoEConfig, ResolvedModel, RopeConfig, knobs
 from flaxlm.errors import CheckpointError
-from flaxlm.interop.values import REQUIRED, Values
+from flaxlm.interop.values import REQUIRED, Values, shown
 
 MOST_LAYERS = 10_000
 
@@ -60,7 +61,10 @@ class Key:
     return {self.ours: hf.get(kind, self.theirs, default)}
 
   def write(self, cfg: ResolvedModel) -> Keys:
-    return {self.theirs: operator.attrgetter(self.ours)(cfg)}
+    value = operator.attrgetter(self.ours)(cfg)
+    # Our config files say 30 where 30.0 is meant; transformers refuses a whole number.
+    kinds = typing.get_args(KINDS[self.ours]) or (KINDS[self.ours],)
+    return {self.theirs: float(value) if value is not None and float in kinds else value}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +160,7 @@ def write_keys(rows: tuple[Row, ...], cfg: ResolvedModel) -> Keys:
 # -- Keys that most families have ----------------------------------------------------------
 
 SIZES = (
-  Key("vocab_size", "vocab_size"),
+  Key("vocab_size", "vocab_size", REQUIRED),
   Key("hidden_size", "width"),
   Key("num_hidden_layers", "depth"),
   Key("num_attention_heads", "num_heads"),
@@ -176,7 +180,7 @@ ACTIVATIONS: Mapping[str, Fields] = {
 
 # -- RoPE ----------------------------------------------------------------------------------
 
-ORIGINAL = "original_max_position_embeddings"
+ORIGINAL, PARTIAL = "original_max_position_embeddings", "partial_rotary_factor"
 FACTOR = Key("factor", "rope.factor", REQUIRED)
 # The keys of each kind of scaling.
 SCALINGS: Mapping[str, tuple[Key, ...]] = {
@@ -184,7 +188,7 @@ SCALINGS: Mapping[str, tuple[Key, ...]] = {
   "linear": (FACTOR,),
   "llama3": (
     FACTOR,
-    Key(ORIGINAL, "rope.original_context", REQUIRED),
+    Key(ORIGINAL, "rope.original_context"),
     Key("low_freq_factor", "rope.slow_turns", REQUIRED),
     Key("high_freq_factor", "rope.fast_turns", REQUIRED),
   ),
@@ -198,32 +202,47 @@ SCALINGS: Mapping[str, tuple[Key, ...]] = {
 }
 
 
-def read_rope(hf: Values, found: Fields) -> Fields:
-  """RoPE, from newer files (rope_parameters) or older ones (rope_theta and others)."""
-  scaling = hf.inner("rope_parameters", "rope_scaling")
+def read_rope(
+  hf: Values, found: Fields, partial: bool = False, supported: Iterable[str] = SCALINGS
+) -> Fields:
+  """RoPE, from newer files (rope_parameters) or older ones (rope_theta and others).
+
+  `partial`: the family reads partial_rotary_factor. Of the others, transformers rotates
+  whole heads whatever stands there, and other programs do not, so it is refused.
+  """
+  scaling = hf.inner("rope_scaling", "rope_parameters")
   both = Values({**hf.values, **scaling.values}, hf.origin)
   theta = both.get(float, "rope_theta", found.get("rope.theta", 10_000.0))
   if theta <= 1:
     raise both.refused("rope_theta", "it must be more than 1")
   size = head_dim(hf, found)
-  share = both.get(float, "partial_rotary_factor", found.get("rope.fraction", 1.0))
+  share = both.get(float, PARTIAL, found.get("rope.fraction", 1.0))
+  if share != 1 and not partial:
+    raise both.refused(
+      PARTIAL, "this family rotates whole heads: remove it, or set it to 1"
+    )
   fields = {"rope.theta": theta, "rope.fraction": rotary_fraction(int(size * share), size)}
   kind = scaling.get(str, "rope_type", scaling.get(str, "type", "default"))
-  if kind not in SCALINGS:
+  if kind not in supported:
     raise CheckpointError(
-      f"{hf.origin}: RoPE scaling {kind!r} is not supported",
-      f"supported: {', '.join(SCALINGS)}",
+      f"{hf.origin}: RoPE scaling {shown(kind)} is not supported",
+      f"supported: {', '.join(supported)}",
     )
   if kind != "default":
     fields["rope.scaling"] = kind
   if kind == "llama3":
     slow = scaling.get(float, "low_freq_factor")
+    if slow <= 0:
+      raise scaling.refused("low_freq_factor", "it must be positive")
     if scaling.get(float, "high_freq_factor") <= slow:
       raise scaling.refused("high_freq_factor", f"it must be more than {slow}")
   if kind == "yarn":
     scaling.demand(mscale=None, mscale_all_dim=None, truncate=True)
-    context = scaling.get(int, ORIGINAL, found["context"])
-    context = hf.get(int, ORIGINAL, context)
+    # transformers takes 0 for a missing value.
+    given = {k: v for k, v in scaling.values.items() if v or not k.startswith("beta_")}
+    scaling = Values(given, scaling.origin)
+  if kind in ("llama3", "yarn"):
+    context = hf.get(int, ORIGINAL, scaling.get(int, ORIGINAL, found["context"]))
     scaling = Values({**scaling.values, ORIGINAL: context}, scaling.origin)
   for row in SCALINGS[kind]:
     fields |= row.read(scaling, fields)
@@ -231,18 +250,34 @@ def read_rope(hf: Values, found: Fields) -> Fields:
 
 
 def write_rope(cfg: ResolvedModel) -> Keys:
-  """RoPE in the keys that all versions of transformers read."""
+  """RoPE in the keys that all versions of transformers read, but for a partial rotation."""
   rope = fixed_base(cfg)
   scaling = None
   if rope.scaling != "none":
     keys = write_keys(SCALINGS[rope.scaling], cfg)
     scaling = {"rope_type": rope.scaling}
     scaling |= {key: value for key, value in keys.items() if value is not None}
-  share = {} if rope.fraction == 1 else {"partial_rotary_factor": rope.fraction}
-  return {"rope_theta": rope.theta, "rope_scaling": scaling, **share}
+  return {"rope_theta": float(rope.theta), "rope_scaling": scaling}
+
+
+def write_partial_rope(cfg: ResolvedModel) -> Keys:
+  share = rotary_fraction(rotary_dims(cfg), cfg.head_dim)
+  return {**write_rope(cfg), **({} if share == 1 else {PARTIAL: share})}
+
+
+def partial_rope(*supported: str) -> Rule:
+  """`ROPE` for a family that may rotate a part of each head, with these scalings."""
+  read = functools.partial(read_rope, partial=True, supported=("default", *supported))
+  return Rule(read, write_partial_rope)
 
 
 ROPE = Rule(read_rope, write_rope)
+PARTIAL_ROPE = partial_rope("linear", "llama3", "yarn")
+
+
+def replaced(rows: tuple[Row, ...], old: Row, *new: Row) -> tuple[Row, ...]:
+  """`rows` with others in the place of one of them."""
+  return tuple(row for each in rows for row in (new if each is old else (each,)))
 
 
 def fixed_base(cfg: ResolvedModel) -> RopeConfig:
@@ -299,7 +334,8 @@ def layer_pattern(hf: Values, depth: int, default: str) -> str:
   for kind in kinds:
     if not isinstance(kind, str) or kind not in LAYER_KINDS:
       raise CheckpointError(
-        f"{hf.origin}: layer_types has {kind!r}", f"supported: {', '.join(LAYER_KINDS)}"
+        f"{hf.origin}: layer_types has {shown(kind)}",
+        f"supported: {', '.join(LAYER_KINDS)}",
       )
   return shortest_period("".join(LAYER_KINDS[kind] for kind in kinds))
 

@@ -26,12 +26,14 @@ from flaxlm.config import (
   to_json,
 )
 from flaxlm.decoding.loading import Run
-from flaxlm.errors import CheckpointError
+from flaxlm.errors import CheckpointError, reason
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.family import Family
+from flaxlm.interop.files import check_source, has_file
 from flaxlm.interop.huggingface import Loaded, describe, load_checkpoint, save_checkpoint
 from flaxlm.interop.values import Values, read_json
 from flaxlm.runs import CHECKPOINTS, CONFIG, IMPORTED_FILES, TOKENIZER, new_files
+from flaxlm.tokenizers import load_tokenizer
 from flaxlm.tokenizers.imported import (
   SPECIALS,
   ImportedTokenizer,
@@ -70,15 +72,22 @@ def import_run(
   Raises `CheckpointError` (`DataError` for the tokenizer), and then leaves nothing behind.
   """
   notes = []
+  check_source(folder)
   with new_folder(run_dir) as partial:
     values = read_json(folder / CONFIG)
-    if (folder / TOKENIZER).is_file():
+    num_ids = 0
+    if has_file(folder / TOKENIZER):
       import_tokenizer(folder, partial, values)
+      num_ids = load_tokenizer(partial / TOKENIZER).vocab_size
     else:
       notes.append(f"{folder} has no {TOKENIZER}: text cannot be encoded (docs/interop.md)")
     loaded = load_checkpoint(folder, mesh, dtype)
-    if loaded.cfg.padding:
-      notes.append(loaded.cfg.padding)
+    notes += [note for note in (loaded.cfg.padding, loaded.note) if note]
+    if num_ids > loaded.cfg.num_ids:
+      notes.append(
+        f"{folder / TOKENIZER} has {num_ids:,} ids, the model only {loaded.cfg.num_ids:,}: "
+        "a text with one of the others is refused"
+      )
     store = CheckpointStore(partial / CHECKPOINTS)
     try:
       store.save(0, loaded.params, None, {"step": 0, "corpus": None})
@@ -86,8 +95,12 @@ def import_run(
       store.close()
     (partial / IMPORTED_FILES).mkdir()
     for name in (CONFIG, *COPIED):
-      if (folder / name).is_file() and (folder / name).stat().st_size <= MAX_FILE_BYTES:
-        shutil.copyfile(folder / name, partial / IMPORTED_FILES / name)
+      if not has_file(folder / name):
+        continue
+      if (folder / name).stat().st_size > MAX_FILE_BYTES:
+        notes.append(f"{folder / name} is larger than {MAX_FILE_BYTES >> 20} MB: left out")
+        continue
+      shutil.copyfile(folder / name, partial / IMPORTED_FILES / name)
     with new_files(partial) as written:
       (written / CONFIG).write_text(to_json(run_config(loaded, run_dir)), "utf-8")
   return loaded, notes
@@ -111,7 +124,7 @@ def run_config(loaded: Loaded, run_dir: Path) -> ResolvedConfig:
 def import_tokenizer(folder: Path, run_dir: Path, config: dict[str, Any]) -> None:
   """Copies tokenizer.json, and writes the special ids of other files beside it."""
   backend = load_backend(folder / TOKENIZER)
-  optional = lambda name: read_json(folder / name) if (folder / name).is_file() else {}
+  optional = lambda name: read_json(folder / name) if has_file(folder / name) else {}
   named = Values(optional(TOKENIZER_CONFIG), str(folder / TOKENIZER_CONFIG))
   ids = config | {k: v for k, v in optional(GENERATION).items() if v is not None}
   specials = read_specials(backend, named, Values(ids, str(folder / GENERATION)))
@@ -158,7 +171,7 @@ def export_run(run: Run, folder: Path, dtype: str | None, most: int) -> Family:
   `CheckpointError` if no Hugging Face family can express the model.
   """
   kept = run.path / IMPORTED_FILES
-  origin = read_json(kept / CONFIG) if (kept / CONFIG).is_file() else {}
+  origin = read_json(kept / CONFIG) if has_file(kept / CONFIG) else {}
   imported_from = origin.get("model_type")
   candidates = [family for family in FAMILIES.values() if family.inner is None]
   candidates.sort(key=lambda family: family.model_type != imported_from)
@@ -170,7 +183,7 @@ def export_run(run: Run, folder: Path, dtype: str | None, most: int) -> Family:
     if origin:
       ids = {key: origin.get(key) for key in TOKEN_KEYS}
       for source in (*(kept / name for name in COPIED), run.path / TOKENIZER):
-        if source.is_file():
+        if has_file(source):
           shutil.copyfile(source, partial / source.name)
     else:
       ids = export_tokenizer(run, partial)
@@ -241,7 +254,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
   except OSError as e:
-    raise CheckpointError(f"{path} cannot be written: {e}") from e
+    raise CheckpointError(f"{path} cannot be written: {reason(e)}") from e
   try:
     yield partial
     partial.chmod(0o755)
@@ -249,7 +262,7 @@ def new_folder(path: Path) -> Iterator[Path]:
       path.rmdir()
     partial.rename(path)
   except OSError as e:
-    raise CheckpointError(f"{path} cannot be written: {e}") from e
+    raise CheckpointError(f"{path} cannot be written: {reason(e)}") from e
   finally:
     shutil.rmtree(partial, ignore_errors=True)
 

@@ -1,41 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
 """JSON files of others, read key by key with types and bounds."""
 
+import codecs
 import json
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flaxlm.config import unique_keys
-from flaxlm.errors import CheckpointError
+from flaxlm.errors import CheckpointError, reason
+from flaxlm.interop.files import has_file
 
 MAX_JSON_BYTES = 32 * 2**20
 MOST = 2**31  # limit of integers in a config
+MOST_SHOWN = 200  # characters
+BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 REQUIRED = object()
 
 
 def read_json(path: Path) -> dict[str, Any]:
   """The object in a JSON file. Raises `CheckpointError`, also for duplicate keys."""
+  if not has_file(path):
+    raise CheckpointError(f"{path} does not exist")
   try:
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
       raise CheckpointError(f"{path} has {size} bytes", f"at most {MAX_JSON_BYTES}")
     return parse_json(path.read_bytes(), str(path))
   except OSError as e:
-    raise CheckpointError(f"{path} cannot be read: {e}") from e
+    raise CheckpointError(f"{path} cannot be read: {reason(e)}") from e
 
 
 def parse_json(text: bytes, origin: str) -> dict[str, Any]:
   """The JSON object in `text`; `origin` names it in errors."""
+  if text.startswith(BYTE_ORDER_MARKS):
+    raise CheckpointError(
+      f"{origin} begins with a byte order mark, which JSON has not",
+      "save it as plain UTF-8",
+    )
   try:
     values = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
   except (ValueError, RecursionError) as e:
-    raise CheckpointError(f"{origin} is not JSON: {e}") from e
+    raise CheckpointError(f"{origin} is not JSON: {shortened(str(e))}") from e
   if not isinstance(values, dict):
     raise CheckpointError(f"{origin} is not a JSON object")
   return values
+
+
+def shown(value: Any) -> str:
+  """A foreign value in an error: a few of its parts, without control characters."""
+  return reprlib.repr(value)
+
+
+def shortened(name: str) -> str:
+  """A foreign name in an error: itself, unless it is long or would control a terminal."""
+  return name if name.isprintable() and len(name) <= MOST_SHOWN else shown(name)
 
 
 class Values:
@@ -48,7 +70,7 @@ class Values:
     self.values, self.origin, self.names = values, origin, frozenset(names)
 
   def refused(self, key: str, cure: str = "") -> CheckpointError:
-    return CheckpointError(f"{self.origin}: {key} is {self.values.get(key)!r}", cure)
+    return CheckpointError(f"{self.origin}: {key} is {shown(self.values.get(key))}", cure)
 
   def inner(self, *keys: str) -> "Values":
     """The object under the first of `keys` that is neither missing, null nor empty.

@@ -54,7 +54,8 @@ def stretched_frequencies(num_dims: int, rope: ResolvedRope) -> tuple[list[float
         size = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
       low = math.floor(max(0.0, pair_that_turns(rope.fast_turns, num_dims, rope)))
       high = math.ceil(min(num_dims - 1, pair_that_turns(rope.slow_turns, num_dims, rope)))
-      kept = [1 - (i - low) / max(high - low, 0.001) for i in range(num_dims // 2)]
+      span = high - low or 0.001  # negative over a short context, in their code too
+      kept = [1 - (i - low) / span for i in range(num_dims // 2)]
       return stretch(frequencies, kept, factor), size
     case "llama3":  # Llama 3.1's own: a ramp over the number of turns
       turns = [rope.original_context * f / (2 * math.pi) for f in frequencies]

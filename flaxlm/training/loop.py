@@ -39,6 +39,7 @@ from flaxlm.runs import (
   CONFIG,
   METRICS,
   TOKENIZER,
+  check_is_ours,
   check_same_experiment,
   files_damage,
   find_resume_step,
@@ -92,6 +93,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     checkpoints = cfg.run_dir / CHECKPOINTS
     first_step = peers.decide(lambda: find_resume_step(cfg, to_stderr))
     if not first_step:
+      peers.decide(lambda: check_is_ours(cfg.run_dir))
       peers.decide(lambda: make_room_after(checkpoints, 0))
     before = load_config_of(cfg.run_dir) if first_step else None
     for problem in files_damage(cfg.run_dir) if first_step else ():

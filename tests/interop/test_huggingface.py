@@ -7,6 +7,7 @@ test_parity.py checks that `transformers` computes the same with the numbers.
 import dataclasses
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,23 @@ from conftest import slow_but
 from flax.traverse_util import flatten_dict, unflatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import LLAMA, VARIANTS, scaled
+from tiny_models import LLAMA, MOE, VARIANTS, scaled
 
 from flaxlm.config import ModelConfig, MoEConfig, RopeConfig
 from flaxlm.errors import CheckpointError, FlaxLMError
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.family import Family, canonical
-from flaxlm.interop.huggingface import load_checkpoint, read_config, save_checkpoint
-from flaxlm.interop.safetensors import open_checkpoint, write_files
+from flaxlm.interop.huggingface import (
+  describe,
+  load_checkpoint,
+  read_config,
+  save_checkpoint,
+)
+from flaxlm.interop.safetensors import INDEX, SINGLE, open_checkpoint, write_files
 from flaxlm.interop.settings import rotary_fraction, shortest_period
 from flaxlm.interop.values import Values
 from flaxlm.nn.models import abstract_params, build_model
+from flaxlm.nn.positions import inverse_wavelengths, stretched_frequencies
 from flaxlm.sharding import make_mesh
 
 ONE_OF_EACH = [name for name, v in VARIANTS.items() if v.greedy] + ["bert", "roberta"]
@@ -257,6 +264,49 @@ def test_a_dtype_is_kept_or_asked_for(llama: Path, stored: Any, asked: Any, expe
   np.testing.assert_array_equal(params["embedding"]["table"].astype(np.float32), wanted)
 
 
+def narrowed(folder: Path, wide: Any, stored: Any = jnp.bfloat16) -> None:
+  """Stores the tensors whose names satisfy `wide` in float32, the others in `stored`."""
+  arrays = {name: tensor.read() for name, tensor in open_checkpoint(folder).items()}
+  parts = {np.float32: filter(wide, arrays), stored: (n for n in arrays if not wide(n))}
+  where = {}
+  (folder / SINGLE).unlink()
+  for number, (dtype, names) in enumerate(parts.items()):
+    part = {name: arrays[name].astype(dtype) for name in names}
+    shapes = {name: array.shape for name, array in part.items()}
+    write_files(folder, shapes, np.dtype(dtype), 10**9, part.__getitem__)
+    (folder / SINGLE).rename(folder / f"part-{number}.safetensors")
+    where |= dict.fromkeys(part, f"part-{number}.safetensors")
+  (folder / INDEX).write_text(json.dumps({"weight_map": where}))
+
+
+def test_norms_in_float32_do_not_widen_the_rest(llama: Path):
+  narrowed(llama, lambda name: "norm" in name)
+  loaded = load_checkpoint(llama, mesh())
+  assert (loaded.dtype, loaded.note) == ("bfloat16", "")
+  assert loaded.params["blocks"]["attention"]["q"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_what_float32_costs_is_said(llama: Path):
+  """One matrix in float32 cannot be kept beside others in bfloat16."""
+  narrowed(llama, lambda name: name == "lm_head.weight")
+  loaded = load_checkpoint(llama, mesh())
+  matrices = [x for x in jax.tree.leaves(loaded.params) if x.ndim > 2 or x.size > 100]
+  assert loaded.dtype == "float32" and {x.dtype for x in matrices} == {np.dtype("float32")}
+  size = sum(4 * x.size for x in matrices)
+  stored = size / 2 + 2 * loaded.params["head"]["kernel"].size
+  assert loaded.note == (
+    f"weights stored as bfloat16 and float32 become float32: {size / 1e9:.3g} GB for "
+    f"{stored / 1e9:.3g} GB; --dtype bfloat16 takes {size / 2e9:.3g} GB, and rounds"
+  )
+  assert not load_checkpoint(llama, mesh(), "float32").note, "it was asked for"
+
+
+def test_float16_becomes_float32_and_says_so(llama: Path):
+  assert not load_checkpoint(llama, mesh()).note
+  rewrite(llama, lambda arrays: arrays, np.float16)
+  assert "stored as float16 become float32" in load_checkpoint(llama, mesh()).note
+
+
 def test_tensors_of_whole_numbers_are_no_parameters(llama: Path):
   path = llama / "model.safetensors"
   path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"', 1))
@@ -288,7 +338,26 @@ def test_tensors_of_whole_numbers_are_no_parameters(llama: Path):
       scaled(rope_type="llama3", factor=2.0, low_freq_factor=4.0, high_freq_factor=4.0),
       "high_freq_factor",
     ),
+    (
+      "llama",
+      scaled(rope_type="llama3", factor=2.0, low_freq_factor=0.0, high_freq_factor=4.0),
+      "low_freq_factor",
+    ),
+    ("llama", {"vocab_size": None}, "vocab_size"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ("llama", scaled(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    ("llama", {"hidden_size": 30, "head_dim": 8}, "hidden_size"),
     ("phi3", scaled(rope_type="longrope"), "longrope"),
+    ("phi3", scaled(rope_type="linear", factor=2.0), "linear"),
+    ("phi3", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
+    ("gemma2", {"sliding_window": None}, "sliding_window"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    ("bert", {"type_vocab_size": 0}, "type_vocab_size"),
+    (
+      "qwen2_moe",
+      {**MOE, "shared_expert_intermediate_size": 0},
+      "shared_expert_intermediate_size",
+    ),
     ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 16}, "OPT-350m"),
     ("gemma2", {"layer_types": ["full_attention"]}, "layer_types"),
     ("qwen3_moe", {"num_experts": 4, "mlp_only_layers": [0]}, "mlp_only_layers"),
@@ -311,6 +380,35 @@ def test_older_keys_of_rope_mean_the_same():
   new = scaled(rope_type="linear", factor=4.0, rope_theta=5e5)
   read = FAMILIES["llama"].read
   assert read(Values(LLAMA | old, "old")) == read(Values(LLAMA | new, "new"))
+
+
+def test_yarn_over_a_context_of_no_turn_stretches_nothing():
+  """Its ramp then ends before it begins, as in its authors' code."""
+  rope = RopeConfig(scaling="yarn", factor=4.0, original_context=3)
+  cfg = ModelConfig(rope=rope, vocab_size=64).resolve()
+  frequencies, size = stretched_frequencies(32, cfg.rope)
+  assert frequencies == inverse_wavelengths(32, cfg.rope.theta)
+  assert size == pytest.approx(0.1 * math.log(4) + 1)
+
+
+def test_of_two_objects_for_rope_the_older_counts_as_in_transformers():
+  both = scaled(rope_type="linear", factor=4.0, rope_theta=5e5)
+  both["rope_scaling"] = {"type": "linear", "factor": 2.0}
+  rope = FAMILIES["llama"].read(Values(LLAMA | both | {"rope_theta": 7e3}, "both")).rope
+  assert (rope.factor, rope.theta) == (2.0, 7e3)
+
+
+def test_qwens_windows_without_a_list_of_layers():
+  values = LLAMA | {"num_hidden_layers": 5, "sliding_window": 8, "max_window_layers": 3}
+  values |= MOE | dict(use_sliding_window=True, shared_expert_intermediate_size=24)
+  kinds = lambda name: FAMILIES[name].read(Values(values, name)).layer_kinds()
+  assert kinds("qwen2") == kinds("qwen3") == "GGGLL"
+  assert kinds("qwen2_moe") == "LGLGG"
+  values["sliding_window"] = None
+  assert {FAMILIES[name].read(Values(values, name)).window for name in QWENS} == {None}
+
+
+QWENS = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
 
 
 def test_a_quarter_of_a_neox_head_turns_unless_its_file_says_otherwise():
@@ -340,6 +438,7 @@ ODD: dict[str, dict[str, Any]] = {
   "norm_placement": dict(norm_placement="post"),
   "positions": dict(positions="learned"),
   "window": dict(window=8),
+  "rope.fraction": dict(rope=RopeConfig(fraction=0.5)),
   "rope.local_theta": dict(window=8, rope=RopeConfig(local_theta=5.0)),
   "logit_scale": dict(logit_scale=0.5),
   "learned_sinks": dict(learned_sinks=True),
@@ -355,6 +454,46 @@ def test_an_export_names_what_the_family_cannot_say(field: str):
   cfg = ModelConfig(width=32, depth=2, vocab_size=64, **ODD[field])
   with pytest.raises(CheckpointError, match=rf"no place for .*model\.{field}="):
     FAMILIES["llama"].keys(cfg, ())
+
+
+def test_gemma_3_has_no_place_for_a_cap_of_its_scores():
+  """transformers has the key, but its attention never reads it."""
+  family, cfg = config_of("gemma3")
+  capped = dataclasses.replace(cfg, attention_softcap=20.0)
+  with pytest.raises(CheckpointError, match=r"model\.attention_softcap=20"):
+    family.keys(capped, ())
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.5, 0.75])
+def test_the_share_that_turns_is_written_as_it_is_computed(fraction: float):
+  """Of a head of 12 dims, 2, 6 and 8: an even number, which their formula also gives."""
+  family, cfg = config_of("phi3")
+  rope = dataclasses.replace(cfg.rope, fraction=fraction)
+  keys = family.keys(
+    dataclasses.replace(cfg, rope=rope, head_dim=12, attention_scale=12**-0.5), ()
+  )
+  num_dims = 2 * int(12 * fraction / 2)
+  assert int(12 * keys["partial_rotary_factor"]) == num_dims
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"gemma3"}))
+def test_a_model_of_another_kind_is_refused_by_every_family(name: str):
+  """Not one of them by an assertion."""
+  for odd in (
+    dict(gated=False),
+    dict(moe=MoEConfig(num_experts=2)),
+    dict(attention_scale=0),
+  ):
+    cfg = ModelConfig(width=32, depth=2, vocab_size=64, norm_placement="post", **odd)
+    params = unflatten_dict(random_params(cfg.resolve()), sep="/")
+    with pytest.raises(CheckpointError):
+      describe(cfg.resolve(), params, FAMILIES[name])
+
+
+def test_whole_numbers_are_written_as_floats_where_theirs_are():
+  family, cfg = config_of("gemma2")
+  keys = family.keys(dataclasses.replace(cfg, logit_softcap=30, norm_epsilon=0), ())
+  assert type(keys["final_logit_softcapping"]) is type(keys["rms_norm_eps"]) is float
 
 
 def test_gemmas_gelu_is_the_approximation_whatever_it_says():

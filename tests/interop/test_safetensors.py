@@ -207,7 +207,7 @@ def test_an_index_and_its_files_agree(tmp_path: Path):
   with pytest.raises(CheckpointError, match="does not list"):
     open_checkpoint(tmp_path)
   index(tmp_path, {"a": "gone.safetensors"})
-  with pytest.raises(CheckpointError, match="not a file"):
+  with pytest.raises(CheckpointError, match="does not exist"):
     open_checkpoint(tmp_path)
 
 

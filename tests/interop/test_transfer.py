@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_tokenizers
-from conftest import ROOT
+from conftest import ROOT, tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 from test_huggingface import random_params, save
 
@@ -206,6 +206,30 @@ def test_the_commands(in_process: Any, run_dir: Path, tmp_path: Path):
   assert done.returncode == 4 and "nowhere" in done.stderr
   done = in_process("export", "mine", tmp_path / "y", "--shard-size=lots")
   assert done.returncode == 2 and "shard-size" in done.stderr
+
+
+@pytest.mark.parametrize("resume", ["auto", "must", "never"])
+def test_training_does_not_begin_in_the_place_of_an_imported_run(
+  resume: str, in_process: Any, corpus: str, run_dir: Path
+):
+  state = lambda: {p: p.read_bytes() for p in run_dir.rglob("[!.]*") if p.is_file()}
+  before = state()
+  names = [f"--name={run_dir.name}", f"--runs-dir={run_dir.parent}"]
+  done = in_process("train", *tiny(corpus), *names, f"--checkpoint.resume={resume}")
+  assert done.returncode == 4, done.stderr
+  assert "not trained here" in done.stderr and "--name" in done.stderr
+  assert state() == before
+
+
+def test_training_does_not_begin_in_the_folder_of_a_hub(
+  in_process: Any, corpus: str, run_dir: Path
+):
+  source = run_dir.parent / "hub"
+  before = (source / "config.json").read_bytes()
+  names = ["--name=hub", f"--runs-dir={run_dir.parent}"]
+  done = in_process("train", *tiny(corpus), *names)
+  assert done.returncode == 4 and "not trained here" in done.stderr
+  assert (source / "config.json").read_bytes() == before
 
 
 # -- Memory --------------------------------------------------------------------------------

@@ -109,6 +109,12 @@ VARIANTS: dict[str, Variant] = {
     LLAMA | MOE | MHA | TIED
     | dict(shared_expert_intermediate_size=24, norm_topk_prob=True),
   ),
+  "qwen2_moe_window": Variant(
+    "Qwen2Moe",
+    LLAMA | MOE
+    | dict(shared_expert_intermediate_size=24, num_hidden_layers=3, sliding_window=7)
+    | dict(use_sliding_window=True, max_window_layers=2),
+  ),
   "qwen3": Variant("Qwen3", LLAMA | HEAD_12, greedy=True),
   "qwen3_tied_window": Variant(
     "Qwen3",
