@@ -25,6 +25,7 @@ from flaxlm.config import (
   TrainingConfig,
   to_json,
 )
+from flaxlm.decoding.chat import MORE_TEMPLATES, TEMPLATE
 from flaxlm.decoding.loading import Run
 from flaxlm.errors import CheckpointError
 from flaxlm.interop.families import FAMILIES
@@ -41,13 +42,14 @@ from flaxlm.tokenizers.imported import (
 from flaxlm.tokenizers.own import MAX_FILE_BYTES, load_backend
 
 GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
-# Files that are copied unchanged: only Hugging Face's libraries read them.
+# Files that are copied unchanged, by name or pattern.
 COPIED = (
   GENERATION,
   TOKENIZER_CONFIG,
   "special_tokens_map.json",
   "added_tokens.json",
-  "chat_template.jinja",
+  TEMPLATE,
+  f"{MORE_TEMPLATES}/*.jinja",
   "vocab.json",
   "merges.txt",
   "vocab.txt",
@@ -85,9 +87,7 @@ def import_run(
     finally:
       store.close()
     (partial / IMPORTED_FILES).mkdir()
-    for name in (CONFIG, *COPIED):
-      if (folder / name).is_file() and (folder / name).stat().st_size <= MAX_FILE_BYTES:
-        shutil.copyfile(folder / name, partial / IMPORTED_FILES / name)
+    copy_files((CONFIG, *COPIED), folder, partial / IMPORTED_FILES)
     (partial / CONFIG).write_text(to_json(run_config(loaded, run_dir)), "utf-8")
   return loaded, notes
 
@@ -168,9 +168,8 @@ def export_run(run: Run, folder: Path, dtype: str | None, most: int) -> Family:
     keys = save_checkpoint(partial, cfg, run.params, family, dtype, most)
     if origin:
       ids = {key: origin.get(key) for key in TOKEN_KEYS}
-      for source in (*(kept / name for name in COPIED), run.path / TOKENIZER):
-        if source.is_file():
-          shutil.copyfile(source, partial / source.name)
+      copy_files(COPIED, kept, partial)
+      copy_files((TOKENIZER,), run.path, partial)
     else:
       ids = export_tokenizer(run, partial)
     if cfg.family == "encoder_decoder" and ids.get(START) is None:
@@ -251,6 +250,15 @@ def new_folder(path: Path) -> Iterator[Path]:
     raise CheckpointError(f"{path} cannot be written: {e}") from e
   finally:
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_files(patterns: Iterable[str], source: Path, target: Path) -> None:
+  """Copies those files of a folder that exist and have no absurd size."""
+  for path in (path for pattern in patterns for path in sorted(source.glob(pattern))):
+    if path.is_file() and path.stat().st_size <= MAX_FILE_BYTES:
+      copy = target / path.relative_to(source)
+      copy.parent.mkdir(exist_ok=True)
+      shutil.copyfile(path, copy)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
