@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from flaxlm.decoding.completions import DEFAULT_NEW_TOKENS
 from flaxlm.decoding.loading import Run
-from flaxlm.errors import ConfigError, DataError
+from flaxlm.errors import ConfigError, DataError, first_line
 from flaxlm.runs import IMPORTED_FILES
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
@@ -100,7 +100,8 @@ def read_settings(path: Path) -> dict[str, Any]:
   try:
     settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
   except (OSError, ValueError, RecursionError) as e:
-    raise DataError(f"{path} cannot be read: {e}", "import the checkpoint again") from e
+    why = getattr(e, "strerror", None) or first_line(e)
+    raise DataError(f"{path} cannot be read: {why}", "import the checkpoint again") from e
   if not isinstance(settings, dict):
     raise DataError(f"{path} cannot be read: it is not a JSON object")
   return settings
@@ -115,7 +116,8 @@ def load_templates(run_dir: Path) -> dict[str, str]:
   try:
     templates = {name: path.read_text("utf-8") for name, path in paths.items()}
   except (OSError, ValueError) as e:
-    raise DataError(f"the chat template in {folder} cannot be read: {e}") from e
+    why = getattr(e, "strerror", None) or first_line(e)
+    raise DataError(f"the chat template in {folder} cannot be read: {why}") from e
   if templates:
     return templates
   said = read_settings(folder / TOKENIZER_CONFIG).get("chat_template")

@@ -16,7 +16,14 @@ from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.platform import kernel_head_dim
-from flaxlm.runs import CHECKPOINTS, TOKENIZER, load_config_of, newest_whole_step
+from flaxlm.runs import (
+  CHECKPOINTS,
+  CONFIG,
+  IMPORTED_FILES,
+  TOKENIZER,
+  load_config_of,
+  newest_whole_step,
+)
 from flaxlm.sharding import use_mesh
 from flaxlm.tokenizers import AnyTokenizer, load_tokenizer
 
@@ -37,6 +44,13 @@ class Run(NamedTuple):
   def num_ids(self) -> int:
     """How many ids can be written: those that both tokenizer and model have."""
     return min(self.tokenizer.vocab_size, self.model.cfg.num_ids)
+
+  @property
+  def is_headless(self) -> bool:
+    """Whether it is an imported encoder that came without a head to fill masks with."""
+    cfg = self.cfg.model
+    imported = (self.path / IMPORTED_FILES / CONFIG).is_file()
+    return imported and cfg.family == "encoder" and not cfg.head_transform
 
 
 def load_run(

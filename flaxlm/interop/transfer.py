@@ -27,6 +27,7 @@ from flaxlm.config import (
 )
 from flaxlm.decoding.chat import MORE_TEMPLATES, TEMPLATE
 from flaxlm.decoding.loading import Run
+from flaxlm.decoding.pooling import FILES as POOLING_FILES
 from flaxlm.errors import CheckpointError
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.family import Family
@@ -50,6 +51,7 @@ COPIED = (
   "added_tokens.json",
   TEMPLATE,
   f"{MORE_TEMPLATES}/*.jinja",
+  *POOLING_FILES,
   "vocab.json",
   "merges.txt",
   "vocab.txt",

@@ -14,6 +14,7 @@ from flaxlm.data.batches import Batches
 from flaxlm.data.prepare import Store, prepare
 from flaxlm.data.sources import data_dir, find_corpus, read_pairs
 from flaxlm.decoding.completions import search
+from flaxlm.decoding.encoding import check_has_head
 from flaxlm.decoding.loading import Run
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
@@ -76,6 +77,7 @@ def evaluate_run(
   run: Run, corpus: str, split: str, num_batches: int | None
 ) -> dict[str, float]:
   """The evaluation of a stored run on a split of a corpus, with the run's tokenizer."""
+  check_has_head(run)
   tokenizer = TokenizerConfig(path=str(run.path / TOKENIZER))
   prepared = prepare(corpus, tokenizer, objective=run.cfg.data.objective)
   store = prepared.train if split == "train" else prepared.validation
