@@ -104,11 +104,6 @@ def first_line(error: BaseException) -> str:
   return next(iter(text.splitlines()), type(error).__name__)
 
 
-def reason(error: OSError) -> str:
-  """Why the system refused: without the number and the path that `str` puts around it."""
-  return error.strerror or first_line(error)
-
-
 def exit_code_of(error: BaseException) -> int:
   """The exit code of a process that ends with an uncaught `error`."""
   if isinstance(error, FlaxLMError):

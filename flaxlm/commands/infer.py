@@ -4,14 +4,15 @@
 import argparse
 import contextlib
 import dataclasses
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from flaxlm.commands.parsing import check_least, open_output, open_run, read_text
 from flaxlm.config import flag as flag_of
-from flaxlm.errors import ConfigError
+from flaxlm.errors import ConfigError, DataError
 from flaxlm.strict_json import to_json
 
 # Flags that are fields of `SamplingSettings`: type and help.
@@ -47,6 +48,8 @@ def add_infer(commands: Any) -> None:
   flag("--prompt-file", str, "one prompt, or - for stdin; FILE.jsonl: a prompt a line")
   flag("--interactive", bool, "a turn per line")
   flag("--no-chat", bool, "interactive: do not use the run's chat template")
+  flag("--system", str, "interactive: the system's message, before all others")
+  flag("--tools", str, "interactive: a JSON list of functions to call", metavar="FILE")
   flag("--fill", list[str], "a text with [MASK]s for an encoder")
   # How tokens are drawn.
   for name, (kind, text) in SAMPLING_FLAGS.items():
@@ -93,6 +96,9 @@ def check(args: argparse.Namespace) -> None:
     raise ConfigError(
       f"{args.num_samples} samples of {args.beams} beams", f"--beams {args.num_samples}"
     )
+  for name in ("system", "tools"):
+    if getattr(args, name) is not None and (not args.interactive or args.no_chat):
+      raise ConfigError(f"--{name} is for a chat", "give --interactive, and no --no-chat")
   others = args.prompt or args.interactive or args.beams or args.fill
   if reads_jobs(args) and (others or not args.output):
     raise ConfigError(
@@ -135,6 +141,19 @@ def read_bias(text: str) -> tuple[int, float]:
     raise ConfigError(f"logit-bias is {text!r}", "as in 50256=-5") from e
 
 
+def read_tools(path: str) -> list[dict[str, Any]]:
+  """The functions that a model may call: a JSON list of objects."""
+  try:
+    tools = json.loads(read_text(path))
+  except (ValueError, RecursionError) as e:
+    raise ConfigError(f"{path} is not JSON: {e}") from e
+  if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    raise ConfigError(
+      f"{path} is not a list of tools", 'as in [{"type": "function", "function": {...}}]'
+    )
+  return tools
+
+
 def read_lines() -> Iterator[str]:
   """Prompts typed one by one, until the end of input."""
   while True:
@@ -153,6 +172,7 @@ def run_infer(args: argparse.Namespace, _: list[str]) -> int:
 
   # Mistakes in the flags show before a checkpoint is read.
   check(args)
+  args.tools = None if args.tools is None else read_tools(args.tools)
   settings = read_sampling(args)
   stop = Stopping(strings=args.stop, tokens=args.stop_token, max_seconds=args.max_seconds)
   stop.check()
@@ -222,41 +242,68 @@ def converse(
 ) -> None:
   """Answers one line at a time; Ctrl-C ends an answer.
 
-  With a chat template the prompt is the whole conversation; only its new part is read.
+  A line that cannot be answered, after others that could, does not end the conversation.
   """
-  from flaxlm.decoding.chat import load_chat
-  from flaxlm.decoding.completions import complete
+  answer = answer_in_chat(run, settings, stop, args, out)
+  if answer is None:
+    answer = lambda line: print_completions(run, [line], settings, stop, args, out)
+  answered = False
+  for line in read_lines():
+    try:
+      with contextlib.suppress(KeyboardInterrupt):
+        answer(line)
+      answered = True
+    except (ConfigError, DataError) as e:
+      if not answered:
+        raise
+      print(e, file=sys.stderr)
+
+
+def answer_in_chat(
+  run: Any, settings: Any, stop: Any, args: argparse.Namespace, out: TextIO
+) -> Callable[[str], None] | None:
+  """A function that answers what the user says, in the run's chat template; None without.
+
+  The prompt is the whole conversation, of which only what is new is read.
+  """
+  from flaxlm.decoding.chat import Conversation, load_chat
+  from flaxlm.decoding.completions import complete_request, make_request
   from flaxlm.decoding.generate import PrefixCache
   from flaxlm.decoding.sampling import stack_settings
 
-  to_prompt = None if args.no_chat else load_chat(run.path)
-  if to_prompt is None:
-    for line in read_lines():
-      with contextlib.suppress(KeyboardInterrupt):
-        print_completions(run, [line], settings, stop, args, out)
-    return
-  prefix_cache, messages = PrefixCache(), []
-  sampling = stack_settings([settings], run.tokenizer)
-  for line in read_lines():
+  chat = None if args.no_chat else load_chat(run.path)
+  if chat is None:
+    if args.system is not None or args.tools is not None:
+      raise ConfigError(
+        f"{run.path} has no chat template", "leave out --system and --tools"
+      )
+    return None
+  conversation = Conversation(chat, run, args.system, args.tools)
+  prefix_cache, sampling = PrefixCache(), stack_settings([settings], run.tokenizer)
+
+  def answer(line: str) -> None:
     pieces: list[str] = []
 
-    def show(_: int, piece: str, pieces: list[str] = pieces) -> None:
+    def show(_: int, piece: str) -> None:
       pieces.append(piece)
       print(piece, end="", file=out, flush=True)
 
-    messages.append({"role": "user", "content": line})
-    with contextlib.suppress(KeyboardInterrupt):
-      complete(
-        run,
-        [to_prompt(messages)],
-        sampling,
-        args.max_new_tokens,
-        stop,
-        on_text=show,
-        prefix_cache=prefix_cache,
+    prompt = conversation.ask(line, args.max_new_tokens)
+    if prompt.num_dropped:
+      print(
+        f"the conversation is longer than model.context={run.model.cfg.context}: "
+        f"turns dropped, from the oldest: {prompt.num_dropped}",
+        file=sys.stderr,
       )
-    print(file=out, flush=True)
-    messages.append({"role": "assistant", "content": "".join(pieces)})
+    text = [prompt.text]
+    request = make_request(run, text, args.max_new_tokens, has_specials=True)
+    try:
+      complete_request(run, request, text, sampling, stop, show, prefix_cache)
+    finally:
+      print(file=out, flush=True)
+      conversation.answer("".join(pieces))
+
+  return answer
 
 
 # -- What it prints ------------------------------------------------------------------------

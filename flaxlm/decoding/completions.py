@@ -202,19 +202,26 @@ def search(
 
 
 def make_request(
-  run: Run, prompts: Sequence[str], max_new_tokens: int | None, num_top: int = 0
+  run: Run,
+  prompts: Sequence[str],
+  max_new_tokens: int | None,
+  num_top: int = 0,
+  has_specials: bool = False,
 ) -> Request:
   """The request for some prompts, which an encoder-decoder reads instead of continuing.
 
-  Without `max_new_tokens`, as many tokens as fit, at most `DEFAULT_NEW_TOKENS`.
+  Without `max_new_tokens`, as many tokens as fit, at most `DEFAULT_NEW_TOKENS`. A prompt
+  that `has_specials`, as a chat template writes it, gets none around it.
   """
   tokenizer = run.tokenizer
   encoded = [tokenizer.encode(prompt) for prompt in prompts]
+  framed = lambda ids, role: ids if has_specials else tokenizer.framed(ids, role)
   sources = None
   if run.cfg.model.family == "encoder_decoder":
-    sources = [tokenizer.framed(ids, "source") for ids in encoded]
-    encoded = [[] for _ in encoded]
-  starts = [tokenizer.framed(ids, "prompt") for ids in encoded]
+    sources = [framed(ids, "source") for ids in encoded]
+    starts = [tokenizer.framed([], "prompt") for _ in encoded]
+  else:
+    starts = [framed(ids, "prompt") for ids in encoded]
   if max_new_tokens is None:
     room = run.model.cfg.context - max(map(len, starts), default=0)
     max_new_tokens = max(1, min(DEFAULT_NEW_TOKENS, room))

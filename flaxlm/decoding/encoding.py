@@ -2,7 +2,7 @@
 """What encoders are used for: filling in masked tokens, and sentence embeddings."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import numpy as np
 
 from flaxlm.decoding.completions import as_texts
 from flaxlm.decoding.loading import Run
+from flaxlm.decoding.pooling import load_pooling, pool
 from flaxlm.decoding.prefill import check_ids, is_real_token, pad_rows
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
@@ -40,6 +41,7 @@ def fill_masks(
   mask_id = run.tokenizer.mask_id
   if run.cfg.model.family != "encoder" or mask_id is None:
     raise ConfigError(f"{run.path} cannot fill masks", "use the run of an encoder")
+  check_has_head(run)
   texts = as_texts(texts, "text")
   rows = encode_rows(run, texts, masked=True)
   for text, row in zip(texts, rows, strict=True):
@@ -64,39 +66,71 @@ def fill_masks(
   return results
 
 
-def embed_texts(
-  run: Run, texts: str | Sequence[str], normalised: bool = False
-) -> list[np.ndarray]:
-  """A vector (D,) for each text: the mean of the hidden vectors of its tokens.
+def check_has_head(run: Run) -> None:
+  """Raises `ConfigError` for an encoder without a head: its logits would mean nothing."""
+  if run.is_headless:
+    raise ConfigError(
+      f"{run.path} is an encoder without a masked-LM head: it cannot guess tokens",
+      "`flaxlm embed` is what it is for",
+    )
 
-  `normalised` scales it to length 1. Raises `ConfigError` if the run is not an encoder,
-  and for a text that is empty or too long.
+
+def embed_texts(
+  run: Run,
+  texts: str | Sequence[str],
+  normalised: bool = False,
+  warn: Callable[[str], None] | None = None,
+) -> list[np.ndarray]:
+  """A vector for each text, of its hidden vectors: their mean (D,), or what the files of
+  an imported checkpoint say instead, see `Pooling`.
+
+  `normalised` scales it to length 1. `warn` gets a line if texts are cut to the length that
+  the files allow. Raises `ConfigError` if the run is not an encoder, and for a text that
+  is empty or too long.
   """
   if run.cfg.model.family != "encoder":
     raise ConfigError(f"{run.path} is not an encoder", "use the run of an encoder")
-  rows = encode_rows(run, as_texts(texts, "text"))
-  means_BD = map_in_batches(run, rows, mean_hidden)
-  if normalised:
-    means_BD = [mean_D / np.linalg.norm(mean_D) for mean_D in means_BD]
-  return means_BD
+  pooling = load_pooling(run.path)
+  texts = [pooling.prompt + text for text in as_texts(texts, "text")]
+  texts = [text.lower() for text in texts] if pooling.lowercase else texts
+  rows = encode_rows(run, texts, most=pooling.max_tokens, warn=warn)
+  pooled = functools.partial(pooled_hidden, modes=pooling.modes)
+  vectors_BD = map_in_batches(run, rows, pooled)
+  if normalised or pooling.normalised:
+    vectors_BD = [x_D / max(np.linalg.norm(x_D), 1e-12) for x_D in vectors_BD]
+  return vectors_BD
 
 
-def encode_rows(run: Run, texts: list[str], masked: bool = False) -> list[list[int]]:
-  """The ids of each text, with its special tokens, as in training."""
+def encode_rows(
+  run: Run,
+  texts: Sequence[str],
+  masked: bool = False,
+  most: int | None = None,
+  warn: Callable[[str], None] | None = None,
+) -> list[list[int]]:
+  """The ids of each text, with its special tokens, as in training.
+
+  With `most`, rows are cut to so many ids, and `warn` is told how many were.
+  """
   context = run.model.cfg.context
-  rows = []
-  for text in texts:
+  rows, num_cut = [], 0
+  for number, text in enumerate(texts, 1):
     encode = run.tokenizer.encode_masked if masked else run.tokenizer.encode
     ids = encode(text)
     if not ids:
-      raise ConfigError("a text is empty", "give it at least one word")
+      raise ConfigError(f"text {number} is empty", "give it at least one word")
     row = run.tokenizer.framed(ids, "text")
+    if most is not None and len(row) > most:
+      row = run.tokenizer.framed(ids[: len(ids) - (len(row) - most)], "text")
+      num_cut += 1
     if len(row) > context:
       raise ConfigError(
-        f"a text of {len(row)} tokens > model.context={context}", "shorten it"
+        f"text {number} has {len(row)} tokens > model.context={context}", "shorten it"
       )
     rows.append(row)
   check_ids(rows, run.model.cfg.num_ids)
+  if num_cut and warn is not None:
+    warn(f"texts cut to their first {most} tokens, as the checkpoint says: {num_cut}")
   return rows
 
 
@@ -130,13 +164,17 @@ def logits_of_rows(
   return mask_padding_ids(logits_BTV, num_ids)
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def mean_hidden(
-  model: LanguageModel, params: Any, tokens_BT: jax.Array, lengths_B: jax.Array
+@functools.partial(jax.jit, static_argnames=("model", "modes"))
+def pooled_hidden(
+  model: LanguageModel,
+  params: Any,
+  tokens_BT: jax.Array,
+  lengths_B: jax.Array,
+  modes: tuple[str, ...],
 ) -> jax.Array:
-  """The mean hidden vector (B, D) of each right-padded row, special tokens included."""
+  """One vector (B, D) per mode of each right-padded row, of the hidden vectors of its
+  tokens, special ones included."""
   real_BT = is_real_token(tokens_BT, lengths_B)
   variables, segments_BT = {"params": params}, real_BT.astype(jnp.int32)
   output = model.apply(variables, tokens_BT, None, segments_BT, method="hidden")
-  sums_BD = (output.value.astype(jnp.float32) * real_BT[..., None]).sum(1)
-  return sums_BD / lengths_B[:, None]
+  return pool(modes, output.value, real_BT, lengths_B)

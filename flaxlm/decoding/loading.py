@@ -18,6 +18,8 @@ from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.platform import kernel_head_dim
 from flaxlm.runs import (
   CHECKPOINTS,
+  CONFIG,
+  IMPORTED_FILES,
   TOKENIZER,
   check_unchanged,
   load_config_of,
@@ -44,6 +46,13 @@ class Run(NamedTuple):
   def num_ids(self) -> int:
     """How many ids can be written: those that both tokenizer and model have."""
     return min(self.tokenizer.vocab_size, self.model.cfg.num_ids)
+
+  @property
+  def is_headless(self) -> bool:
+    """Whether it is an imported encoder that came without a head to fill masks with."""
+    cfg = self.cfg.model
+    imported = (self.path / IMPORTED_FILES / CONFIG).is_file()
+    return imported and cfg.family == "encoder" and not cfg.head_transform
 
 
 def load_run(

@@ -9,17 +9,17 @@ import json
 import stat
 from pathlib import Path
 
-from flaxlm.errors import CheckpointError, reason
+from flaxlm.errors import CheckpointError, first_line
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # of PEFT, beside an adapter's weights
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-def has_file(path: Path) -> bool:
-  """Whether there is a file of this name, in its folder itself.
+def has_file(path: Path, root: Path | None = None) -> bool:
+  """Whether there is a file of this name, in the folder `root` itself (by default its own).
 
-  Raises `CheckpointError` for a link that leads out of the folder, a pipe, a folder or a
+  Raises `CheckpointError` for a link that leads out of `root`, a pipe, a folder or a
   pointer of Git LFS. Links of the Hugging Face cache are followed: they lead from
   `snapshots/REVISION` into `blobs`.
   """
@@ -30,7 +30,7 @@ def has_file(path: Path) -> bool:
       return False
     if not stat.S_ISREG(path.stat().st_mode):
       raise CheckpointError(f"{path} is not a file")
-    folder, target = path.parent.resolve(), path.resolve()
+    folder, target = (root or path.parent).resolve(), path.resolve()
     in_cache = folder.parent.name == "snapshots"
     if not target.is_relative_to(folder) and not (
       in_cache and target.parent == folder.parent.parent / "blobs"
@@ -43,7 +43,7 @@ def has_file(path: Path) -> bool:
       if file.read(len(LFS_POINTER)) == LFS_POINTER:
         raise CheckpointError(f"{path} stands for a file in Git LFS", "run git lfs pull")
   except OSError as e:
-    raise CheckpointError(f"{path} cannot be read: {reason(e)}") from e
+    raise CheckpointError(f"{path} cannot be read: {first_line(e)}") from e
   return True
 
 
@@ -66,7 +66,7 @@ def check_source(folder: Path) -> None:
     if CONFIG not in names:
       raise CheckpointError(f"{folder} has no {CONFIG}", _cure_for_folder(folder, names))
   except OSError as e:
-    raise CheckpointError(f"{folder} cannot be read: {reason(e)}") from e
+    raise CheckpointError(f"{folder} cannot be read: {first_line(e)}") from e
 
 
 def _cure_for_file(file: Path) -> str:

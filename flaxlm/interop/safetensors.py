@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import jax.numpy as jnp
 import numpy as np
 
-from flaxlm.errors import CheckpointError, reason
+from flaxlm.errors import CheckpointError, first_line
 from flaxlm.interop.files import has_file
 from flaxlm.interop.layouts import Shape
 from flaxlm.interop.values import parse_json, read_json, shortened, shown
@@ -66,7 +66,7 @@ class Tensor:
     try:
       values = np.fromfile(self.path, dtype, count, offset=self.start)
     except OSError as e:
-      raise CheckpointError(f"{self.path} cannot be read: {reason(e)}") from e
+      raise CheckpointError(f"{self.path} cannot be read: {first_line(e)}") from e
     if values.size < count:
       raise CheckpointError(f"{self.path} was cut short while it was read")
     return values.reshape(self.shape)
@@ -164,7 +164,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
         )
       header = file.read(length)
   except OSError as e:
-    raise CheckpointError(f"{path} cannot be read: {reason(e)}") from e
+    raise CheckpointError(f"{path} cannot be read: {first_line(e)}") from e
   except ValueError as e:
     raise CheckpointError(f"{path} cannot be read: {e}") from e
   entries = parse_json(header, str(path))

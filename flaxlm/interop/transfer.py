@@ -25,8 +25,10 @@ from flaxlm.config import (
   TrainingConfig,
   to_json,
 )
+from flaxlm.decoding.chat import MORE_TEMPLATES, TEMPLATE
 from flaxlm.decoding.loading import Run
-from flaxlm.errors import CheckpointError, reason
+from flaxlm.decoding.pooling import FILES as POOLING_FILES
+from flaxlm.errors import CheckpointError, first_line
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.family import Family
 from flaxlm.interop.files import check_source, has_file
@@ -43,13 +45,15 @@ from flaxlm.tokenizers.imported import (
 from flaxlm.tokenizers.own import MAX_FILE_BYTES, load_backend
 
 GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
-# Files that are copied unchanged: only Hugging Face's libraries read them.
+# Files that are copied unchanged, by name or pattern.
 COPIED = (
   GENERATION,
   TOKENIZER_CONFIG,
   "special_tokens_map.json",
   "added_tokens.json",
-  "chat_template.jinja",
+  TEMPLATE,
+  f"{MORE_TEMPLATES}/*.jinja",
+  *POOLING_FILES,
   "vocab.json",
   "merges.txt",
   "vocab.txt",
@@ -94,13 +98,7 @@ def import_run(
     finally:
       store.close()
     (partial / IMPORTED_FILES).mkdir()
-    for name in (CONFIG, *COPIED):
-      if not has_file(folder / name):
-        continue
-      if (folder / name).stat().st_size > MAX_FILE_BYTES:
-        notes.append(f"{folder / name} is larger than {MAX_FILE_BYTES >> 20} MB: left out")
-        continue
-      shutil.copyfile(folder / name, partial / IMPORTED_FILES / name)
+    notes += copy_files((CONFIG, *COPIED), folder, partial / IMPORTED_FILES)
     with new_files(partial) as written:
       (written / CONFIG).write_text(to_json(run_config(loaded, run_dir)), "utf-8")
   return loaded, notes
@@ -182,9 +180,8 @@ def export_run(run: Run, folder: Path, dtype: str | None, most: int) -> Family:
     keys = save_checkpoint(partial, cfg, run.params, family, dtype, most)
     if origin:
       ids = {key: origin.get(key) for key in TOKEN_KEYS}
-      for source in (*(kept / name for name in COPIED), run.path / TOKENIZER):
-        if has_file(source):
-          shutil.copyfile(source, partial / source.name)
+      copy_files(COPIED, kept, partial)
+      copy_files((TOKENIZER,), run.path, partial)
     else:
       ids = export_tokenizer(run, partial)
     if cfg.family == "encoder_decoder" and ids.get(START) is None:
@@ -254,7 +251,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
   except OSError as e:
-    raise CheckpointError(f"{path} cannot be written: {reason(e)}") from e
+    raise CheckpointError(f"{path} cannot be written: {first_line(e)}") from e
   try:
     yield partial
     partial.chmod(0o755)
@@ -262,9 +259,27 @@ def new_folder(path: Path) -> Iterator[Path]:
       path.rmdir()
     partial.rename(path)
   except OSError as e:
-    raise CheckpointError(f"{path} cannot be written: {reason(e)}") from e
+    raise CheckpointError(f"{path} cannot be written: {first_line(e)}") from e
   finally:
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def copy_files(patterns: Iterable[str], source: Path, target: Path) -> list[str]:
+  """Copies those files of a folder that exist; names those of an absurd size, left out.
+
+  Raises `CheckpointError` for a link that leads out of the folder.
+  """
+  notes = []
+  for path in (path for pattern in patterns for path in sorted(source.glob(pattern))):
+    if not has_file(path, source):
+      continue
+    if path.stat().st_size > MAX_FILE_BYTES:
+      notes.append(f"{path} is larger than {MAX_FILE_BYTES >> 20} MB: left out")
+      continue
+    copy = target / path.relative_to(source)
+    copy.parent.mkdir(exist_ok=True)
+    shutil.copyfile(path, copy)
+  return notes
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxlm.config import unique_keys
-from flaxlm.errors import CheckpointError, reason
+from flaxlm.errors import CheckpointError, first_line
 from flaxlm.interop.files import has_file
 
 MAX_JSON_BYTES = 32 * 2**20
@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
       raise CheckpointError(f"{path} has {size} bytes", f"at most {MAX_JSON_BYTES}")
     return parse_json(path.read_bytes(), str(path))
   except OSError as e:
-    raise CheckpointError(f"{path} cannot be read: {reason(e)}") from e
+    raise CheckpointError(f"{path} cannot be read: {first_line(e)}") from e
 
 
 def parse_json(text: bytes, origin: str) -> dict[str, Any]:

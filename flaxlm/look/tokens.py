@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxlm.decoding.encoding import check_has_head
 from flaxlm.decoding.loading import Run
 from flaxlm.look.pieces import Reading, apply_to_row, complete_reading, describe
 from flaxlm.look.view import View
@@ -39,6 +40,7 @@ class Scores(NamedTuple):
 def look_tokens(run: Run, reading: Reading, most: int) -> View:
   """The tokens of one text, each with its probability and the likeliest ones."""
   family, tokenizer = run.cfg.model.family, run.tokenizer
+  check_has_head(run)
   ids, cuts = complete_reading(run, reading, most)
   if family == "encoder":
     scores = score_masked(run, ids)

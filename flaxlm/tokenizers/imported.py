@@ -6,6 +6,7 @@ Face's library does: the name of a special token in a text becomes that token.
 """
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -30,6 +31,7 @@ from flaxlm.tokenizers.own import (
 SPECIALS = "special_tokens.json"
 # Text before the first piece of a stream: many decoders drop a text's first blank.
 ANCHOR = "a"
+MAX_ANCHORS = 1000  # words that are tried where the anchor is nothing to a tokenizer
 
 
 class Specials(NamedTuple):
@@ -190,14 +192,25 @@ class ImportedStream:
 
 
 def frame(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """The ids that the tokenizer's post-processor adds before and after a text."""
-  with rust_errors("cannot encode the text"):
-    bare = backend.encode(ANCHOR, add_special_tokens=False).ids
-    whole = backend.encode(ANCHOR, add_special_tokens=True).ids
-  for start in range(len(whole) - len(bare) + 1):
-    if bare and whole[start : start + len(bare)] == bare:
-      return tuple(whole[:start]), tuple(whole[start + len(bare) :])
-  return (), ()
+  """The ids that the tokenizer's post-processor adds before and after a text.
+
+  Turns off padding and truncation, which change the text as well. Raises `DataError` if
+  there is no text in whose ids the added ones can be told from others.
+  """
+  backend.no_padding()
+  backend.no_truncation()
+  ours = {token.content for token in backend.get_added_tokens_decoder().values()}
+  words = itertools.islice((w for w in backend.get_vocab() if w not in ours), MAX_ANCHORS)
+  for text in itertools.chain([ANCHOR], words):
+    with rust_errors("cannot encode the text"):
+      bare = backend.encode(text, add_special_tokens=False).ids
+      whole = backend.encode(text, add_special_tokens=True).ids
+    for start in range(len(whole) - len(bare) + 1):
+      if bare and whole[start : start + len(bare)] == bare:
+        return tuple(whole[:start]), tuple(whole[start + len(bare) :])
+    if not bare and not whole and not backend.num_special_tokens_to_add(False):
+      return (), ()
+  raise DataError("what the tokenizer adds to a text cannot be told from the text")
 
 
 def expected_vocab_size(cfg: TokenizerConfig) -> int:

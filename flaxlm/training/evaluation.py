@@ -16,6 +16,7 @@ from flaxlm.data.corpus import WHOLE, Log
 from flaxlm.data.prepare import SILENT_SECONDS, Store, prepare, prepare_whole
 from flaxlm.data.sources import data_dir, find_corpus, locked, read_pairs
 from flaxlm.decoding.completions import search
+from flaxlm.decoding.encoding import check_has_head
 from flaxlm.decoding.loading import Run
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
@@ -94,6 +95,7 @@ def evaluate_run(
   Without a corpus it is that of the run, and without a split what it holds out; a corpus
   that is named is taken whole. `log` takes lines about progress.
   """
+  check_has_head(run)
   corpus, split = scored(run, corpus, split, log)
   tokenizer, objective = run.path / TOKENIZER, run.cfg.data.objective
   if split == WHOLE:

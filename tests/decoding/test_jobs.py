@@ -10,7 +10,6 @@ import pytest
 from test_completions import make_run
 
 from flaxlm.decoding import jobs as jobs_module
-from flaxlm.decoding.chat import load_chat
 from flaxlm.decoding.completions import Stopping, complete
 from flaxlm.decoding.jobs import (
   PromptJob,
@@ -21,8 +20,7 @@ from flaxlm.decoding.jobs import (
 )
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.sampling import SamplingSettings, make_sampling, stack_settings
-from flaxlm.errors import ConfigError, DataError
-from flaxlm.runs import IMPORTED_FILES
+from flaxlm.errors import ConfigError
 
 DEFAULTS = PromptJob("", SamplingSettings(temperature=1.0, seed=5), Stopping(), 6)
 LINES = [
@@ -244,40 +242,3 @@ def test_top_logprobs_are_told_when_asked_for(run):
     assert len(tops) == 2
     assert tops[0] == (token, pytest.approx(logprob, abs=1e-5))
   assert "top_logprobs" not in complete(run, ["a"], make_sampling(1), 2)[0].as_json()
-
-
-# -- Chat ----------------------------------------------------------------------------------
-
-TEMPLATE = (
-  "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}"
-  "{{ raise_exception('no tools') }}{% endif %}<{{ m.role }}>{{ m.content }}{{ eos_token }}"
-  "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-def test_a_run_without_a_template_has_no_chat(tmp_path):
-  assert load_chat(tmp_path) is None
-  (tmp_path / IMPORTED_FILES).mkdir()
-  (tmp_path / IMPORTED_FILES / "tokenizer_config.json").write_text("{}")
-  assert load_chat(tmp_path) is None
-  (tmp_path / IMPORTED_FILES / "tokenizer_config.json").write_text("[")
-  with pytest.raises(DataError, match="cannot be read"):
-    load_chat(tmp_path)
-
-
-@pytest.mark.parametrize("separate", [True, False])
-def test_messages_become_a_prompt(tmp_path, separate: bool):
-  pytest.importorskip("jinja2")
-  (tmp_path / IMPORTED_FILES).mkdir()
-  said: dict[str, Any] = {"eos_token": {"content": "</s>"}}
-  if separate:
-    (tmp_path / IMPORTED_FILES / "chat_template.jinja").write_text(TEMPLATE)
-  else:
-    said["chat_template"] = TEMPLATE
-  (tmp_path / IMPORTED_FILES / "tokenizer_config.json").write_text(json.dumps(said))
-  chat = load_chat(tmp_path)
-  assert chat is not None
-  messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-  assert chat(messages) == "<user>hi</s><assistant>yes</s><assistant>"
-  with pytest.raises(DataError, match="no tools"):
-    chat([{"role": "tool", "content": ""}])

@@ -14,7 +14,7 @@ import pytest
 import tiny_tokenizers
 from conftest import ROOT, tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
-from test_huggingface import random_params, save
+from test_huggingface import random_params, rewrite, save
 
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import Config, ModelConfig, to_json
@@ -22,14 +22,17 @@ from flaxlm.decoding.completions import complete
 from flaxlm.decoding.encoding import embed_texts, encode_rows, fill_masks
 from flaxlm.decoding.loading import load_run
 from flaxlm.decoding.sampling import make_sampling
-from flaxlm.errors import CheckpointError, DataError
+from flaxlm.errors import CheckpointError, ConfigError, DataError
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.safetensors import INDEX, open_checkpoint, write_files
 from flaxlm.interop.transfer import export_run, import_run, write_json
+from flaxlm.look.pieces import Reading
+from flaxlm.look.tokens import look_tokens
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.sharding import make_mesh
 from flaxlm.tokenizers import train_tokenizer
 from flaxlm.tokenizers.own import load_backend
+from flaxlm.training.evaluation import evaluate_run
 
 MOST = 10**9
 
@@ -133,6 +136,54 @@ def test_an_imported_encoder_fills_masks_and_embeds(mesh: Any, tmp_path: Path):
   hidden = jax.jit(lambda params, x: run.model.apply(params, x, method="hidden").value[0])
   hidden_TD = hidden({"params": run.params}, np.array([row]))
   np.testing.assert_allclose(mean_D, hidden_TD.mean(0), atol=1e-5)
+
+
+def without_head(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  return {name: array for name, array in arrays.items() if not name.startswith("cls.")}
+
+
+def test_a_sentence_encoder_embeds_and_fills_nothing(mesh: Any, tmp_path: Path):
+  """It has no head, its tokenizer pads and cuts, and its files say how vectors are made."""
+  source = checkpoint(tmp_path / "hub", "bert", "bert", mask_token="[MASK]")
+  rewrite(source, without_head)
+  backend = tiny_tokenizers.bert()
+  backend.enable_padding(length=12)
+  backend.enable_truncation(6)
+  backend.save(str(source / "tokenizer.json"))
+  kinds = ("Transformer", "Pooling", "Normalize")
+  paths = ("", "1_Pooling", "2_Normalize")
+  modules = [{"type": f"x.{k}", "path": p} for k, p in zip(kinds, paths, strict=True)]
+  (source / "modules.json").write_text(json.dumps(modules))
+  (source / "1_Pooling").mkdir()
+  (source / "1_Pooling/config.json").write_text('{"pooling_mode_cls_token": true}')
+  (source / "sentence_bert_config.json").write_text('{"max_seq_length": 8}')
+  import_run(source, tmp_path / "run", mesh)
+  run, told = load_run(tmp_path / "run", mesh), []
+
+  texts = ["the cat", "the cat sat on the mat, a hat, the cats that sat there"]
+  vectors = embed_texts(run, texts, warn=told.append)
+  assert "first 8 tokens" in told[0] and told[0].endswith(": 1")
+  for text, vector_D in zip(texts, vectors, strict=True):
+    ids = tiny_tokenizers.bert().encode(text).ids
+    ids = ids if len(ids) <= 8 else [*ids[:7], ids[-1]]
+    hidden_TD = run.model.apply({"params": run.params}, np.array([ids]), method="hidden")
+    cls_D = np.asarray(hidden_TD.value[0, 0])
+    np.testing.assert_allclose(vector_D, cls_D / np.linalg.norm(cls_D), atol=1e-5)
+
+  reading = Reading([2, 3], None, [])
+  for guess in (
+    lambda: fill_masks(run, ["the [MASK] sat"]),
+    lambda: look_tokens(run, reading, 9),
+    lambda: evaluate_run(run, "stdlib", "validation", 1),
+  ):
+    with pytest.raises(ConfigError, match="without a masked-LM head"):
+      guess()
+
+  export_run(run, tmp_path / "out", None, MOST)
+  config = json.loads((tmp_path / "out/config.json").read_text())
+  assert config["architectures"] == ["BertModel"]
+  for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
+    assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
 
 
 def test_an_imported_encoder_decoder_answers(mesh: Any, tmp_path: Path):

@@ -52,6 +52,30 @@ def test_a_text_is_framed_as_its_post_processor_says(kind: str, role: Any, expec
       assert names.index(word) == (0 if expected.startswith(word) else len(names) - 1)
 
 
+@pytest.mark.parametrize("kind", MADE)
+def test_padding_and_truncation_are_no_frame(kind: str):
+  backend = MADE[kind]()
+  backend.enable_padding(length=16)
+  backend.enable_truncation(4)
+  assert frame(backend) == frame(MADE[kind]())
+
+
+def test_a_frame_is_found_around_any_word():
+  """Where "a" is nothing to a tokenizer, a word of its own is tried."""
+  for vocab, expected in (({"<s>": 0, "b": 1}, ((0,), ())), ({"<s>": 0}, None)):
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    backend.add_special_tokens(["<s>"])
+    assert frame(backend) == ((), ())
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+      single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    if expected is not None:
+      assert frame(backend) == expected
+    else:
+      with pytest.raises(DataError, match="cannot be told"):
+        frame(backend)
+
+
 def test_a_prompt_is_never_empty_and_never_ended():
   assert opened("gpt2", eos_ids=(5,)).framed([], "prompt") == [5]
   tokenizer = opened("t5", bos_id=0)
