@@ -457,3 +457,8 @@ def test_an_encoder_decoder_translates(in_process, tmp_path):
   assert 1 <= len(found["tokens"]) <= 6
   plain = in_process("infer", "--prompt", "Save", "--max-new-tokens=6", "--temperature=0")
   assert plain.returncode == 0, plain.stderr
+  for named, split in ((), "validation"), (("--corpus=gettext:de",), "whole"):
+    run = in_process("eval", "--bleu", "--pairs=2", "--beams=1", "--json", *named)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert (found["corpus"], found["split"], found["pairs"]) == ("gettext:de", split, 2)

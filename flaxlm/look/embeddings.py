@@ -81,7 +81,7 @@ def nearest(table_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     of_some_RC = np.take_along_axis(cosines_RN, some_RC, -1)
     order_RC = np.argsort(-of_some_RC, -1)
     ids_NC[rows] = np.take_along_axis(some_RC, order_RC, -1)
-    cosines_NC[rows] = np.take_along_axis(of_some_RC, order_RC, -1)
+    cosines_NC[rows] = np.clip(np.take_along_axis(of_some_RC, order_RC, -1), -1, 1)
   return ids_NC, cosines_NC
 
 

@@ -120,7 +120,7 @@ def scored(run: Run, corpus: str | None, split: str | None, log: Log) -> tuple[s
   own = run.cfg.data.corpus
   if corpus is None:
     return own, split or "validation"
-  if corpus == own and split is None:
+  if corpus == own and split is None and run.step:  # an imported run is at step 0
     log(
       f"{corpus} is what {run.path} has learnt from: its split `train` is scored too; "
       "--split validation leaves it out"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flaxlm.cli import main
-from flaxlm.config import load_config, parse_mesh
+from flaxlm.config import load_config
 from flaxlm.planning.planner import resolve
 
 MESH = "data=2@dcn,fsdp=8"
@@ -92,46 +92,14 @@ def test_search_and_decoding(plan):
   assert {(p["batch"], p["context"]) for p in result["decode"]} == {(2, 100), (2, 200)}
 
 
-def test_meshes_of_a_search_are_whole_and_can_be_copied(plan, config, capsys):
-  asked = ("--device", "v5p", "--devices", "64", "--search", "--data.batch-size=64")
-  meshes = [choice["mesh"] for choice in plan(*asked)["search"][:20]]
-  assert main(["plan", config, *asked]) == 0
-  lines = capsys.readouterr().out.splitlines()
-  start = next(n for n, line in enumerate(lines) if line.startswith("Best 20 of ")) + 2
-  shown = [line.split()[0] for line in lines[start : start + 20]]
-  assert [parse_mesh(mesh) for mesh in shown] == meshes
-  assert max(map(len, shown)) > 20, "too short to have been cut"
-
-
-def test_decoding_ends_with_its_own_verdict(plan, config, capsys):
-  def verdicts(*asked: str) -> list[str]:
-    assert main(["plan", config, "--device", "h100", "--decode", *asked]) == 0
-    out = capsys.readouterr().out
-    return out[out.index("\ntraining: ") + 1 :].splitlines()
-
-  one = ("--batch", "1", "--context", "8192")
-  training, cure, decoding = verdicts(*one)
-  assert training.startswith("training: DOES NOT FIT") and "cheapest change" in cure
-  assert decoding.startswith("decoding: FITS: 15.") and "1 x 8,192 tokens" in decoding
-  *_, decoding, most, smaller = verdicts(*one, "--batch", "128")
-  assert decoding.startswith("decoding: DOES NOT FIT") and "128 x 8,192" in decoding
-  assert decoding.endswith("; it takes at least 2 devices")
-  assert "up to 1 x 8,192 tokens" in most and "--weights int8 --cache int8" in smaller
-  narrow = ("--weights", "int8", "--cache", "int8")
-  decoding = verdicts(*one, "--batch", "128", *narrow)[-1]
-  assert decoding == (
-    "decoding: FITS: 74.04 GiB of 79.65 GiB per device for 128 x 8,192 tokens"
-  )
-  assert main(["plan", config, "--decode", *one]) == 0
-  assert capsys.readouterr().out.endswith("name a --device to learn whether it fits\n")
-
-
 def test_narrow_weights_and_cache_are_for_decoding(plan, config, capsys):
-  asked = ("--device", "h100", "--decode", "--batch", "1", "--context", "8192")
+  asked = ("--mesh", "tensor=8", "--device", "h200", "--training.remat=full")
+  asked += ("--decode", "--batch", "1", "--context", "8192")
   [wide] = plan(*asked)["decode"]
   [narrow] = plan(*asked, "--weights", "int8", "--cache", "int8")["decode"]
   assert narrow["stored"] == {"weights": "int8", "cache": "int8"}
-  assert narrow["tokens_per_second"] > 1.8 * wide["tokens_per_second"]
+  assert narrow["tokens_per_second"] > wide["tokens_per_second"]
+  assert narrow["bytes_per_device"] < 0.6 * wide["bytes_per_device"]
   assert main(["plan", config, "--weights", "int8"]) == 2
   assert "add --decode" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 """Predicted times against hand-worked examples, and what is not guessed."""
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -18,10 +19,18 @@ from flaxlm.config import (
   mesh_shape,
 )
 from flaxlm.planning.cost import attention_passes, forward_work, kv_cache_bytes
-from flaxlm.planning.decoding import OPERATIONS, decode_work, plan_decoding, read_parameters
-from flaxlm.planning.devices import Device, find_device
+from flaxlm.planning.decoding import (
+  AS_COMPUTED,
+  OPERATIONS,
+  Stored,
+  decode_work,
+  plan_decoding,
+  read_parameters,
+)
+from flaxlm.planning.devices import ANY, Device, find_device
 from flaxlm.planning.network import axis_bandwidth, network_bytes
 from flaxlm.planning.planner import resolve
+from flaxlm.planning.report import Report, print_report
 from flaxlm.planning.roofline import StepTimes, plan_training
 
 ROOT = Path(__file__).parents[2]
@@ -238,6 +247,35 @@ def test_decoding_turns_from_weights_to_cache():
   cache = 64 * 8192 * 131_072
   assert many.bytes_per_device == pytest.approx(2 * N + cache, rel=2e-3)
   assert point(64, 8192 * 16).fits is False
+
+
+def test_decoding_has_a_verdict_of_its_own_and_it_comes_last():
+  device, int8 = find_device("h100"), Stored("int8", "int8")
+  training = plan_training(CFG, mesh_shape({}), device)
+  assert training.fits is False
+
+  def said(*batches: int, stored: Stored = AS_COMPUTED, device=device) -> list[str]:
+    points = [
+      plan_decoding(CFG, mesh_shape({}), device, batch, 8192, stored) for batch in batches
+    ]
+    plan = dataclasses.replace(training, device=device)
+    out = io.StringIO()
+    print_report(Report(plan=plan, decoding=points), out)
+    text = out.getvalue()
+    return text[text.index("\ntraining: ") + 1 :].splitlines()
+
+  first, last = said(1)
+  assert first.startswith("training: DOES NOT FIT")
+  assert last == "decoding: FITS: 15.96 GiB of 79.65 GiB per device for 1 x 8,192 tokens"
+  *_, verdict, most, smaller = said(1, 128)
+  assert verdict.startswith("decoding: DOES NOT FIT: 143.0")
+  assert verdict.endswith("for 128 x 8,192 tokens; it takes at least 2 devices")
+  assert most == "  it fits up to 1 x 8,192 tokens (15.96 GiB)"
+  assert smaller == "  smaller: --weights int8 --cache int8"
+  assert said(1, 128, stored=int8)[-1] == (
+    "decoding: FITS: 74.04 GiB of 79.65 GiB per device for 128 x 8,192 tokens"
+  )
+  assert said(1, device=ANY)[-1].endswith("name a --device to learn whether it fits")
 
 
 def test_gemma3_27b_decodes_128k_tokens_on_one_h100():

@@ -2,6 +2,7 @@
 """The search finds every mesh, ranks those that fit first, and fixes those that do not."""
 
 import dataclasses
+import io
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from flaxlm.config import (
   mesh_shape,
 )
 from flaxlm.planning.devices import find_device
+from flaxlm.planning.report import MOST_CHOICES, Report, print_report
 from flaxlm.planning.roofline import plan_training
 from flaxlm.planning.search import cheapest_fit, meshes, search
 
@@ -57,6 +59,19 @@ def test_the_fastest_that_fits_comes_first():
       fewer = dataclasses.replace(choice.cfg.training, accumulation_steps=1)
       cfg = dataclasses.replace(CFG, training=fewer)
       assert not plan_training(cfg, choice.sizes, device).fits
+
+
+def test_its_meshes_are_printed_whole():
+  """They can be copied: no column is cut at the width of a terminal."""
+  found = search(CFG, small(60e6), 8)
+  out = io.StringIO()
+  print_report(Report(plan=found[0], choices=found), out)
+  lines = out.getvalue().splitlines()
+  title = f"Best {MOST_CHOICES} of {len(found)} ways to run it"
+  start = next(n for n, line in enumerate(lines) if line.startswith(title)) + 2
+  shown = [line.split()[0] for line in lines[start : start + MOST_CHOICES]]
+  assert shown == [choice.mesh for choice in found[:MOST_CHOICES]]
+  assert "data=2,fsdp=2,tensor=2" in shown
 
 
 def test_the_cheapest_change_keeps_what_it_can():
