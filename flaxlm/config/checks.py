@@ -16,6 +16,8 @@ from flaxlm.config.model import OBJECTIVES, ModelConfig
 from flaxlm.config.schema import Config
 from flaxlm.errors import ConfigError
 
+MOST_DIVISORS = 10_000  # that are tried, to name one that works
+
 
 def check_config(cfg: Config) -> None:
   """Raises one `ConfigError` that lists every mistake."""
@@ -159,7 +161,9 @@ def _head_contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
     )
   kv_heads = model.num_kv_heads or model.num_heads
   if kv_heads > 0 and model.num_heads % kv_heads:
-    divisors = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
+    small = range(1, 1 + min(MOST_DIVISORS, math.isqrt(model.num_heads)))
+    below = {n for n in small if model.num_heads % n == 0}
+    divisors = sorted(below | {model.num_heads // n for n in below})
     yield (
       f"model.num_kv_heads={kv_heads} does not divide {named('model.num_heads')}",
       f"model.num_kv_heads can be {', '.join(map(str, divisors))}",

@@ -73,6 +73,7 @@ def load_checkpoint(folder: Path, mesh: Mesh, dtype: str | None = None) -> Loade
     )
   tensors = open_checkpoint(folder)
   cfg = read_config(family, Values(values, str(folder / CONFIG), tensors))
+  check_sizes(cfg, tensors, folder / CONFIG)
   cfg = cfg.padded(mesh.shape["tensor"])
   abstract = flat_params(cfg, mesh, dtype or "bfloat16")
   shapes = real_shapes(cfg, abstract)
@@ -92,6 +93,30 @@ def load_checkpoint(folder: Path, mesh: Mesh, dtype: str | None = None) -> Loade
       whole = abstract[path].shape[row.stacked :]
       params[path] = put(params.get(path), abstract[path], zero_padded(array, whole), place)
   return Loaded(cfg, unflatten_dict(params, sep="/"), dtype, family, note)
+
+
+def check_sizes(cfg: ResolvedModel, tensors: Mapping[str, Tensor], path: Path) -> None:
+  """Raises `CheckpointError` if a size in the config cannot be one of the tensors'.
+
+  What does not fit is found later, by name; but only to describe a model of such a size
+  would take minutes and gigabytes.
+  """
+  most = max((math.prod(tensor.shape) for tensor in tensors.values()), default=0)
+  sizes = {
+    "the vocabulary": cfg.vocab_size,
+    "the width": cfg.width,
+    "all heads together": cfg.num_heads * cfg.head_dim,
+    "a feed-forward": cfg.moe.expert_width if cfg.moe.num_experts else cfg.ffn_width,
+    "the position table": cfg.context if cfg.positions == "learned" else 0,
+    "the table of distances": cfg.relative_buckets if cfg.positions == "relative" else 0,
+    "the table of token types": cfg.num_token_types,
+  }
+  for name, size in sizes.items():
+    if size > most:
+      raise CheckpointError(
+        f"{path}: {name} of {size:,} is larger than any of the tensors",
+        "the config is damaged, or that of another checkpoint",
+      )
 
 
 def flat_params(cfg: ResolvedModel, mesh: Mesh, dtype: str) -> dict[str, Any]:

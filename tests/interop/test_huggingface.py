@@ -327,6 +327,16 @@ def test_tensors_of_whole_numbers_are_no_parameters(llama: Path):
     ("llama", {"hidden_size": 33}, "33"),
     ("llama", {"num_hidden_layers": 10**6}, "layers"),
     ("llama", {"num_key_value_heads": 3}, "num_kv_heads"),
+    # Each of these would take gigabytes or minutes before the tensors are looked at.
+    ("llama", {"head_dim": 2**30}, "all heads together"),
+    ("llama", {"vocab_size": 2**31 - 1}, "vocabulary of 2,147,483,647"),
+    ("llama", {"num_attention_heads": 2**30, "head_dim": 2}, "all heads|multiple"),
+    (
+      "llama",
+      {"num_attention_heads": 2**30, "hidden_size": 2**30, "head_dim": 2}
+      | {"num_key_value_heads": 3},
+      "num_kv_heads",
+    ),
     ("llama", {"hidden_act": "tanh"}, "hidden_act"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantized"),
     ("llama", scaled(rope_type="dynamic", factor=2.0), "dynamic"),
