@@ -13,7 +13,6 @@ from flaxlm.errors import (
   DISK_ERRORS,
   INTERRUPTED,
   PREEMPTED,
-  ConfigError,
   FlaxLMError,
   OutOfMemoryError,
   first_line,
@@ -97,8 +96,7 @@ def run_command(parser: Any, arguments: Sequence[str]) -> int:
     args, rest = parser.parse_known_args(with_hyphens(arguments))
   except SystemExit as e:  # --help and --version have printed
     return int(e.code or 0)
-  if rest and not args.takes_overrides:
-    raise ConfigError(f"unknown argument {rest[0]}", f"flaxlm {args.command} --help")
+  args.parser.refuse_unknown(rest, args.takes_overrides)
   return args.run(args, rest)
 
 

@@ -4,6 +4,7 @@
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ class FlaxLMError(Exception):
   exit_code = 1
 
   def __init__(self, cause: str, cure: str = ""):
+    cause = re.sub(r"\[Errno -?\d+\] ", "", cause)  # a number that says nothing to a user
     super().__init__(f"{cause}\n  {cure}" if cure else cause)
     self.cause, self.cure = cause, cure
 

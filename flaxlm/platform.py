@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 
+from flaxlm.config import MOST_DEVICES
 from flaxlm.errors import ConfigError
 
 
@@ -74,6 +75,10 @@ def start_jax(
 
   Returns the XLA flags that it set. Raises `ConfigError` if it cannot provide the devices.
   """
+  if simulated_devices is not None and not 1 <= simulated_devices <= MOST_DEVICES:
+    raise ConfigError(
+      f"simulated_devices is {simulated_devices}", f"it can be 1 to {MOST_DEVICES}"
+    )
   keep_freed_memory()
   leave_out_absent_tpu(os.environ)
   flags: tuple[Flag, ...] = ()

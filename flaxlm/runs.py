@@ -16,7 +16,14 @@ from pathlib import Path
 
 from flaxlm.checkpoint import manifest
 from flaxlm.checkpoint.manifest import Entry, damage, saved_steps
-from flaxlm.config import Config, ResolvedConfig, check_config, difference, from_json
+from flaxlm.config import (
+  Config,
+  ResolvedConfig,
+  check_config,
+  difference,
+  from_json,
+  is_file,
+)
 from flaxlm.errors import (
   CheckpointError,
   ConfigError,
@@ -45,7 +52,7 @@ def find_run(path: str | None, runs_dir: str = "runs") -> Path:
   """
   if path is not None:
     for candidate in (Path(path), Path(runs_dir) / path):
-      if (candidate / CONFIG).is_file():
+      if is_file(candidate / CONFIG):
         return candidate
     names = ", ".join(sorted(run.name for run in _runs(Path(runs_dir)))) or "none"
     raise CheckpointError(f"{path} is not a run directory", f"runs here: {names}")

@@ -8,6 +8,8 @@ from typing import Any
 from flaxlm.commands.parsing import check_least
 from flaxlm.errors import ConfigError
 
+MOST_PROCESSES = 1024  # on one machine
+
 
 def add_launch(commands: Any) -> None:
   parser = commands.add_parser(
@@ -28,7 +30,7 @@ def run_launch(args: argparse.Namespace, _: list[str]) -> int:
   from flaxlm.distributed.launcher import launch
 
   arguments = args.arguments[args.arguments[:1] == ["--"] :]
-  check_least(args, 1, "processes")
+  check_least(args, 1, "processes", most=MOST_PROCESSES)
   check_least(args, 0, "grace_seconds")
   if not arguments or arguments[0] != "train":
     what = f"{arguments[0]} does not" if arguments else "nothing to"

@@ -4,6 +4,7 @@
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import math
 import sys
 import typing
@@ -11,12 +12,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from flaxlm.config import check_config, load_config, override
+from flaxlm.config import Config, check_config, knobs, load_config, override
 from flaxlm.config import flag as flag_of
 from flaxlm.errors import ConfigError, first_line, writing
 from flaxlm.strict_json import to_json
 
+MOST_SHOWN = 200  # characters
 DEFAULT_CONFIG = "stdlib_tiny"
+FIELDS = {name for name, _, _ in knobs(Config)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,7 +27,8 @@ class Parser(argparse.ArgumentParser):
 
   def __init__(self, *args: Any, **kwargs: Any):
     super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-    self.set_defaults(takes_overrides=False)
+    self.set_defaults(takes_overrides=False, parser=self)
+    self.flags: list[str] = []
 
   def error(self, message: str) -> typing.NoReturn:
     raise ConfigError(message, f"{self.prog} --help")
@@ -44,7 +48,25 @@ class Parser(argparse.ArgumentParser):
       text = f"{text}; may be repeated"
     else:
       options["type"] = kind
+    self.flags.append(name)
     self.add_argument(name, help=text, **options)
+
+  def refuse_unknown(self, arguments: Sequence[str], takes_overrides: bool) -> None:
+    """Raises `ConfigError` for the first argument that is no flag, with the nearest one.
+
+    With `takes_overrides` the others are fields of the config: only what is nearly a flag
+    of the command itself is refused.
+    """
+    for argument in arguments:
+      name = argument.partition("=")[0]
+      near = difflib.get_close_matches(name, self.flags, 1, 0.7 if takes_overrides else 0.5)
+      if not takes_overrides:
+        cure = f"did you mean {near[0]}?" if near and name.startswith("--") else ""
+        raise ConfigError(
+          f"unknown argument {printable(argument)}", cure or f"{self.prog} --help"
+        )
+      if near and name[2:].replace("-", "_") not in FIELDS:
+        raise ConfigError(f"unknown argument {name}", f"did you mean {near[0]}?")
 
   def add_run(self, devices: bool = True) -> None:
     """RUN, where to look for it, and the devices to open it on: see `open_run`."""
@@ -64,6 +86,13 @@ class Parser(argparse.ArgumentParser):
 
   def add_dtype(self, default: str) -> None:
     self.add_flag("--dtype", ("float32", "bfloat16"), f"of the parameters; {default}")
+
+
+def printable(text: str) -> str:
+  """A word of the command line as a message can show it: on one line, and not too long."""
+  if len(text) > MOST_SHOWN:
+    text = text[:MOST_SHOWN] + "..."
+  return text if text.isprintable() and text else repr(text)
 
 
 def with_hyphens(arguments: Sequence[str]) -> list[str]:
@@ -146,7 +175,7 @@ def open_output(path: str | None) -> Iterator[TextIO]:
   try:
     file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115 - it is closed below
   except (OSError, ValueError) as e:
-    raise ConfigError(f"{path!r} cannot be written: {first_line(e)}") from e
+    raise ConfigError(f"{printable(path)} cannot be written: {first_line(e)}") from e
   with writing(path), file:
     yield file
 
@@ -165,5 +194,5 @@ def read_text(path: str) -> str:
   try:
     text = sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
   except (OSError, ValueError) as e:  # not there, not UTF-8, not even a path
-    raise ConfigError(f"{path!r} cannot be read: {first_line(e)}") from e
+    raise ConfigError(f"{printable(path)} cannot be read: {first_line(e)}") from e
   return text.removeprefix("\N{BYTE ORDER MARK}")

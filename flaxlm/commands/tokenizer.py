@@ -2,14 +2,16 @@
 """`flaxlm tokenizer train`, `compare` and `encode`."""
 
 import argparse
+import dataclasses
 import functools
 import time
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flaxlm.commands.parsing import Parser, open_output, read_text
-from flaxlm.config import check_config, override
+from flaxlm.config import Config, TokenizerConfig, check_config, is_file
 from flaxlm.errors import ConfigError
 from flaxlm.strict_json import to_json
 
@@ -24,8 +26,8 @@ def add_tokenizer(commands: Any) -> None:
     dest="action", required=True, metavar="ACTION", parser_class=Parser
   )
   made = actions.add_parser("train", help="train on a corpus, and write a tokenizer.json")
-  made.add_flag("--kind", str, "byte or bpe; default: bpe", default="bpe")
-  made.add_flag("--vocab-size", str, "default: that of tokenizer.vocab_size")
+  made.add_flag("--kind", kinds(), "default: bpe", default="bpe")
+  made.add_flag("--vocab-size", int, "default: that of tokenizer.vocab_size")
   made.add_flag("--output", str, "default: tokenizer.json", default="tokenizer.json")
   made.set_defaults(run=run_train)
   text = "compare tokenizers on the same held-out text"
@@ -44,8 +46,13 @@ def add_tokenizer(commands: Any) -> None:
     action.add_flag("--corpus", str, text, default="stdlib")
 
 
+def kinds() -> tuple[str, ...]:
+  """The kinds of tokenizers that can be trained."""
+  return typing.get_args(typing.get_type_hints(TokenizerConfig)["kind"])
+
+
 def run_train(args: argparse.Namespace, _: list[str]) -> int:
-  tokenizer = train(corpus_of(args), args.kind, args.vocab_size)
+  tokenizer = train(corpus_of(args), args.kind, args.vocab_size, "--vocab-size")
   with open_output(args.output) as file:
     file.write(tokenizer.to_json())
   print(f"{args.output}: {args.kind}, {tokenizer.vocab_size:,} ids of {args.corpus}")
@@ -109,27 +116,34 @@ def find_tokenizer(name: str, corpus: Callable[[], Any]) -> Any:
   from flaxlm.tokenizers import load_tokenizer
 
   path = Path(name)
-  if path.exists():
-    return load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+  for file in (path, path / "tokenizer.json"):
+    if is_file(file):
+      return load_tokenizer(file)
   kind, _, size = name.partition(":")
-  if (kind == "bpe" and size) or name == "byte":
-    return train(corpus, kind, size or None)
+  if (kind == "bpe" and size.isdecimal()) or name == "byte":
+    return train(corpus, kind, int(size) if size else None, name)
   raise ConfigError(f"{name!r} is not a tokenizer", f"use {SOURCES}")
 
 
-def train(corpus: Callable[[], Any], kind: str, vocab_size: str | None) -> Any:
+def train(
+  corpus: Callable[[], Any], kind: Any, vocab_size: int | None, asked_by: str
+) -> Any:
   """The tokenizer that training would use; cached as training caches it.
 
-  Raises `ConfigError`.
+  `asked_by` is what the user wrote for the size. Raises `ConfigError`.
   """
-  from flaxlm.config import Config
   from flaxlm.data.prepare import corpus_tokenizer
 
-  fields = [f"--tokenizer.kind={kind}"]
-  fields += [f"--tokenizer.vocab-size={vocab_size}"] if vocab_size else []
-  cfg = override(Config(), fields)
-  check_config(cfg)
-  return corpus_tokenizer(corpus(), cfg.tokenizer)
+  wanted = TokenizerConfig(kind=kind)
+  if vocab_size is not None:
+    wanted = dataclasses.replace(wanted, vocab_size=vocab_size)
+  try:
+    check_config(Config(tokenizer=wanted))
+  except ConfigError as e:
+    field = "tokenizer.vocab_size"
+    causes = (text.replace(field, asked_by) for text in (e.cause, e.cure))
+    raise ConfigError(*causes) from e
+  return corpus_tokenizer(corpus(), wanted)
 
 
 def num_bytes(text: str) -> int:

@@ -5,7 +5,7 @@ Standard library only: importing this is instant.
 """
 
 from flaxlm.config.checks import check_config
-from flaxlm.config.fields import knob, knobs
+from flaxlm.config.fields import MOST_DEVICES, knob, knobs
 from flaxlm.config.mesh import (
   MESH_AXES,
   SLOW,
@@ -44,6 +44,7 @@ from flaxlm.config.text import (
   find_config,
   flag,
   from_json,
+  is_file,
   load_config,
   override,
   to_json,

@@ -3,27 +3,28 @@
 
 import dataclasses
 import functools
-import math
 import operator
+import reprlib
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from flaxlm.config.fields import is_a
+from flaxlm.config.fields import MOST_WIDTH, is_a
 from flaxlm.config.mesh import mesh_mistakes
 from flaxlm.config.model import OBJECTIVES, ModelConfig
 from flaxlm.config.schema import Config
 from flaxlm.errors import ConfigError
 
 MOST_DIVISORS = 10_000  # that are tried, to name one that works
+MOST_NAME_BYTES = 200  # of a run's name: file systems take 255, and some names get longer
 
 
 def check_config(cfg: Config) -> None:
   """Raises one `ConfigError` that lists every mistake."""
   mistakes = list(_wrong_types(cfg))
   if not mistakes:  # what follows compares and divides
-    mistakes = [*_out_of_bounds(cfg), *_contradictions(cfg)]
+    mistakes = [*_out_of_bounds(cfg), *_unprintable(cfg), *_contradictions(cfg)]
   if mistakes:
     cures = [cure for _, cure in mistakes if cure]
     raise ConfigError("; ".join(cause for cause, _ in mistakes), "; ".join(cures))
@@ -51,10 +52,30 @@ def _out_of_bounds(cfg: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
       low, high = field.metadata.get("low"), field.metadata.get("high")
       too_low = low is not None and value < low
       is_float = isinstance(value, float)
-      unusable = not math.isfinite(value) if is_float else abs(value) >= 2**63
+      # float32 holds no larger ones.
+      unusable = not abs(value) <= 3e38 if is_float else abs(value) >= 2**63
       if unusable or too_low or (high is not None and value > high):
-        allowed = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
         yield f"{name} is {value}", f"{name} can be {allowed}"
+
+
+def _unprintable(cfg: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+  """(cause, cure) of every text with characters that no name or path should have: control
+  characters, and bytes that are not UTF-8. A prompt may have ends of lines."""
+  for field in dataclasses.fields(cfg):
+    value, name = getattr(cfg, field.name), prefix + field.name
+    if dataclasses.is_dataclass(value):
+      yield from _unprintable(value, f"{name}.")
+    elif isinstance(value, str):
+      blanks = "\n\t" if name == "training.sample_prompt" else ""
+      if not all(letter.isprintable() or letter in blanks for letter in value):
+        yield f"{name} is {reprlib.repr(value)}", f"{name} has a control character"
+
+
+def _is_plain(name: str) -> bool:
+  """Whether a run's name can be that of a folder."""
+  is_one = Path(name).name == name and name not in ("", ".", "..")
+  return is_one and len(name.encode("utf-8", "replace")) <= MOST_NAME_BYTES
 
 
 def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
@@ -87,11 +108,9 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
       yield f"{named(whole)} is not a multiple of {named(part)}", ""
   if str(cfg.mesh.get("context", 1)) != "1" and cfg.model.family == "rnn":
     yield "mesh axis context cannot split the rows that an RNN reads", "leave it out"
-  if cfg.name is not None and (
-    Path(cfg.name).name != cfg.name or cfg.name in ("", ".", "..")
-  ):
+  if cfg.name is not None and not _is_plain(cfg.name):
     yield (
-      f"name={cfg.name!r} is not a plain directory name",
+      f"name={reprlib.repr(cfg.name)} is not a plain directory name",
       "use letters, digits, - and _",
     )
   yield from mesh_mistakes(cfg.mesh)

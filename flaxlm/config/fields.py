@@ -7,6 +7,18 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+# The largest sizes that a config may ask for: far above what anybody trains, and below what
+# would take the machine's memory before anything could look at it.
+MOST_DEVICES = 4096
+MOST_LAYERS = 1024
+MOST_WIDTH = 2**18
+MOST_FFN_WIDTH = 2**21
+MOST_IDS = 2**24
+MOST_TOKENS = 2**27
+MOST_ROWS = 2**24
+MOST_STEPS = 2**31 - 1  # steps are counted in int32
+MOST_SECONDS = 1e7  # longer times overflow timers
+
 
 def knob(
   default: Any, text: str, low: float | None = None, high: float | None = None

@@ -5,7 +5,15 @@ import dataclasses
 import math
 from typing import Literal
 
-from flaxlm.config.fields import fields_of, knob
+from flaxlm.config.fields import (
+  MOST_FFN_WIDTH,
+  MOST_IDS,
+  MOST_LAYERS,
+  MOST_TOKENS,
+  MOST_WIDTH,
+  fields_of,
+  knob,
+)
 from flaxlm.errors import ConfigError
 
 VOCAB_MULTIPLE = 64  # divides over a mesh and fills the vector units (nanoGPT's 50304)
@@ -41,7 +49,7 @@ class RopeConfig:
   )
   factor: float = knob(1.0, "new context / original context", 1)
   original_context: int | None = knob(
-    None, "context before stretching; none = context / factor", 1
+    None, "context before stretching; none = context / factor", 1, MOST_TOKENS
   )
   slow_turns: float = knob(
     1.0,
@@ -60,10 +68,16 @@ class RopeConfig:
 class MoEConfig:
   """A mixture of experts (Shazeer et al., 2017) in place of each feed-forward."""
 
-  num_experts: int = knob(0, "experts in a layer (E); 0 = one dense feed-forward", 0)
-  experts_per_token: int = knob(2, "experts that process a token (A)", 1)
-  expert_width: int | None = knob(None, "an expert's width (F); none = ffn_width", 1)
-  num_shared_experts: int = knob(0, "further experts that process every token", 0)
+  num_experts: int = knob(
+    0, "experts in a layer (E); 0 = one dense feed-forward", 0, MOST_WIDTH
+  )
+  experts_per_token: int = knob(2, "experts that process a token (A)", 1, MOST_WIDTH)
+  expert_width: int | None = knob(
+    None, "an expert's width (F); none = ffn_width", 1, MOST_FFN_WIDTH
+  )
+  num_shared_experts: int = knob(
+    0, "further experts that process every token", 0, MOST_LAYERS
+  )
   shared_gated: bool = knob(False, "the shared experts' output is weighted by a sigmoid")
   normalized: bool = knob(True, "a token's weights add up to 1 over its chosen experts")
   capacity_factor: float | None = knob(
@@ -82,32 +96,43 @@ class ModelConfig:
   family: Literal["decoder", "encoder", "encoder_decoder", "rnn"] = knob(
     "decoder", "kind of model"
   )
-  depth: int = knob(4, "number of blocks (L); encoder_decoder: of the decoder", 1)
-  encoder_depth: int | None = knob(
-    None, "encoder_decoder: blocks of the encoder; none = depth", 1
+  depth: int = knob(
+    4, "number of blocks (L); encoder_decoder: of the decoder", 1, MOST_LAYERS
   )
-  width: int = knob(128, "model width (D)", 1)
-  num_heads: int = knob(4, "query heads (N)", 1)
-  num_kv_heads: int | None = knob(None, "key/value heads (K); none = num_heads", 1)
-  head_dim: int | None = knob(None, "head dim (H); none = width / num_heads", 1)
+  encoder_depth: int | None = knob(
+    None, "encoder_decoder: blocks of the encoder; none = depth", 1, MOST_LAYERS
+  )
+  width: int = knob(128, "model width (D)", 1, MOST_WIDTH)
+  num_heads: int = knob(4, "query heads (N)", 1, MOST_WIDTH)
+  num_kv_heads: int | None = knob(
+    None, "key/value heads (K); none = num_heads", 1, MOST_WIDTH
+  )
+  head_dim: int | None = knob(None, "head dim (H); none = width / num_heads", 1, MOST_WIDTH)
   ffn_width: int | None = knob(
-    None, "feed-forward width (F); none = 4 D, or 8/3 D when gated", 1
+    None, "feed-forward width (F); none = 4 D, or 8/3 D when gated", 1, MOST_FFN_WIDTH
   )
   vocab_size: int | None = knob(
-    None, "vocabulary (V); none = the tokenizer's, rounded up to a multiple of 64", 2
+    None,
+    "vocabulary (V); none = the tokenizer's, rounded up to a multiple of 64",
+    2,
+    MOST_IDS,
   )
   num_ids: int | None = knob(
-    None, "ids that stand for tokens; later rows of V are padding; none = all", 2
+    None, "ids that stand for tokens; later rows of V are padding; none = all", 2, MOST_IDS
   )
-  context: int = knob(256, "longest sequence the model takes, in tokens", 1)
+  context: int = knob(256, "longest sequence the model takes, in tokens", 1, MOST_TOKENS)
   cell: Literal["lstm", "gru"] = knob("lstm", "rnn: the recurrent cell")
   # -- Positions
   positions: Literal["rope", "learned", "sinusoidal", "alibi", "relative", "none"] = knob(
     "rope", "positional encoding; relative is T5's bias by bucketed distance"
   )
   rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
-  relative_buckets: int = knob(32, "relative: number of buckets of distances", 4)
-  relative_distance: int = knob(128, "relative: longer distances share a bucket", 2)
+  relative_buckets: int = knob(
+    32, "relative: number of buckets of distances", 4, MOST_WIDTH
+  )
+  relative_distance: int = knob(
+    128, "relative: longer distances share a bucket", 2, MOST_TOKENS
+  )
   # -- Normalisation and residual stream
   norm: Literal["rmsnorm", "layernorm"] = knob("rmsnorm", "normalisation")
   norm_placement: Literal["pre", "post", "output", "both"] = knob(
@@ -122,12 +147,16 @@ class ModelConfig:
   embedding_scaled: bool = knob(False, "multiply embedded tokens by sqrt(width)")
   dropout: float = knob(0.0, "rate on embeddings and residual branches", 0, 0.999)
   # -- Attention
-  window: int | None = knob(None, "sliding window of local layers, in tokens", 1)
+  window: int | None = knob(
+    None, "sliding window of local layers, in tokens", 1, MOST_TOKENS
+  )
   layer_pattern: str | None = knob(
     None,
     "repeated over depth: L local, G global, as in LLLLLG; none = L with a window, else G",
   )
-  sink_tokens: int = knob(0, "first tokens of a text that local layers always see", 0)
+  sink_tokens: int = knob(
+    0, "first tokens of a text that local layers always see", 0, MOST_TOKENS
+  )
   learned_sinks: bool = knob(False, "a trained logit per head that takes weight from keys")
   attention_scale: float | None = knob(
     None, "factor on q . k; none = 1 / sqrt(head_dim)", 0
@@ -153,7 +182,9 @@ class ModelConfig:
   head_transform: bool = knob(False, "dense, activation, norm before the head (BERT)")
   logit_scale: float = knob(1.0, "factor on the logits", 1e-9)
   logit_softcap: float | None = knob(None, "c: logits become c tanh(logit / c)", 1e-6)
-  num_token_types: int = knob(0, "encoder: number of segment types (BERT: 2)", 0)
+  num_token_types: int = knob(
+    0, "encoder: number of segment types (BERT: 2)", 0, MOST_WIDTH
+  )
   pooler: bool = knob(False, "encoder: dense and tanh over the first token (BERT)")
 
   @property

@@ -9,7 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from flaxlm.config.fields import fields_of, knob
+from flaxlm.config.fields import (
+  MOST_DEVICES,
+  MOST_IDS,
+  MOST_LAYERS,
+  MOST_ROWS,
+  MOST_SECONDS,
+  MOST_STEPS,
+  MOST_TOKENS,
+  fields_of,
+  knob,
+)
 from flaxlm.config.model import ModelConfig, ResolvedModel
 
 
@@ -18,7 +28,9 @@ class TokenizerConfig:
   """How text becomes ids."""
 
   kind: Literal["byte", "bpe"] = knob("bpe", "byte: 256 ids; bpe: trained byte-level BPE")
-  vocab_size: int = knob(4096, "ids of a trained tokenizer, specials included", 257)
+  vocab_size: int = knob(
+    4096, "ids of a trained tokenizer, specials included", 257, MOST_IDS
+  )
   path: str | None = knob(None, "a tokenizer.json to use instead of training one")
 
 
@@ -26,17 +38,21 @@ class TokenizerConfig:
 class DataConfig:
   """What is read, and how it is split into batches."""
 
-  corpus: str = knob("stdlib", "stdlib | files:GLOB | tfds:NAME[/CONFIG] | gettext:LANG")
+  corpus: str = knob(
+    "stdlib", "stdlib | files:GLOB | tfds:NAME[/CONFIG][:VERSION] | gettext:LANG"
+  )
   objective: Literal["next_token", "masked", "seq2seq"] = knob(
     "next_token", "what is predicted: the next token, masked tokens, or a pair's target"
   )
   mask_fraction: float = knob(0.15, "masked: share of tokens to predict", 0.001, 0.999)
-  seq_len: int = knob(256, "tokens in a row of a batch (T)", 1)
+  seq_len: int = knob(256, "tokens in a row of a batch (T)", 1, MOST_TOKENS)
   source_len: int | None = knob(
-    None, "seq2seq: source tokens in a row (S); none = seq_len", 1
+    None, "seq2seq: source tokens in a row (S); none = seq_len", 1, MOST_TOKENS
   )
-  batch_size: int = knob(16, "rows in a batch (B), across all devices", 1)
-  num_epochs: int | None = knob(None, "passes over the corpus; none = no end", 1)
+  batch_size: int = knob(16, "rows in a batch (B), across all devices", 1, MOST_ROWS)
+  num_epochs: int | None = knob(
+    None, "passes over the corpus; none = no end", 1, MOST_STEPS
+  )
 
   @property
   def source_length(self) -> int:
@@ -53,7 +69,7 @@ class OptimizerConfig:
   schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = knob(
     "cosine", "shape after the warm-up"
   )
-  warmup_steps: int = knob(50, "steps of linear warm-up from 0", 0)
+  warmup_steps: int = knob(50, "steps of linear warm-up from 0", 0, MOST_STEPS)
   final_fraction: float = knob(0.1, "cosine, linear: last rate / peak rate", 0, 1)
   weight_decay: float = knob(0.1, "decoupled weight decay, of matrices only", 0)
   beta1: float = knob(0.9, "decay of the first moment (sgd: momentum)", 0, 1)
@@ -72,11 +88,15 @@ AttentionPath = Literal["auto", "blocked", "cudnn"]
 class TrainingConfig:
   """How long training takes, what happens when, and how the model runs; no architecture."""
 
-  num_steps: int = knob(1000, "optimizer steps", 0)
-  accumulation_steps: int = knob(1, "micro-batches per step; they divide batch_size", 1)
-  log_every_steps: int = knob(10, "steps per line of metrics", 1)
-  eval_every_steps: int = knob(250, "steps between evaluations", 1)
-  eval_batches: int | None = knob(None, "batches per evaluation; none = whole split", 1)
+  num_steps: int = knob(1000, "optimizer steps", 0, MOST_STEPS)
+  accumulation_steps: int = knob(
+    1, "micro-batches per step; they divide batch_size", 1, MOST_ROWS
+  )
+  log_every_steps: int = knob(10, "steps per line of metrics", 1, MOST_STEPS)
+  eval_every_steps: int = knob(250, "steps between evaluations", 1, MOST_STEPS)
+  eval_batches: int | None = knob(
+    None, "batches per evaluation; none = whole split", 1, MOST_STEPS
+  )
   label_smoothing: float = knob(
     0.0, "share of the target spread over the vocabulary (Szegedy et al., 2016)", 0, 0.999
   )
@@ -93,13 +113,18 @@ class TrainingConfig:
     "products with weights; attention: attention's output; full: nothing; offload: "
     "attention's output, in host memory",
   )
-  loss_chunks: int = knob(1, "parts of a row whose logits are computed one by one", 1)
+  loss_chunks: int = knob(
+    1, "parts of a row whose logits are computed one by one", 1, MOST_TOKENS
+  )
   scanned: bool = knob(False, "loop over one compiled block (compiles faster, runs slower)")
   pipeline_microbatches: int | None = knob(
-    None, "mesh axis stage: microbatches per batch; none = as many as stages", 1
+    None, "mesh axis stage: microbatches per batch; none = as many as stages", 1, MOST_ROWS
   )
   pipeline_repeats: int = knob(
-    1, "mesh axis stage: rounds of each microbatch; more: less idle time, more transfers", 1
+    1,
+    "mesh axis stage: rounds of each microbatch; more: less idle time, more transfers",
+    1,
+    MOST_LAYERS,
   )
   sequence_parallel: bool = knob(
     False, "mesh axis tensor: split rows in norms and residual sums; less memory"
@@ -109,7 +134,10 @@ class TrainingConfig:
   )
   sample_prompt: str = knob("", "prompt that is completed when training ends")
   hang_seconds: float | None = knob(
-    600.0, "a step that takes longer ends the run, with a stack trace; none = never", 0.1
+    600.0,
+    "a step that takes longer ends the run, with a stack trace; none = never",
+    0.1,
+    MOST_SECONDS,
   )
 
   @property
@@ -122,8 +150,10 @@ class TrainingConfig:
 class CheckpointConfig:
   """What is stored, and whether a restarted run resumes from it."""
 
-  every_steps: int = knob(500, "steps between checkpoints; the last is always kept", 1)
-  keep: int = knob(2, "newest checkpoints kept", 1)
+  every_steps: int = knob(
+    500, "steps between checkpoints; the last is always kept", 1, MOST_STEPS
+  )
+  keep: int = knob(2, "newest checkpoints kept", 1, MOST_STEPS)
   resume: Literal["auto", "must", "never"] = knob(
     "auto", "auto: resume if there is a checkpoint; must: or fail; never: start over"
   )
@@ -133,8 +163,12 @@ class CheckpointConfig:
 class JobConfig:
   """Several processes that train together; the environment says which they are."""
 
-  start_seconds: float = knob(300.0, "longest wait for all processes at the start", 0.1)
-  heartbeat_seconds: float = knob(60.0, "a process silent for longer counts as lost", 1)
+  start_seconds: float = knob(
+    300.0, "longest wait for all processes at the start", 0.1, MOST_SECONDS
+  )
+  heartbeat_seconds: float = knob(
+    60.0, "a process silent for longer counts as lost", 1, MOST_SECONDS
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +190,9 @@ class Config:
     "devices per mesh axis, as in data=2,fsdp=4; one may be -1 (the rest); data=2@dcn (in "
     "a file '2@dcn') puts the axis on the slow network between slices or hosts",
   )
-  simulated_devices: int | None = knob(None, "CPU only: pretend to have this many", 1, 4096)
+  simulated_devices: int | None = knob(
+    None, "CPU only: pretend to have this many", 1, MOST_DEVICES
+  )
 
   @property
   def run_dir(self) -> Path:

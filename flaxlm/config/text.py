@@ -9,17 +9,19 @@ directory as JSON (`to_json`, `from_json`). Standard library only: importing is 
 import dataclasses
 import difflib
 import json
+import re
 import runpy
+import traceback
 import types
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from flaxlm.config.fields import is_a, knobs
 from flaxlm.config.mesh import parse_mesh
 from flaxlm.config.schema import Config
-from flaxlm.errors import ConfigError
+from flaxlm.errors import ConfigError, FlaxLMError, first_line
 
 
 def load_config(name: str) -> Config:
@@ -31,12 +33,51 @@ def load_config(name: str) -> Config:
   try:
     config = runpy.run_path(str(path)).get("config")
   except (Exception, SystemExit) as e:  # whatever a user's file may raise
-    raise ConfigError(f"{path} failed: {type(e).__name__}: {e}") from e
+    raise ConfigError(*_failure(path, e)) from e
   if not isinstance(config, Config):
     raise ConfigError(
       f"{path} does not define `config = Config(...)`", "see configs/stdlib_tiny.py"
     )
   return dataclasses.replace(config, name=config.name or path.stem)
+
+
+def _failure(path: Path, error: BaseException) -> tuple[str, str]:
+  """(cause, cure) of what a config file raised, with the line where it did."""
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+  if isinstance(error, SyntaxError) and error.filename == str(path):
+    lines = [error.lineno]
+  place = f"{path}:{lines[-1]}" if lines else str(path)
+  if isinstance(error, FlaxLMError):
+    return f"{place}: {error.cause}", error.cure
+  text = str(error)
+  unknown = re.search(
+    r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text
+  )
+  if isinstance(error, TypeError) and unknown:
+    section, field = unknown.groups()
+    return f"{place}: {section} has no field {field!r}", _suggest_field(section, field)
+  return f"{place} failed: {type(error).__name__}: {first_line(error)}", ""
+
+
+def _suggest_field(section: str, field: str) -> str:
+  """What may have been meant by a field that the class `section` does not have."""
+  sections = dict(_sections(Config))
+  own = typing.get_type_hints(sections.get(section, Config))
+  if near := difflib.get_close_matches(field, own, 1):
+    return f"did you mean {near[0]}?"
+  for other, kind in sections.items():
+    if near := difflib.get_close_matches(field, typing.get_type_hints(kind), 1, 0.8):
+      return f"did you mean {near[0]}, a field of {other}?"
+  return "flaxlm train --help lists all"
+
+
+def _sections(kind: Any) -> Iterator[tuple[str, Any]]:
+  """(name, class) of a config class and of the sections within it."""
+  yield kind.__name__, kind
+  for hint in typing.get_type_hints(kind).values():
+    if dataclasses.is_dataclass(hint):
+      yield from _sections(hint)
 
 
 def config_folders() -> list[Path]:
@@ -52,7 +93,7 @@ def find_config(name: str) -> Path:
   candidates = [Path(name)]
   candidates += [folder / f"{Path(stem).name}.py" for folder in config_folders()]
   for path in candidates:
-    if _is_file(path):
+    if is_file(path):
       if path.suffix != ".py":
         raise ConfigError(f"{path} is not a Python config file", "see configs/")
       return path
@@ -62,10 +103,11 @@ def find_config(name: str) -> Path:
   raise ConfigError(f"no config file {name!r}", cure)
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+  """Whether there is a file; not if the name is too long, or its folder may not be read."""
   try:
     return path.is_file()
-  except OSError:  # the name is too long, or its folder may not be read
+  except OSError:
     return False
 
 

@@ -8,6 +8,7 @@ format needs TensorFlow.
 import contextlib
 import difflib
 import io
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -183,7 +184,7 @@ def download(dataset: str, root: Path, log: Log) -> Path:
   try:
     builder = tfds.builder(dataset, data_dir=str(root), file_format=FILE_FORMAT)
   except tfds.core.DatasetNotFoundError as e:
-    name = dataset.partition("/")[0]
+    name = re.split("[:/]", dataset)[0]
     near = difflib.get_close_matches(name, _public_names(str(e)), 3)
     cure = f"did you mean {' or '.join(near)}?" if near else "see tensorflow.org/datasets"
     raise DataError(f"TFDS has no dataset {name!r}", cure) from e

@@ -29,6 +29,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import struct
 import sys
 import sysconfig
@@ -81,8 +82,8 @@ def data_dir() -> Path:
 
 
 def find_corpus(name: str, log: Log = to_stderr, whole: bool = False) -> Corpus:
-  """The corpus `stdlib`, `files:GLOB` (or folder, or file), `tfds:NAME[/CONFIG]` or
-  `gettext:LANG`; a `whole` one is not split.
+  """The corpus `stdlib`, `files:GLOB` (or folder, or file), `tfds:NAME[/CONFIG][:VERSION]`
+  or `gettext:LANG`; a `whole` one is not split.
 
   Downloads a TFDS dataset that is not there yet. Raises `DataError` if nothing is found.
   """
@@ -501,17 +502,26 @@ def _translations(path: Path) -> Iterator[tuple[str, str]]:
 # -- TFDS ------------------------------------------------------------------------------
 
 
+def _version_of(folder: Path) -> list[int]:
+  """10.0.0 comes after 9.0.0."""
+  return [int(part) if part.isdecimal() else -1 for part in folder.name.split(".")]
+
+
 def _tfds_corpus(name: str, dataset: str, log: Log, whole: bool) -> Corpus:
   root = data_dir() / "tfds"
+  # TFDS writes NAME:1.0.0, and its folders are NAME/1.0.0.
+  version = re.search(r"[:/](\d+\.\d+\.\d+)$", dataset)
+  dataset = dataset[: version.start()] if version else dataset
   # Only TFDS knows the name of a default configuration, so it is asked each time.
-  versions = sorted((root / dataset).glob("*.*.*/dataset_info.json"))
-  if versions:
-    folder = versions[-1].parent
+  found = (root / dataset).glob(f"{version[1] if version else '*.*.*'}/dataset_info.json")
+  if folders := sorted((path.parent for path in found), key=_version_of):
+    folder = folders[-1]
   else:
     from flaxlm.data import builders  # importing TFDS costs 0.5 s
 
     with locked(data_dir(), log):
-      folder = builders.download(dataset, root, log)
+      asked = f"{dataset}:{version[1]}" if version else dataset
+      folder = builders.download(asked, root, log)
   listing = (folder / "dataset_info.json").read_bytes()
   splits = (WHOLE,) if whole else SPLITS
   about = str(_LISTING_VERSION) + (WHOLE if whole else "")

@@ -41,7 +41,7 @@ def literal(value: Any) -> str:
 
 
 def text_of(value: Any) -> str:
-  return json.dumps(value, ensure_ascii=False)
+  return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def escaped(text: str) -> str:

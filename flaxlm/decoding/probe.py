@@ -37,7 +37,7 @@ def main() -> None:
       }
     except ValueError as e:
       found = {"error": str(e)}
-    print(json.dumps(found), flush=True)
+    print(json.dumps(found, allow_nan=False), flush=True)
 
 
 if __name__ == "__main__":

@@ -309,6 +309,20 @@ def test_without_a_network_a_download_fails_at_once(monkeypatch: pytest.MonkeyPa
   assert time.perf_counter() - start < 5
 
 
+@pytest.mark.parametrize(
+  ("name", "version"),
+  [("tfds:a/b", "10.0.0"), ("tfds:a/b:9.0.0", "9.0.0"), ("tfds:a/b/9.0.0", "9.0.0")],
+)
+def test_a_version_of_a_dataset(tmp_path, monkeypatch, name: str, version: str):
+  """The newest by number, or the one that is named in TFDS's way or as its folders are."""
+  monkeypatch.setenv("FLAXLM_DATA_DIR", str(tmp_path))
+  for number in ("9.0.0", "10.0.0"):
+    folder = tmp_path / "tfds" / "a" / "b" / number
+    folder.mkdir(parents=True)
+    (folder / "dataset_info.json").write_text(number)
+  assert find_corpus(name).tfds_folder == tmp_path / "tfds" / "a" / "b" / version
+
+
 class LetterSet(tfds.core.GeneratorBasedBuilder):
   """Somebody's TFDS dataset."""
 

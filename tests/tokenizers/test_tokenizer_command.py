@@ -68,8 +68,8 @@ def test_encoded(corpus, capsys):
 @pytest.mark.parametrize(
   ("arguments", "code", "cause"),
   [
-    (["train", "--vocab-size=3"], 2, "at least 257"),
-    (["train", "--kind=words"], 2, "it can be byte, bpe"),
+    (["train", "--vocab-size=3"], 2, "--vocab-size can be from 257"),
+    (["train", "--kind=words"], 2, "argument --kind: invalid choice"),
     (["compare", "bpe"], 2, "is not a tokenizer"),
     (["compare", "no/such/run"], 2, "is not a tokenizer"),
     (["encode", "train.txt", "--text=a"], 3, "not a tokenizer.json"),
