@@ -18,7 +18,7 @@ from test_huggingface import random_params
 from tiny_tokenizers import gpt_2_like
 
 from flaxlm.checkpoint.store import CheckpointStore
-from flaxlm.config import Config, ModelConfig, to_json
+from flaxlm.config import Config, DataConfig, ModelConfig, to_json
 from flaxlm.decoding.completions import complete
 from flaxlm.decoding.loading import Run, load_run
 from flaxlm.decoding.sampling import make_sampling
@@ -60,7 +60,8 @@ def make_tokenizer(kind: str) -> AnyTokenizer:
 def make_run(folder: Path, model: ModelConfig, tokenizer: AnyTokenizer) -> Run:
   """A run with random parameters, and a chat template."""
   size = tokenizer.vocab_size
-  cfg = Config(name="random", runs_dir=str(folder), model=model.resolve(size))
+  data = DataConfig(seq_len=model.context)
+  cfg = Config(name="random", runs_dir=str(folder), model=model.resolve(size), data=data)
   (cfg.run_dir / IMPORTED_FILES).mkdir(parents=True)
   (cfg.run_dir / IMPORTED_FILES / "chat_template.jinja").write_text(TEMPLATE)
   tokenizer.save(cfg.run_dir / "tokenizer.json")
