@@ -46,6 +46,40 @@ def _gpt2() -> str:
   return made.to_str()
 
 
+# How the tokenizers of published models cut a text into words, before their bytes.
+WORDS = {
+  "llama3": (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+  ),
+  "qwen2": (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+  ),
+  "tekken": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{M}]*[\p{Ll}\p{M}]+|\p{N}|\s+",
+}
+
+
+@functools.cache
+def _gpt_2_like(kind: str) -> str:
+  made = tokenizers.Tokenizer(models.BPE())
+  to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind not in WORDS)
+  first = [pre_tokenizers.Digits(True)] if kind == "smollm" else []
+  if kind in WORDS:
+    first = [pre_tokenizers.Split(tokenizers.Regex(WORDS[kind]), "isolated")]
+  made.pre_tokenizer = pre_tokenizers.Sequence([*first, to_bytes]) if first else to_bytes
+  made.decoder = decoders.ByteLevel()
+  code = ["def f(x):\n    return x ==  12\n", "it's 1234 DON'T\r\n\r\n ...", "漢字 é  x"]
+  trainer = trainers.BpeTrainer(
+    vocab_size=360,
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  made.train_from_iterator([*TEXTS, *code * 3], trainer)
+  made.add_special_tokens(["<|endoftext|>"])
+  return made.to_str()
+
+
 @functools.cache
 def _bert() -> str:
   """WordPiece between [CLS] and [SEP]."""
@@ -82,6 +116,11 @@ def llama() -> tokenizers.Tokenizer:
 
 def gpt2() -> tokenizers.Tokenizer:
   return tokenizers.Tokenizer.from_str(_gpt2())
+
+
+def gpt_2_like(kind: str) -> tokenizers.Tokenizer:
+  """Byte-level BPE that cuts texts as gpt2, smollm, or one of `WORDS`."""
+  return tokenizers.Tokenizer.from_str(_gpt_2_like(kind))
 
 
 def bert() -> tokenizers.Tokenizer:

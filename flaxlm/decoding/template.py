@@ -81,6 +81,7 @@ def to_json(
     indent=indent,
     separators=separators,
     sort_keys=sort_keys,
+    allow_nan=True,  # as in transformers: what a model is to see
   )
 
 

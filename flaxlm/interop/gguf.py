@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.config import ResolvedModel
+from flaxlm.decoding.chat import load_special_tokens, load_templates
 from flaxlm.decoding.loading import Run
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.huggingface import describe
 from flaxlm.interop.layouts import Shape
+from flaxlm.interop.settings import rotary_dims
 from flaxlm.interop.transfer import find_fitting
 from flaxlm.nn.positions import inverse_wavelengths, stretched_frequencies
 
@@ -40,13 +42,27 @@ ARCHITECTURES = {
   "qwen3": Architecture("qwen3", False),
 }
 
-# llama.cpp has a fixed list of ways to split a text before the merges. Here they are by the
-# beginning of the pattern in tokenizer.json. Our own pattern is nearest to Llama 3's.
+# llama.cpp has a fixed list of ways to cut a text into the words within which merges apply.
+# Here are those that a tokenizer.json has too, as `cuts_of` gives them, and whether a word
+# that is in the vocabulary is taken whole, without its merges (`ignore_merges`).
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA_3 = f"{CONTRACTIONS}\\p{{N}}{{1,3}}{OTHERS}"
+QWEN_2 = f"{CONTRACTIONS}\\p{{N}}{OTHERS}"
+GPT_2 = "gpt-2"  # its own pattern, which stands in no tokenizer.json, and then bytes
+DIGITS = "digits"  # each a word
+BYTES = "bytes"
 PRE_TOKENIZERS = {
-  "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|": "llama-bpe",
-  "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}|": "qwen2",
-  "[ !-/:-@\\[-`{-~]?[A-Za-z": "llama-bpe",
+  ((GPT_2,), False): "gpt-2",
+  ((DIGITS, GPT_2), False): "smollm",
+  ((LLAMA_3, BYTES), True): "llama-bpe",
+  ((LLAMA_3, BYTES), False): "dbrx",
+  ((QWEN_2, BYTES), False): "qwen2",
 }
+MAX_ENDS = 3  # ids that end an answer, for which llama.cpp has names
+# llama.cpp does not open a file without merges. This one never applies: a word begins as
+# single characters.
+NO_MERGE = "<no> <merge>"
 
 
 def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
@@ -69,6 +85,13 @@ def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
     cure = f"GGUF export supports the families {', '.join(ARCHITECTURES)}"
     raise CheckpointError(e.cause, cure) from e
   architecture = ARCHITECTURES[family.model_type]
+  rotated = rotary_dims(cfg)
+  if cfg.positions == "rope" and architecture.neighbours and rotated != cfg.head_dim:
+    raise CheckpointError(
+      f"GGUF: llama.cpp rotates whole heads in {architecture.name}, not {rotated} of "
+      f"{cfg.head_dim} dims",
+      "export to safetensors",
+    )
   if cfg.window is not None and cfg.window < cfg.context:
     raise CheckpointError(
       f"GGUF: llama.cpp does not support a window in {architecture.name}",
@@ -163,7 +186,7 @@ def add_settings(writer: Any, cfg: ResolvedModel, name: str) -> None:
   writer.add_key_length(cfg.head_dim)
   writer.add_value_length(cfg.head_dim)
   if cfg.positions == "rope":
-    writer.add_rope_dimension_count(cfg.head_dim)
+    writer.add_rope_dimension_count(rotary_dims(cfg))
     writer.add_rope_freq_base(cfg.rope.theta)
   if cfg.norm == "rmsnorm":
     writer.add_layer_norm_rms_eps(cfg.norm_epsilon)
@@ -173,13 +196,15 @@ def add_settings(writer: Any, cfg: ResolvedModel, name: str) -> None:
 
 
 def add_tokenizer(writer: Any, run: Run) -> None:
-  """Writes ids and merges. Raises `CheckpointError` unless it is a byte-level BPE."""
+  """Writes ids, merges, special ids and the chat template.
+
+  Raises `CheckpointError` unless llama.cpp would make the same ids of every text.
+  """
   import gguf
 
   spec = json.loads(run.tokenizer.to_json())
   model, added = spec["model"], {one["id"]: one for one in spec["added_tokens"]}
-  if model["type"] != "BPE" or model.get("byte_fallback"):
-    raise CheckpointError("GGUF: the tokenizer is not a byte-level BPE")
+  pre_tokenizer = find_pre_tokenizer(spec)
   words = {number: word for word, number in model["vocab"].items()}
   words |= {number: one["content"] for number, one in added.items()}
   numbers = range(run.model.cfg.num_ids)
@@ -191,23 +216,104 @@ def add_tokenizer(writer: Any, run: Run) -> None:
   )
   merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
   writer.add_tokenizer_model("gpt2")
-  writer.add_tokenizer_pre(find_pre_tokenizer(json.dumps(spec["pre_tokenizer"])))
+  writer.add_tokenizer_pre(pre_tokenizer)
   writer.add_token_list([words.get(number, f"[PAD{number}]") for number in numbers])
   writer.add_token_types([kind(number) for number in numbers])
-  writer.add_token_merges(merges)
-  writer.add_eos_token_id(min(run.tokenizer.eos_ids, default=run.tokenizer.bos_id))
-  writer.add_bos_token_id(run.tokenizer.bos_id)
-  starts = run.tokenizer.framed([], "prompt") == [run.tokenizer.bos_id]
-  writer.add_add_bos_token(starts)
+  writer.add_token_merges(merges or [NO_MERGE])
+  add_special_ids(writer, run)
+  templates = load_templates(run.path)
+  if templates:
+    named = [{"name": name, "template": text} for name, text in templates.items()]
+    writer.add_chat_template(named)
 
 
-def find_pre_tokenizer(pre_tokenizer: str) -> str:
-  """llama.cpp's name for a way to split texts. Raises `CheckpointError` if it has none."""
-  for start, name in PRE_TOKENIZERS.items():
-    if json.dumps(start)[1:-1] in pre_tokenizer:
-      return name
-  if '"use_regex": true' in pre_tokenizer and '"Split"' not in pre_tokenizer:
-    return "gpt-2"
-  raise CheckpointError(
-    "GGUF: llama.cpp does not split texts as this tokenizer does", "export to safetensors"
-  )
+def add_special_ids(writer: Any, run: Run) -> None:
+  """Writes what begins a text, and the ids that end one: the configured one first."""
+  tokenizer, num_ids = run.tokenizer, run.model.cfg.num_ids
+  starts = tokenizer.framed([0], "prompt")[:-1]
+  if len(starts) > 1:
+    raise CheckpointError(
+      f"GGUF: texts begin with the ids {starts}, and llama.cpp adds one",
+      "export to safetensors",
+    )
+  writer.add_bos_token_id(starts[0] if starts else tokenizer.bos_id)
+  writer.add_add_bos_token(bool(starts))
+  writer.add_add_eos_token(False)
+  first = configured_end(run)
+  ends = [first, *sorted(tokenizer.eos_ids - {first})]
+  ends = [end for end in ends if 0 <= end < num_ids]
+  if not 1 <= len(ends) <= MAX_ENDS:
+    raise CheckpointError(
+      f"GGUF: {len(ends)} ids end an answer, and llama.cpp has places for 1 to {MAX_ENDS}",
+      "export to safetensors",
+    )
+  writers = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+  for write, end in zip(writers, ends, strict=False):
+    write(end)
+
+
+def configured_end(run: Run) -> int:
+  """Of the ids that end an answer, the one that the tokenizer's settings name; else the
+  first."""
+  named = run.tokenizer.id_of(load_special_tokens(run.path).get("eos_token", ""))
+  return named if named in run.tokenizer.eos_ids else run.tokenizer.eos_id
+
+
+def find_pre_tokenizer(spec: dict[str, Any]) -> str:
+  """llama.cpp's name for how a tokenizer.json cuts a text.
+
+  Raises `CheckpointError` for a tokenizer that llama.cpp does not have, or reads
+  otherwise.
+  """
+  model = spec["model"]
+  if model["type"] != "BPE" or model.get("byte_fallback"):
+    raise CheckpointError("GGUF: the tokenizer is not a byte-level BPE")
+  said = [
+    *(f"model.{key}" for key in ("dropout", "continuing_subword_prefix") if model.get(key)),
+    *(["model.end_of_word_suffix"] if model.get("end_of_word_suffix") else []),
+    # llama.cpp composes no characters, as all tools around it accept.
+    *(["normalizer"] if spec["normalizer"] not in (None, {"type": "NFC"}) else []),
+    *(
+      f"{flag} of the token {one['content']!r}"
+      for one in spec["added_tokens"]
+      for flag in ("lstrip", "rstrip", "single_word")
+      if one[flag]
+    ),
+  ]
+  if said:
+    raise CheckpointError(
+      f"GGUF: llama.cpp has no place for the tokenizer's {said[0]}", "export to safetensors"
+    )
+  cuts, whole_words = cuts_of(spec["pre_tokenizer"]), bool(model.get("ignore_merges"))
+  if not model["merges"] and all(len(word) == 1 for word in model["vocab"]):
+    # Where each byte is an id, every way to cut gives the same ids.
+    cuts, whole_words = (GPT_2,) if {GPT_2, BYTES} & {*cuts} else (), False
+  name = PRE_TOKENIZERS.get((cuts, whole_words))
+  if name is None:
+    raise CheckpointError(
+      "GGUF: llama.cpp does not split texts as this tokenizer does",
+      "export to safetensors, or train with --tokenizer.kind=byte",
+    )
+  return name
+
+
+def cuts_of(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:
+  """How a pre-tokenizer cuts a text, step by step; ("",) for any that llama.cpp lacks."""
+  steps = pre_tokenizer or {}
+  cuts = []
+  for step in steps.get("pretokenizers", [steps]):
+    match step:
+      case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+        cuts.append(GPT_2)
+      case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
+        cuts.append(BYTES)
+      case {"type": "Digits", "individual_digits": True}:
+        cuts.append(DIGITS)
+      case {"type": "Split", "pattern": {"Regex": str(pattern)}} if (
+        step["behavior"],
+        step["invert"],
+      ) in (("Isolated", False), ("Removed", True)):  # the same, if a pattern fits all
+        cuts.append(pattern)
+      case _:
+        return ("",)
+  return tuple(cuts)

@@ -91,6 +91,10 @@ class Vocabulary:
     """The bytes of text that an id stands for; none for specials and for unknown ids."""
     return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else b""
 
+  def id_of(self, name: str) -> int | None:
+    """The id that has this name in the vocabulary."""
+    return self._backend.token_to_id(name)
+
   def name_of(self, token_id: int) -> str | None:
     """The vocabulary's name for an id; None for an unknown id."""
     return self._backend.id_to_token(token_id)

@@ -6,10 +6,13 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from test_transfer import own_run
+from tiny_tokenizers import gpt_2_like
 
 from flaxlm.cli import main
 from flaxlm.config import ModelConfig, RopeConfig
@@ -17,14 +20,18 @@ from flaxlm.decoding.loading import load_run
 from flaxlm.errors import CheckpointError
 from flaxlm.interop.gguf import (
   ARCHITECTURES,
+  add_settings,
+  add_special_ids,
   export_gguf,
   find_pre_tokenizer,
   frequency_factors,
 )
 from flaxlm.interop.transfer import export_run
 from flaxlm.nn.positions import inverse_wavelengths
+from flaxlm.runs import IMPORTED_FILES
 from flaxlm.sharding import make_mesh
 from flaxlm.tokenizers import train_tokenizer
+from flaxlm.tokenizers.imported import ImportedTokenizer, Specials
 
 NEEDED = ("torch", "transformers", "gguf")
 needs_parity = [
@@ -122,14 +129,136 @@ class TestParity:
     assert fields["tokenizer.ggml.add_bos_token"].contents() is True
 
 
-def test_how_texts_are_cut():
-  said = lambda tokenizer: json.dumps(json.loads(tokenizer.to_json())["pre_tokenizer"])
-  assert (
-    find_pre_tokenizer(said(train_tokenizer("bpe", ["def f(): pass"] * 9, 300)))
-    == "llama-bpe"
+def spec_of(pre_tokenizer: str, **model: Any) -> dict[str, Any]:
+  """A tokenizer.json that cuts texts in some way."""
+  backend = gpt_2_like(pre_tokenizer)
+  spec = json.loads(backend.to_str())
+  spec["model"] |= model
+  return spec
+
+
+@pytest.mark.parametrize(
+  ("pre_tokenizer", "whole_words", "name"),
+  [
+    ("gpt2", False, "gpt-2"),
+    ("smollm", False, "smollm"),
+    ("llama3", True, "llama-bpe"),
+    ("llama3", False, "dbrx"),
+    ("qwen2", False, "qwen2"),
+  ],
+)
+def test_how_texts_are_cut(pre_tokenizer: str, whole_words: bool, name: str):
+  spec = spec_of(pre_tokenizer, ignore_merges=whole_words)
+  assert find_pre_tokenizer(spec) == name
+  if pre_tokenizer == "qwen2":
+    assert find_pre_tokenizer(spec | {"normalizer": {"type": "NFC"}}) == name
+
+
+def test_what_llama_cpp_would_cut_otherwise_is_refused():
+  ours = json.loads(train_tokenizer("bpe", ["def f(): pass"] * 9, 300).to_json())
+  spaced = spec_of("gpt2")
+  spaced["pre_tokenizer"]["add_prefix_space"] = True
+  no_bytes = spec_of("qwen2")
+  no_bytes["pre_tokenizer"] = no_bytes["pre_tokenizer"]["pretokenizers"][0]
+  whole = spec_of("qwen2", ignore_merges=True)
+  for spec in (ours, spaced, no_bytes, whole, spec_of("tekken")):
+    with pytest.raises(CheckpointError, match="does not split texts"):
+      find_pre_tokenizer(spec)
+  # Where each byte is an id, every way to cut is the same.
+  spec = json.loads(train_tokenizer("byte", [], 257).to_json())
+  assert find_pre_tokenizer(spec) == "gpt-2"
+
+
+@pytest.mark.parametrize(
+  ("change", "told"),
+  [
+    ({"normalizer": {"type": "Lowercase"}}, "normalizer"),
+    ({"model": {"byte_fallback": True}}, "byte-level"),
+    ({"model": {"type": "Unigram"}}, "byte-level"),
+    ({"model": {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
+    ({"model": {"dropout": 0.1}}, "dropout"),
+    ({"token": {"rstrip": True}}, "rstrip"),
+  ],
+)
+def test_what_a_tokenizer_has_and_gguf_has_not(change: dict[str, Any], told: str):
+  spec = spec_of("gpt2")
+  spec["model"] |= change.pop("model", {})
+  spec["added_tokens"][0] |= change.pop("token", {})
+  with pytest.raises(CheckpointError, match=told):
+    find_pre_tokenizer(spec | change)
+
+
+class Written(dict):
+  """Takes what a writer of GGUF is told, by the names of its methods."""
+
+  def __getattr__(self, name: str) -> Any:
+    return lambda value: self.__setitem__(name.removeprefix("add_"), value)
+
+
+def special_ids(tmp_path: Path, specials: Specials, **settings: Any) -> Written:
+  """What a file says of the special ids 300 to 304 of a tokenizer."""
+  folder = tmp_path / IMPORTED_FILES
+  folder.mkdir(exist_ok=True)
+  (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+  backend = gpt_2_like("gpt2")
+  backend.add_special_tokens([f"<{n}>" for n in range(5)])
+  tokenizer, written = ImportedTokenizer(backend, specials), Written()
+  ids = [tokenizer.id_of(f"<{n}>") for n in range(5)]
+  named = specials._replace(
+    bos_id=None if specials.bos_id is None else ids[specials.bos_id],
+    eos_ids=tuple(ids[n] for n in specials.eos_ids),
+    prefix=tuple(ids[n] for n in specials.prefix),
   )
-  with pytest.raises(CheckpointError, match="does not split texts"):
-    find_pre_tokenizer('{"type": "Whitespace"}')
+  model = SimpleNamespace(cfg=SimpleNamespace(num_ids=400))
+  tokenizer = ImportedTokenizer(backend, named)
+  run = SimpleNamespace(tokenizer=tokenizer, model=model, path=tmp_path)
+  add_special_ids(written, run)  # type: ignore[arg-type]
+  return Written({k: ids.index(v) if v in ids else v for k, v in written.items()})
+
+
+def test_special_ids_are_the_configured_ones(tmp_path: Path):
+  """As for Llama 3: the settings name one end, others end an answer as well."""
+  specials = Specials(bos_id=4, eos_ids=(0, 2, 3), prefix=(4,))
+  assert special_ids(tmp_path, specials, eos_token={"content": "<3>"}) == {
+    "bos_token_id": 4,
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "eos_token_id": 3,
+    "eot_token_id": 0,
+    "eom_token_id": 2,
+  }
+  # As for Qwen: nothing begins a text, and the first of several ends is the configured one.
+  found = special_ids(tmp_path, Specials(bos_id=1, eos_ids=(3, 1)))
+  assert (found["add_bos_token"], found["eos_token_id"]) == (False, 3)
+  assert found["eot_token_id"] == 1 and "eom_token_id" not in found
+
+
+@pytest.mark.parametrize(
+  ("specials", "told"),
+  [
+    (Specials(eos_ids=(0,), prefix=(1, 2)), "texts begin with"),
+    (Specials(), "0 ids end an answer"),
+    (Specials(eos_ids=(0, 1, 2, 3)), "4 ids end an answer"),
+  ],
+)
+def test_special_ids_that_gguf_has_no_place_for(
+  tmp_path: Path, specials: Specials, told: str
+):
+  with pytest.raises(CheckpointError, match=told):
+    special_ids(tmp_path, specials)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs gguf")
+def test_a_partly_rotated_head(tmp_path: Path):
+  """llama.cpp refuses it for LLaMA, and for others it wants to know how many dims."""
+  model = dataclasses.replace(SMALL, rope=RopeConfig(fraction=0.5), qkv_biased=True)
+  cfg, written = model.resolve(257), Written()
+  add_settings(written, cfg, "name")
+  assert written["rope_dimension_count"] == cfg.head_dim // 2
+  run = run_of(tmp_path, dataclasses.replace(model, qkv_biased=False))
+  with pytest.raises(CheckpointError):
+    export_gguf(run, tmp_path / "model.gguf", None)
+  assert not (tmp_path / "model.gguf").exists()
 
 
 def test_scaled_positions():

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from test_huggingface import random_params, rewrite, save
 
 from flaxlm.checkpoint.store import CheckpointStore
-from flaxlm.config import Config, ModelConfig, to_json
+from flaxlm.config import Config, DataConfig, ModelConfig, to_json
 from flaxlm.decoding.completions import complete
 from flaxlm.decoding.encoding import embed_texts, encode_rows, fill_masks
 from flaxlm.decoding.loading import load_run
@@ -174,7 +174,7 @@ def test_a_sentence_encoder_embeds_and_fills_nothing(mesh: Any, tmp_path: Path):
   for guess in (
     lambda: fill_masks(run, ["the [MASK] sat"]),
     lambda: look_tokens(run, reading, 9),
-    lambda: evaluate_run(run, "stdlib", "validation", 1),
+    lambda: evaluate_run(run, "stdlib", "validation", 1, told.append),
   ):
     with pytest.raises(ConfigError, match="without a masked-LM head"):
       guess()
@@ -201,7 +201,12 @@ def test_an_imported_encoder_decoder_answers(mesh: Any, tmp_path: Path):
 def own_run(folder: Path, model: ModelConfig) -> Path:
   """A run as training leaves it, with random parameters."""
   tokenizer = train_tokenizer("byte", [], 257)
-  cfg = Config(name="own", runs_dir=str(folder), model=model.resolve(tokenizer.vocab_size))
+  cfg = Config(
+    name="own",
+    runs_dir=str(folder),
+    model=model.resolve(tokenizer.vocab_size),
+    data=DataConfig(seq_len=min(model.context, 256)),
+  )
   cfg.run_dir.mkdir()
   tokenizer.save(cfg.run_dir / "tokenizer.json")
   (cfg.run_dir / "config.json").write_text(to_json(cfg))

@@ -11,7 +11,6 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from flaxlm.benchmark.texts import python_sources
 from flaxlm.config import ResolvedConfig
 from flaxlm.decoding.loading import Run
 from flaxlm.interop.gguf import export_gguf
@@ -25,8 +24,7 @@ def load_llama_cpp(
 ) -> Callable[..., np.ndarray]:
   """A function that answers one prompt, with weights in our dtype, on every core."""
   # A GGUF file must have a tokenizer, although only ids go in and come out here.
-  size = min(4096, cfg.model.vocab_size)
-  tokenizer = train_tokenizer("bpe", python_sources(100_000), size)
+  tokenizer = train_tokenizer("byte", [], 0)
   with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "model.gguf"
     mesh = make_mesh({"data": -1})
