@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import math
 import operator
 import reprlib
 import typing
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from flaxlm.config.fields import MOST_WIDTH, is_a
+from flaxlm.config.fields import is_a
 from flaxlm.config.mesh import mesh_mistakes
 from flaxlm.config.model import OBJECTIVES, ModelConfig
 from flaxlm.config.schema import Config
