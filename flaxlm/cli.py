@@ -16,6 +16,7 @@ from flaxlm.errors import (
   FlaxLMError,
   OutOfMemoryError,
   first_line,
+  one_line,
   write_error,
 )
 
@@ -107,7 +108,9 @@ def end_with(error: FlaxLMError, debug: bool) -> int:
       import traceback
 
       traceback.print_exc()
-    print(f"flaxlm: {error}", file=sys.stderr, flush=True)
+    print(f"flaxlm: {one_line(error.cause)}", file=sys.stderr, flush=True)
+    if error.cure:
+      print(f"  {one_line(error.cure)}", file=sys.stderr, flush=True)
   return error.exit_code
 
 

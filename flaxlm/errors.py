@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+MOST_SHOWN = 1400  # characters of a line
+
 
 class FlaxLMError(Exception):
   """An error that the user can fix. `cause` says what is wrong, `cure` what would work."""
@@ -92,6 +94,14 @@ def write_error(error: OSError, path: Path | str, cure: str = "") -> WriteError:
   """The error for a file, or for what the system's error names."""
   cause = f"{error.filename or path} cannot be written: {first_line(error)}"
   return WriteError(cause, cure or "free some space, or write elsewhere")
+
+
+def one_line(text: str) -> str:
+  """A line that any terminal shows: control characters and halves of surrogate pairs, as a
+  path or a value may have them, are escaped, and what is too long is cut."""
+  text = text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+  escape = lambda letter: letter.encode("unicode_escape").decode()
+  return "".join(x if x.isprintable() else escape(x) for x in text)
 
 
 def first_line(error: BaseException) -> str:

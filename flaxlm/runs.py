@@ -63,7 +63,10 @@ def find_run(path: str | None, runs_dir: str = "runs") -> Path:
 
 
 def _runs(runs_dir: Path) -> list[Path]:
-  return [path.parent for path in runs_dir.glob(f"*/{CONFIG}")]
+  try:
+    return [path.parent for path in runs_dir.glob(f"*/{CONFIG}")]
+  except OSError:  # the name is too long, or the folder may not be read
+    return []
 
 
 def load_config_of(path: Path) -> ResolvedConfig:

@@ -14,6 +14,7 @@ from flaxlm.commands.parsing import (
   read_config,
   read_text,
 )
+from flaxlm.config import is_file
 from flaxlm.errors import ConfigError
 from flaxlm.strict_json import to_json
 
@@ -103,7 +104,7 @@ def run_positions(args: argparse.Namespace, arguments: list[str]) -> int:
   named = arguments[0] if arguments and not arguments[0].startswith("--") else None
   candidates = [Path(named), Path(args.runs_dir) / named] if named else []
   of_run = named is None and not arguments
-  if not of_run and not any((path / CONFIG).is_file() for path in candidates):
+  if not of_run and not any(is_file(path / CONFIG) for path in candidates):
     check_output(args)
     cfg = read_config(arguments)
     model = cfg.model.resolve(cfg.tokenizer.vocab_size)
