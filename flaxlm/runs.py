@@ -19,7 +19,7 @@ from flaxlm.checkpoint.manifest import Entry, damage, saved_steps
 from flaxlm.config import (
   Config,
   ResolvedConfig,
-  check_config,
+  check_model,
   difference,
   from_json,
   is_file,
@@ -77,7 +77,7 @@ def load_config_of(path: Path) -> ResolvedConfig:
   check_unchanged(path, CONFIG)
   try:
     cfg = from_json((path / CONFIG).read_text("utf-8"), str(path / CONFIG))
-    check_config(cfg)
+    check_model(cfg)
     return cfg.resolve()
   except OSError as e:
     raise CheckpointError(f"{path / CONFIG} cannot be read: {first_line(e)}") from e

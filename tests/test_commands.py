@@ -385,6 +385,14 @@ def test_help_names_every_knob(in_process):
     assert knob in run.stdout
 
 
+@pytest.mark.parametrize(
+  "command", [["train"], ["plan"], ["shard"], ["launch"], ["look", "positions"]]
+)
+def test_help_says_that_a_config_is_executed(in_process, command):
+  assert "flaxlm executes it" in " ".join(in_process(*command, "--help").stdout.split())
+  assert "flaxlm executes it" in (ROOT / "README.md").read_text()
+
+
 def test_doors_are_the_commands(tmp_path, flaxlm):
   """train.py and infer.py say what `flaxlm train` and `flaxlm infer` say."""
   for door in ("train", "infer"):

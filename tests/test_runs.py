@@ -91,6 +91,14 @@ def test_a_config_that_no_model_has_is_refused_without_a_manifest_too(run: Path)
     load_config_of(run)
 
 
+def test_how_a_run_was_trained_is_no_obstacle(run: Path):
+  """As its rows may be longer than what the model, cut short later, can read."""
+  text = (run / CONFIG).read_text()
+  (run / CONFIG).write_text(text.replace('"seq_len": 256', '"seq_len": 999999'))
+  (run / NAME).unlink()
+  assert load_config_of(run).data.seq_len == 999999
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"files": {"config.json": 3}}', None])
 def test_a_manifest_of_another_shape_is_damage(run: Path, text: str | None):
   (run / NAME).unlink()

@@ -5,7 +5,7 @@ import argparse
 import sys
 from typing import Any
 
-from flaxlm.commands.parsing import check_least
+from flaxlm.commands.parsing import EXECUTED, check_least
 from flaxlm.errors import ConfigError
 
 MOST_PROCESSES = 1024  # on one machine
@@ -18,7 +18,7 @@ def add_launch(commands: Any) -> None:
     usage="flaxlm launch --processes N -- train [CONFIG] [--section.field=value ...]",
     description="Starts N processes of one job, which share this machine's GPUs. With "
     "--simulated-devices=M, each of them has M devices. If one fails, all are ended. For "
-    "several machines see docs/launch/.",
+    "several machines see docs/launch/. " + EXECUTED,
   )
   parser.add_flag("--processes", int, required=True, metavar="N")
   parser.add_flag("--grace-seconds", float, "from SIGTERM to SIGKILL", default=10.0)

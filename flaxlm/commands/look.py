@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxlm.commands.parsing import (
+  EXECUTED,
   Parser,
   check_least,
   find_named_run,
@@ -44,6 +45,7 @@ def add_look(commands: Any) -> None:
   positions.usage = (
     "flaxlm look positions [RUN | CONFIG [--section.field=value ...]] [options]"
   )
+  positions.description += f". {EXECUTED}"
   positions.add_flag("--runs-dir", default="runs")
   positions.add_devices()
   positions.set_defaults(takes_overrides=True)

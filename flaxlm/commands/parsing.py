@@ -20,6 +20,11 @@ from flaxlm.strict_json import to_json
 MOST_SHOWN = 200  # characters
 DEFAULT_CONFIG = "stdlib_tiny"
 FIELDS = {name for name, _, _ in knobs(Config)}
+# For the help of every command that takes a CONFIG.
+EXECUTED = (
+  "A config file is a Python program, and flaxlm executes it: name none that you would not "
+  "run."
+)
 
 
 class Parser(argparse.ArgumentParser):

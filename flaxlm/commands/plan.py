@@ -6,7 +6,7 @@ import dataclasses
 import os
 from typing import Any
 
-from flaxlm.commands.parsing import read_config, write_result
+from flaxlm.commands.parsing import EXECUTED, read_config, write_result
 from flaxlm.errors import ConfigError
 
 
@@ -16,7 +16,7 @@ def add_plan(commands: Any) -> None:
     help="memory, time and cost of a config on a mesh of chips; none are needed",
     usage="flaxlm plan [CONFIG] [--mesh AXIS=SIZE,...] [--device NAME] [options] "
     "[--section.field=value ...]",
-    description="CONFIG and its overrides are those of `flaxlm train`.",
+    description=f"CONFIG and its overrides are those of `flaxlm train`. {EXECUTED}",
   )
   flag = parser.add_flag
   flag("--mesh", str, "as in data=2@dcn,fsdp=8; with --devices, one axis may be -1")
@@ -81,7 +81,8 @@ def add_shard(commands: Any) -> None:
     usage="flaxlm shard [CONFIG] [--mesh AXIS=SIZE,...] [--device NAME] [options] "
     "[--section.field=value ...]",
     description="CONFIG and its overrides are those of `flaxlm train`. The step compiles "
-    "for simulated CPU devices, or with --device for real ones, which need not be present.",
+    "for simulated CPU devices, or with --device for real ones, which need not be present. "
+    f"{EXECUTED}",
   )
   parser.add_flag("--mesh", str, "as in data=2@dcn,fsdp=4,tensor=2")
   parser.add_flag(

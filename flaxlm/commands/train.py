@@ -7,7 +7,7 @@ import typing
 from types import UnionType
 from typing import Any, Literal
 
-from flaxlm.commands.parsing import DEFAULT_CONFIG, read_config
+from flaxlm.commands.parsing import DEFAULT_CONFIG, EXECUTED, read_config
 from flaxlm.config import Config, flag, knobs
 
 
@@ -18,7 +18,7 @@ def add_train(commands: Any) -> None:
     usage="flaxlm train [CONFIG] [--section.field=value ...]",
     formatter_class=argparse.RawDescriptionHelpFormatter,
     description="Trains CONFIG, a file or a name in configs/, into runs/<name>/; "
-    f"running it again resumes. Default: {DEFAULT_CONFIG}.",
+    f"running it again resumes. Default: {DEFAULT_CONFIG}.\n{EXECUTED}",
     epilog=describe_knobs(),
   )
   # CONFIG is not declared: argparse would take the 2 of `--model.depth 2` for it.

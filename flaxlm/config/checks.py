@@ -26,6 +26,19 @@ def check_config(cfg: Config) -> None:
   mistakes = list(_wrong_types(cfg))
   if not mistakes:  # what follows compares and divides
     mistakes = [*_out_of_bounds(cfg), *_unprintable(cfg), *_contradictions(cfg)]
+  _refuse(mistakes)
+
+
+def check_model(cfg: Config) -> None:
+  """The same of the model alone: how else a stored run was trained is no obstacle."""
+  mistakes = list(_wrong_types(cfg.model, "model."))
+  if not mistakes:
+    mistakes = [*_out_of_bounds(cfg.model, "model.")]
+    mistakes += [*_model_contradictions(cfg), *_head_contradictions(cfg)]
+  _refuse(mistakes)
+
+
+def _refuse(mistakes: list[tuple[str, str]]) -> None:
   if mistakes:
     cures = [cure for _, cure in mistakes if cure]
     raise ConfigError("; ".join(cause for cause, _ in mistakes), "; ".join(cures))
