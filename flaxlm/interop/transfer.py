@@ -264,13 +264,18 @@ def new_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
 
 
+def files_named(folder: Path, pattern: str) -> list[Path]:
+  """What a pattern names, links to nothing too, which `glob` would pass over."""
+  return sorted(folder.glob(pattern)) if "*" in pattern else [folder / pattern]
+
+
 def copy_files(patterns: Iterable[str], source: Path, target: Path) -> list[str]:
   """Copies those files of a folder that exist; names those of an absurd size, left out.
 
   Raises `CheckpointError` for a link that leads out of the folder.
   """
   notes = []
-  for path in (path for pattern in patterns for path in sorted(source.glob(pattern))):
+  for path in (path for pattern in patterns for path in files_named(source, pattern)):
     if not has_file(path, source):
       continue
     if path.stat().st_size > MAX_FILE_BYTES:
