@@ -175,9 +175,10 @@ def _model_contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
       f"model.moe.experts_per_token can be 1 to {model.moe.num_experts}",
     )
   if model.family == "rnn":
-    default = ModelConfig()
-    for name in ("moe", "parallel", "norm_placement", "embedding_norm", "layer_pattern"):
-      if getattr(model, name) != getattr(default, name):
+    default, others = ModelConfig(), ("norm_placement", "embedding_norm", "layer_pattern")
+    for name in ("moe.num_experts", "parallel", *others):
+      field = operator.attrgetter(name)
+      if field(model) != field(default):
         yield f"model.{name} is for transformers only", "leave it out: model.family=rnn"
   if model.family != "encoder" and (model.num_token_types or model.pooler):
     yield "model.num_token_types and model.pooler are for encoders only", ""
