@@ -27,6 +27,7 @@ MOST_SECONDS = 10  # of processor time, for one command line or row
 MOST_BYTES = 2**30
 CONTRACT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 75, 130}
 SLOW = pytest.mark.slow
+MANY = (SLOW, pytest.mark.fuzz, pytest.mark.timeout(3600))
 # What has been typed, pasted or computed wrongly.
 VALUES = (
   *("", " ", "a", "-1", "0", "1", "2", "1.5", "1e4", "1e999", "nan", "inf", "9" * 20),
@@ -163,7 +164,7 @@ def spoiled(name: str, rng: np.random.Generator) -> str:
 
 
 @pytest.mark.parametrize(
-  ("first", "count"), [(0, 40), pytest.param(1000, 2000, marks=SLOW)]
+  ("first", "count"), [(0, 40), pytest.param(1000, 2000, marks=MANY)]
 )
 def test_command_lines(run: Callable[..., Any], first: int, count: int):
   for seed in range(first, first + count):

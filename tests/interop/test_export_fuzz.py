@@ -188,6 +188,7 @@ def test_an_export_is_the_same_model_or_refused(number: int, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("hundred", range(20))
 def test_two_thousand_exports_are_the_same_model_or_refused(hundred: int, tmp_path: Path):

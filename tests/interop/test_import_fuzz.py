@@ -183,6 +183,7 @@ def test_a_damaged_checkpoint_is_imported_or_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("hundred", range(20))
 def test_two_thousand_damaged_checkpoints_are_imported_or_refused(
