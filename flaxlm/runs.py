@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from flaxlm.checkpoint import manifest
 from flaxlm.checkpoint.manifest import Entry, damage, saved_steps
@@ -27,6 +28,7 @@ from flaxlm.config import (
 from flaxlm.errors import (
   CheckpointError,
   ConfigError,
+  DataError,
   first_line,
   write_error,
   writing,
@@ -83,6 +85,20 @@ def load_config_of(path: Path) -> ResolvedConfig:
     raise CheckpointError(f"{path / CONFIG} cannot be read: {first_line(e)}") from e
   except (ValueError, ConfigError) as e:
     raise CheckpointError(f"{path / CONFIG} cannot be read: {e}") from e
+
+
+def read_imported(path: Path, kind: type) -> Any:
+  """The value of type `kind`, list or dict, in a JSON file that came with an imported
+  checkpoint. Raises `DataError`."""
+  try:
+    value = json.loads(path.read_text("utf-8"))
+  except (OSError, ValueError, RecursionError) as e:
+    why = first_line(e)
+    raise DataError(f"{path} cannot be read: {why}", "import the checkpoint again") from e
+  if not isinstance(value, kind):
+    name = "a list" if kind is list else "an object"
+    raise DataError(f"{path} cannot be read: it is not {name}")
+  return value
 
 
 def newest_whole_step(

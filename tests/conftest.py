@@ -4,6 +4,7 @@ for tests that are marked gpu, the one that FLAXLM_TEST_PLATFORM names."""
 
 import atexit
 import contextlib
+import functools
 import gc
 import io
 import os
@@ -157,6 +158,10 @@ def in_process(
   monkeypatch.chdir(tmp_path)
   with commands_in_process(cache_root) as run:
     yield run
+
+
+# A parameter of a test, in the slow tests only.
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def slow_but(fast: Iterable[str], names: Iterable[str]) -> list:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from flaxlm.decoding.completions import DEFAULT_NEW_TOKENS
 from flaxlm.decoding.loading import Run
 from flaxlm.errors import ConfigError, DataError, first_line
-from flaxlm.runs import IMPORTED_FILES
+from flaxlm.runs import IMPORTED_FILES, read_imported
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
@@ -97,14 +97,7 @@ def load_chat(run_dir: Path) -> Chat | None:
 
 def read_settings(path: Path) -> dict[str, Any]:
   """The object in a JSON file; an empty one if there is no file."""
-  try:
-    settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-  except (OSError, ValueError, RecursionError) as e:
-    why = getattr(e, "strerror", None) or first_line(e)
-    raise DataError(f"{path} cannot be read: {why}", "import the checkpoint again") from e
-  if not isinstance(settings, dict):
-    raise DataError(f"{path} cannot be read: it is not a JSON object")
-  return settings
+  return read_imported(path, dict) if path.is_file() else {}
 
 
 def load_templates(run_dir: Path) -> dict[str, str]:
@@ -116,7 +109,7 @@ def load_templates(run_dir: Path) -> dict[str, str]:
   try:
     templates = {name: path.read_text("utf-8") for name, path in paths.items()}
   except (OSError, ValueError) as e:
-    why = getattr(e, "strerror", None) or first_line(e)
+    why = first_line(e)
     raise DataError(f"the chat template in {folder} cannot be read: {why}") from e
   if templates:
     return templates

@@ -5,7 +5,6 @@ The files are those of sentence-transformers: modules.json lists what follows th
 (pooling, normalising), each with a folder that has its settings.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flaxlm.errors import DataError, first_line
-from flaxlm.runs import IMPORTED_FILES
+from flaxlm.errors import DataError
+from flaxlm.runs import IMPORTED_FILES, read_imported
 
 MODULES, SETTINGS = "modules.json", "config.json"
 PROMPTS, ENCODER_SETTINGS = "config_sentence_transformers.json", "sentence_bert_config.json"
@@ -44,7 +43,7 @@ class Pooling(NamedTuple):
 def load_pooling(run_dir: Path) -> Pooling:
   """The pooling of a run. Raises `DataError` for one that flaxlm does not have."""
   folder = run_dir / IMPORTED_FILES
-  modules = read(folder / MODULES, list) if (folder / MODULES).exists() else []
+  modules = read_imported(folder / MODULES, list) if (folder / MODULES).exists() else []
   pooling = Pooling()
   for number, module in enumerate(modules):
     if not isinstance(module, dict):
@@ -77,7 +76,7 @@ def load_pooling(run_dir: Path) -> Pooling:
 
 
 def read_modes(path: Path) -> tuple[str, ...]:
-  said = read(path, dict)
+  said = read_imported(path, dict)
   named = said.get("pooling_mode")  # newer files have a name, or several
   named = [named] if isinstance(named, str) else named
   chosen = named if isinstance(named, list) else [m for m in KEYS if said.get(KEYS[m])]
@@ -98,19 +97,7 @@ def read_prompt(path: Path) -> str:
 
 
 def read_if_there(path: Path) -> dict[str, Any]:
-  return read(path, dict) if path.exists() else {}
-
-
-def read(path: Path, kind: type) -> Any:
-  """The value of type `kind` in a JSON file. Raises `DataError`."""
-  try:
-    value = json.loads(path.read_text("utf-8"))
-  except (OSError, ValueError, RecursionError) as e:
-    why = getattr(e, "strerror", None) or first_line(e)
-    raise DataError(f"{path} cannot be read: {why}", "import the checkpoint again") from e
-  if not isinstance(value, kind):
-    raise DataError(f"{path}: it is not {'a list' if kind is list else 'an object'}")
-  return value
+  return read_imported(path, dict) if path.exists() else {}
 
 
 def pool(

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from conftest import slow
 from parameters import random_params
 
 from flaxlm.config import ModelConfig
@@ -26,7 +27,6 @@ FAMILIES = {
   "encoder_decoder": ModelConfig(family="encoder_decoder", positions="relative", **SIZES),
 }
 EOS = 0
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @functools.cache

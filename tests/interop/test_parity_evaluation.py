@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """An imported model's loss of texts that name special tokens is that of `transformers`."""
 
-import importlib.util
 import itertools
 import json
-import os
 from pathlib import Path
 
 import pytest
+from test_parity import pytestmark  # noqa: F401 - the mark is for this file too
 from tiny_models import LLAMA
 from tiny_tokenizers import gpt2
 
@@ -16,16 +15,6 @@ from flaxlm.interop.transfer import import_run
 from flaxlm.sharding import make_mesh
 from flaxlm.training.evaluation import evaluate_run
 
-HAS_BOTH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-pytestmark = [
-  pytest.mark.parity,
-  pytest.mark.skipif(
-    not HAS_BOTH and "FLAXLM_REQUIRE_PARITY" not in os.environ,
-    reason="needs PyTorch and transformers",
-  ),
-  # What they warn of is theirs.
-  pytest.mark.filterwarnings("ignore"),
-]
 END = "<|im_end|>"
 TEXTS = {"a.txt": f"the cat{END}\nsat{END}\n", "b.txt": f"{END}on the mat", "c.txt": "é"}
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from meshes import mesh_of
 from parameters import random_params, random_state
 
@@ -40,7 +41,6 @@ CFG = ModelConfig(
   context=16,
   tied_embeddings=False,
 )
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 FAST = TrainingConfig(scanned=True)  # one block to compile: there are many programs here
 MESHES = [
   dict(data=8),

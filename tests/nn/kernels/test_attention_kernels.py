@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention paths agree, forward and backward, for every mask."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from jax.sharding import NamedSharding, PartitionSpec
 from meshes import mesh_of
 from parameters import random_params
@@ -37,7 +36,6 @@ WAYS = {
 }
 # Between them they have everything; one thing each is for the slow tests.
 ONCE = ("causal", "window_and_sinks", "bidirectional_window", "all")
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 OUTSIDE_CUDNN = ("softcap", "bias", "bias_of_each_row", "learned_sinks", "all")
 
 
