@@ -25,10 +25,13 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-  """False for errors of Orbax's tasks beside the one that it has raised, which asyncio
-  prints with their stacks."""
-  frames = traceback.walk_tb(record.exc_info[2]) if record.exc_info else ()
-  return not any("orbax" in frame.f_code.co_filename for frame, _ in frames)
+  """False for what asyncio prints of errors of Orbax's tasks beside the one that Orbax has
+  raised, and of futures that TensorStore's threads ended (with no Python frame at all)."""
+  error = record.exc_info[1] if record.exc_info else None
+  if error is None:
+    return True
+  frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+  return bool(frames) and not any("orbax" in frame.f_code.co_filename for frame in frames)
 
 
 logging.getLogger("asyncio").addFilter(_is_ours)
@@ -36,17 +39,18 @@ logging.getLogger("asyncio").addFilter(_is_ours)
 
 def _hide_closed_loops() -> None:
   """Where one write of a save fails, TensorStore's threads report the others to a loop that
-  is closed by then, and print each with its stack through `sys.excepthook`."""
-  shown = sys.excepthook
+  is closed by then, and print each with its stack through `sys.unraisablehook`."""
+  shown = sys.unraisablehook
   if getattr(shown, "hides_closed_loops", False):
     return
 
-  def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-      shown(kind, error, trace)
+  def hook(unraisable: Any) -> None:
+    error = unraisable.exc_value
+    if not (type(error) is RuntimeError and str(error) == "Event loop is closed"):
+      shown(unraisable)
 
   hook.hides_closed_loops = True  # type: ignore[attr-defined]
-  sys.excepthook = hook
+  sys.unraisablehook = hook
 
 
 ARRAYS = ("params", "opt_state")
