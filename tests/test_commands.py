@@ -126,6 +126,7 @@ def test_train_infer_eval_ckpt(flaxlm, in_process, corpus, tmp_path):
     assert "config.json: damaged" in run.stdout + run.stderr
 
 
+@pytest.mark.slow
 def test_stop_and_resume_equals_never_stopped(flaxlm, in_process, corpus, tmp_path):
   """Stopped between two checkpoints and resumed: every later loss, bit for bit."""
 
@@ -245,6 +246,7 @@ def test_kill_and_resume(flaxlm, in_process, corpus, tmp_path):
   assert sorted(losses(tmp_path, "k")) == list(range(1, saved + 3))
 
 
+@pytest.mark.slow
 def test_end_of_data_saves_and_says_so(in_process, corpus, tmp_path):
   run = in_process("train", *tiny(corpus, data__num_epochs=1, training__num_steps=100_000))
   assert run.returncode == 0, run.stderr

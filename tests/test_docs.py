@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import ROOT, commands_in_process, tiny
+from conftest import ROOT, commands_in_process, slow_but, tiny
 
 from flaxlm import cli
 from flaxlm.commands.parsing import read_config
@@ -289,7 +289,9 @@ def pages_that_run(slow: bool) -> list[Path]:
   return [page for page in PAGES if any(b.page == page and runs(b, slow) for b in BLOCKS)]
 
 
-@pytest.mark.parametrize("page", pages_that_run(slow=False), ids=name_of)
+@pytest.mark.parametrize(
+  "page", slow_but([ROOT / "README.md"], pages_that_run(slow=False)), ids=name_of
+)
 def test_every_block_runs(page: Path, place: Path, in_process, corpus: str):
   run_page(page, False, in_process, corpus)
 

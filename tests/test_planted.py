@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from planted import PASSED, copy_tree, is_found, mutated, run_tests
+from planted import PASSED, SPEEDS, copy_tree, is_found, mutated, run_tests
 from planted_defects import DEFECTS
 
 LEAST = 30
@@ -33,11 +33,12 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.planted
-@pytest.mark.timeout(1800)
-def test_without_a_defect_all_named_tests_pass(copy: Path):
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_without_a_defect_all_named_tests_pass(copy: Path, speed: str):
   """Or they would find anything."""
   named = sorted({test for defect in DEFECTS for test in defect.tests.split()})
-  result = run_tests(copy, named)
+  result = run_tests(copy, named, speed)
   assert result.returncode == PASSED, result.stdout[-3000:]
 
 

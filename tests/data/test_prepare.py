@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import slow
 
 from flaxlm.config import TokenizerConfig
 from flaxlm.data.prepare import (
@@ -293,8 +294,8 @@ def test_a_second_call_for_pairs_writes_and_says_nothing(pairs: str, tmp_path: P
   ("damage", "damaged"),
   [
     ("truncate", "train.source.npy"),
-    ("garble", "validation.target.npy"),
-    ("delete", "train.source.npy"),
+    slow("garble", "validation.target.npy"),
+    slow("delete", "train.source.npy"),
   ],
 )
 def test_damaged_pairs_are_built_again(
@@ -474,6 +475,7 @@ def stdlib(tmp_path_factory: pytest.TempPathFactory):
     yield prepared, time.perf_counter() - start
 
 
+@pytest.mark.slow
 def test_the_standard_library(stdlib: tuple[Prepared, float]):
   prepared, seconds = stdlib
   assert seconds < 2  # 0.12 s where nothing else runs

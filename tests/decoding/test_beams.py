@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import slow
+from conftest import slow, slow_but
 from parameters import random_params
 
 from flaxlm.config import ModelConfig
@@ -42,7 +42,7 @@ def request_of(name: str, num_new: int) -> Request:
   return Request([[0, 3, 1], [0, 5]], num_new, 8)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_but(["decoder"], FAMILIES))
 def test_one_beam_is_greedy(name: str):
   model, params = model_of(name)
   request = request_of(name, 20)
@@ -61,7 +61,7 @@ def test_one_beam_is_greedy(name: str):
   ("name", "alpha"),
   [
     ("decoder", 1.0),
-    ("encoder_decoder", 0.0),
+    slow("encoder_decoder", 0.0),
     slow("decoder", 0.0),
     slow("encoder_decoder", 1.0),
     slow("rnn", 0.0),
@@ -115,6 +115,7 @@ def test_longer_texts_may_be_less_likely():
   assert length_penalty(50, 0.0) == 1
 
 
+@pytest.mark.slow
 def test_a_longer_search_passes_block_borders():
   """The answer does not change where blocks end, nor with what was asked besides."""
   model, params = model_of("decoder")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
+from conftest import slow, slow_but
 from jax.sharding import Mesh
 
 from flaxlm.config import ModelConfig
@@ -117,7 +118,7 @@ def take(sampling: Sampling, rows: Sequence[int]) -> Sampling:
 # -- The cache changes nothing -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", slow_but(["gqa", "window, mqa, untied"], ARCHITECTURES))
 def test_cached_decoding_is_the_full_forward_pass(name: str):
   """At every step of a ragged batch: greedy = its argmax, and all scores are its scores."""
   model, params = model_of(name)
@@ -201,7 +202,9 @@ def mesh() -> Mesh:
   return make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
 
 
-@pytest.mark.parametrize("rules", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 9}])
+@pytest.mark.parametrize(
+  "rules", [slow({"temperature": 0.0}), {"temperature": 1.0, "seed": 9}]
+)
 def test_on_a_mesh_as_on_one_device(mesh: Mesh, rules: dict[str, Any]):
   model, params = model_of("gqa")
   shardings = jax.tree.map(lambda x: x.sharding, abstract_params(model, mesh))

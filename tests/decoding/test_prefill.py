@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from conftest import slow
 from hypothesis import given
 from hypothesis import strategies as st
 from parameters import random_params
@@ -93,7 +94,7 @@ def test_samples_of_a_prompt_are_read_once(monkeypatch):
     assert tokens_of(model, params, Request([prompt], NUM_NEW, 64), one) == [together[row]]
 
 
-@pytest.mark.parametrize("name", ["gqa", "gpt2"])
+@pytest.mark.parametrize("name", ["gqa", slow("gpt2")])
 def test_a_shared_prefix_is_read_once(name, monkeypatch):
   model, params = model_of(name)
   monkeypatch.setattr(prefill, "SMALLEST_PREFIX", 8)
@@ -135,7 +136,7 @@ def test_a_token_of_each_prompt_is_always_read():
   assert shared_prefix(cfg, [[*prompt, 1]], earlier) == (len(prompt), True)
 
 
-@pytest.mark.parametrize(("name", "ahead"), [("gqa", False), ("gpt2", True)])
+@pytest.mark.parametrize(("name", "ahead"), [("gqa", False), slow("gpt2", True)])
 def test_a_conversation_reads_only_what_is_new(name, ahead, monkeypatch):
   """A turn ends in the middle of a block, the next goes on from there or takes it back.
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from conftest import slow
 from test_generate import model_of
 from test_prefill import tokens_of
 
@@ -43,7 +44,7 @@ def drafts() -> dict[str, Draft]:
   }
 
 
-@pytest.mark.parametrize("name", ["itself", "another", "ngram"])
+@pytest.mark.parametrize("name", [slow("itself"), "another", "ngram"])
 def test_the_tokens_are_those_of_plain_decoding(name: str):
   """Greedy or drawn, to the last token of the length, and their log-probabilities."""
   model, params = model_of("gqa")

@@ -6,18 +6,18 @@ import json
 
 import numpy as np
 import pytest
+from conftest import slow, slow_but
 from golden_runs import FIGURES, MESHES, MODELS, decoded, held_out, trained
 
-FAST = ("decoder", "moe")  # of which the fast tests take every mesh
+# The fast tests have one model on every mesh, and two on one device.
+FAST = {"decoder": [*MESHES], "moe": ["one device"]}
 STORED = json.loads(FIGURES.read_text("utf-8"))
 
 
 @pytest.mark.parametrize(
   ("name", "mesh"),
   [
-    pytest.param(
-      name, mesh, marks=[] if name in FAST or mesh == "one device" else pytest.mark.slow
-    )
+    (name, mesh) if mesh in FAST.get(name, ()) else slow(name, mesh)
     for name, mesh in itertools.product(MODELS, MESHES)
   ],
 )
@@ -29,13 +29,13 @@ def test_ten_steps_have_the_losses_that_they_had(name: str, mesh: str):
   )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(FAST, MODELS))
 def test_held_out_text_has_the_loss_that_it_had(name: str):
   np.testing.assert_allclose(held_out(name), STORED[name]["held_out"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["greedy", "drawn"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(["decoder"], MODELS))
 def test_tokens_are_those_that_were_chosen(name: str, kind: str):
   tokens = decoded(name, {"greedy": 0.0, "drawn": 1.0}[kind])
   assert tokens == STORED[name][kind]

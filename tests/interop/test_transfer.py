@@ -125,6 +125,7 @@ def test_without_a_tokenizer_the_user_is_told(mesh: Any, tmp_path: Path):
   assert {config[f"{role}_token_id"] for role in ("bos", "eos", "pad")} == {None}
 
 
+@pytest.mark.slow
 def test_an_imported_encoder_fills_masks_and_embeds(mesh: Any, tmp_path: Path):
   source = checkpoint(tmp_path / "hub", "bert", "bert", mask_token="[MASK]")
   import_run(source, tmp_path / "run", mesh)
@@ -142,6 +143,7 @@ def without_head(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   return {name: array for name, array in arrays.items() if not name.startswith("cls.")}
 
 
+@pytest.mark.slow
 def test_a_sentence_encoder_embeds_and_fills_nothing(mesh: Any, tmp_path: Path):
   """It has no head, its tokenizer pads and cuts, and its files say how vectors are made."""
   source = checkpoint(tmp_path / "hub", "bert", "bert", mask_token="[MASK]")
@@ -186,6 +188,7 @@ def test_a_sentence_encoder_embeds_and_fills_nothing(mesh: Any, tmp_path: Path):
     assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_an_imported_encoder_decoder_answers(mesh: Any, tmp_path: Path):
   ids = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
   source = checkpoint(tmp_path / "hub", "t5", "t5", ids=ids)
@@ -307,6 +310,7 @@ print(1024 * (peak() - before), sum(x.nbytes for x in jax.tree.leaves(params)))
 """
 
 
+@pytest.mark.slow
 def test_the_host_holds_one_tensor_at_a_time(tmp_path: Path):
   """On CPUs the devices' memory is the host's: parameters, and little more than one
   tensor on top. A model read whole before it is placed would take twice its size."""

@@ -49,6 +49,7 @@ def check(sizes, cfg=DEEP, run=RUN):
   assert_same(loss_and_gradient_on(mesh_of(**sizes), cfg, run), on_one(cfg, plain))
 
 
+@pytest.mark.slow
 def test_a_pipeline_equals_one_device():
   check(dict(stage=2, data=2))
 
@@ -59,6 +60,7 @@ def test_experts_in_a_pipeline_that_goes_round_twice():
   check(dict(stage=2, fsdp=2, tensor=2), cfg_of("experts"), run)
 
 
+@pytest.mark.slow
 def test_a_pipeline_without_loops_over_layers():
   check(dict(stage=4, data=2), run=TrainingConfig(scanned=False))
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow_but
 from parameters import random_params
 
 from flaxlm.config import ModelConfig, MoEConfig
@@ -104,7 +105,7 @@ def reference(params, cfg, x_BTD, real_BT):
   return y_BTD, {"load_balance": load_balance, "router_z": router_z}, drops
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", slow_but(["qwen2", "gshard"], VARIANTS))
 def test_equals_float64_loops(name):
   moe = build(**VARIANTS[name])
   params, x_BTD, real_BT = init(moe), inputs(B, T, D), some_padding()

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow, slow_but
 from parameters import random_params
 
 from flaxlm.config import ModelConfig
@@ -31,7 +32,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=slow_but(["lstm"], KINDS))
 def rnn(request):
   """(model, params): every parameter random, as zeros and ones would hide mistakes."""
   cfg = ModelConfig(**SMALL | KINDS[request.param]).resolve()
@@ -224,7 +225,7 @@ def on_one_device(rnn):
 
 @pytest.mark.parametrize(
   "run",
-  [Execution(scanned=True, remat="full"), Execution(scanned=False, remat="dots")],
+  [Execution(scanned=True, remat="full"), slow(Execution(scanned=False, remat="dots"))],
   ids=lambda run: f"scanned={run.scanned},remat={run.remat}",
 )
 def test_how_it_runs_changes_nothing(rnn, run, on_one_device):
@@ -251,8 +252,8 @@ def test_remat_keeps_less():
 @pytest.mark.parametrize(
   "sizes",
   [
-    pytest.param(dict(data=8), marks=pytest.mark.slow),
-    dict(fsdp=4, tensor=2),
+    slow(dict(data=8)),
+    slow(dict(fsdp=4, tensor=2)),
     dict(data=2, expert=2, tensor=2),
   ],
   ids=str,
@@ -311,7 +312,7 @@ def test_bfloat16_stays_close_to_float32(rnn):
   assert np.abs(narrow - exact).mean() < 0.03 * spread
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 def test_recurrent_kernels_start_orthogonal(dtype):
   run = Execution(param_dtype=jnp.dtype(dtype))
   model = RNN(ModelConfig(**SMALL).resolve(), run)

@@ -6,6 +6,7 @@ import json
 
 import jax
 import pytest
+from conftest import slow
 
 from flaxlm.cli import main
 from flaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, mesh_shape
@@ -95,14 +96,14 @@ def test_the_slow_network_is_shown(capsys: pytest.CaptureFixture):
 @pytest.mark.parametrize(
   "mesh, extra",
   [
-    pytest.param({"data": 4}, 0, marks=pytest.mark.slow),
+    slow({"data": 4}, 0),
     ({"fsdp": 4}, 0),
     # Of q, k and v, and of up and gate, XLA's CPU compiler sums each gradient on its own,
     # where the TPU's adds them up first: 3 vectors more in each of 2 layers.
-    ({"tensor": 2}, 6),
+    slow({"tensor": 2}, 6),
     # The gradients of k and v are summed whole, not scattered: twice, in each of 2 layers.
-    pytest.param({"context": 2}, 2, marks=pytest.mark.slow),
-    pytest.param({"stage": 2}, 0, marks=pytest.mark.slow),
+    slow({"context": 2}, 2),
+    slow({"stage": 2}, 0),
   ],
   ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

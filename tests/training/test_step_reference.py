@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import reference_step
 import references
+from conftest import slow
 from meshes import mesh_of
 
 from flaxlm.config import ModelConfig, MoEConfig, OptimizerConfig, TrainingConfig
@@ -151,9 +152,12 @@ def parts_and_factors(cfg, params, batch: Batch, step: int, num_parts: int):
   return parts
 
 
+OTHER_FAMILIES = ("lstm", "encoder", "encoder_decoder")
+
+
 @pytest.mark.parametrize(
   ("name", "num_parts"),
-  [("decoder", 2), ("lstm", 1), ("encoder", 1), ("encoder_decoder", 1), ("moe", 1)],
+  [("decoder", 2), ("moe", 1), *(slow(name, 1) for name in OTHER_FAMILIES)],
 )
 def test_steps_equal_float64(name, num_parts):
   """Loss, gradient norm, rate and every parameter, step by step, dropout and all.

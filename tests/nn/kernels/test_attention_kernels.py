@@ -34,8 +34,8 @@ WAYS = {
   "learned_sinks": dict(sinks=True),
   "all": dict(window=40, softcap=2.0, bias=1, sinks=True),
 }
-# Between them they have everything; one thing each is for the slow tests.
-ONCE = ("causal", "window_and_sinks", "bidirectional_window", "all")
+# It has everything; one thing each is for the slow tests.
+ONCE = ("all",)
 OUTSIDE_CUDNN = ("softcap", "bias", "bias_of_each_row", "learned_sinks", "all")
 
 
@@ -128,7 +128,7 @@ def test_cudnn_is_asked_for_the_same(way, packed, asked):
   assert (asked[0]["mask"] is None) == (known or sight.mask_BTS is None)
 
 
-@pytest.mark.parametrize("window", [None, 48])
+@pytest.mark.parametrize("window", [slow(None), 48])
 def test_prompts_are_read_by_cudnn_where_it_can(window, asked, monkeypatch):
   """Prompts of different lengths, into a ring too; elsewhere the usual path is taken."""
   pattern = "G" if window is None else "LG"
