@@ -260,6 +260,7 @@ def test_end_of_data_saves_and_says_so(in_process, corpus, tmp_path):
   assert last == math.ceil(math.ceil((num_tokens - 1) / 32) / 8)
 
 
+@pytest.mark.slow
 def test_two_trainers_in_one_directory(flaxlm, in_process, corpus, tmp_path):
   """The second is refused; the first never notices."""
   arguments = tiny(corpus, training__num_steps=1_000_000)

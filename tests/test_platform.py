@@ -8,7 +8,7 @@ import sys
 
 import jax
 import pytest
-from conftest import ROOT
+from conftest import ROOT, slow
 
 from flaxlm.platform import (
   GPU,
@@ -112,10 +112,10 @@ print(leave_out_absent_tpu(environment, folder), jax.config.jax_platforms)
   [
     (True, {}, {}, None, "True cpu"),
     (False, {}, {}, None, "False None"),
-    (True, {"JAX_PLATFORMS": "tpu"}, {}, None, "False tpu"),
-    (True, {}, {"TPU_WORKER_ID": "0"}, None, "False None"),
+    slow(True, {"JAX_PLATFORMS": "tpu"}, {}, None, "False tpu"),
+    slow(True, {}, {"TPU_WORKER_ID": "0"}, None, "False None"),
     (True, {}, {}, "accel0", "False None"),
-    (True, {}, {}, "nvidia0", "False None"),
+    slow(True, {}, {}, "nvidia0", "False None"),
   ],
 )
 def test_an_absent_tpu_is_not_looked_for(

@@ -358,6 +358,7 @@ def test_a_batch_is_cut_by_rows_over_every_data_parallel_axis(mesh: Mesh):
   assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
 
 
+@pytest.mark.slow
 def test_a_program_keeps_the_memory_that_it_has_used():
   """On glibc: a step that needs 256 MB faults no page in once it has run a few times."""
   code = """

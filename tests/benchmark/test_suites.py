@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 
 from flaxlm import cli
 from flaxlm.benchmark import measure, repeat
@@ -70,9 +71,9 @@ def test_the_command_knows_every_suite():
     "memory",
     "attention",
     "loss",
-    pytest.param("optimizer", marks=pytest.mark.slow),
-    pytest.param("train", marks=pytest.mark.slow),
-    "decode",
+    slow("optimizer"),
+    slow("train"),
+    slow("decode"),
     "data",
   ],
 )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
-from conftest import slow, slow_but
+from conftest import slow_but
 from jax.sharding import Mesh
 
 from flaxlm.config import ModelConfig
@@ -202,9 +202,8 @@ def mesh() -> Mesh:
   return make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
 
 
-@pytest.mark.parametrize(
-  "rules", [slow({"temperature": 0.0}), {"temperature": 1.0, "seed": 9}]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("rules", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 9}])
 def test_on_a_mesh_as_on_one_device(mesh: Mesh, rules: dict[str, Any]):
   model, params = model_of("gqa")
   shardings = jax.tree.map(lambda x: x.sharding, abstract_params(model, mesh))

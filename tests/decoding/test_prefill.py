@@ -235,8 +235,9 @@ def memory_in_use() -> tuple[int, int]:
   return pages * os.sysconf("SC_PAGESIZE"), len(jax.live_arrays())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  "count", [8, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+  "count", [8, pytest.param(10_000, marks=pytest.mark.timeout(1200))]
 )
 def test_random_requests_compile_once_a_bucket(count: int):
   """Random lengths, rows and settings: the programs are known by their buckets, and

@@ -41,7 +41,7 @@ ARCHITECTURES = {
   ),
 }
 
-FAST = ("llama", "pattern")  # the others are made of less; experts: tests/nn/test_moe.py
+FAST = ("pattern",)  # it has what the others have, but for experts (tests/nn/test_moe.py)
 
 
 @pytest.fixture(scope="module", params=slow_but(FAST, ARCHITECTURES))
@@ -155,6 +155,7 @@ def test_how_it_runs_changes_nothing(decoder):
     jax.tree.map(compare, loss_and_gradient(**knobs), expected)
 
 
+@pytest.mark.slow
 def test_remat_keeps_less():
   """The knob is real: full remat needs less temporary memory for the gradient."""
   deep = ModelConfig(**SMALL | ARCHITECTURES["gpt2"] | dict(depth=6))

@@ -49,11 +49,11 @@ def check(sizes, cfg=DEEP, run=RUN):
   assert_same(loss_and_gradient_on(mesh_of(**sizes), cfg, run), on_one(cfg, plain))
 
 
-@pytest.mark.slow
 def test_a_pipeline_equals_one_device():
   check(dict(stage=2, data=2))
 
 
+@pytest.mark.slow
 def test_experts_in_a_pipeline_that_goes_round_twice():
   """With every other axis in use, more microbatches than stages, and accumulation."""
   run = dataclasses.replace(TWICE, pipeline_microbatches=4, accumulation_steps=2)
@@ -143,6 +143,7 @@ def compiled_step(cfg, mesh):
   return state, step.lower(state, batch).compile().as_text()
 
 
+@pytest.mark.slow
 def test_stages_hold_their_layers_and_hand_on():
   """Each stage holds a quarter of all blocks; neighbours exchange in the compiled step."""
   state, text = compiled_step(DEEP, mesh_of(stage=4, data=2))

@@ -323,6 +323,7 @@ def test_the_state_is_donated(one_device):
   assert all(x.is_deleted() for x in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_close_to_float32(one_device):
   """bfloat16 compute over float32 parameters: the first losses agree to its rounding."""
   new_state, float32_step, put = one_device
@@ -343,7 +344,8 @@ def test_bfloat16_trains_close_to_float32(one_device):
   assert narrow[-1] < narrow[0]
 
 
-@pytest.mark.parametrize("kind", ["adamw", slow("muon")])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_moments_cut_over_copies_change_nothing(kind):
   """ZeRO-1: the same parameters after two steps, and a share of the moments per device."""
   sizes = dict(data=4, tensor=2)

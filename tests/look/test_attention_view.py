@@ -4,6 +4,7 @@
 import jax
 import numpy as np
 import pytest
+from conftest import slow
 from look_runs import HOSTILE, make_run, page_of
 
 from flaxlm.errors import ConfigError
@@ -37,7 +38,7 @@ def captured(run, reading):
   return apply(run.params).attention
 
 
-@pytest.mark.parametrize("family", ["decoder", "encoder", "encoder_decoder"])
+@pytest.mark.parametrize("family", ["decoder", "encoder", slow("encoder_decoder")])
 def test_the_page_holds_the_captured_attention(family: str):
   run = make_run(family, num_kv_heads=2)
   source = "to read" if family == "encoder_decoder" else None
@@ -75,6 +76,7 @@ def test_a_layer_and_a_head_are_those_of_the_whole():
   assert all_of_it["layer_kinds"] == ["local, 4 tokens", ""]
 
 
+@pytest.mark.slow
 def test_without_a_text_an_encoder_decoder_answers():
   run = make_run("encoder_decoder", depth=1)
   reading = make_reading(run.model.cfg, run.tokenizer, None, "to read", 12)

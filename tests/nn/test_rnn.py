@@ -235,6 +235,7 @@ def test_how_it_runs_changes_nothing(rnn, run, on_one_device):
   assert_close(as_run(model.clone(execution=run), params, tokens_BT), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_remat_keeps_less():
   """The knob is real: full remat needs less temporary memory for the gradient."""
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import references
+from conftest import slow_but
 from parameters import random_params
 
 from flaxlm.config import ModelConfig, MoEConfig, RopeConfig
@@ -158,7 +159,11 @@ def expected(params: dict, cfg: ModelConfig, arguments: list, source=None) -> np
   return model(params, cfg, tokens_BT, segments_BT, positions_BT)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# Between them they have nearly everything.
+FAST = ("pattern", "experts_shared", "t5", "bert", "gated_gelu_biased", "rope_ntk")
+
+
+@pytest.mark.parametrize("name", slow_but(FAST, VARIANTS))
 def test_variant_equals_float64_reference(name):
   cfg = ModelConfig(**TINY | VARIANTS[name])
   model = models.build_model(cfg)

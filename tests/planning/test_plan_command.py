@@ -83,6 +83,7 @@ def test_budget_and_price(plan):
   assert plan(*asked)["budget"]["cost"] is None
 
 
+@pytest.mark.slow
 def test_search_and_decoding(plan):
   asked = ("--device", "v5p", "--devices", "4", "--search", "--decode", "--batch", "2")
   result = plan(*asked, "--context", "100", "--context", "200")
