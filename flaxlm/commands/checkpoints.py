@@ -100,15 +100,18 @@ def run_export(args: argparse.Namespace, _: list[str]) -> int:
   most = parse_size(args.shard_size)
   run = open_run(args, needs_text=args.format == "gguf")
 
+  from flaxlm.interop.files import CONFIG
   from flaxlm.interop.gguf import export_gguf
   from flaxlm.interop.transfer import export_run
+  from flaxlm.interop.values import read_json
 
   if args.format == "gguf":
     print(f"{args.folder}: {export_gguf(run, Path(args.folder), args.dtype)}")
     return 0
 
   family = export_run(run, Path(args.folder), args.dtype, most)
-  print(f"{args.folder}: {family.model_type} ({family.architectures[0]})")
+  (architecture,) = read_json(Path(args.folder, CONFIG))["architectures"]
+  print(f"{args.folder}: {family.model_type} ({architecture})")
   return 0
 
 

@@ -144,7 +144,9 @@ def without_head(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-def test_a_sentence_encoder_embeds_and_fills_nothing(mesh: Any, tmp_path: Path):
+def test_a_sentence_encoder_embeds_and_fills_nothing(
+  mesh: Any, in_process: Any, tmp_path: Path
+):
   """It has no head, its tokenizer pads and cuts, and its files say how vectors are made."""
   source = checkpoint(tmp_path / "hub", "bert", "bert", mask_token="[MASK]")
   rewrite(source, without_head)
@@ -181,7 +183,8 @@ def test_a_sentence_encoder_embeds_and_fills_nothing(mesh: Any, tmp_path: Path):
     with pytest.raises(ConfigError, match="without a masked-LM head"):
       guess()
 
-  export_run(run, tmp_path / "out", None, MOST)
+  exported = in_process("export", tmp_path / "run", tmp_path / "out")
+  assert "out: bert (BertModel)" in exported.stdout, exported.stderr
   config = json.loads((tmp_path / "out/config.json").read_text())
   assert config["architectures"] == ["BertModel"]
   for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
