@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How likely a model finds given texts: the log-likelihood of continuations, and of texts.
+
+What is read and what is scored follows lm-evaluation-harness (Gao et al., 2021), so that
+figures compare with those that others publish: blanks at the end of a context belong to its
+continuation, a context that does not fit is cut from the left, and a long text is scored in
+windows. Rows are grouped by length, so that all lengths share a few compiled programs, and
+logits exist only for the tokens that are scored, a few at a time.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxlm.decoding.completions import as_texts
+from flaxlm.decoding.loading import Run
+from flaxlm.decoding.prefill import (
+  SMALLEST_BUCKET,
+  bucket,
+  check_ids,
+  is_real_token,
+  pad_rows,
+)
+from flaxlm.errors import ConfigError, NonFiniteError
+from flaxlm.nn.base import LanguageModel, Source
+from flaxlm.sharding import batch_shards, on_host, use_mesh
+
+# What one device holds at a time.
+TOKENS_AT_A_TIME = 4096
+LOGITS_AT_A_TIME = 2**26  # 256 MB in float32
+PLACES_AT_A_TIME = SMALLEST_BUCKET  # places of a row whose logits exist at once
+
+
+class Likelihood(NamedTuple):
+  """How likely a continuation is, given its context."""
+
+  logprob: float  # nats, summed over its tokens
+  is_greedy: bool  # greedy decoding would write it
+  num_tokens: int
+  num_cut: int = 0  # tokens of the context that did not fit the model
+
+
+class TokenPair(NamedTuple):
+  """A context and its continuation as ids; `source` is what an encoder-decoder reads, and
+  its context what it has written so far."""
+
+  context: tuple[int, ...]
+  continuation: tuple[int, ...]
+  source: tuple[int, ...] = ()
+
+
+def score_continuations(
+  run: Run,
+  pairs: Sequence[tuple[str, str]],
+  on_done: Callable[[int], None] = lambda _: None,
+) -> list[Likelihood]:
+  """The likelihood of each (context, continuation); an encoder-decoder reads the context.
+
+  `on_done(n)` is called whenever n more pairs are scored. Raises `ConfigError` for an
+  encoder, for a continuation without a token of its own and for one that the model's
+  context does not hold, and `NonFiniteError` when logits are NaN.
+  """
+  check_scores(run)
+  contexts = as_texts([context for context, _ in pairs], "context")
+  continuations = as_texts([continuation for _, continuation in pairs], "continuation")
+  encoded = [encode_pair(run, *pair) for pair in zip(contexts, continuations, strict=True)]
+  return score_tokens(run, encoded, on_done)
+
+
+def score_texts(run: Run, texts: str | Sequence[str]) -> list[Likelihood]:
+  """The likelihood of whole texts, each by itself, given the token that begins a text.
+
+  A text longer than the model's context is scored in windows, see `rolling_windows`.
+  Raises as `score_continuations` does, and `ConfigError` for an encoder-decoder.
+  """
+  rows = [run.tokenizer.encode(text) for text in as_texts(texts, "text")]
+  return score_rolling(run, rows)
+
+
+def score_rolling(run: Run, rows: Sequence[Sequence[int]]) -> list[Likelihood]:
+  """`score_texts` for ids; a row without ids has likelihood 1."""
+  check_scores(run)
+  if run.model.cfg.family == "encoder_decoder":
+    raise ConfigError(
+      f"{run.path} is an encoder-decoder: it scores no text by itself",
+      "use the run of a decoder, or score continuations",
+    )
+  begin, most = run.tokenizer.bos_id, run.model.cfg.context
+  windows = [[*rolling_windows(row, begin, most)] for row in rows]
+  scored = iter(score_tokens(run, [*itertools.chain(*windows)]))
+  results = []
+  for row, of_row in zip(rows, windows, strict=True):
+    parts = [*itertools.islice(scored, len(of_row))]
+    logprob, is_greedy = sum(x.logprob for x in parts), all(x.is_greedy for x in parts)
+    results.append(Likelihood(logprob, is_greedy, len(row)))
+  return results
+
+
+def rolling_windows(ids: Sequence[int], begin: int, most: int) -> Iterator[TokenPair]:
+  """Windows of at most `most` read tokens that score every id once: `begin` comes before
+  the first window, and the last one reads as many earlier ids as fit.
+
+  They are those of lm-evaluation-harness's `get_rolling_token_windows`.
+  """
+  ids = (begin, *ids)
+  for start in range(1, len(ids), most):
+    end = min(start + most, len(ids))
+    first = 0 if start == 1 else end - 1 - most
+    yield TokenPair(tuple(ids[first:start]), tuple(ids[start:end]))
+
+
+def check_scores(run: Run) -> None:
+  """Raises `ConfigError` for a model that gives no probability to what follows."""
+  if run.model.cfg.family == "encoder":
+    raise ConfigError(
+      f"{run.path} is an encoder: it does not say how likely a continuation is",
+      "use the run of a decoder",
+    )
+
+
+def encode_pair(run: Run, context: str, continuation: str) -> TokenPair:
+  """The tokens of both, and nothing in between: a word is cut where the whole text is.
+
+  Raises `ConfigError` if no token is the continuation's alone.
+  """
+  kept = context.rstrip()
+  continuation, context = context[len(kept) :] + continuation, kept
+  tokenizer = run.tokenizer
+  if run.model.cfg.family == "encoder_decoder":
+    source = tokenizer.framed(tokenizer.encode(context), "source")
+    before, ids = tokenizer.framed([], "prompt"), tokenizer.encode(continuation)
+    pair = TokenPair(tuple(before), tuple(ids), tuple(source))
+  elif context:
+    read = read_ids(run, context)
+    whole = read_ids(run, context + continuation)
+    pair = TokenPair(tuple(read), tuple(whole[len(read) :]))
+  else:
+    ids = tokenizer.encode(continuation)
+    ids = ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+    pair = TokenPair(tuple(ids[:1]), tuple(ids[1:]))
+  if not pair.continuation:
+    raise ConfigError(
+      f"{continuation!r} has no token of its own after {context[-40:]!r}",
+      "begin the continuation where a word begins",
+    )
+  return pair
+
+
+def read_ids(run: Run, text: str) -> list[int]:
+  """The ids that the model reads for a text: begun as in training, but only once."""
+  ids = run.tokenizer.encode(text)
+  begun = ids[:1] == [run.tokenizer.bos_id]
+  return ids if begun else run.tokenizer.framed(ids, "prompt")
+
+
+# -- Batches -------------------------------------------------------------------------------
+
+
+def score_tokens(
+  run: Run, pairs: Sequence[TokenPair], on_done: Callable[[int], None] = lambda _: None
+) -> list[Likelihood]:
+  """The likelihood of each pair of ids, in their order; equal ones are computed once."""
+  cut = [cut_to_fit(pair, run.model.cfg.context) for pair in pairs]
+  places: dict[TokenPair, list[int]] = {}
+  for number, pair in enumerate(cut):
+    places.setdefault(pair, []).append(number)
+  for rows in zip(*places, strict=True):
+    check_ids([row for row in rows if row], run.model.cfg.num_ids)
+  results: list[Any] = [None] * len(pairs)
+  shards = batch_shards(run.mesh.shape)
+  for batch in batch_pairs([*places], shards, run.model.cfg.vocab_size):
+    num_done = 0
+    for pair, (logprob, is_greedy) in zip(
+      batch, score_batch(run, batch, shards), strict=True
+    ):
+      for number in places[pair]:
+        size, num_cut = len(pair.continuation), num_tokens(pairs[number]) - num_tokens(pair)
+        results[number] = Likelihood(logprob, is_greedy, size, num_cut)
+      num_done += len(places[pair])
+    on_done(num_done)
+  return results
+
+
+def num_tokens(pair: TokenPair) -> int:
+  return sum(map(len, pair))
+
+
+def cut_to_fit(pair: TokenPair, most: int) -> TokenPair:
+  """The pair without the first tokens of what is read, as far as it is too long; the last
+  token is scored and not read. Raises `ConfigError` for a continuation that is too long."""
+  size = len(pair.continuation)
+  if size > most:
+    raise ConfigError(
+      f"a continuation of {size} tokens > model.context={most}", "shorten it"
+    )
+  return pair._replace(
+    context=pair.context[-(most + 1 - size) :], source=pair.source[-most:]
+  )
+
+
+def batch_pairs(
+  pairs: Sequence[TokenPair], shards: int, vocab_size: int
+) -> Iterator[list[TokenPair]]:
+  """Batches of pairs whose rows have the same length when padded, longest first: what does
+  not fit the memory shows at once."""
+
+  def lengths(pair: TokenPair) -> tuple[int, int, int]:
+    read = len(pair.context) + len(pair.continuation) - 1
+    return (bucket(read), bucket(len(pair.source)), bucket(len(pair.continuation)))
+
+  places = LOGITS_AT_A_TIME // (PLACES_AT_A_TIME * vocab_size)
+  ordered = sorted(pairs, key=lengths, reverse=True)
+  for (read, source, _), group in itertools.groupby(ordered, lengths):
+    most = max(1, min(TOKENS_AT_A_TIME // (read + source), places))
+    most = shards << (most.bit_length() - 1)  # a power of two for each shard
+    rows = [*group]
+    yield from (rows[start : start + most] for start in range(0, len(rows), most))
+
+
+def score_batch(
+  run: Run, batch: Sequence[TokenPair], shards: int
+) -> list[tuple[float, bool]]:
+  """(log-likelihood, whether greedy) of each pair. Raises `NonFiniteError`."""
+  size = shards * bucket(-(-len(batch) // shards), smallest=1)
+  read = [(*pair.context, *pair.continuation[:-1]) for pair in batch]
+  tokens_BT, lengths_B = pad_rows(read, size)
+  targets_BC, num_targets_B = pad_rows([pair.continuation for pair in batch], size)
+  source = None
+  if run.model.cfg.family == "encoder_decoder":
+    source_BS, source_lengths_B = pad_rows([pair.source for pair in batch], size)
+    source = Source(source_BS, None, source_lengths_B)
+  model = without_capacity(run.model)
+  with use_mesh(run.mesh):
+    found = likelihoods(
+      model, run.params, tokens_BT, lengths_B, targets_BC, num_targets_B, source
+    )
+  logprobs_B, greedy_B = (on_host(x_B)[: len(batch)] for x_B in found)
+  if not np.isfinite(logprobs_B).all():
+    raise NonFiniteError(
+      "a log-likelihood is NaN or infinite", "the parameters are damaged"
+    )
+  return [*zip(logprobs_B.tolist(), greedy_B.tolist(), strict=True)]
+
+
+def without_capacity(model: LanguageModel) -> LanguageModel:
+  """The model whose experts serve every token, as in decoding: a row's padding would take
+  a part of their capacity, and change its score."""
+  moe = model.cfg.moe
+  if moe.capacity_factor is None:
+    return model
+  moe = dataclasses.replace(moe, capacity_factor=None)
+  return model.clone(cfg=dataclasses.replace(model.cfg, moe=moe))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def likelihoods(
+  model: LanguageModel,
+  params: Any,
+  tokens_BT: jax.Array,
+  lengths_B: jax.Array,
+  targets_BC: jax.Array,
+  num_targets_B: jax.Array,
+  source: Source | None,
+) -> tuple[jax.Array, jax.Array]:
+  """(log-likelihood (B,) in nats, whether greedy (B,)) of the last tokens of each row.
+
+  Rows are right-padded. The target i of a row's n is what follows its token n - i from the
+  end. A source has its rows' lengths in place of their segments.
+  """
+  variables, options = {"params": params}, {}
+  segments_BT = is_real_token(tokens_BT, lengths_B).astype(jnp.int32)
+  if source is not None:
+    segments_BS = is_real_token(source.tokens_BS, source.segments_BS).astype(jnp.int32)
+    options["source"] = source._replace(segments_BS=segments_BS)
+  output = model.apply(variables, tokens_BT, None, segments_BT, method="hidden", **options)
+  (B, T), C = tokens_BT.shape, targets_BC.shape[1]
+  places_BC = (lengths_B - num_targets_B)[:, None] + jnp.arange(C)
+  places_BC1 = jnp.clip(places_BC, 0, T - 1)[..., None]
+  x_BCD = jnp.take_along_axis(output.value, places_BC1, axis=1)
+
+  def score(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    x_BXD, targets_BX = part
+    logits_BXV = model.apply(variables, x_BXD, method="logits").astype(jnp.float32)
+    own_BX1 = jnp.take_along_axis(logits_BXV, targets_BX[..., None], axis=-1)
+    logprobs_BX = own_BX1[..., 0] - jax.nn.logsumexp(logits_BXV, axis=-1)
+    return logprobs_BX, logits_BXV.argmax(-1) == targets_BX
+
+  parts = C // PLACES_AT_A_TIME  # C is a bucket: it has whole parts
+  split = lambda x: x.reshape(B, parts, PLACES_AT_A_TIME, *x.shape[2:]).swapaxes(0, 1)
+  joined = lambda x_PBX: x_PBX.swapaxes(0, 1).reshape(B, C)
+  logprobs_BC, hits_BC = map(joined, jax.lax.map(score, (split(x_BCD), split(targets_BC))))
+  scored_BC = is_real_token(targets_BC, num_targets_B)
+  return jnp.where(scored_BC, logprobs_BC, 0.0).sum(-1), (hits_BC | ~scored_BC).all(-1)
