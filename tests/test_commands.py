@@ -88,6 +88,26 @@ def test_train_infer_eval_ckpt(flaxlm, in_process, corpus, tmp_path):
   assert (found["corpus"], found["split"]) == ("files:one.txt", "whole")
   assert found["tokens"] == found["bytes"] == 90, "each byte, and no end after the last"
 
+  lines = [
+    {"prompt": "3 times", "choices": [" 4 is 12.", " zebra"], "answer": 0, "id": 7},
+    {"prompt": "2 times 3 is", "answer": "6.", "max_new_tokens": 4},
+  ]
+  (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  command = ("eval", "runs/stdlib_tiny", "--tasks=tasks.jsonl")
+  run = in_process(*command, "--json", "--output=out.jsonl")
+  assert run.returncode == 0, run.stderr
+  found = json.loads(run.stdout)
+  assert [*found] == [
+    *("step", "tasks", "num_tasks", "num_cut", "num_multiple_choice", "num_questions"),
+    *("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "acc_bytes"),
+    *("acc_bytes_stderr", "exact_match", "exact_match_stderr"),
+  ]
+  assert (found["step"], found["num_tasks"], found["acc_stderr"]) == (6, 2, None)
+  answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+  assert [answer["line"] for answer in answers] == [1, 2] and answers[0]["id"] == 7
+  run = in_process(*command)
+  assert "on 1 multiple-choice tasks; exact match" in run.stdout
+
   with pytest.MonkeyPatch.context() as patch:  # nothing need be written
     patch.setenv("FLAXLM_DATA_DIR", "/dev/full/data")
     run = in_process("infer", "--prompt=1", "--max-new-tokens=1")
@@ -358,6 +378,11 @@ BAD_INPUTS = {
   "unknown flag": (["infer", "--prompt=a", "--tempreture=1"], 2, "--tempreture"),
   "unknown command": (["trian"], 2, "train"),
   "no command": ([], 2, "COMMAND"),
+  "no tasks": (["eval", "nope", "--tasks=nowhere.jsonl"], 2, "cannot be read"),
+  "a folder of tasks": (["eval", "nope", "--tasks=."], 2, "cannot be read"),
+  "a bad task": (["eval", "nope", "--tasks=/dev/null"], 2, "/dev/null has no tasks"),
+  "tasks and bleu": (["eval", "nope", "--tasks=x", "--bleu"], 2, "--tasks with --bleu"),
+  "tasks of a split": (["eval", "--tasks=x", "--split=train"], 2, "--tasks with --split"),
   "ckpt": (["ckpt", "verify", "nope"], 4, "not a run directory"),
 }
 

@@ -2,10 +2,20 @@
 """`flaxlm eval`."""
 
 import argparse
+import contextlib
 import sys
 from typing import Any
 
-from flaxlm.commands.parsing import check_least, open_run, write_result
+from flaxlm.commands.parsing import (
+  check_least,
+  open_output,
+  open_run,
+  read_text,
+  write_result,
+)
+from flaxlm.config import flag as flag_of
+from flaxlm.errors import ConfigError
+from flaxlm.strict_json import to_json
 
 
 def add_eval(commands: Any) -> None:
@@ -19,12 +29,18 @@ def add_eval(commands: Any) -> None:
   parser.add_flag("--bleu", bool, "translate the pairs of the split, and score the result")
   parser.add_flag("--beams", int, "bleu: number of beams", default=4)
   parser.add_flag("--pairs", int, "bleu: use at most so many pairs", default=500)
+  text = (
+    "instead: tasks with known answers, a JSON object a line; --output gets the answers"
+  )
+  parser.add_flag("--tasks", str, text, metavar="FILE")
   parser.add_output("one JSON object")
   parser.set_defaults(run=run_eval)
 
 
 def run_eval(args: argparse.Namespace, _: list[str]) -> int:
   check_least(args, 1, "batches", "pairs")
+  if args.tasks is not None:
+    return run_tasks(args)
   run = open_run(args)
 
   from flaxlm.training.evaluation import describe_evaluation, evaluate_run, translate_run
@@ -50,3 +66,54 @@ def run_eval(args: argparse.Namespace, _: list[str]) -> int:
   text = f"{run.path} at step {run.step}: {text}"
   write_result(args, {"step": run.step, **values}, lambda out: print(text, file=out))
   return 0
+
+
+def run_tasks(args: argparse.Namespace) -> int:
+  """Figures go to stdout, and the answer to each task to --output."""
+  from flaxlm.decoding.tasks import evaluate_tasks, join_notes, read_tasks
+
+  for name in ("split", "corpus", "batches", "bleu"):
+    if getattr(args, name):
+      raise ConfigError(f"--tasks with {flag_of(name)}", "leave one of them out")
+  # Mistakes in the file show before a checkpoint is read.
+  tasks = read_tasks(read_text(args.tasks), args.tasks)
+  for note in join_notes(tasks):
+    print(note, file=sys.stderr)
+  run = open_run(args)
+  from rich.console import Console
+  from rich.progress import Progress
+
+  total = sum(len(getattr(task, "choices", [None])) for task in tasks)
+  with contextlib.ExitStack() as stack:
+    out = stack.enter_context(open_output(args.output)) if args.output else None
+    progress = stack.enter_context(Progress(console=Console(stderr=True)))
+    bar = progress.add_task("tasks", total=total)
+    done = lambda count: progress.advance(bar, count)
+    figures, answers = evaluate_tasks(run, tasks, done)
+    for answer in answers if out else []:
+      print(to_json(answer), file=out)
+  if args.json:
+    print(to_json({"step": run.step, "tasks": args.tasks, **figures}))
+  else:
+    print(f"{run.path} at step {run.step}: {describe_tasks(figures)} of {args.tasks}")
+  return 0
+
+
+def describe_tasks(figures: dict[str, Any]) -> str:
+  def shown(name: str) -> str:
+    error = figures[f"{name}_stderr"]
+    return f"{figures[name]:.1%}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+  parts = []
+  if "acc" in figures:
+    parts.append(
+      f"accuracy {shown('acc')}, by length {shown('acc_norm')}, on "
+      f"{figures['num_multiple_choice']:,} multiple-choice tasks"
+    )
+  if "exact_match" in figures:
+    parts.append(
+      f"exact match {shown('exact_match')} on {figures['num_questions']:,} questions"
+    )
+  if figures["num_cut"]:
+    parts.append(f"{figures['num_cut']:,} prompts cut from the left")
+  return "; ".join(parts)

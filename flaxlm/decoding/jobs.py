@@ -121,8 +121,8 @@ def read_job(values: dict[str, Any], defaults: PromptJob, number: int) -> Prompt
     raise ConfigError("there is no prompt, or it is not a string")
   as_texts(values["prompt"])
   stop = Stopping(
-    strings=_list_of(values, "stop", defaults.stop.strings),
-    tokens=_list_of(values, "stop_tokens", defaults.stop.tokens),
+    strings=list_of(values, "stop", defaults.stop.strings),
+    tokens=list_of(values, "stop_tokens", defaults.stop.tokens),
     max_seconds=values.get("max_seconds", defaults.stop.max_seconds),
   )
   stop.check()
@@ -131,9 +131,9 @@ def read_job(values: dict[str, Any], defaults: PromptJob, number: int) -> Prompt
     raise ConfigError(f"id is {reprlib.repr(own_id)}", "use a string or a number")
   num_new = values.get("max_new_tokens", defaults.max_new_tokens)
   if num_new is not None:
-    _check_count("max_new_tokens", num_new, MOST_NEW_TOKENS)
+    check_count("max_new_tokens", num_new, MOST_NEW_TOKENS)
   num_samples = values.get("num_samples", defaults.num_samples)
-  _check_count("num_samples", num_samples, MOST_SAMPLES)
+  check_count("num_samples", num_samples, MOST_SAMPLES)
   settings = read_settings(values, defaults.settings, number)
   return PromptJob(values["prompt"], settings, stop, num_new, num_samples, own_id)
 
@@ -146,7 +146,7 @@ def read_settings(
   if "logit_bias" in own:
     own["logit_bias"] = _read_biases(own["logit_bias"])
   if "banned_tokens" in own:
-    own["banned_tokens"] = _list_of(own, "banned_tokens", ())
+    own["banned_tokens"] = list_of(own, "banned_tokens", ())
   if "json_schema" in values:
     if "regex" in own:
       raise ConfigError("regex with json_schema", "leave one of them out")
@@ -158,7 +158,7 @@ def read_settings(
   return settings
 
 
-def _list_of(values: dict[str, Any], name: str, default: Sequence) -> Sequence:
+def list_of(values: dict[str, Any], name: str, default: Sequence) -> Sequence:
   """A field that is a list or, for `stop`, may be a string alone."""
   found = values.get(name, default)
   if name in values and not isinstance(found, (list, str) if name == "stop" else list):
@@ -176,7 +176,8 @@ def _read_biases(values: Any) -> dict[int, Any]:
   return {int(token): bias for token, bias in values.items()}
 
 
-def _check_count(name: str, count: Any, most: int) -> None:
+def check_count(name: str, count: Any, most: int) -> None:
+  """Raises `ConfigError` for a field that is not a whole number of 1 to `most`."""
   if not is_number(count, whole=True) or not 1 <= count <= most:
     raise ConfigError(f"{name} is {reprlib.repr(count)}", f"it can be 1 to {most}")
 
