@@ -40,7 +40,7 @@ LANGUAGES = {"sh", "python", "text"}
 # Why a block may be left out, and how many blocks are: one more is a decision.
 REASONS = {
   "install": ("installs packages; .ci/run runs these", 2),
-  "extra": ("needs an optional compiler", 2),
+  "extra": ("needs an optional compiler or package", 4),
   "gpu": ("needs GPUs", 1),
   "hours": ("takes minutes or hours, whatever its size", 2),
   "machines": ("needs several machines", 1),

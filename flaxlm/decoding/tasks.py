@@ -215,9 +215,16 @@ def evaluate_tasks(
       num_cut += any(likelihood.num_cut for likelihood in likelihoods)
       answers[task.place] = judge_choice(task, likelihoods)
   if questions:
-    written = write_answers(run, [(task.place, task.job) for task in questions], on_done)
-    for question, (completion, was_cut) in zip(questions, written, strict=True):
-      num_cut += was_cut
+    fitted = []
+    for question in questions:
+      try:
+        fitted.append(fit_job(run, question.job))
+      except ConfigError as e:
+        raise question.place.error(e) from e
+    for question, job, completion in zip(
+      questions, fitted, write_answers(run, fitted, on_done), strict=True
+    ):
+      num_cut += job.was_cut
       answers[question.place] = judge_question(question, completion)
   ordered = [answers[task.place] for task in tasks]
   figures: dict[str, Any] = {"num_tasks": len(tasks), "num_cut": num_cut}
@@ -297,65 +304,29 @@ def mean_and_error(name: str, values: Sequence[float]) -> dict[str, float | None
   return {name: mean, f"{name}_stderr": error}
 
 
-def write_answers(
-  run: Run,
-  jobs: Sequence[tuple[Place, PromptJob]],
-  on_done: Callable[[int], None] = lambda _: None,
-  batch_size: int = WRITTEN_AT_A_TIME,
-) -> list[tuple[Completion, bool]]:
-  """What the model writes after each prompt, and whether the prompt was cut from the left
-  to make room.
-
-  Raises `ConfigError`, with the place, for a job that does not fit the model.
-  """
-  rows = [fit_job(run, *job) for job in jobs]
-  sized = [
-    SizedJob(number, job, len(row.read), row.num_new)
-    for number, (row, (_, job)) in enumerate(zip(rows, jobs, strict=True))
-  ]
-  run = prepare_for_decoding(run)
-  written: dict[int, Completion] = {}
-  for batch in batch_jobs(sized, batch_size, run.model.cfg.context):
-    of_batch = [rows[x.number] for x in batch]
-    sources = [row.source for row in of_batch if row.source is not None]
-    request = Request(
-      [row.read for row in of_batch],
-      max(row.num_new for row in of_batch),
-      run.num_ids,
-      sources or None,
-    )
-    completions = complete_request(
-      run,
-      request,
-      [x.job.prompt for x in batch],
-      stack_settings([x.job.settings for x in batch], run.tokenizer),
-      [row.stop for row in of_batch],
-    )
-    written |= dict(zip((x.number for x in batch), completions, strict=True))
-    on_done(len(batch))
-  return [(written[number], row.was_cut) for number, row in enumerate(rows)]
+# -- Answers that are written --------------------------------------------------------------
 
 
 class FittedJob(NamedTuple):
-  """A job as ids that fit the model."""
+  """A job as ids that fit the model together with the answer."""
 
+  job: PromptJob
   read: list[int]  # of an encoder-decoder: what it has written so far
   source: list[int] | None
   num_new: int
-  stop: Stopping
-  was_cut: bool
+  was_cut: bool  # from the left
 
 
-def fit_job(run: Run, place: Place, job: PromptJob) -> FittedJob:
-  """Raises `ConfigError`, with the place, for more new tokens than the context holds."""
+def fit_job(run: Run, job: PromptJob) -> FittedJob:
+  """A prompt that is too long is cut from the left. Raises `ConfigError` for more new
+  tokens than the model's context holds."""
   context, source = run.model.cfg.context, None
   num_new = job.max_new_tokens or min(DEFAULT_NEW_TOKENS, max(1, context // 2))
   if num_new >= context:
-    e = ConfigError(
+    raise ConfigError(
       f"max_new_tokens is {num_new}, which leaves no room in model.context={context}",
       f"it can be 1 to {context - 1}",
     )
-    raise place.error(e)
   if run.model.cfg.family == "encoder_decoder":
     ids = run.tokenizer.framed(run.tokenizer.encode(job.prompt), "source")
     read, source, most = run.tokenizer.framed([], "prompt"), ids[-context:], context
@@ -363,4 +334,30 @@ def fit_job(run: Run, place: Place, job: PromptJob) -> FittedJob:
     ids, most = read_ids(run, job.prompt), context - num_new
     read = ids[-most:]
   stop = dataclasses.replace(job.stop, max_tokens=num_new)
-  return FittedJob(read, source, num_new, stop, len(ids) > most)
+  return FittedJob(job._replace(stop=stop), read, source, num_new, len(ids) > most)
+
+
+def write_answers(
+  run: Run,
+  jobs: Sequence[FittedJob],
+  on_done: Callable[[int], None] = lambda _: None,
+  batch_size: int = WRITTEN_AT_A_TIME,
+) -> list[Completion]:
+  """What the model writes after each prompt, in batches of similar length."""
+  run = prepare_for_decoding(run)
+  written: dict[int, Completion] = {}
+  sized = [SizedJob(n, x.job, len(x.read), x.num_new) for n, x in enumerate(jobs)]
+  for batch in batch_jobs(sized, batch_size, run.model.cfg.context):
+    rows = [jobs[x.number] for x in batch]
+    sources = [row.source for row in rows if row.source is not None]
+    num_new = max(row.num_new for row in rows)
+    completions = complete_request(
+      run,
+      Request([row.read for row in rows], num_new, run.num_ids, sources or None),
+      [row.job.prompt for row in rows],
+      stack_settings([row.job.settings for row in rows], run.tokenizer),
+      [row.job.stop for row in rows],
+    )
+    written |= dict(zip((x.number for x in batch), completions, strict=True))
+    on_done(len(batch))
+  return [written[number] for number in range(len(jobs))]
