@@ -162,27 +162,44 @@ def read_ids(run: Run, text: str) -> list[int]:
 # -- Batches -------------------------------------------------------------------------------
 
 
+class Row(NamedTuple):
+  """What the model reads at once: the end of it is a continuation but for its last token,
+  of which there may be several, as in a choice between A, B, C and D."""
+
+  read: tuple[int, ...]
+  source: tuple[int, ...]
+  num_scored: int  # tokens of the continuation
+  last: tuple[int, ...] = ()
+
+  def continuation(self, last: int) -> tuple[int, ...]:
+    return (*self.read[len(self.read) + 1 - self.num_scored :], last)
+
+
 def score_tokens(
   run: Run, pairs: Sequence[TokenPair], on_done: Callable[[int], None] = lambda _: None
 ) -> list[Likelihood]:
-  """The likelihood of each pair of ids, in their order; equal ones are computed once."""
-  cut = [cut_to_fit(pair, run.model.cfg.context) for pair in pairs]
-  places: dict[TokenPair, list[int]] = {}
-  for number, pair in enumerate(cut):
-    places.setdefault(pair, []).append(number)
-  for rows in zip(*places, strict=True):
-    check_ids([row for row in rows if row], run.model.cfg.num_ids)
+  """The likelihood of each pair of ids, in their order. What is equal is computed once, and
+  pairs that differ in their last token are read once."""
+  cfg = run.model.cfg
+  rows: dict[Row, dict[int, list[int]]] = {}  # the numbers of the pairs by their last token
+  num_cut = []
+  for number, pair in enumerate(pairs):
+    cut = cut_to_fit(pair, cfg.context)
+    num_cut.append(num_tokens(pair) - num_tokens(cut))
+    *scored, last = cut.continuation
+    row = Row((*cut.context, *scored), cut.source, len(cut.continuation))
+    rows.setdefault(row, {}).setdefault(last, []).append(number)
+  whole = {row._replace(last=(*numbers,)): numbers for row, numbers in rows.items()}
+  check_ids([ids for row in whole for ids in row[:2] + row[3:] if ids], cfg.num_ids)
   results: list[Any] = [None] * len(pairs)
   shards = batch_shards(run.mesh.shape)
-  for batch in batch_pairs([*places], shards, run.model.cfg.vocab_size):
+  for batch in batch_rows([*whole], shards, cfg.vocab_size):
     num_done = 0
-    for pair, (logprob, is_greedy) in zip(
-      batch, score_batch(run, batch, shards), strict=True
-    ):
-      for number in places[pair]:
-        size, num_cut = len(pair.continuation), num_tokens(pairs[number]) - num_tokens(pair)
-        results[number] = Likelihood(logprob, is_greedy, size, num_cut)
-      num_done += len(places[pair])
+    for row, scores in zip(batch, score_batch(run, batch, shards), strict=True):
+      for numbers, score in zip(whole[row].values(), scores, strict=True):
+        num_done += len(numbers)
+        for number in numbers:
+          results[number] = Likelihood(*score, row.num_scored, num_cut[number])
     on_done(num_done)
   return results
 
@@ -204,48 +221,56 @@ def cut_to_fit(pair: TokenPair, most: int) -> TokenPair:
   )
 
 
-def batch_pairs(
-  pairs: Sequence[TokenPair], shards: int, vocab_size: int
-) -> Iterator[list[TokenPair]]:
-  """Batches of pairs whose rows have the same length when padded, longest first: what does
-  not fit the memory shows at once."""
+def batch_rows(rows: Sequence[Row], shards: int, vocab_size: int) -> Iterator[list[Row]]:
+  """Batches of rows that have the same sizes when padded, longest first: what does not fit
+  the memory shows at once."""
 
-  def lengths(pair: TokenPair) -> tuple[int, int, int]:
-    read = len(pair.context) + len(pair.continuation) - 1
-    return (bucket(read), bucket(len(pair.source)), bucket(len(pair.continuation)))
+  def sizes(row: Row) -> tuple[int, int, int, int]:
+    last = bucket(len(row.last), smallest=1)
+    return (bucket(len(row.read)), bucket(len(row.source)), bucket(row.num_scored), last)
 
   places = LOGITS_AT_A_TIME // (PLACES_AT_A_TIME * vocab_size)
-  ordered = sorted(pairs, key=lengths, reverse=True)
-  for (read, source, _), group in itertools.groupby(ordered, lengths):
+  ordered = sorted(rows, key=sizes, reverse=True)
+  for (read, source, *_), group in itertools.groupby(ordered, sizes):
     most = max(1, min(TOKENS_AT_A_TIME // (read + source), places))
     most = shards << (most.bit_length() - 1)  # a power of two for each shard
-    rows = [*group]
-    yield from (rows[start : start + most] for start in range(0, len(rows), most))
+    some = [*group]
+    yield from (some[start : start + most] for start in range(0, len(some), most))
 
 
 def score_batch(
-  run: Run, batch: Sequence[TokenPair], shards: int
-) -> list[tuple[float, bool]]:
-  """(log-likelihood, whether greedy) of each pair. Raises `NonFiniteError`."""
+  run: Run, batch: Sequence[Row], shards: int
+) -> list[list[tuple[float, bool]]]:
+  """(log-likelihood, whether greedy) of the continuations. Raises `NonFiniteError`."""
   size = shards * bucket(-(-len(batch) // shards), smallest=1)
-  read = [(*pair.context, *pair.continuation[:-1]) for pair in batch]
-  tokens_BT, lengths_B = pad_rows(read, size)
-  targets_BC, num_targets_B = pad_rows([pair.continuation for pair in batch], size)
+  tokens_BT, lengths_B = pad_rows([row.read for row in batch], size)
+  num_last = bucket(max(len(row.last) for row in batch), smallest=1)
+  columns = []  # K continuations of each row; those that it has not repeat its first
+  for k in range(num_last):
+    last = [row.last[k] if k < len(row.last) else row.last[0] for row in batch]
+    continuations = [row.continuation(id_) for row, id_ in zip(batch, last, strict=True)]
+    targets_BC, num_targets_B = pad_rows(continuations, size)
+    columns.append(targets_BC)
+  targets_BCK = np.stack(columns, axis=-1)
   source = None
   if run.model.cfg.family == "encoder_decoder":
-    source_BS, source_lengths_B = pad_rows([pair.source for pair in batch], size)
+    source_BS, source_lengths_B = pad_rows([row.source for row in batch], size)
     source = Source(source_BS, None, source_lengths_B)
   model = without_capacity(run.model)
   with use_mesh(run.mesh):
     found = likelihoods(
-      model, run.params, tokens_BT, lengths_B, targets_BC, num_targets_B, source
+      model, run.params, tokens_BT, lengths_B, targets_BCK, num_targets_B, source
     )
-  logprobs_B, greedy_B = (on_host(x_B)[: len(batch)] for x_B in found)
-  if not np.isfinite(logprobs_B).all():
+  logprobs_BK, greedy_BK = (on_host(x_BK)[: len(batch)] for x_BK in found)
+  if not np.isfinite(logprobs_BK).all():
     raise NonFiniteError(
       "a log-likelihood is NaN or infinite", "the parameters are damaged"
     )
-  return [*zip(logprobs_B.tolist(), greedy_B.tolist(), strict=True)]
+  scores = zip(logprobs_BK.tolist(), greedy_BK.tolist(), strict=True)
+  return [
+    [*zip(*of_row, strict=True)][: len(row.last)]
+    for row, of_row in zip(batch, scores, strict=True)
+  ]
 
 
 def without_capacity(model: LanguageModel) -> LanguageModel:
@@ -264,11 +289,12 @@ def likelihoods(
   params: Any,
   tokens_BT: jax.Array,
   lengths_B: jax.Array,
-  targets_BC: jax.Array,
+  targets_BCK: jax.Array,
   num_targets_B: jax.Array,
   source: Source | None,
 ) -> tuple[jax.Array, jax.Array]:
-  """(log-likelihood (B,) in nats, whether greedy (B,)) of the last tokens of each row.
+  """(log-likelihood (B, K) in nats, whether greedy (B, K)) of K continuations of each row,
+  which differ in their last token only: the row ends with the others.
 
   Rows are right-padded. The target i of a row's n is what follows its token n - i from the
   end. A source has its rows' lengths in place of their segments.
@@ -279,21 +305,22 @@ def likelihoods(
     segments_BS = is_real_token(source.tokens_BS, source.segments_BS).astype(jnp.int32)
     options["source"] = source._replace(segments_BS=segments_BS)
   output = model.apply(variables, tokens_BT, None, segments_BT, method="hidden", **options)
-  (B, T), C = tokens_BT.shape, targets_BC.shape[1]
+  (B, T), (_, C, K) = tokens_BT.shape, targets_BCK.shape
   places_BC = (lengths_B - num_targets_B)[:, None] + jnp.arange(C)
   places_BC1 = jnp.clip(places_BC, 0, T - 1)[..., None]
   x_BCD = jnp.take_along_axis(output.value, places_BC1, axis=1)
 
   def score(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    x_BXD, targets_BX = part
+    x_BXD, targets_BXK = part
     logits_BXV = model.apply(variables, x_BXD, method="logits").astype(jnp.float32)
-    own_BX1 = jnp.take_along_axis(logits_BXV, targets_BX[..., None], axis=-1)
-    logprobs_BX = own_BX1[..., 0] - jax.nn.logsumexp(logits_BXV, axis=-1)
-    return logprobs_BX, logits_BXV.argmax(-1) == targets_BX
+    own_BXK = jnp.take_along_axis(logits_BXV, targets_BXK, axis=-1)
+    logprobs_BXK = own_BXK - jax.nn.logsumexp(logits_BXV, axis=-1, keepdims=True)
+    return logprobs_BXK, logits_BXV.argmax(-1, keepdims=True) == targets_BXK
 
   parts = C // PLACES_AT_A_TIME  # C is a bucket: it has whole parts
   split = lambda x: x.reshape(B, parts, PLACES_AT_A_TIME, *x.shape[2:]).swapaxes(0, 1)
-  joined = lambda x_PBX: x_PBX.swapaxes(0, 1).reshape(B, C)
-  logprobs_BC, hits_BC = map(joined, jax.lax.map(score, (split(x_BCD), split(targets_BC))))
-  scored_BC = is_real_token(targets_BC, num_targets_B)
-  return jnp.where(scored_BC, logprobs_BC, 0.0).sum(-1), (hits_BC | ~scored_BC).all(-1)
+  joined = lambda x_PBXK: x_PBXK.swapaxes(0, 1).reshape(B, C, K)
+  found = jax.lax.map(score, (split(x_BCD), split(targets_BCK)))
+  logprobs_BCK, hits_BCK = map(joined, found)
+  scored_BC1 = is_real_token(targets_BCK, num_targets_B)[..., None]
+  return jnp.where(scored_BC1, logprobs_BCK, 0.0).sum(1), (hits_BCK | ~scored_BC1).all(1)

@@ -19,8 +19,9 @@ from flaxlm.decoding import scoring
 from flaxlm.decoding.compile_counter import count_compilations
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.scoring import (
+  Row,
   TokenPair,
-  batch_pairs,
+  batch_rows,
   encode_pair,
   rolling_windows,
   score_continuations,
@@ -211,17 +212,35 @@ def test_batches_are_bounded_and_programs_few(run: Run):
   with count_compilations() as counter:
     score_tokens(run, pairs)
   assert counter.programs <= 3
-  long = [TokenPair((0,) * n, (0,) * 500) for n in (1, 400, 1500)] * 40
+  long = [Row((n,) * read, (), 500, (n,)) for n in range(40) for read in (500, 900, 2000)]
   for shards in (1, 4):
     sizes = []
-    for batch in batch_pairs(long, shards, vocab_size=150_000):
-      read = max(len(x.context) + 499 for x in batch)
+    for batch in batch_rows(long, shards, vocab_size=150_000):
       sizes.append(len(batch))
       per_device = -(-len(batch) // shards)
-      assert per_device * read <= scoring.TOKENS_AT_A_TIME
+      assert per_device * len(batch[0].read) <= scoring.TOKENS_AT_A_TIME
       logits = per_device * scoring.PLACES_AT_A_TIME * 150_000
       assert logits <= scoring.LOGITS_AT_A_TIME
     assert sum(sizes) == len(long) and max(sizes) > shards
+
+
+def test_choices_between_last_tokens_are_read_once(run: Run, monkeypatch):
+  """A letter for each choice, and longer ones that differ in their last token."""
+  pairs = [
+    TokenPair((1, 2, 3), (*before, n)) for before in ((), (7, 8)) for n in range(65, 70)
+  ]
+  pairs += [TokenPair((1, 2, 3), (9, 8, 65)), TokenPair((1, 2), (3, 65)), pairs[0]]
+  batches, score = [], scoring.score_batch
+  spy = lambda run, batch, shards: batches.append(batch) or score(run, batch, shards)
+  monkeypatch.setattr(scoring, "score_batch", spy)
+  found = score_tokens(run, pairs)
+  rows = [row for batch in batches for row in batch]
+  assert sorted(len(row.last) for row in rows) == [1, 1, 5, 5]
+  for pair, likelihood in zip(pairs, found, strict=True):
+    logprob, is_greedy = alone(run, pair)
+    assert likelihood.logprob == pytest.approx(logprob, rel=1e-5)
+    assert likelihood.is_greedy == is_greedy
+    assert likelihood.num_tokens == len(pair.continuation)
 
 
 def test_what_cannot_be_scored():
