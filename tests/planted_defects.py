@@ -748,6 +748,41 @@ DATA = [
 
 DECODING = [
   Defect(
+    "a continuation is scored one place too early",
+    "flaxlm/decoding/scoring.py",
+    "places_BC = (lengths_B - num_targets_B)[:, None] + jnp.arange(C)",
+    "places_BC = (lengths_B - num_targets_B - 1)[:, None] + jnp.arange(C)",
+    "decoding/test_scoring.py",
+  ),
+  Defect(
+    "the padding of a continuation is scored too",
+    "flaxlm/decoding/scoring.py",
+    "jnp.where(scored_BC1, logprobs_BCK, 0.0)",
+    "logprobs_BCK",
+    "decoding/test_scoring.py",
+  ),
+  Defect(
+    "a context that is too long loses one token too many",
+    "flaxlm/decoding/scoring.py",
+    "pair.context[-(most + 1 - size) :]",
+    "pair.context[-(most - size) :]",
+    "decoding/test_scoring.py",
+  ),
+  Defect(
+    "the last window of a text reads one token too few",
+    "flaxlm/decoding/scoring.py",
+    "0 if start == 1 else end - 1 - most",
+    "0 if start == 1 else end - most",
+    "decoding/test_scoring.py",
+  ),
+  Defect(
+    "blanks before a choice count for its length",
+    "flaxlm/decoding/tasks.py",
+    "texts = [choice.lstrip() or choice for choice in task.choices]",
+    "texts = [*task.choices]",
+    "decoding/test_tasks.py",
+  ),
+  Defect(
     "decoding draws the first id behind its tokenizer's",
     "flaxlm/decoding/generate.py",
     "logits_BV = mask_padding_ids(logits_BV, num_ids)",

@@ -88,6 +88,12 @@ class FlaxLM(LM):
     pairs = [request.args for request in requests]
     with tqdm(total=len(pairs), desc="flaxlm: continuations") as bar:
       scored = score_continuations(self.run, pairs, bar.update)
+    if num_cut := sum(found.num_cut > 0 for found in scored):
+      print(
+        f"contexts cut from the left to fit model.context={self.run.model.cfg.context}: "
+        f"{num_cut:,} of {len(pairs):,}",
+        file=sys.stderr,
+      )
     results = [(found.logprob, found.is_greedy) for found in scored]
     for pair, result in zip(pairs, results, strict=True):
       self.cache_hook.add_partial("loglikelihood", pair, result)

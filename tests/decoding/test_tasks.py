@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from meshes import mesh_of
+from parameters import random_params
 
 from flaxlm.config import Config, ModelConfig
 from flaxlm.decoding.loading import Run
@@ -59,22 +60,30 @@ def test_the_likeliest_choice_is_the_answer(run: Run):
     dict(prompt="", choices=["c", "aaaa"], answer="aaaa"),
     dict(prompt="x" * 40, choices=["xa", "éaaa"], answer=0),
     dict(prompt="x ", choices=["  bb", "  c"], answer=0),
+    dict(prompt="x", choices=["   a", "x"], answer=1),
   )
   figures, answers = evaluate_tasks(run, tasks)
   for task, answer in zip(tasks, answers, strict=True):
     blank = task.prompt[len(task.prompt.rstrip()) :]
     expected = [logprob(blank + choice) for choice in task.choices]
     assert answer["logprobs"] == pytest.approx(expected, rel=1e-5)
-  assert [answer["chosen"] for answer in answers] == [1, 1, 0, 0, 1]
-  assert [answer["acc"] for answer in answers] == [True, False, False, True, False]
-  assert [answer["acc_norm"] for answer in answers] == [True, False, True, True, True]
-  assert [answer["acc_bytes"] for answer in answers] == [True, False, True, False, True]
+  assert [answer["chosen"] for answer in answers] == [1, 1, 0, 0, 1, 1]
+  assert [answer["acc"] for answer in answers] == [True, False, False, True, False, True]
+  assert [answer["acc_norm"] for answer in answers] == [True, False, True, True, True, True]
+  assert [answer["acc_bytes"] for answer in answers] == [
+    True,
+    False,
+    True,
+    False,
+    True,
+    True,
+  ]
   assert answers[1]["id"] == "mine" and "id" not in answers[0]
-  assert [answer["line"] for answer in answers] == [1, 2, 3, 4, 5]
-  assert (figures["num_tasks"], figures["num_multiple_choice"]) == (5, 5)
+  assert [answer["line"] for answer in answers] == [1, 2, 3, 4, 5, 6]
+  assert (figures["num_tasks"], figures["num_multiple_choice"]) == (6, 6)
   assert figures["num_cut"] == 1 and "exact_match" not in figures
-  assert (figures["acc"], figures["acc_norm"]) == (0.4, 0.8)
-  assert figures["acc_stderr"] == pytest.approx(np.std([1, 0, 0, 1, 0], ddof=1) / 5**0.5)
+  assert (figures["acc"], figures["acc_norm"]) == (3 / 6, 5 / 6)
+  assert figures["acc_stderr"] == pytest.approx(np.std([1, 0, 0, 1, 0, 1], ddof=1) / 6**0.5)
 
 
 def test_an_answer_is_written_up_to_its_stop(run: Run):
@@ -96,6 +105,30 @@ def test_an_answer_is_written_up_to_its_stop(run: Run):
   ]
   assert (figures["exact_match"], figures["acc"], figures["acc_stderr"]) == (0.5, 1, None)
   assert (figures["num_questions"], figures["num_cut"], sum(done)) == (4, 1, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["rnn", "encoder_decoder"])
+def test_other_families(family: str):
+  """Alone or together, cut or not: what is asked first changes nothing."""
+  sizes = dict(depth=1, width=16, num_heads=1, vocab_size=320, context=16)
+  cfg = Config(name="random", model=ModelConfig(family=family, **sizes))
+  model = build_model(cfg.model)
+  params = random_params(model, spread=0.5)
+  run = Run(
+    Path("nowhere"), cfg, train_tokenizer("byte", [], 0), 0, model, params, mesh_of()
+  )
+  tasks = tasks_of(
+    dict(prompt="ab", choices=[" c", " de"], answer=0),
+    dict(prompt="x" * 30, answer="y", max_new_tokens=3),
+    dict(prompt="abc", answer="y", stop=[]),
+  )
+  figures, together = evaluate_tasks(run, tasks)
+  assert (figures["num_cut"], figures["num_tasks"]) == (1, 3)
+  for task, answer in zip(tasks, together, strict=True):
+    [alone] = evaluate_tasks(run, [task])[1]
+    assert alone.pop("logprobs", []) == pytest.approx(answer.pop("logprobs", []), rel=1e-5)
+    assert alone == answer
 
 
 def test_an_answer_is_a_line_unless_the_known_one_has_several():
