@@ -127,7 +127,7 @@ def commands_in_process(data: Path) -> Iterator[Callable[..., subprocess.Complet
 
   def run(*arguments: object, input: str = "") -> subprocess.CompletedProcess:
     words = [str(argument) for argument in arguments]
-    patch.setattr(sys, "stdin", io.StringIO(input))
+    patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode())))
     # Files, not strings: the watchdog writes stacks to the descriptor.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
       with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -10,7 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from flaxlm.commands.parsing import check_least, open_output, open_run, read_text
+from flaxlm.commands.parsing import (
+  check_least,
+  open_output,
+  open_run,
+  read_text,
+  standard_input,
+)
 from flaxlm.config import flag as flag_of
 from flaxlm.errors import ConfigError, DataError
 from flaxlm.strict_json import to_json
@@ -158,10 +164,10 @@ def read_lines() -> Iterator[str]:
   """Prompts typed one by one, until the end of input."""
   while True:
     print("> ", end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
+    line = standard_input().readline()
     if not line:
       return
-    yield line.rstrip("\n")
+    yield line.decode("utf-8", "surrogateescape").rstrip("\r\n")
 
 
 # -- What it does --------------------------------------------------------------------------
@@ -244,12 +250,15 @@ def converse(
 
   A line that cannot be answered, after others that could, does not end the conversation.
   """
+  from flaxlm.decoding.completions import as_texts
+
   answer = answer_in_chat(run, settings, stop, args, out)
   if answer is None:
     answer = lambda line: print_completions(run, [line], settings, stop, args, out)
   answered = False
   for line in read_lines():
     try:
+      as_texts(line)
       with contextlib.suppress(KeyboardInterrupt):
         answer(line)
       answered = True

@@ -10,7 +10,7 @@ import sys
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from flaxlm.config import Config, check_config, knobs, load_config, override
 from flaxlm.config import flag as flag_of
@@ -194,10 +194,19 @@ def write_result(args: argparse.Namespace, values: Any, show: Any) -> None:
       show(out)
 
 
+def standard_input() -> BinaryIO:
+  """Its bytes. Raises `ConfigError` where a shell has closed it."""
+  if sys.stdin is None:
+    raise ConfigError("standard input is closed", "open it, as in < FILE")
+  return sys.stdin.buffer
+
+
 def read_text(path: str) -> str:
-  """A file's text, or all of standard input for "-", without a byte order mark."""
+  """A file's text, or all of standard input for "-", without a byte order mark. Its ends of
+  lines are as they stand, since a corpus is read so, too."""
   try:
-    text = sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
+    data = standard_input().read() if path == "-" else Path(path).read_bytes()
+    text = data.decode("utf-8")
   except (OSError, ValueError) as e:  # not there, not UTF-8, not even a path
     raise ConfigError(f"{printable(path)} cannot be read: {first_line(e)}") from e
   return text.removeprefix("\N{BYTE ORDER MARK}")

@@ -278,7 +278,8 @@ def said_by(
 ) -> str:
   """What `--interactive` prints as its answers."""
   given = dict(no_chat=False, system=None, tools=None, max_new_tokens=20) | flags
-  monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+  typed = "".join(f"{line}\n" for line in lines).encode()
+  monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed)))
   out = io.StringIO()
   settings = SamplingSettings(temperature=0.0)
   args = argparse.Namespace(**given)
