@@ -108,10 +108,18 @@ class Tokenizer(Vocabulary):
   """
 
   def __init__(self, backend: tokenizers.Tokenizer):
-    """Raises `DataError` unless `backend` is byte-level and knows `<|endoftext|>`."""
+    """Raises `DataError` unless `backend` is byte-level, has an id for each byte, and
+    knows `<|endoftext|>`."""
     if not isinstance(backend.decoder, decoders.ByteLevel):
       raise DataError("the tokenizer is not byte-level", "use one with a ByteLevel decoder")
-    end = backend.token_to_id(END_OF_TEXT)
+    vocab = backend.get_vocab(with_added_tokens=True)
+    if missing := [byte for byte, name in enumerate(byte_alphabet()) if name not in vocab]:
+      raise DataError(
+        f"the tokenizer has no id for {len(missing)} of the 256 bytes, as "
+        f"{missing[0]:#04x}: text would be left out",
+        "use one that was trained with the whole byte alphabet",
+      )
+    end = vocab.get(END_OF_TEXT)
     if end is None:
       raise DataError(f"the tokenizer has no {END_OF_TEXT}", "add it as a special token")
     backend.no_truncation()
@@ -125,7 +133,7 @@ class Tokenizer(Vocabulary):
     self._specials = {token.content: n for n, token in added if token.special}
     self.mask_id: int | None = self._specials.get(MASK)
     self.special_ids: tuple[int, ...] = tuple(sorted({end, *self._specials.values()}))
-    self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+    self.vocab_size: int = 1 + max(vocab.values())  # there may be gaps between the ids
     self._known_words: dict[str, bytes] = {}
     ours = _pre_tokenizer().__getstate__()
     self._splits_as_ours = (
@@ -200,7 +208,10 @@ class Tokenizer(Vocabulary):
     byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
     pieces = [b""] * self.vocab_size
     for token, token_id in self._backend.get_vocab(with_added_tokens=False).items():
-      pieces[token_id] = bytes(byte_of[character] for character in token)
+      try:
+        pieces[token_id] = bytes(byte_of[character] for character in token)
+      except KeyError:  # no text becomes this token
+        pieces[token_id] = token.encode()
     for token_id, added in self._backend.get_added_tokens_decoder().items():
       pieces[token_id] = b"" if added.special else added.content.encode()
     return pieces

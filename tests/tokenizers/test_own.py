@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from flaxlm.errors import DataError
 from flaxlm.tokenizers import END_OF_TEXT, MASK, Tokenizer, train_tokenizer
+from flaxlm.tokenizers.own import byte_alphabet
 
 CORPUS = [path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
 TOKENIZERS = {
@@ -180,6 +181,31 @@ def test_loading_a_foreign_tokenizer(tmp_path: Path):
   assert tokenizer.token_bytes()[tokenizer.encode("  é  ")].tolist() == [6]
 
 
+def _byte_level(vocab: dict[str, int]) -> str:
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = tokenizers.decoders.ByteLevel()
+  backend.add_special_tokens([END_OF_TEXT])
+  return backend.to_str()
+
+
+def test_foreign_ids_may_leave_gaps_and_stand_for_what_is_no_byte(tmp_path: Path):
+  vocab = {name: 2 * byte for byte, name in enumerate(byte_alphabet())} | {"a b": 1000}
+  (tmp_path / "tokenizer.json").write_text(_byte_level(vocab))
+  tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+  text = "a b\n\u00e9"
+  ids = tokenizer.encode(text)
+  assert ids == [2 * byte for byte in text.encode()]
+  assert tokenizer.decode(ids) == text
+  assert 1000 < tokenizer.vocab_size == len(tokenizer.token_bytes()) <= 1002
+  assert tokenizer.bytes_of(1000) == b"a b" and tokenizer.bytes_of(1) == b""
+
+
+def _without_some_bytes() -> str:
+  """The library leaves out, without a word, what has no id."""
+  return _byte_level({name: n for n, name in enumerate(byte_alphabet()[:200])})
+
+
 def _not_byte_level() -> str:
   backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({END_OF_TEXT: 0}))
   return backend.to_str()
@@ -199,6 +225,7 @@ def _without_end_of_text() -> str:
     (b'{"model": {"type": "BPE"', "not a tokenizer.json"),
     (b"\xff", "cannot read"),
     (_not_byte_level().encode(), "not byte-level"),
+    (_without_some_bytes().encode(), "no id for 56 of the 256 bytes, as 0xc8"),
     (_without_end_of_text().encode(), "has no <|endoftext|>"),
   ],
 )
