@@ -2,6 +2,7 @@
 """Configs: every value on the command line, every mistake named, and JSON round trips."""
 
 import ast
+import contextlib
 import dataclasses
 import json
 import os
@@ -395,6 +396,16 @@ def test_contradictions_are_named(cause: str):
   wrong, right = CONTRADICTIONS[cause]
   assert cause in refusal(*wrong).cause
   check_config(override(Config(), right))
+
+
+INTEGERS = [name for name, kind, _ in knobs(ModelConfig) if "int" in str(kind)]
+
+
+@given(st.dictionaries(st.sampled_from(INTEGERS), st.integers(-3, 3), min_size=1))
+def test_any_small_numbers_are_a_model_or_refused(numbers: dict[str, int]):
+  """What is out of bounds does not break the checks of how fields go together."""
+  with contextlib.suppress(ConfigError):
+    check_config(override(Config(), [f"--model.{n}={x}" for n, x in numbers.items()]))
 
 
 def test_a_contradiction_is_cured_by_its_cure():

@@ -194,7 +194,7 @@ def _head_contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
       f"nearest width: {nearest}, or set model.head_dim",
     )
   kv_heads = model.num_kv_heads or model.num_heads
-  if kv_heads > 0 and model.num_heads % kv_heads:
+  if min(kv_heads, model.num_heads) > 0 and model.num_heads % kv_heads:
     small = range(1, 1 + min(MOST_DIVISORS, math.isqrt(model.num_heads)))
     below = {n for n in small if model.num_heads % n == 0}
     divisors = sorted(below | {model.num_heads // n for n in below})
