@@ -90,14 +90,15 @@ def is_finite(values: np.ndarray) -> bool:
 def open_checkpoint(folder: Path) -> dict[str, Tensor]:
   """Every tensor of a directory, from one file or from those that its index names.
 
+  Of both, the one file counts, as in transformers: an index may be left of an earlier save.
   Raises `CheckpointError`, also if there are only pickles.
   """
   if not folder.is_dir():
     raise CheckpointError(f"{folder} is not a directory")
-  if has_file(folder / INDEX):
-    return _open_index(folder)
   if has_file(folder / SINGLE):
     return read_header(folder / SINGLE)
+  if has_file(folder / INDEX):
+    return _open_index(folder)
   pickles = sorted(path.name for name in PICKLE_NAMES for path in folder.glob(name))
   if pickles:
     raise _pickled(folder / pickles[0])

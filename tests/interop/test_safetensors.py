@@ -197,18 +197,26 @@ def test_an_index_may_not_name_a_pickle(tmp_path: Path):
 
 def test_an_index_and_its_files_agree(tmp_path: Path):
   written(tmp_path)
-  everything = dict.fromkeys(SHAPES, "model.safetensors")
+  (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
+  everything = dict.fromkeys(SHAPES, "part.safetensors")
   index(tmp_path, everything)
   assert open_checkpoint(tmp_path).keys() == SHAPES.keys()
-  index(tmp_path, everything | {"more": "model.safetensors"})
+  index(tmp_path, everything | {"more": "part.safetensors"})
   with pytest.raises(CheckpointError, match="more is not in"):
     open_checkpoint(tmp_path)
-  index(tmp_path, {"a": "model.safetensors"})
+  index(tmp_path, {"a": "part.safetensors"})
   with pytest.raises(CheckpointError, match="does not list"):
     open_checkpoint(tmp_path)
   index(tmp_path, {"a": "gone.safetensors"})
   with pytest.raises(CheckpointError, match="does not exist"):
     open_checkpoint(tmp_path)
+
+
+def test_one_file_counts_beside_an_index(tmp_path: Path):
+  """As in transformers, which leaves the index of an earlier save where it is."""
+  written(tmp_path)
+  index(tmp_path, {"a": "gone.safetensors"})
+  assert open_checkpoint(tmp_path).keys() == SHAPES.keys()
 
 
 JSON = st.recursive(
