@@ -121,9 +121,11 @@ NEOX_ROPE = {"rope_theta": "rotary_emb_base", PARTIAL: "rotary_pct"}  # its own 
 
 
 def read_neox_rope(hf: Values, found: Fields) -> Fields:
+  """RoPE by NeoX's own names: the usual ones count within rope_parameters only."""
   own = {name: hf.values.get(key) for name, key in NEOX_ROPE.items()}
   given = {name: value for name, value in own.items() if value is not None}
-  hf = Values({**hf.values, **given}, hf.origin)
+  others = {key: value for key, value in hf.values.items() if key not in NEOX_ROPE}
+  hf = Values(others | given, hf.origin)
   return read_rope(hf, found | {"rope.fraction": 0.25}, partial=True)
 
 

@@ -424,10 +424,15 @@ QWENS = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
 def test_a_quarter_of_a_neox_head_turns_unless_its_file_says_otherwise():
   read = FAMILIES["gpt_neox"].read
   values = LLAMA | {"head_dim": None}
-  for said in ({}, {"rotary_pct": None}, {"partial_rotary_factor": None}):
-    assert read(Values(values | said, "config.json")).rope.fraction == 0.25
-  for said in ({"rotary_pct": 0.5}, {"partial_rotary_factor": 0.5}):
-    assert read(Values(values | said, "config.json")).rope.fraction == 0.5
+  # The usual names do not count beside NeoX's own: transformers passes over them.
+  passed_over = {"partial_rotary_factor": 0.5, "rope_theta": 300.0}
+  for said in ({}, {"rotary_pct": None}, {"partial_rotary_factor": None}, passed_over):
+    rope = read(Values(values | said, "config.json")).rope
+    assert (rope.fraction, rope.theta) == (0.25, 10_000.0)
+  within = scaled(rope_type="default", **passed_over)
+  for said in ({"rotary_pct": 0.5, "rotary_emb_base": 300}, within):
+    rope = read(Values(values | said, "config.json")).rope
+    assert (rope.fraction, rope.theta) == (0.5, 300.0)
 
 
 def test_gemma_3_has_a_base_for_local_layers_in_old_and_new_keys():
