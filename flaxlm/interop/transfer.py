@@ -87,6 +87,7 @@ def import_run(
       notes.append(f"{folder} has no {TOKENIZER}: text cannot be encoded (docs/interop.md)")
     loaded = load_checkpoint(folder, mesh, dtype)
     notes += [note for note in (loaded.cfg.padding, loaded.note) if note]
+    notes += leave_out_unknown(partial / SPECIALS, loaded.cfg.num_ids)
     if num_ids > loaded.cfg.num_ids:
       notes.append(
         f"{folder / TOKENIZER} has {num_ids:,} ids, the model only {loaded.cfg.num_ids:,}: "
@@ -157,6 +158,28 @@ def read_specials(backend: tokenizers.Tokenizer, names: Values, ids: Values) -> 
   masks = (backend.token_to_id(name) for name in ("[MASK]", "<mask>"))
   mask = next((mask for mask in (named("mask"), *masks) if mask is not None), None)
   return Specials(bos, tuple(ends), numbered("pad"), mask, prefix, suffix)
+
+
+def leave_out_unknown(path: Path, num_ids: int) -> list[str]:
+  """Takes ids from `num_ids` on out of stored special ids; returns what to tell about it.
+
+  transformers keeps them, and then never ends a completion, or reads another embedding.
+  """
+  if not path.exists():  # no tokenizer came along
+    return []
+  said = Specials.load(path)
+  known = lambda number: None if number is None or number >= num_ids else number
+  ends = tuple(end for end in said.eos_ids if end < num_ids)
+  kept = said._replace(bos_id=known(said.bos_id), eos_ids=ends, pad_id=known(said.pad_id))
+  if kept == said:
+    return []
+  kept.save(path)
+  lost = [i for i in (said.bos_id, *said.eos_ids, said.pad_id) if i != known(i)]
+  ids = ", ".join(f"{number:,}" for number in dict.fromkeys(lost))
+  note = f"special ids that the model lacks, which has {num_ids:,}, are left out: {ids}"
+  if said.eos_ids and not ends:
+    note += "; nothing ends a completion but its length"
+  return [note]
 
 
 # -- Export --------------------------------------------------------------------------------

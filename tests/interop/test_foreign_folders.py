@@ -213,3 +213,19 @@ def test_a_larger_tokenizer_is_told_and_its_ids_are_refused(mesh: Any, tmp_path:
   run = load_run(tmp_path / "run2", mesh)
   with pytest.raises(ConfigError, match="not in the model's vocabulary of 9"):
     embed_texts(run, ["the cat sat"])
+
+
+@pytest.mark.parametrize("number", [67, 10**5])
+def test_special_ids_past_the_vocabulary_are_left_out_and_told(
+  mesh: Any, hub: Path, number: int
+):
+  """67 is the least that the model lacks."""
+  ids = {"bos_token_id": number, "eos_token_id": [66, number], "pad_token_id": number}
+  told = f"special ids that the model lacks, which has 67, are left out: {number:,}"
+  for n, said in enumerate((ids, ids | {"eos_token_id": number})):
+    (hub / "generation_config.json").write_text(json.dumps(said))
+    _, notes = import_run(hub, hub.parent / f"run{n}", mesh)
+    tokenizer = load_run(hub.parent / f"run{n}", mesh).tokenizer
+    assert tokenizer.eos_ids == ({66} if n == 0 else set())
+    assert tokenizer.bos_id == (66 if n == 0 else 0)
+    assert notes[0] == told + ("; nothing ends a completion but its length" if n else "")
