@@ -34,3 +34,10 @@ def test_what_is_typed_may_be_no_text(monkeypatch):
   typed = io.TextIOWrapper(io.BytesIO(b"a\r\n\xff\n\nb"), "utf-8")
   monkeypatch.setattr(sys, "stdin", typed)
   assert [*read_lines()] == ["a", "\udcff", "", "b"]
+
+
+def test_answers_do_not_replace_the_prompts(in_process, tmp_path: Path):
+  (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n')
+  run = in_process("infer", "--prompt-file=a.jsonl", "--output=./a.jsonl")
+  assert run.returncode == 2 and "would replace the prompts" in run.stderr
+  assert (tmp_path / "a.jsonl").read_text() == '{"prompt": "a"}\n'

@@ -113,6 +113,8 @@ def check(args: argparse.Namespace) -> None:
     )
   if reads_jobs(args) and Path(args.output).is_dir():
     raise ConfigError(f"--output {args.output} is a folder", "--output out.jsonl")
+  if reads_jobs(args) and Path(args.output).resolve() == Path(args.prompt_file).resolve():
+    raise ConfigError(f"--output {args.output} would replace the prompts", "name another")
 
 
 def reads_jobs(args: argparse.Namespace) -> bool:

@@ -5,15 +5,17 @@ Finished prompts are appended to OUTPUT.partial; a run that was killed reads the
 continues with the rest. The output appears when it is complete, in the input's order.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import fcntl
 import hashlib
 import json
 import os
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from flaxlm.config import unique_keys
 from flaxlm.decoding.completions import Stopping, as_texts, complete, make_request
@@ -194,38 +196,51 @@ def complete_jobs(
 
   `on_done(n)` is called whenever n more jobs are done; first with those that an earlier,
   killed run has done. Raises `ConfigError` if OUTPUT.partial is of other jobs or settings,
-  or OUTPUT is no file. Raises `WriteError` if the disk is full: OUTPUT.partial stays.
+  or another process writes it, or OUTPUT is no file. Raises `WriteError` if the disk is
+  full: OUTPUT.partial stays.
   """
   if output.exists() and not output.is_file():  # it would be replaced, even a device
     raise ConfigError(f"--output {output} is not a file", "name one, or a new one")
   partial = output.with_name(output.name + ".partial")
   header = {"job": fingerprint(run, jobs, num_top)}
-  done = read_partial(partial, header)
-  on_done(len(done))
-  sized = [
-    measure_job(run, number, job) for number, job in enumerate(jobs) if number not in done
-  ]
+  sized = [measure_job(run, number, job) for number, job in enumerate(jobs)]
   prefix_cache = PrefixCache() if share_a_prefix(run, jobs) else None
-  with writing(partial, RESUMES), partial.open("a", encoding="utf-8") as file:
+  with opened_alone(partial) as file:
+    done = read_partial(partial, header)
+    on_done(len(done))
     if not done:
       file.truncate(0)
       print(to_json(header), file=file, flush=True)
-    for batch in batch_jobs(sized, batch_size, run.model.cfg.context):
+    rest = [job for job in sized if job.number not in done]
+    for batch in batch_jobs(rest, batch_size, run.model.cfg.context):
       results = complete_batch(run, batch, num_top, prefix_cache)
       for number, samples in results.items():
         done[number] = samples
         print(to_json({"index": number, "samples": samples}), file=file, flush=True)
       on_done(len(results))
-  whole = output.with_name(output.name + ".tmp")
-  try:
-    with writing(whole, RESUMES), whole.open("w", encoding="utf-8") as file:
-      for number in range(len(jobs)):
-        for sample in done[number]:
-          print(to_json(sample), file=file)
-    whole.replace(output)
-  finally:
-    whole.unlink(missing_ok=True)
-  partial.unlink()
+    whole = output.with_name(output.name + ".tmp")
+    try:
+      with writing(whole, RESUMES), whole.open("w", encoding="utf-8") as answers:
+        for number in range(len(jobs)):
+          for sample in done[number]:
+            print(to_json(sample), file=answers)
+      whole.replace(output)
+    finally:
+      whole.unlink(missing_ok=True)
+    partial.unlink()
+
+
+@contextlib.contextmanager
+def opened_alone(partial: Path) -> Iterator[TextIO]:
+  """The file to append to. Raises `ConfigError` while another process has it open."""
+  with writing(partial, RESUMES), partial.open("a", encoding="utf-8") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise ConfigError(
+        f"another process writes {partial}", "wait for it, or choose another --output"
+      ) from None
+    yield file
 
 
 def complete_batch(

@@ -114,6 +114,17 @@ def test_a_killed_job_goes_on(run, tmp_path, monkeypatch):
   assert sorted(calls[0] + [place for call in calls[2:] for place in call]) == [*range(5)]
 
 
+def test_an_output_has_one_writer(run, tmp_path):
+  """Two would answer all prompts twice, and the second would find its file gone."""
+  jobs = read_jobs(as_text(LINES), DEFAULTS)
+  partial = tmp_path / "out.jsonl.partial"
+  refused = pytest.raises(ConfigError, match="another process writes ")
+  with jobs_module.opened_alone(partial), refused:
+    complete_jobs(run, jobs, tmp_path / "out.jsonl", 2)
+  complete_jobs(run, jobs, tmp_path / "out.jsonl", 2)
+  assert len(written(tmp_path / "out.jsonl")) == 6 and not partial.exists()
+
+
 def test_batches_are_of_like_length_and_fit(run):
   jobs = [
     PromptJob("a" * length, SamplingSettings(), Stopping(), 20)
