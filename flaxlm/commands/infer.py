@@ -289,6 +289,9 @@ def answer_in_chat(
         f"{run.path} has no chat template", "leave out --system and --tools"
       )
     return None
+  given = {"json": args.json, "beams": args.beams, "num_samples": args.num_samples > 1}
+  if unread := [flag_of(name) for name, value in given.items() if value]:
+    raise ConfigError(f"a chat has no {unread[0]}", "leave it out, or give --no-chat")
   conversation = Conversation(chat, run, args.system, args.tools)
   prefix_cache, sampling = PrefixCache(), stack_settings([settings], run.tokenizer)
 

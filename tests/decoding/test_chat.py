@@ -278,6 +278,7 @@ def said_by(
 ) -> str:
   """What `--interactive` prints as its answers."""
   given = dict(no_chat=False, system=None, tools=None, max_new_tokens=20) | flags
+  given = dict(json=False, beams=None, num_samples=1) | given
   typed = "".join(f"{line}\n" for line in lines).encode()
   monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed)))
   out = io.StringIO()
@@ -285,6 +286,17 @@ def said_by(
   args = argparse.Namespace(**given)
   infer.converse(run._replace(path=path), settings, Stopping(), args, out)
   return out.getvalue()
+
+
+@pytest.mark.parametrize("flags", [{"json": True}, {"beams": 2}, {"num_samples": 2}])
+def test_what_a_chat_does_not_read_is_refused(
+  run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any]
+):
+  """A script that asks for JSON would get text."""
+  store(tmp_path, chat_template="{{ messages[0].content }}")
+  (name,) = (name.replace("_", "-") for name in flags)
+  with pytest.raises(ConfigError, match=f"a chat has no --{name}"):
+    said_by(run, tmp_path, ["a"], monkeypatch, **flags)
 
 
 def test_a_long_conversation_goes_on(
