@@ -9,7 +9,7 @@ from flaxlm.decoding.completions import complete, search
 from flaxlm.decoding.encoding import fill_masks
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.sampling import make_sampling
-from flaxlm.errors import writing
+from flaxlm.errors import ConfigError, writing
 from flaxlm.runs import SAMPLE
 from flaxlm.tokenizers import MASK
 from flaxlm.training.reporting import Reporter
@@ -19,34 +19,52 @@ def show_sample(run: Run, reporter: Reporter, arguments: Sequence[str] = ()) -> 
   """Prints what the model makes of `sample_prompt`, and what to try next.
 
   Every process of a job computes the sample, for the model may be spread over all of them.
-  `arguments` are those of the command that trained the run.
+  `arguments` are those of the command that trained the run, which has ended well, whatever
+  becomes of the sample: a prompt may be too long for the model.
+  """
+  reporter.end_progress()
+  try:
+    text, tries = sample(run)
+  except ConfigError as e:
+    reporter.log(f"no sample of training.sample_prompt: {e.cause}")
+    tries = []
+  else:
+    reporter.log("a sample:")
+    if reporter.writes:
+      print(text, flush=True)
+      with writing(run.path / SAMPLE):
+        (run.path / SAMPLE).write_text(f"{text}\n", "utf-8")
+  commands = [*map(shlex.join, tries)]
+  commands.append(longer(arguments, f"{run.cfg.name}_longer", 2 * run.step))
+  show = shlex.join(["tensorboard", "--logdir", run.cfg.runs_dir])
+  commands.append(f"{show}   (pip install tensorboard)")
+  reporter.log("next, try:\n" + "\n".join(f"  {line}" for line in commands))
+
+
+def sample(run: Run) -> tuple[str, list[list[str]]]:
+  """What the model makes of `sample_prompt`, and the words of commands that show more.
+
+  Raises `ConfigError` for a prompt that the model cannot read.
   """
   family, prompt = run.cfg.model.family, run.cfg.training.sample_prompt
-  infer = f"python infer.py {run.path}"
+  path = str(run.path)
+  infer = ["python", "infer.py", path]
   if family == "encoder":
     prompt = prompt if MASK in prompt else f"import {MASK}"
     (filled,) = fill_masks(run, [prompt])
-    text = filled.filled
-    tries = [f'{infer} --fill "{prompt}"', f'flaxlm embed {run.path} --text "a sentence"']
-  elif family == "encoder_decoder":
+    embed = ["flaxlm", "embed", path, "--text", "a sentence"]
+    return filled.filled, [[*infer, "--fill", prompt], embed]
+  if family == "encoder_decoder":
     prompt = prompt or "Search"
     (found,) = search(run, [prompt], num_beams=4)
-    text = f"{prompt} => {found.completion}"
-    tries = [f'{infer} --prompt "{prompt}" --beams 4', f"flaxlm eval {run.path} --bleu"]
-  else:
-    sampling = make_sampling(1, temperature=0.8, top_p=0.95, seed=run.cfg.seed)
-    (sample,) = complete(run, [prompt], sampling)
-    text = sample.prompt + sample.completion
-    tries = [f'{infer} --prompt "{prompt or "Once"}"']
-  reporter.end_progress()
-  reporter.log("a sample:")
-  if reporter.writes:
-    print(text, flush=True)
-    with writing(run.path / SAMPLE):
-      (run.path / SAMPLE).write_text(f"{text}\n", "utf-8")
-  tries.append(longer(arguments, f"{run.cfg.name}_longer", 2 * run.step))
-  tries.append(f"tensorboard --logdir {run.cfg.runs_dir}   (pip install tensorboard)")
-  reporter.log("next, try:\n" + "\n".join(f"  {line}" for line in tries))
+    more = [
+      [*infer, "--prompt", prompt, "--beams", "4"],
+      ["flaxlm", "eval", path, "--bleu"],
+    ]
+    return f"{prompt} => {found.completion}", more
+  sampling = make_sampling(1, temperature=0.8, top_p=0.95, seed=run.cfg.seed)
+  (drawn,) = complete(run, [prompt], sampling)
+  return drawn.prompt + drawn.completion, [[*infer, "--prompt", prompt or "Once"]]
 
 
 def longer(arguments: Sequence[str], name: str, num_steps: int) -> str:
