@@ -2,14 +2,18 @@
 """Where commands meet the system: what they read, where they write, what is around them."""
 
 import io
+import math
 import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from flaxlm.commands.infer import read_lines
 from flaxlm.commands.parsing import read_text
+from flaxlm.commands.tokenizer import measure
 from flaxlm.errors import ConfigError
+from flaxlm.tokenizers.imported import ImportedTokenizer, Specials
 
 
 def test_ends_of_lines_are_read_as_they_stand(tmp_path: Path, monkeypatch):
@@ -41,3 +45,30 @@ def test_answers_do_not_replace_the_prompts(in_process, tmp_path: Path):
   run = in_process("infer", "--prompt-file=a.jsonl", "--output=./a.jsonl")
   assert run.returncode == 2 and "would replace the prompts" in run.stderr
   assert (tmp_path / "a.jsonl").read_text() == '{"prompt": "a"}\n'
+
+
+@pytest.mark.parametrize(
+  ("arguments", "told"),
+  [
+    (["train", "--data.corpus=files:~no-such-user/x"], "no documents matched files:~no"),
+    (["tokenizer", "compare", "bpe:" + "9" * 5000], "'bpe:999"),
+    (["export", "run", "out", "--shard-size", "9" * 5000], "shard-size is"),
+    *((["plan", f"--{name}=nan"], f"{name} is nan") for name in ("tokens", "price")),
+    (["plan", "--network=inf"], "network is inf"),
+  ],
+)
+def test_what_python_would_raise_for_is_told(in_process, arguments: list[str], told: str):
+  run = in_process(*arguments)
+  assert run.returncode in (2, 3) and told in run.stderr, run.stderr
+
+
+def test_a_name_in_brackets_is_no_markup(in_process):
+  run = in_process("plan", "--name=a[red]b", "--mesh=data=1")
+  assert run.stdout.startswith("a[red]b on any"), run.stderr
+
+
+def test_a_tokenizer_that_leaves_all_text_out_is_compared():
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"x": 0}, merges=[]))
+  row = measure(ImportedTokenizer(backend, Specials()), ["abc"], 3)
+  assert row["tokens"] == 0 and row["bytes_per_token"] == math.inf
+  assert not row["lossless"]

@@ -2,6 +2,7 @@
 """`flaxlm ckpt`, `flaxlm import` and `flaxlm export`: stored checkpoints."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,11 @@ def parse_size(text: str) -> int:
   """`5GB` -> 5,000,000,000 bytes."""
   units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
   number, unit = text[: -len(text.lstrip("0123456789"))] or text, text.lstrip("0123456789")
-  if not number.isdecimal() or (unit and unit.upper() not in units) or int(number) < 1:
+  # Of 18 digits at most: Python refuses to read thousands.
+  if (
+    not re.fullmatch("[0-9]{1,18}", number)
+    or (unit and unit.upper() not in units)
+    or int(number) < 1
+  ):
     raise ConfigError(f"shard-size is {text!r}", "as in 500MB, 5GB or 4GiB")
   return int(number) * units.get(unit.upper(), 1)

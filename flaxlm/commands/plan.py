@@ -3,6 +3,7 @@
 
 import argparse
 import dataclasses
+import math
 import os
 from typing import Any
 
@@ -49,8 +50,8 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
   for name in ("devices", "network", "tokens", "price", "batch", "context"):
     given = getattr(args, name)
     for value in given if isinstance(given, list) else [given]:
-      if value is not None and value <= 0:
-        raise ConfigError(f"{name} is {value}", "it must be more than 0")
+      if value is not None and not 0 < value < math.inf:
+        raise ConfigError(f"{name} is {value}", "it must be a number, more than 0")
   if not args.decode and (args.weights or args.cache):
     raise ConfigError("--weights and --cache are about decoding", "add --decode")
   questions = Questions(

@@ -4,6 +4,8 @@
 import argparse
 import dataclasses
 import functools
+import math
+import re
 import time
 import typing
 from collections.abc import Callable
@@ -120,7 +122,7 @@ def find_tokenizer(name: str, corpus: Callable[[], Any]) -> Any:
     if is_file(file):
       return load_tokenizer(file)
   kind, _, size = name.partition(":")
-  if (kind == "bpe" and size.isdecimal()) or name == "byte":
+  if name == "byte" or (kind == "bpe" and re.fullmatch("[0-9]{1,18}", size)):
     return train(corpus, kind, int(size) if size else None, name)
   raise ConfigError(f"{name!r} is not a tokenizer", f"use {SOURCES}")
 
@@ -162,7 +164,7 @@ def measure(tokenizer: Any, texts: list[str], size: int) -> dict[str, Any]:
   return {
     "vocab_size": tokenizer.vocab_size,
     "tokens": num_tokens,
-    "bytes_per_token": size / num_tokens,
+    "bytes_per_token": size / num_tokens if num_tokens else math.inf,
     "tokens_per_word": num_tokens / max(1, sum(len(text.split()) for text in texts)),
     "ids_used": used / tokenizer.vocab_size,
     "megabytes_per_second": size / 1e6 / seconds,

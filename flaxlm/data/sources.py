@@ -245,7 +245,7 @@ def _is_visible_below(real: str, root: str) -> bool:
 def _match(pattern: str, unread: _Unread) -> tuple[Path, Iterator[tuple[Path, str]]]:
   """(the folder to which names are relative, the files) of a glob, a folder or a file;
   with each file where it really lies."""
-  path = Path(pattern).expanduser()
+  path = Path(os.path.expanduser(pattern))  # noqa: PTH111 - Path's raises for ~nobody
   if path.is_dir():
     return path, _walk(path, unread)
   if path.is_file():

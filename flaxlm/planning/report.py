@@ -156,8 +156,9 @@ def print_report(report: Report, out: TextIO) -> None:
 
 
 def wide_console(out: TextIO) -> Console:
-  """As wide as its tables: a mesh that is cut at column 80 cannot be copied."""
-  return Console(file=out, highlight=False, width=WIDEST)
+  """As wide as its tables: a mesh that is cut at column 80 cannot be copied. A bracket in a
+  name is no markup."""
+  return Console(file=out, highlight=False, markup=False, width=WIDEST)
 
 
 def decoding_verdict(report: Report) -> str:
