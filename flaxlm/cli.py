@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   # When XLA loads a program from the compile cache, it takes two compiler hints for missing
   # processor features, and prints pages about them.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  if hasattr(sys.stdout, "reconfigure"):  # what it cannot encode is escaped, as on stderr
+    sys.stdout.reconfigure(errors="backslashreplace")
   try:
     with early_signals():
       code = run_command(build_parser(), arguments)

@@ -101,11 +101,11 @@ def flaxlm(tmp_path: Path, cache_root: Path) -> Callable[..., subprocess.Complet
     "COLUMNS": "100",
   }
 
-  def run(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
+  def run(*arguments: str, env_changes=None, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(
       [sys.executable, "-m", "flaxlm.cli", *map(str, arguments)],
       cwd=tmp_path,
-      env=os.environ | environment,
+      env=os.environ | environment | (env_changes or {}),
       capture_output=True,
       text=True,
       **{"timeout": 240} | kwargs,

@@ -72,3 +72,16 @@ def test_a_tokenizer_that_leaves_all_text_out_is_compared():
   row = measure(ImportedTokenizer(backend, Specials()), ["abc"], 3)
   assert row["tokens"] == 0 and row["bytes_per_token"] == math.inf
   assert not row["lossless"]
+
+
+def test_what_is_around_a_command_is_told(flaxlm, tmp_path: Path):
+  """A platform that is not there, as CUDA in a container without it, and an output that
+  cannot write all characters: of the user's own text, or of a path in bytes."""
+  (tmp_path / "x").mkdir()
+  (tmp_path / "x/config.json").write_text("{}")
+  for name in ("bogus", "cuda"):
+    run = flaxlm("import", "x", "y", env_changes={"JAX_PLATFORMS": name})
+    assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
+    assert f"JAX does not start with JAX_PLATFORMS={name}" in run.stderr
+  run = flaxlm("plan", "--name=\u00e9", env_changes={"PYTHONIOENCODING": "ascii"})
+  assert run.stdout.startswith("\\xe9 on any"), run.stderr

@@ -12,7 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from flaxlm.config import SLOW, MeshConfig, mesh_shape, slow_axes
-from flaxlm.errors import ConfigError
+from flaxlm.errors import ConfigError, first_line
 
 
 def make_mesh(mesh: MeshConfig) -> Mesh:
@@ -21,7 +21,7 @@ def make_mesh(mesh: MeshConfig) -> Mesh:
   Axes on the slow network join slices or hosts; all others stay within one of them. Raises
   `ConfigError` when the sizes do not use every device, or do not match slices or hosts.
   """
-  shape = mesh_shape(mesh, jax.device_count())
+  shape = mesh_shape(mesh, num_devices())
   # Linen's logical names and GSPMD's propagation need Auto axes; make_mesh's default
   # has been Explicit since jax 0.9.
   types = (AxisType.Auto,) * len(shape)
@@ -29,6 +29,18 @@ def make_mesh(mesh: MeshConfig) -> Mesh:
     grid = hybrid_grid(shape, slow, jax.devices())
     return Mesh(grid, tuple(shape), axis_types=types)
   return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=types)
+
+
+def num_devices() -> int:
+  """How many devices there are. Raises `ConfigError` if JAX's platform cannot be had."""
+  try:
+    return jax.device_count()
+  except (RuntimeError, AssertionError) as e:  # by an assertion of JAX where CUDA is absent
+    asked = jax.config.values["jax_platforms"]
+    raise ConfigError(
+      f"JAX does not start with JAX_PLATFORMS={asked or ''}: {first_line(e)}",
+      "install the plugin of that platform, or set JAX_PLATFORMS=cpu",
+    ) from e
 
 
 @contextlib.contextmanager
