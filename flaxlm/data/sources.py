@@ -33,6 +33,7 @@ import re
 import struct
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -435,7 +436,7 @@ def _gettext_corpus(name: str, language: str, log: Log, whole: bool) -> Corpus:
       f"are {', '.join(sorted(catalogues)) or 'none'}",
     )
   found: dict[tuple[str, str], str] = {}  # the domain of each (source, target)
-  skipped = []
+  skipped, left_out = [], Counter[str]()
   for relative, path in catalogues[language]:
     try:
       translations = list(_translations(path))
@@ -444,10 +445,19 @@ def _gettext_corpus(name: str, language: str, log: Log, whole: bool) -> Corpus:
       skipped.append(relative)
       continue
     for source, target in translations:
-      if source.strip() and target.strip() and source != target:
-        found.setdefault((source, target), path.stem)
+      if not (source.strip() and target.strip()):
+        left_out["empty"] += 1
+      elif source == target:
+        left_out["the same in both languages"] += 1
+      elif (source, target) in found:
+        left_out["there already"] += 1
+      else:
+        found[source, target] = path.stem
   if skipped:
     log(f"{name}: skipped what is not a catalogue: {len(skipped)}, as {skipped[0]}")
+  if left_out:
+    counts = ", ".join(f"{number:,} {reason}" for reason, number in left_out.items())
+    log(f"{name}: {len(found):,} pairs; left out are {counts}")
   sources = dict.fromkeys(source for source, _ in found)
   if len(sources) < len(SPLITS):
     raise DataError(f"{name} is too small: {len(sources)} texts", "pip install Django")

@@ -111,6 +111,12 @@ def test_finding_again_gives_the_same():
   assert [tuple(pair) for pair in there] == list(corpus.pairs)
 
 
+def sorted_reasons(line: str) -> str:
+  """Their order is that of the catalogue, which is that of its sources' bytes."""
+  head, reasons = line.split("are ")
+  return f"{head}are {', '.join(sorted(reasons.split(', ')))}"
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_what_a_catalogue_gives(install: Callable, order: str):
   messages = {
@@ -126,7 +132,12 @@ def test_what_a_catalogue_gives(install: Callable, order: str):
     "  Indented\n": "  Wcięty\n",
   }
   install("p", catalogue(messages, order))
-  assert sorted(pairs(find_corpus("gettext:xx"))) == [
+  install("q", {"Yes": "Tak"})
+  told: list[str] = []
+  left_out = "1 the same in both languages, 1 there already, 3 empty"
+  corpus = find_corpus("gettext:xx", told.append)
+  assert [*map(sorted_reasons, told)] == [f"gettext:xx: 8 pairs; left out are {left_out}"]
+  assert sorted(pairs(corpus)) == [
     ("  Indented\n", "  Wcięty\n"),
     ("%d day", "%d dzień"),
     ("%d days", "%d dni"),
