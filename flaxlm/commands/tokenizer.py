@@ -68,12 +68,17 @@ def run_compare(args: argparse.Namespace, _: list[str]) -> int:
   found = {name: find_tokenizer(name, corpus) for name in args.tokenizers}
   texts = held_out_texts(corpus(), COMPARED_BYTES)
   size = sum(map(num_bytes, texts))
-  rows = [{"tokenizer": name} | measure(found[name], texts, size) for name in found]
+  of = {"corpus": args.corpus, "split": "validation", "bytes": size}
+  rows = [{"tokenizer": name} | measure(found[name], texts, size) | of for name in found]
   with open_output(args.output) as file:
     if args.json:
       file.writelines(to_json(row) + "\n" for row in rows)
       return 0
-    print(f"{size:,} held-out bytes of {args.corpus}", file=file)
+    first = "the first " if size >= COMPARED_BYTES else ""
+    print(
+      f"{first}{size:,} bytes of what {args.corpus} holds out (its split validation)",
+      file=file,
+    )
     width = max(9, *map(len, found))
     print(f"{'tokenizer':{width}} {HEADINGS}", file=file)
     for row in rows:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from flaxlm.cli import main
+from flaxlm.commands import tokenizer as tokenizer_command
 from flaxlm.config import TokenizerConfig
 from flaxlm.data.prepare import prepare
 from flaxlm.tokenizers import Tokenizer
@@ -42,6 +43,8 @@ def test_compared_by_hand(corpus, capsys):
   assert [row["tokenizer"] for row in rows] == names
   byte, bpe, file = rows
   num_bytes = len(HELD_OUT.encode())
+  of = {"corpus": corpus, "split": "validation", "bytes": num_bytes}
+  assert all(of.items() <= row.items() for row in rows)
   assert byte["tokens"] == num_bytes and byte["bytes_per_token"] == 1
   assert byte["tokens_per_word"] == num_bytes / (9 * 5)
   assert byte["ids_used"] == len(set(HELD_OUT.encode())) / 257
@@ -50,6 +53,15 @@ def test_compared_by_hand(corpus, capsys):
   for row in (bpe, file):
     row.pop("megabytes_per_second"), row.pop("tokenizer")
   assert bpe == file
+
+
+def test_what_is_compared_on_is_told(corpus, capsys, monkeypatch):
+  """It is a twentieth of a single file, and the beginning of a large corpus."""
+  size = f"{len(HELD_OUT.encode())} bytes of what {corpus} holds out (its split validation)"
+  for most, first in ((2**22, ""), (10, "the first ")):
+    monkeypatch.setattr(tokenizer_command, "COMPARED_BYTES", most)
+    assert main(["tokenizer", "compare", "byte", f"--corpus={corpus}"]) == 0
+    assert capsys.readouterr().out.startswith(first + size)
 
 
 def test_encoded(corpus, capsys):
