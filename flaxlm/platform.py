@@ -6,6 +6,7 @@ set, in XLA_FLAGS or LIBTPU_INIT_ARGS, is not changed. XLA aborts on unknown fla
 are few, each with its reason, and tests check that jaxlib accepts them.
 """
 
+import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -174,6 +175,14 @@ def keep_freed_memory() -> None:
   mmap_threshold, trim_threshold = -3, -1  # malloc.h
   libc.mallopt(mmap_threshold, 2**31 - 1)
   libc.mallopt(trim_threshold, -1)  # never
+
+
+def host_memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+  """The bytes of memory that this process can have: the machine's, or its container's."""
+  size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  with contextlib.suppress(OSError, ValueError):  # none, or `max`
+    size = min(size, int(limit.read_text()))
+  return size
 
 
 def flags_for(

@@ -6,8 +6,9 @@ the vocabulary is known.
 """
 
 import dataclasses
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,12 +16,13 @@ from jax.sharding import Mesh
 
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import Config, ResolvedConfig, ResolvedModel
+from flaxlm.errors import OutOfMemoryError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.execution import Execution
 from flaxlm.nn.kernels.paths import Path as AttentionPath
 from flaxlm.nn.kernels.paths import training_path
 from flaxlm.nn.models import build_model
-from flaxlm.platform import kernel_head_dim
+from flaxlm.platform import host_memory, kernel_head_dim
 from flaxlm.sharding import check_replication
 from flaxlm.tokenizers import expected_vocab_size
 from flaxlm.training.optimizer import Optimizer, build_optimizer
@@ -81,10 +83,33 @@ def build_program(
   optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
   abstract = abstract_state(model, optimizer, mesh)
   check_replication(abstract.params, mesh.shape, cfg.training.replication_tolerance)
+  if jax.default_backend() == "cpu":
+    check_memory(abstract, host_memory())
   state = init_state(model, optimizer, mesh, cfg.seed) if fresh else None
   train_step = jit_train_step(model, optimizer, cfg.training, mesh)
   train_step.lower(abstract, abstract_batch(cfg.data, mesh)).compile()
   return Program(model, optimizer, train_step, state)
+
+
+def check_memory(state: TrainState, available: int) -> None:
+  """Raises `OutOfMemoryError` for a state that, with its gradient, is larger than a host's
+  memory of `available` bytes: the system would end the process without a word."""
+
+  def size(tree: Any) -> int:
+    return sum(
+      math.prod(x.sharding.shard_shape(x.shape))
+      * x.dtype.itemsize
+      * len(x.sharding.addressable_devices)
+      for x in jax.tree.leaves(tree)
+    )
+
+  needed = size(state) + size(state.params)
+  if needed > available:
+    raise OutOfMemoryError(
+      f"parameters, optimizer state and gradient take {needed / 1e9:,.1f} GB of the "
+      f"{available / 1e9:,.1f} GB of memory here",
+      "make model.width or model.depth smaller; `flaxlm plan` says what a model takes",
+    )
 
 
 def restore_state(
