@@ -110,6 +110,8 @@ def first_line(error: BaseException) -> str:
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
   text = str(error)
+  if isinstance(error, OSError) and re.fullmatch(r"\d+ requested and \d+ written", text):
+    return os.strerror(errno.ENOSPC)  # NumPy's words, when a disk takes only a part
   for number in DISK_ERRORS:
     if os.strerror(number) in text:  # as C++ passes it on, among paths and positions
       return os.strerror(number)

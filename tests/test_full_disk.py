@@ -147,3 +147,34 @@ def test_jobs_keep_what_is_done(in_process, corpus, disk, tmp_path: Path):
   told(in_process(*job, "--output=/dev/full"), 2, "/dev/full is not a file")
   assert Path("/dev/full").is_char_device()
   told(in_process("infer", "--prompt=1", "--output=/dev/full"), 4, "/dev/full", FULL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spare", [0, 8, 24, 60])  # kB
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+def test_an_export_that_does_not_fit_leaves_nothing(
+  in_process, corpus, disk, spare: int, kind: str
+):
+  arguments = tiny(corpus, training__num_steps=2, model__width=32)
+  assert in_process("train", *arguments).returncode == 0
+  folder = disk(1_000)
+  filler = fill(folder)
+  os.truncate(filler, max(0, filler.stat().st_size - 1024 * spare))
+  run = in_process("export", "stdlib_tiny", folder / "out", "--format", kind)
+  told(run, 4, str(folder / "out"), FULL)
+  assert [*folder.iterdir()] == [filler], "what did not fit takes no space"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spare", [0, 24, 60])
+def test_an_import_that_does_not_fit_leaves_nothing(
+  in_process, corpus, disk, tmp_path: Path, spare: int
+):
+  arguments = tiny(corpus, training__num_steps=2, model__width=32)
+  assert in_process("train", *arguments).returncode == 0
+  assert in_process("export", "stdlib_tiny", "out").returncode == 0
+  folder = disk(1_000)
+  filler = fill(folder)
+  os.truncate(filler, max(0, filler.stat().st_size - 1024 * spare))
+  told(in_process("import", "out", folder / "run"), 4, str(folder), FULL)
+  assert [*folder.iterdir()] == [filler], "what did not fit takes no space"

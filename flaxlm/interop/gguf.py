@@ -5,6 +5,7 @@ The tensors are those of the Hugging Face export, written one at a time. The `gg
 knows their names in llama.cpp, and the file format.
 """
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from flaxlm.config import ResolvedModel
 from flaxlm.decoding.chat import load_special_tokens, load_templates
 from flaxlm.decoding.loading import Run
-from flaxlm.errors import CheckpointError, ConfigError
+from flaxlm.errors import CheckpointError, ConfigError, first_line
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.huggingface import describe
 from flaxlm.interop.layouts import Shape
@@ -134,8 +135,10 @@ def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
     writer.close()
     partial.rename(path)
   except OSError as e:
-    raise CheckpointError(f"{path} cannot be written: {e}") from e
+    raise CheckpointError(f"{path} cannot be written: {first_line(e)}") from e
   finally:
+    with contextlib.suppress(OSError):  # what a full disk has not taken yet
+      writer.close()
     partial.unlink(missing_ok=True)
   return architecture.name
 
