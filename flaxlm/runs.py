@@ -116,6 +116,8 @@ def newest_whole_step(
       return step
     if warn is not None:
       warn(f"checkpoint {directory / str(step)} is damaged: {problems[0]}")
+  if steps and steps != saved_steps(directory):  # a run that trains has replaced them
+    return newest_whole_step(directory, warn)
   if steps:
     raise CheckpointError(
       f"every checkpoint below {directory} is damaged",

@@ -3,16 +3,22 @@
 
 import io
 import math
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
+from conftest import tiny
 
+from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.commands.infer import read_lines
 from flaxlm.commands.parsing import read_text
 from flaxlm.commands.tokenizer import measure
+from flaxlm.decoding.loading import load_run
 from flaxlm.errors import ConfigError
+from flaxlm.sharding import make_mesh
 from flaxlm.tokenizers.imported import ImportedTokenizer, Specials
 
 
@@ -85,3 +91,22 @@ def test_what_is_around_a_command_is_told(flaxlm, tmp_path: Path):
     assert f"JAX does not start with JAX_PLATFORMS={name}" in run.stderr
   run = flaxlm("plan", "--name=\u00e9", env_changes={"PYTHONIOENCODING": "ascii"})
   assert run.stdout.startswith("\\xe9 on any"), run.stderr
+
+
+def test_a_run_is_read_while_it_trains(in_process, corpus, monkeypatch, tmp_path: Path):
+  """Its oldest checkpoints are deleted when new ones are whole, also while one is read."""
+  run = in_process("train", *tiny(corpus, training__num_steps=6))
+  assert run.returncode == 0, run.stderr
+  steps, aside = tmp_path / "runs/stdlib_tiny/checkpoints", tmp_path / "6"
+  (steps / "6").rename(aside)
+  restore = CheckpointStore.restore
+
+  def training_goes_on(store: CheckpointStore, step: int, **targets: Any) -> Any:
+    if aside.exists():
+      aside.rename(steps / "6")
+      shutil.rmtree(steps / "3")
+    return restore(store, step, **targets)
+
+  monkeypatch.setattr(CheckpointStore, "restore", training_goes_on)
+  loaded = load_run(steps.parent, make_mesh({"data": -1}))
+  assert loaded.step == 6 and not aside.exists()

@@ -154,4 +154,6 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _files(step_dir: Path) -> list[Path]:
-  return sorted(p for p in step_dir.rglob("*") if p.is_file() and p != step_dir / NAME)
+  # Unlike `rglob`, it passes over folders that are deleted meanwhile.
+  paths = (Path(folder, name) for folder, _, names in os.walk(step_dir) for name in names)
+  return sorted(p for p in paths if p.is_file() and p != step_dir / NAME)

@@ -2,6 +2,7 @@
 """`flaxlm ckpt`, `flaxlm import` and `flaxlm export`: stored checkpoints."""
 
 import argparse
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -45,8 +46,10 @@ def run_ckpt(args: argparse.Namespace, _: list[str]) -> int:
   directory = run_dir / CHECKPOINTS
   steps = saved_steps(directory)
   for step in steps:
-    files = [path for path in (directory / str(step)).rglob("*") if path.is_file()]
-    size = sum(path.stat().st_size for path in files)
+    size = 0
+    with contextlib.suppress(FileNotFoundError):  # training goes on, and deletes the step
+      files = [path for path in (directory / str(step)).rglob("*") if path.is_file()]
+      size = sum(path.stat().st_size for path in files)
     report(step, size, damage(directory / str(step)) if verifies else [])
   if verifies:
     size = sum(entry.size for entry in describe_files(run_dir).values())

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from flaxlm.checkpoint.manifest import damage
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import ResolvedConfig
 from flaxlm.decoding.weights import prepare_params
@@ -83,6 +84,11 @@ def load_run(
   store = CheckpointStore(path / CHECKPOINTS)
   try:
     params = store.restore(step, params=abstract_params(model, mesh))["params"]
+  except Exception:  # Orbax raises all kinds for files that vanish while they are read
+    if not damage(path / CHECKPOINTS / str(step)):
+      raise
+    # Training goes on meanwhile, and has deleted the step: there is a newer one.
+    return load_run(path, mesh, warn, needs_text)
   finally:
     store.close()
   return Run(path, cfg, tokenizer, step, model, params, mesh)
