@@ -739,9 +739,9 @@ DATA = [
   ),
   Defect(
     "one file in ten is held out, not one in twenty",
-    "flaxlm/data/sources.py",
-    "SPLITS[hashes[name] % 20 == 0]",
-    "SPLITS[hashes[name] % 10 == 0]",
+    "flaxlm/data/corpus.py",
+    "SPLITS[number % 20 == 0]",
+    "SPLITS[number % 10 == 0]",
     "data/test_sources.py",
   ),
 ]

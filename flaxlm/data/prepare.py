@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,14 +23,8 @@ import numpy as np
 
 from flaxlm.config import TokenizerConfig
 from flaxlm.data.corpus import WHOLE, Corpus, Log
-from flaxlm.data.sources import (
-  data_dir,
-  find_corpus,
-  locked,
-  read_documents,
-  read_pairs,
-  to_stderr,
-)
+from flaxlm.data.sources import TEXT_FIELD, find_corpus, read_documents, read_pairs
+from flaxlm.data.storage import data_dir, locked, new_folder, to_stderr
 from flaxlm.errors import DataError
 from flaxlm.strict_json import to_json
 from flaxlm.tokenizers import MASK, AnyTokenizer, load_tokenizer, train_tokenizer
@@ -121,6 +114,7 @@ def prepare(
   log: Log = to_stderr,
   objective: str = "next_token",
   meanwhile: Callable[[], object] = lambda: None,
+  text_field: str = TEXT_FIELD,
 ) -> Prepared:
   """The tokens of `corpus` (see `find_corpus`); they are made only if they are not stored.
 
@@ -130,16 +124,21 @@ def prepare(
   progress. `meanwhile` is called before long work, so that it can start other work in
   parallel. Raises `DataError`.
   """
-  plan = _Plan(find_corpus(corpus, log), cfg, objective, data_dir())
+  found = find_corpus(corpus, log, text_field=text_field)
+  plan = _Plan(found, cfg, objective, data_dir())
   tokenizer, (train, validation), fingerprint = _find_or_build(plan, log, meanwhile)
   return Prepared(tokenizer, train, validation, fingerprint)
 
 
 def prepare_whole(
-  corpus: str, tokenizer: Path, log: Log = to_stderr, objective: str = "next_token"
+  corpus: str,
+  tokenizer: Path,
+  log: Log = to_stderr,
+  objective: str = "next_token",
+  text_field: str = TEXT_FIELD,
 ) -> Store:
   """All tokens of a corpus by the tokenizer of a file, not split; see `prepare`."""
-  found = find_corpus(corpus, log, whole=True)
+  found = find_corpus(corpus, log, whole=True, text_field=text_field)
   plan = _Plan(found, TokenizerConfig(path=str(tokenizer)), objective, data_dir())
   (store,) = _find_or_build(plan, log).stores
   return store
@@ -171,14 +170,14 @@ def corpus_tokenizer(
   """The tokenizer that `prepare` would use for documents, without tokenizing them."""
   plan = _Plan(corpus, cfg, "next_token", data_dir())
   with locked(plan.root, log):
-    return _load_or_train(plan, [*plan.texts("train").values()], log)
+    return _load_or_train(plan, [*plan.texts("train", log).values()], log)
 
 
 def held_out_texts(corpus: Corpus, most_bytes: int, log: Log = to_stderr) -> list[str]:
   """The first documents of the validation split, about `most_bytes` of them."""
   root, found, size = data_dir(), [], 0
   with locked(root, log):
-    for text in read_documents(corpus, "validation", root / "tfds"):
+    for text in read_documents(corpus, "validation", root / "tfds", log):
       found.append(text)
       size += len(text)
       if size >= most_bytes:
@@ -214,11 +213,11 @@ class _Plan:
     pairs = self.kind if self.objective == "seq2seq" else ()
     return _key(self.corpus.fingerprint, tokenizer.fingerprint, *pairs)
 
-  def texts(self, split: str) -> dict[str, Sequence[str]]:
+  def texts(self, split: str, log: Log) -> dict[str, Sequence[str]]:
     """The texts of a split, by the name of the file for their tokens."""
     folder = self.root / "tfds"
     if self.objective != "seq2seq":
-      return {split: read_documents(self.corpus, split, folder)}
+      return {split: read_documents(self.corpus, split, folder, log)}
     sides = zip(SIDES, read_pairs(self.corpus, split, folder), strict=True)
     return {f"{split}.{side}": texts for side, texts in sides}
 
@@ -297,12 +296,12 @@ def _open_bounds(path: Path, tokens: np.ndarray, bos_id: int) -> np.ndarray:
 def _build(plan: _Plan, log: Log) -> None:
   """Trains the tokenizer if there is none, then tokenizes both splits."""
   start, corpus = time.perf_counter(), plan.corpus
-  texts = {split: plan.texts(split) for split in corpus.splits}
+  texts = {split: plan.texts(split, log) for split in corpus.splits}
   counts = ", ".join(f"{len(next(iter(texts[s].values()))):,} {s}" for s in texts)
   parts = "pairs" if plan.objective == "seq2seq" else "documents"
   log(f"{corpus.name}: {counts} {parts} ({time.perf_counter() - start:.1f} s)")
   tokenizer = _load_or_train(plan, [*texts[corpus.splits[0]].values()], log)
-  with _new_folder(plan.root / "tokens" / plan.fingerprint(tokenizer)) as partial:
+  with new_folder(plan.root / "tokens" / plan.fingerprint(tokenizer)) as partial:
     meta: dict[str, Any] = {"corpus": corpus.name, "format": _FORMAT}
     for name, part in (item for split in texts for item in texts[split].items()):
       start = time.perf_counter()
@@ -435,18 +434,3 @@ def _gzip_bits_per_byte(texts: Sequence[str]) -> float:
 def _key(*parts: Any) -> str:
   """A short name made of everything that a stored result depends on."""
   return hashlib.sha256(json.dumps([_FORMAT, *parts]).encode()).hexdigest()[:24]
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-  """A folder that gets its name once it is complete, and then replaces a damaged one."""
-  partial = folder.with_suffix(".partial")  # no other process writes to it: see `locked`
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  try:
-    yield partial
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)  # the disk may be full of it
-    raise
-  shutil.rmtree(folder, ignore_errors=True)
-  partial.rename(folder)

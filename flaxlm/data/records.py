@@ -32,6 +32,7 @@ class Record(NamedTuple):
 
   number: int  # of the line or the row, from 1
   fields: dict[str, Any]
+  unit: str = "line"  # or "row"
 
 
 @dataclasses.dataclass
@@ -46,7 +47,7 @@ class Skipped:
     self.first = self.first or one_line(f"{where}: {cause}")
 
   def __str__(self) -> str:
-    return f"{self.count:,} records that cannot be read, the first is {self.first}"
+    return f"{self.count:,} records skipped, the first is {self.first}"
 
 
 def read_records(
@@ -66,7 +67,7 @@ def read_records(
   what = "row" if is_table else "line"
   for number, found in read:
     if isinstance(found, dict):
-      yield Record(number, found)
+      yield Record(number, found, what)
       continue
     where = f"{path}, {what} {number}"
     if skipped is None:

@@ -14,7 +14,8 @@ from flaxlm.config import OBJECTIVES, ResolvedConfig, TokenizerConfig
 from flaxlm.data.batches import Batches
 from flaxlm.data.corpus import WHOLE, Log
 from flaxlm.data.prepare import SILENT_SECONDS, Store, prepare, prepare_whole
-from flaxlm.data.sources import data_dir, find_corpus, locked, read_pairs
+from flaxlm.data.sources import find_corpus, read_pairs
+from flaxlm.data.storage import data_dir, locked
 from flaxlm.decoding.completions import search
 from flaxlm.decoding.encoding import check_has_head
 from flaxlm.decoding.loading import Run
@@ -97,12 +98,12 @@ def evaluate_run(
   """
   check_has_head(run)
   corpus, split = scored(run, corpus, split, log)
-  tokenizer, objective = run.path / TOKENIZER, run.cfg.data.objective
+  tokenizer, data = run.path / TOKENIZER, run.cfg.data
   if split == WHOLE:
-    store = prepare_whole(corpus, tokenizer, log, objective)
+    store = prepare_whole(corpus, tokenizer, log, data.objective, data.text_field)
   else:
     cfg = TokenizerConfig(path=str(tokenizer))
-    prepared = prepare(corpus, cfg, log, objective)
+    prepared = prepare(corpus, cfg, log, data.objective, text_field=data.text_field)
     store = prepared.train if split == "train" else prepared.validation
   batches = split_batches(run.cfg, store, run.mesh, shuffled=False)
   evaluator = Evaluator(run.model, run.tokenizer, batches, num_batches, run.mesh)

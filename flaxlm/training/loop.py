@@ -27,7 +27,7 @@ from flaxlm.config import (
   to_json,
 )
 from flaxlm.data.prepare import Prepared, prepare
-from flaxlm.data.sources import data_dir, to_stderr
+from flaxlm.data.storage import data_dir, to_stderr
 from flaxlm.decoding.loading import Run
 from flaxlm.distributed.peers import Alone
 from flaxlm.distributed.start import joined
@@ -111,6 +111,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
       log=to_stderr if peers.process == 0 else lambda line: None,
       objective=cfg.data.objective,
       meanwhile=lambda: compiler.start(guess) if is_alone else None,
+      text_field=cfg.data.text_field,
     )
     peers.agree(f"the text of {cfg.data.corpus}", prepared.fingerprint)
     num_ids = prepared.tokenizer.vocab_size

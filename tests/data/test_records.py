@@ -46,14 +46,16 @@ def test_records_are_read_as_they_were_written(tmp_path: Path, kind: str, compre
   twice = kind != ".parquet" and compression
   path.write_bytes(compressed(content, compression) * (2 if twice else 1))
   expected = ROWS * 2 if twice else ROWS
-  assert list(read_records(path)) == [Record(n, row) for n, row in enumerate(expected, 1)]
+  unit = "row" if kind == ".parquet" else "line"
+  wanted = [Record(n, row, unit) for n, row in enumerate(expected, 1)]
+  assert list(read_records(path)) == wanted
   assert kind_of(path) == (kind.lower(), compression) and holds_records(path)
 
 
 def test_only_columns_that_are_asked_for(tmp_path: Path):
   (tmp_path / "a.parquet").write_bytes(as_table(ROWS))
   records = list(read_records(tmp_path / "a.parquet", columns=["n", "none"]))
-  assert records == [Record(1, {"n": 1}), Record(2, {"n": None})]
+  assert records == [Record(1, {"n": 1}, "row"), Record(2, {"n": None}, "row")]
 
 
 NO_RECORDS = {
@@ -79,7 +81,7 @@ def test_what_is_no_record_is_told_with_its_line(tmp_path: Path, cause: str):
   records = list(read_records(path, skipped))
   assert records == [Record(n, {"a": 1}) for n in (1, 4, 6)]
   assert skipped == Skipped(2, error.value.cause)
-  assert str(skipped) == f"2 records that cannot be read, the first is {skipped.first}"
+  assert str(skipped) == f"2 records skipped, the first is {skipped.first}"
 
 
 def test_a_byte_order_mark_and_other_line_ends(tmp_path: Path):
