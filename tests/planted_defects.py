@@ -474,7 +474,7 @@ TRAINING = [
   Defect(
     "an evaluation of the whole split ends with its first batch",
     "flaxlm/training/evaluation.py",
-    "num_batches or batches.num_batches)",
+    "num_batches or whole_batches(one))",
     "num_batches or 1)",
     "training/test_evaluation.py",
   ),
@@ -656,9 +656,23 @@ DATA = [
   Defect(
     "every epoch has the same order",
     "flaxlm/data/batches.py",
-    "rows = rows.repeat(num_epochs)",
-    "rows = rows.repeat(num_epochs, reseed_each_epoch=False)",
+    "return rows.repeat(num_epochs)",
+    "return rows.repeat(num_epochs, reseed_each_epoch=False)",
     "data/test_batches.py",
+  ),
+  Defect(
+    "a source of a mixture is read before its share allows",
+    "flaxlm/data/schedule.py",
+    "if count * self.period <= n * weight",
+    "if count < weight",
+    "data/test_mixtures.py",
+  ),
+  Defect(
+    "a small source of a mixture has the same order in every epoch",
+    "flaxlm/data/batches.py",
+    "np.random.default_rng((seed, number)).permutation(num_rows)",
+    "np.random.default_rng((seed, 0)).permutation(num_rows)",
+    "data/test_mixtures.py",
   ),
   Defect(
     "a process reads its next part in the place of its second",

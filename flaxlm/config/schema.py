@@ -39,7 +39,9 @@ class DataConfig:
   """What is read, and how it is split into batches."""
 
   corpus: str = knob(
-    "stdlib", "stdlib | files:GLOB | tfds:NAME[/CONFIG][:VERSION] | gettext:LANG"
+    "stdlib",
+    "stdlib | files:GLOB | tfds:NAME[/CONFIG][:VERSION] | gettext:LANG, or several with "
+    "their shares of tokens: '0.7 stdlib + 0.3 files:GLOB'",
   )
   objective: Literal["next_token", "masked", "seq2seq"] = knob(
     "next_token", "what is predicted: the next token, masked tokens, or a pair's target"
@@ -52,7 +54,10 @@ class DataConfig:
   )
   batch_size: int = knob(16, "rows in a batch (B), across all devices", 1, MOST_ROWS)
   num_epochs: int | None = knob(
-    None, "passes over the corpus; none = no end", 1, MOST_STEPS
+    None,
+    "passes over the corpus (a mixture: over what ends first); none = no end",
+    1,
+    MOST_STEPS,
   )
 
   @property
@@ -96,7 +101,7 @@ class TrainingConfig:
   log_every_steps: int = knob(10, "steps per line of metrics", 1, MOST_STEPS)
   eval_every_steps: int = knob(250, "steps between evaluations", 1, MOST_STEPS)
   eval_batches: int | None = knob(
-    None, "batches per evaluation; none = whole split", 1, MOST_STEPS
+    None, "batches per evaluation (of each source); none = whole split", 1, MOST_STEPS
   )
   label_smoothing: float = knob(
     0.0, "share of the target spread over the vocabulary (Szegedy et al., 2016)", 0, 0.999

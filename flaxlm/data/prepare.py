@@ -9,6 +9,7 @@ only the time to hash the corpus.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -17,14 +18,16 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flaxlm.config import TokenizerConfig
 from flaxlm.data.corpus import WHOLE, Corpus, Log
+from flaxlm.data.mixtures import Mixture, parse_mixture
 from flaxlm.data.sources import TEXT_FIELD, find_corpus, read_documents, read_pairs
 from flaxlm.data.storage import data_dir, locked, new_folder, to_stderr
+from flaxlm.data.stores import MixedStore, PairStore, Store, TokenStore
 from flaxlm.errors import DataError
 from flaxlm.strict_json import to_json
 from flaxlm.tokenizers import MASK, AnyTokenizer, load_tokenizer, train_tokenizer
@@ -41,53 +44,6 @@ LONG_LINE = 2**18  # characters: without blanks, this may take a tokenizer secon
 SAMPLE_CHARACTERS_PER_ID = 512
 SAMPLE_PIECE = 4096
 SIDES = ("source", "target")  # of a pair
-
-
-@dataclass(frozen=True)
-class TokenStore:
-  """The tokens of a split: one array, mapped from disk; each document begins with bos."""
-
-  tokens: np.ndarray
-  bounds: np.ndarray  # where each document begins and, at last, where the last one ends
-  end_id: int  # what the last token of a document predicts
-  vocab_size: int  # every token is below it
-  num_bytes: int  # of text
-  gzip_bits_per_byte: float | None  # of the text under `gzip -9`; validation only
-  mask_id: int | None = None  # of tokenizers for masked models
-  special_ids: tuple[int, ...] = ()  # ids that are never text, such as bos and mask
-
-  @property
-  def num_tokens(self) -> int:
-    return len(self.tokens)
-
-  @property
-  def num_documents(self) -> int:
-    return len(self.bounds) - 1
-
-
-@dataclass(frozen=True)
-class PairStore:
-  """The tokens of a split of pairs: document n of `target` belongs to n of `source`."""
-
-  source: TokenStore
-  target: TokenStore
-  gzip_bits_per_byte: ClassVar[None] = None
-
-  @property
-  def end_id(self) -> int:
-    return self.target.end_id
-
-  @property
-  def vocab_size(self) -> int:
-    return self.target.vocab_size
-
-  @property
-  def num_tokens(self) -> int:
-    """Tokens of both sides."""
-    return self.source.num_tokens + self.target.num_tokens
-
-
-Store = TokenStore | PairStore
 
 
 @dataclass(frozen=True)
@@ -116,17 +72,25 @@ def prepare(
   meanwhile: Callable[[], object] = lambda: None,
   text_field: str = TEXT_FIELD,
 ) -> Prepared:
-  """The tokens of `corpus` (see `find_corpus`); they are made only if they are not stored.
+  """The tokens of `corpus`, which may be a mixture (see `find_corpus`, `parse_mixture`);
+  they are made only if they are not stored.
 
   The objective (see `DataConfig`) decides what is read: pairs for seq2seq, whose stores are
-  `PairStore`s, and documents otherwise. For masked the tokenizer has `[MASK]`. Several
-  processes may call this at once: one prepares, the others wait. `log` takes lines about
-  progress. `meanwhile` is called before long work, so that it can start other work in
+  `PairStore`s, and documents otherwise. For masked the tokenizer has `[MASK]`. A mixture
+  has one tokenizer, trained on a sample in its shares; its stores are `MixedStore`s.
+  Several processes may call this at once: one prepares, the others wait. `log` takes lines
+  about progress. `meanwhile` is called before long work, so that it can start other work in
   parallel. Raises `DataError`.
   """
-  found = find_corpus(corpus, log, text_field=text_field)
-  plan = _Plan(found, cfg, objective, data_dir())
-  tokenizer, (train, validation), fingerprint = _find_or_build(plan, log, meanwhile)
+  mixture = parse_mixture(corpus)
+  plans = [
+    _Plan(find_corpus(name, log, text_field=text_field), cfg, objective, data_dir())
+    for name in ((corpus,) if mixture is None else mixture.corpora)
+  ]
+  if mixture is not None and cfg.path is None:
+    plans = _with_one_tokenizer(plans, mixture, log, meanwhile)
+  found = [_find_or_build(plan, log, meanwhile) for plan in plans]
+  tokenizer, (train, validation), fingerprint = _together(found, mixture)
   return Prepared(tokenizer, train, validation, fingerprint)
 
 
@@ -138,10 +102,61 @@ def prepare_whole(
   text_field: str = TEXT_FIELD,
 ) -> Store:
   """All tokens of a corpus by the tokenizer of a file, not split; see `prepare`."""
-  found = find_corpus(corpus, log, whole=True, text_field=text_field)
-  plan = _Plan(found, TokenizerConfig(path=str(tokenizer)), objective, data_dir())
-  (store,) = _find_or_build(plan, log).stores
+  mixture, cfg = parse_mixture(corpus), TokenizerConfig(path=str(tokenizer))
+  found = []
+  for name in (corpus,) if mixture is None else mixture.corpora:
+    part = find_corpus(name, log, whole=True, text_field=text_field)
+    found.append(_find_or_build(_Plan(part, cfg, objective, data_dir()), log))
+  (store,) = _together(found, mixture).stores
   return store
+
+
+def _together(found: Sequence[_Found], mixture: Mixture | None) -> _Found:
+  """What is stored of a corpus, or of the sources of a mixture."""
+  if mixture is None:
+    (only,) = found
+    return only
+  splits = zip(*(source.stores for source in found), strict=True)
+  named = [dict(zip(mixture.corpora, stores, strict=True)) for stores in splits]
+  stores = tuple(MixedStore(sources, mixture.weights) for sources in named)
+  prints = [source.fingerprint for source in found]
+  fingerprint = _key("mixture", mixture.weights, prints)
+  return _Found(found[0].tokenizer, stores, fingerprint)
+
+
+def _with_one_tokenizer(
+  plans: Sequence["_Plan"],
+  mixture: Mixture,
+  log: Log,
+  meanwhile: Callable[[], object],
+) -> list["_Plan"]:
+  """The plans of a mixture's sources with the tokenizer that is trained on all of them."""
+  first, total = plans[0], sum(mixture.weights)
+  trained_on = [plan.corpus.train_fingerprint for plan in plans]
+  about = (first.cfg.kind, first.cfg.vocab_size, *first.kind)
+  key = _key("mixture", mixture.weights, trained_on, *about)
+  path = first.root / "tokenizers" / f"{key}.json"
+  try:
+    load_tokenizer(path)
+  except DataError:
+    _import_tfds()
+    meanwhile()
+    with locked(first.root, log):
+      parts = [
+        (texts, weight / total / len(sides))
+        for plan, weight in zip(plans, mixture.weights, strict=True)
+        for sides in [plan.texts("train", log).values()]
+        for texts in sides
+      ]
+      _load_or_train(path, first, parts, log)
+  cfg = dataclasses.replace(first.cfg, path=str(path))
+  return [dataclasses.replace(plan, cfg=cfg) for plan in plans]
+
+
+def _import_tfds() -> None:
+  """While TFDS is imported it replaces Python's import function, so no other thread may
+  import anything at that time, and compiling does."""
+  from flaxlm.data import builders  # noqa: F401
 
 
 def _find_or_build(
@@ -150,10 +165,7 @@ def _find_or_build(
   found = _find(plan)
   if found is not None:
     return found
-  # While TFDS is imported it replaces Python's import function, so no other thread may
-  # import anything at that time, and compiling does.
-  from flaxlm.data import builders  # noqa: F401
-
+  _import_tfds()
   meanwhile()
   with locked(plan.root, log):
     found = _find(plan)  # another process may have been faster
@@ -170,7 +182,8 @@ def corpus_tokenizer(
   """The tokenizer that `prepare` would use for documents, without tokenizing them."""
   plan = _Plan(corpus, cfg, "next_token", data_dir())
   with locked(plan.root, log):
-    return _load_or_train(plan, [*plan.texts("train", log).values()], log)
+    (texts,) = plan.texts("train", log).values()
+    return _load_or_train(plan.tokenizer_path, plan, [(texts, 1)], log)
 
 
 def held_out_texts(corpus: Corpus, most_bytes: int, log: Log = to_stderr) -> list[str]:
@@ -300,7 +313,9 @@ def _build(plan: _Plan, log: Log) -> None:
   counts = ", ".join(f"{len(next(iter(texts[s].values()))):,} {s}" for s in texts)
   parts = "pairs" if plan.objective == "seq2seq" else "documents"
   log(f"{corpus.name}: {counts} {parts} ({time.perf_counter() - start:.1f} s)")
-  tokenizer = _load_or_train(plan, [*texts[corpus.splits[0]].values()], log)
+  learnt = texts[corpus.splits[0]].values()
+  shares = [(side, 1 / len(learnt)) for side in learnt]
+  tokenizer = _load_or_train(plan.tokenizer_path, plan, shares, log)
   with new_folder(plan.root / "tokens" / plan.fingerprint(tokenizer)) as partial:
     meta: dict[str, Any] = {"corpus": corpus.name, "format": _FORMAT}
     for name, part in (item for split in texts for item in texts[split].items()):
@@ -319,16 +334,23 @@ def _build(plan: _Plan, log: Log) -> None:
     (partial / "meta.json").write_text(to_json(meta, indent=2) + "\n")
 
 
-def _load_or_train(plan: _Plan, parts: Sequence[Sequence[str]], log: Log) -> AnyTokenizer:
-  """The tokenizer of these texts: documents, or the sources and the targets of pairs."""
-  path, cfg = plan.tokenizer_path, plan.cfg
+def _load_or_train(
+  path: Path, plan: _Plan, parts: Sequence[tuple[Sequence[str], float]], log: Log
+) -> AnyTokenizer:
+  """The tokenizer at `path`, trained if need be on texts and their shares of a sample.
+
+  The texts are documents, or the sources and the targets of pairs.
+  """
+  cfg = plan.cfg
   # There may be none yet, or a damaged one; one that was given has been checked.
   with contextlib.suppress(DataError):
     return load_tokenizer(path)
   start = time.perf_counter()
-  size = cfg.vocab_size * SAMPLE_CHARACTERS_PER_ID // len(parts)
+  size = cfg.vocab_size * SAMPLE_CHARACTERS_PER_ID
   take = _sample_whole if plan.objective == "seq2seq" else _sample
-  sample = itertools.chain.from_iterable(take(texts, size) for texts in parts)
+  sample = itertools.chain.from_iterable(
+    take(texts, max(1, int(size * share))) for texts, share in parts
+  )
   masked = plan.objective == "masked"
   tokenizer = train_tokenizer(cfg.kind, sample, cfg.vocab_size, masked)
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from flaxlm.data.corpus import SPLITS, WHOLE, Corpus, Log, Pair, fingerprints, split_by_hash
 from flaxlm.data.files import files_corpus, stdlib_corpus
+from flaxlm.data.mixtures import parse_mixture
 from flaxlm.data.storage import data_dir, locked, to_stderr
 from flaxlm.errors import ConfigError, DataError
 
@@ -52,6 +53,8 @@ def find_corpus(
     return _tfds_corpus(name, rest, log, whole)
   if kind == "gettext" and rest:
     return _gettext_corpus(name, rest, log, whole)
+  if parse_mixture(name):
+    raise ConfigError(f"{name!r} is a mixture", "name one of its corpora here")
   known = ["stdlib", "files:GLOB", "tfds:NAME", "gettext:LANG"]
   near = difflib.get_close_matches(name, known, 1)
   raise ConfigError(

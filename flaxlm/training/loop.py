@@ -52,7 +52,7 @@ from flaxlm.runs import (
 from flaxlm.sharding import check_batch, describe_mesh, make_mesh
 from flaxlm.tokenizers import expected_vocab_size
 from flaxlm.training.closing import show_sample
-from flaxlm.training.evaluation import Evaluator, split_batches
+from flaxlm.training.evaluation import Evaluator, batches_by_source, split_batches
 from flaxlm.training.program import (
   Compiler,
   choose_attention,
@@ -118,7 +118,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     model_cfg = resolve_model(cfg, num_ids, mesh, before)
     cfg = dataclasses.replace(cfg.resolve(num_ids), model=model_cfg)
     batches = split_batches(cfg, prepared.train, mesh, shuffled=True)
-    validation = split_batches(cfg, prepared.validation, mesh, shuffled=False)
+    validation = batches_by_source(cfg, prepared.validation, mesh)
 
     # -- Files: what is stored fits this config, and the run says what it is.
     store = CheckpointStore(checkpoints, cfg.checkpoint.keep)

@@ -15,8 +15,9 @@ import pytest
 from flaxlm.config import TokenizerConfig
 from flaxlm.data.corpus import SPLITS, WHOLE
 from flaxlm.data.files import DOCUMENT_BYTES
-from flaxlm.data.prepare import TokenStore, prepare, prepare_whole
+from flaxlm.data.prepare import prepare, prepare_whole
 from flaxlm.data.sources import find_corpus, read_documents, read_pairs
+from flaxlm.data.stores import TokenStore
 from flaxlm.errors import DataError
 from flaxlm.tokenizers import train_tokenizer
 
