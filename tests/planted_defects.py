@@ -740,8 +740,8 @@ DATA = [
   Defect(
     "tokens of another tokenizer are taken for this one's",
     "flaxlm/data/prepare.py",
-    "return _key(self.corpus.fingerprint, tokenizer.fingerprint, *pairs)",
-    "return _key(self.corpus.fingerprint, *pairs)",
+    "return _key(self.corpus.fingerprint, tokenizer.fingerprint, *pairs, *self.chosen)",
+    "return _key(self.corpus.fingerprint, *pairs, *self.chosen)",
     "data/test_prepare.py",
   ),
   Defect(

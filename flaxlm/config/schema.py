@@ -47,6 +47,11 @@ class DataConfig:
     "next_token", "what is predicted: the next token, masked tokens, or a pair's target"
   )
   text_field: str = knob("text", "the field of .jsonl and .parquet files that is read")
+  deduplicate: Literal["none", "exact", "near"] = knob(
+    "none",
+    "documents that are left out: those whose text is there already, or (near, by MinHash) "
+    "most of it",
+  )
   mask_fraction: float = knob(0.15, "masked: share of tokens to predict", 0.001, 0.999)
   seq_len: int = knob(256, "tokens in a row of a batch (T)", 1, MOST_TOKENS)
   source_len: int | None = knob(

@@ -15,7 +15,7 @@ import itertools
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ import numpy as np
 
 from flaxlm.config import TokenizerConfig
 from flaxlm.data.corpus import WHOLE, Corpus, Log
+from flaxlm.data.duplicates import Chosen, kept_texts
 from flaxlm.data.mixtures import Mixture, parse_mixture
 from flaxlm.data.sources import TEXT_FIELD, find_corpus, read_documents, read_pairs
 from flaxlm.data.storage import data_dir, locked, new_folder, to_stderr
@@ -71,6 +72,7 @@ def prepare(
   objective: str = "next_token",
   meanwhile: Callable[[], object] = lambda: None,
   text_field: str = TEXT_FIELD,
+  deduplicate: str = "none",
 ) -> Prepared:
   """The tokens of `corpus`, which may be a mixture (see `find_corpus`, `parse_mixture`);
   they are made only if they are not stored.
@@ -83,10 +85,10 @@ def prepare(
   parallel. Raises `DataError`.
   """
   mixture = parse_mixture(corpus)
-  plans = [
-    _Plan(find_corpus(name, log, text_field=text_field), cfg, objective, data_dir())
-    for name in ((corpus,) if mixture is None else mixture.corpora)
-  ]
+  plans = []
+  for name in (corpus,) if mixture is None else mixture.corpora:
+    found_corpus = find_corpus(name, log, text_field=text_field)
+    plans.append(_Plan(found_corpus, cfg, objective, data_dir(), deduplicate))
   if mixture is not None and cfg.path is None:
     plans = _with_one_tokenizer(plans, mixture, log, meanwhile)
   found = [_find_or_build(plan, log, meanwhile) for plan in plans]
@@ -134,6 +136,7 @@ def _with_one_tokenizer(
   first, total = plans[0], sum(mixture.weights)
   trained_on = [plan.corpus.train_fingerprint for plan in plans]
   about = (first.cfg.kind, first.cfg.vocab_size, *first.kind)
+  about += tuple(key for plan in plans for key in plan.chosen)
   key = _key("mixture", mixture.weights, trained_on, *about)
   path = first.root / "tokenizers" / f"{key}.json"
   try:
@@ -145,7 +148,7 @@ def _with_one_tokenizer(
       parts = [
         (texts, weight / total / len(sides))
         for plan, weight in zip(plans, mixture.weights, strict=True)
-        for sides in [plan.texts("train", log).values()]
+        for sides in [plan.texts(log)["train"].values()]
         for texts in sides
       ]
       _load_or_train(path, first, parts, log)
@@ -182,7 +185,7 @@ def corpus_tokenizer(
   """The tokenizer that `prepare` would use for documents, without tokenizing them."""
   plan = _Plan(corpus, cfg, "next_token", data_dir())
   with locked(plan.root, log):
-    (texts,) = plan.texts("train", log).values()
+    (texts,) = plan.texts(log)["train"].values()
     return _load_or_train(plan.tokenizer_path, plan, [(texts, 1)], log)
 
 
@@ -206,6 +209,7 @@ class _Plan:
   cfg: TokenizerConfig
   objective: str
   root: Path
+  deduplicate: str = "none"
 
   @property
   def kind(self) -> tuple[str, ...]:
@@ -213,21 +217,58 @@ class _Plan:
     return {"next_token": (), "masked": ("masked",), "seq2seq": ("pairs",)}[self.objective]
 
   @property
+  def chosen(self) -> tuple[str, ...]:
+    """The part of a key for which texts are left out."""
+    # What is held out decides which texts are learnt.
+    all_text = self.corpus.fingerprint
+    return () if self.deduplicate == "none" else (self.deduplicate, all_text)
+
+  @property
   def tokenizer_path(self) -> Path:
     """The tokenizer.json that was given, or the place of the one trained on this corpus."""
     if self.cfg.path is not None:
       return Path(self.cfg.path)
     train = self.corpus.train_fingerprint
-    key = _key(train, self.cfg.kind, self.cfg.vocab_size, *self.kind)
+    key = _key(train, self.cfg.kind, self.cfg.vocab_size, *self.kind, *self.chosen)
     return self.root / "tokenizers" / f"{key}.json"
 
   def fingerprint(self, tokenizer: AnyTokenizer) -> str:
     """The fingerprint of the tokens."""
     pairs = self.kind if self.objective == "seq2seq" else ()
-    return _key(self.corpus.fingerprint, tokenizer.fingerprint, *pairs)
+    return _key(self.corpus.fingerprint, tokenizer.fingerprint, *pairs, *self.chosen)
 
-  def texts(self, split: str, log: Log) -> dict[str, Sequence[str]]:
-    """The texts of a split, by the name of the file for their tokens."""
+  def texts(self, log: Log) -> dict[str, dict[str, Sequence[str]]]:
+    """The texts of each split, by the name of the file for their tokens."""
+    texts = {split: self._all_texts(split, log) for split in self.corpus.splits}
+    if self.deduplicate == "none":
+      return texts
+    kept = self._kept(texts, log)
+    return {
+      split: {name: Chosen(all_texts, kept[split]) for name, all_texts in sides.items()}
+      for split, sides in texts.items()
+    }
+
+  def _kept(
+    self, texts: Mapping[str, Mapping[str, Sequence[str]]], log: Log
+  ) -> dict[str, np.ndarray]:
+    """The numbers of the texts of each split that are no duplicates; found once."""
+    folder = self.root / "kept" / _key(*self.chosen, *self.kind)
+    if not folder.is_dir():
+      joined = {s: map("\0".join, zip(*texts[s].values(), strict=True)) for s in texts}
+      kept = kept_texts(joined, near=self.deduplicate == "near")
+      with new_folder(folder) as partial:
+        for split in kept:
+          np.save(partial / f"{split}.npy", kept[split], allow_pickle=False)
+    kept = {split: np.load(folder / f"{split}.npy") for split in texts}
+    total = sum(len(next(iter(sides.values()))) for sides in texts.values())
+    gone = total - sum(map(len, kept.values()))
+    log(
+      f"{self.corpus.name}: {gone:,} of {total:,} documents are left out, as "
+      f"{'nearly ' if self.deduplicate == 'near' else ''}the same text is there already"
+    )
+    return kept
+
+  def _all_texts(self, split: str, log: Log) -> dict[str, Sequence[str]]:
     folder = self.root / "tfds"
     if self.objective != "seq2seq":
       return {split: read_documents(self.corpus, split, folder, log)}
@@ -309,7 +350,7 @@ def _open_bounds(path: Path, tokens: np.ndarray, bos_id: int) -> np.ndarray:
 def _build(plan: _Plan, log: Log) -> None:
   """Trains the tokenizer if there is none, then tokenizes both splits."""
   start, corpus = time.perf_counter(), plan.corpus
-  texts = {split: plan.texts(split, log) for split in corpus.splits}
+  texts = plan.texts(log)
   counts = ", ".join(f"{len(next(iter(texts[s].values()))):,} {s}" for s in texts)
   parts = "pairs" if plan.objective == "seq2seq" else "documents"
   log(f"{corpus.name}: {counts} {parts} ({time.perf_counter() - start:.1f} s)")

@@ -144,7 +144,14 @@ def evaluate_run(
     store = prepare_whole(corpus, tokenizer, log, data.objective, data.text_field)
   else:
     cfg = TokenizerConfig(path=str(tokenizer))
-    prepared = prepare(corpus, cfg, log, data.objective, text_field=data.text_field)
+    prepared = prepare(
+      corpus,
+      cfg,
+      log,
+      data.objective,
+      text_field=data.text_field,
+      deduplicate=data.deduplicate,
+    )
     store = prepared.train if split == "train" else prepared.validation
   batches = batches_by_source(run.cfg, store, run.mesh)
   evaluator = Evaluator(run.model, run.tokenizer, batches, num_batches, run.mesh)

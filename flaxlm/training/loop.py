@@ -112,6 +112,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
       objective=cfg.data.objective,
       meanwhile=lambda: compiler.start(guess) if is_alone else None,
       text_field=cfg.data.text_field,
+      deduplicate=cfg.data.deduplicate,
     )
     peers.agree(f"the text of {cfg.data.corpus}", prepared.fingerprint)
     num_ids = prepared.tokenizer.vocab_size
