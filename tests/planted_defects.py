@@ -732,9 +732,9 @@ DATA = [
   ),
   Defect(
     "documents follow one another without a bos",
-    "flaxlm/data/prepare.py",
-    "file.write(bos.tobytes() + ids.astype(dtype).tobytes())",
-    "file.write(ids.astype(dtype).tobytes() + bos.tobytes())",
+    "flaxlm/data/encoding.py",
+    "bos + ids.astype(dtype).tobytes()",
+    "ids.astype(dtype).tobytes() + bos",
     "data/test_prepare.py",
   ),
   Defect(
@@ -746,9 +746,9 @@ DATA = [
   ),
   Defect(
     "the bytes of a text are its characters",
-    "flaxlm/data/prepare.py",
-    'num_bytes += sum(len(text.encode("utf-8", "replace")) for text in chunk)',
-    "num_bytes += sum(len(text) for text in chunk)",
+    "flaxlm/data/encoding.py",
+    'sum(len(x.encode("utf-8", "replace")) for x in texts)',
+    "sum(len(x) for x in texts)",
     "data/test_prepare.py",
   ),
   Defect(

@@ -15,7 +15,7 @@ import itertools
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from flaxlm.data.mixtures import Mixture, parse_mixture
 from flaxlm.data.sources import TEXT_FIELD, find_corpus, read_documents, read_pairs
 from flaxlm.data.storage import data_dir, locked, new_folder, to_stderr
 from flaxlm.data.stores import MixedStore, PairStore, Store, TokenStore
+from flaxlm.data.tokenizing import forget_progress, num_characters, write_tokens
 from flaxlm.errors import DataError
 from flaxlm.strict_json import to_json
 from flaxlm.tokenizers import MASK, AnyTokenizer, load_tokenizer, train_tokenizer
@@ -36,9 +37,6 @@ from flaxlm.tokenizers import MASK, AnyTokenizer, load_tokenizer, train_tokenize
 # A part of the keys of everything that is stored: raise it when this file stores something
 # else, or when `train_tokenizer` makes another tokenizer from the same texts.
 _FORMAT = 1
-CHUNK_CHARACTERS = 2**22  # tokenized at a time
-SILENT_SECONDS = 10.0
-LONG_LINE = 2**18  # characters: without blanks, this may take a tokenizer seconds
 # A tokenizer is trained on pieces spread evenly over the corpus. For the standard library
 # and 4,096 ids this takes a sixth of the time that the whole corpus would take, and gives
 # 3.56 bytes per held-out token instead of 3.58.
@@ -357,12 +355,13 @@ def _build(plan: _Plan, log: Log) -> None:
   learnt = texts[corpus.splits[0]].values()
   shares = [(side, 1 / len(learnt)) for side in learnt]
   tokenizer = _load_or_train(plan.tokenizer_path, plan, shares, log)
-  with new_folder(plan.root / "tokens" / plan.fingerprint(tokenizer)) as partial:
+  folder = plan.root / "tokens" / plan.fingerprint(tokenizer)
+  with new_folder(folder, resumed=True) as partial:
     meta: dict[str, Any] = {"corpus": corpus.name, "format": _FORMAT}
     for name, part in (item for split in texts for item in texts[split].items()):
       start = time.perf_counter()
-      about, bounds = _tokenize(part, tokenizer, partial / f"{name}.npy", log)
-      np.save(partial / f"{name}.bounds.npy", bounds, allow_pickle=False)
+      path = partial / f"{name}.npy"
+      about = write_tokens(part, tokenizer, plan.tokenizer_path, path, log)
       meta[name] = about
       if not about["num_bytes"]:
         raise DataError(f"the {name} split of {corpus.name} has no text")
@@ -372,6 +371,7 @@ def _build(plan: _Plan, log: Log) -> None:
         f"{name}: {about['num_tokens']:,} tokens of {about['num_bytes']:,} bytes "
         f"({time.perf_counter() - start:.1f} s)"
       )
+    forget_progress(partial)
     (partial / "meta.json").write_text(to_json(meta, indent=2) + "\n")
 
 
@@ -408,7 +408,7 @@ def _load_or_train(
 
 def _sample(texts: Sequence[str], size: int) -> Iterator[str]:
   """About `size` characters of `texts`, in evenly spaced pieces."""
-  stride = max(SAMPLE_PIECE, SAMPLE_PIECE * _num_characters(texts) // size)
+  stride = max(SAMPLE_PIECE, SAMPLE_PIECE * num_characters(texts) // size)
   start = 0
   for text in texts:
     yield from (text[n : n + SAMPLE_PIECE] for n in range(start, len(text), stride))
@@ -417,70 +417,8 @@ def _sample(texts: Sequence[str], size: int) -> Iterator[str]:
 
 def _sample_whole(texts: Sequence[str], size: int) -> Iterator[str]:
   """About `size` characters of texts that are shorter than a piece: every n-th text."""
-  step = max(1, _num_characters(texts) // size)
+  step = max(1, num_characters(texts) // size)
   return (texts[n] for n in range(0, len(texts), step))
-
-
-def _num_characters(texts: Sequence[str]) -> int:
-  """The number of characters, estimated from a thousand texts."""
-  step = len(texts) // 1000 + 1
-  return step * sum(len(texts[n]) for n in range(0, len(texts), step))
-
-
-def _tokenize(
-  texts: Sequence[str], tokenizer: AnyTokenizer, path: Path, log: Log
-) -> tuple[dict[str, Any], np.ndarray]:
-  """Writes the ids of all documents to a .npy file; returns (counts, bounds)."""
-  dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-  bos = np.array([tokenizer.bos_id], dtype)
-  bounds = np.zeros(len(texts) + 1, np.int64)
-  number = num_tokens = num_bytes = 0
-  with path.open("wb") as file:
-    # The header is written again when the length is known: NumPy leaves room for it.
-    header = {"descr": dtype.str, "fortran_order": False, "shape": (0,)}
-    np.lib.format.write_array_header_1_0(file, header)
-    for chunk in _chunks(_announced(texts, path.stem, log)):
-      num_bytes += sum(len(text.encode("utf-8", "replace")) for text in chunk)
-      for ids in tokenizer.encode_batch(chunk):
-        file.write(bos.tobytes() + ids.astype(dtype).tobytes())
-        num_tokens += 1 + len(ids)
-        number += 1
-        bounds[number] = num_tokens
-    file.seek(0)
-    np.lib.format.write_array_header_1_0(file, header | {"shape": (num_tokens,)})
-  about = {
-    "num_documents": len(texts),
-    "num_tokens": num_tokens,
-    "num_bytes": num_bytes,
-    "gzip_bits_per_byte": None,
-  }
-  return about, bounds
-
-
-def _announced(texts: Sequence[str], name: str, log: Log) -> Iterator[str]:
-  """The texts; a line every ten seconds says how far they are, and one at once about the
-  first line that is so long that it may take seconds by itself."""
-  told, warned = time.perf_counter(), False
-  for number, text in enumerate(texts):
-    longest = max(map(len, text.split("\n")))
-    warn = longest >= LONG_LINE and not warned
-    if warn or time.perf_counter() - told > SILENT_SECONDS:
-      told, warned = time.perf_counter(), warned or warn
-      what = f", a line of which has {longest:,} characters" if warn else ""
-      log(f"{name}: tokenizing document {number + 1:,} of {len(texts):,}{what}")
-    yield text
-
-
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-  chunk: list[str] = []
-  size = 0
-  for text in texts:
-    chunk.append(text)
-    size += len(text)
-    if size >= CHUNK_CHARACTERS:
-      yield chunk
-      chunk, size = [], 0
-  yield chunk
 
 
 def _gzip_bits_per_byte(texts: Sequence[str]) -> float:

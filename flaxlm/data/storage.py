@@ -57,15 +57,20 @@ def locked(root: Path, log: Log) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-  """A folder that gets its name once it is complete, and then replaces a damaged one."""
+def new_folder(folder: Path, resumed: bool = False) -> Iterator[Path]:
+  """A folder that gets its name once it is complete, and then replaces a damaged one.
+
+  If it is `resumed`, what an interrupted or killed process left is in it.
+  """
   partial = folder.with_suffix(".partial")  # no other process writes to it: see `locked`
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
+  if not resumed:
+    shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True, exist_ok=True)
   try:
     yield partial
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)  # the disk may be full of it
+  except BaseException as e:
+    if not resumed or isinstance(e, Exception):
+      shutil.rmtree(partial, ignore_errors=True)  # the disk may be full of it
     raise
   shutil.rmtree(folder, ignore_errors=True)
   partial.rename(folder)

@@ -13,10 +13,11 @@ from jax.sharding import Mesh
 from flaxlm.config import OBJECTIVES, ResolvedConfig, TokenizerConfig
 from flaxlm.data.batches import Batches
 from flaxlm.data.corpus import WHOLE, Log
-from flaxlm.data.prepare import SILENT_SECONDS, prepare, prepare_whole
+from flaxlm.data.prepare import prepare, prepare_whole
 from flaxlm.data.sources import find_corpus, read_pairs
 from flaxlm.data.storage import data_dir, locked
 from flaxlm.data.stores import MixedStore, Store
+from flaxlm.data.tokenizing import SILENT_SECONDS
 from flaxlm.decoding.completions import search
 from flaxlm.decoding.encoding import check_has_head
 from flaxlm.decoding.loading import Run
