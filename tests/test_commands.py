@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -144,6 +145,29 @@ def test_train_infer_eval_ckpt(flaxlm, in_process, corpus, tmp_path):
     run = in_process(*command)
     assert run.returncode == 4, run.stderr
     assert "config.json: damaged" in run.stdout + run.stderr
+
+
+def test_a_mixture_is_trained_on_and_evaluated_by_source(in_process, corpus, tmp_path):
+  """Of texts and of records in a field of another name; its run is scored as it was."""
+  records = "".join(f'{{"body": "{n} and {n + 1}"}}\n' for n in range(300))
+  (tmp_path / "sums.jsonl").write_text(records)
+  mixture = f"0.75 {corpus} + 0.25 files:sums.jsonl"
+  steps = {"training__num_steps": 4, "data__text_field": "body"}
+  run = in_process("train", *tiny(mixture, **steps))
+  assert run.returncode == 0, run.stderr
+  assert shlex.quote(f"--data.corpus={mixture}") in run.stderr, "the hint can be pasted"
+  (evaluation,) = (m for m in metrics(tmp_path) if "eval/loss" in m)
+  for source in (corpus, "files:sums.jsonl"):
+    assert f"{source} {evaluation[f'eval/loss/{source}']:.3f}" in run.stderr
+  run = in_process("eval", "--json")
+  found = json.loads(run.stdout)
+  for key, value in evaluation.items():
+    if key.startswith("eval/"):
+      assert found[key] == pytest.approx(value, rel=1e-5), key
+  run = in_process("train", *tiny(f"0 {corpus} + 1 files:sums.jsonl", **steps))
+  assert run.returncode == 2
+  assert f"'0 {corpus}' has no positive weight" in run.stderr
+  assert "Traceback" not in run.stderr
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def add_import(commands: Any) -> None:
 
 def run_import(args: argparse.Namespace, _: list[str]) -> int:
   from flaxlm.config import parse_mesh
-  from flaxlm.data.sources import data_dir
+  from flaxlm.data.storage import data_dir
   from flaxlm.interop.transfer import import_run
   from flaxlm.platform import start_jax
   from flaxlm.sharding import make_mesh

@@ -156,7 +156,7 @@ def find_named_run(args: argparse.Namespace) -> Path:
 def open_run(args: argparse.Namespace, needs_text: bool = True) -> Any:
   """Opens the run that the command line names, on the devices that it names."""
   from flaxlm.config import parse_mesh
-  from flaxlm.data.sources import data_dir
+  from flaxlm.data.storage import data_dir
   from flaxlm.decoding.loading import load_run
   from flaxlm.platform import start_jax
   from flaxlm.sharding import make_mesh

@@ -39,10 +39,18 @@ class DataConfig:
   """What is read, and how it is split into batches."""
 
   corpus: str = knob(
-    "stdlib", "stdlib | files:GLOB | tfds:NAME[/CONFIG][:VERSION] | gettext:LANG"
+    "stdlib",
+    "stdlib | files:GLOB | tfds:NAME[/CONFIG][:VERSION] | gettext:LANG, or several with "
+    "their shares of tokens: '0.7 stdlib + 0.3 files:GLOB'",
   )
   objective: Literal["next_token", "masked", "seq2seq"] = knob(
     "next_token", "what is predicted: the next token, masked tokens, or a pair's target"
+  )
+  text_field: str = knob("text", "the field of .jsonl and .parquet files that is read")
+  deduplicate: Literal["none", "exact", "near"] = knob(
+    "none",
+    "documents that are left out: those whose text is there already, or (near, by MinHash) "
+    "most of it",
   )
   mask_fraction: float = knob(0.15, "masked: share of tokens to predict", 0.001, 0.999)
   seq_len: int = knob(256, "tokens in a row of a batch (T)", 1, MOST_TOKENS)
@@ -51,7 +59,10 @@ class DataConfig:
   )
   batch_size: int = knob(16, "rows in a batch (B), across all devices", 1, MOST_ROWS)
   num_epochs: int | None = knob(
-    None, "passes over the corpus; none = no end", 1, MOST_STEPS
+    None,
+    "passes over the corpus (a mixture: over what ends first); none = no end",
+    1,
+    MOST_STEPS,
   )
 
   @property
@@ -95,7 +106,7 @@ class TrainingConfig:
   log_every_steps: int = knob(10, "steps per line of metrics", 1, MOST_STEPS)
   eval_every_steps: int = knob(250, "steps between evaluations", 1, MOST_STEPS)
   eval_batches: int | None = knob(
-    None, "batches per evaluation; none = whole split", 1, MOST_STEPS
+    None, "batches per evaluation (of each source); none = whole split", 1, MOST_STEPS
   )
   label_smoothing: float = knob(
     0.0, "share of the target spread over the vocabulary (Szegedy et al., 2016)", 0, 0.999

@@ -19,7 +19,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
-from flaxlm.data.corpus import WHOLE, Corpus, Document, Log, Pair
+from flaxlm.data.corpus import WHOLE, Corpus, Document, Log, Pair, read_in_order
 from flaxlm.errors import DataError, first_line
 
 FILE_FORMAT = "array_record"
@@ -73,11 +73,11 @@ class LocalText(tfds.core.GeneratorBasedBuilder):
     }
 
   def _generate_examples(self, parts: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-    for number, part in enumerate(parts):
-      yield number, dict(zip(self.FEATURES, self._values(part), strict=True))
+    for number, values in enumerate(self._values(parts)):
+      yield number, dict(zip(self.FEATURES, values, strict=True))
 
-  def _values(self, part: Any) -> tuple[str, ...]:
-    return part.read(), part.name
+  def _values(self, parts: Sequence[Any]) -> Iterator[tuple[str, ...]]:
+    return zip(read_in_order(parts), (part.name for part in parts), strict=True)
 
 
 class LocalPairs(LocalText):
@@ -86,8 +86,8 @@ class LocalPairs(LocalText):
   VERSION = tfds.core.Version("1.0.0")
   FEATURES = (*PAIR_FEATURES, "domain")
 
-  def _values(self, part: Any) -> tuple[str, ...]:
-    return part.source, part.target, part.domain
+  def _values(self, parts: Sequence[Any]) -> Iterator[tuple[str, ...]]:
+    return ((part.source, part.target, part.domain) for part in parts)
 
 
 class TextSource(Sequence):

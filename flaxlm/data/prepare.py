@@ -9,29 +9,27 @@ only the time to hash the corpus.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
-import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flaxlm.config import TokenizerConfig
 from flaxlm.data.corpus import WHOLE, Corpus, Log
-from flaxlm.data.sources import (
-  data_dir,
-  find_corpus,
-  locked,
-  read_documents,
-  read_pairs,
-  to_stderr,
-)
+from flaxlm.data.duplicates import Chosen, kept_texts
+from flaxlm.data.mixtures import Mixture, parse_mixture
+from flaxlm.data.sources import TEXT_FIELD, find_corpus, read_documents, read_pairs
+from flaxlm.data.storage import data_dir, locked, new_folder, to_stderr
+from flaxlm.data.stores import MixedStore, PairStore, Store, TokenStore
+from flaxlm.data.tokenizing import forget_progress, num_characters, write_tokens
 from flaxlm.errors import DataError
 from flaxlm.strict_json import to_json
 from flaxlm.tokenizers import MASK, AnyTokenizer, load_tokenizer, train_tokenizer
@@ -39,62 +37,12 @@ from flaxlm.tokenizers import MASK, AnyTokenizer, load_tokenizer, train_tokenize
 # A part of the keys of everything that is stored: raise it when this file stores something
 # else, or when `train_tokenizer` makes another tokenizer from the same texts.
 _FORMAT = 1
-CHUNK_CHARACTERS = 2**22  # tokenized at a time
-SILENT_SECONDS = 10.0
-LONG_LINE = 2**18  # characters: without blanks, this may take a tokenizer seconds
 # A tokenizer is trained on pieces spread evenly over the corpus. For the standard library
 # and 4,096 ids this takes a sixth of the time that the whole corpus would take, and gives
 # 3.56 bytes per held-out token instead of 3.58.
 SAMPLE_CHARACTERS_PER_ID = 512
 SAMPLE_PIECE = 4096
 SIDES = ("source", "target")  # of a pair
-
-
-@dataclass(frozen=True)
-class TokenStore:
-  """The tokens of a split: one array, mapped from disk; each document begins with bos."""
-
-  tokens: np.ndarray
-  bounds: np.ndarray  # where each document begins and, at last, where the last one ends
-  end_id: int  # what the last token of a document predicts
-  vocab_size: int  # every token is below it
-  num_bytes: int  # of text
-  gzip_bits_per_byte: float | None  # of the text under `gzip -9`; validation only
-  mask_id: int | None = None  # of tokenizers for masked models
-  special_ids: tuple[int, ...] = ()  # ids that are never text, such as bos and mask
-
-  @property
-  def num_tokens(self) -> int:
-    return len(self.tokens)
-
-  @property
-  def num_documents(self) -> int:
-    return len(self.bounds) - 1
-
-
-@dataclass(frozen=True)
-class PairStore:
-  """The tokens of a split of pairs: document n of `target` belongs to n of `source`."""
-
-  source: TokenStore
-  target: TokenStore
-  gzip_bits_per_byte: ClassVar[None] = None
-
-  @property
-  def end_id(self) -> int:
-    return self.target.end_id
-
-  @property
-  def vocab_size(self) -> int:
-    return self.target.vocab_size
-
-  @property
-  def num_tokens(self) -> int:
-    """Tokens of both sides."""
-    return self.source.num_tokens + self.target.num_tokens
-
-
-Store = TokenStore | PairStore
 
 
 @dataclass(frozen=True)
@@ -121,28 +69,95 @@ def prepare(
   log: Log = to_stderr,
   objective: str = "next_token",
   meanwhile: Callable[[], object] = lambda: None,
+  text_field: str = TEXT_FIELD,
+  deduplicate: str = "none",
 ) -> Prepared:
-  """The tokens of `corpus` (see `find_corpus`); they are made only if they are not stored.
+  """The tokens of `corpus`, which may be a mixture (see `find_corpus`, `parse_mixture`);
+  they are made only if they are not stored.
 
   The objective (see `DataConfig`) decides what is read: pairs for seq2seq, whose stores are
-  `PairStore`s, and documents otherwise. For masked the tokenizer has `[MASK]`. Several
-  processes may call this at once: one prepares, the others wait. `log` takes lines about
-  progress. `meanwhile` is called before long work, so that it can start other work in
+  `PairStore`s, and documents otherwise. For masked the tokenizer has `[MASK]`. A mixture
+  has one tokenizer, trained on a sample in its shares; its stores are `MixedStore`s.
+  Several processes may call this at once: one prepares, the others wait. `log` takes lines
+  about progress. `meanwhile` is called before long work, so that it can start other work in
   parallel. Raises `DataError`.
   """
-  plan = _Plan(find_corpus(corpus, log), cfg, objective, data_dir())
-  tokenizer, (train, validation), fingerprint = _find_or_build(plan, log, meanwhile)
+  mixture = parse_mixture(corpus)
+  plans = []
+  for name in (corpus,) if mixture is None else mixture.corpora:
+    found_corpus = find_corpus(name, log, text_field=text_field)
+    plans.append(_Plan(found_corpus, cfg, objective, data_dir(), deduplicate))
+  if mixture is not None and cfg.path is None:
+    plans = _with_one_tokenizer(plans, mixture, log, meanwhile)
+  found = [_find_or_build(plan, log, meanwhile) for plan in plans]
+  tokenizer, (train, validation), fingerprint = _together(found, mixture)
   return Prepared(tokenizer, train, validation, fingerprint)
 
 
 def prepare_whole(
-  corpus: str, tokenizer: Path, log: Log = to_stderr, objective: str = "next_token"
+  corpus: str,
+  tokenizer: Path,
+  log: Log = to_stderr,
+  objective: str = "next_token",
+  text_field: str = TEXT_FIELD,
 ) -> Store:
   """All tokens of a corpus by the tokenizer of a file, not split; see `prepare`."""
-  found = find_corpus(corpus, log, whole=True)
-  plan = _Plan(found, TokenizerConfig(path=str(tokenizer)), objective, data_dir())
-  (store,) = _find_or_build(plan, log).stores
+  mixture, cfg = parse_mixture(corpus), TokenizerConfig(path=str(tokenizer))
+  found = []
+  for name in (corpus,) if mixture is None else mixture.corpora:
+    part = find_corpus(name, log, whole=True, text_field=text_field)
+    found.append(_find_or_build(_Plan(part, cfg, objective, data_dir()), log))
+  (store,) = _together(found, mixture).stores
   return store
+
+
+def _together(found: Sequence[_Found], mixture: Mixture | None) -> _Found:
+  """What is stored of a corpus, or of the sources of a mixture."""
+  if mixture is None:
+    (only,) = found
+    return only
+  splits = zip(*(source.stores for source in found), strict=True)
+  named = [dict(zip(mixture.corpora, stores, strict=True)) for stores in splits]
+  stores = tuple(MixedStore(sources, mixture.weights) for sources in named)
+  prints = [source.fingerprint for source in found]
+  fingerprint = _key("mixture", mixture.weights, prints)
+  return _Found(found[0].tokenizer, stores, fingerprint)
+
+
+def _with_one_tokenizer(
+  plans: Sequence["_Plan"],
+  mixture: Mixture,
+  log: Log,
+  meanwhile: Callable[[], object],
+) -> list["_Plan"]:
+  """The plans of a mixture's sources with the tokenizer that is trained on all of them."""
+  first, total = plans[0], sum(mixture.weights)
+  trained_on = [plan.corpus.train_fingerprint for plan in plans]
+  about = (first.cfg.kind, first.cfg.vocab_size, *first.kind)
+  about += tuple(key for plan in plans for key in plan.chosen)
+  key = _key("mixture", mixture.weights, trained_on, *about)
+  path = first.root / "tokenizers" / f"{key}.json"
+  try:
+    load_tokenizer(path)
+  except DataError:
+    _import_tfds()
+    meanwhile()
+    with locked(first.root, log):
+      parts = [
+        (texts, weight / total / len(sides))
+        for plan, weight in zip(plans, mixture.weights, strict=True)
+        for sides in [plan.texts(log)["train"].values()]
+        for texts in sides
+      ]
+      _load_or_train(path, first, parts, log)
+  cfg = dataclasses.replace(first.cfg, path=str(path))
+  return [dataclasses.replace(plan, cfg=cfg) for plan in plans]
+
+
+def _import_tfds() -> None:
+  """While TFDS is imported it replaces Python's import function, so no other thread may
+  import anything at that time, and compiling does."""
+  from flaxlm.data import builders  # noqa: F401
 
 
 def _find_or_build(
@@ -151,10 +166,7 @@ def _find_or_build(
   found = _find(plan)
   if found is not None:
     return found
-  # While TFDS is imported it replaces Python's import function, so no other thread may
-  # import anything at that time, and compiling does.
-  from flaxlm.data import builders  # noqa: F401
-
+  _import_tfds()
   meanwhile()
   with locked(plan.root, log):
     found = _find(plan)  # another process may have been faster
@@ -171,14 +183,15 @@ def corpus_tokenizer(
   """The tokenizer that `prepare` would use for documents, without tokenizing them."""
   plan = _Plan(corpus, cfg, "next_token", data_dir())
   with locked(plan.root, log):
-    return _load_or_train(plan, [*plan.texts("train").values()], log)
+    (texts,) = plan.texts(log)["train"].values()
+    return _load_or_train(plan.tokenizer_path, plan, [(texts, 1)], log)
 
 
 def held_out_texts(corpus: Corpus, most_bytes: int, log: Log = to_stderr) -> list[str]:
   """The first documents of the validation split, about `most_bytes` of them."""
   root, found, size = data_dir(), [], 0
   with locked(root, log):
-    for text in read_documents(corpus, "validation", root / "tfds"):
+    for text in read_documents(corpus, "validation", root / "tfds", log):
       found.append(text)
       size += len(text)
       if size >= most_bytes:
@@ -194,6 +207,7 @@ class _Plan:
   cfg: TokenizerConfig
   objective: str
   root: Path
+  deduplicate: str = "none"
 
   @property
   def kind(self) -> tuple[str, ...]:
@@ -201,24 +215,61 @@ class _Plan:
     return {"next_token": (), "masked": ("masked",), "seq2seq": ("pairs",)}[self.objective]
 
   @property
+  def chosen(self) -> tuple[str, ...]:
+    """The part of a key for which texts are left out."""
+    # What is held out decides which texts are learnt.
+    all_text = self.corpus.fingerprint
+    return () if self.deduplicate == "none" else (self.deduplicate, all_text)
+
+  @property
   def tokenizer_path(self) -> Path:
     """The tokenizer.json that was given, or the place of the one trained on this corpus."""
     if self.cfg.path is not None:
       return Path(self.cfg.path)
     train = self.corpus.train_fingerprint
-    key = _key(train, self.cfg.kind, self.cfg.vocab_size, *self.kind)
+    key = _key(train, self.cfg.kind, self.cfg.vocab_size, *self.kind, *self.chosen)
     return self.root / "tokenizers" / f"{key}.json"
 
   def fingerprint(self, tokenizer: AnyTokenizer) -> str:
     """The fingerprint of the tokens."""
     pairs = self.kind if self.objective == "seq2seq" else ()
-    return _key(self.corpus.fingerprint, tokenizer.fingerprint, *pairs)
+    return _key(self.corpus.fingerprint, tokenizer.fingerprint, *pairs, *self.chosen)
 
-  def texts(self, split: str) -> dict[str, Sequence[str]]:
-    """The texts of a split, by the name of the file for their tokens."""
+  def texts(self, log: Log) -> dict[str, dict[str, Sequence[str]]]:
+    """The texts of each split, by the name of the file for their tokens."""
+    texts = {split: self._all_texts(split, log) for split in self.corpus.splits}
+    if self.deduplicate == "none":
+      return texts
+    kept = self._kept(texts, log)
+    return {
+      split: {name: Chosen(all_texts, kept[split]) for name, all_texts in sides.items()}
+      for split, sides in texts.items()
+    }
+
+  def _kept(
+    self, texts: Mapping[str, Mapping[str, Sequence[str]]], log: Log
+  ) -> dict[str, np.ndarray]:
+    """The numbers of the texts of each split that are no duplicates; found once."""
+    folder = self.root / "kept" / _key(*self.chosen, *self.kind)
+    if not folder.is_dir():
+      joined = {s: map("\0".join, zip(*texts[s].values(), strict=True)) for s in texts}
+      kept = kept_texts(joined, near=self.deduplicate == "near")
+      with new_folder(folder) as partial:
+        for split in kept:
+          np.save(partial / f"{split}.npy", kept[split], allow_pickle=False)
+    kept = {split: np.load(folder / f"{split}.npy") for split in texts}
+    total = sum(len(next(iter(sides.values()))) for sides in texts.values())
+    gone = total - sum(map(len, kept.values()))
+    log(
+      f"{self.corpus.name}: {gone:,} of {total:,} documents are left out, as "
+      f"{'nearly ' if self.deduplicate == 'near' else ''}the same text is there already"
+    )
+    return kept
+
+  def _all_texts(self, split: str, log: Log) -> dict[str, Sequence[str]]:
     folder = self.root / "tfds"
     if self.objective != "seq2seq":
-      return {split: read_documents(self.corpus, split, folder)}
+      return {split: read_documents(self.corpus, split, folder, log)}
     sides = zip(SIDES, read_pairs(self.corpus, split, folder), strict=True)
     return {f"{split}.{side}": texts for side, texts in sides}
 
@@ -297,17 +348,20 @@ def _open_bounds(path: Path, tokens: np.ndarray, bos_id: int) -> np.ndarray:
 def _build(plan: _Plan, log: Log) -> None:
   """Trains the tokenizer if there is none, then tokenizes both splits."""
   start, corpus = time.perf_counter(), plan.corpus
-  texts = {split: plan.texts(split) for split in corpus.splits}
+  texts = plan.texts(log)
   counts = ", ".join(f"{len(next(iter(texts[s].values()))):,} {s}" for s in texts)
   parts = "pairs" if plan.objective == "seq2seq" else "documents"
   log(f"{corpus.name}: {counts} {parts} ({time.perf_counter() - start:.1f} s)")
-  tokenizer = _load_or_train(plan, [*texts[corpus.splits[0]].values()], log)
-  with _new_folder(plan.root / "tokens" / plan.fingerprint(tokenizer)) as partial:
+  learnt = texts[corpus.splits[0]].values()
+  shares = [(side, 1 / len(learnt)) for side in learnt]
+  tokenizer = _load_or_train(plan.tokenizer_path, plan, shares, log)
+  folder = plan.root / "tokens" / plan.fingerprint(tokenizer)
+  with new_folder(folder, resumed=True) as partial:
     meta: dict[str, Any] = {"corpus": corpus.name, "format": _FORMAT}
     for name, part in (item for split in texts for item in texts[split].items()):
       start = time.perf_counter()
-      about, bounds = _tokenize(part, tokenizer, partial / f"{name}.npy", log)
-      np.save(partial / f"{name}.bounds.npy", bounds, allow_pickle=False)
+      path = partial / f"{name}.npy"
+      about = write_tokens(part, tokenizer, plan.tokenizer_path, path, log)
       meta[name] = about
       if not about["num_bytes"]:
         raise DataError(f"the {name} split of {corpus.name} has no text")
@@ -317,19 +371,27 @@ def _build(plan: _Plan, log: Log) -> None:
         f"{name}: {about['num_tokens']:,} tokens of {about['num_bytes']:,} bytes "
         f"({time.perf_counter() - start:.1f} s)"
       )
+    forget_progress(partial)
     (partial / "meta.json").write_text(to_json(meta, indent=2) + "\n")
 
 
-def _load_or_train(plan: _Plan, parts: Sequence[Sequence[str]], log: Log) -> AnyTokenizer:
-  """The tokenizer of these texts: documents, or the sources and the targets of pairs."""
-  path, cfg = plan.tokenizer_path, plan.cfg
+def _load_or_train(
+  path: Path, plan: _Plan, parts: Sequence[tuple[Sequence[str], float]], log: Log
+) -> AnyTokenizer:
+  """The tokenizer at `path`, trained if need be on texts and their shares of a sample.
+
+  The texts are documents, or the sources and the targets of pairs.
+  """
+  cfg = plan.cfg
   # There may be none yet, or a damaged one; one that was given has been checked.
   with contextlib.suppress(DataError):
     return load_tokenizer(path)
   start = time.perf_counter()
-  size = cfg.vocab_size * SAMPLE_CHARACTERS_PER_ID // len(parts)
+  size = cfg.vocab_size * SAMPLE_CHARACTERS_PER_ID
   take = _sample_whole if plan.objective == "seq2seq" else _sample
-  sample = itertools.chain.from_iterable(take(texts, size) for texts in parts)
+  sample = itertools.chain.from_iterable(
+    take(texts, max(1, int(size * share))) for texts, share in parts
+  )
   masked = plan.objective == "masked"
   tokenizer = train_tokenizer(cfg.kind, sample, cfg.vocab_size, masked)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -346,7 +408,7 @@ def _load_or_train(plan: _Plan, parts: Sequence[Sequence[str]], log: Log) -> Any
 
 def _sample(texts: Sequence[str], size: int) -> Iterator[str]:
   """About `size` characters of `texts`, in evenly spaced pieces."""
-  stride = max(SAMPLE_PIECE, SAMPLE_PIECE * _num_characters(texts) // size)
+  stride = max(SAMPLE_PIECE, SAMPLE_PIECE * num_characters(texts) // size)
   start = 0
   for text in texts:
     yield from (text[n : n + SAMPLE_PIECE] for n in range(start, len(text), stride))
@@ -355,70 +417,8 @@ def _sample(texts: Sequence[str], size: int) -> Iterator[str]:
 
 def _sample_whole(texts: Sequence[str], size: int) -> Iterator[str]:
   """About `size` characters of texts that are shorter than a piece: every n-th text."""
-  step = max(1, _num_characters(texts) // size)
+  step = max(1, num_characters(texts) // size)
   return (texts[n] for n in range(0, len(texts), step))
-
-
-def _num_characters(texts: Sequence[str]) -> int:
-  """The number of characters, estimated from a thousand texts."""
-  step = len(texts) // 1000 + 1
-  return step * sum(len(texts[n]) for n in range(0, len(texts), step))
-
-
-def _tokenize(
-  texts: Sequence[str], tokenizer: AnyTokenizer, path: Path, log: Log
-) -> tuple[dict[str, Any], np.ndarray]:
-  """Writes the ids of all documents to a .npy file; returns (counts, bounds)."""
-  dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-  bos = np.array([tokenizer.bos_id], dtype)
-  bounds = np.zeros(len(texts) + 1, np.int64)
-  number = num_tokens = num_bytes = 0
-  with path.open("wb") as file:
-    # The header is written again when the length is known: NumPy leaves room for it.
-    header = {"descr": dtype.str, "fortran_order": False, "shape": (0,)}
-    np.lib.format.write_array_header_1_0(file, header)
-    for chunk in _chunks(_announced(texts, path.stem, log)):
-      num_bytes += sum(len(text.encode("utf-8", "replace")) for text in chunk)
-      for ids in tokenizer.encode_batch(chunk):
-        file.write(bos.tobytes() + ids.astype(dtype).tobytes())
-        num_tokens += 1 + len(ids)
-        number += 1
-        bounds[number] = num_tokens
-    file.seek(0)
-    np.lib.format.write_array_header_1_0(file, header | {"shape": (num_tokens,)})
-  about = {
-    "num_documents": len(texts),
-    "num_tokens": num_tokens,
-    "num_bytes": num_bytes,
-    "gzip_bits_per_byte": None,
-  }
-  return about, bounds
-
-
-def _announced(texts: Sequence[str], name: str, log: Log) -> Iterator[str]:
-  """The texts; a line every ten seconds says how far they are, and one at once about the
-  first line that is so long that it may take seconds by itself."""
-  told, warned = time.perf_counter(), False
-  for number, text in enumerate(texts):
-    longest = max(map(len, text.split("\n")))
-    warn = longest >= LONG_LINE and not warned
-    if warn or time.perf_counter() - told > SILENT_SECONDS:
-      told, warned = time.perf_counter(), warned or warn
-      what = f", a line of which has {longest:,} characters" if warn else ""
-      log(f"{name}: tokenizing document {number + 1:,} of {len(texts):,}{what}")
-    yield text
-
-
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-  chunk: list[str] = []
-  size = 0
-  for text in texts:
-    chunk.append(text)
-    size += len(text)
-    if size >= CHUNK_CHARACTERS:
-      yield chunk
-      chunk, size = [], 0
-  yield chunk
 
 
 def _gzip_bits_per_byte(texts: Sequence[str]) -> float:
@@ -435,18 +435,3 @@ def _gzip_bits_per_byte(texts: Sequence[str]) -> float:
 def _key(*parts: Any) -> str:
   """A short name made of everything that a stored result depends on."""
   return hashlib.sha256(json.dumps([_FORMAT, *parts]).encode()).hexdigest()[:24]
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-  """A folder that gets its name once it is complete, and then replaces a damaged one."""
-  partial = folder.with_suffix(".partial")  # no other process writes to it: see `locked`
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  try:
-    yield partial
-  except BaseException:
-    shutil.rmtree(partial, ignore_errors=True)  # the disk may be full of it
-    raise
-  shutil.rmtree(folder, ignore_errors=True)
-  partial.rename(folder)

@@ -8,13 +8,14 @@ every token of the vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from flaxlm.config import DataConfig
 from flaxlm.data.objectives import Batch, Masking, Windows, masked, next_token, seq2seq
-from flaxlm.data.prepare import PairStore, Store, TokenStore
+from flaxlm.data.stores import MixedStore, PairStore, Store, TokenStore
 from flaxlm.errors import DataError
 
 PADDING = -1  # the number of a row that fills up the last batch
@@ -110,11 +111,65 @@ class PairRows:
     return _windows(store, starts_R[rows_B], lengths_B, width + 1)
 
 
-Rows = TextRows | PairRows
+class MixedRows:
+  """The rows of several sources: those of the first, those of the second, and so on."""
+
+  def __init__(self, store: MixedStore, cfg: DataConfig, seed: int):
+    """Raises `DataError` if the rows of a source cannot be made."""
+    self.sources = [_rows_of(one, cfg, seed) for one in store.sources.values()]
+    self.weights = store.weights
+    self.starts = np.cumsum([0, *(source.num_rows for source in self.sources)])
+    self.num_rows = int(self.starts[-1])
+
+  def batch(self, rows_B: np.ndarray, places_B: np.ndarray) -> Batch:
+    """The rows with these numbers; see `TextRows.batch`."""
+    batches = [
+      self.sources[source].batch(rows, places_B[chosen])
+      for source, chosen, rows in self._by_source(rows_B)
+    ]
+    return Batch(*self._in_order(rows_B, batches))
+
+  def windows(self, rows_B: np.ndarray) -> Windows:
+    """What the rows with these numbers are made of."""
+    windows = [self.sources[s].windows(rows) for s, _, rows in self._by_source(rows_B)]
+    return Windows(*self._in_order(rows_B, windows))
+
+  def _by_source(self, rows_B: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """(source, which of the rows are its, their numbers in it); padding is the first's."""
+    source_B = np.searchsorted(self.starts, np.maximum(rows_B, 0), side="right") - 1
+    for source in np.unique(source_B).tolist():
+      (chosen,) = np.nonzero(source_B == source)
+      rows = rows_B[chosen]
+      yield source, chosen, np.where(rows == PADDING, rows, rows - self.starts[source])
+
+  def _in_order(
+    self, rows_B: np.ndarray, parts: Sequence[Sequence[np.ndarray | None]]
+  ) -> Iterator[Any]:
+    """The arrays of all parts together, with their rows in the order of the batch."""
+    order_B = np.concatenate([chosen for _, chosen, _ in self._by_source(rows_B)])
+    for arrays in zip(*parts, strict=True):
+      if arrays[0] is None:
+        yield None
+        continue
+      together = np.concatenate(arrays)
+      array = np.empty_like(together)
+      array[order_B] = together
+      yield array
+
+
+Rows = TextRows | PairRows | MixedRows
 
 
 def make_rows(store: Store, cfg: DataConfig, seed: int) -> Rows:
   """The rows that the config's objective makes of a store. Raises `DataError`."""
+  if isinstance(store, MixedStore):
+    return MixedRows(store, cfg, seed)
+  return _rows_of(store, cfg, seed)
+
+
+def _rows_of(
+  store: TokenStore | PairStore, cfg: DataConfig, seed: int
+) -> TextRows | PairRows:
   if isinstance(store, PairStore):
     assert cfg.objective == "seq2seq", "the store is made for this objective"
     return PairRows(store, cfg)

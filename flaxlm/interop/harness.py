@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flaxlm.config import parse_mesh
-from flaxlm.data.sources import data_dir
+from flaxlm.data.storage import data_dir
 from flaxlm.decoding.chat import Chat, Message, load_chat
 from flaxlm.decoding.completions import Stopping
 from flaxlm.decoding.jobs import PromptJob

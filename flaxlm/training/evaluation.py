@@ -4,7 +4,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +13,11 @@ from jax.sharding import Mesh
 from flaxlm.config import OBJECTIVES, ResolvedConfig, TokenizerConfig
 from flaxlm.data.batches import Batches
 from flaxlm.data.corpus import WHOLE, Log
-from flaxlm.data.prepare import SILENT_SECONDS, Store, prepare, prepare_whole
-from flaxlm.data.sources import data_dir, find_corpus, locked, read_pairs
+from flaxlm.data.prepare import prepare, prepare_whole
+from flaxlm.data.sources import find_corpus, read_pairs
+from flaxlm.data.storage import data_dir, locked
+from flaxlm.data.stores import MixedStore, Store
+from flaxlm.data.tokenizing import SILENT_SECONDS
 from flaxlm.decoding.completions import search
 from flaxlm.decoding.encoding import check_has_head
 from flaxlm.decoding.loading import Run
@@ -26,6 +29,7 @@ from flaxlm.tokenizers import AnyTokenizer
 from flaxlm.training.step import jit_eval_step, put_batch
 
 PAIRS_AT_A_TIME = 32
+BY_SOURCE = "eval/loss/"  # before the name of a mixture's source
 
 
 class Evaluator:
@@ -35,14 +39,21 @@ class Evaluator:
     self,
     model: LanguageModel,
     tokenizer: AnyTokenizer,
-    batches: Batches,
+    batches: Batches | Mapping[str, Batches],
     num_batches: int | None,
     mesh: Mesh,
   ):
-    """`num_batches` limits the evaluation; None takes the whole split."""
-    self.batches, self.mesh, self.tokenizer = batches, mesh, tokenizer
-    assert batches.num_batches is not None, "one epoch"
-    self.num_batches = min(batches.num_batches, num_batches or batches.num_batches)
+    """`batches` are those of the split or, of a mixture, of each source by its name.
+
+    `num_batches` limits the evaluation of each; None takes the whole split.
+    """
+    self.sources = {"": batches} if isinstance(batches, Batches) else batches
+    self.mesh, self.tokenizer = mesh, tokenizer
+    self._limits = {
+      name: min(whole_batches(one), num_batches or whole_batches(one))
+      for name, one in self.sources.items()
+    }
+    self.num_batches = sum(self._limits.values())
     self.eval_step = jit_eval_step(model, mesh)
     self.fills = OBJECTIVES[model.cfg.family] == "masked"
 
@@ -54,36 +65,68 @@ class Evaluator:
 
   def sums(
     self, params: Any, progress: Callable[[], None] = lambda: None
-  ) -> dict[str, float]:
-    """The sums of `eval_step` over all batches."""
-    sums: dict[str, float] = {}
-    for n in range(self.num_batches):
-      batch = put_batch(self.batches[n], self.mesh)
-      for name, value in self.eval_step(params, batch).items():
-        sums[name] = sums.get(name, 0.0) + float(value)
-      progress()
+  ) -> dict[str, dict[str, float]]:
+    """The sums of `eval_step` over the batches of each source."""
+    sums: dict[str, dict[str, float]] = {}
+    for source, limit in self._limits.items():
+      of_source = sums.setdefault(source, {})
+      for n in range(limit):
+        batch = put_batch(self.sources[source][n], self.mesh)
+        for name, value in self.eval_step(params, batch).items():
+          of_source[name] = of_source.get(name, 0.0) + float(value)
+        progress()
     return sums
 
-  def figures(self, sums: dict[str, float]) -> dict[str, float]:
+  def figures(self, sums: Mapping[str, dict[str, float]]) -> dict[str, float]:
     """Averages over the split's tokens, end-of-text tokens included; bytes are the text's.
+
+    Of a mixture, all tokens count alike, whatever its weights; `eval/loss/SOURCE` and its
+    like are the figures of each source.
 
     A model that fills masks sees the text on both sides of them, so bits per byte would not
     compare with a compressor's: its accuracy is reported instead.
     """
+    names = [*sums]
+    together = {key: sum(sums[name][key] for name in names) for key in sums[names[0]]}
+    values = self._figures(together, names)
+    if len(names) > 1:
+      for name in names:
+        of_source = self._figures(sums[name], [name])
+        values |= {f"{key}/{name}": value for key, value in of_source.items()}
+    return values
+
+  def _figures(self, sums: dict[str, float], names: Sequence[str]) -> dict[str, float]:
     loss = sums["nats"] / sums["tokens"]
     values = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
     if self.fills:
       return values | {"eval/accuracy": sums["hits"] / sums["tokens"]}
-    values["eval/bits_per_byte"] = sums["nats"] / math.log(2) / max(self.num_bytes, 1)
-    gzip = self.batches.store.gzip_bits_per_byte
-    if gzip is not None and self.num_batches == self.batches.num_batches:
-      values["eval/gzip_bits_per_byte"] = gzip  # of the same text
+    num_bytes = sum(self._num_bytes[name] for name in names)
+    values["eval/bits_per_byte"] = sums["nats"] / math.log(2) / max(num_bytes, 1)
+    marks = [self._gzip_bits(name) for name in names]
+    if all(bits is not None for bits in marks):  # of the same text
+      values["eval/gzip_bits_per_byte"] = sum(filter(None, marks)) / max(num_bytes, 1)
     return values
 
+  def _gzip_bits(self, name: str) -> float | None:
+    """What gzip makes of a source, if all of it is evaluated and that is known."""
+    per_byte = self.sources[name].store.gzip_bits_per_byte
+    if per_byte is None or self._limits[name] != self.sources[name].num_batches:
+      return None
+    return per_byte * self._num_bytes[name]
+
   @functools.cached_property
+  def _num_bytes(self) -> dict[str, int]:
+    """Of each source; the same in every evaluation."""
+    sizes_V = self.tokenizer.token_bytes()
+    return {
+      name: batches.num_bytes(self._limits[name], sizes_V)
+      for name, batches in self.sources.items()
+    }
+
+  @property
   def num_bytes(self) -> int:
-    """Bytes of the text whose tokens are predicted: the same in every evaluation."""
-    return self.batches.num_bytes(self.num_batches, self.tokenizer.token_bytes())
+    """Bytes of the text whose tokens are predicted."""
+    return sum(self._num_bytes.values())
 
 
 def evaluate_run(
@@ -97,22 +140,31 @@ def evaluate_run(
   """
   check_has_head(run)
   corpus, split = scored(run, corpus, split, log)
-  tokenizer, objective = run.path / TOKENIZER, run.cfg.data.objective
+  tokenizer, data = run.path / TOKENIZER, run.cfg.data
   if split == WHOLE:
-    store = prepare_whole(corpus, tokenizer, log, objective)
+    store = prepare_whole(corpus, tokenizer, log, data.objective, data.text_field)
   else:
     cfg = TokenizerConfig(path=str(tokenizer))
-    prepared = prepare(corpus, cfg, log, objective)
+    prepared = prepare(
+      corpus,
+      cfg,
+      log,
+      data.objective,
+      text_field=data.text_field,
+      deduplicate=data.deduplicate,
+    )
     store = prepared.train if split == "train" else prepared.validation
-  batches = split_batches(run.cfg, store, run.mesh, shuffled=False)
+  batches = batches_by_source(run.cfg, store, run.mesh)
   evaluator = Evaluator(run.model, run.tokenizer, batches, num_batches, run.mesh)
+  all_batches = sum(map(whole_batches, batches.values()))
   of = {"corpus": corpus, "split": split, "bytes": evaluator.num_bytes}
   log(
     f"{corpus} ({split}): {store.num_tokens:,} tokens, "
-    f"{evaluator.num_batches:,} of {batches.num_batches:,} batches to evaluate"
+    f"{evaluator.num_batches:,} of {all_batches:,} batches to evaluate"
   )
   sums = evaluator.sums(run.params, Progress(evaluator.num_batches, log))
-  return {**of, "tokens": round(sums["tokens"]), **evaluator.figures(sums)}
+  tokens = round(sum(of_source["tokens"] for of_source in sums.values()))
+  return {**of, "tokens": tokens, **evaluator.figures(sums)}
 
 
 def scored(run: Run, corpus: str | None, split: str | None, log: Log) -> tuple[str, str]:
@@ -143,7 +195,14 @@ class Progress:
 
 
 def describe_evaluation(values: Mapping[str, Any]) -> str:
-  text = f"loss {values['eval/loss']:.3f}, perplexity {values['eval/perplexity']:.1f}"
+  losses = [
+    f"{key.removeprefix(BY_SOURCE)} {value:.3f}"
+    for key, value in values.items()
+    if key.startswith(BY_SOURCE)
+  ]
+  of_sources = f" ({', '.join(losses)})" if losses else ""
+  perplexity = values["eval/perplexity"]
+  text = f"loss {values['eval/loss']:.3f}{of_sources}, perplexity {perplexity:.1f}"
   if "eval/accuracy" in values:
     return f"{text}, {values['eval/accuracy']:.1%} of the masks filled rightly"
   text += f", {values['eval/bits_per_byte']:.3f} bits per byte"
@@ -215,3 +274,15 @@ def split_batches(cfg: ResolvedConfig, store: Store, mesh: Mesh, shuffled: bool)
     parts=parts,
     num_parts=num_parts,
   )
+
+
+def batches_by_source(cfg: ResolvedConfig, store: Store, mesh: Mesh) -> dict[str, Batches]:
+  """This process's share of a split in order: of each source of a mixture, by its name."""
+  sources = store.sources if isinstance(store, MixedStore) else {cfg.data.corpus: store}
+  return {name: split_batches(cfg, one, mesh, False) for name, one in sources.items()}
+
+
+def whole_batches(batches: Batches) -> int:
+  """The number of batches of a split that is read once."""
+  assert batches.num_batches is not None, "one epoch"
+  return batches.num_batches

@@ -27,7 +27,7 @@ from flaxlm.config import (
   to_json,
 )
 from flaxlm.data.prepare import Prepared, prepare
-from flaxlm.data.sources import data_dir, to_stderr
+from flaxlm.data.storage import data_dir, to_stderr
 from flaxlm.decoding.loading import Run
 from flaxlm.distributed.peers import Alone
 from flaxlm.distributed.start import joined
@@ -52,7 +52,7 @@ from flaxlm.runs import (
 from flaxlm.sharding import check_batch, describe_mesh, make_mesh
 from flaxlm.tokenizers import expected_vocab_size
 from flaxlm.training.closing import show_sample
-from flaxlm.training.evaluation import Evaluator, split_batches
+from flaxlm.training.evaluation import Evaluator, batches_by_source, split_batches
 from flaxlm.training.program import (
   Compiler,
   choose_attention,
@@ -111,13 +111,15 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
       log=to_stderr if peers.process == 0 else lambda line: None,
       objective=cfg.data.objective,
       meanwhile=lambda: compiler.start(guess) if is_alone else None,
+      text_field=cfg.data.text_field,
+      deduplicate=cfg.data.deduplicate,
     )
     peers.agree(f"the text of {cfg.data.corpus}", prepared.fingerprint)
     num_ids = prepared.tokenizer.vocab_size
     model_cfg = resolve_model(cfg, num_ids, mesh, before)
     cfg = dataclasses.replace(cfg.resolve(num_ids), model=model_cfg)
     batches = split_batches(cfg, prepared.train, mesh, shuffled=True)
-    validation = split_batches(cfg, prepared.validation, mesh, shuffled=False)
+    validation = batches_by_source(cfg, prepared.validation, mesh)
 
     # -- Files: what is stored fits this config, and the run says what it is.
     store = CheckpointStore(checkpoints, cfg.checkpoint.keep)

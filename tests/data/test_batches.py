@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from flaxlm.config import OBJECTIVES, DataConfig
 from flaxlm.data.batches import Batches
 from flaxlm.data.objectives import Batch
-from flaxlm.data.prepare import PairStore, Store, TokenStore
+from flaxlm.data.stores import PairStore, Store, TokenStore
 from flaxlm.errors import DataError
 
 BOS = 0
@@ -225,7 +225,7 @@ def test_leaving_in_the_middle_prints_nothing():
     "import numpy as np\n"
     "from flaxlm.config import DataConfig\n"
     "from flaxlm.data.batches import Batches\n"
-    "from flaxlm.data.prepare import TokenStore\n"
+    "from flaxlm.data.stores import TokenStore\n"
     "store = TokenStore(np.arange(999), np.array([0, 999]), 0, 999, 999, None)\n"
     "cfg = DataConfig(seq_len=4, batch_size=4)\n"
     "batches = Batches(store, cfg, vocab_size=999, seed=0, num_epochs=None)\n"

@@ -18,15 +18,10 @@ import pytest
 from conftest import slow
 
 from flaxlm.config import TokenizerConfig
-from flaxlm.data.prepare import (
-  LONG_LINE,
-  PairStore,
-  Prepared,
-  TokenStore,
-  prepare,
-  prepare_whole,
-)
+from flaxlm.data.prepare import Prepared, prepare, prepare_whole
 from flaxlm.data.sources import find_corpus
+from flaxlm.data.stores import PairStore, TokenStore
+from flaxlm.data.tokenizing import LONG_LINE
 from flaxlm.errors import DataError
 from flaxlm.tokenizers import ImportedTokenizer, Specials, train_tokenizer
 

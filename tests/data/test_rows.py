@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flaxlm.config import DataConfig
-from flaxlm.data.prepare import PairStore, TokenStore
 from flaxlm.data.rows import PADDING, PairRows, TextRows
+from flaxlm.data.stores import PairStore, TokenStore
 from flaxlm.errors import DataError
 
 BOS = 9

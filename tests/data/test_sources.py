@@ -14,14 +14,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from flaxlm.data.corpus import SPLITS, WHOLE, Corpus
-from flaxlm.data.sources import (
-  DOCUMENT_BYTES,
-  data_dir,
-  find_corpus,
-  locked,
-  read_documents,
-  read_pairs,
-)
+from flaxlm.data.files import DOCUMENT_BYTES
+from flaxlm.data.sources import find_corpus, read_documents, read_pairs
+from flaxlm.data.storage import data_dir, locked
 from flaxlm.errors import ConfigError, DataError
 
 
@@ -144,7 +139,7 @@ def test_only_visible_text_is_read(tmp_path: Path):
   assert lines == [f"files:{root}: not read are {reasons}"]
 
 
-UNREADABLE = ["x.jsonl", "x.ndjson", "x.JSONL", "x.txt.gz", "x.parquet", "x.tar.zst"]
+UNREADABLE = ["x.arrow", "x.ORC", "x.txt.xz", "x.zip", "x.tar.zst", "x.tar.gz"]
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
@@ -159,14 +154,14 @@ def test_formats_that_are_not_read_are_refused_by_name(
 
 
 def test_among_text_they_are_counted_and_mark_up_is_named(tmp_path: Path):
-  root = write(tmp_path / "corpus", many(5) | {"a.jsonl": "{}\n", "b/c.jsonl": "{}\n"})
+  root = write(tmp_path / "corpus", many(5) | {"a.zip": "{}\n", "b/c.zip": "{}\n"})
   write(root, {"d.json": "[1]", "e.csv": "1,2", "f.csv": "3"})
   lines: list[str] = []
   corpus = find_corpus(f"files:{root}", lines.append)
   names_of_all = {document.name for document in corpus.documents}
   assert names_of_all == {*many(5), "d.json", "e.csv", "f.csv"}
   assert lines == [
-    f"files:{root}: not read are .jsonl files: 2, as a.jsonl",
+    f"files:{root}: not read are .zip files: 2, as a.zip",
     f"files:{root}: read as they are, with their syntax: 1 .json, 2 .csv",
   ]
 

@@ -6,6 +6,7 @@ All parameters are zero but the head's bias, so that the logits are that bias ev
 
 import itertools
 import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,11 +17,17 @@ from tiny_tokenizers import bert
 from flaxlm.config import Config, DataConfig, ModelConfig
 from flaxlm.data.batches import Batches
 from flaxlm.data.corpus import WHOLE
-from flaxlm.data.prepare import TokenStore
+from flaxlm.data.stores import MixedStore, TokenStore
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.sharding import make_mesh
 from flaxlm.tokenizers import AnyTokenizer, ImportedTokenizer, Specials, train_tokenizer
-from flaxlm.training.evaluation import Evaluator, scored, split_batches
+from flaxlm.training.evaluation import (
+  Evaluator,
+  batches_by_source,
+  describe_evaluation,
+  scored,
+  split_batches,
+)
 
 TEXTS = ["two words", "größer, länger", "an end"]
 SIZES = dict(depth=1, width=4, num_heads=1, vocab_size=320, context=16, head_biased=True)
@@ -198,3 +205,38 @@ def test_the_share_of_masks_filled_rightly():
   assert 0 < len(rights) < len(targets) < len(store_of(tokenizer).tokens)
   assert values["eval/accuracy"] == pytest.approx(len(rights) / len(targets))
   assert "eval/bits_per_byte" not in values
+
+
+def test_a_mixture_is_evaluated_by_source_and_together():
+  """Each source has the figures that it has alone; together every token counts alike."""
+  tokenizer = train_tokenizer("byte", TEXTS, 0)
+  bias_V = np.random.default_rng(0).normal(size=SIZES["vocab_size"])
+  stores = {"stdlib": store_of(tokenizer), "files:a b/*": store_of(tokenizer, ["é" * 40])}
+  cfg = Config(data=DataConfig(seq_len=3, batch_size=8), model=ModelConfig(**SIZES))
+  mesh = make_mesh({"data": 8})
+  batches = batches_by_source(cfg.resolve(), MixedStore(stores, (99, 1)), mesh)
+  model = build_model(cfg.model.resolve())
+  params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_params(model, mesh))
+  params["head_bias"] = np.float32(bias_V)
+
+  def figures(batches: Any, num_batches: int | None = None) -> dict[str, float]:
+    return Evaluator(model, tokenizer, batches, num_batches, mesh)(params)
+
+  values = figures(batches)
+  alone = {name: figures(batches[name]) for name in stores}
+  nats = num_tokens = num_bytes = 0
+  for name, store in stores.items():
+    for key, value in alone[name].items():
+      assert values[f"{key}/{name}"] == value
+    nats += alone[name]["eval/loss"] * (store.num_tokens - 1)
+    num_tokens += store.num_tokens - 1
+    num_bytes += store.num_bytes
+  assert values["eval/loss"] == pytest.approx(nats / num_tokens)
+  assert values["eval/bits_per_byte"] == pytest.approx(nats / np.log(2) / num_bytes)
+  assert values["eval/gzip_bits_per_byte"] == pytest.approx(7.5)
+  line = describe_evaluation(values)
+  assert f"stdlib {values['eval/loss/stdlib']:.3f}, files:a b/* " in line
+  first = figures(batches, 1)
+  for name in stores:
+    assert first[f"eval/loss/{name}"] == figures(batches[name], 1)["eval/loss"]
+  assert "eval/gzip_bits_per_byte" not in first

@@ -21,7 +21,7 @@ from flaxlm.benchmark.report import Result
 from flaxlm.benchmark.texts import python_sources
 from flaxlm.config import DataConfig
 from flaxlm.data.batches import Batches
-from flaxlm.data.prepare import TokenStore
+from flaxlm.data.stores import TokenStore
 from flaxlm.tokenizers import Tokenizer, train_tokenizer
 
 BATCHES = 50  # per call
