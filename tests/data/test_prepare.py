@@ -272,14 +272,17 @@ def test_the_tokenizer_of_pairs_knows_both_sides(pairs: str):
     assert num_tokens < 0.9 * sum(map(len, of_other_side.encode_batch(this)))
 
 
-def test_a_second_call_for_pairs_writes_and_says_nothing(pairs: str, tmp_path: Path):
+def test_a_second_call_for_pairs_writes_nothing_and_says_only_what_is_left_out(
+  pairs: str, tmp_path: Path
+):
   lines: list[str] = []
   first = prepare_pairs(pairs, log=lines.append)
-  assert " pairs (" in lines[0]
+  left_out, prepared = lines[:2]
+  assert "; left out are " in left_out and " pairs (" in prepared
   before = stored(tmp_path / "data")
   lines.clear()
   second = prepare_pairs(pairs, log=lines.append)
-  assert lines == []
+  assert lines == [left_out]
   assert stored(tmp_path / "data") == before
   assert second.fingerprint == first.fingerprint
   assert np.array_equal(second.train.target.tokens, first.train.target.tokens)
