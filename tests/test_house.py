@@ -38,6 +38,7 @@ ROWS = [
   ["config"],
   ["checkpoint", "distributed", "platform", "sharding", "tokenizers"],
   ["runs"],
+  ["chat"],
   ["data", "nn"],
   ["decoding"],
   ["interop", "training"],
@@ -377,7 +378,7 @@ def test_nothing_runs_what_it_reads():
 
 # What these print is read by Python, which knows NaN: each is its own child process.
 THEIR_OWN_READERS = {"benchmark.suites.compile", "benchmark.suites.train"}
-THEIR_OWN_READERS |= {"decoding.template"}  # a model reads it, as transformers writes it
+THEIR_OWN_READERS |= {"chat.template"}  # a model reads it, as transformers writes it
 
 
 def test_what_is_written_as_json_is_json():

@@ -277,7 +277,8 @@ def answer_in_chat(
 
   The prompt is the whole conversation, of which only what is new is read.
   """
-  from flaxlm.decoding.chat import Conversation, load_chat
+  from flaxlm.chat.templates import load_chat
+  from flaxlm.decoding.chat import Conversation
   from flaxlm.decoding.completions import complete_request, make_request
   from flaxlm.decoding.generate import PrefixCache
   from flaxlm.decoding.sampling import stack_settings

@@ -214,7 +214,10 @@ def make_request(
   that `has_specials`, as a chat template writes it, gets none around it.
   """
   tokenizer = run.tokenizer
-  encoded = [tokenizer.encode(prompt) for prompt in prompts]
+  if has_specials:
+    encoded = [ids.tolist() for ids, _ in tokenizer.encode_chats(prompts)]
+  else:
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
   framed = lambda ids, role: ids if has_specials else tokenizer.framed(ids, role)
   sources = None
   if run.cfg.model.family == "encoder_decoder":

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from flaxlm.chat.templates import load_special_tokens, load_templates
 from flaxlm.config import ResolvedModel
-from flaxlm.decoding.chat import load_special_tokens, load_templates
 from flaxlm.decoding.loading import Run
 from flaxlm.errors import CheckpointError, ConfigError, first_line
 from flaxlm.interop.families import FAMILIES

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flaxlm.chat.templates import Chat, Message, Talk, load_chat
 from flaxlm.config import parse_mesh
 from flaxlm.data.storage import data_dir
-from flaxlm.decoding.chat import Chat, Message, load_chat
 from flaxlm.decoding.completions import Stopping
 from flaxlm.decoding.jobs import PromptJob
-from flaxlm.decoding.loading import load_run
+from flaxlm.decoding.loading import Run, load_run
 from flaxlm.decoding.sampling import SamplingSettings
 from flaxlm.decoding.scoring import read_ids, score_continuations, score_rolling
 from flaxlm.decoding.tasks import WRITTEN_AT_A_TIME, fit_job, write_answers
@@ -24,6 +24,7 @@ from flaxlm.errors import ConfigError, FlaxLMError
 from flaxlm.platform import start_jax
 from flaxlm.runs import find_run
 from flaxlm.sharding import make_mesh
+from flaxlm.tokenizers import ImportedTokenizer
 
 try:
   from lm_eval.api.model import LM
@@ -136,19 +137,26 @@ class FlaxLM(LM):
       raise ConfigError(
         "flaxlm does not begin the assistant's answer", "leave gen_prefix out of the task"
       )
-    return self._chat().render(chat_history)
+    return chat_of(self.run).render(chat_history)
 
   def chat_template(self, chat_template: bool | str = False) -> str | None:
     """The text of the run's template, by which the harness tells caches apart."""
-    return self._chat().choose(for_tools=False) if chat_template else ""
+    chat = chat_of(self.run)
+    return chat.templates[chat.choose(Talk([]))] if chat_template else ""
 
-  def _chat(self) -> Chat:
-    chat = load_chat(self.run.path)
-    if chat is None:
-      raise ConfigError(
-        f"{self.run.path} has no chat template", "leave out --apply_chat_template"
-      )
-    return chat
+
+def chat_of(run: Run) -> Chat:
+  """The run's chat template. Raises `ConfigError` if it has none that the harness can use:
+  it takes prompts as texts, in which a tokenizer of ours reads no special tokens."""
+  chat, cure = load_chat(run.path), "leave out --apply_chat_template"
+  if chat is None:
+    raise ConfigError(f"{run.path} has no chat template", cure)
+  if not isinstance(run.tokenizer, ImportedTokenizer):
+    raise ConfigError(
+      f"{run.path} has a tokenizer that reads no special tokens in a text",
+      f"{cure}, or export the run and use --model hf",
+    )
+  return chat
 
 
 def job_of(context: str, settings: Mapping[str, Any], number: int) -> PromptJob:

@@ -17,6 +17,7 @@ import tokenizers
 from jax.sharding import Mesh
 from tokenizers import processors
 
+from flaxlm.chat.templates import MORE_TEMPLATES, TEMPLATE
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import (
   OBJECTIVES,
@@ -25,7 +26,6 @@ from flaxlm.config import (
   TrainingConfig,
   to_json,
 )
-from flaxlm.decoding.chat import MORE_TEMPLATES, TEMPLATE
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.pooling import FILES as POOLING_FILES
 from flaxlm.errors import CheckpointError, first_line

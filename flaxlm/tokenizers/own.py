@@ -83,6 +83,22 @@ class Vocabulary:
       batch = self._backend.encode_batch_fast(texts, add_special_tokens=False)
     return [np.array(encoding.ids, np.uint32) for encoding in batch]
 
+  def encode_chats(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids, the characters (start, end) of each) of each text as a chat template writes
+    it: the name of a special token is that token, and no other is added."""
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]
+    with rust_errors("cannot encode the text"):
+      batch = self._chat_backend.encode_batch(texts, add_special_tokens=False)
+    return [
+      (np.array(one.ids, np.uint32), np.array(one.offsets, np.int64).reshape(-1, 2))
+      for one in batch
+    ]
+
+  @functools.cached_property
+  def _chat_backend(self) -> tokenizers.Tokenizer:
+    """It reads the names of special tokens as these."""
+    return self._backend
+
   def token_bytes(self) -> np.ndarray:
     """How many bytes of text each id stands for, (V,) int32; 0 for specials."""
     return np.array([len(piece) for piece in self._pieces], np.int32)
@@ -177,6 +193,10 @@ class Tokenizer(Vocabulary):
     return [
       np.frombuffer(b"".join(map(known.__getitem__, words)), np.uint32) for words in split
     ]
+
+  @functools.cached_property
+  def _chat_backend(self) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(self.to_json())  # with names that are special
 
   def decode(self, ids: Iterable[int]) -> str:
     """The text of `ids`; bytes that are not UTF-8 become U+FFFD.

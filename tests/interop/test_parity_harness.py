@@ -15,6 +15,7 @@ from test_parity import pytestmark as parity_marks
 from test_transfer import own_run
 from tiny_models import LLAMA
 
+from flaxlm.chat.templates import CHAT, plain_chat
 from flaxlm.config import ModelConfig
 from flaxlm.decoding.loading import load_run
 from flaxlm.decoding.tasks import evaluate_tasks, read_tasks
@@ -214,4 +215,8 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
   path = own_run(tmp_path, ModelConfig(width=32, depth=1, context=64))
   model = FlaxLM(str(path))
   with pytest.raises(ConfigError, match="has no chat template"):
+    model.apply_chat_template([{"role": "user", "content": "a"}])
+  chat = plain_chat(model.run.tokenizer, path)
+  (path / CHAT).write_text(chat.to_json())
+  with pytest.raises(ConfigError, match="reads no special tokens in a text"):
     model.apply_chat_template([{"role": "user", "content": "a"}])

@@ -204,3 +204,65 @@ TEMPLATES = {
   for name, text in list(globals().items())
   if name.isupper() and isinstance(text, str)
 }
+
+# The statement of each that writes what the assistant says, for a mark around it.
+ANSWERS = {
+  "zephyr": (
+    "{{ '<|assistant|>\n'  + message['content'] + eos_token }}",
+    "{{ '<|assistant|>\n' }}{% generation %}{{ message['content'] + eos_token }}"
+    "{% endgeneration %}\n",
+  ),
+  "chatml": (
+    "{{- '<|im_start|>' ~ message.role ~ '\n' ~ message.content | trim ~ '<|im_end|>' "
+    "~ '\n' }}",
+    "{{- '<|im_start|>' ~ message.role ~ '\n' }}{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content | trim ~ '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message.content | trim ~ '<|im_end|>' }}{% endif %}{{ '\n' }}",
+  ),
+  "llama_2": (
+    "{{ ' ' + content.strip() + ' ' + eos_token }}",
+    "{% generation %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endgeneration %}",
+  ),
+  "llama_3": (
+    "{{- message['content'] | trim + '<|eot_id|>' }}",
+    "{%- if message.role == 'assistant' %}{%- generation %}"
+    "{{- message['content'] | trim + '<|eot_id|>' }}{%- endgeneration %}{%- else %}"
+    "{{- message['content'] | trim + '<|eot_id|>' }}{%- endif %}",
+  ),
+  "gemma": (
+    "{{ message['content'] | trim }}",
+    "{%- if role == 'model' -%}{%- generation -%}{{ message['content'] | trim }}"
+    "{%- endgeneration -%}{%- else -%}{{ message['content'] | trim }}{%- endif -%}",
+  ),
+  "mistral": (
+    '{{ " " + message["content"]|trim + eos_token}}',
+    '{%- generation %}{{ " " + message["content"]|trim + eos_token}}{% endgeneration %}',
+  ),
+  "qwen_3": (
+    "{{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}",
+    "{{- '<|im_start|>' + message.role + '\\n' }}{%- if message.role == 'assistant' %}"
+    "{%- generation %}{{ content + '<|im_end|>' }}{%- endgeneration %}{%- else %}"
+    "{{- content + '<|im_end|>' }}{%- endif %}{{- '\\n' }}",
+  ),
+  "deepseek": (
+    "{{'<｜Assistant｜>' + message['content'] | replace('a', 'b') ~ "
+    "'<｜end▁of▁sentence｜>'}}",
+    "{{'<｜Assistant｜>'}}{% generation %}{{ message['content'] | replace('a', 'b') ~ "
+    "'<｜end▁of▁sentence｜>'}}{% endgeneration %}",
+  ),
+  "phi": (
+    """{{ "{}\n".format(m.content) }}""",
+    """{% if m.role == 'assistant' %}{% generation %}{{ "{}\n".format(m.content) }}"""
+    """{% endgeneration %}{% else %}{{ "{}\n".format(m.content) }}{% endif %}""",
+  ),
+}
+
+
+def marked(name: str) -> str:
+  """A template with `{% generation %}` around what the assistant says."""
+  before, after = ANSWERS[name]
+  assert before in TEMPLATES[name]
+  return TEMPLATES[name].replace(before, after)
+
+
+MARKED = {"granite": GRANITE} | {name: marked(name) for name in ANSWERS}
