@@ -640,6 +640,41 @@ DATA = [
     "data/test_objectives.py",
   ),
   Defect(
+    "the token before an answer carries its loss",
+    "flaxlm/data/objectives.py",
+    "np.where(windows.begins_BX, 0, windows.weights_BX)[:, 1:]",
+    "np.where(windows.begins_BX, 0, windows.weights_BX)[:, :-1]",
+    "data/test_chat_rows.py",
+  ),
+  Defect(
+    "a conversation that is cut before its answer is kept",
+    "flaxlm/data/rows.py",
+    "store.weights[start + 1 : start + width].any()",
+    "store.weights[start + 1 :].any()",
+    "data/test_chat_rows.py",
+  ),
+  Defect(
+    "what the user says is learnt",
+    "flaxlm/data/conversations.py",
+    "weights_T |= (starts_T < end) & (ends_T > start)",
+    "weights_T |= starts_T < end",
+    "data/test_conversations.py",
+  ),
+  Defect(
+    "what the template has is forgotten in the name of stored tokens",
+    "flaxlm/data/prepare.py",
+    "() if chat is None else (chat.fingerprint,)",
+    "()",
+    "data/test_conversations.py",
+  ),
+  Defect(
+    "an answer begins after its first token",
+    "flaxlm/chat/template.py",
+    "self.spans.append((self.size, self.size + len(text)))",
+    "self.spans.append((self.size + 1, self.size + len(text)))",
+    "data/test_conversations.py",
+  ),
+  Defect(
     "a source keeps its bos and loses its end",
     "flaxlm/data/objectives.py",
     "source_BS=read.targets_BT,",
@@ -740,8 +775,8 @@ DATA = [
   Defect(
     "tokens of another tokenizer are taken for this one's",
     "flaxlm/data/prepare.py",
-    "return _key(self.corpus.fingerprint, tokenizer.fingerprint, *pairs, *self.chosen)",
-    "return _key(self.corpus.fingerprint, *pairs, *self.chosen)",
+    "return _key(self.corpus.fingerprint, tokenizer.fingerprint, *kind, *self.chosen)",
+    "return _key(self.corpus.fingerprint, *kind, *self.chosen)",
     "data/test_prepare.py",
   ),
   Defect(

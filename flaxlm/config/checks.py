@@ -98,10 +98,16 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
   yield from _model_contradictions(cfg)
   yield from _head_contradictions(cfg)
   objective = OBJECTIVES[cfg.model.family]
-  if cfg.data.objective != objective:
+  learnt = (objective, "chat") if objective == "next_token" else (objective,)
+  if cfg.data.objective not in learnt:
     yield (
       f"{named('model.family')} cannot learn {named('data.objective')}",
       f"set --data.objective={objective}",
+    )
+  if cfg.data.objective == "chat" and cfg.data.deduplicate != "none":
+    yield (
+      f"{named('data.deduplicate')} is for documents, not for conversations",
+      "leave it out",
     )
   if cfg.data.seq_len > cfg.model.context:
     yield (

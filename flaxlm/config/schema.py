@@ -43,8 +43,10 @@ class DataConfig:
     "stdlib | files:GLOB | tfds:NAME[/CONFIG][:VERSION] | gettext:LANG, or several with "
     "their shares of tokens: '0.7 stdlib + 0.3 files:GLOB'",
   )
-  objective: Literal["next_token", "masked", "seq2seq"] = knob(
-    "next_token", "what is predicted: the next token, masked tokens, or a pair's target"
+  objective: Literal["next_token", "masked", "seq2seq", "chat"] = knob(
+    "next_token",
+    "what is predicted: the next token, masked tokens, a pair's target, or what the "
+    "assistant says in a chat",
   )
   text_field: str = knob("text", "the field of .jsonl and .parquet files that is read")
   deduplicate: Literal["none", "exact", "near"] = knob(

@@ -15,7 +15,15 @@ import numpy as np
 
 from flaxlm.config import DataConfig
 from flaxlm.data.objectives import Batch
-from flaxlm.data.rows import PADDING, MixedRows, Rows, make_rows, text_bytes
+from flaxlm.data.rows import (
+  PADDING,
+  ChatRows,
+  MixedRows,
+  Rows,
+  TextRows,
+  make_rows,
+  text_bytes,
+)
 from flaxlm.data.schedule import Schedule
 from flaxlm.data.stores import Store, TokenStore
 from flaxlm.errors import DataError
@@ -76,7 +84,7 @@ class Batches:
       rows = grain.MapDataset.concatenate(
         [rows, grain.MapDataset.source([PADDING] * missing)]
       )
-    self.store = store
+    self.store, self.objective = store, cfg.objective
     self._size = batch_size // num_parts
     self._mine, self._num_parts = tuple(parts), num_parts
     self._parts = rows.batch(self._size, drop_remainder=True)
@@ -98,14 +106,23 @@ class Batches:
     finally:
       iterator.close()
 
+  @property
+  def notes(self) -> list[str]:
+    """What happened to text that did not fit into rows."""
+    rows = self._rows
+    sources = rows.sources if isinstance(rows, MixedRows) else [rows]
+    return [note for one in sources if isinstance(one, ChatRows) for note in one.notes]
+
   def num_bytes(self, num_batches: int, sizes_V: np.ndarray) -> int:
     """The bytes of text that the targets of the first batches, of all processes, stand for.
 
     `sizes_V` are the bytes of each id. They are not asked for a whole text, whose bytes are
     known: an id may stand for other bytes than its own, as where a tokenizer drops blanks.
     """
-    if num_batches == self.num_batches and isinstance(self.store, TokenStore):
-      return self.store.num_bytes
+    store = self.store
+    if num_batches == self.num_batches and isinstance(self._rows, TextRows):
+      assert isinstance(store, TokenStore)
+      return store.num_bytes
     parts = (self._parts[n] for n in range(num_batches * self._num_parts))
     return sum(text_bytes(self._rows.windows(rows_B), sizes_V) for rows_B in parts)
 

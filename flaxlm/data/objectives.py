@@ -31,6 +31,7 @@ class Windows(NamedTuple):
   tokens_BX: np.ndarray
   begins_BX: np.ndarray  # whether a document begins with this token
   lengths_B: np.ndarray  # what comes after so many tokens is padding
+  weights_BX: np.ndarray | None = None  # of conversations: what each token counts
 
 
 class Masking(NamedTuple):
@@ -60,6 +61,17 @@ def next_token(windows: Windows, end_id: int) -> Batch:
   )
 
 
+def answers(windows: Windows, end_id: int) -> Batch:
+  """Each token predicts the next one of its conversation, which counts by its weight.
+
+  `windows` are of T + 1 tokens, and have weights.
+  """
+  assert windows.weights_BX is not None
+  batch = next_token(windows, end_id)
+  weights_BT = np.where(windows.begins_BX, 0, windows.weights_BX)[:, 1:]
+  return batch._replace(weights_BT=batch.weights_BT * weights_BT.astype(np.float32))
+
+
 def masked(windows: Windows, masking: Masking, random_3BT: np.ndarray) -> Batch:
   """Some tokens are hidden and predicted from all others (Devlin et al., 2019, 3.1).
 
@@ -68,7 +80,7 @@ def masked(windows: Windows, masking: Masking, random_3BT: np.ndarray) -> Batch:
   sees is right. Special tokens are never predicted, nor is what begins a document.
   `random_3BT`, uniform in [0, 1), decides it all. `windows` are of T tokens.
   """
-  tokens_BT, begins_BT, _ = windows
+  tokens_BT, begins_BT, *_ = windows
   real_BT = _real(windows)
   positions_BT, segments_BT = _places(begins_BT, real_BT)
   text_BT = real_BT & ~begins_BT & np.isin(tokens_BT, masking.ordinary_ids)

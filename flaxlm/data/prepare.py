@@ -3,9 +3,10 @@
 
 Each document is `bos` and its ids; documents follow one another in a fixed order. Where
 each begins is stored beside the ids: tokenizers of others may find `bos` inside of a text
-too. A corpus of pairs becomes two such arrays, of the sources and of the targets. The
-results are found again by the fingerprints of the corpus and of the tokenizer, which costs
-only the time to hash the corpus.
+too. A corpus of pairs becomes two such arrays, of the sources and of the targets. Of
+conversations each token's weight in the loss is stored too, and a chat template writes all
+of their special tokens. The results are found again by the fingerprints of the corpus and
+of the tokenizer, which costs only the time to hash the corpus.
 """
 
 import contextlib
@@ -22,7 +23,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flaxlm.chat.templates import Chat, check_jinja, load_chat, plain_chat
 from flaxlm.config import TokenizerConfig
+from flaxlm.data.conversations import Talks, write_lessons
 from flaxlm.data.corpus import WHOLE, Corpus, Log
 from flaxlm.data.duplicates import Chosen, kept_texts
 from flaxlm.data.mixtures import Mixture, parse_mixture
@@ -30,7 +33,7 @@ from flaxlm.data.sources import TEXT_FIELD, find_corpus, read_documents, read_pa
 from flaxlm.data.storage import data_dir, locked, new_folder, to_stderr
 from flaxlm.data.stores import MixedStore, PairStore, Store, TokenStore
 from flaxlm.data.tokenizing import forget_progress, num_characters, write_tokens
-from flaxlm.errors import DataError
+from flaxlm.errors import ConfigError, DataError
 from flaxlm.strict_json import to_json
 from flaxlm.tokenizers import MASK, AnyTokenizer, load_tokenizer, train_tokenizer
 
@@ -53,6 +56,7 @@ class Prepared:
   train: Store
   validation: Store
   fingerprint: str
+  chat: Chat | None = None  # that conversations are written in
 
 
 class _Found(NamedTuple):
@@ -61,6 +65,7 @@ class _Found(NamedTuple):
   tokenizer: AnyTokenizer
   stores: tuple[Store, ...]  # one of each split
   fingerprint: str
+  chat: Chat | None
 
 
 def prepare(
@@ -71,27 +76,30 @@ def prepare(
   meanwhile: Callable[[], object] = lambda: None,
   text_field: str = TEXT_FIELD,
   deduplicate: str = "none",
+  chat_folder: Path | None = None,
 ) -> Prepared:
   """The tokens of `corpus`, which may be a mixture (see `find_corpus`, `parse_mixture`);
   they are made only if they are not stored.
 
   The objective (see `DataConfig`) decides what is read: pairs for seq2seq, whose stores are
-  `PairStore`s, and documents otherwise. For masked the tokenizer has `[MASK]`. A mixture
+  `PairStore`s, conversations for chat, and documents otherwise. For masked the tokenizer
+  has `[MASK]`. The chat template is that of `chat_folder`, a run or where a tokenizer.json
+  is; by default that of the config's tokenizer, or else a plain one. A mixture
   has one tokenizer, trained on a sample in its shares; its stores are `MixedStore`s.
   Several processes may call this at once: one prepares, the others wait. `log` takes lines
   about progress. `meanwhile` is called before long work, so that it can start other work in
   parallel. Raises `DataError`.
   """
-  mixture = parse_mixture(corpus)
+  mixture, chat = parse_mixture(corpus), _load_chat(cfg, objective, chat_folder)
   plans = []
   for name in (corpus,) if mixture is None else mixture.corpora:
-    found_corpus = find_corpus(name, log, text_field=text_field)
-    plans.append(_Plan(found_corpus, cfg, objective, data_dir(), deduplicate))
+    found_corpus = _find_corpus(name, log, objective, text_field)
+    plans.append(_Plan(found_corpus, cfg, objective, data_dir(), deduplicate, chat))
   if mixture is not None and cfg.path is None:
     plans = _with_one_tokenizer(plans, mixture, log, meanwhile)
   found = [_find_or_build(plan, log, meanwhile) for plan in plans]
-  tokenizer, (train, validation), fingerprint = _together(found, mixture)
-  return Prepared(tokenizer, train, validation, fingerprint)
+  tokenizer, (train, validation), fingerprint, chat = _together(found, mixture)
+  return Prepared(tokenizer, train, validation, fingerprint, chat)
 
 
 def prepare_whole(
@@ -103,12 +111,43 @@ def prepare_whole(
 ) -> Store:
   """All tokens of a corpus by the tokenizer of a file, not split; see `prepare`."""
   mixture, cfg = parse_mixture(corpus), TokenizerConfig(path=str(tokenizer))
-  found = []
+  found, chat = [], _load_chat(cfg, objective, None)
   for name in (corpus,) if mixture is None else mixture.corpora:
-    part = find_corpus(name, log, whole=True, text_field=text_field)
-    found.append(_find_or_build(_Plan(part, cfg, objective, data_dir()), log))
+    part = _find_corpus(name, log, objective, text_field, whole=True)
+    found.append(_find_or_build(_Plan(part, cfg, objective, data_dir(), chat=chat), log))
   (store,) = _together(found, mixture).stores
   return store
+
+
+def _find_corpus(
+  name: str, log: Log, objective: str, text_field: str, whole: bool = False
+) -> Corpus:
+  """`find_corpus`; for chat it has conversations, or `ConfigError` or `DataError`."""
+  if objective == "chat" and not name.startswith("files:"):
+    raise ConfigError(
+      f"data.corpus={name!r} has no conversations, which data.objective=chat needs",
+      "name files of them, as in --data.corpus=files:chats.jsonl",
+    )
+  corpus = find_corpus(name, log, whole, text_field)
+  if objective == "chat" and not corpus.record_files:
+    raise DataError(
+      f"{name} has no files of conversations, which data.objective=chat needs",
+      "they are lines of .jsonl, or rows of .parquet",
+    )
+  if objective == "chat" and corpus.documents:
+    others = {document.name for document in corpus.documents}
+    log(f"{name}: not read are files without records: {len(others)}, as {min(others)}")
+  return corpus
+
+
+def _load_chat(cfg: TokenizerConfig, objective: str, folder: Path | None) -> Chat | None:
+  """The template for conversations; None for the plain one, and where there are none."""
+  if objective != "chat":
+    return None
+  check_jinja("data.objective=chat")
+  if folder is None and cfg.path is not None:
+    folder = Path(cfg.path).parent
+  return None if folder is None else load_chat(folder)
 
 
 def _together(found: Sequence[_Found], mixture: Mixture | None) -> _Found:
@@ -121,7 +160,7 @@ def _together(found: Sequence[_Found], mixture: Mixture | None) -> _Found:
   stores = tuple(MixedStore(sources, mixture.weights) for sources in named)
   prints = [source.fingerprint for source in found]
   fingerprint = _key("mixture", mixture.weights, prints)
-  return _Found(found[0].tokenizer, stores, fingerprint)
+  return _Found(found[0].tokenizer, stores, fingerprint, found[0].chat)
 
 
 def _with_one_tokenizer(
@@ -208,11 +247,13 @@ class _Plan:
   objective: str
   root: Path
   deduplicate: str = "none"
+  chat: Chat | None = None
 
   @property
   def kind(self) -> tuple[str, ...]:
     """The part of a key for what a result depends on besides text and tokenizer."""
-    return {"next_token": (), "masked": ("masked",), "seq2seq": ("pairs",)}[self.objective]
+    kinds = {"masked": ("masked",), "seq2seq": ("pairs",), "chat": ("chat",)}
+    return kinds.get(self.objective, ())
 
   @property
   def chosen(self) -> tuple[str, ...]:
@@ -232,8 +273,15 @@ class _Plan:
 
   def fingerprint(self, tokenizer: AnyTokenizer) -> str:
     """The fingerprint of the tokens."""
-    pairs = self.kind if self.objective == "seq2seq" else ()
-    return _key(self.corpus.fingerprint, tokenizer.fingerprint, *pairs, *self.chosen)
+    kind, chat = self.kind if self.objective != "masked" else (), self.chat_for(tokenizer)
+    kind += () if chat is None else (chat.fingerprint,)
+    return _key(self.corpus.fingerprint, tokenizer.fingerprint, *kind, *self.chosen)
+
+  def chat_for(self, tokenizer: AnyTokenizer) -> Chat | None:
+    """The template of conversations; the plain one depends on the tokenizer."""
+    if self.objective != "chat" or self.chat is not None:
+      return self.chat
+    return plain_chat(tokenizer, self.tokenizer_path.parent)
 
   def texts(self, log: Log) -> dict[str, dict[str, Sequence[str]]]:
     """The texts of each split, by the name of the file for their tokens."""
@@ -268,6 +316,8 @@ class _Plan:
 
   def _all_texts(self, split: str, log: Log) -> dict[str, Sequence[str]]:
     folder = self.root / "tfds"
+    if self.objective == "chat":
+      return {split: Talks(self.corpus).texts(split)}
     if self.objective != "seq2seq":
       return {split: read_documents(self.corpus, split, folder, log)}
     sides = zip(SIDES, read_pairs(self.corpus, split, folder), strict=True)
@@ -292,29 +342,43 @@ def _find(plan: _Plan) -> _Found | None:
   folder = plan.root / "tokens" / fingerprint
   try:
     meta = json.loads((folder / "meta.json").read_text())
-    open_split = _open_pairs if plan.objective == "seq2seq" else _open
-    splits = plan.corpus.splits
-    stores = tuple(open_split(folder, meta, split, tokenizer) for split in splits)
+    stores = tuple(
+      _open_split(plan.objective, folder, meta, split, tokenizer)
+      for split in plan.corpus.splits
+    )
   except (OSError, ValueError, KeyError, TypeError):
     return None
-  return _Found(tokenizer, stores, fingerprint)
+  return _Found(tokenizer, stores, fingerprint, plan.chat_for(tokenizer))
 
 
-def _open_pairs(
-  folder: Path, meta: dict[str, Any], name: str, tokenizer: AnyTokenizer
-) -> PairStore:
-  return PairStore(*(_open(folder, meta, f"{name}.{side}", tokenizer) for side in SIDES))
+def _open_split(
+  objective: str, folder: Path, meta: dict[str, Any], name: str, tokenizer: AnyTokenizer
+) -> Store:
+  if objective == "seq2seq":
+    return PairStore(*(_open(folder, meta, f"{name}.{side}", tokenizer) for side in SIDES))
+  if objective != "chat":
+    return _open(folder, meta, name, tokenizer)
+  weights = np.load(folder / f"{name}.weights.npy", mmap_mode="r")
+  if len(weights) != meta[name]["num_tokens"]:
+    raise ValueError(f"{len(weights)} weights of {meta[name]['num_tokens']} tokens")
+  return _open(folder, meta, name, tokenizer, weights)
 
 
 def _open(
-  folder: Path, meta: dict[str, Any], name: str, tokenizer: AnyTokenizer
+  folder: Path,
+  meta: dict[str, Any],
+  name: str,
+  tokenizer: AnyTokenizer,
+  weights: np.ndarray | None = None,
 ) -> TokenStore:
   """A stored array. Raises `ValueError` if its length is not the one in `meta`."""
   about = meta[name]
   tokens = np.load(folder / f"{name}.npy", mmap_mode="r")
   if len(tokens) != about["num_tokens"]:
     raise ValueError(f"{len(tokens)} tokens instead of {about['num_tokens']}")
-  if tokens[0] != tokenizer.bos_id:  # one tokenizer.json may serve with several
+  if (
+    weights is None and tokens[0] != tokenizer.bos_id
+  ):  # one tokenizer.json may serve with several
     raise ValueError(f"documents begin with {tokens[0]}")
   bounds = _open_bounds(folder / f"{name}.bounds.npy", tokens, tokenizer.bos_id)
   if len(bounds) != about["num_documents"] + 1:
@@ -328,6 +392,7 @@ def _open(
     gzip_bits_per_byte=about["gzip_bits_per_byte"],
     mask_id=tokenizer.mask_id,
     special_ids=tokenizer.special_ids,
+    weights=weights,
   )
 
 
@@ -347,6 +412,9 @@ def _open_bounds(path: Path, tokens: np.ndarray, bos_id: int) -> np.ndarray:
 
 def _build(plan: _Plan, log: Log) -> None:
   """Trains the tokenizer if there is none, then tokenizes both splits."""
+  if plan.objective == "chat":
+    _build_chats(plan, log)
+    return
   start, corpus = time.perf_counter(), plan.corpus
   texts = plan.texts(log)
   counts = ", ".join(f"{len(next(iter(texts[s].values()))):,} {s}" for s in texts)
@@ -373,6 +441,28 @@ def _build(plan: _Plan, log: Log) -> None:
       )
     forget_progress(partial)
     (partial / "meta.json").write_text(to_json(meta, indent=2) + "\n")
+
+
+def _build_chats(plan: _Plan, log: Log) -> None:
+  """The same of conversations."""
+  start, corpus = time.perf_counter(), plan.corpus
+  talks = Talks(corpus)
+  counts = ", ".join(f"{talks.count(split):,} {split}" for split in corpus.splits)
+  log(f"{corpus.name}: {counts} conversations ({time.perf_counter() - start:.1f} s)")
+  parts = [(talks.texts("train"), 1.0)] if plan.cfg.path is None else []
+  tokenizer = _load_or_train(plan.tokenizer_path, plan, parts, log)
+  chat = plan.chat_for(tokenizer)
+  assert chat is not None
+  start = time.perf_counter()
+  with new_folder(plan.root / "tokens" / plan.fingerprint(tokenizer)) as partial:
+    found = write_lessons(partial, talks, chat, tokenizer, log)
+    meta = {"corpus": corpus.name, "format": _FORMAT, **found}
+    (partial / "meta.json").write_text(to_json(meta, indent=2) + "\n")
+  for split, about in found.items():
+    log(
+      f"{split}: {about['num_tokens']:,} tokens, of which {about['num_learnt']:,} carry "
+      f"loss ({time.perf_counter() - start:.1f} s)"
+    )
 
 
 def _load_or_train(

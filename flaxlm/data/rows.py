@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each row of a batch holds: a window of a text, or as many pairs as fit.
+"""What each row of a batch holds: a window of a text, or as many pairs or conversations
+as fit.
 
 Which tokens are in which row is decided when the store is opened. A row is a contiguous
 part of the stored tokens, so it costs the same to read everywhere in the corpus. Where
@@ -14,7 +15,15 @@ from typing import Any
 import numpy as np
 
 from flaxlm.config import DataConfig
-from flaxlm.data.objectives import Batch, Masking, Windows, masked, next_token, seq2seq
+from flaxlm.data.objectives import (
+  Batch,
+  Masking,
+  Windows,
+  answers,
+  masked,
+  next_token,
+  seq2seq,
+)
 from flaxlm.data.stores import MixedStore, PairStore, Store, TokenStore
 from flaxlm.errors import DataError
 
@@ -59,7 +68,7 @@ class TextRows:
       ],
       axis=1,
     )
-    tokens_BX, begins_BX, lengths_B = windows
+    tokens_BX, begins_BX, lengths_B, _ = windows
     return masked(
       Windows(tokens_BX[:, :-1], begins_BX[:, :-1], lengths_B), self.masking, random_3BT
     )
@@ -111,6 +120,65 @@ class PairRows:
     return _windows(store, starts_R[rows_B], lengths_B, width + 1)
 
 
+class ChatRows:
+  """A row holds the next conversations, in stored order, that fit into T + 1 tokens.
+
+  The last token of a row is only predicted. A conversation that is too long has a row of
+  its own and is cut at its end; if nothing before the cut carries loss, it is dropped.
+  """
+
+  def __init__(self, store: TokenStore, cfg: DataConfig):
+    """Raises `DataError` if all are dropped, or the stored conversations are damaged."""
+    assert store.weights is not None, "the store is made for this objective"
+    self.store, self.seq_len = store, cfg.seq_len
+    starts_P, width = store.bounds, cfg.seq_len + 1
+    first_R = _first_pairs((starts_P,), (width,))
+    self.starts_R = starts_P[first_R[:-1]]
+    self.lengths_R = np.minimum(starts_P[first_R[1:]] - self.starts_R, width)
+    # A conversation that is whole carries loss; what is dropped was alone in its row.
+    cut_R = np.flatnonzero(np.diff(starts_P[first_R]) > width)
+    is_kept_R = np.ones(len(self.starts_R), bool)
+    for row in cut_R:
+      start = self.starts_R[row]
+      is_kept_R[row] = store.weights[start + 1 : start + width].any()
+    self.num_dropped = int(np.sum(~is_kept_R))
+    self.num_cut = len(cut_R) - self.num_dropped
+    self.starts_R, self.lengths_R = self.starts_R[is_kept_R], self.lengths_R[is_kept_R]
+    self.num_rows = len(self.starts_R)
+    if not self.num_rows:
+      raise DataError(
+        f"no conversation has an answer in its first {width} tokens",
+        f"set --data.seq-len to more than {cfg.seq_len}",
+      )
+
+  def batch(self, rows_B: np.ndarray, places_B: np.ndarray) -> Batch:
+    """The rows with these numbers; their places do not matter."""
+    return answers(self.windows(rows_B), self.store.end_id)
+
+  def windows(self, rows_B: np.ndarray) -> Windows:
+    """What the rows with these numbers are made of, T + 1 tokens each."""
+    starts_B, width = self.starts_R[rows_B], self.seq_len + 1
+    lengths_B = np.where(rows_B == PADDING, 0, self.lengths_R[rows_B])
+    windows = _windows(self.store, starts_B, lengths_B, width)
+    weights = self.store.weights
+    assert weights is not None
+    index_BX = (starts_B[:, None] + np.arange(width)) % len(weights)
+    return windows._replace(weights_BX=weights[index_BX])
+
+  @property
+  def notes(self) -> list[str]:
+    """What happened to conversations that are too long."""
+    counts = (
+      (self.num_cut, "cut at their end"),
+      (self.num_dropped, "dropped, for no answer begins before that"),
+    )
+    said = [f"{count:,} {what}" for count, what in counts if count]
+    if not said:
+      return []
+    most = self.seq_len + 1
+    return [f"conversations of more than {most:,} tokens: {', '.join(said)}"]
+
+
 class MixedRows:
   """The rows of several sources: those of the first, those of the second, and so on."""
 
@@ -157,7 +225,7 @@ class MixedRows:
       yield array
 
 
-Rows = TextRows | PairRows | MixedRows
+Rows = TextRows | PairRows | ChatRows | MixedRows
 
 
 def make_rows(store: Store, cfg: DataConfig, seed: int) -> Rows:
@@ -169,20 +237,25 @@ def make_rows(store: Store, cfg: DataConfig, seed: int) -> Rows:
 
 def _rows_of(
   store: TokenStore | PairStore, cfg: DataConfig, seed: int
-) -> TextRows | PairRows:
+) -> TextRows | PairRows | ChatRows:
   if isinstance(store, PairStore):
     assert cfg.objective == "seq2seq", "the store is made for this objective"
     return PairRows(store, cfg)
   assert cfg.objective != "seq2seq", "the store is made for another objective"
+  if cfg.objective == "chat":
+    return ChatRows(store, cfg)
   return TextRows(store, cfg, seed)
 
 
 def text_bytes(windows: Windows, sizes_V: np.ndarray) -> int:
   """The bytes of text that the targets of windows stand for, by the bytes of each id.
 
-  What ends a document has none, whatever that id stands for inside of a text.
+  What ends a document has none, whatever that id stands for inside of a text, nor what has
+  no weight.
   """
   is_text_BX = ~windows.begins_BX[:, 1:]
+  if windows.weights_BX is not None:
+    is_text_BX &= windows.weights_BX[:, 1:] > 0
   is_text_BX &= np.arange(1, windows.tokens_BX.shape[1]) < windows.lengths_B[:, None]
   return int(sizes_V[windows.tokens_BX[:, 1:][is_text_BX]].sum(dtype=np.int64))
 

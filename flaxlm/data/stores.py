@@ -10,7 +10,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class TokenStore:
-  """The tokens of a split: one array, mapped from disk; each document begins with bos."""
+  """The tokens of a split: one array, mapped from disk; each document begins with bos, but
+  a conversation as its template has it."""
 
   tokens: np.ndarray
   bounds: np.ndarray  # where each document begins and, at last, where the last one ends
@@ -20,6 +21,7 @@ class TokenStore:
   gzip_bits_per_byte: float | None  # of the text under `gzip -9`; validation only
   mask_id: int | None = None  # of tokenizers for masked models
   special_ids: tuple[int, ...] = ()  # ids that are never text, such as bos and mask
+  weights: np.ndarray | None = None  # of conversations: what each token counts in the loss
 
   @property
   def num_tokens(self) -> int:

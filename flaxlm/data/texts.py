@@ -88,7 +88,7 @@ def _copy(corpus: Corpus, folder: Path, log: Log) -> None:
   if skipped.count:
     log(f"{corpus.name}: {skipped}")
   is_record = np.arange(len(hashes)) >= len(corpus.documents)
-  codes = _split(np.array(given), np.array(hashes), is_record, corpus.splits)
+  codes = split_codes(np.array(given), np.array(hashes), is_record, corpus.splits)
   for split in corpus.splits:
     if CODES[split] not in codes:
       about = f" ({skipped})" if skipped.count else ""
@@ -128,7 +128,7 @@ def _text(record: Record, file: RecordFile, skipped: Skipped) -> str:
   return text or ""
 
 
-def _split(
+def split_codes(
   given: np.ndarray, hashes: np.ndarray, is_record: np.ndarray, splits: Sequence[str]
 ) -> np.ndarray:
   """The code of each text's split, by the rules at the top of this file."""

@@ -4,8 +4,10 @@
 import shlex
 from collections.abc import Sequence
 
+from flaxlm.chat.templates import load_chat
 from flaxlm.config import without
-from flaxlm.decoding.completions import complete, search
+from flaxlm.decoding.chat import Conversation
+from flaxlm.decoding.completions import complete, complete_request, make_request, search
 from flaxlm.decoding.encoding import fill_masks
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.sampling import make_sampling
@@ -62,9 +64,22 @@ def sample(run: Run) -> tuple[str, list[list[str]]]:
       ["flaxlm", "eval", path, "--bleu"],
     ]
     return f"{prompt} => {found.completion}", more
+  if run.cfg.data.objective == "chat":
+    prompt = prompt or "Hello."
+    return f"{prompt} => {answer(run, prompt)}", [[*infer, "--interactive"]]
   sampling = make_sampling(1, temperature=0.8, top_p=0.95, seed=run.cfg.seed)
   (drawn,) = complete(run, [prompt], sampling)
   return drawn.prompt + drawn.completion, [[*infer, "--prompt", prompt or "Once"]]
+
+
+def answer(run: Run, question: str) -> str:
+  """What the model answers in its chat template. Raises `ConfigError`."""
+  chat = load_chat(run.path)
+  assert chat is not None, "it is stored with the run"
+  prompt = Conversation(chat, run).ask(question).text
+  request = make_request(run, [prompt], None, has_specials=True)
+  (found,) = complete_request(run, request, [prompt], make_sampling(1, temperature=0.0))
+  return found.completion
 
 
 def longer(arguments: Sequence[str], name: str, num_steps: int) -> str:

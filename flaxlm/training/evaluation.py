@@ -56,6 +56,7 @@ class Evaluator:
     self.num_batches = sum(self._limits.values())
     self.eval_step = jit_eval_step(model, mesh)
     self.fills = OBJECTIVES[model.cfg.family] == "masked"
+    self.answers = any(one.objective == "chat" for one in self.sources.values())
 
   def __call__(
     self, params: Any, progress: Callable[[], None] = lambda: None
@@ -84,7 +85,8 @@ class Evaluator:
     like are the figures of each source.
 
     A model that fills masks sees the text on both sides of them, so bits per byte would not
-    compare with a compressor's: its accuracy is reported instead.
+    compare with a compressor's: its accuracy is reported instead. Nor would those of
+    answers, which are given their questions.
     """
     names = [*sums]
     together = {key: sum(sums[name][key] for name in names) for key in sums[names[0]]}
@@ -100,6 +102,8 @@ class Evaluator:
     values = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
     if self.fills:
       return values | {"eval/accuracy": sums["hits"] / sums["tokens"]}
+    if self.answers:
+      return values
     num_bytes = sum(self._num_bytes[name] for name in names)
     values["eval/bits_per_byte"] = sums["nats"] / math.log(2) / max(num_bytes, 1)
     marks = [self._gzip_bits(name) for name in names]
@@ -162,6 +166,8 @@ def evaluate_run(
     f"{corpus} ({split}): {store.num_tokens:,} tokens, "
     f"{evaluator.num_batches:,} of {all_batches:,} batches to evaluate"
   )
+  for note in (note for one in batches.values() for note in one.notes):
+    log(note)
   sums = evaluator.sums(run.params, Progress(evaluator.num_batches, log))
   tokens = round(sum(of_source["tokens"] for of_source in sums.values()))
   return {**of, "tokens": tokens, **evaluator.figures(sums)}
@@ -205,6 +211,8 @@ def describe_evaluation(values: Mapping[str, Any]) -> str:
   text = f"loss {values['eval/loss']:.3f}{of_sources}, perplexity {perplexity:.1f}"
   if "eval/accuracy" in values:
     return f"{text}, {values['eval/accuracy']:.1%} of the masks filled rightly"
+  if "eval/bits_per_byte" not in values:
+    return text
   text += f", {values['eval/bits_per_byte']:.3f} bits per byte"
   gzip = values.get("eval/gzip_bits_per_byte")
   return text if gzip is None else f"{text} (gzip -9: {gzip:.3f})"

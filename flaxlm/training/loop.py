@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from flaxlm.chat.templates import CHAT
 from flaxlm.checkpoint.manifest import write_atomically
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import (
@@ -138,6 +139,8 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
         (folder / CONFIG).write_text(to_json(cfg), "utf-8")
         (folder / METRICS).write_bytes(kept_metrics)
         prepared.tokenizer.save(folder / TOKENIZER)
+        if prepared.chat is not None:
+          (folder / CHAT).write_text(prepared.chat.to_json(), "utf-8")
     reporter = Reporter(
       cfg.run_dir, first_step, cfg.training.num_steps, writes=peers.process == 0
     )
@@ -150,6 +153,8 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
       state = restore_state(store, first_step, program, mesh)
     report_start(reporter, cfg, before, first_step, flags, attention)
     reporter.log(describe(cfg, state, prepared, mesh))
+    for note in batches.notes:
+      reporter.log(note)
 
     # -- Steps.
     evaluator = Evaluator(
