@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step on conversations is that of plain PyTorch on transformers' ids and masks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from chat_templates import MARKED
+from safetensors.numpy import save_file
+from test_parity import pytestmark  # noqa: F401 - the mark is for this file too
+from tiny_models import LLAMA
+from tiny_tokenizers import llama
+
+from flaxlm.config import DataConfig, TokenizerConfig, TrainingConfig
+from flaxlm.data.batches import Batches
+from flaxlm.data.prepare import prepare
+from flaxlm.interop.huggingface import load_checkpoint
+from flaxlm.interop.transfer import import_run
+from flaxlm.nn.models import build_model
+from flaxlm.runs import TOKENIZER
+from flaxlm.sharding import make_mesh
+from flaxlm.training.step import loss_and_gradient
+
+SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+WORDS = ("the cat", "sat", "on a hat", "théâtre", "the mat and the cat", "a")
+
+
+def conversations() -> list[list[dict[str, str]]]:
+  """Of one to three turns, with answers of one word or many."""
+  draw = np.random.default_rng(0)
+  say = lambda role, most: {
+    "role": role,
+    "content": " ".join(draw.choice(WORDS, draw.integers(1, most))),
+  }
+  return [
+    [
+      turn
+      for _ in range(draw.integers(1, 4))
+      for turn in (say("user", 4), say("assistant", 9))
+    ]
+    for _ in range(12)
+  ]
+
+
+def test_a_step_on_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  """Loss and gradient to 1e-4, though rows are packed here, and each is alone there."""
+  import torch
+  import transformers
+
+  monkeypatch.setenv("FLAXLM_DATA_DIR", str(tmp_path / "data"))
+  backend, hub = llama(), tmp_path / "hub"
+  backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+  sizes = LLAMA | dict(vocab_size=backend.get_vocab_size(), max_position_embeddings=512)
+  torch.manual_seed(0)
+  model: Any = transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(**sizes, initializer_range=0.3)
+  )
+  model.save_pretrained(hub)
+  backend.save(str(hub / TOKENIZER))
+  settings = SPECIALS | {"chat_template": MARKED["chatml"]}
+  (hub / "tokenizer_config.json").write_text(json.dumps(settings))
+  talks, file = conversations(), tmp_path / "chats" / "train.jsonl"
+  file.parent.mkdir()
+  file.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+  (file.parent / "validation.jsonl").write_text(json.dumps({"messages": talks[0]}))
+
+  mesh = make_mesh({"data": 8})
+  loaded, _ = import_run(hub, tmp_path / "run", mesh)
+  cfg = TokenizerConfig(path=str(tmp_path / "run" / TOKENIZER))
+  prepared = prepare(f"files:{file.parent}", cfg, lambda line: None, "chat")
+  data = DataConfig(objective="chat", seq_len=400, batch_size=16)
+  batches = Batches(prepared.train, data, vocab_size=loaded.cfg.num_ids)
+  assert batches.num_batches == 1
+  batch = batches[0]
+  step = jax.jit(loss_and_gradient, static_argnums=(0, 1))
+  ours = build_model(loaded.cfg)
+  params = jax.device_get(loaded.params)
+  found, gradient = step(ours, TrainingConfig(), params, batch, jax.random.key(0))
+  count = batch.weights_BT.sum()
+
+  theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIALS)
+  total, num_targets = 0.0, 0
+  for talk in talks:
+    row = theirs.apply_chat_template(
+      talk,
+      chat_template=MARKED["chatml"],
+      return_assistant_tokens_mask=True,
+      return_dict=True,
+    )
+    ids, mask = torch.tensor([row["input_ids"]]), torch.tensor([row["assistant_masks"]])
+    labels = torch.where(mask == 1, ids, -100)
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    total += torch.nn.functional.cross_entropy(
+      logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
+    num_targets += int(mask[:, 1:].sum())
+  loss = total / num_targets
+  loss.backward()
+
+  assert count == num_targets and len({*batch.weights_BT.sum(1).tolist()}) > 1
+  assert float(found / count) == pytest.approx(float(loss.detach()), rel=1e-4)
+  # Gradients have the names and layouts of their parameters, so they are read as these.
+  named = {name: x.grad.numpy() for name, x in model.named_parameters()}
+  save_file(named, hub / "model.safetensors", {"format": "pt"})
+  expected = jax.device_get(load_checkpoint(hub, mesh, None).params)
+
+  def close(found_X: np.ndarray, expected_X: np.ndarray) -> None:
+    scale = np.abs(expected_X).max()
+    assert scale > 0
+    np.testing.assert_allclose(found_X / count, expected_X, atol=1e-4 * scale)
+
+  jax.tree.map(close, jax.device_get(gradient), expected)
