@@ -55,6 +55,9 @@ def add_look(commands: Any) -> None:
   )
   tokens.add_run()
   add_text(tokens, 1024)
+  text = "a conversation to learn from: a file of them, and what carries loss"
+  tokens.add_flag("--chat-file", str, text, metavar="FILE")
+  tokens.add_flag("--record", int, "which conversation of the file", default=1)
 
   add_subject(subjects, "run", "a run's curves and config", run_run).add_run(devices=False)
 
@@ -87,7 +90,8 @@ def run_attention(args: argparse.Namespace, _: list[str]) -> int:
 def run_tokens(args: argparse.Namespace, _: list[str]) -> int:
   from flaxlm.look.tokens import look_tokens
 
-  path, reading = open_text(args, lambda cfg: None)
+  open_ = open_text if args.chat_file is None else open_chat
+  path, reading = open_(args)
   return finish(args, look_tokens(open_run(args), reading, args.max_tokens), path)
 
 
@@ -139,7 +143,30 @@ def find(args: argparse.Namespace) -> Path:
   return find_named_run(args)
 
 
-def open_text(args: argparse.Namespace, check: Any) -> tuple[Path, Any]:
+def open_chat(args: argparse.Namespace) -> tuple[Path, Any]:
+  """The run's directory, and a conversation as the run learns it.
+
+  Raises `ConfigError` for wrong arguments, before the checkpoint is read.
+  """
+  from flaxlm.chat.templates import check_jinja, load_chat, plain_chat
+  from flaxlm.look.tokens import read_chat
+  from flaxlm.runs import TOKENIZER, load_config_of
+  from flaxlm.tokenizers import load_tokenizer
+
+  check_least(args, 1, "record")
+  check_least(args, 2, "max_tokens")
+  if any(x is not None for x in (args.text, args.text_file, args.source)):
+    raise ConfigError("--chat-file with another text", "give one of them")
+  path = find(args)
+  model_cfg, tokenizer = load_config_of(path).model, load_tokenizer(path / TOKENIZER)
+  check_jinja("--chat-file")
+  chat = load_chat(path) or plain_chat(tokenizer, path)
+  file = Path(args.chat_file)
+  most = args.max_tokens
+  return path, read_chat(model_cfg, tokenizer, chat, file, args.record, most)
+
+
+def open_text(args: argparse.Namespace, check: Any = lambda cfg: None) -> tuple[Path, Any]:
   """The run's directory, and the text as the model's family reads it.
 
   Raises `ConfigError` for wrong arguments, before the checkpoint is read.

@@ -137,9 +137,14 @@ class Talks:
     return int((self.codes == CODES[split]).sum())
 
   def texts(self, split: str) -> list[str]:
-    """What is said in the conversations of a split, for a tokenizer to be trained on."""
+    """The conversations of a split, for a tokenizer to be trained on: much as the plain
+    template writes them."""
     return [
-      "\n".join(m["content"] for m in talk.messages if isinstance(m.get("content"), str))
+      "".join(
+        f"{message['role']}:\n{content}\n"
+        for message in talk.messages
+        if isinstance(content := message.get("content"), str)
+      )
       for talk, code in zip(self, self.codes, strict=True)
       if code == CODES[split]
     ]

@@ -17,7 +17,7 @@ import tokenizers
 from jax.sharding import Mesh
 from tokenizers import processors
 
-from flaxlm.chat.templates import MORE_TEMPLATES, TEMPLATE
+from flaxlm.chat.templates import MORE_TEMPLATES, TEMPLATE, load_templates
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import (
   OBJECTIVES,
@@ -245,7 +245,7 @@ def export_tokenizer(run: Run, folder: Path) -> dict[str, Any]:
     single=f"$A {end}" if reads else f"{end} $A", special_tokens=[(end, tokenizer.eos_id)]
   )
   (folder / TOKENIZER).write_text(backend.to_str(pretty=True), "utf-8")
-  keys = {
+  keys: dict[str, Any] = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": end,
     "eos_token": end,
@@ -253,6 +253,9 @@ def export_tokenizer(run: Run, folder: Path) -> dict[str, Any]:
     "model_max_length": run.cfg.model.context,
     "clean_up_tokenization_spaces": False,
   }
+  if templates := load_templates(run.path):
+    named = [{"name": name, "template": text} for name, text in templates.items()]
+    keys["chat_template"] = named if len(named) > 1 else named[0]["template"]
   if tokenizer.mask_id is not None:
     keys["mask_token"] = backend.id_to_token(tokenizer.mask_id)
   write_json(folder / TOKENIZER_CONFIG, keys)

@@ -76,6 +76,7 @@ class Reading(NamedTuple):
   ids: list[int] | None
   source_ids: list[int] | None
   cuts: list[str]
+  weights: list[int] | None = None  # of a conversation: what each token counts in the loss
 
 
 def make_reading(

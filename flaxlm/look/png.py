@@ -119,7 +119,9 @@ def draw_tokens(figure: Any, view: View) -> None:
       fontsize=9,
       color="white" if share > 0.55 else "black",
       bbox=dict(
-        facecolor=matplotlib.colormaps["Blues"](0.9 * share), edgecolor="0.85", pad=1.5
+        facecolor=matplotlib.colormaps["Blues"](0.9 * share),
+        edgecolor="tab:red" if token.get("loss") else "0.85",  # what carries loss
+        pad=1.5,
       ),
     )
     if "bits" in token:

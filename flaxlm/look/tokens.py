@@ -2,19 +2,26 @@
 """The tokens of a text, and how likely each of them is to the model."""
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxlm.chat.templates import Chat
+from flaxlm.config import OBJECTIVES, ResolvedModel
+from flaxlm.data.conversations import lessons, read_talks
 from flaxlm.decoding.encoding import check_has_head
 from flaxlm.decoding.loading import Run
+from flaxlm.errors import ConfigError
 from flaxlm.look.pieces import Reading, apply_to_row, complete_reading, describe
 from flaxlm.look.view import View
 from flaxlm.nn.base import LanguageModel
+from flaxlm.tokenizers import AnyTokenizer
 
 NUM_BEST = 5
 ROWS_AT_A_TIME = 32
@@ -53,6 +60,8 @@ def look_tokens(run: Run, reading: Reading, most: int) -> View:
   for at, score in scores.items():
     tokens[at] |= to_entry(run, score, known=ids[at] != tokenizer.mask_id)
   figures = text_figures(tokens, bytes_of_text(run, reading, ids)) | {"tokens": tokens}
+  if reading.weights is not None:
+    figures |= loss_figures(tokens, reading.weights)
   if after is not None:
     figures["after"] = to_entry(run, after, known=False)
   figures["source"] = [p._asdict() for p in describe(tokenizer, reading.source_ids or [])]
@@ -66,12 +75,51 @@ def look_tokens(run: Run, reading: Reading, most: int) -> View:
   return View("tokens", title, cuts, notes, figures, {})
 
 
+def read_chat(
+  cfg: ResolvedModel,
+  tokenizer: AnyTokenizer,
+  chat: Chat,
+  file: Path,
+  number: int,
+  most: int,
+) -> Reading:
+  """The conversation that is the `number`-th record of a file, from 1, as it is learnt.
+
+  Raises `ConfigError` if there is none, or for a family that learns none, and `DataError`
+  for what is no conversation.
+  """
+  if OBJECTIVES[cfg.family] != "next_token":
+    raise ConfigError(f"model.family={cfg.family} learns no chat", "give --text")
+  talk = next(itertools.islice(read_talks(file), number - 1, None), None)
+  if talk is None:
+    raise ConfigError(f"{file} has no record {number}", "--record counts from 1")
+  texts = [*lessons([talk], chat, tokenizer)]
+  ids, weights = texts[-1].ids_T.tolist(), texts[-1].weights_T.tolist()
+  cuts = []
+  if len(texts) > 1:
+    cuts.append(f"The conversation is learnt in {len(texts)} texts: this is the last.")
+  most = min(most, cfg.context)
+  if len(ids) > most:
+    cuts.append(f"The text has {len(ids)} tokens, of which the first {most}.")
+  return Reading(ids[:most], None, cuts, weights[:most])
+
+
+def loss_figures(tokens: list[dict[str, Any]], weights: Sequence[int]) -> dict[str, Any]:
+  """Marks what carries loss; how many tokens that is, and what they cost on average."""
+  for token, weight in zip(tokens, weights, strict=True):
+    token["loss"] = bool(weight)
+  bits = [token["bits"] for token in tokens if token["loss"]]
+  loss = math.log(2) * sum(bits) / len(bits) if bits else None
+  return {"num_learnt": len(bits), "loss": loss}
+
+
 def bytes_of_text(run: Run, reading: Reading, ids: Sequence[int]) -> int:
   """The bytes that a row's tokens stand for: those of special tokens too, if the text
   itself named them, for they are scored."""
   if reading.ids is None or run.cfg.model.family == "encoder":
     return sum(len(run.tokenizer.bytes_of(id_)) for id_ in ids)
-  num_before = len(run.tokenizer.framed([0], "prompt")) - 1
+  is_framed = reading.weights is None  # a template writes what is before a conversation
+  num_before = len(run.tokenizer.framed([0], "prompt")) - 1 if is_framed else 0
   return int(run.tokenizer.token_bytes()[list(ids[num_before:])].sum())
 
 

@@ -130,7 +130,9 @@ def test_a_conversation_is_in_one_split(tmp_path: Path):
   write(tmp_path / "two.jsonl", *talks[:2])
   found = Talks(find_corpus(f"files:{tmp_path}/two.jsonl", lambda line: None))
   assert sorted(found.codes.tolist()) == [0, 1]
-  assert found.count("train") == 1 and found.texts("train")[0].endswith("?\nyes")
+  assert found.count("train") == 1 and found.texts("train")[0].endswith(
+    "?\nassistant:\nyes\n"
+  )
 
 
 FAULTS = {

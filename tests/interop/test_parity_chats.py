@@ -11,14 +11,19 @@ import pytest
 from chat_templates import MARKED
 from safetensors.numpy import save_file
 from test_parity import pytestmark  # noqa: F401 - the mark is for this file too
+from test_transfer import own_run
 from tiny_models import LLAMA
 from tiny_tokenizers import llama
 
-from flaxlm.config import DataConfig, TokenizerConfig, TrainingConfig
+from flaxlm.chat.templates import CHAT, Talk, plain_chat
+from flaxlm.config import DataConfig, ModelConfig, TokenizerConfig, TrainingConfig
 from flaxlm.data.batches import Batches
+from flaxlm.data.conversations import lessons
 from flaxlm.data.prepare import prepare
+from flaxlm.decoding.completions import make_request
+from flaxlm.decoding.loading import load_run
 from flaxlm.interop.huggingface import load_checkpoint
-from flaxlm.interop.transfer import import_run
+from flaxlm.interop.transfer import export_run, import_run
 from flaxlm.nn.models import build_model
 from flaxlm.runs import TOKENIZER
 from flaxlm.sharding import make_mesh
@@ -113,3 +118,26 @@ def test_a_step_on_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(found_X / count, expected_X, atol=1e-4 * scale)
 
   jax.tree.map(close, jax.device_get(gradient), expected)
+
+
+def test_a_run_that_was_taught_here_is_asked_there_in_its_template(tmp_path: Path):
+  """Exported, with the plain template: the same prompt, ids and mask."""
+  import transformers
+
+  folder = own_run(tmp_path, ModelConfig(width=32, depth=1, context=64))
+  run = load_run(folder, make_mesh({"data": 8}))
+  chat = plain_chat(run.tokenizer, folder)
+  (folder / CHAT).write_text(chat.to_json())
+  export_run(run, tmp_path / "out", None, 10**9)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+  user = {"role": "user", "content": "tête? <|endoftext|>"}
+  talk = [user, {"role": "assistant", "content": " 漢字\n"}, user]
+  prompt = theirs.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+  assert chat.render(talk) == prompt
+  request = make_request(run, [prompt], 4, has_specials=True)
+  assert request.prompts == [theirs(prompt, add_special_tokens=False)["input_ids"]]
+  options: Any = dict(return_assistant_tokens_mask=True, return_dict=True)
+  expected = theirs.apply_chat_template(talk, **options)
+  (lesson,) = lessons([Talk(talk)], chat, run.tokenizer)
+  assert lesson.ids_T.tolist() == expected["input_ids"]
+  assert lesson.weights_T.tolist() == expected["assistant_masks"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from look_runs import HOSTILE, Page, make_run, page_of, save_run
 
+from flaxlm.chat.templates import plain_chat
 from flaxlm.cli import main
 from flaxlm.decoding.loading import load_run
 from flaxlm.look.attention import look_attention
@@ -20,7 +21,7 @@ from flaxlm.look.page import save_view
 from flaxlm.look.pieces import make_reading
 from flaxlm.look.positions import look_positions
 from flaxlm.look.runs import look_run
-from flaxlm.look.tokens import look_tokens
+from flaxlm.look.tokens import look_tokens, read_chat
 from flaxlm.look.view import View
 from flaxlm.runs import CHECKPOINTS
 from flaxlm.sharding import make_mesh
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def views(folder: Path) -> dict[str, View]:
+def views(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, View]:
   """One view of each kind, with a text that would break a careless page."""
   run = load_run(folder, make_mesh({"data": -1}))
   reading = make_reading(run.model.cfg, run.tokenizer, HOSTILE[:40], None, 99)
@@ -49,8 +50,16 @@ def views(folder: Path) -> dict[str, View]:
     "embeddings": look_embeddings(run),
     "positions": look_positions(run.model.cfg, HOSTILE, HOSTILE),
     "tokens": look_tokens(run, reading, 99),
+    "chat": look_tokens(run, read_talk(run, tmp_path_factory.mktemp("chat")), 99),
     "run": look_run(folder),
   }
+
+
+def read_talk(run: Any, folder: Path) -> Any:
+  file = folder / "talks.jsonl"
+  file.write_text(json.dumps(TALK))
+  chat = plain_chat(run.tokenizer, folder)
+  return read_chat(run.model.cfg, run.tokenizer, chat, file, 1, 99)
 
 
 def test_attention_and_tokens_from_the_command_line(
@@ -72,6 +81,39 @@ def test_attention_and_tokens_from_the_command_line(
   assert run.stdout.startswith("some/where.html (")
   assert "model.context=48" in run.stderr, "what was cut is told"
   assert (tmp_path / "some" / "where.html").exists()
+
+
+TALK = {
+  "messages": [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": HOSTILE[:9]},
+    {"role": "assistant", "content": "é"},
+  ]
+}
+
+
+def test_what_carries_loss_in_a_conversation(in_process, folder: Path, tmp_path: Path):
+  lines = ("{}", json.dumps(TALK))
+  (tmp_path / "talks.jsonl").write_text("\n".join(lines))
+  asked = ("look", "tokens", folder, "--chat-file=talks.jsonl", "--output=talk.html")
+  run = in_process(*asked, "--record=2", "--json")
+  assert run.returncode == 3 and "line 1" in run.stderr
+  (tmp_path / "talks.jsonl").write_text("\n".join(lines[1:]))
+  run = in_process(*asked, "--json")
+  assert run.returncode == 0, run.stderr
+  figures = json.loads(run.stdout)
+  learnt = [token["label"] for token in figures["tokens"] if token["loss"]]
+  assert learnt == ["b", "<|endoftext|>"]  # the rest is behind the context's 48 tokens
+  assert figures["num_learnt"] == 2 and figures["loss"] > 0
+  assert "of which the first 48" in run.stderr
+  for flags, told in (
+    (["--record=2"], "talks.jsonl has no record 2"),
+    (["--record=0"], "record"),
+    (["--text=a"], "--chat-file with another text"),
+  ):
+    run = in_process(*asked, *flags)
+    assert run.returncode == 2 and told in run.stderr
 
 
 def test_a_run_and_a_config_need_no_checkpoint(folder: Path, tmp_path: Path, capsys: Any):
@@ -171,7 +213,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-@pytest.mark.parametrize("kind", ["attention", "embeddings", "positions", "tokens", "run"])
+@pytest.mark.parametrize(
+  "kind", ["attention", "embeddings", "positions", "tokens", "chat", "run"]
+)
 def test_a_browser_draws_the_page_without_a_word(
   kind: str, views: dict[str, View], tmp_path: Path
 ):

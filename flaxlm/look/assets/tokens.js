@@ -8,6 +8,8 @@ async function drawView(view, page) {
     top.append(figure(show(figures.bits), "bits of surprise"), figure(show(figures.bits_per_token), "bits per token"),
       figure(show(figures.bits_per_byte), "bits per byte"), figure(show(figures.perplexity), "perplexity"));
   }
+  const taught = figures.num_learnt !== undefined;
+  if (taught) top.append(figure(figures.num_learnt, "tokens carry loss"), figure(show(figures.loss), "nats per such token"));
   page.append(top);
 
   if (figures.source.length) {
@@ -17,10 +19,9 @@ async function drawView(view, page) {
     page.append(source.box);
   }
   page.append(el("h2", { textContent: "The text" }));
-  let surprised = asked;
-  if (asked) {
-    page.append(choice("colour", ["surprise", "cuts only"], 0, (n) => { surprised = n === 0; colour(); }));
-  }
+  const ways = [...(taught ? ["what carries loss"] : []), ...(asked ? ["surprise"] : []), "cuts only"];
+  let way = ways[0];
+  if (ways.length > 1) page.append(choice("colour", ways, 0, (n) => { way = ways[n]; colour(); }));
   const all = figures.after ? [...tokens, { ...figures.after, label: "…?", special: true, after: true }] : tokens;
   let stays = 0;
   const text = strip(all, "tokens of the text", (n) => tell(n), (n) => { stays = n; tell(n); });
@@ -41,9 +42,9 @@ async function drawView(view, page) {
   function colour() {
     text.tokens.forEach((element, n) => {
       const bits = all[n].bits;
-      if (surprised && bits !== undefined) paint(element, Math.min(1, bits / 16));
-      else if (surprised) { element.style.background = ""; element.style.color = ""; }
-      else cut(element, n);
+      if (way === "surprise" && bits !== undefined) paint(element, Math.min(1, bits / 16));
+      else if (way === "cuts only" || (way !== "surprise" && all[n].loss)) cut(element, n);
+      else { element.style.background = ""; element.style.color = ""; }
     });
   }
   function tell(n) {
@@ -53,6 +54,7 @@ async function drawView(view, page) {
     if (!token.after) {
       facts.push(`token ${n}`, `id ${token.id}`);
       if (token.hex) facts.push(`bytes ${token.hex}`);
+      if (taught) facts.push(token.loss ? "carries loss" : "carries no loss");
       if (token.name && token.name !== token.label) facts.push(`in the vocabulary: ${token.name}`);
     }
     const parts = [el("p", {}, el("b", { class: "mono", textContent: token.after ? "what would come next" : token.label })),
