@@ -320,6 +320,7 @@ def test_two_trainers_in_one_directory(flaxlm, in_process, corpus, tmp_path):
     assert child.wait(timeout=60) == 75
 
 
+@pytest.mark.slow
 def test_divergence_stops_with_its_own_code(in_process, corpus, tmp_path):
   knobs = dict(
     optimizer__learning_rate=1e38, optimizer__warmup_steps=0, optimizer__clip_norm=None

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import ROOT, commands_in_process, slow_but, tiny
+from conftest import ROOT, commands_in_process, tiny
 
 from flaxlm import cli
 from flaxlm.commands.parsing import read_config
@@ -289,9 +289,8 @@ def pages_that_run(slow: bool) -> list[Path]:
   return [page for page in PAGES if any(b.page == page and runs(b, slow) for b in BLOCKS)]
 
 
-@pytest.mark.parametrize(
-  "page", slow_but([ROOT / "README.md"], pages_that_run(slow=False)), ids=name_of
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", pages_that_run(slow=False), ids=name_of)
 def test_every_block_runs(page: Path, place: Path, in_process, corpus: str):
   run_page(page, False, in_process, corpus)
 
@@ -396,6 +395,7 @@ def test_the_map_of_the_readme_is_the_tree():
   assert parts - shown == {package / "__init__.py"}
 
 
+@pytest.mark.slow
 def test_metrics_are_as_the_documents_say(trained: Path):
   lines = (trained / "runs/stdlib_tiny/metrics.jsonl").read_text().splitlines()
   records = [json.loads(line) for line in lines]

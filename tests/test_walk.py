@@ -206,6 +206,7 @@ def draw_a_token() -> None:
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("action", "first", "walk"),
   [

@@ -196,6 +196,7 @@ def test_a_call_that_is_broken_off_forgets():
   assert prefix_cache.prefix.cache.lengths_B.tolist() == [2 + 16]
 
 
+@pytest.mark.slow
 def test_rules_that_ask_what_was_seen_hold_over_blocks():
   """A huge frequency penalty: no token twice, until all were there."""
   model, params = model_of("gqa")

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import slow
 from flax.traverse_util import flatten_dict
 from parameters import random_params
 from test_generate import model_of
@@ -146,7 +145,8 @@ def compiled(batch: int, kind: str | None) -> Any:
   return decode_block.lower(model, params, state, *rules).compile()
 
 
-@pytest.mark.parametrize("batch", [1, slow(4)])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 4])
 def test_the_loop_copies_no_weight_and_no_cache(optimized, batch: int):
   copies = [
     line
@@ -158,7 +158,8 @@ def test_the_loop_copies_no_weight_and_no_cache(optimized, batch: int):
   assert not copies
 
 
-@pytest.mark.parametrize("batch", [1, slow(4)])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 4])
 def test_narrow_weights_are_never_wide_together(optimized, batch: int):
   """One at a time at most: the compiler does not widen them all before the loop."""
   memory = compiled(batch, "int8").memory_analysis()

@@ -223,6 +223,7 @@ def own_run(folder: Path, model: ModelConfig) -> Path:
   return cfg.run_dir
 
 
+@pytest.mark.slow
 def test_a_run_of_ours_becomes_the_family_that_it_is(mesh: Any, tmp_path: Path):
   run = load_run(own_run(tmp_path, ModelConfig(width=32, depth=2, context=64)), mesh)
   assert export_run(run, tmp_path / "out", None, MOST).model_type == "llama"

@@ -148,6 +148,7 @@ def test_a_loss_in_chunks_equals_the_loss(on_one_device, smoothing):
   assert expected[0] == on_one_device[0], "what is reported is not smoothed"
 
 
+@pytest.mark.slow
 def test_a_loss_in_chunks_never_has_all_logits():
   wide = dataclasses.replace(CFG, vocab_size=8192)
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), packed_batch())
@@ -195,7 +196,7 @@ OTHERS = {
 @pytest.mark.parametrize(
   ("name", "sizes"),
   [
-    ("experts", dict(fsdp=2, tensor=2, expert=2)),
+    slow("experts", dict(fsdp=2, tensor=2, expert=2)),
     slow("encoder_decoder", dict(data=2, fsdp=2, tensor=2)),
     slow("windows", dict(data=2, context=4)),
     slow("capacity", dict(context=2, expert=4)),

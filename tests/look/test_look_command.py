@@ -174,6 +174,7 @@ def test_an_rnn_is_refused_by_name(subject: str, tmp_path: Path, capsys: Any):
   assert "model.family=rnn has no" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_on_a_mesh_as_on_one_device(folder: Path, views: dict[str, View]):
   run = load_run(folder, make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
   reading = make_reading(run.model.cfg, run.tokenizer, HOSTILE[:40], None, 99)

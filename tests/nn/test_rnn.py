@@ -313,7 +313,8 @@ def test_bfloat16_stays_close_to_float32(rnn):
   assert np.abs(narrow - exact).mean() < 0.03 * spread
 
 
-@pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_recurrent_kernels_start_orthogonal(dtype):
   run = Execution(param_dtype=jnp.dtype(dtype))
   model = RNN(ModelConfig(**SMALL).resolve(), run)

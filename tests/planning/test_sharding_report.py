@@ -6,7 +6,6 @@ import json
 
 import jax
 import pytest
-from conftest import slow
 
 from flaxlm.cli import main
 from flaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, mesh_shape
@@ -93,17 +92,18 @@ def test_the_slow_network_is_shown(capsys: pytest.CaptureFixture):
   assert "data (data-centre network): " in text and "at 3.125 GB/s" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "mesh, extra",
   [
-    slow({"data": 4}, 0),
+    ({"data": 4}, 0),
     ({"fsdp": 4}, 0),
     # Of q, k and v, and of up and gate, XLA's CPU compiler sums each gradient on its own,
     # where the TPU's adds them up first: 3 vectors more in each of 2 layers.
-    slow({"tensor": 2}, 6),
+    ({"tensor": 2}, 6),
     # The gradients of k and v are summed whole, not scattered: twice, in each of 2 layers.
-    slow({"context": 2}, 2),
-    slow({"stage": 2}, 0),
+    ({"context": 2}, 2),
+    ({"stage": 2}, 0),
   ],
   ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -152,12 +152,12 @@ def parts_and_factors(cfg, params, batch: Batch, step: int, num_parts: int):
   return parts
 
 
-OTHER_FAMILIES = ("lstm", "encoder", "encoder_decoder")
+OTHER_FAMILIES = ("moe", "lstm", "encoder", "encoder_decoder")
 
 
 @pytest.mark.parametrize(
   ("name", "num_parts"),
-  [("decoder", 2), ("moe", 1), *(slow(name, 1) for name in OTHER_FAMILIES)],
+  [("decoder", 2), *(slow(name, 1) for name in OTHER_FAMILIES)],
 )
 def test_steps_equal_float64(name, num_parts):
   """Loss, gradient norm, rate and every parameter, step by step, dropout and all.
