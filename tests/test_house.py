@@ -38,6 +38,7 @@ ROWS = [
   ["config"],
   ["checkpoint", "distributed", "platform", "sharding", "tokenizers"],
   ["runs"],
+  ["origin"],
   ["data", "nn"],
   ["decoding"],
   ["interop", "training"],

@@ -27,6 +27,7 @@ def add_ckpt(commands: Any) -> None:
 
 def run_ckpt(args: argparse.Namespace, _: list[str]) -> int:
   from flaxlm.checkpoint.manifest import damage, saved_steps
+  from flaxlm.origin import read_origin
   from flaxlm.runs import CHECKPOINTS, describe_files, files_damage
 
   run_dir, verifies, whole = find_named_run(args), args.action == "verify", True
@@ -43,6 +44,9 @@ def run_ckpt(args: argparse.Namespace, _: list[str]) -> int:
     for problem in problems:
       print(f"  {problem}")
 
+  origin = read_origin(run_dir)
+  if origin is not None and not args.json:
+    print(f"begins from {origin}")
   directory = run_dir / CHECKPOINTS
   steps = saved_steps(directory)
   for step in steps:

@@ -29,6 +29,11 @@ def check_config(cfg: Config) -> None:
   _refuse(mistakes)
 
 
+def check_types(cfg: Config) -> None:
+  """The same of the types alone, which a Python file may have wrong."""
+  _refuse(list(_wrong_types(cfg)))
+
+
 def check_model(cfg: Config) -> None:
   """The same of the model alone: how else a stored run was trained is no obstacle."""
   mistakes = list(_wrong_types(cfg.model, "model."))

@@ -189,6 +189,10 @@ class Config:
   name: str | None = knob(None, "run name; none = the config file's name")
   seed: int = knob(0, "of parameters, data order and dropout", 0, 2**31 - 1)
   runs_dir: str = knob("runs", "where run directories go")
+  init: str | None = knob(
+    None, "a run to begin from: its parameters, architecture and tokenizer"
+  )
+  init_optimizer: bool = knob(False, "init: with the state of its optimizer, too")
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flaxlm.checkpoint.manifest import damage
 from flaxlm.checkpoint.store import CheckpointStore
@@ -15,7 +17,7 @@ from flaxlm.config import ResolvedConfig
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.nn.base import LanguageModel
-from flaxlm.nn.models import abstract_params, build_model
+from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
 from flaxlm.platform import kernel_head_dim
 from flaxlm.runs import (
   CHECKPOINTS,
@@ -81,17 +83,48 @@ def load_run(
   if training.attention == "cudnn":  # these need not be the devices that it was trained on
     training = dataclasses.replace(training, attention="auto")
   model = build_model(cfg.model, training, kernel_head_dim())
-  store = CheckpointStore(path / CHECKPOINTS)
   try:
-    params = store.restore(step, params=abstract_params(model, mesh))["params"]
+    params = restore_params(path, step, abstract_params(model, mesh))
   except Exception:  # Orbax raises all kinds for files that vanish while they are read
     if not damage(path / CHECKPOINTS / str(step)):
       raise
     # Training goes on meanwhile, and has deleted the step: there is a newer one.
     return load_run(path, mesh, warn, needs_text)
+  return Run(path, cfg, tokenizer, step, model, params, mesh)
+
+
+def restore_params(path: Path, step: int, target: Any) -> Any:
+  """The stored parameters of a run, each typed and sharded like its target."""
+  store = CheckpointStore(path / CHECKPOINTS)
+  try:
+    return store.restore(step, params=target)["params"]
   finally:
     store.close()
-  return Run(path, cfg, tokenizer, step, model, params, mesh)
+
+
+def load_params(path: Path, step: int, target: Any, mesh: Mesh) -> Any:
+  """The same for a model whose vocabulary may have more rows of padding, as its mesh needs:
+  they are zeros."""
+  stored = nn.unbox(boxed_shapes(build_model(load_config_of(path).model)))
+
+  def place(wanted: jax.ShapeDtypeStruct, has: jax.ShapeDtypeStruct) -> Any:
+    """`wanted` as it is stored, with the dims that will grow not cut."""
+    if wanted.shape == has.shape:
+      return wanted
+    spec = (*wanted.sharding.spec, *[None] * len(has.shape))
+    grows = [n != m for n, m in zip(wanted.shape, has.shape, strict=True)]
+    kept = [None if grown else axes for grown, axes in zip(grows, spec, strict=False)]
+    sharding = NamedSharding(mesh, PartitionSpec(*kept))
+    return jax.ShapeDtypeStruct(has.shape, wanted.dtype, sharding=sharding)
+
+  def grow(array: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    missing = [(0, n - m) for n, m in zip(wanted.shape, array.shape, strict=True)]
+    if not any(more for _, more in missing):
+      return array
+    return jax.jit(lambda x: jnp.pad(x, missing), out_shardings=wanted.sharding)(array)
+
+  params = restore_params(path, step, jax.tree.map(place, target, stored))
+  return jax.tree.map(grow, params, target)
 
 
 def prepare_for_decoding(

@@ -21,6 +21,7 @@ from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import (
   Config,
   ResolvedConfig,
+  TokenizerConfig,
   check_config,
   difference,
   slow_axes,
@@ -33,6 +34,7 @@ from flaxlm.distributed.peers import Alone
 from flaxlm.distributed.start import joined
 from flaxlm.errors import writing
 from flaxlm.nn.kernels.paths import Path as AttentionPath
+from flaxlm.origin import Origin, adopt, find_origin, forget, read_origin, write_origin
 from flaxlm.platform import Flag, start_jax
 from flaxlm.runs import (
   CHECKPOINTS,
@@ -41,6 +43,7 @@ from flaxlm.runs import (
   TOKENIZER,
   check_is_ours,
   check_same_experiment,
+  check_unchanged,
   files_damage,
   find_resume_step,
   load_config_of,
@@ -51,10 +54,12 @@ from flaxlm.runs import (
 )
 from flaxlm.sharding import check_batch, describe_mesh, make_mesh
 from flaxlm.tokenizers import expected_vocab_size
+from flaxlm.tokenizers.imported import SPECIALS
 from flaxlm.training.closing import show_sample
 from flaxlm.training.evaluation import Evaluator, batches_by_source, split_batches
 from flaxlm.training.program import (
   Compiler,
+  begin_state,
   choose_attention,
   resolve_model,
   restore_state,
@@ -75,6 +80,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
 
   `arguments` are those of the command line that named the config, for the hints at the end.
   """
+  cfg = adopt(cfg)
   check_config(cfg)
   flags = start_jax(cfg.simulated_devices, data_dir() / "xla")
   with joined(cfg) as peers, contextlib.ExitStack() as stack:
@@ -92,22 +98,29 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     check_shared(cfg.run_dir, peers)
     checkpoints = cfg.run_dir / CHECKPOINTS
     first_step = peers.decide(lambda: find_resume_step(cfg, to_stderr))
+    origin = None
     if not first_step:
       peers.decide(lambda: check_is_ours(cfg.run_dir))
+      if cfg.init is not None:
+        origin = find_origin(cfg)
+        peers.agree(f"the checkpoint of {origin.path}", origin.digest)
       peers.decide(lambda: make_room_after(checkpoints, 0))
+      peers.decide(lambda: forget(cfg.run_dir))
     before = load_config_of(cfg.run_dir) if first_step else None
     for problem in files_damage(cfg.run_dir) if first_step else ():
       to_stderr(f"{cfg.run_dir}: {problem}")
 
     # -- Data: their tokenizer decides the vocabulary. Its size can be told before, except
     # for the smallest corpora, so the program compiles while the data are prepared.
-    compiler = stack.enter_context(Compiler(cfg, mesh, fresh=not first_step))
-    guess = resolve_model(cfg, expected_vocab_size(cfg.tokenizer), mesh, before)
+    is_new = not first_step and origin is None
+    compiler = stack.enter_context(Compiler(cfg, mesh, fresh=is_new))
+    tokenizer_cfg = tokenizer_to_use(cfg, origin)
+    guess = resolve_model(cfg, expected_vocab_size(tokenizer_cfg), mesh, before)
     # Several processes compile later, together: some may find their data prepared already.
     is_alone = peers.num_processes == 1
     prepared = prepare(
       cfg.data.corpus,
-      cfg.tokenizer,
+      tokenizer_cfg,
       log=to_stderr if peers.process == 0 else lambda line: None,
       objective=cfg.data.objective,
       meanwhile=lambda: compiler.start(guess) if is_alone else None,
@@ -138,6 +151,8 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
         (folder / CONFIG).write_text(to_json(cfg), "utf-8")
         (folder / METRICS).write_bytes(kept_metrics)
         prepared.tokenizer.save(folder / TOKENIZER)
+        if origin is not None:
+          write_origin(folder, origin)
     reporter = Reporter(
       cfg.run_dir, first_step, cfg.training.num_steps, writes=peers.process == 0
     )
@@ -146,7 +161,9 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     # -- State: born sharded, or restored as it was.
     program = compiler.program(cfg.model)
     state = program.state
-    if state is None:
+    if origin is not None:
+      state = begin_state(origin, cfg.init_optimizer, program, mesh)
+    elif state is None:
       state = restore_state(store, first_step, program, mesh)
     report_start(reporter, cfg, before, first_step, flags, attention)
     reporter.log(describe(cfg, state, prepared, mesh))
@@ -174,6 +191,18 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
       run = Run(cfg.run_dir, cfg, tokenizer, step, program.model, state.params, mesh)
       show_sample(run, reporter, arguments)
     return exit_code
+
+
+def tokenizer_to_use(cfg: Config, origin: Origin | None) -> TokenizerConfig:
+  """The tokenizer of the run that this one begins from, or began from; else that of `cfg`.
+
+  Raises `CheckpointError` if it is not as it was written.
+  """
+  if origin is None and read_origin(cfg.run_dir) is None:
+    return cfg.tokenizer
+  folder = cfg.run_dir if origin is None else origin.path
+  check_unchanged(folder, TOKENIZER, SPECIALS)
+  return dataclasses.replace(cfg.tokenizer, path=str(folder / TOKENIZER))
 
 
 def check_shared(run_dir: Path, peers: Alone) -> None:
@@ -220,6 +249,8 @@ def report_start(
   else:
     if before is not None:
       reporter.log(f"resuming {cfg.run_dir} at step {first_step}")
+    if (origin := read_origin(cfg.run_dir)) is not None:
+      reporter.log(f"{cfg.run_dir} begins from {origin}")
     for line in (*changes(before or cfg, cfg), *unreached(cfg)):
       reporter.log(line)
   for flag in flags:

@@ -11,18 +11,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import Config, ResolvedConfig, ResolvedModel
-from flaxlm.errors import OutOfMemoryError
+from flaxlm.decoding.loading import load_params
+from flaxlm.errors import CheckpointError, OutOfMemoryError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.execution import Execution
 from flaxlm.nn.kernels.paths import Path as AttentionPath
 from flaxlm.nn.kernels.paths import training_path
 from flaxlm.nn.models import build_model
+from flaxlm.origin import Origin
 from flaxlm.platform import host_memory, kernel_head_dim
+from flaxlm.runs import CHECKPOINTS
 from flaxlm.sharding import check_replication
 from flaxlm.tokenizers import expected_vocab_size
 from flaxlm.training.optimizer import Optimizer, build_optimizer
@@ -33,6 +37,7 @@ from flaxlm.training.step import (
   abstract_state,
   init_state,
   jit_train_step,
+  shardings_of,
 )
 
 
@@ -122,6 +127,44 @@ def restore_state(
   return TrainState(counter, items["params"], items["opt_state"])
 
 
+def begin_state(
+  origin: Origin, with_optimizer: bool, program: Program, mesh: Mesh
+) -> TrainState:
+  """The state of step 0 with the parameters of another run, sharded as a new one would be.
+
+  The optimizer's state is new, or that of the other run, whose learning rate begins anew.
+  Raises `CheckpointError` if the other run has no such state, or it does not fit.
+  """
+  target = abstract_state(program.model, program.optimizer, mesh)
+  params = load_params(origin.path, origin.step, target.params, mesh)
+  if with_optimizer:
+    opt_state = restart_schedules(load_opt_state(origin, target.opt_state))
+  else:
+    init = jax.jit(program.optimizer.init, out_shardings=shardings_of(target.opt_state))
+    opt_state = init(params)
+  return TrainState(jax.device_put(np.int32(0), target.step.sharding), params, opt_state)
+
+
+def load_opt_state(origin: Origin, target: Any) -> Any:
+  store = CheckpointStore(origin.path / CHECKPOINTS)
+  try:
+    return store.restore(origin.step, opt_state=target)["opt_state"]
+  except CheckpointError as e:
+    raise CheckpointError(
+      f"init_optimizer: the optimizer's state cannot be taken over: {e.cause}",
+      "leave out --init-optimizer, or use the optimizer that the run was trained with",
+    ) from e
+  finally:
+    store.close()
+
+
+def restart_schedules(opt_state: Any) -> Any:
+  """The state with every schedule at its start. Moments keep the steps that they count."""
+  is_schedule = lambda x: getattr(x, "_fields", None) == ("count",)
+  restart = lambda x: jax.tree.map(jnp.zeros_like, x) if is_schedule(x) else x
+  return jax.tree.map(restart, opt_state, is_leaf=is_schedule)
+
+
 def resolve_model(
   cfg: Config, num_ids: int, mesh: Mesh, before: ResolvedConfig | None
 ) -> ResolvedModel:
@@ -136,12 +179,19 @@ def resolve_model(
   return model.padded(mesh.shape["tensor"])
 
 
+def expected_model(cfg: Config) -> ResolvedModel:
+  """The model with every number known, as far as can be told before the data are read."""
+  if isinstance(cfg.model, ResolvedModel):  # that of another run
+    return cfg.model
+  return cfg.model.resolve(expected_vocab_size(cfg.tokenizer))
+
+
 def choose_attention(cfg: Config, mesh: Mesh) -> AttentionPath | None:
   """The path that attention takes in a training step; None for an RNN.
 
   Raises `ConfigError` for a path that is asked for but cannot compute this model here.
   """
-  model_cfg = cfg.model.resolve(expected_vocab_size(cfg.tokenizer))
+  model_cfg = expected_model(cfg)
   execution = Execution.of(cfg.training, kernel_head_dim())
   lengths = (cfg.data.seq_len, cfg.source_length)
   return training_path(model_cfg, execution, mesh.shape, *lengths)
