@@ -126,9 +126,39 @@ def find_origin(cfg: Config) -> Origin:
   if step is None:
     raise CheckpointError(f"{path} has no checkpoint to begin from", "train it first")
   check_unchanged(path, TOKENIZER, SPECIALS)
-  directory = path / CHECKPOINTS / str(step)
-  digest = manifest.digest(directory / manifest.NAME)
-  return Origin(path.resolve(), step, digest)
+  return checkpoint_of(path, step)
+
+
+def checkpoint_of(path: Path, step: int) -> Origin:
+  """A whole checkpoint of a run."""
+  own = path / CHECKPOINTS / str(step) / manifest.NAME
+  return Origin(path.resolve(), step, manifest.digest(own))
+
+
+def located(run_dir: Path) -> Origin:
+  """What a run of adapters began from, where it is now: at the path of the record or, if
+  the two have moved together, beside `run_dir`.
+
+  Raises `CheckpointError` if it is gone, or not what it was: the run cannot do without.
+  """
+  origin = read_origin(run_dir)
+  if origin is None:
+    raise CheckpointError(f"{run_dir} has adapters and no {ORIGIN}", "restore the file")
+  problem = "it is gone"
+  for path in (origin.path, run_dir.resolve().parent / origin.path.name):
+    directory = path / CHECKPOINTS / str(origin.step)
+    if not manifest.is_finished(directory):
+      continue
+    if manifest.digest(directory / manifest.NAME) != origin.digest:
+      problem = "another checkpoint is there"
+    elif problems := manifest.damage(directory):
+      problem = f"it is damaged: {problems[0]}"
+    else:
+      return origin._replace(path=path)
+  raise CheckpointError(
+    f"{run_dir} has adapters of {origin}, and {problem}",
+    f"restore that run there or beside {run_dir}",
+  )
 
 
 def read_origin(run_dir: Path) -> Origin | None:

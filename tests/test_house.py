@@ -58,6 +58,7 @@ NN_ROWS = [
   ["block"],
   ["stack", "rnn"],
   ["models"],
+  ["lora"],
 ]
 
 BANNED_CALLS = {"eval", "exec", "compile", "__import__"}

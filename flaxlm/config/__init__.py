@@ -33,6 +33,7 @@ from flaxlm.config.schema import (
   Config,
   DataConfig,
   JobConfig,
+  LoraConfig,
   OptimizerConfig,
   Remat,
   ResolvedConfig,

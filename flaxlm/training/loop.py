@@ -34,6 +34,8 @@ from flaxlm.distributed.peers import Alone
 from flaxlm.distributed.start import joined
 from flaxlm.errors import writing
 from flaxlm.nn.kernels.paths import Path as AttentionPath
+from flaxlm.nn.lora import merged
+from flaxlm.nn.models import abstract_params
 from flaxlm.origin import Origin, adopt, find_origin, forget, read_origin, write_origin
 from flaxlm.platform import Flag, start_jax
 from flaxlm.runs import (
@@ -60,6 +62,7 @@ from flaxlm.training.evaluation import Evaluator, batches_by_source, split_batch
 from flaxlm.training.program import (
   Compiler,
   begin_state,
+  check_adapters,
   choose_attention,
   resolve_model,
   restore_state,
@@ -82,6 +85,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
   """
   cfg = adopt(cfg)
   check_config(cfg)
+  check_adapters(cfg)
   flags = start_jax(cfg.simulated_devices, data_dir() / "xla")
   with joined(cfg) as peers, contextlib.ExitStack() as stack:
     if (
@@ -162,9 +166,9 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     program = compiler.program(cfg.model)
     state = program.state
     if origin is not None:
-      state = begin_state(origin, cfg.init_optimizer, program, mesh)
+      state = begin_state(origin, program, mesh, cfg)
     elif state is None:
-      state = restore_state(store, first_step, program, mesh)
+      state = restore_state(store, first_step, program, mesh, cfg)
     report_start(reporter, cfg, before, first_step, flags, attention)
     reporter.log(describe(cfg, state, prepared, mesh))
 
@@ -188,7 +192,10 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     # -- A word at the end.
     if exit_code == 0:
       tokenizer, step = prepared.tokenizer, int(state.step)
-      run = Run(cfg.run_dir, cfg, tokenizer, step, program.model, state.params, mesh)
+      params = state.params
+      if state.frozen is not None:
+        params = merged(state.frozen, params, abstract_params(program.model, mesh))
+      run = Run(cfg.run_dir, cfg, tokenizer, step, program.model, params, mesh)
       show_sample(run, reporter, arguments)
     return exit_code
 
@@ -291,11 +298,14 @@ def unreached(cfg: ResolvedConfig) -> Iterator[str]:
 
 def describe(cfg: Config, state: TrainState, prepared: Prepared, mesh: Mesh) -> str:
   """One line: the run, its size, its text, and its devices."""
-  num_params = sum(x.size for x in jax.tree.leaves(state.params))
+  size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  learns = f"{size(state.params):,} parameters"
+  if state.frozen is not None:
+    learns += f" of adapters, over {size(state.frozen):,} that are frozen"
   axes = describe_mesh(mesh.shape, slow_axes(cfg.mesh))
   device = jax.devices()[0].device_kind
   return (
-    f"{cfg.run_dir}: {num_params:,} parameters; {cfg.data.corpus}: "
+    f"{cfg.run_dir}: {learns}; {cfg.data.corpus}: "
     f"{prepared.train.num_tokens:,} tokens to learn from, "
     f"{prepared.validation.num_tokens:,} held out; "
     f"{jax.device_count()} {device} device(s){f', mesh {axes}' if mesh.size > 1 else ''}"

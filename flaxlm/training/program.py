@@ -18,13 +18,14 @@ from jax.sharding import Mesh
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import Config, ResolvedConfig, ResolvedModel
 from flaxlm.decoding.loading import load_params
-from flaxlm.errors import CheckpointError, OutOfMemoryError
+from flaxlm.errors import CheckpointError, ConfigError, OutOfMemoryError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.execution import Execution
 from flaxlm.nn.kernels.paths import Path as AttentionPath
 from flaxlm.nn.kernels.paths import training_path
-from flaxlm.nn.models import build_model
-from flaxlm.origin import Origin
+from flaxlm.nn.lora import boxed_adapters, freeze, init_adapters
+from flaxlm.nn.models import abstract_params, build_model
+from flaxlm.origin import Origin, located
 from flaxlm.platform import host_memory, kernel_head_dim
 from flaxlm.runs import CHECKPOINTS
 from flaxlm.sharding import check_replication
@@ -86,12 +87,13 @@ def build_program(
   """Compiles the training step of a config; `fresh` makes the state of step 0, too."""
   model = build_model(model_cfg, cfg.training, kernel_head_dim())
   optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
-  abstract = abstract_state(model, optimizer, mesh)
-  check_replication(abstract.params, mesh.shape, cfg.training.replication_tolerance)
+  abstract = abstract_state(model, optimizer, mesh, cfg.lora)
+  base = abstract.frozen or abstract.params
+  check_replication(base, mesh.shape, cfg.training.replication_tolerance)
   if jax.default_backend() == "cpu":
     check_memory(abstract, host_memory())
   state = init_state(model, optimizer, mesh, cfg.seed) if fresh else None
-  train_step = jit_train_step(model, optimizer, cfg.training, mesh)
+  train_step = jit_train_step(model, optimizer, cfg.training, mesh, cfg.lora)
   train_step.lower(abstract, abstract_batch(cfg.data, mesh)).compile()
   return Program(model, optimizer, train_step, state)
 
@@ -118,31 +120,45 @@ def check_memory(state: TrainState, available: int) -> None:
 
 
 def restore_state(
-  store: CheckpointStore, step: int, program: Program, mesh: Mesh
+  store: CheckpointStore, step: int, program: Program, mesh: Mesh, cfg: Config
 ) -> TrainState:
-  """The stored state of a step, sharded over the mesh as a new one would be."""
-  target = abstract_state(program.model, program.optimizer, mesh)
+  """The stored state of a step, sharded over the mesh as a new one would be.
+
+  Adapters get their base from the run that they began from; see `located`.
+  """
+  target = abstract_state(program.model, program.optimizer, mesh, cfg.lora)
   items = store.restore(step, params=target.params, opt_state=target.opt_state)
   counter = jax.device_put(np.int32(step), target.step.sharding)
-  return TrainState(counter, items["params"], items["opt_state"])
+  frozen = None
+  if cfg.lora.rank:
+    own = located(cfg.run_dir)
+    load = lambda: load_params(own, abstract_params(program.model, mesh), mesh)
+    frozen = freeze(load(), target.frozen, cfg.lora)
+  return TrainState(counter, items["params"], items["opt_state"], frozen)
 
 
-def begin_state(
-  origin: Origin, with_optimizer: bool, program: Program, mesh: Mesh
-) -> TrainState:
+def begin_state(origin: Origin, program: Program, mesh: Mesh, cfg: Config) -> TrainState:
   """The state of step 0 with the parameters of another run, sharded as a new one would be.
 
-  The optimizer's state is new, or that of the other run, whose learning rate begins anew.
-  Raises `CheckpointError` if the other run has no such state, or it does not fit.
+  With `lora` they are frozen, under new adapters. The optimizer's state is new or, with
+  `init_optimizer`, that of the other run, whose learning rate begins anew. Raises
+  `CheckpointError` if the other run has no such state, or it does not fit.
   """
-  target = abstract_state(program.model, program.optimizer, mesh)
-  params = load_params(origin.path, origin.step, target.params, mesh)
-  if with_optimizer:
+  optimizer = program.optimizer
+  target = abstract_state(program.model, optimizer, mesh, cfg.lora)
+  load = lambda: load_params(origin, abstract_params(program.model, mesh), mesh)
+  if cfg.lora.rank:  # nobody else keeps the base: as int8 it takes a quarter
+    frozen = freeze(load(), target.frozen, cfg.lora)
+    params = init_adapters(target.params, cfg.seed)
+  else:
+    params, frozen = load(), None
+  if cfg.init_optimizer:
     opt_state = restart_schedules(load_opt_state(origin, target.opt_state))
   else:
-    init = jax.jit(program.optimizer.init, out_shardings=shardings_of(target.opt_state))
+    init = jax.jit(optimizer.init, out_shardings=shardings_of(target.opt_state))
     opt_state = init(params)
-  return TrainState(jax.device_put(np.int32(0), target.step.sharding), params, opt_state)
+  counter = jax.device_put(np.int32(0), target.step.sharding)
+  return TrainState(counter, params, opt_state, frozen)
 
 
 def load_opt_state(origin: Origin, target: Any) -> Any:
@@ -177,6 +193,17 @@ def resolve_model(
   if before is not None and before.model.num_ids == model.num_ids:
     return dataclasses.replace(model, vocab_size=before.model.vocab_size)
   return model.padded(mesh.shape["tensor"])
+
+
+def check_adapters(cfg: Config) -> None:
+  """Raises `ConfigError` for adapters without a base, or of nothing."""
+  if not cfg.lora.rank:
+    return
+  if cfg.init is None:
+    raise ConfigError(
+      f"lora.rank={cfg.lora.rank} adapts the parameters of another run", "add --init RUN"
+    )
+  boxed_adapters(build_model(expected_model(cfg), cfg.training), cfg.lora)
 
 
 def expected_model(cfg: Config) -> ResolvedModel:

@@ -214,8 +214,9 @@ def test_the_optimizer_comes_along_when_asked(commands: Commands, folder: Path):
   source = load_run(folder / "runs" / "trained", mesh)
   cfg, model = source.cfg, build_model(source.cfg.model, TrainingConfig(scanned=True))
   optimizer = build_optimizer(cfg.optimizer, 10)
-  origin = find_origin(Config(name="x", init=str(source.path)))
-  state = begin_state(origin, True, Program(model, optimizer, None, None), mesh)
+  own = Config(name="x", init=str(source.path), init_optimizer=True)
+  origin, program = find_origin(own), Program(model, optimizer, None, None)
+  state = begin_state(origin, program, mesh, own)
   flat = jax.tree_util.tree_leaves_with_path(state.opt_state)
   stored = load_opt_state(origin, state.opt_state)
   same = jax.tree.map(lambda a, b: bool((a == b).all()), state.opt_state, stored)
@@ -226,7 +227,7 @@ def test_the_optimizer_comes_along_when_asked(commands: Commands, folder: Path):
   ]
   assert changed and all(leaf == 0 and ".count" in name for name, leaf in changed)
   assert any(np.any(leaf) for _, leaf in flat if leaf.ndim)
-  new = begin_state(origin, False, Program(model, optimizer, None, None), mesh)
+  new = begin_state(origin, program, mesh, Config())
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(new.opt_state) if leaf.ndim > 1)
   for a, b in zip(*map(jax.tree.leaves, (new.params, source.params)), strict=True):
     np.testing.assert_array_equal(a, b)
