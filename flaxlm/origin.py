@@ -84,7 +84,7 @@ def resumes(cfg: Config) -> bool:
   """Whether `cfg` goes on with a run that began from another."""
   if cfg.checkpoint.resume == "never" or read_origin(cfg.run_dir) is None:
     return False
-  return bool(manifest.saved_steps(cfg.run_dir / CHECKPOINTS))
+  return any(manifest.saved_steps(cfg.run_dir / CHECKPOINTS))  # step 0 is an import's
 
 
 def check_same_origin(cfg: Config, own: Origin | None) -> None:

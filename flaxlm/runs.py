@@ -294,6 +294,7 @@ def check_is_ours(run_dir: Path) -> None:
   config.json. Its config and tokenizer would be overwritten, its weights set aside.
   """
   is_imported = (run_dir / IMPORTED_FILES).exists() and not (run_dir / ORIGIN).exists()
+  is_imported |= 0 in saved_steps(run_dir / CHECKPOINTS)  # no training saves step 0
   if is_a_hubs(run_dir) or is_imported:  # if it is damaged, starting over is the cure
     raise CheckpointError(
       f"{run_dir} holds a checkpoint that was not trained here, and training would begin "

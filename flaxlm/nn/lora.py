@@ -186,7 +186,8 @@ def merged(frozen: Any, adapters: Any, target: Any) -> Any:
         )
         kernel = kernel.astype(jnp.float32) * scale
       if path[-1] == "kernel" and (*module, "lora_a") in flat:
-        a, b, scale = (flat[(*module, f"lora_{x}")] for x in ("a", "b", "scale"))
+        a, b = flat[(*module, "lora_a")], flat[(*module, "lora_b")]
+        scale = flat[(*module, "lora_scale")]
         product = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1, precision="highest"))
         change = product(a.astype(jnp.float32), b.astype(jnp.float32))
         change *= scale.reshape(-1, *[1] * (change.ndim - 1))

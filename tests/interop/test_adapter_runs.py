@@ -63,6 +63,30 @@ def test_an_export_merges(commands: Commands, folder: Path, adapted: str):
   jax.tree.map(same, runs[0].params, runs[1].params)
 
 
+def test_adapters_go_out_and_come_in_alone(commands: Commands, folder: Path, adapted: str):
+  done = commands("export", "adapted", "alone", "--adapter")
+  assert done.returncode == 0 and "adapter of a llama" in done.stdout, done.stderr
+  done = commands("import", "alone", "runs/alone", "--base=imported")
+  assert done.returncode == 0, done.stderr
+  assert "adapters of rank 4 over imported" in done.stdout
+  assert commands("ckpt", "verify", "alone").returncode == 0
+  mesh = make_mesh({"data": -1})
+  runs = [load_run(folder / "runs" / name, mesh) for name in ("adapted", "alone")]
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
+  jax.tree.map(close, runs[0].params, runs[1].params)
+  talk = ("--interactive", "--temperature=0", "--max-new-tokens=3")
+  assert commands("infer", "alone", *talk, input="hi\n").returncode == 0
+  for words, code, said in (
+    (("train", *fields("imported", "alone")), 4, "was not trained here"),
+    (("import", "alone", "runs/more"), 4, "--base"),
+    (("import", "hub", "runs/more", "--base=imported"), 4, "leave it out"),
+    (("export", "imported", "more", "--adapter"), 2, "has no adapters"),
+    (("export", "adapted", "more", "--adapter", "--format=gguf"), 2, "leave out --format"),
+  ):
+    done = commands(*words)
+    assert done.returncode == code and said in done.stderr, done.stderr
+
+
 def test_they_resume_as_if_they_had_never_stopped(commands: Commands, folder: Path):
   more = {"training__num_steps": 5, "checkpoint__every_steps": 2, "lora__dropout": 0.1}
   arguments = fields("trained", "adapted-halves", **LORA, **more)
