@@ -37,14 +37,15 @@ from flaxlm.errors import (
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
 METRICS, LOG, SAMPLE = "metrics.jsonl", "log.txt", "sample.txt"
 IMPORTED_FILES = "huggingface"  # the files that came with an imported checkpoint
+ORIGIN = "origin.json"  # what a run began from: see origin.py
 NEW = ".new-"  # begins the name of a folder of files that are to take their places
 # What a run needs besides its checkpoints: config, tokenizer, and what came with an import.
 NEEDED = ("*.json", f"{IMPORTED_FILES}/*")
 
 # A run resumes only with the data and the parameters that it began with.
-FIXED_FIELDS = ("model.", "tokenizer.", "data.", "seed", "optimizer.kind")
+FIXED_FIELDS = ("model.", "tokenizer.", "data.", "lora.", "seed", "optimizer.kind")
 # `model.num_ids` is free because older runs did not record which rows are padding.
-FREE_FIELDS = ("data.num_epochs", "model.dropout", "model.num_ids")
+FREE_FIELDS = ("data.num_epochs", "lora.dropout", "model.dropout", "model.num_ids")
 
 
 def find_run(path: str | None, runs_dir: str = "runs") -> Path:
@@ -84,7 +85,20 @@ def load_config_of(path: Path) -> ResolvedConfig:
   except OSError as e:
     raise CheckpointError(f"{path / CONFIG} cannot be read: {first_line(e)}") from e
   except (ValueError, ConfigError) as e:
+    if is_a_hubs(path):
+      raise CheckpointError(
+        f"{path} is a checkpoint of others, not a run", f"flaxlm import {path} RUN"
+      ) from e
     raise CheckpointError(f"{path / CONFIG} cannot be read: {e}") from e
+
+
+def is_a_hubs(folder: Path) -> bool:
+  """Whether the config.json of a folder is what a hub has."""
+  try:
+    config = json.loads((folder / CONFIG).read_bytes())
+  except (OSError, ValueError, RecursionError):
+    return False
+  return isinstance(config, dict) and "model_type" in config
 
 
 def read_imported(path: Path, kind: type) -> Any:
@@ -194,22 +208,26 @@ def new_files(run_dir: Path) -> Iterator[Path]:
     shutil.rmtree(left, ignore_errors=True)
   with (
     writing(run_dir),
-    tempfile.TemporaryDirectory(prefix=NEW, dir=run_dir) as name,
+    tempfile.TemporaryDirectory(prefix=NEW, dir=run_dir) as temporary,
   ):
-    folder = Path(name)
+    folder = Path(temporary)
     yield folder
-    written = {path.name: manifest.describe(path) for path in sorted(folder.iterdir())}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    # By its origin a run is known as ours, whatever else a kill leaves out.
+    names = sorted((str(p.relative_to(folder)) for p in files), key=lambda n: n != ORIGIN)
+    written = {name: manifest.describe(folder / name) for name in names}
     try:
       others = manifest.read_entries(run_dir)
     except ValueError:
       others = describe_files(run_dir)
     manifest.write_entries(folder, others | written)
-    for path in folder.iterdir():
-      with path.open("rb") as file:
+    for name in (*names, manifest.NAME):
+      with (folder / name).open("rb") as file:
         os.fsync(file)
     (run_dir / manifest.NAME).unlink(missing_ok=True)
-    for file_name in (*written, manifest.NAME):
-      (folder / file_name).replace(run_dir / file_name)
+    for name in (*names, manifest.NAME):
+      (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+      (folder / name).replace(run_dir / name)
 
 
 def metrics_until(run_dir: Path, last_step: int) -> bytes:
@@ -275,16 +293,13 @@ def check_is_ours(run_dir: Path) -> None:
   It may have been imported into `run_dir`, or may be what a hub has, which also has a
   config.json. Its config and tokenizer would be overwritten, its weights set aside.
   """
-  try:
-    config = json.loads((run_dir / CONFIG).read_bytes())
-  except (OSError, ValueError, RecursionError):
-    config = None  # missing, or damaged: then starting over is the cure
-  is_a_hubs = isinstance(config, dict) and "model_type" in config
-  if is_a_hubs or (run_dir / IMPORTED_FILES).exists():
+  is_imported = (run_dir / IMPORTED_FILES).exists() and not (run_dir / ORIGIN).exists()
+  is_imported |= 0 in saved_steps(run_dir / CHECKPOINTS)  # no training saves step 0
+  if is_a_hubs(run_dir) or is_imported:  # if it is damaged, starting over is the cure
     raise CheckpointError(
       f"{run_dir} holds a checkpoint that was not trained here, and training would begin "
-      "from random weights in its place",
-      "choose another --name; training from its weights (--init) is not there yet",
+      "in its place",
+      "choose another --name; with --init RUN a run begins from the weights of another",
     )
 
 

@@ -495,9 +495,30 @@ TRAINING = [
   Defect(
     "norms decay",
     "flaxlm/training/optimizer.py",
-    'names[-1] in ("kernel", "table")',
-    'names[-1] in ("kernel", "table", "scale")',
+    'MATRICES = ("kernel", "table", "lora_a", "lora_b")',
+    'MATRICES = ("kernel", "table", "lora_a", "lora_b", "scale")',
     "training/test_step_reference.py",
+  ),
+  Defect(
+    "an adapter's change has no scale",
+    "flaxlm/nn/layers.py",
+    'return y * params["lora_scale"].astype(x.dtype)',
+    "return y",
+    "nn/test_lora.py",
+  ),
+  Defect(
+    "a fresh adapter changes what the base says",
+    "flaxlm/nn/lora.py",
+    "adapters[path] = jnp.zeros(leaf.shape, leaf.dtype)",
+    "adapters[path] = jnp.full(leaf.shape, 0.01, leaf.dtype)",
+    "nn/test_lora.py",
+  ),
+  Defect(
+    "adapters are merged into a base that has changed",
+    "flaxlm/origin.py",
+    "if manifest.digest(directory / manifest.NAME) != origin.digest:",
+    "if False:",
+    "interop/test_adapter_runs.py",
   ),
   Defect(
     "Adam's moments have each other's decay",

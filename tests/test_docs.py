@@ -32,7 +32,7 @@ from conftest import ROOT, commands_in_process, tiny
 
 from flaxlm import cli
 from flaxlm.commands.parsing import read_config
-from flaxlm.config import Config, knobs, parse_mesh
+from flaxlm.config import Config, knobs, parse_mesh, without
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"sh", "python", "text"}
@@ -47,6 +47,7 @@ REASONS = {
   "weights": ("needs a published checkpoint", 2),
 }
 # Programs of others, which are not run; what they are told of ours is still checked.
+INIT = ("init", "init_optimizer")
 OTHERS = {"pip", "pytest", "python3", "kubectl", "tpu-vm.sh"}
 
 
@@ -129,7 +130,7 @@ def parse(arguments: list[str]) -> argparse.Namespace | None:
     if args.command == "launch":
       parse(args.arguments[args.arguments[:1] == ["--"] :])
     if args.takes_overrides and (args.command != "look" or rest):
-      read_config(rest)
+      read_config(without(rest, INIT))  # the run to begin from is not there
     else:
       assert not rest, rest
     if getattr(args, "mesh", None):
@@ -148,7 +149,7 @@ def shrink(arguments: list[str], corpus: str) -> list[str]:
     return [*arguments, "--pairs=4"]
   if arguments[0] != "train" or "--help" in arguments:
     return arguments
-  cfg = read_config(arguments[1:])
+  cfg = read_config(without(arguments[1:], INIT))
   sizes = tiny(
     corpus if cfg.data.corpus == "stdlib" else cfg.data.corpus,
     optimizer__kind="sgd",

@@ -39,6 +39,7 @@ ROWS = [
   ["checkpoint", "distributed", "platform", "sharding", "tokenizers"],
   ["runs"],
   ["chat"],
+  ["origin"],
   ["data", "nn"],
   ["decoding"],
   ["interop", "training"],
@@ -58,6 +59,7 @@ NN_ROWS = [
   ["block"],
   ["stack", "rnn"],
   ["models"],
+  ["lora"],
 ]
 
 BANNED_CALLS = {"eval", "exec", "compile", "__import__"}

@@ -27,6 +27,7 @@ def add_ckpt(commands: Any) -> None:
 
 def run_ckpt(args: argparse.Namespace, _: list[str]) -> int:
   from flaxlm.checkpoint.manifest import damage, saved_steps
+  from flaxlm.origin import read_origin
   from flaxlm.runs import CHECKPOINTS, describe_files, files_damage
 
   run_dir, verifies, whole = find_named_run(args), args.action == "verify", True
@@ -43,6 +44,9 @@ def run_ckpt(args: argparse.Namespace, _: list[str]) -> int:
     for problem in problems:
       print(f"  {problem}")
 
+  origin = read_origin(run_dir)
+  if origin is not None and not args.json:
+    print(f"begins from {origin}")
   directory = run_dir / CHECKPOINTS
   steps = saved_steps(directory)
   for step in steps:
@@ -63,6 +67,7 @@ def add_import(commands: Any) -> None:
   parser = commands.add_parser("import", help="make a run from a Hugging Face checkpoint")
   parser.add_argument("folder", metavar="DIR", help="config.json and safetensors")
   parser.add_argument("path", metavar="RUN", help="the run directory to make")
+  parser.add_flag("--base", str, "DIR is an adapter of PEFT: the run that it adapts")
   parser.add_dtype("default: the checkpoint's")
   parser.add_devices()
   parser.set_defaults(run=run_import)
@@ -71,12 +76,19 @@ def add_import(commands: Any) -> None:
 def run_import(args: argparse.Namespace, _: list[str]) -> int:
   from flaxlm.config import parse_mesh
   from flaxlm.data.storage import data_dir
+  from flaxlm.interop.adapters import import_adapter
   from flaxlm.interop.transfer import import_run
   from flaxlm.platform import start_jax
   from flaxlm.sharding import make_mesh
 
   start_jax(args.simulated_devices, data_dir() / "xla")
   mesh = make_mesh(parse_mesh(args.mesh))
+  if args.base is not None:
+    if args.dtype is not None:
+      raise ConfigError("adapters have the dtype of their base", "leave out --dtype")
+    lora = import_adapter(Path(args.folder), Path(args.path), Path(args.base), mesh).lora
+    print(f"{args.path}: adapters of rank {lora.rank} over {args.base}")
+    return 0
   loaded, notes = import_run(Path(args.folder), Path(args.path), mesh, args.dtype)
   for note in notes:
     print(note, file=sys.stderr)
@@ -93,6 +105,7 @@ def add_export(commands: Any) -> None:
   text = "default: safetensors; gguf is the format of llama.cpp"
   parser.add_flag("--format", formats, text, default="safetensors")
   parser.add_dtype("default: the run's")
+  parser.add_flag("--adapter", bool, "write a run's adapters alone, for PEFT")
   text = "largest size of a file (default: 5GB)"
   parser.add_flag("--shard-size", str, text, default="5GB")
   parser.add_flag("--runs-dir", default="runs")
@@ -104,11 +117,18 @@ def run_export(args: argparse.Namespace, _: list[str]) -> int:
   most = parse_size(args.shard_size)
   run = open_run(args, needs_text=args.format == "gguf")
 
+  from flaxlm.interop.adapters import export_adapter
   from flaxlm.interop.files import CONFIG
   from flaxlm.interop.gguf import export_gguf
   from flaxlm.interop.transfer import export_run
   from flaxlm.interop.values import read_json
 
+  if args.adapter:
+    if args.format == "gguf":
+      raise ConfigError("--adapter writes safetensors", "leave out --format")
+    family = export_adapter(run, Path(args.folder), args.dtype)
+    print(f"{args.folder}: adapter of a {family.model_type}")
+    return 0
   if args.format == "gguf":
     print(f"{args.folder}: {export_gguf(run, Path(args.folder), args.dtype)}")
     return 0

@@ -118,10 +118,13 @@ def with_hyphens(arguments: Sequence[str]) -> list[str]:
 
 def read_config(arguments: list[str]) -> Any:
   """The checked config from `[CONFIG] [--section.field=value ...]`."""
+  from flaxlm.origin import adopt
+
   named = bool(arguments) and not arguments[0].startswith("--")
   base = load_config(arguments[0] if named else DEFAULT_CONFIG)
   cfg = override(base, arguments[1:] if named else arguments)
   cfg = dataclasses.replace(cfg, name=base.name if cfg.name is None else cfg.name)
+  cfg = adopt(cfg)
   check_config(cfg)
   return cfg
 

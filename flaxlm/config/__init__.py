@@ -4,7 +4,7 @@
 Standard library only: importing this is instant.
 """
 
-from flaxlm.config.checks import check_config, check_model
+from flaxlm.config.checks import check_config, check_model, check_types
 from flaxlm.config.fields import MOST_DEVICES, knob, knobs
 from flaxlm.config.mesh import (
   MESH_AXES,
@@ -33,6 +33,7 @@ from flaxlm.config.schema import (
   Config,
   DataConfig,
   JobConfig,
+  LoraConfig,
   OptimizerConfig,
   Remat,
   ResolvedConfig,

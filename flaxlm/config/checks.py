@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 import operator
+import re
 import reprlib
 import typing
 from collections.abc import Iterator
@@ -27,6 +28,11 @@ def check_config(cfg: Config) -> None:
   if not mistakes:  # what follows compares and divides
     mistakes = [*_out_of_bounds(cfg), *_unprintable(cfg), *_contradictions(cfg)]
   _refuse(mistakes)
+
+
+def check_types(cfg: Config) -> None:
+  """The same of the types alone, which a Python file may have wrong."""
+  _refuse(list(_wrong_types(cfg)))
 
 
 def check_model(cfg: Config) -> None:
@@ -126,6 +132,10 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
     parts = operator.attrgetter(part)(cfg)
     if parts > 0 and operator.attrgetter(whole)(cfg) % parts:
       yield f"{named(whole)} is not a multiple of {named(part)}", ""
+  try:
+    re.compile(cfg.lora.targets)
+  except re.error as e:
+    yield f"lora.targets={cfg.lora.targets!r} is no regular expression: {e}", ""
   if str(cfg.mesh.get("context", 1)) != "1" and cfg.model.family == "rnn":
     yield "mesh axis context cannot split the rows that an RNN reads", "leave it out"
   if cfg.name is not None and not _is_plain(cfg.name):

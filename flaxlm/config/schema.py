@@ -17,6 +17,7 @@ from flaxlm.config.fields import (
   MOST_SECONDS,
   MOST_STEPS,
   MOST_TOKENS,
+  MOST_WIDTH,
   fields_of,
   knob,
 )
@@ -160,6 +161,24 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+  """Low-rank adapters (Hu et al., 2021): what learns in place of the parameters."""
+
+  rank: int = knob(
+    0, "rank of adapters, which learn in place of all else; 0 = none", 0, MOST_WIDTH
+  )
+  alpha: float = knob(16.0, "the adapters' change is multiplied by alpha / rank", 0)
+  targets: str = knob(
+    "/(q|k|v|o|gate|up|down)$",
+    "a regular expression: the projections that are adapted, as blocks/attention/q",
+  )
+  dropout: float = knob(0.0, "rate on the input of an adapter", 0, 0.999)
+  base_weights: Literal["full", "int8"] = knob(
+    "full", "how the projections of the base are kept while the adapters learn"
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
   """What is stored, and whether a restarted run resumes from it."""
 
@@ -191,11 +210,16 @@ class Config:
   name: str | None = knob(None, "run name; none = the config file's name")
   seed: int = knob(0, "of parameters, data order and dropout", 0, 2**31 - 1)
   runs_dir: str = knob("runs", "where run directories go")
+  init: str | None = knob(
+    None, "a run to begin from: its parameters, architecture and tokenizer"
+  )
+  init_optimizer: bool = knob(False, "init: with the state of its optimizer, too")
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+  lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
   job: JobConfig = dataclasses.field(default_factory=JobConfig)
   mesh: Mapping[str, int | str] = knob(

@@ -2,12 +2,15 @@
 """A trained run as a model: its parameters and tokenizer loaded, prepared for decoding."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flaxlm.checkpoint.manifest import damage
 from flaxlm.checkpoint.store import CheckpointStore
@@ -15,7 +18,9 @@ from flaxlm.config import ResolvedConfig
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.nn.base import LanguageModel
-from flaxlm.nn.models import abstract_params, build_model
+from flaxlm.nn.lora import abstract_adapters, abstract_frozen, freeze, merged
+from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
+from flaxlm.origin import Origin, checkpoint_of, located
 from flaxlm.platform import kernel_head_dim
 from flaxlm.runs import (
   CHECKPOINTS,
@@ -81,17 +86,64 @@ def load_run(
   if training.attention == "cudnn":  # these need not be the devices that it was trained on
     training = dataclasses.replace(training, attention="auto")
   model = build_model(cfg.model, training, kernel_head_dim())
-  store = CheckpointStore(path / CHECKPOINTS)
   try:
-    params = store.restore(step, params=abstract_params(model, mesh))["params"]
+    of = checkpoint_of(path, step)
+    params = load_params(of, abstract_params(model, mesh), mesh)
   except Exception:  # Orbax raises all kinds for files that vanish while they are read
     if not damage(path / CHECKPOINTS / str(step)):
       raise
     # Training goes on meanwhile, and has deleted the step: there is a newer one.
     return load_run(path, mesh, warn, needs_text)
+  return Run(path, cfg, tokenizer, step, model, params, mesh)
+
+
+def restore_params(path: Path, step: int, target: Any) -> Any:
+  """The stored parameters of a run, each typed and sharded like its target."""
+  store = CheckpointStore(path / CHECKPOINTS)
+  try:
+    return store.restore(step, params=target)["params"]
   finally:
     store.close()
-  return Run(path, cfg, tokenizer, step, model, params, mesh)
+
+
+def load_params(of: Origin, target: Any, mesh: Mesh) -> Any:
+  """The parameters of a checkpoint, each typed and sharded like its target.
+
+  Adapters are merged into those of the run that they began from. The target's vocabulary
+  may have more rows of padding, as its mesh needs: they are zeros.
+  """
+  cfg = load_config_of(of.path)
+  if cfg.lora.rank:
+    model = build_model(cfg.model, cfg.training)
+    base = load_params(located(of.path), target, mesh)
+    frozen = freeze(base, abstract_frozen(model, cfg.lora, mesh), cfg.lora)
+    wanted = abstract_adapters(model, cfg.lora, mesh)
+    return merged(frozen, restore_params(of.path, of.step, wanted), target)
+  if target["embedding"]["table"].shape[0] == cfg.model.vocab_size:
+    return restore_params(of.path, of.step, target)
+  stored = nn.unbox(boxed_shapes(build_model(cfg.model)))
+  place = functools.partial(without_growth, mesh)
+  params = restore_params(of.path, of.step, jax.tree.map(place, target, stored))
+  return jax.tree.map(grown, params, target)
+
+
+def without_growth(mesh: Mesh, wanted: Any, has: Any) -> jax.ShapeDtypeStruct:
+  """A target for an array that is stored smaller: the dims that will grow are not cut."""
+  if wanted.shape == has.shape:
+    return wanted
+  spec = [*wanted.sharding.spec, *[None] * len(has.shape)][: len(has.shape)]
+  sizes = zip(spec, wanted.shape, has.shape, strict=True)
+  kept = [axes if n == m else None for axes, n, m in sizes]
+  sharding = NamedSharding(mesh, PartitionSpec(*kept))
+  return jax.ShapeDtypeStruct(has.shape, wanted.dtype, sharding=sharding)
+
+
+def grown(array: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+  """The array with zeros at the end of its dims, as large as is wanted."""
+  missing = [(0, n - m) for n, m in zip(wanted.shape, array.shape, strict=True)]
+  if array.shape == wanted.shape:
+    return array
+  return jax.jit(lambda x: jnp.pad(x, missing), out_shardings=wanted.sharding)(array)
 
 
 def prepare_for_decoding(

@@ -17,9 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flaxlm.config import ResolvedModel
 from flaxlm.nn.cache import narrowed
 from flaxlm.nn.execution import is_split
+from flaxlm.nn.layers import PROJECTIONS
 
-# Projections, and how many dims of their kernel are contracted.
-PROJECTIONS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
 KINDS = ("float32", "bfloat16", "int8")
 
 

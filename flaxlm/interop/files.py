@@ -95,5 +95,5 @@ def _adapter(folder: Path) -> CheckpointError:
       base = None  # it is only for the message
   return CheckpointError(
     f"{folder} is a LoRA adapter" + (f" of {base}" if isinstance(base, str) else ""),
-    "merge it into its model with peft (merge_and_unload), save that, and import it",
+    f"import that model, and then: flaxlm import {folder} RUN --base ITS_RUN",
   )

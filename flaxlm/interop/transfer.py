@@ -191,12 +191,8 @@ def export_run(run: Run, folder: Path, dtype: str | None, most: int) -> Family:
   `dtype` None is that of the parameters; a file has at most `most` bytes. Raises
   `CheckpointError` if no Hugging Face family can express the model.
   """
-  kept = run.path / IMPORTED_FILES
-  origin = read_json(kept / CONFIG) if has_file(kept / CONFIG) else {}
-  imported_from = origin.get("model_type")
-  candidates = [family for family in FAMILIES.values() if family.inner is None]
-  candidates.sort(key=lambda family: family.model_type != imported_from)
-  family = find_fitting(run, candidates)
+  kept, origin = run.path / IMPORTED_FILES, imported_config(run)
+  family = family_of(run)
   cfg = run.cfg.model
   with new_folder(folder) as partial:
     dtype = dtype or run.cfg.training.param_dtype
@@ -215,6 +211,23 @@ def export_run(run: Run, folder: Path, dtype: str | None, most: int) -> Family:
     if not (partial / GENERATION).exists() and cfg.family != "encoder":
       write_json(partial / GENERATION, ids)
   return family
+
+
+def imported_config(run: Run) -> dict[str, Any]:
+  """The config.json that the run came with; {} for one that was not imported."""
+  path = run.path / IMPORTED_FILES / CONFIG
+  return read_json(path) if has_file(path) else {}
+
+
+def family_of(run: Run) -> Family:
+  """The family that the run came from or, if it was not imported, one that can express it.
+
+  Raises `CheckpointError` if none can.
+  """
+  imported_from = imported_config(run).get("model_type")
+  candidates = [family for family in FAMILIES.values() if family.inner is None]
+  candidates.sort(key=lambda family: family.model_type != imported_from)
+  return find_fitting(run, candidates)
 
 
 def find_fitting(run: Run, families: Iterable[Family]) -> Family:

@@ -12,6 +12,9 @@ from flaxlm.nn.kernels.fusion import activated, normalised
 from flaxlm.nn.kernels.products import matrix_dot, rows_dot
 from flaxlm.sharding import constrain
 
+# Projections by name, and how many dims of their kernel are contracted.
+PROJECTIONS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
+
 
 class Einsum(nn.Module):
   """`einsum(equation, x, kernel)` for equations such as "BTD,DNH->BTNH".
@@ -53,8 +56,12 @@ class Einsum(nn.Module):
       self.shape,
       self.param_dtype,
     )
-    kernel = kernel.astype(self.dtype)
-    y = rows_dot(x.astype(self.dtype), kernel, contracted, self.output_dtype)
+    x = x.astype(self.dtype)
+    y = rows_dot(x, kernel.astype(self.dtype), contracted, self.output_dtype)
+    if self.has_variable("params", "kernel_scale"):  # an int8 base, see nn/lora.py
+      y *= self.variables["params"]["kernel_scale"].astype(y.dtype)
+    if self.has_variable("params", "lora_a"):
+      y += adapter_dot(self, x, contracted).astype(y.dtype)
     if self.biased:
       zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.names[contracted:])
       bias = self.param("bias", zeros, self.shape[contracted:], self.param_dtype)
@@ -67,6 +74,18 @@ def laid_out_for_decoding(module: nn.Module) -> Mapping[str, jax.Array] | None:
   if not module.has_variable("params", "matrix"):
     return None
   return module.variables["params"]
+
+
+def adapter_dot(module: Einsum, x: jax.Array, contracted: int) -> jax.Array:
+  """What a projection's low-rank adapter adds to its output: scale B (A x)."""
+  params = module.variables["params"]
+  if "lora_dropout" in params and module.has_rng("dropout"):
+    kept = 1 - params["lora_dropout"]
+    mask = jax.random.bernoulli(module.make_rng("dropout"), kept, x.shape)
+    x = jnp.where(mask, x / kept.astype(x.dtype), 0)
+  low = rows_dot(x, params["lora_a"].astype(x.dtype), contracted)
+  y = rows_dot(low, params["lora_b"].astype(x.dtype), 1)
+  return y * params["lora_scale"].astype(x.dtype)
 
 
 class RMSNorm(nn.Module):

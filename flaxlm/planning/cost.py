@@ -17,12 +17,18 @@ does not.
 """
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterator
 
-from flaxlm.config import ResolvedConfig, ResolvedModel, TrainingConfig
+import flax.linen as nn
+import jax
+
+from flaxlm.config import LoraConfig, ResolvedConfig, ResolvedModel, TrainingConfig
 from flaxlm.nn.kernels.blocked import query_blocks
+from flaxlm.nn.lora import boxed_adapters
+from flaxlm.nn.models import build_model
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al., 2022)
@@ -140,6 +146,15 @@ def weight_bytes(cfg: ResolvedModel, item_size: int, kind: str | None = None) ->
   weights, outputs = narrow_parameters(cfg)
   scales = 4 * outputs if kind == "int8" else 0
   return whole - weights * (item_size - BYTES[kind]) + scales
+
+
+@functools.lru_cache(maxsize=64)
+def adapter_parameters(cfg: ResolvedModel, lora: LoraConfig) -> int:
+  """Elements of all adapters: what learns in place of the parameters."""
+  if not lora.rank:
+    return 0
+  adapters = nn.unbox(boxed_adapters(build_model(cfg), lora))
+  return sum(leaf.size for leaf in jax.tree.leaves(adapters))
 
 
 def active_parameters(cfg: ResolvedModel) -> int:
@@ -285,7 +300,11 @@ def step_cost(cfg: ResolvedConfig) -> StepCost:
   """FLOPs of one training step of a resolved config; accumulation does not change them."""
   B, T = cfg.data.batch_size, cfg.data.seq_len
   work = forward_work(cfg.model, B, T, cfg.source_length)
-  return StepCost(B * T, 3 * work.strict, 3 * work.loose, work.step(cfg.training))
+  # Of a frozen weight there is no gradient; an adapter's A and B are products like others.
+  saved = work.matmul + work.head if cfg.lora.rank else 0.0
+  change = 6.0 * B * T * adapter_parameters(cfg.model, cfg.lora) - saved
+  flops = (3 * work.strict, 3 * work.loose, work.step(cfg.training))
+  return StepCost(B * T, *(some + change for some in flops))
 
 
 def kv_cache_bytes(

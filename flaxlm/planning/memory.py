@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from flaxlm.config import (
+  LoraConfig,
   OptimizerConfig,
   Remat,
   ResolvedConfig,
@@ -28,6 +29,7 @@ from flaxlm.config import (
 )
 from flaxlm.data.objectives import Batch
 from flaxlm.nn.kernels.outline import OUTLINE
+from flaxlm.nn.lora import boxed_adapters, boxed_frozen, combined, has_dropout
 from flaxlm.nn.models import boxed_shapes, build_model
 from flaxlm.planning.cost import kv_cache_bytes, stacks, weight_bytes
 from flaxlm.sharding import (
@@ -96,17 +98,19 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   one_layer = one_layer // sizes["context"] + keys
 
   always = {
-    "parameters": state.parameters,
+    "parameters": state.parameters - (state.learning if cfg.lora.rank else 0),
+    **({"adapters": state.learning} if cfg.lora.rank else {}),
     "optimizer_state": state.optimizer_state,
     "batch": rows * training.accumulation_steps * 4 * (5 * T + 3 * cfg.source_length),
   }
   if training.accumulation_steps > 1:  # sums over micro-batches, in float32
-    always["gradient_sums"] = state.elements * 4
+    always["gradient_sums"] = state.learning_elements * 4
   V = model_cfg.vocab_size
   logits = rows * T // training.loss_chunks // sizes["context"] * (V // sizes["tensor"]) * 4
   head = model_cfg.width * (V // sizes["tensor"])
   gathered = sizes["fsdp"] > 1
-  gradients = {"gradients": state.parameters}
+  head_gradient = head * 4 if gathered and not cfg.lora.rank else 0
+  gradients = {"gradients": state.learning}
   between = {"activations": activations, "weight_copies": copies}  # forward and backward
   if schedule.stages > 1:
     # Every stage holds all microbatches and their gradients. With repeats, layers and their
@@ -125,7 +129,7 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
     # The head's gradient is summed unsharded: at once, if that frees more memory (the
     # gradient of the logits) than it takes, else after everything else.
     "head": (between if logits > head * 4 // sizes["fsdp"] else gradients)
-    | {"logits": logits, "temporary": head * 4 if gathered else 0},
+    | {"logits": logits, "temporary": head_gradient},
     "update": gradients | {"temporary": state.update_temporaries},
   }
   return PeakMemory({name: always | parts for name, parts in moments.items()})
@@ -141,6 +145,8 @@ class StateBytes:
   parameters: int
   optimizer_state: int
   elements: int  # of parameters, on this device
+  learning: int  # bytes of the parameters that learn: all, or adapters
+  learning_elements: int
   blocks: int  # bytes of the blocks' parameters
   stored_in_blocks: int  # their elements, with the padding of the device's tiles
   largest_layer: int  # elements of one layer's parameters, gathered over fsdp
@@ -150,7 +156,8 @@ class StateBytes:
 def state_bytes(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> StateBytes:
   """The training state on one device, sharded by the rules that training uses."""
   run = _precision(cfg.training)
-  return _state_bytes(cfg.model, run, cfg.optimizer, abstract_mesh(sizes), lanes)
+  mesh = abstract_mesh(sizes)
+  return _state_bytes(cfg.model, run, cfg.optimizer, mesh, lanes, cfg.lora)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -160,11 +167,13 @@ def _state_bytes(
   optimizer: OptimizerConfig,
   mesh: Any,
   lanes: int,
+  lora: LoraConfig,
 ) -> StateBytes:
-  boxed, opt_state = _abstract_trees(cfg, run, optimizer)
+  boxed, boxed_learning, opt_state = _abstract_trees(cfg, run, optimizer, lora)
   sizes = mesh.shape
-  params = with_shardings(boxed, mesh)
-  moments = like_parameters(opt_state, params, mesh, optimizer.sharded)
+  learning = with_shardings(boxed_learning, mesh)
+  params = {"all": with_shardings(boxed, mesh), "adapters": learning if lora.rank else {}}
+  moments = like_parameters(opt_state, learning, mesh, optimizer.sharded)
   blocks = [
     leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -180,10 +189,14 @@ def _state_bytes(
     parameters=tree_bytes(params, lanes),
     optimizer_state=tree_bytes(moments, lanes),
     elements=sum(map(local_size, jax.tree.leaves(params))),
+    learning=tree_bytes(learning, lanes),
+    learning_elements=sum(map(local_size, jax.tree.leaves(learning))),
     blocks=tree_bytes(blocks, lanes),
     stored_in_blocks=sum(local_size(leaf, lanes) for leaf in blocks),
     largest_layer=gathered,
-    update_temporaries=_update_temporaries(params, blocks, cfg.width, optimizer.kind),
+    update_temporaries=(
+      0 if lora.rank else _update_temporaries(params, blocks, cfg.width, optimizer.kind)
+    ),
   )
 
 
@@ -209,11 +222,16 @@ def abstract_mesh(sizes: Sizes) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _abstract_trees(
-  cfg: ResolvedModel, training: TrainingConfig, optimizer: OptimizerConfig
-) -> tuple[Any, Any]:
-  """Shapes and logical names of the parameters, and shapes of the optimizer's state."""
-  boxed = boxed_shapes(build_model(cfg, training))
-  return boxed, jax.eval_shape(build_optimizer(optimizer, 1000).init, nn.unbox(boxed))
+  cfg: ResolvedModel, training: TrainingConfig, optimizer: OptimizerConfig, lora: LoraConfig
+) -> tuple[Any, Any, Any]:
+  """Shapes and logical names of the parameters, without adapters, and of those that learn;
+  shapes of the optimizer's state."""
+  model = build_model(cfg, training)
+  boxed = learning = boxed_shapes(model)
+  if lora.rank:
+    boxed, learning = boxed_frozen(model, lora), boxed_adapters(model, lora)
+  init = build_optimizer(optimizer, 1000).init
+  return boxed, learning, jax.eval_shape(init, nn.unbox(learning))
 
 
 def _precision(training: TrainingConfig) -> TrainingConfig:
@@ -276,7 +294,7 @@ def kept_bytes(cfg: ResolvedConfig, parts: int, remat: Remat) -> Kept:
     _precision(cfg.training), remat=remat, scanned=True, attention=path
   )
   model = _local_model(cfg.model, parts)
-  return _kept_bytes(model, run, cfg.data.seq_len, cfg.source_length)
+  return _kept_bytes(model, run, cfg.data.seq_len, cfg.source_length, cfg.lora)
 
 
 def _local_model(cfg: ResolvedModel, parts: int) -> ResolvedModel:
@@ -292,16 +310,20 @@ def _local_model(cfg: ResolvedModel, parts: int) -> ResolvedModel:
 
 @functools.lru_cache(maxsize=64)
 def _kept_bytes(
-  cfg: ResolvedModel, run: TrainingConfig, seq_len: int, source_len: int
+  cfg: ResolvedModel, run: TrainingConfig, seq_len: int, source_len: int, lora: LoraConfig
 ) -> Kept:
   """What the traced model keeps for one row and for two tells what grows with the rows."""
   model = build_model(cfg, run)
-  params = nn.unbox(boxed_shapes(model))
+  learning, frozen = nn.unbox(boxed_shapes(model)), None
+  if lora.rank:
+    learning = nn.unbox(boxed_adapters(model, lora))
+    frozen = nn.unbox(boxed_frozen(model, lora))
+  dropout = cfg.dropout > 0 or has_dropout(frozen)
 
-  def hidden(params: Any, batch: Batch) -> Any:
-    rngs = {"dropout": jax.random.key(0)} if cfg.dropout else {}
-    options = dict(method="hidden", deterministic=not cfg.dropout, rngs=rngs)
-    return forward(model, params, batch, **options)
+  def hidden(learning: Any, frozen: Any, batch: Batch) -> Any:
+    rngs = {"dropout": jax.random.key(0)} if dropout else {}
+    options = dict(method="hidden", deterministic=not dropout, rngs=rngs)
+    return forward(model, combined(frozen, learning), batch, **options)
 
   def kept(rows: int) -> int:
     ids: Any = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32)
@@ -309,7 +331,7 @@ def _kept_bytes(
       jax.ShapeDtypeStruct((rows, source_len), jnp.int32) if source_len else None
     )
     batch = Batch(ids, ids, ids, ids, ids, source, source, source)
-    return residual_bytes(hidden, params, batch)
+    return residual_bytes(hidden, learning, frozen, batch)
 
   one, two = kept(1), kept(2)
   return Kept(two - one, max(0, 2 * one - two))
@@ -374,7 +396,8 @@ def decoding_memory(
   An encoder-decoder's source is as long as in training (`data.source_len`).
   """
   training = cfg.training
-  state, item = state_bytes(cfg, sizes), training.item_size
+  plain = dataclasses.replace(cfg, lora=LoraConfig())  # adapters are merged
+  state, item = state_bytes(plain, sizes), training.item_size
   shards, parts = batch_shards(sizes), sizes["tensor"]
   V = cfg.model.vocab_size
   local = math.ceil(rows / shards)

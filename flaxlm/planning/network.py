@@ -34,12 +34,13 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   # A tied embedding has two gradients, of the lookup and of the logits, and each is summed.
   table = parameters(model)["embedding"] * jnp.dtype(training.param_dtype).itemsize
   twice = table * model.tied_embeddings // (sizes["tensor"] * sizes["fsdp"])
-  gradients = state.parameters + twice
+  gradients = state.learning + (0 if cfg.lora.rank else twice)
   # In a pipeline each tick has the weights and the gradients of the layers of one visit.
   visit = state.stored_in_blocks / schedule.repeats
   at_ticks = 0.0
   if schedule.stages > 1:
     at_ticks = parts * schedule.ticks * visit * item - state.blocks
+    at_ticks *= not cfg.lora.rank  # what is frozen has no gradient
   gathered = state.elements + schedule.ticks * visit - state.stored_in_blocks
   # Two all-reduces per layer, forward and backward (Shoeybi et al., 2019), and those of
   # embedding and head. With sequence_parallel they are reduce-scatters and all-gathers,
@@ -54,12 +55,17 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
     "stage": 2 * vectors * sizes["stage"] * schedule.ticks / schedule.microbatches
     + 4 * vectors * (sizes["stage"] - 1)
     + 2 * parts * state.blocks * (schedule.repeats > 1) * share("stage")
-    + 2 * (gradients - state.blocks) * share("stage"),
+    + 2 * max(0, gradients - state.blocks) * share("stage"),
     # An all-reduce of the gradients; in a pipeline at every tick.
     "data": 2 * (gradients + at_ticks) * share("data"),
     # Weights gathered forward and backward, gradients reduce-scattered; a pipeline does so
     # at every tick, for the layers of one visit.
-    "fsdp": 3 * parts * gathered * sizes["fsdp"] * item * share("fsdp"),
+    "fsdp": (3 - (cfg.lora.rank > 0))
+    * parts
+    * gathered
+    * sizes["fsdp"]
+    * item
+    * share("fsdp"),
     "tensor": 2 * vectors * sums * share("tensor"),
     # Keys and values, gathered in each layer; their gradients, reduce-scattered; and the
     # gradients of the parameters, as along `data`.

@@ -57,13 +57,14 @@ Products = Counter[Product]
 
 def is_listed(cfg: ResolvedConfig) -> bool:
   """Whether this module can list the products of a resolved config: those of dense decoders
-  without remat, accumulation, or a loss in chunks."""
+  without remat, accumulation, adapters, or a loss in chunks."""
   model, training = cfg.model, cfg.training
   return (
     model.family == "decoder"
     and not model.moe.num_experts
     and training.remat == "none"
     and training.accumulation_steps == training.loss_chunks == 1
+    and not cfg.lora.rank
   )
 
 

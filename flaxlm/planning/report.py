@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flaxlm.planning.compile import CompiledStep
-from flaxlm.planning.cost import active_parameters
+from flaxlm.planning.cost import active_parameters, adapter_parameters
 from flaxlm.planning.decoding import DecodePoint
 from flaxlm.planning.devices import ANY
 from flaxlm.planning.roofline import Plan
@@ -60,6 +60,7 @@ def to_json(report: Report) -> dict[str, Any]:
     "parameters": sum(plan.parameters.values()),
     "parameters_by_part": dict(plan.parameters),
     "active_parameters": active_parameters(plan.cfg.model),
+    "adapter_parameters": adapter_parameters(plan.cfg.model, plan.cfg.lora),
     "bytes_per_device": {**plan.memory.parts, "total": plan.memory.total},
     "peak_moment": plan.memory.peak,
     "bytes_by_moment": {name: dict(parts) for name, parts in plan.memory.moments.items()},
@@ -241,6 +242,8 @@ def _parameters(plan: Plan) -> Rows:
   active = active_parameters(plan.cfg.model)
   if active != total:
     yield "active per token", f"{active:,}", ""
+  if learning := adapter_parameters(plan.cfg.model, plan.cfg.lora):
+    yield "adapters, which alone learn", f"{learning:,}", f"{learning / total:.1%}"
 
 
 def _memory(plan: Plan) -> Rows:

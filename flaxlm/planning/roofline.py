@@ -225,6 +225,7 @@ def traffic_parts(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   that stay in its caches are not counted."""
   training, state = cfg.training, state_bytes(cfg, sizes)
   times, again = training.accumulation_steps, training.loss_chunks > 1
+  frozen = cfg.lora.rank > 0
   schedule = training_schedule(training, sizes)
   rows = local_rows(cfg, sizes)
   passes = PASSES if training.remat == "none" else PASSES_AGAIN
@@ -236,7 +237,8 @@ def traffic_parts(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   return {
     "activations": times * passes * rows * kept / sizes["context"],
     "logits": times * (LOGIT_PASSES + again) * logits,
-    "weights": times * 3 * read * sizes["fsdp"] * training.item_size,
-    "gradients": times * (schedule.visits - 1) * 2 * state.blocks,
-    "update": 2 * (state.parameters + state.optimizer_state) + 2 * state.parameters,
+    # Read forward and backward; their gradients are written, if they learn.
+    "weights": times * (3 - frozen) * read * sizes["fsdp"] * training.item_size,
+    "gradients": times * (schedule.visits - 1) * 2 * state.blocks * (1 - frozen),
+    "update": 2 * (state.learning + state.optimizer_state) + 2 * state.learning,
   }

@@ -22,6 +22,7 @@ from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import (
   Config,
   ResolvedConfig,
+  TokenizerConfig,
   check_config,
   difference,
   slow_axes,
@@ -34,6 +35,9 @@ from flaxlm.distributed.peers import Alone
 from flaxlm.distributed.start import joined
 from flaxlm.errors import writing
 from flaxlm.nn.kernels.paths import Path as AttentionPath
+from flaxlm.nn.lora import merged
+from flaxlm.nn.models import abstract_params
+from flaxlm.origin import Origin, adopt, find_origin, forget, read_origin, write_origin
 from flaxlm.platform import Flag, start_jax
 from flaxlm.runs import (
   CHECKPOINTS,
@@ -42,6 +46,7 @@ from flaxlm.runs import (
   TOKENIZER,
   check_is_ours,
   check_same_experiment,
+  check_unchanged,
   files_damage,
   find_resume_step,
   load_config_of,
@@ -52,10 +57,13 @@ from flaxlm.runs import (
 )
 from flaxlm.sharding import check_batch, describe_mesh, make_mesh
 from flaxlm.tokenizers import expected_vocab_size
+from flaxlm.tokenizers.imported import SPECIALS
 from flaxlm.training.closing import show_sample
 from flaxlm.training.evaluation import Evaluator, batches_by_source, split_batches
 from flaxlm.training.program import (
   Compiler,
+  begin_state,
+  check_adapters,
   choose_attention,
   resolve_model,
   restore_state,
@@ -76,7 +84,9 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
 
   `arguments` are those of the command line that named the config, for the hints at the end.
   """
+  cfg = adopt(cfg)
   check_config(cfg)
+  check_adapters(cfg)
   flags = start_jax(cfg.simulated_devices, data_dir() / "xla")
   with joined(cfg) as peers, contextlib.ExitStack() as stack:
     if (
@@ -93,22 +103,29 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     check_shared(cfg.run_dir, peers)
     checkpoints = cfg.run_dir / CHECKPOINTS
     first_step = peers.decide(lambda: find_resume_step(cfg, to_stderr))
+    origin = None
     if not first_step:
       peers.decide(lambda: check_is_ours(cfg.run_dir))
+      if cfg.init is not None:
+        origin = find_origin(cfg)
+        peers.agree(f"the checkpoint of {origin.path}", origin.digest)
       peers.decide(lambda: make_room_after(checkpoints, 0))
+      peers.decide(lambda: forget(cfg.run_dir))
     before = load_config_of(cfg.run_dir) if first_step else None
     for problem in files_damage(cfg.run_dir) if first_step else ():
       to_stderr(f"{cfg.run_dir}: {problem}")
 
     # -- Data: their tokenizer decides the vocabulary. Its size can be told before, except
     # for the smallest corpora, so the program compiles while the data are prepared.
-    compiler = stack.enter_context(Compiler(cfg, mesh, fresh=not first_step))
-    guess = resolve_model(cfg, expected_vocab_size(cfg.tokenizer), mesh, before)
+    is_new = not first_step and origin is None
+    compiler = stack.enter_context(Compiler(cfg, mesh, fresh=is_new))
+    tokenizer_cfg = tokenizer_to_use(cfg, origin)
+    guess = resolve_model(cfg, expected_vocab_size(tokenizer_cfg), mesh, before)
     # Several processes compile later, together: some may find their data prepared already.
     is_alone = peers.num_processes == 1
     prepared = prepare(
       cfg.data.corpus,
-      cfg.tokenizer,
+      tokenizer_cfg,
       log=to_stderr if peers.process == 0 else lambda line: None,
       objective=cfg.data.objective,
       meanwhile=lambda: compiler.start(guess) if is_alone else None,
@@ -141,6 +158,8 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
         prepared.tokenizer.save(folder / TOKENIZER)
         if prepared.chat is not None:
           (folder / CHAT).write_text(prepared.chat.to_json(), "utf-8")
+        if origin is not None:
+          write_origin(folder, origin)
     reporter = Reporter(
       cfg.run_dir, first_step, cfg.training.num_steps, writes=peers.process == 0
     )
@@ -149,8 +168,10 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     # -- State: born sharded, or restored as it was.
     program = compiler.program(cfg.model)
     state = program.state
-    if state is None:
-      state = restore_state(store, first_step, program, mesh)
+    if origin is not None:
+      state = begin_state(origin, program, mesh, cfg)
+    elif state is None:
+      state = restore_state(store, first_step, program, mesh, cfg)
     report_start(reporter, cfg, before, first_step, flags, attention)
     reporter.log(describe(cfg, state, prepared, mesh))
     for note in batches.notes:
@@ -176,9 +197,24 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     # -- A word at the end.
     if exit_code == 0:
       tokenizer, step = prepared.tokenizer, int(state.step)
-      run = Run(cfg.run_dir, cfg, tokenizer, step, program.model, state.params, mesh)
+      params = state.params
+      if state.frozen is not None:
+        params = merged(state.frozen, params, abstract_params(program.model, mesh))
+      run = Run(cfg.run_dir, cfg, tokenizer, step, program.model, params, mesh)
       show_sample(run, reporter, arguments)
     return exit_code
+
+
+def tokenizer_to_use(cfg: Config, origin: Origin | None) -> TokenizerConfig:
+  """The tokenizer of the run that this one begins from, or began from; else that of `cfg`.
+
+  Raises `CheckpointError` if it is not as it was written.
+  """
+  if origin is None and read_origin(cfg.run_dir) is None:
+    return cfg.tokenizer
+  folder = cfg.run_dir if origin is None else origin.path
+  check_unchanged(folder, TOKENIZER, SPECIALS)
+  return dataclasses.replace(cfg.tokenizer, path=str(folder / TOKENIZER))
 
 
 def check_shared(run_dir: Path, peers: Alone) -> None:
@@ -225,6 +261,8 @@ def report_start(
   else:
     if before is not None:
       reporter.log(f"resuming {cfg.run_dir} at step {first_step}")
+    if (origin := read_origin(cfg.run_dir)) is not None:
+      reporter.log(f"{cfg.run_dir} begins from {origin}")
     for line in (*changes(before or cfg, cfg), *unreached(cfg)):
       reporter.log(line)
   for flag in flags:
@@ -265,11 +303,14 @@ def unreached(cfg: ResolvedConfig) -> Iterator[str]:
 
 def describe(cfg: Config, state: TrainState, prepared: Prepared, mesh: Mesh) -> str:
   """One line: the run, its size, its text, and its devices."""
-  num_params = sum(x.size for x in jax.tree.leaves(state.params))
+  size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+  learns = f"{size(state.params):,} parameters"
+  if state.frozen is not None:
+    learns += f" of adapters, over {size(state.frozen):,} that are frozen"
   axes = describe_mesh(mesh.shape, slow_axes(cfg.mesh))
   device = jax.devices()[0].device_kind
   return (
-    f"{cfg.run_dir}: {num_params:,} parameters; {cfg.data.corpus}: "
+    f"{cfg.run_dir}: {learns}; {cfg.data.corpus}: "
     f"{prepared.train.num_tokens:,} tokens to learn from, "
     f"{prepared.validation.num_tokens:,} held out; "
     f"{jax.device_count()} {device} device(s){f', mesh {axes}' if mesh.size > 1 else ''}"

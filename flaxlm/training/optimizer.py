@@ -12,6 +12,9 @@ from optax import contrib
 
 from flaxlm.config import OptimizerConfig
 
+# The leaves whose weights decay.
+MATRICES = ("kernel", "table", "lora_a", "lora_b")
+
 
 class Optimizer(NamedTuple):
   """An Optax gradient transformation with its learning-rate schedule."""
@@ -90,7 +93,7 @@ def build_rule(
 
 def decayed(params: Any) -> Any:
   """True for matrices, False for norms and biases, by name: stacked, norms are 2-D too."""
-  return _map_with_names(lambda names, _: names[-1] in ("kernel", "table"), params)
+  return _map_with_names(lambda names, _: names[-1] in MATRICES, params)
 
 
 def matrix_dims(params: Any) -> Any:

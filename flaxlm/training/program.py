@@ -11,18 +11,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import Config, ResolvedConfig, ResolvedModel
-from flaxlm.errors import OutOfMemoryError
+from flaxlm.decoding.loading import load_params
+from flaxlm.errors import CheckpointError, ConfigError, OutOfMemoryError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.execution import Execution
 from flaxlm.nn.kernels.paths import Path as AttentionPath
 from flaxlm.nn.kernels.paths import training_path
-from flaxlm.nn.models import build_model
+from flaxlm.nn.lora import boxed_adapters, freeze, init_adapters
+from flaxlm.nn.models import abstract_params, build_model
+from flaxlm.origin import Origin, located
 from flaxlm.platform import host_memory, kernel_head_dim
+from flaxlm.runs import CHECKPOINTS
 from flaxlm.sharding import check_replication
 from flaxlm.tokenizers import expected_vocab_size
 from flaxlm.training.optimizer import Optimizer, build_optimizer
@@ -33,6 +38,7 @@ from flaxlm.training.step import (
   abstract_state,
   init_state,
   jit_train_step,
+  shardings_of,
 )
 
 
@@ -81,12 +87,13 @@ def build_program(
   """Compiles the training step of a config; `fresh` makes the state of step 0, too."""
   model = build_model(model_cfg, cfg.training, kernel_head_dim())
   optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
-  abstract = abstract_state(model, optimizer, mesh)
-  check_replication(abstract.params, mesh.shape, cfg.training.replication_tolerance)
+  abstract = abstract_state(model, optimizer, mesh, cfg.lora)
+  base = abstract.frozen or abstract.params
+  check_replication(base, mesh.shape, cfg.training.replication_tolerance)
   if jax.default_backend() == "cpu":
     check_memory(abstract, host_memory())
   state = init_state(model, optimizer, mesh, cfg.seed) if fresh else None
-  train_step = jit_train_step(model, optimizer, cfg.training, mesh)
+  train_step = jit_train_step(model, optimizer, cfg.training, mesh, cfg.lora)
   train_step.lower(abstract, abstract_batch(cfg.data, mesh)).compile()
   return Program(model, optimizer, train_step, state)
 
@@ -113,13 +120,65 @@ def check_memory(state: TrainState, available: int) -> None:
 
 
 def restore_state(
-  store: CheckpointStore, step: int, program: Program, mesh: Mesh
+  store: CheckpointStore, step: int, program: Program, mesh: Mesh, cfg: Config
 ) -> TrainState:
-  """The stored state of a step, sharded over the mesh as a new one would be."""
-  target = abstract_state(program.model, program.optimizer, mesh)
+  """The stored state of a step, sharded over the mesh as a new one would be.
+
+  Adapters get their base from the run that they began from; see `located`.
+  """
+  target = abstract_state(program.model, program.optimizer, mesh, cfg.lora)
   items = store.restore(step, params=target.params, opt_state=target.opt_state)
   counter = jax.device_put(np.int32(step), target.step.sharding)
-  return TrainState(counter, items["params"], items["opt_state"])
+  frozen = None
+  if cfg.lora.rank:
+    own = located(cfg.run_dir)
+    load = lambda: load_params(own, abstract_params(program.model, mesh), mesh)
+    frozen = freeze(load(), target.frozen, cfg.lora)
+  return TrainState(counter, items["params"], items["opt_state"], frozen)
+
+
+def begin_state(origin: Origin, program: Program, mesh: Mesh, cfg: Config) -> TrainState:
+  """The state of step 0 with the parameters of another run, sharded as a new one would be.
+
+  With `lora` they are frozen, under new adapters. The optimizer's state is new or, with
+  `init_optimizer`, that of the other run, whose learning rate begins anew. Raises
+  `CheckpointError` if the other run has no such state, or it does not fit.
+  """
+  optimizer = program.optimizer
+  target = abstract_state(program.model, optimizer, mesh, cfg.lora)
+  load = lambda: load_params(origin, abstract_params(program.model, mesh), mesh)
+  if cfg.lora.rank:  # nobody else keeps the base: as int8 it takes a quarter
+    frozen = freeze(load(), target.frozen, cfg.lora)
+    params = init_adapters(target.params, cfg.seed)
+  else:
+    params, frozen = load(), None
+  if cfg.init_optimizer:
+    opt_state = restart_schedules(load_opt_state(origin, target.opt_state))
+  else:
+    init = jax.jit(optimizer.init, out_shardings=shardings_of(target.opt_state))
+    opt_state = init(params)
+  counter = jax.device_put(np.int32(0), target.step.sharding)
+  return TrainState(counter, params, opt_state, frozen)
+
+
+def load_opt_state(origin: Origin, target: Any) -> Any:
+  store = CheckpointStore(origin.path / CHECKPOINTS)
+  try:
+    return store.restore(origin.step, opt_state=target)["opt_state"]
+  except CheckpointError as e:
+    raise CheckpointError(
+      f"init_optimizer: the optimizer's state cannot be taken over: {e.cause}",
+      "leave out --init-optimizer, or use the optimizer that the run was trained with",
+    ) from e
+  finally:
+    store.close()
+
+
+def restart_schedules(opt_state: Any) -> Any:
+  """The state with every schedule at its start. Moments keep the steps that they count."""
+  is_schedule = lambda x: getattr(x, "_fields", None) == ("count",)
+  restart = lambda x: jax.tree.map(jnp.zeros_like, x) if is_schedule(x) else x
+  return jax.tree.map(restart, opt_state, is_leaf=is_schedule)
 
 
 def resolve_model(
@@ -136,12 +195,30 @@ def resolve_model(
   return model.padded(mesh.shape["tensor"])
 
 
+def check_adapters(cfg: Config) -> None:
+  """Raises `ConfigError` for adapters without a base, or of nothing."""
+  if not cfg.lora.rank:
+    return
+  if cfg.init is None:
+    raise ConfigError(
+      f"lora.rank={cfg.lora.rank} adapts the parameters of another run", "add --init RUN"
+    )
+  boxed_adapters(build_model(expected_model(cfg), cfg.training), cfg.lora)
+
+
+def expected_model(cfg: Config) -> ResolvedModel:
+  """The model with every number known, as far as can be told before the data are read."""
+  if isinstance(cfg.model, ResolvedModel):  # that of another run
+    return cfg.model
+  return cfg.model.resolve(expected_vocab_size(cfg.tokenizer))
+
+
 def choose_attention(cfg: Config, mesh: Mesh) -> AttentionPath | None:
   """The path that attention takes in a training step; None for an RNN.
 
   Raises `ConfigError` for a path that is asked for but cannot compute this model here.
   """
-  model_cfg = cfg.model.resolve(expected_vocab_size(cfg.tokenizer))
+  model_cfg = expected_model(cfg)
   execution = Execution.of(cfg.training, kernel_head_dim())
   lengths = (cfg.data.seq_len, cfg.source_length)
   return training_path(model_cfg, execution, mesh.shape, *lengths)

@@ -13,24 +13,30 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from flaxlm.config import DataConfig, TrainingConfig
+from flaxlm.config import DataConfig, LoraConfig, TrainingConfig
 from flaxlm.data.objectives import Batch
 from flaxlm.nn.base import LanguageModel, Output, Source
+from flaxlm.nn.lora import abstract_adapters, abstract_frozen, combined, has_dropout
 from flaxlm.nn.models import abstract_params, init_params
 from flaxlm.sharding import batch_parts, batch_sharding, like_parameters, use_mesh
 from flaxlm.training.losses import cross_entropy
 from flaxlm.training.optimizer import Optimizer
 
 Metrics = dict[str, jax.Array]
+NO_LORA = LoraConfig()
 ABSTRACT_SEED = jax.ShapeDtypeStruct((), jnp.uint32)
 
 
 class TrainState(NamedTuple):
-  """Everything that changes from step to step; a checkpoint holds all of it."""
+  """Everything that changes from step to step, which a checkpoint holds, and the rest.
+
+  With adapters, `params` are the adapters, and `frozen` is everything else (nn/lora.py).
+  """
 
   step: Any
-  params: Any
+  params: Any  # what learns
   opt_state: Any
+  frozen: Any = None
 
 
 def train_step(
@@ -53,7 +59,7 @@ def train_step(
   key = jax.random.fold_in(jax.random.key(seed), state.step)
   num_targets = jnp.maximum(batch.weights_BT.sum(), 1.0)
   loss_sum, gradient = accumulate(
-    functools.partial(loss_and_gradient, model, cfg),
+    functools.partial(loss_and_gradient, model, cfg, frozen=state.frozen),
     cfg.accumulation_steps,
     state.params,
     batch,
@@ -72,6 +78,7 @@ def train_step(
     step=state.step + 1,
     params=jax.tree.map(keep, params, state.params),
     opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+    frozen=state.frozen,
   )
   metrics = {
     "loss": loss,
@@ -92,16 +99,22 @@ def tokens_read(batch: Batch) -> jax.Array:
 
 
 def loss_and_gradient(
-  model: LanguageModel, cfg: TrainingConfig, params: Any, batch: Batch, key: jax.Array
+  model: LanguageModel,
+  cfg: TrainingConfig,
+  params: Any,
+  batch: Batch,
+  key: jax.Array,
+  frozen: Any = None,
 ) -> tuple[jax.Array, Any]:
   """The summed loss over a batch's weighted tokens, and the gradient of what is minimised.
 
   What is minimised is the loss with label smoothing, plus the experts' own losses; the
-  loss that is returned has neither.
+  loss that is returned has neither. What is `frozen` has no gradient, and none is computed.
   """
 
   def minimised(params: Any) -> tuple[jax.Array, jax.Array]:
-    dropout = model.cfg.dropout > 0
+    dropout = model.cfg.dropout > 0 or has_dropout(frozen)
+    params = combined(frozen, params)
     rngs = {"dropout": key} if dropout else {}
     options = dict(deterministic=not dropout, rngs=rngs, method="hidden")
     output = forward(model, params, batch, **options)
@@ -210,14 +223,19 @@ def eval_step(model: LanguageModel, params: Any, batch: Batch) -> Metrics:
 
 
 @functools.lru_cache(maxsize=8)  # a run calls it three times, for half a second each
-def abstract_state(model: LanguageModel, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+def abstract_state(
+  model: LanguageModel, optimizer: Optimizer, mesh: Mesh, lora: LoraConfig = NO_LORA
+) -> TrainState:
   """The shapes, dtypes and shardings of the state, without computing it."""
-  params = abstract_params(model, mesh)
+  params, frozen = abstract_params(model, mesh), None
+  if lora.rank:
+    params = abstract_adapters(model, lora, mesh)
+    frozen = abstract_frozen(model, lora, mesh)
   moments = jax.eval_shape(optimizer.init, params)
   opt_state = like_parameters(moments, params, mesh, optimizer.sharded)
   replicated = NamedSharding(mesh, PartitionSpec())
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-  return TrainState(step, params, opt_state)
+  return TrainState(step, params, opt_state, frozen)
 
 
 def init_state(
@@ -259,11 +277,15 @@ class TrainStep(NamedTuple):
 
 
 def jit_train_step(
-  model: LanguageModel, optimizer: Optimizer, cfg: TrainingConfig, mesh: Mesh
+  model: LanguageModel,
+  optimizer: Optimizer,
+  cfg: TrainingConfig,
+  mesh: Mesh,
+  lora: LoraConfig = NO_LORA,
 ) -> TrainStep:
   """`train_step` under `jit`. The state is donated, and keeps its layout."""
   step = functools.partial(train_step, model, optimizer, cfg)
-  state_shardings = shardings_of(abstract_state(model, optimizer, mesh))
+  state_shardings = shardings_of(abstract_state(model, optimizer, mesh, lora))
   replicated = NamedSharding(mesh, PartitionSpec())
   jitted = jax.jit(
     step,

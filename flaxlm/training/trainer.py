@@ -19,6 +19,7 @@ from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import Config
 from flaxlm.data.batches import Batches
 from flaxlm.errors import INTERRUPTED, PREEMPTED, NonFiniteError
+from flaxlm.nn.lora import combined
 from flaxlm.training.evaluation import Evaluator, describe_evaluation
 from flaxlm.training.reporting import Reporter
 from flaxlm.training.signals import StopAt
@@ -140,8 +141,9 @@ class Trainer:
   def evaluate(self, step: int, state: TrainState) -> None:
     # The first evaluation compiles.
     with contextlib.nullcontext() if self.evaluated else self.watchdog.resting():
+      params = combined(state.frozen, state.params)
       values = self.evaluator(
-        state.params, self.watchdog.progress if self.evaluated else lambda: None
+        params, self.watchdog.progress if self.evaluated else lambda: None
       )
     self.evaluated = True
     self.reporter.metrics(step, values)

@@ -79,7 +79,7 @@ def test_an_adapter_is_not_a_model(mesh: Any, tmp_path: Path):
   for said, named in (('{"base_model_name_or_path": "a/b"}', "adapter of a/b"), ("[", "")):
     (folder / "adapter_config.json").write_text(said)
     error = refusal(folder, mesh)
-    assert "LoRA adapter" in error.cause and named in error.cause and "merge" in error.cure
+    assert "LoRA adapter" in error.cause and named in error.cause and "--base" in error.cure
 
 
 def test_a_model_of_the_cache_is_not_its_snapshot(mesh: Any, tmp_path: Path):

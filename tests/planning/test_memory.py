@@ -10,6 +10,7 @@ import pytest
 from flaxlm.config import (
   Config,
   DataConfig,
+  LoraConfig,
   ModelConfig,
   OptimizerConfig,
   TrainingConfig,
@@ -19,7 +20,7 @@ from flaxlm.errors import ConfigError
 from flaxlm.nn.execution import REMAT_POLICIES
 from flaxlm.nn.models import build_model
 from flaxlm.planning.compile import compile_here
-from flaxlm.planning.cost import parameters
+from flaxlm.planning.cost import adapter_parameters, parameters, step_cost
 from flaxlm.planning.devices import find_device
 from flaxlm.planning.memory import (
   decoding_memory,
@@ -27,6 +28,7 @@ from flaxlm.planning.memory import (
   state_bytes,
   training_memory,
 )
+from flaxlm.planning.network import network_bytes
 from flaxlm.sharding import make_mesh
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import abstract_state
@@ -164,3 +166,48 @@ def test_decoding_needs_weights_and_cache():
   lengths = 4 * 8  # on both devices
   assert parts["kv_cache"] == 2 * 3 * 8 * 100 * 4 * 8 * 2 // 2 + lengths
   assert parts["parameters"] < 2 * sum(parameters(MODEL).values()) * 0.51
+
+
+@pytest.mark.parametrize("mesh", [dict(fsdp=2, tensor=4)], ids=str)
+@pytest.mark.parametrize("base", ["full", "int8"])
+def test_frozen_bases_and_adapters_are_counted(base: str, mesh: dict[str, int]):
+  """The state as training lays it out, the arguments of the compiled step, the FLOPs."""
+  lora = LoraConfig(rank=4, base_weights=base)
+  cfg, sizes = dataclasses.replace(CFG, lora=lora), mesh_shape(mesh)
+  optimizer = build_optimizer(cfg.optimizer, 10)
+  model = build_model(MODEL, CFG.training)
+  real = abstract_state(model, optimizer, make_mesh(mesh), lora)
+  local = lambda tree: sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+  state, whole = state_bytes(cfg, sizes), state_bytes(CFG, sizes)
+  assert state.learning == local(real.params)
+  assert state.parameters == local((real.params, real.frozen))
+  assert state.optimizer_state == local(real.opt_state)
+  assert state.optimizer_state < whole.optimizer_state / 3
+  assert (state.parameters < whole.parameters) == (base == "int8")
+  parts = training_memory(cfg, sizes).moments["loss"]
+  assert parts["adapters"] == state.learning
+  names = ("parameters", "adapters", "optimizer_state", "batch")
+  compiled = compile_here(cfg, sizes, find_device("cpu"))
+  assert compiled.argument_bytes is not None
+  assert 0 <= compiled.argument_bytes - sum(parts[name] for name in names) < 64
+  least = decoding_memory(CFG, sizes, rows=8, context=100)
+  assert decoding_memory(cfg, sizes, rows=8, context=100) == least, "they are merged"
+
+
+def test_adapters_take_less_of_everything():
+  lora = dataclasses.replace(CFG, lora=LoraConfig(rank=2))
+  for mesh in ({}, dict(fsdp=8), dict(data=8)):
+    sizes = mesh_shape(mesh)
+    peaks = [training_memory(cfg, sizes).total for cfg in (lora, CFG)]
+    assert peaks[0] < peaks[1]
+    sent = [sum(network_bytes(cfg, sizes).values()) for cfg in (lora, CFG)]
+    assert sent[0] < sent[1] or not mesh
+  flops = [step_cost(cfg).strict_flops for cfg in (lora, CFG)]
+  assert 0.6 < flops[0] / flops[1] < 0.85
+  assert adapter_parameters(MODEL, LoraConfig(rank=2)) == 3 * 2 * (
+    2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + MODEL.ffn_width)
+  )
+  assert adapter_parameters(MODEL, LoraConfig()) == 0
