@@ -182,7 +182,8 @@ def read_origin(run_dir: Path) -> Origin | None:
 
 
 def write_origin(folder: Path, origin: Origin) -> None:
-  """Writes the record, and copies what an import brought along, into a run's `folder`."""
+  """Writes the record, and copies what an import brought along, and the chat template if
+  `folder`, the run's, has none yet."""
   values: dict[str, Any] = origin._asdict() | {"path": str(origin.path)}
   (folder / ORIGIN).write_text(
     json.dumps(values, indent=2, allow_nan=False) + "\n", "utf-8"

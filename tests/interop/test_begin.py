@@ -14,12 +14,13 @@ from conftest import commands_in_process, slow, tiny
 from test_transfer import checkpoint
 from tiny_models import VARIANTS
 
+from flaxlm.chat.templates import CHAT
 from flaxlm.config import Config, TrainingConfig, override
 from flaxlm.decoding.loading import load_run
 from flaxlm.errors import CheckpointError
 from flaxlm.interop.transfer import import_run
 from flaxlm.nn.models import build_model
-from flaxlm.origin import adopt, find_origin, read_origin
+from flaxlm.origin import adopt, find_origin, read_origin, write_origin
 from flaxlm.runs import ORIGIN, files_damage
 from flaxlm.sharding import make_mesh
 from flaxlm.training.optimizer import build_optimizer
@@ -272,6 +273,19 @@ def test_what_cannot_be_is_refused_in_a_line(
   assert done.returncode == code, done.stderr
   assert said in done.stderr and "Traceback" not in done.stderr
   assert not (folder / "runs" / "refused").exists()
+
+
+def test_a_chat_template_of_the_origin_comes_along(folder: Path, tmp_path: Path):
+  """That of a run taught by conversations, unless the new run has its own."""
+  source = find_origin(Config(name="x", init=str(folder / "runs" / "imported")))
+  other = source._replace(path=tmp_path / "other")
+  other.path.mkdir()
+  (other.path / CHAT).write_text("{}")
+  write_origin(tmp_path, other)
+  assert (tmp_path / CHAT).read_text() == "{}"
+  (tmp_path / CHAT).write_text("own")
+  write_origin(tmp_path, other)
+  assert (tmp_path / CHAT).read_text() == "own"
 
 
 def test_dropout_may_differ(commands: Commands):
