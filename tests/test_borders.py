@@ -80,6 +80,7 @@ def test_a_tokenizer_that_leaves_all_text_out_is_compared():
   assert not row["lossless"]
 
 
+@pytest.mark.slow
 def test_what_is_around_a_command_is_told(flaxlm, tmp_path: Path):
   """A platform that is not there, as CUDA in a container without it, and an output that
   cannot write all characters: of the user's own text, or of a path in bytes."""

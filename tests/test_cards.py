@@ -92,6 +92,7 @@ def text_of(name: str) -> str:
   return (CONFIGS / f"{name}.py").read_text("utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_card_has_the_published_number_of_parameters(name: str):
   difference = num_parameters(load_config(name).model) - PUBLISHED[name]
@@ -123,6 +124,7 @@ def test_a_card_states_its_number_and_where_it_is_from(name: str):
   assert re.findall(r"^(\w+): +\S", documentation, re.MULTILINE) == fields
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_cost_of_a_card_is_that_of_its_config(name: str):
   """Tokens, FLOPs and bytes of state, which the card rounds to two or three digits."""

@@ -147,6 +147,7 @@ def test_train_infer_eval_ckpt(flaxlm, in_process, corpus, tmp_path):
     assert "config.json: damaged" in run.stdout + run.stderr
 
 
+@pytest.mark.slow
 def test_a_mixture_is_trained_on_and_evaluated_by_source(in_process, corpus, tmp_path):
   """Of texts and of records in a field of another name; its run is scored as it was."""
   records = "".join(f'{{"body": "{n} and {n + 1}"}}\n' for n in range(300))

@@ -235,6 +235,7 @@ def test_an_update_up_the_hill_is_refused():
     optimizer.shortens("sgd", {"x": jnp.ones(2)}, {"x": 2 * jnp.ones(2)})
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_not_the_likeliest_is_refused():
   cfg, prompt, new = decode.llama_shape(TINY)
   model, params = decode.random_model(cfg)

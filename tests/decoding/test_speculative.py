@@ -44,7 +44,7 @@ def drafts() -> dict[str, Draft]:
   }
 
 
-@pytest.mark.parametrize("name", [slow("itself"), "another", "ngram"])
+@pytest.mark.parametrize("name", [slow("itself"), slow("another"), "ngram"])
 def test_the_tokens_are_those_of_plain_decoding(name: str):
   """Greedy or drawn, to the last token of the length, and their log-probabilities."""
   model, params = model_of("gqa")

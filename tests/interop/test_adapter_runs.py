@@ -17,6 +17,8 @@ from flaxlm.decoding.loading import load_run
 from flaxlm.interop.safetensors import open_checkpoint
 from flaxlm.sharding import make_mesh
 
+pytestmark = pytest.mark.slow  # nn/test_lora.py has the fast ones
+
 __all__ = ["commands", "folder"]  # fixtures
 
 LORA = {"lora__rank": 4, "optimizer__learning_rate": 0.01, "optimizer__warmup_steps": 0}

@@ -39,6 +39,8 @@ from flaxlm.origin import find_origin
 from flaxlm.runs import files_damage, load_config_of
 from flaxlm.sharding import make_mesh
 
+pytestmark = pytest.mark.slow  # nn/test_lora.py has the fast ones
+
 ALL = LoraConfig().targets
 # One with each layout: plain, fused, interleaved, other pairs, not transposed, two stacks.
 VARIANTS = ["llama_3", "gpt2", "neox", "gptj", "phi3", "t5", "bert", "gemma2", "qwen2_moe"]

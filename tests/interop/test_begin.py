@@ -26,6 +26,8 @@ from flaxlm.sharding import make_mesh
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.program import Program, begin_state, load_opt_state
 
+pytestmark = pytest.mark.slow  # each begins with runs that are trained
+
 # No step changes a parameter: what is evaluated at the end is what the run began from.
 STILL = {"optimizer__learning_rate": 0.0}
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import slow
 from test_huggingface import rewrite
 from test_transfer import MOST, checkpoint
 
@@ -215,7 +216,7 @@ def test_a_larger_tokenizer_is_told_and_its_ids_are_refused(mesh: Any, tmp_path:
     embed_texts(run, ["the cat sat"])
 
 
-@pytest.mark.parametrize("number", [67, 10**5])
+@pytest.mark.parametrize("number", [slow(67), 10**5])
 def test_special_ids_past_the_vocabulary_are_left_out_and_told(
   mesh: Any, hub: Path, number: int
 ):

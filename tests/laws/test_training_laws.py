@@ -138,6 +138,7 @@ def test_sharded_equals_one_device_however_it_runs(name, sizes):
     assert_same(loss_and_gradient_on(mesh, cfg, run), on_one(cfg, run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smoothing", [slow(0.0), 0.1])
 def test_a_loss_in_chunks_equals_the_loss(on_one_device, smoothing):
   run = dataclasses.replace(FAST, label_smoothing=smoothing)

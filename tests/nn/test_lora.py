@@ -100,7 +100,7 @@ def logits(model: Any, params: Any, batch: Batch) -> jax.Array:
   return jax.jit(lambda params: forward(model, params, batch).value)(params)
 
 
-FAMILIES = slow_but(("decoder", "encoder_decoder"), MODELS)
+FAMILIES = slow_but(("decoder",), MODELS)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -186,7 +186,7 @@ def test_the_gradient_is_that_of_the_kernel_by_the_chain_rule(name: str):
   ],
   ids=str,
 )
-@pytest.mark.parametrize("lora", [LORA, INT8], ids=["full", "int8"])
+@pytest.mark.parametrize("lora", [slow(LORA), INT8], ids=["full", "int8"])
 def test_sharded_equals_one_device(sizes: dict, lora: LoraConfig):
   loss, found = gradients_on("decoder", make_mesh(sizes), lora)
   wanted_loss, wanted = gradients_on("decoder", mesh_of(), lora)
@@ -206,6 +206,7 @@ def test_adapters_lie_as_their_kernels_do():
   assert specs["attention/o/lora_b"] == ("stage", None, "fsdp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "run",
   [TrainingConfig(), TrainingConfig(remat="full"), TrainingConfig(loss_chunks=4)],
@@ -257,6 +258,7 @@ def test_a_step_changes_the_adapters_alone():
   assert all(flat[path] for path in flat if path[-1] == "lora_b")
 
 
+@pytest.mark.slow
 def test_dropout_is_on_the_input_of_adapters_and_only_in_training():
   lora = dataclasses.replace(LORA, dropout=0.5)
   model, _, frozen, adapters = trees("decoder", lora)

@@ -305,6 +305,7 @@ def test_a_mesh_changes_nothing(sizes, on_one_device):
     assert_close(gradients, one_gradients, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_are_cut_over_context_and_a_single_token_is_not():
   """Rows in training, and a single token in decoding, which `context` cannot split."""
   moe = build(num_experts=8)

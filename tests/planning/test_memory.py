@@ -168,6 +168,7 @@ def test_decoding_needs_weights_and_cache():
   assert parts["parameters"] < 2 * sum(parameters(MODEL).values()) * 0.51
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [dict(fsdp=2, tensor=4)], ids=str)
 @pytest.mark.parametrize("base", ["full", "int8"])
 def test_frozen_bases_and_adapters_are_counted(base: str, mesh: dict[str, int]):

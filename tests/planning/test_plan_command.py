@@ -119,6 +119,7 @@ def test_an_axis_over_the_slow_network(plan, config, capsys):
   assert f"mesh {MESH}" in text and "network, data (data-centre network)" in text
 
 
+@pytest.mark.slow
 def test_a_search_keeps_the_slices(plan):
   asked = ("--device", "v5p", "--devices", "16", "--search", "--training.remat=full")
   result = plan("--mesh", "data=2@dcn,fsdp=8", *asked)

@@ -114,7 +114,7 @@ def random_params() -> Any:
   [
     ({}, 1, 31, 8),
     slow({"data": 2}, 2, 63, 4),
-    ({"fsdp": 2, "data": 2}, 2, 40, 8),
+    slow({"fsdp": 2, "data": 2}, 2, 40, 8),
     slow({"data": 8}, 1, 30, 16),
   ],
 )
@@ -150,6 +150,7 @@ CHAT = {"data__objective": "chat", "model__context": 128, "data__seq_len": 96}
 LONG = {"prompt": "x" * 200, "completion": "y"}
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_learns_and_keeps_the_template(
   in_process: Callable[..., Any], tmp_path: Path
 ):
