@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 from chat_templates import MARKED
-from safetensors.numpy import save_file
 from test_parity import pytestmark  # noqa: F401 - the mark is for this file too
 from test_transfer import own_run
 from tiny_models import LLAMA
@@ -109,6 +108,8 @@ def test_a_step_on_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
   assert float(found / count) == pytest.approx(float(loss.detach()), rel=1e-4)
   # Gradients have the names and layouts of their parameters, so they are read as these.
   named = {name: x.grad.numpy() for name, x in model.named_parameters()}
+  from safetensors.numpy import save_file  # comes with transformers
+
   save_file(named, hub / "model.safetensors", {"format": "pt"})
   expected = jax.device_get(load_checkpoint(hub, mesh, None).params)
 
