@@ -8,57 +8,38 @@ mistakes show within seconds.
 
 import contextlib
 import dataclasses
-import secrets
-import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
-from flaxlm.chat.templates import CHAT
-from flaxlm.checkpoint.manifest import write_atomically
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import (
   Config,
   ResolvedConfig,
-  TokenizerConfig,
   check_config,
   difference,
   slow_axes,
-  to_json,
 )
 from flaxlm.data.prepare import Prepared, prepare
 from flaxlm.data.storage import data_dir, to_stderr
 from flaxlm.decoding.loading import Run
-from flaxlm.distributed.peers import Alone
 from flaxlm.distributed.start import joined
-from flaxlm.errors import writing
 from flaxlm.nn.kernels.paths import Path as AttentionPath
 from flaxlm.nn.lora import merged
 from flaxlm.nn.models import abstract_params
-from flaxlm.origin import Origin, adopt, find_origin, forget, read_origin, write_origin
+from flaxlm.origin import adopt, read_origin
 from flaxlm.platform import Flag, start_jax
 from flaxlm.runs import (
   CHECKPOINTS,
-  CONFIG,
-  METRICS,
-  TOKENIZER,
-  check_is_ours,
   check_same_experiment,
-  check_unchanged,
-  files_damage,
-  find_resume_step,
-  load_config_of,
   locked,
   make_room_after,
-  metrics_until,
-  new_files,
 )
 from flaxlm.sharding import check_batch, describe_mesh, make_mesh
 from flaxlm.tokenizers import expected_vocab_size
-from flaxlm.tokenizers.imported import SPECIALS
 from flaxlm.training.closing import show_sample
+from flaxlm.training.directory import find_start, tokenizer_to_use, write_files
 from flaxlm.training.evaluation import Evaluator, batches_by_source, split_batches
 from flaxlm.training.program import (
   Compiler,
@@ -74,10 +55,6 @@ from flaxlm.training.step import TrainState
 from flaxlm.training.trainer import Trainer
 from flaxlm.training.watchdog import Watchdog
 
-# Process 0 writes this file, and the others look for it (`check_shared`): a network file
-# system shows it within seconds.
-MARK, MARK_SECONDS = ".job", 30.0
-
 
 def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
   """Trains `cfg` into its run directory, resuming what is there; returns the exit code.
@@ -89,9 +66,8 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
   check_adapters(cfg)
   flags = start_jax(cfg.simulated_devices, data_dir() / "xla")
   with joined(cfg) as peers, contextlib.ExitStack() as stack:
-    if (
-      peers.num_processes > 1
-    ):  # they stop together; alone, it ends at once until it trains
+    # Several processes stop together. One alone ends at once, until it trains.
+    if peers.num_processes > 1:
       stop_at = stack.enter_context(stop_signals(peers))
     # -- Devices.
     mesh = make_mesh(cfg.mesh)
@@ -100,26 +76,13 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
 
     # -- The run directory: ours alone from here on.
     stack.enter_context(locked(cfg.run_dir, peers.process))
-    check_shared(cfg.run_dir, peers)
-    checkpoints = cfg.run_dir / CHECKPOINTS
-    first_step = peers.decide(lambda: find_resume_step(cfg, to_stderr))
-    origin = None
-    if not first_step:
-      peers.decide(lambda: check_is_ours(cfg.run_dir))
-      if cfg.init is not None:
-        origin = find_origin(cfg)
-        peers.agree(f"the checkpoint of {origin.path}", origin.digest)
-      peers.decide(lambda: make_room_after(checkpoints, 0))
-      peers.decide(lambda: forget(cfg.run_dir))
-    before = load_config_of(cfg.run_dir) if first_step else None
-    for problem in files_damage(cfg.run_dir) if first_step else ():
-      to_stderr(f"{cfg.run_dir}: {problem}")
+    start = find_start(cfg, peers)
+    first_step, before = start.step, start.before
 
     # -- Data: their tokenizer decides the vocabulary. Its size can be told before, except
     # for the smallest corpora, so the program compiles while the data are prepared.
-    is_new = not first_step and origin is None
-    compiler = stack.enter_context(Compiler(cfg, mesh, fresh=is_new))
-    tokenizer_cfg = tokenizer_to_use(cfg, origin)
+    compiler = stack.enter_context(Compiler(cfg, mesh, fresh=start.is_random))
+    tokenizer_cfg = tokenizer_to_use(cfg, start.origin)
     guess = resolve_model(cfg, expected_vocab_size(tokenizer_cfg), mesh, before)
     # Several processes compile later, together: some may find their data prepared already.
     is_alone = peers.num_processes == 1
@@ -140,26 +103,18 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     validation = batches_by_source(cfg, prepared.validation, mesh)
 
     # -- Files: what is stored fits this config, and the run says what it is.
-    store = CheckpointStore(checkpoints, cfg.checkpoint.keep)
+    store = CheckpointStore(cfg.run_dir / CHECKPOINTS, cfg.checkpoint.keep)
     stack.callback(store.close)
     if before is not None:
       stored_corpus = store.restore_progress(first_step)["corpus"]
       check_same_experiment(before, cfg, stored_corpus, prepared.fingerprint)
-      peers.decide(lambda: make_room_after(checkpoints, first_step))
+      peers.decide(lambda: make_room_after(store.directory, first_step))
       store.reload()
     if peers.num_processes == 1:
       stop_at = stack.enter_context(stop_signals(peers))
     compiler.start(cfg.model)
     if peers.process == 0:
-      kept_metrics = metrics_until(cfg.run_dir, first_step)
-      with new_files(cfg.run_dir) as folder:
-        (folder / CONFIG).write_text(to_json(cfg), "utf-8")
-        (folder / METRICS).write_bytes(kept_metrics)
-        prepared.tokenizer.save(folder / TOKENIZER)
-        if prepared.chat is not None:
-          (folder / CHAT).write_text(prepared.chat.to_json(), "utf-8")
-        if origin is not None:
-          write_origin(folder, origin)
+      write_files(cfg, prepared, start)
     reporter = Reporter(
       cfg.run_dir, first_step, cfg.training.num_steps, writes=peers.process == 0
     )
@@ -168,8 +123,8 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     # -- State: born sharded, or restored as it was.
     program = compiler.program(cfg.model)
     state = program.state
-    if origin is not None:
-      state = begin_state(origin, program, mesh, cfg)
+    if start.origin is not None:
+      state = begin_state(start.origin, program, mesh, cfg)
     elif state is None:
       state = restore_state(store, first_step, program, mesh, cfg)
     report_start(reporter, cfg, before, first_step, flags, attention)
@@ -203,38 +158,6 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
       run = Run(cfg.run_dir, cfg, tokenizer, step, program.model, params, mesh)
       show_sample(run, reporter, arguments)
     return exit_code
-
-
-def tokenizer_to_use(cfg: Config, origin: Origin | None) -> TokenizerConfig:
-  """The tokenizer of the run that this one begins from, or began from; else that of `cfg`.
-
-  Raises `CheckpointError` if it is not as it was written.
-  """
-  if origin is None and read_origin(cfg.run_dir) is None:
-    return cfg.tokenizer
-  folder = cfg.run_dir if origin is None else origin.path
-  check_unchanged(folder, TOKENIZER, SPECIALS)
-  return dataclasses.replace(cfg.tokenizer, path=str(folder / TOKENIZER))
-
-
-def check_shared(run_dir: Path, peers: Alone) -> None:
-  """Refuses to train into a directory that not all processes see."""
-  if peers.num_processes == 1:
-    return
-
-  def leave_mark() -> str:
-    mark = secrets.token_hex(8)
-    with writing(run_dir / MARK):
-      write_atomically(run_dir / MARK, mark)
-    return mark
-
-  mark = peers.decide(leave_mark)
-  seen, deadline = "", time.monotonic() + MARK_SECONDS
-  while seen != mark and time.monotonic() < deadline:
-    with contextlib.suppress(OSError):
-      seen = (run_dir / MARK).read_text("utf-8")
-    time.sleep(0.0 if seen == mark else 0.2)
-  peers.agree(f"what is in {run_dir}", seen)
 
 
 def report_start(
