@@ -68,6 +68,23 @@ def test_what_python_would_raise_for_is_told(in_process, arguments: list[str], t
   assert run.returncode in (2, 3) and told in run.stderr, run.stderr
 
 
+@pytest.mark.parametrize(
+  ("flags", "told"),
+  [
+    (["eval", "--beams=2"], "--beams without --bleu"),
+    (["eval", "--bleu", "--batches=2"], "--bleu with --batches"),
+    (["eval", "--tasks=t.jsonl", "--pairs=2"], "--tasks with --pairs"),
+    (["infer", "--prompt=a", "--top-logprobs=2"], "--top-logprobs without --json"),
+    (["infer", "--prompt=a", "--draft-tokens=2"], "--draft-tokens without --draft"),
+    (["infer", "--prompt=a", "--batch-size=2"], "--batch-size without --prompt-file"),
+    (["infer", "--prompt=a", "--length-penalty=0"], "--length-penalty without --beams"),
+  ],
+)
+def test_a_flag_that_nothing_reads_is_refused(in_process, flags: list[str], told: str):
+  run = in_process(*flags)
+  assert run.returncode == 2 and told in run.stderr, run.stderr
+
+
 def test_a_name_in_brackets_is_no_markup(in_process):
   run = in_process("plan", "--name=a[red]b", "--mesh=data=1")
   assert run.stdout.startswith("a[red]b on any"), run.stderr

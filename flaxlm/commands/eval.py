@@ -17,6 +17,8 @@ from flaxlm.config import flag as flag_of
 from flaxlm.errors import ConfigError
 from flaxlm.strict_json import to_json
 
+BEAMS, PAIRS = 4, 500  # of --bleu
+
 
 def add_eval(commands: Any) -> None:
   parser = commands.add_parser("eval", help="loss and bits per byte on held-out text")
@@ -27,8 +29,9 @@ def add_eval(commands: Any) -> None:
   parser.add_flag("--corpus", str, text)
   parser.add_flag("--batches", int, "use at most so many; default: all")
   parser.add_flag("--bleu", bool, "translate the pairs of the split, and score the result")
-  parser.add_flag("--beams", int, "bleu: number of beams", default=4)
-  parser.add_flag("--pairs", int, "bleu: use at most so many pairs", default=500)
+  parser.add_flag("--beams", int, f"bleu: number of beams (default: {BEAMS})")
+  text = f"bleu: use at most so many pairs (default: {PAIRS})"
+  parser.add_flag("--pairs", int, text)
   text = (
     "instead: tasks with known answers, a JSON object a line; --output gets the answers"
   )
@@ -37,8 +40,24 @@ def add_eval(commands: Any) -> None:
   parser.set_defaults(run=run_eval)
 
 
+def check_read(args: argparse.Namespace) -> None:
+  """Raises `ConfigError` for a flag that what is evaluated does not read."""
+  excluded = {
+    "tasks": ("bleu", "split", "corpus", "batches", "pairs", "beams"),
+    "bleu": ("batches",),
+  }
+  for what, others in excluded.items():
+    for name in others:
+      if getattr(args, what) and getattr(args, name):
+        raise ConfigError(f"--{what} with {flag_of(name)}", "leave one of them out")
+  for name in ("pairs", "beams"):
+    if getattr(args, name) and not args.bleu:
+      raise ConfigError(f"{flag_of(name)} without --bleu", "add --bleu")
+
+
 def run_eval(args: argparse.Namespace, _: list[str]) -> int:
-  check_least(args, 1, "batches", "pairs")
+  check_least(args, 1, "batches", "pairs", "beams")
+  check_read(args)
   if args.tasks is not None:
     return run_tasks(args)
   run = open_run(args)
@@ -48,7 +67,7 @@ def run_eval(args: argparse.Namespace, _: list[str]) -> int:
   log = lambda line: print(line, file=sys.stderr)
   which = (run, args.corpus, args.split)
   if args.bleu:
-    result = translate_run(*which, args.pairs, args.beams, log)
+    result = translate_run(*which, args.pairs or PAIRS, args.beams or BEAMS, log)
     values: dict[str, Any] = {"eval/bleu": result.bleu, "eval/copy_bleu": result.copy_bleu}
     values |= {"corpus": result.corpus, "split": result.split, "pairs": result.num_pairs}
     text = (
@@ -72,9 +91,6 @@ def run_tasks(args: argparse.Namespace) -> int:
   """Figures go to stdout, and the answer to each task to --output."""
   from flaxlm.decoding.tasks import evaluate_tasks, join_notes, read_tasks
 
-  for name in ("split", "corpus", "batches", "bleu"):
-    if getattr(args, name):
-      raise ConfigError(f"--tasks with {flag_of(name)}", "leave one of them out")
   # Mistakes in the file show before a checkpoint is read.
   tasks = read_tasks(read_text(args.tasks), args.tasks)
   for note in join_notes(tasks):

@@ -36,6 +36,7 @@ SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
 }
 SAMPLING_DEFAULTS = {"temperature": 0.8, "seed": 0}
 DEFAULT_LENGTH_PENALTY = 0.6
+DEFAULT_BATCH_SIZE, DEFAULT_DRAFT_TOKENS = 16, 4
 
 
 # -- What the command reads ----------------------------------------------------------------
@@ -47,7 +48,7 @@ def add_infer(commands: Any) -> None:
   parser.add_output("one JSON object per sample")
   flag = parser.add_flag
   text = "with --json: also the N likeliest tokens of each step"
-  flag("--top-logprobs", int, text, default=0, metavar="N")
+  flag("--top-logprobs", int, text, metavar="N")
   flag("--verbose", bool, "say how many programs were compiled")
   # What is read.
   flag("--prompt", list[str], "a text to continue, or to read (encoder_decoder)")
@@ -74,12 +75,14 @@ def add_infer(commands: Any) -> None:
   text = f"beams: 0 prefers short texts (default: {DEFAULT_LENGTH_PENALTY})"
   flag("--length-penalty", float, text)
   # Speed.
-  flag("--batch-size", int, "samples of FILE.jsonl at a time", default=16)
+  text = f"samples of FILE.jsonl at a time (default: {DEFAULT_BATCH_SIZE})"
+  flag("--batch-size", int, text)
   flag("--weights", ("float32", "bfloat16", "int8"), "default: as in the run")
   flag("--cache", ("int8",), "keys and values in a quarter of the memory")
   text = "a smaller run that guesses tokens ahead; ngram: guess from the text so far"
   flag("--draft", str, text, metavar="RUN")
-  flag("--draft-tokens", int, "guesses at a time", default=4)
+  text = f"draft: guesses at a time (default: {DEFAULT_DRAFT_TOKENS})"
+  flag("--draft-tokens", int, text)
   parser.set_defaults(run=run_infer)
 
 
@@ -96,8 +99,9 @@ def check(args: argparse.Namespace) -> None:
   given = [flag_of(name) for name in alone if getattr(args, name) is not None]
   if len(given) > 1:
     raise ConfigError(f"{given[0]} with {given[1]}", "leave one of them out")
-  if args.beams is None and args.length_penalty is not None:
-    raise ConfigError("--length-penalty without --beams", "add --beams 4")
+  for name, (is_read, reader) in readers(args).items():
+    if getattr(args, name) is not None and not is_read:
+      raise ConfigError(f"{flag_of(name)} without {reader}", f"add {reader}")
   if args.beams is not None and args.beams < args.num_samples:
     raise ConfigError(
       f"{args.num_samples} samples of {args.beams} beams", f"--beams {args.num_samples}"
@@ -115,6 +119,17 @@ def check(args: argparse.Namespace) -> None:
     raise ConfigError(f"--output {args.output} is a folder", "--output out.jsonl")
   if reads_jobs(args) and Path(args.output).resolve() == Path(args.prompt_file).resolve():
     raise ConfigError(f"--output {args.output} would replace the prompts", "name another")
+
+
+def readers(args: argparse.Namespace) -> dict[str, tuple[bool, str]]:
+  """For each flag that another one needs: whether that is there, and how to give it."""
+  jobs = reads_jobs(args)
+  return {
+    "length_penalty": (args.beams is not None, "--beams 4"),
+    "draft_tokens": (args.draft is not None, "--draft ngram"),
+    "batch_size": (jobs, "--prompt-file FILE.jsonl"),
+    "top_logprobs": (args.json or jobs, "--json"),
+  }
 
 
 def reads_jobs(args: argparse.Namespace) -> bool:
@@ -212,14 +227,15 @@ def open_decoder(args: argparse.Namespace) -> Any:
   run = prepare_for_decoding(run, args.weights, args.cache == "int8")
   if args.draft is None:
     return run
+  num_tokens = args.draft_tokens or DEFAULT_DRAFT_TOKENS
   if args.draft == "ngram":
-    return run._replace(draft=Draft(num_tokens=args.draft_tokens))
+    return run._replace(draft=Draft(num_tokens=num_tokens))
   small = prepare_for_decoding(load_run(find_run(args.draft, args.runs_dir), run.mesh))
   if small.tokenizer.fingerprint != run.tokenizer.fingerprint:
     raise ConfigError(
       f"{args.draft} has another tokenizer", "use a draft with the run's tokenizer"
     )
-  return run._replace(draft=Draft(small.model, small.params, args.draft_tokens))
+  return run._replace(draft=Draft(small.model, small.params, num_tokens))
 
 
 def complete_file(args: argparse.Namespace, settings: Any, stop: Any) -> None:
@@ -239,8 +255,8 @@ def complete_file(args: argparse.Namespace, settings: Any, stop: Any) -> None:
       run,
       jobs,
       Path(args.output),
-      args.batch_size,
-      args.top_logprobs,
+      args.batch_size or DEFAULT_BATCH_SIZE,
+      args.top_logprobs or 0,
       on_done=lambda count: progress.advance(task, count),
     )
 
@@ -360,7 +376,7 @@ def print_completions(
       args.max_new_tokens,
       stop,
       on_text=show if streams else None,
-      num_top=args.top_logprobs,
+      num_top=args.top_logprobs or 0,
     )
   arrow = "\n=> " if reads_prompt else ""
   for number, result in enumerate(results, 1):
