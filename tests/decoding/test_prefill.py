@@ -238,7 +238,8 @@ def memory_in_use() -> tuple[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "count", [8, pytest.param(10_000, marks=pytest.mark.timeout(1200))]
+  "count",
+  [100, pytest.param(10_000, marks=[pytest.mark.fuzz, pytest.mark.timeout(1200)])],
 )
 def test_random_requests_compile_once_a_bucket(count: int):
   """Random lengths, rows and settings: the programs are known by their buckets, and

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import slow_but
 from flax.traverse_util import flatten_dict
 from test_huggingface import save
 from test_parity import ours, rows, theirs
@@ -85,7 +84,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("targets", [ALL, "/(q|down)$"])
-@pytest.mark.parametrize("variant", slow_but(FAST, VARIANTS))
+@pytest.mark.parametrize(
+  "variant",
+  [v if v in FAST else pytest.param(v, marks=pytest.mark.fuzz) for v in VARIANTS],
+)
 def test_what_goes_out_comes_in_again(variant: str, targets: str, tmp_path: Path):
   (tmp_path / "hub").mkdir()
   save(tmp_path / "hub", variant)
