@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import importlib.util
 import io
 import os
 import shutil
@@ -162,6 +163,19 @@ def in_process(
 
 # A parameter of a test, in the slow tests only.
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+def with_transformers(test: Callable[..., None]) -> Callable[..., None]:
+  """Marks a test that compares with transformers: parity, skipped where it is absent."""
+  absent = not importlib.util.find_spec("transformers")
+  skipped = absent and "FLAXLM_REQUIRE_PARITY" not in os.environ
+  for mark in (
+    pytest.mark.parity,
+    pytest.mark.skipif(skipped, reason="needs transformers"),
+    pytest.mark.filterwarnings("ignore"),
+  ):
+    test = mark(test)
+  return test
 
 
 def slow_but(fast: Iterable[str], names: Iterable[str]) -> list:

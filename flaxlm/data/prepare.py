@@ -376,9 +376,8 @@ def _open(
   tokens = np.load(folder / f"{name}.npy", mmap_mode="r")
   if len(tokens) != about["num_tokens"]:
     raise ValueError(f"{len(tokens)} tokens instead of {about['num_tokens']}")
-  if (
-    weights is None and tokens[0] != tokenizer.bos_id
-  ):  # one tokenizer.json may serve with several
+  # One tokenizer.json may serve with several. A conversation begins as its template says.
+  if weights is None and tokens[0] != tokenizer.bos_id:
     raise ValueError(f"documents begin with {tokens[0]}")
   bounds = _open_bounds(folder / f"{name}.bounds.npy", tokens, tokenizer.bos_id)
   if len(bounds) != about["num_documents"] + 1:

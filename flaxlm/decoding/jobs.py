@@ -128,9 +128,7 @@ def read_job(values: dict[str, Any], defaults: PromptJob, number: int) -> Prompt
     max_seconds=values.get("max_seconds", defaults.stop.max_seconds),
   )
   stop.check()
-  own_id = values.get("id")
-  if "id" in values and not (isinstance(own_id, str) or is_number(own_id)):
-    raise ConfigError(f"id is {reprlib.repr(own_id)}", "use a string or a number")
+  own_id = read_id(values)
   num_new = values.get("max_new_tokens", defaults.max_new_tokens)
   if num_new is not None:
     check_count("max_new_tokens", num_new, MOST_NEW_TOKENS)
@@ -158,6 +156,14 @@ def read_settings(
   settings = dataclasses.replace(defaults, **own)
   settings.check()
   return settings
+
+
+def read_id(values: dict[str, Any]) -> str | float | None:
+  """The user's own name for a line; None if there is none. Raises `ConfigError`."""
+  own_id = values.get("id")
+  if "id" in values and not (isinstance(own_id, str) or is_number(own_id)):
+    raise ConfigError(f"id is {reprlib.repr(own_id)}", "use a string or a number")
+  return own_id
 
 
 def list_of(values: dict[str, Any], name: str, default: Sequence) -> Sequence:

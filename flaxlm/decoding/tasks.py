@@ -28,6 +28,7 @@ from flaxlm.decoding.jobs import (
   batch_jobs,
   check_count,
   list_of,
+  read_id,
   read_object,
 )
 from flaxlm.decoding.loading import Run, prepare_for_decoding
@@ -123,10 +124,7 @@ def read_task(values: dict[str, Any], place: Place) -> Choice | Question:
   if not isinstance(values["prompt"], str):
     raise ConfigError("the prompt is not a string")
   as_texts(values["prompt"])
-  own_id = values.get("id")
-  if own_id is not None and not (isinstance(own_id, str) or is_number(own_id)):
-    raise ConfigError(f"id is {reprlib.repr(own_id)}", "use a string or a number")
-  place = place._replace(id=own_id)
+  place = place._replace(id=read_id(values))
   if "choices" in values:
     choices = read_choices(values["choices"])
     return Choice(place, values["prompt"], choices, read_answer(values["answer"], choices))

@@ -8,7 +8,7 @@ parameters, the kernels as int8 if asked for, and the constants of the adapters.
 puts the two together, and the model runs with the result (`layers.Einsum`).
 """
 
-import functools
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -121,7 +121,7 @@ def init_adapters(abstract: Any, seed: int) -> Any:
       if path[-1] == "lora_b":
         adapters[path] = jnp.zeros(leaf.shape, leaf.dtype)
       else:
-        limit = functools.reduce(lambda a, b: a * b, leaf.shape[1:-1]) ** -0.5
+        limit = math.prod(leaf.shape[1:-1]) ** -0.5
         drawn = jax.random.uniform(key, leaf.shape, jnp.float32, -limit, limit)
         adapters[path] = drawn.astype(leaf.dtype)
     return unflatten_dict(adapters)

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conversations to learn from: what an assistant wrote, as transformers finds it."""
 
-import importlib.util
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_templates import MARKED, TEMPLATES
-from conftest import slow_but
+from conftest import slow_but, with_transformers
 from tiny_tokenizers import llama
 
 from flaxlm.chat import process
@@ -39,13 +37,7 @@ def learnt(chat: Chat, messages: list[dict[str, Any]]) -> list[tuple[str, list[s
   return [(one.text, [one.text[slice(*span)] for span in one.spans]) for one in texts]
 
 
-@pytest.mark.parity
-@pytest.mark.skipif(
-  importlib.util.find_spec("transformers") is None
-  and "FLAXLM_REQUIRE_PARITY" not in os.environ,
-  reason="needs transformers",
-)
-@pytest.mark.filterwarnings("ignore")
+@with_transformers
 @pytest.mark.parametrize("name", MARKED)
 def test_masks_are_those_of_transformers(name: str):
   """Ids and mask, by the template's marks; ten templates."""

@@ -2,16 +2,14 @@
 """Chats: prompts as transformers writes them, templates within bounds, long talks."""
 
 import argparse
-import importlib.util
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_templates import TEMPLATES
-from conftest import slow_but
+from conftest import slow_but, with_transformers
 from test_completions import make_run
 from tiny_tokenizers import llama
 
@@ -186,13 +184,7 @@ def test_a_template_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch):
         endless.render([])
 
 
-@pytest.mark.parity
-@pytest.mark.skipif(
-  importlib.util.find_spec("transformers") is None
-  and "FLAXLM_REQUIRE_PARITY" not in os.environ,
-  reason="needs transformers",
-)
-@pytest.mark.filterwarnings("ignore")
+@with_transformers
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_prompts_are_those_of_transformers(name: str):
   """The text and the ids, or both fail."""
