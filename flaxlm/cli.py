@@ -13,6 +13,7 @@ from flaxlm.errors import (
   DISK_ERRORS,
   INTERRUPTED,
   PREEMPTED,
+  ConfigError,
   FlaxLMError,
   OutOfMemoryError,
   first_line,
@@ -121,8 +122,20 @@ def discard_output() -> None:
   sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - it must outlive us
 
 
+def import_jax() -> None:
+  """JAX reads its settings from the environment while it is imported.
+
+  Raises `ConfigError` for a value that it does not take, as of JAX_ENABLE_X64=maybe.
+  """
+  try:
+    import jax  # noqa: F401
+  except ValueError as e:
+    raise ConfigError(first_line(e), "correct or unset the JAX_... variable") from e
+
+
 def build_parser() -> Any:
   """The parser of all commands. They are imported here, when signals are handled."""
+  import_jax()
   from flaxlm.commands.bench import add_bench
   from flaxlm.commands.checkpoints import add_ckpt, add_export, add_import
   from flaxlm.commands.embed import add_embed

@@ -99,14 +99,18 @@ def test_a_tokenizer_that_leaves_all_text_out_is_compared():
 
 @pytest.mark.slow
 def test_what_is_around_a_command_is_told(flaxlm, tmp_path: Path):
-  """A platform that is not there, as CUDA in a container without it, and an output that
-  cannot write all characters: of the user's own text, or of a path in bytes."""
+  """A platform that is not there, as CUDA in a container without it, a setting of JAX that
+  it does not take, and an output that cannot write all characters: of the user's own text,
+  or of a path in bytes."""
   (tmp_path / "x").mkdir()
   (tmp_path / "x/config.json").write_text("{}")
   for name in ("bogus", "cuda"):
     run = flaxlm("import", "x", "y", env_changes={"JAX_PLATFORMS": name})
     assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
     assert f"JAX does not start with JAX_PLATFORMS={name}" in run.stderr
+  run = flaxlm("plan", env_changes={"JAX_ENABLE_X64": "maybe"})
+  assert run.returncode == 2 and "Traceback" not in run.stderr, run.stderr
+  assert "JAX_ENABLE_X64" in run.stderr
   run = flaxlm("plan", "--name=\u00e9", env_changes={"PYTHONIOENCODING": "ascii"})
   assert run.stdout.startswith("\\xe9 on any"), run.stderr
 
