@@ -165,17 +165,24 @@ def in_process(
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
-def with_transformers(test: Callable[..., None]) -> Callable[..., None]:
-  """Marks a test that compares with transformers: parity, skipped where it is absent."""
-  absent = not importlib.util.find_spec("transformers")
-  skipped = absent and "FLAXLM_REQUIRE_PARITY" not in os.environ
-  for mark in (
+def beside(*packages: str) -> list[pytest.MarkDecorator]:
+  """Marks of tests that compare with other packages: parity, and skipped where one of them
+  is absent unless FLAXLM_REQUIRE_PARITY is set. What they warn of is theirs."""
+  absent = [name for name in packages if not importlib.util.find_spec(name)]
+  skipped = bool(absent) and "FLAXLM_REQUIRE_PARITY" not in os.environ
+  return [
     pytest.mark.parity,
-    pytest.mark.skipif(skipped, reason="needs transformers"),
+    pytest.mark.skipif(skipped, reason=f"needs {' and '.join(absent)}"),
     pytest.mark.filterwarnings("ignore"),
-  ):
-    test = mark(test)
-  return test
+  ]
+
+
+BESIDE_TRANSFORMERS = beside("torch", "transformers")
+
+
+def with_transformers(test: Callable[..., None]) -> Callable[..., None]:
+  """Marks one test that compares with transformers."""
+  return functools.reduce(lambda marked, mark: mark(marked), BESIDE_TRANSFORMERS, test)
 
 
 def slow_but(fast: Iterable[str], names: Iterable[str]) -> list:

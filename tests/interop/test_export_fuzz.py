@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import BESIDE_TRANSFORMERS
 from parameters import random_params
 from test_huggingface import HEADS, family_of
-from test_parity import LENGTHS, pytestmark, theirs  # noqa: F401 - marks of a module
+from test_parity import LENGTHS, theirs
 from test_parity import ours as logits_of
 from tiny_models import VARIANTS
 
@@ -26,6 +27,8 @@ from flaxlm.interop.values import Values
 from flaxlm.nn.models import build_model
 from flaxlm.sharding import make_mesh
 from flaxlm.tokenizers import train_tokenizer
+
+pytestmark = BESIDE_TRANSFORMERS
 
 # Values of every field of a model's config, those at the edge of what is allowed too.
 CHOICES: dict[str, tuple[Any, ...]] = {

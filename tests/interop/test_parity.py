@@ -2,8 +2,6 @@
 """Every family against `transformers`, the reference: an imported model computes the same,
 and so does `transformers` after it is exported again."""
 
-import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_tokenizers
-from conftest import ROOT
+from conftest import BESIDE_TRANSFORMERS, ROOT
 from test_transfer import own_run
 from tiny_models import LLAMA, VARIANTS, Tiny, Variant, tiny
 
@@ -27,16 +25,7 @@ from flaxlm.nn.models import build_model
 from flaxlm.sharding import make_mesh
 from flaxlm.tokenizers import load_tokenizer, train_tokenizer
 
-HAS_BOTH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-pytestmark = [
-  pytest.mark.parity,
-  pytest.mark.skipif(
-    not HAS_BOTH and "FLAXLM_REQUIRE_PARITY" not in os.environ,
-    reason="needs PyTorch and transformers",
-  ),
-  # What they warn of is theirs.
-  pytest.mark.filterwarnings("ignore"),
-]
+pytestmark = BESIDE_TRANSFORMERS
 
 LENGTHS = [24, 17]
 TARGET_LENGTH = 11

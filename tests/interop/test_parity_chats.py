@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from chat_templates import MARKED
-from test_parity import pytestmark  # noqa: F401 - the mark is for this file too
+from conftest import BESIDE_TRANSFORMERS
 from test_transfer import own_run
 from tiny_models import LLAMA
 from tiny_tokenizers import llama
@@ -27,6 +27,8 @@ from flaxlm.nn.models import build_model
 from flaxlm.runs import TOKENIZER
 from flaxlm.sharding import make_mesh
 from flaxlm.training.step import loss_and_gradient
+
+pytestmark = BESIDE_TRANSFORMERS
 
 SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 WORDS = ("the cat", "sat", "on a hat", "théâtre", "the mat and the cat", "a")

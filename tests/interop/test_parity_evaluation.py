@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_parity import pytestmark  # noqa: F401 - the mark is for this file too
+from conftest import BESIDE_TRANSFORMERS
 from tiny_models import LLAMA
 from tiny_tokenizers import gpt2
 
@@ -14,6 +14,8 @@ from flaxlm.decoding.loading import load_run
 from flaxlm.interop.transfer import import_run
 from flaxlm.sharding import make_mesh
 from flaxlm.training.evaluation import evaluate_run
+
+pytestmark = BESIDE_TRANSFORMERS
 
 END = "<|im_end|>"
 TEXTS = {"a.txt": f"the cat{END}\nsat{END}\n", "b.txt": f"{END}on the mat", "c.txt": "é"}

@@ -5,13 +5,16 @@ import dataclasses
 
 import numpy as np
 import pytest
-from test_parity import load, pytestmark, rows  # noqa: F401 - the mark is for this file too
+from conftest import BESIDE_TRANSFORMERS
+from test_parity import load, rows
 from tiny_models import VARIANTS, tiny
 
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.nn.models import build_model
+
+pytestmark = BESIDE_TRANSFORMERS
 
 NEW_TOKENS = 64
 

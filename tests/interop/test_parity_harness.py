@@ -2,16 +2,14 @@
 """lm-evaluation-harness gets from a run what its own `hf` model gives for the same weights:
 on tasks that are defined here, with data that are written here."""
 
-import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_tokenizers
 import yaml
-from test_parity import pytestmark as parity_marks
+from conftest import beside
 from test_transfer import own_run
 from tiny_models import LLAMA
 
@@ -23,13 +21,7 @@ from flaxlm.errors import ConfigError
 from flaxlm.interop.transfer import export_run, import_run
 from flaxlm.sharding import make_mesh
 
-pytestmark = [
-  *parity_marks,
-  pytest.mark.skipif(
-    not importlib.util.find_spec("lm_eval") and "FLAXLM_REQUIRE_PARITY" not in os.environ,
-    reason="needs lm-evaluation-harness",
-  ),
-]
+pytestmark = beside("torch", "transformers", "lm_eval")
 
 TEXTS = ["the cat sat on the mat", "a hat, a cat: théâtre", "the cats that sat there"]
 LONG = " ".join(TEXTS * 5)  # longer than the models' contexts

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny_tokenizers
-from test_parity import pytestmark  # noqa: F401 - the mark is for this file too
+from conftest import BESIDE_TRANSFORMERS
 from test_transfer import own_run
 from tiny_models import tiny
 
@@ -14,6 +14,8 @@ from flaxlm.decoding.loading import load_run
 from flaxlm.decoding.scoring import score_continuations, score_texts
 from flaxlm.interop.transfer import export_run, import_run
 from flaxlm.sharding import make_mesh
+
+pytestmark = BESIDE_TRANSFORMERS
 
 PAIRS = [
   ("the cat", " sat"),
