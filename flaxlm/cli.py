@@ -49,6 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
       raise
     discard_output()
     return end_with(write_error(e, "the output"), debug)
+  except ValueError as e:  # JAX reads its settings while it is imported
+    if not ("JAX flag" in str(e) or "environment 'JAX_" in str(e)) or debug:
+      raise
+    return end_with(ConfigError(first_line(e), "correct or unset JAX_..."), debug)
   except RuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e) or debug:
       raise
@@ -122,20 +126,8 @@ def discard_output() -> None:
   sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - it must outlive us
 
 
-def import_jax() -> None:
-  """JAX reads its settings from the environment while it is imported.
-
-  Raises `ConfigError` for a value that it does not take, as of JAX_ENABLE_X64=maybe.
-  """
-  try:
-    import jax  # noqa: F401
-  except ValueError as e:
-    raise ConfigError(first_line(e), "correct or unset the JAX_... variable") from e
-
-
 def build_parser() -> Any:
   """The parser of all commands. They are imported here, when signals are handled."""
-  import_jax()
   from flaxlm.commands.bench import add_bench
   from flaxlm.commands.checkpoints import add_ckpt, add_export, add_import
   from flaxlm.commands.embed import add_embed

@@ -224,6 +224,7 @@ sys.exit(cli.main(["train", *sys.argv[1:]]))
 # A signal while a module is being imported, as in the first second.
 SIGNALLED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored behind a shell's &
 class Finder:
   def find_spec(self, name, *_):
     if name == sys.argv[2]:

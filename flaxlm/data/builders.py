@@ -19,7 +19,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
-from flaxlm.data.corpus import WHOLE, Corpus, Document, Log, Pair, read_in_order
+from flaxlm.data.corpus import WHOLE, Corpus, Document, Log, Pair, Texts, read_in_order
 from flaxlm.errors import DataError, first_line
 
 FILE_FORMAT = "array_record"
@@ -90,8 +90,8 @@ class LocalPairs(LocalText):
     return ((part.source, part.target, part.domain) for part in parts)
 
 
-class TextSource(Sequence):
-  """The text of a TFDS data source: `source[i]` is a str."""
+class TextSource(Texts):
+  """The texts of a TFDS data source."""
 
   def __init__(self, records: Sequence[Mapping[str, Any]], feature: str):
     self._records, self._feature = records, feature
@@ -99,11 +99,8 @@ class TextSource(Sequence):
   def __len__(self) -> int:
     return len(self._records)
 
-  def __iter__(self) -> Iterator[str]:
-    return map(self.__getitem__, range(len(self)))
-
-  def __getitem__(self, index):
-    text = self._records[index][self._feature]
+  def read(self, number: int) -> str:
+    text = self._records[number][self._feature]
     return text if isinstance(text, str) else text.decode("utf-8", "replace")
 
 

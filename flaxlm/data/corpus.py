@@ -3,10 +3,11 @@
 
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, overload
 
 from flaxlm.data.records import open_plain
 
@@ -14,6 +15,25 @@ Log = Callable[[str], None]
 SPLITS = ("train", "validation")
 WHOLE = "whole"  # the only split of a corpus that is evaluated on, not learnt from
 _LISTING_VERSION = 1  # a part of fingerprints: raise it when the rules for splits change
+
+
+class Texts(Sequence[str]):
+  """Texts that lie somewhere else: `texts[i]` reads one, `texts[i:j]` a list of them."""
+
+  @abstractmethod
+  def read(self, number: int) -> str:
+    """The text with that number, 0 to `len(self) - 1`."""
+
+  @overload
+  def __getitem__(self, index: int) -> str: ...
+  @overload
+  def __getitem__(self, index: slice) -> list[str]: ...
+  def __getitem__(self, index: Any) -> Any:
+    numbers = range(len(self))[index]  # IndexError past the end; -1 is the last one
+    return self.read(numbers) if isinstance(numbers, int) else [*map(self.read, numbers)]
+
+  def __iter__(self) -> Iterator[str]:
+    return map(self.read, range(len(self)))
 
 
 class Document(NamedTuple):

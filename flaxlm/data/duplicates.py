@@ -13,9 +13,10 @@ import hashlib
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, overload
 
 import numpy as np
+
+from flaxlm.data.corpus import Texts
 
 NUM_BANDS, BAND_SIZE = 14, 8
 NUM_WORDS = 5
@@ -23,7 +24,7 @@ SHINGLES_AT_A_TIME = 2**13  # times 112 values of 8 bytes
 _FACTORS_J = np.array([0x9E3779B97F4A7C15**j % 2**64 for j in range(NUM_WORDS)], np.uint64)
 
 
-class Chosen(Sequence[str]):
+class Chosen(Texts):
   """Some of many texts."""
 
   def __init__(self, texts: Sequence[str], numbers: np.ndarray):
@@ -32,14 +33,8 @@ class Chosen(Sequence[str]):
   def __len__(self) -> int:
     return len(self._numbers)
 
-  @overload
-  def __getitem__(self, index: int) -> str: ...
-  @overload
-  def __getitem__(self, index: slice) -> list[str]: ...
-  def __getitem__(self, index: Any) -> Any:
-    if isinstance(index, slice):
-      return [self._texts[int(number)] for number in self._numbers[index]]
-    return self._texts[int(self._numbers[index])]
+  def read(self, number: int) -> str:
+    return self._texts[int(self._numbers[number])]
 
 
 def kept_texts(splits: Mapping[str, Iterable[str]], near: bool) -> dict[str, np.ndarray]:

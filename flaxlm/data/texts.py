@@ -13,7 +13,6 @@ import reprlib
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from flaxlm.data.corpus import (
   Corpus,
   Log,
   RecordFile,
+  Texts,
   read_in_order,
 )
 from flaxlm.data.records import Record, Skipped, read_records
@@ -34,8 +34,8 @@ UNNAMED = -1
 FLUSHED_BYTES = 2**22
 
 
-class StoredTexts(Sequence[str]):
-  """Texts of one split: `texts[i]` is a str."""
+class StoredTexts(Texts):
+  """Texts of one split, one behind the other in a file."""
 
   def __init__(self, path: Path, bounds: np.ndarray, numbers: np.ndarray):
     """`numbers` are those of the texts in the file at `path`."""
@@ -45,17 +45,8 @@ class StoredTexts(Sequence[str]):
   def __len__(self) -> int:
     return len(self._numbers)
 
-  def __iter__(self) -> Iterator[str]:
-    return map(self.__getitem__, range(len(self)))
-
-  @overload
-  def __getitem__(self, index: int) -> str: ...
-  @overload
-  def __getitem__(self, index: slice) -> list[str]: ...
-  def __getitem__(self, index: Any) -> Any:
-    if isinstance(index, slice):
-      return [self[n] for n in range(*index.indices(len(self)))]
-    number = self._numbers[index]
+  def read(self, number: int) -> str:
+    number = self._numbers[number]
     return self._raw[self._bounds[number] : self._bounds[number + 1]].tobytes().decode()
 
 
