@@ -115,6 +115,7 @@ def test_what_is_around_a_command_is_told(flaxlm, tmp_path: Path):
   assert run.stdout.startswith("\\xe9 on any"), run.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_read_while_it_trains(in_process, corpus, monkeypatch, tmp_path: Path):
   """Its oldest checkpoints are deleted when new ones are whole, also while one is read."""
   run = in_process("train", *tiny(corpus, training__num_steps=6))

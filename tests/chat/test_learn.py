@@ -143,6 +143,7 @@ def test_one_process_renders_many(monkeypatch: pytest.MonkeyPatch):
   assert len(started) == 1
 
 
+@pytest.mark.slow
 def test_each_conversation_has_its_own_time(monkeypatch: pytest.MonkeyPatch):
   """One that never ends is the last answer, and it is known which one it was."""
   monkeypatch.setattr(process, "MAX_SECONDS", 1)

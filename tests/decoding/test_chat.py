@@ -174,6 +174,7 @@ def test_a_template_that_fails_is_one_line(template: str):
   assert "\n" not in caught.value.cause
 
 
+@pytest.mark.slow
 def test_a_template_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch):
   loops = "".join(f"{{% for a{n} in range(99999) %}}" for n in range(4))
   endless = chat_of(loops + "{% endfor %}" * 4)

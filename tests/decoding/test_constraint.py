@@ -128,7 +128,7 @@ def test_jobs_answer_in_json(run, tmp_path):
   "expression",
   [
     "a{99999999}",
-    "(a|b)*a(a|b){30}",
+    pytest.param("(a|b)*a(a|b){30}", marks=pytest.mark.slow),
     "x" * 200_000,
     pytest.param("(.{0,500}){500}", marks=pytest.mark.slow),
     pytest.param("(?:(?:(?:a{99}){99}){99}){99}", marks=pytest.mark.slow),

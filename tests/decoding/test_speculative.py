@@ -89,6 +89,7 @@ def test_right_guesses_save_passes(monkeypatch):
   assert len(calls) == 2, "4 passes of 4 tokens each, twice"
 
 
+@pytest.mark.slow
 def test_a_draft_goes_on_from_what_was_accepted(monkeypatch):
   """Wrong guesses leave nothing behind: each pass accepts as many as the model's likeliest
   tokens, given the text so far, are the ones that are drawn, and one more."""

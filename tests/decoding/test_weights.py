@@ -112,6 +112,7 @@ def test_an_int8_vector_is_off_by_half_a_step_at_most():
   assert (error <= 0.501 * np.abs(x).max(-1, keepdims=True) / 127 + 1e-7).all()
 
 
+@pytest.mark.slow
 def test_an_int8_cache_is_a_cache():
   """A quarter of the bytes and the scales; a row alone is the row in a batch."""
   model, params = model_of("window, mqa, untied")

@@ -198,6 +198,7 @@ def test_the_largest_numbers_are_numbers():
 # -- A tokenizer with ids that the model lacks ---------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_larger_tokenizer_is_told_and_its_ids_are_refused(mesh: Any, tmp_path: Path):
   hub = checkpoint(tmp_path / "hub", "gpt2", "gpt2", ids=IDS)
   _, notes = import_run(hub, tmp_path / "run", mesh)

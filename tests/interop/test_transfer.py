@@ -65,6 +65,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, mesh: Any) -> Path:
   return root / "run"
 
 
+@pytest.mark.slow
 def test_an_imported_run_infers(run_dir: Path, mesh: Any):
   run = load_run(run_dir, mesh)
   assert run.step == 0 and run.tokenizer.eos_ids == {65, 66}

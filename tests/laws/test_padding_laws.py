@@ -77,7 +77,7 @@ def learn(cfg: ModelConfig, flat: dict, mesh: Any = None, **loss: Any) -> tuple:
   [
     pytest.param("untied", "plain", marks=pytest.mark.slow),
     pytest.param("tied", "smoothed", marks=pytest.mark.slow),
-    ("biased", "in_chunks"),
+    pytest.param("biased", "in_chunks", marks=pytest.mark.slow),
   ],
 )
 def test_padding_changes_no_loss_and_no_gradient(ends: str, loss: str):

@@ -180,13 +180,13 @@ def test_the_gradient_is_that_of_the_kernel_by_the_chain_rule(name: str):
 @pytest.mark.parametrize(
   "sizes",
   [
-    dict(fsdp=2, tensor=2, data=2),
+    slow(dict(fsdp=2, tensor=2, data=2)),
     slow(dict(stage=2, data=4)),
     slow(dict(context=2, fsdp=4)),
   ],
   ids=str,
 )
-@pytest.mark.parametrize("lora", [slow(LORA), INT8], ids=["full", "int8"])
+@pytest.mark.parametrize("lora", [LORA, INT8], ids=["full", "int8"])
 def test_sharded_equals_one_device(sizes: dict, lora: LoraConfig):
   loss, found = gradients_on("decoder", make_mesh(sizes), lora)
   wanted_loss, wanted = gradients_on("decoder", mesh_of(), lora)

@@ -284,7 +284,7 @@ def on_one_device():
   [
     pytest.param(dict(expert=8), marks=pytest.mark.slow),
     pytest.param(dict(data=2, expert=4), marks=pytest.mark.slow),
-    dict(fsdp=2, tensor=2, expert=2),
+    pytest.param(dict(fsdp=2, tensor=2, expert=2), marks=pytest.mark.slow),
     pytest.param(dict(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),
   ],
   ids=str,
