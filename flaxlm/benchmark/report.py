@@ -23,6 +23,7 @@ UNITS = {
   "GFLOP/s": Unit(1, 1e-9),
   "GB/s": Unit(1, 1e-9),
   "MB/s": Unit(1, 1e-6),
+  "MB": Unit(-1),
   "tokens/s": Unit(1),
   "batches/s": Unit(1),
   "s": Unit(-1),

@@ -8,10 +8,12 @@ import pytest
 from conftest import tiny
 
 from benchmarks.families import FAMILIES, bench_families
+from benchmarks.finetuning import bench_finetuning
 from benchmarks.predictions.__main__ import bench_predictions
 from benchmarks.quality import CHOICES, bench_quality
 from flaxlm import cli
 from flaxlm.benchmark.measure import BenchOptions
+from flaxlm.benchmark.training_case import gpt2_shape
 from flaxlm.decoding.loading import load_run
 from flaxlm.sharding import make_mesh
 from tests.benchmark.test_suites import check_results
@@ -22,6 +24,14 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 def test_predictions():
   check_results("predictions", bench_predictions(BenchOptions("tiny", 1, 0.0)))
+
+
+@pytest.mark.slow
+def test_finetuning():
+  options, model = BenchOptions("tiny", 1, 0.0), gpt2_shape(1, 16, 2, 8, 65)
+  speed, memory = bench_finetuning(options, 1, model, batch_size=8)
+  assert "agrees" in speed.correct
+  assert memory.ratio > 3
 
 
 @pytest.mark.slow
