@@ -11,9 +11,9 @@ before, or of its class:
 `train.py` -> `cli.main` -> `build_parser` -> `commands.train.add_train` -> `run_train` ->
 `training.loop.train` -> `training.program.Compiler.start` -> `build_program` ->
 `training.step.jit_train_step` -> `train_step` -> `loss_and_gradient` ->
-`nn.models.Decoder.hidden` -> `nn.stack.Stack` -> `Stack.run_blocks` -> `Stack.layers` ->
-`nn.block.Block` -> `Block.attend` -> `nn.attention.Attention` ->
-`nn.kernels.blocked.attend_blocked` -> `mix` -> `mix_forward`
+`training.logprobs.learning_pass` -> `nn.models.Decoder.hidden` -> `nn.stack.Stack` ->
+`Stack.run_blocks` -> `Stack.layers` -> `nn.block.Block` -> `Block.attend` ->
+`nn.attention.Attention` -> `nn.kernels.blocked.attend_blocked` -> `mix` -> `mix_forward`
 """
 
 import sys

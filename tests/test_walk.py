@@ -26,7 +26,8 @@ from flaxlm.decoding.generate import generate
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.nn.models import build_model, init_params
-from flaxlm.training.step import forward, loss_and_gradient
+from flaxlm.training.logprobs import forward
+from flaxlm.training.step import loss_and_gradient
 
 # Modules below flaxlm/, and what to follow in each; a class stands for its `__call__`.
 TO_THE_SOFTMAX = [
@@ -40,6 +41,7 @@ TO_THE_SOFTMAX = [
   ("training.step", "jit_train_step"),
   ("training.step", "train_step"),
   ("training.step", "loss_and_gradient"),
+  ("training.logprobs", "learning_pass"),
   ("nn.models", "Decoder.hidden"),
   ("nn.stack", "Stack"),
   ("nn.stack", "Stack.run_blocks"),

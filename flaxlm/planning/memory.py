@@ -40,8 +40,8 @@ from flaxlm.sharding import (
   training_schedule,
   with_shardings,
 )
+from flaxlm.training.logprobs import forward
 from flaxlm.training.optimizer import build_optimizer
-from flaxlm.training.step import forward
 
 Sizes = Mapping[str, int]
 

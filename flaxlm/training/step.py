@@ -15,10 +15,11 @@ from jax.typing import ArrayLike
 
 from flaxlm.config import DataConfig, LoraConfig, TrainingConfig
 from flaxlm.data.objectives import Batch
-from flaxlm.nn.base import LanguageModel, Output, Source
-from flaxlm.nn.lora import abstract_adapters, abstract_frozen, combined, has_dropout
+from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.lora import abstract_adapters, abstract_frozen
 from flaxlm.nn.models import abstract_params, init_params
 from flaxlm.sharding import batch_parts, batch_sharding, like_parameters, use_mesh
+from flaxlm.training.logprobs import cut_rows, forward, learning_pass
 from flaxlm.training.losses import cross_entropy
 from flaxlm.training.optimizer import Optimizer
 
@@ -31,12 +32,20 @@ class TrainState(NamedTuple):
   """Everything that changes from step to step, which a checkpoint holds, and the rest.
 
   With adapters, `params` are the adapters, and `frozen` is everything else (nn/lora.py).
+  `reference` is a copy of the parameters that the run began from, where its objective
+  compares with them; with adapters there is none, as `frozen` is those parameters.
   """
 
   step: Any
   params: Any  # what learns
   opt_state: Any
   frozen: Any = None
+  reference: Any = None
+
+  @property
+  def reference_params(self) -> Any:
+    """The parameters to compare with, with or without adapters (training/logprobs.py)."""
+    return self.frozen if self.reference is None else self.reference
 
 
 def train_step(
@@ -79,6 +88,7 @@ def train_step(
     params=jax.tree.map(keep, params, state.params),
     opt_state=jax.tree.map(keep, opt_state, state.opt_state),
     frozen=state.frozen,
+    reference=state.reference,
   )
   metrics = {
     "loss": loss,
@@ -113,11 +123,7 @@ def loss_and_gradient(
   """
 
   def minimised(params: Any) -> tuple[jax.Array, jax.Array]:
-    dropout = model.cfg.dropout > 0 or has_dropout(frozen)
-    params = combined(frozen, params)
-    rngs = {"dropout": key} if dropout else {}
-    options = dict(deterministic=not dropout, rngs=rngs, method="hidden")
-    output = forward(model, params, batch, **options)
+    params, output = learning_pass(model, params, frozen, batch, key)
     loss_sum, total = losses_of(model, cfg, params, output.value, batch)
     moe = model.cfg.moe
     weights = {"load_balance": moe.load_balance_weight, "router_z": moe.router_z_weight}
@@ -152,33 +158,13 @@ def losses_of(
   if cfg.loss_chunks == 1:
     return of_chunk(params, x_BTD, batch.targets_BT, batch.weights_BT)
 
-  def cut(x: ArrayLike) -> jax.Array:
-    B, T, *rest = jnp.shape(x)
-    chunks = jnp.reshape(x, (B, cfg.loss_chunks, T // cfg.loss_chunks, *rest))
-    return jnp.moveaxis(chunks, 1, 0)
-
   def add(sums: tuple, chunk: tuple) -> tuple[tuple, None]:
     return jax.tree.map(jnp.add, sums, jax.checkpoint(of_chunk)(params, *chunk)), None
 
-  chunks = cut(x_BTD), cut(batch.targets_BT), cut(batch.weights_BT)
+  arrays = x_BTD, batch.targets_BT, batch.weights_BT
+  chunks = tuple(cut_rows(x, cfg.loss_chunks) for x in arrays)
   sums, _ = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), chunks)
   return sums
-
-
-def forward(model: LanguageModel, params: Any, batch: Batch, **options: Any) -> Output:
-  """The model's output for a batch; `options` go to `apply`."""
-  source = {}
-  if batch.source_BS is not None:
-    fields = (batch.source_BS, batch.source_positions_BS, batch.source_segments_BS)
-    source = {"source": Source(*fields)}
-  return model.apply(
-    {"params": params},
-    batch.tokens_BT,
-    batch.positions_BT,
-    batch.segments_BT,
-    **source,
-    **options,
-  )
 
 
 def accumulate(
@@ -224,10 +210,18 @@ def eval_step(model: LanguageModel, params: Any, batch: Batch) -> Metrics:
 
 @functools.lru_cache(maxsize=8)  # a run calls it three times, for half a second each
 def abstract_state(
-  model: LanguageModel, optimizer: Optimizer, mesh: Mesh, lora: LoraConfig = NO_LORA
+  model: LanguageModel,
+  optimizer: Optimizer,
+  mesh: Mesh,
+  lora: LoraConfig = NO_LORA,
+  has_reference: bool = False,
 ) -> TrainState:
-  """The shapes, dtypes and shardings of the state, without computing it."""
+  """The shapes, dtypes and shardings of the state, without computing it.
+
+  It `has_reference` if the objective compares with what the run began from.
+  """
   params, frozen = abstract_params(model, mesh), None
+  reference = params if has_reference and not lora.rank else None
   if lora.rank:
     params = abstract_adapters(model, lora, mesh)
     frozen = abstract_frozen(model, lora, mesh)
@@ -235,7 +229,7 @@ def abstract_state(
   opt_state = like_parameters(moments, params, mesh, optimizer.sharded)
   replicated = NamedSharding(mesh, PartitionSpec())
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-  return TrainState(step, params, opt_state, frozen)
+  return TrainState(step, params, opt_state, frozen, reference)
 
 
 def init_state(

@@ -17,9 +17,9 @@ from test_training_laws import FAST, packed_batch
 from flaxlm.config import ModelConfig
 from flaxlm.nn.models import abstract_params, build_model, init_params
 from flaxlm.sharding import make_mesh, use_mesh
+from flaxlm.training.logprobs import forward
 from flaxlm.training.step import (
   eval_step,
-  forward,
   loss_and_gradient,
   put_batch,
 )

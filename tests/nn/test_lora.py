@@ -36,10 +36,10 @@ from flaxlm.nn.lora import (
 )
 from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
 from flaxlm.sharding import make_mesh, use_mesh
+from flaxlm.training.logprobs import forward
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
   TrainState,
-  forward,
   jit_train_step,
   loss_and_gradient,
   put_batch,

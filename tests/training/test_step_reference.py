@@ -22,11 +22,11 @@ from meshes import mesh_of
 from flaxlm.config import ModelConfig, MoEConfig, OptimizerConfig, TrainingConfig
 from flaxlm.data.objectives import Batch
 from flaxlm.nn.models import abstract_params, build_model
+from flaxlm.training.logprobs import forward
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
   TrainState,
   abstract_state,
-  forward,
   jit_train_step,
   put_batch,
   shardings_of,
