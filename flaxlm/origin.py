@@ -36,6 +36,9 @@ from flaxlm.runs import (
 )
 from flaxlm.tokenizers.imported import SPECIALS
 
+# Why a run cannot do without its origin.
+HAS_ADAPTERS, COMPARES = "has adapters of", "compares its preferences with"
+
 
 class Origin(NamedTuple):
   """A checkpoint that a run began from."""
@@ -136,15 +139,15 @@ def checkpoint_of(path: Path, step: int) -> Origin:
   return Origin(path.resolve(), step, manifest.digest(own))
 
 
-def located(run_dir: Path) -> Origin:
-  """What a run of adapters began from, where it is now: at the path of the record or, if
-  the two have moved together, beside `run_dir`.
+def located(run_dir: Path, why: str = HAS_ADAPTERS) -> Origin:
+  """What a run began from that cannot do without, where it is now: at the path of the
+  record or, if the two have moved together, beside `run_dir`.
 
-  Raises `CheckpointError` if it is gone, or not what it was: the run cannot do without.
+  Raises `CheckpointError` if it is gone, or not what it was; `why` it is needed is said.
   """
   origin = read_origin(run_dir)
   if origin is None:
-    raise CheckpointError(f"{run_dir} has adapters and no {ORIGIN}", "restore the file")
+    raise CheckpointError(f"{run_dir} {why} a run, and has no {ORIGIN}", "restore the file")
   problem = "it is gone"
   for path in (origin.path, run_dir.resolve().parent / origin.path.name):
     directory = path / CHECKPOINTS / str(origin.step)
@@ -157,7 +160,7 @@ def located(run_dir: Path) -> Origin:
     else:
       return origin._replace(path=path)
   raise CheckpointError(
-    f"{run_dir} has adapters of {origin}, and {problem}",
+    f"{run_dir} {why} {origin}, and {problem}",
     f"restore that run there or beside {run_dir}",
   )
 

@@ -24,7 +24,8 @@ TOO_LATE = (signal.SIGXCPU, signal.SIGKILL, signal.SIGALRM)  # what ends it afte
 PROGRAM = Path(__file__).with_name("template.py")
 AT_A_TIME = 64  # conversations that are sent to the process
 
-Job = Mapping[str, Any]  # the name of a "template", its "values", and whether to "learn"
+# The name of a "template", its "values", whether to "learn", and "since" which message.
+Job = Mapping[str, Any]
 
 
 def answers(templates: Mapping[str, str], jobs: Iterable[Job]) -> Iterator[dict[str, Any]]:

@@ -156,18 +156,24 @@ class Template:
         )
     return "".join(pieces)
 
-  def learn(self, values: dict[str, Any]) -> list[Learnt]:
+  def learn(self, values: dict[str, Any], since: int) -> list[Learnt]:
     """A conversation as texts to learn from, with the places of what an assistant wrote.
 
     That is what the template marks; of a template without marks, what an answer adds to
     the prompt for it. Most conversations are one text. A template may write a turn
     otherwise when others follow, as those that leave out earlier thoughts: the answers that
-    the last text does not begin with have texts of their own.
+    the last text does not begin with have texts of their own. Messages before the one with
+    the number `since`, from 0, are not learnt.
     """
     if self.generation.is_used:
-      text = self.render(values)
-      return [(text, self.generation.spans)]
-    answers = [*self.answers(values)]
+      text, spans = self.render(values), self.generation.spans
+      if since:
+        before = values["messages"][:since]
+        prompt = self.render({**values, "messages": before, "add_generation_prompt": True})
+        start = num_common(prompt, text)
+        spans = [span for span in spans if span[1] > start]
+      return [(text, spans)]
+    answers = [*self.answers(values, since)]
     texts: list[Learnt] = []
     while answers:
       last, _ = answers[-1]
@@ -176,14 +182,14 @@ class Template:
       texts.insert(0, (last, [span for _, span in inside]))
     return texts
 
-  def answers(self, values: dict[str, Any]) -> Iterator[tuple[str, Span]]:
+  def answers(self, values: dict[str, Any], since: int) -> Iterator[tuple[str, Span]]:
     """The conversation up to each of the assistant's messages, and where that one is."""
     messages = values["messages"]
     up_to = lambda n, asks: self.render(
       {**values, "messages": messages[:n], "add_generation_prompt": asks}
     )
     for n, message in enumerate(messages):
-      if message.get("role") != "assistant":
+      if n < since or message.get("role") != "assistant":
         continue
       text = up_to(n + 1, False)
       try:
@@ -242,7 +248,7 @@ def answer(
     if name not in known:
       known[name] = Template(texts[name], limits.characters)
     if job["learn"]:
-      return {"texts": known[name].learn(job["values"])}
+      return {"texts": known[name].learn(job["values"], job["since"])}
     return {"text": known[name].render(job["values"])}
   except Exception as e:
     return {"error": explain(e, limits)}

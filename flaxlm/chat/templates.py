@@ -51,6 +51,7 @@ class Talk(NamedTuple):
   messages: Sequence[Message]
   tools: Sequence[Tool] | None = None
   where: str = ""  # file and line, for errors
+  since: int = 0  # the first message, counted from 0, of those that may be learnt
 
 
 class Learnt(NamedTuple):
@@ -102,7 +103,8 @@ class Chat(NamedTuple):
           name = self.choose(talk)
           waiting.append(talk)
           values = self.values(talk, asks=not learn)
-          yield {"template": name, "values": values, "learn": learn}
+          job = {"template": name, "values": values, "learn": learn}
+          yield {**job, "since": talk.since}
       except FlaxLMError as e:
         errors.append(e)
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from flaxlm.config.fields import is_a
 from flaxlm.config.mesh import mesh_mistakes
-from flaxlm.config.model import OBJECTIVES, ModelConfig
+from flaxlm.config.model import OBJECTIVES, TALKS, ModelConfig
 from flaxlm.config.schema import Config
 from flaxlm.errors import ConfigError
 
@@ -104,16 +104,21 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
   yield from _model_contradictions(cfg)
   yield from _head_contradictions(cfg)
   objective = OBJECTIVES[cfg.model.family]
-  learnt = (objective, "chat") if objective == "next_token" else (objective,)
+  learnt = (objective, *TALKS) if objective == "next_token" else (objective,)
   if cfg.data.objective not in learnt:
     yield (
       f"{named('model.family')} cannot learn {named('data.objective')}",
       f"set --data.objective={objective}",
     )
-  if cfg.data.objective == "chat" and cfg.data.deduplicate != "none":
+  if cfg.data.objective in TALKS and cfg.data.deduplicate != "none":
     yield (
       f"{named('data.deduplicate')} is for documents, not for conversations",
       "leave it out",
+    )
+  if cfg.data.objective == "preference" and cfg.training.label_smoothing:
+    yield (
+      f"{named('training.label_smoothing')} is of tokens, not of preferences",
+      f"--dpo.label-smoothing={cfg.training.label_smoothing}",
     )
   if cfg.data.seq_len > cfg.model.context:
     yield (

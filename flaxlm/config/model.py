@@ -30,6 +30,7 @@ OBJECTIVES = {
   "encoder": "masked",
   "encoder_decoder": "seq2seq",
 }
+TALKS = ("chat", "preference")  # what models of the next token learn from conversations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

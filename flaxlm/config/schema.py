@@ -44,10 +44,10 @@ class DataConfig:
     "stdlib | files:GLOB | tfds:NAME[/CONFIG][:VERSION] | gettext:LANG, or several with "
     "their shares of tokens: '0.7 stdlib + 0.3 files:GLOB'",
   )
-  objective: Literal["next_token", "masked", "seq2seq", "chat"] = knob(
+  objective: Literal["next_token", "masked", "seq2seq", "chat", "preference"] = knob(
     "next_token",
     "what is predicted: the next token, masked tokens, a pair's target, or what the "
-    "assistant says in a chat",
+    "assistant says in a chat; preference: which of two answers is the better one (DPO)",
   )
   text_field: str = knob("text", "the field of .jsonl and .parquet files that is read")
   deduplicate: Literal["none", "exact", "near"] = knob(
@@ -179,6 +179,18 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DpoConfig:
+  """Direct preference optimisation (Rafailov et al., 2023): data.objective=preference."""
+
+  beta: float = knob(
+    0.1, "how much a change of log-probabilities counts: larger stays closer", 1e-6
+  )
+  label_smoothing: float = knob(
+    0.0, "the chance that a pair is the wrong way round (Mitchell, 2023)", 0, 0.499
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
   """What is stored, and whether a restarted run resumes from it."""
 
@@ -220,6 +232,7 @@ class Config:
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
   lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+  dpo: DpoConfig = dataclasses.field(default_factory=DpoConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
   job: JobConfig = dataclasses.field(default_factory=JobConfig)
   mesh: Mapping[str, int | str] = knob(
@@ -235,6 +248,11 @@ class Config:
   def run_dir(self) -> Path:
     assert self.name is not None, "load_config names the run"
     return Path(self.runs_dir) / self.name
+
+  @property
+  def active_dpo(self) -> DpoConfig | None:
+    """`dpo`, if preferences are learnt."""
+    return self.dpo if self.data.objective == "preference" else None
 
   @property
   def source_length(self) -> int:

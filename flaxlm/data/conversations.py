@@ -114,24 +114,33 @@ def mistakes_of(messages: Any, tools: Any) -> Iterator[str]:
 class Talks:
   """The conversations of a corpus, in order, and the split of each."""
 
+  unit = "conversations"
+  read = staticmethod(read_talks)
+
   def __init__(self, corpus: Corpus):
     """Reads them all. Raises `DataError` for a record that is none."""
     self.corpus = corpus
     hashes, given = array("Q"), array("b")
     for file in corpus.record_files:
       code = UNNAMED if file.split is None else CODES[file.split]
-      for talk in read_talks(file.path):
+      for talk in self.read(file.path):
         hashes.append(hash_of(talk))
         given.append(code)
     is_record = np.ones(len(hashes), bool)
     self.codes = split_codes(np.array(given), np.array(hashes), is_record, corpus.splits)
     for split in corpus.splits:
       if not self.count(split):
-        raise DataError(f"{corpus.name} is too small: no {split} conversation", "add some")
+        raise DataError(f"{corpus.name} is too small: no {split} {self.unit}", "add some")
 
   def __iter__(self) -> Iterator[Talk]:
     files = self.corpus.record_files
-    return itertools.chain.from_iterable(read_talks(file.path) for file in files)
+    return itertools.chain.from_iterable(self.read(file.path) for file in files)
+
+  def lessons(
+    self, talks: Iterable[Talk], chat: Chat, tokenizer: AnyTokenizer
+  ) -> Iterator[Lesson]:
+    """The tokens of some of them; see `lessons`."""
+    return lessons(talks, chat, tokenizer)
 
   def count(self, split: str) -> int:
     return int((self.codes == CODES[split]).sum())
@@ -151,10 +160,12 @@ class Talks:
 
 
 def hash_of(talk: Talk) -> int:
-  """What decides the split of a conversation."""
+  """What decides the split of a conversation: its messages or, of an answer to choose, the
+  prompt's."""
+  messages = talk.messages[: talk.since] if talk.since else talk.messages
   try:
     # A table may hold other values than JSON has, such as times.
-    said = json.dumps([talk.messages, talk.tools], sort_keys=True, default=str)
+    said = json.dumps([messages, talk.tools], sort_keys=True, default=str)
   except (RecursionError, TypeError) as e:  # names that are no texts cannot be sorted
     raise DataError(f"{talk.where} is no JSON: {first_line(e)}") from e
   digest = hashlib.sha256(said.encode("utf-8", "replace")).digest()
@@ -180,7 +191,7 @@ def write_lessons(
     )
     tokens = {split: open_array(split, token_dtype(tokenizer)) for split in ends}
     weights = {split: open_array(f"{split}.weights", np.uint8) for split in ends}
-    for lesson in lessons(announced(talks, log), chat, tokenizer):
+    for lesson in talks.lessons(announced(talks, log), chat, tokenizer):
       if lesson.talk is not last:
         last, split = lesson.talk, names[next(codes)]
       tokens[split].append(lesson.ids_T)

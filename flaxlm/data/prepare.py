@@ -24,11 +24,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flaxlm.chat.templates import Chat, check_jinja, load_chat, plain_chat
-from flaxlm.config import TokenizerConfig
+from flaxlm.config import TALKS, TokenizerConfig
 from flaxlm.data.conversations import Talks, write_lessons
 from flaxlm.data.corpus import WHOLE, Corpus, Log
 from flaxlm.data.duplicates import Chosen, kept_texts
 from flaxlm.data.mixtures import Mixture, parse_mixture
+from flaxlm.data.preferences import Preferences
 from flaxlm.data.sources import TEXT_FIELD, find_corpus, read_documents, read_pairs
 from flaxlm.data.storage import data_dir, locked, new_folder, to_stderr
 from flaxlm.data.stores import MixedStore, PairStore, Store, TokenStore
@@ -82,7 +83,8 @@ def prepare(
   they are made only if they are not stored.
 
   The objective (see `DataConfig`) decides what is read: pairs for seq2seq, whose stores are
-  `PairStore`s, conversations for chat, and documents otherwise. For masked the tokenizer
+  `PairStore`s, conversations for chat and preference, of which the latter has two for each
+  pair, and documents otherwise. For masked the tokenizer
   has `[MASK]`. The chat template is that of `chat_folder`, a run or where a tokenizer.json
   is; by default that of the config's tokenizer, or else a plain one. A mixture
   has one tokenizer, trained on a sample in its shares; its stores are `MixedStore`s.
@@ -122,19 +124,19 @@ def prepare_whole(
 def _find_corpus(
   name: str, log: Log, objective: str, text_field: str, whole: bool = False
 ) -> Corpus:
-  """`find_corpus`; for chat it has conversations, or `ConfigError` or `DataError`."""
-  if objective == "chat" and not name.startswith("files:"):
+  """`find_corpus`; one of conversations has some, or `ConfigError` or `DataError`."""
+  if objective in TALKS and not name.startswith("files:"):
     raise ConfigError(
-      f"data.corpus={name!r} has no conversations, which data.objective=chat needs",
+      f"data.corpus={name!r} has no conversations, which data.objective={objective} needs",
       "name files of them, as in --data.corpus=files:chats.jsonl",
     )
   corpus = find_corpus(name, log, whole, text_field)
-  if objective == "chat" and not corpus.record_files:
+  if objective in TALKS and not corpus.record_files:
     raise DataError(
-      f"{name} has no files of conversations, which data.objective=chat needs",
+      f"{name} has no files of conversations, which data.objective={objective} needs",
       "they are lines of .jsonl, or rows of .parquet",
     )
-  if objective == "chat" and corpus.documents:
+  if objective in TALKS and corpus.documents:
     others = {document.name for document in corpus.documents}
     log(f"{name}: not read are files without records: {len(others)}, as {min(others)}")
   return corpus
@@ -142,9 +144,9 @@ def _find_corpus(
 
 def _load_chat(cfg: TokenizerConfig, objective: str, folder: Path | None) -> Chat | None:
   """The template for conversations; None for the plain one, and where there are none."""
-  if objective != "chat":
+  if objective not in TALKS:
     return None
-  check_jinja("data.objective=chat")
+  check_jinja(f"data.objective={objective}")
   if folder is None and cfg.path is not None:
     folder = Path(cfg.path).parent
   return None if folder is None else load_chat(folder)
@@ -252,8 +254,8 @@ class _Plan:
   @property
   def kind(self) -> tuple[str, ...]:
     """The part of a key for what a result depends on besides text and tokenizer."""
-    kinds = {"masked": ("masked",), "seq2seq": ("pairs",), "chat": ("chat",)}
-    return kinds.get(self.objective, ())
+    kinds = {"next_token": (), "seq2seq": ("pairs",)}
+    return kinds.get(self.objective, (self.objective,))
 
   @property
   def chosen(self) -> tuple[str, ...]:
@@ -279,7 +281,7 @@ class _Plan:
 
   def chat_for(self, tokenizer: AnyTokenizer) -> Chat | None:
     """The template of conversations; the plain one depends on the tokenizer."""
-    if self.objective != "chat" or self.chat is not None:
+    if self.objective not in TALKS or self.chat is not None:
       return self.chat
     return plain_chat(tokenizer, self.tokenizer_path.parent)
 
@@ -314,10 +316,15 @@ class _Plan:
     )
     return kept
 
+  def talks(self) -> Talks:
+    """The conversations of the corpus."""
+    kind = Preferences if self.objective == "preference" else Talks
+    return kind(self.corpus)
+
   def _all_texts(self, split: str, log: Log) -> dict[str, Sequence[str]]:
     folder = self.root / "tfds"
-    if self.objective == "chat":
-      return {split: Talks(self.corpus).texts(split)}
+    if self.objective in TALKS:
+      return {split: self.talks().texts(split)}
     if self.objective != "seq2seq":
       return {split: read_documents(self.corpus, split, folder, log)}
     sides = zip(SIDES, read_pairs(self.corpus, split, folder), strict=True)
@@ -356,7 +363,7 @@ def _open_split(
 ) -> Store:
   if objective == "seq2seq":
     return PairStore(*(_open(folder, meta, f"{name}.{side}", tokenizer) for side in SIDES))
-  if objective != "chat":
+  if objective not in TALKS:
     return _open(folder, meta, name, tokenizer)
   weights = np.load(folder / f"{name}.weights.npy", mmap_mode="r")
   if len(weights) != meta[name]["num_tokens"]:
@@ -411,7 +418,7 @@ def _open_bounds(path: Path, tokens: np.ndarray, bos_id: int) -> np.ndarray:
 
 def _build(plan: _Plan, log: Log) -> None:
   """Trains the tokenizer if there is none, then tokenizes both splits."""
-  if plan.objective == "chat":
+  if plan.objective in TALKS:
     _build_chats(plan, log)
     return
   start, corpus = time.perf_counter(), plan.corpus
@@ -445,9 +452,9 @@ def _build(plan: _Plan, log: Log) -> None:
 def _build_chats(plan: _Plan, log: Log) -> None:
   """The same of conversations."""
   start, corpus = time.perf_counter(), plan.corpus
-  talks = Talks(corpus)
+  talks = plan.talks()
   counts = ", ".join(f"{talks.count(split):,} {split}" for split in corpus.splits)
-  log(f"{corpus.name}: {counts} conversations ({time.perf_counter() - start:.1f} s)")
+  log(f"{corpus.name}: {counts} {talks.unit} ({time.perf_counter() - start:.1f} s)")
   parts = [(talks.texts("train"), 1.0)] if plan.cfg.path is None else []
   tokenizer = _load_or_train(plan.tokenizer_path, plan, parts, log)
   chat = plan.chat_for(tokenizer)

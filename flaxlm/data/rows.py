@@ -179,6 +179,42 @@ class ChatRows:
     return [f"conversations of more than {most:,} tokens: {', '.join(said)}"]
 
 
+class PreferenceRows(ChatRows):
+  """A row holds the next pairs of answers, in stored order, that fit into T + 1 tokens.
+
+  Of a pair both conversations are in one row, the chosen one first, so that whoever has
+  some of the rows can compare. Document 2 p + 1 of a row, from 1, is chosen, and 2 p + 2
+  rejected. A pair that is too long for a row is dropped.
+  """
+
+  def __init__(self, store: TokenStore, cfg: DataConfig):
+    """Raises `DataError` if all are dropped, or the stored pairs are damaged."""
+    self.store, self.seq_len = store, cfg.seq_len
+    if store.num_documents % 2:
+      raise DataError(
+        f"the stored pairs are damaged: {store.num_documents} conversations", CURE
+      )
+    starts_P, width = store.bounds[::2], cfg.seq_len + 1
+    bounds_R = starts_P[_first_pairs((starts_P,), (width,))]
+    lengths_R = np.diff(bounds_R)
+    fits_R = lengths_R <= width
+    self.starts_R, self.lengths_R = bounds_R[:-1][fits_R], lengths_R[fits_R]
+    self.num_cut, self.num_dropped = 0, int(np.sum(~fits_R))
+    self.num_rows = len(self.starts_R)
+    if not self.num_rows:
+      raise DataError(
+        f"no pair of chosen and rejected has at most {width} tokens together",
+        f"--data.seq-len={np.diff(starts_P).max() - 1} takes them all",
+      )
+
+  @property
+  def notes(self) -> list[str]:
+    """What happened to pairs that are too long."""
+    if not self.num_dropped:
+      return []
+    return [f"pairs of more than {self.seq_len + 1:,} tokens: {self.num_dropped:,} dropped"]
+
+
 class MixedRows:
   """The rows of several sources: those of the first, those of the second, and so on."""
 
@@ -244,6 +280,8 @@ def _rows_of(
   assert cfg.objective != "seq2seq", "the store is made for another objective"
   if cfg.objective == "chat":
     return ChatRows(store, cfg)
+  if cfg.objective == "preference":
+    return PreferenceRows(store, cfg)
   return TextRows(store, cfg, seed)
 
 

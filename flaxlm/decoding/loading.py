@@ -20,7 +20,7 @@ from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.lora import abstract_adapters, abstract_frozen, freeze, merged
 from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
-from flaxlm.origin import Origin, checkpoint_of, located
+from flaxlm.origin import COMPARES, Origin, checkpoint_of, located
 from flaxlm.platform import kernel_head_dim
 from flaxlm.runs import (
   CHECKPOINTS,
@@ -125,6 +125,17 @@ def load_params(of: Origin, target: Any, mesh: Mesh) -> Any:
   place = functools.partial(without_growth, mesh)
   params = restore_params(of.path, of.step, jax.tree.map(place, target, stored))
   return jax.tree.map(grown, params, target)
+
+
+def load_reference(run: Run) -> Any:
+  """The parameters that a run of preferences began from; those of adapters as they were
+  kept while they learnt. Raises `CheckpointError` if the other run is gone."""
+  abstract = abstract_params(run.model, run.mesh)
+  params = load_params(located(run.path, COMPARES), abstract, run.mesh)
+  lora = run.cfg.lora
+  if not lora.rank:
+    return params
+  return freeze(params, abstract_frozen(run.model, lora, run.mesh), lora)
 
 
 def without_growth(mesh: Mesh, wanted: Any, has: Any) -> jax.ShapeDtypeStruct:

@@ -163,8 +163,9 @@ def compile_here(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledS
   target, mesh = make_target_mesh(sizes, device, slow_axes(cfg.mesh))
   model = build_model(cfg.model, cfg.training)
   optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
-  state = abstract_state(model, optimizer, mesh, cfg.lora)
-  step = jit_train_step(model, optimizer, cfg.training, mesh, cfg.lora)
+  dpo = cfg.active_dpo
+  state = abstract_state(model, optimizer, mesh, cfg.lora, dpo is not None)
+  step = jit_train_step(model, optimizer, cfg.training, mesh, cfg.lora, dpo)
   started = time.perf_counter()
   try:
     lowered = step.lower(state, abstract_batch(cfg.data, mesh))

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 
 from flaxlm.chat.templates import load_chat
-from flaxlm.config import without
+from flaxlm.config import TALKS, without
 from flaxlm.decoding.chat import Conversation
 from flaxlm.decoding.completions import complete, complete_request, make_request, search
 from flaxlm.decoding.encoding import fill_masks
@@ -64,7 +64,7 @@ def sample(run: Run) -> tuple[str, list[list[str]]]:
       ["flaxlm", "eval", path, "--bleu"],
     ]
     return f"{prompt} => {found.completion}", more
-  if run.cfg.data.objective == "chat":
+  if run.cfg.data.objective in TALKS:
     prompt = prompt or "Hello."
     return f"{prompt} => {answer(run, prompt)}", [[*infer, "--interactive"]]
   sampling = make_sampling(1, temperature=0.8, top_p=0.95, seed=run.cfg.seed)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from flaxlm.config import OBJECTIVES, ResolvedConfig, TokenizerConfig
+from flaxlm.config import OBJECTIVES, DpoConfig, ResolvedConfig, TokenizerConfig
 from flaxlm.data.batches import Batches
 from flaxlm.data.corpus import WHOLE, Log
 from flaxlm.data.prepare import prepare, prepare_whole
@@ -20,12 +20,13 @@ from flaxlm.data.stores import MixedStore, Store
 from flaxlm.data.tokenizing import SILENT_SECONDS
 from flaxlm.decoding.completions import search
 from flaxlm.decoding.encoding import check_has_head
-from flaxlm.decoding.loading import Run
+from flaxlm.decoding.loading import Run, load_reference
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.runs import TOKENIZER
 from flaxlm.sharding import batch_parts
 from flaxlm.tokenizers import AnyTokenizer
+from flaxlm.training.preference import preference_figures
 from flaxlm.training.step import jit_eval_step, put_batch
 
 PAIRS_AT_A_TIME = 32
@@ -42,10 +43,12 @@ class Evaluator:
     batches: Batches | Mapping[str, Batches],
     num_batches: int | None,
     mesh: Mesh,
+    dpo: DpoConfig | None = None,
   ):
     """`batches` are those of the split or, of a mixture, of each source by its name.
 
-    `num_batches` limits the evaluation of each; None takes the whole split.
+    `num_batches` limits the evaluation of each; None takes the whole split. With `dpo`
+    they are of preferences, which are compared with a reference.
     """
     self.sources = {"": batches} if isinstance(batches, Batches) else batches
     self.mesh, self.tokenizer = mesh, tokenizer
@@ -54,18 +57,18 @@ class Evaluator:
       for name, one in self.sources.items()
     }
     self.num_batches = sum(self._limits.values())
-    self.eval_step = jit_eval_step(model, mesh)
+    self.eval_step = jit_eval_step(model, mesh, dpo)
     self.fills = OBJECTIVES[model.cfg.family] == "masked"
     self.answers = any(one.objective == "chat" for one in self.sources.values())
 
   def __call__(
-    self, params: Any, progress: Callable[[], None] = lambda: None
+    self, params: Any, progress: Callable[[], None] = lambda: None, reference: Any = None
   ) -> dict[str, float]:
     """The figures of the split; `progress` is called after each batch."""
-    return self.figures(self.sums(params, progress))
+    return self.figures(self.sums(params, progress, reference))
 
   def sums(
-    self, params: Any, progress: Callable[[], None] = lambda: None
+    self, params: Any, progress: Callable[[], None] = lambda: None, reference: Any = None
   ) -> dict[str, dict[str, float]]:
     """The sums of `eval_step` over the batches of each source."""
     sums: dict[str, dict[str, float]] = {}
@@ -73,7 +76,7 @@ class Evaluator:
       of_source = sums.setdefault(source, {})
       for n in range(limit):
         batch = put_batch(self.sources[source][n], self.mesh)
-        for name, value in self.eval_step(params, batch).items():
+        for name, value in self.eval_step(params, batch, reference).items():
           of_source[name] = of_source.get(name, 0.0) + float(value)
         progress()
     return sums
@@ -98,6 +101,8 @@ class Evaluator:
     return values
 
   def _figures(self, sums: dict[str, float], names: Sequence[str]) -> dict[str, float]:
+    if "pairs" in sums:
+      return preference_figures(sums)
     loss = sums["nats"] / sums["tokens"]
     values = {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
     if self.fills:
@@ -159,7 +164,9 @@ def evaluate_run(
     )
     store = prepared.train if split == "train" else prepared.validation
   batches = batches_by_source(run.cfg, store, run.mesh)
-  evaluator = Evaluator(run.model, run.tokenizer, batches, num_batches, run.mesh)
+  dpo = run.cfg.active_dpo
+  evaluator = Evaluator(run.model, run.tokenizer, batches, num_batches, run.mesh, dpo)
+  reference = None if dpo is None else load_reference(run)
   all_batches = sum(map(whole_batches, batches.values()))
   of = {"corpus": corpus, "split": split, "bytes": evaluator.num_bytes}
   log(
@@ -168,7 +175,8 @@ def evaluate_run(
   )
   for note in (note for one in batches.values() for note in one.notes):
     log(note)
-  sums = evaluator.sums(run.params, Progress(evaluator.num_batches, log))
+  progress = Progress(evaluator.num_batches, log)
+  sums = evaluator.sums(run.params, progress, reference)
   tokens = round(sum(of_source["tokens"] for of_source in sums.values()))
   return {**of, "tokens": tokens, **evaluator.figures(sums)}
 
@@ -207,6 +215,12 @@ def describe_evaluation(values: Mapping[str, Any]) -> str:
     if key.startswith(BY_SOURCE)
   ]
   of_sources = f" ({', '.join(losses)})" if losses else ""
+  if "eval/margin" in values:
+    right, margin = values["eval/accuracy"], values["eval/margin"]
+    return (
+      f"loss {values['eval/loss']:.3f}{of_sources}, {right:.1%} of the pairs in the right "
+      f"order, margin {margin:.3f}"
+    )
   perplexity = values["eval/perplexity"]
   text = f"loss {values['eval/loss']:.3f}{of_sources}, perplexity {perplexity:.1f}"
   if "eval/accuracy" in values:

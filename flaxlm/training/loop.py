@@ -44,7 +44,7 @@ from flaxlm.training.evaluation import Evaluator, batches_by_source, split_batch
 from flaxlm.training.program import (
   Compiler,
   begin_state,
-  check_adapters,
+  check_base,
   choose_attention,
   resolve_model,
   restore_state,
@@ -63,7 +63,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
   """
   cfg = adopt(cfg)
   check_config(cfg)
-  check_adapters(cfg)
+  check_base(cfg)
   flags = start_jax(cfg.simulated_devices, data_dir() / "xla")
   with joined(cfg) as peers, contextlib.ExitStack() as stack:
     # Several processes stop together. One alone ends at once, until it trains.
@@ -134,7 +134,12 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
 
     # -- Steps.
     evaluator = Evaluator(
-      program.model, prepared.tokenizer, validation, cfg.training.eval_batches, mesh
+      program.model,
+      prepared.tokenizer,
+      validation,
+      cfg.training.eval_batches,
+      mesh,
+      cfg.active_dpo,
     )
     with Watchdog(cfg.training.hang_seconds, peers.leave) as watchdog:
       trainer = Trainer(
@@ -230,6 +235,8 @@ def describe(cfg: Config, state: TrainState, prepared: Prepared, mesh: Mesh) -> 
   learns = f"{size(state.params):,} parameters"
   if state.frozen is not None:
     learns += f" of adapters, over {size(state.frozen):,} that are frozen"
+  if state.reference is not None:
+    learns += ", and as many of the reference"
   axes = describe_mesh(mesh.shape, slow_axes(cfg.mesh))
   device = jax.devices()[0].device_kind
   return (

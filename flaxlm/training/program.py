@@ -25,7 +25,7 @@ from flaxlm.nn.kernels.paths import Path as AttentionPath
 from flaxlm.nn.kernels.paths import training_path
 from flaxlm.nn.lora import boxed_adapters, freeze, init_adapters
 from flaxlm.nn.models import abstract_params, build_model
-from flaxlm.origin import Origin, located
+from flaxlm.origin import COMPARES, HAS_ADAPTERS, Origin, located
 from flaxlm.platform import host_memory, kernel_head_dim
 from flaxlm.runs import CHECKPOINTS
 from flaxlm.sharding import check_replication
@@ -87,15 +87,24 @@ def build_program(
   """Compiles the training step of a config; `fresh` makes the state of step 0, too."""
   model = build_model(model_cfg, cfg.training, kernel_head_dim())
   optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
-  abstract = abstract_state(model, optimizer, mesh, cfg.lora)
+  abstract = abstract_state_of(cfg, model, optimizer, mesh)
   base = abstract.frozen or abstract.params
   check_replication(base, mesh.shape, cfg.training.replication_tolerance)
   if jax.default_backend() == "cpu":
     check_memory(abstract, host_memory())
   state = init_state(model, optimizer, mesh, cfg.seed) if fresh else None
-  train_step = jit_train_step(model, optimizer, cfg.training, mesh, cfg.lora)
+  what = (cfg.lora, cfg.active_dpo)
+  train_step = jit_train_step(model, optimizer, cfg.training, mesh, *what)
   train_step.lower(abstract, abstract_batch(cfg.data, mesh)).compile()
   return Program(model, optimizer, train_step, state)
+
+
+def abstract_state_of(
+  cfg: Config, model: LanguageModel, optimizer: Optimizer, mesh: Mesh
+) -> TrainState:
+  """`abstract_state` of a config."""
+  has_reference = cfg.active_dpo is not None
+  return abstract_state(model, optimizer, mesh, cfg.lora, has_reference)
 
 
 def check_memory(state: TrainState, available: int) -> None:
@@ -124,41 +133,47 @@ def restore_state(
 ) -> TrainState:
   """The stored state of a step, sharded over the mesh as a new one would be.
 
-  Adapters get their base from the run that they began from; see `located`.
+  Adapters get their base from the run that they began from, and preferences their
+  reference; see `located`.
   """
-  target = abstract_state(program.model, program.optimizer, mesh, cfg.lora)
+  target = abstract_state_of(cfg, program.model, program.optimizer, mesh)
   items = store.restore(step, params=target.params, opt_state=target.opt_state)
   counter = jax.device_put(np.int32(step), target.step.sharding)
-  frozen = None
+  frozen = reference = None
+  load = lambda why: load_params(
+    located(cfg.run_dir, why), abstract_params(program.model, mesh), mesh
+  )
   if cfg.lora.rank:
-    own = located(cfg.run_dir)
-    load = lambda: load_params(own, abstract_params(program.model, mesh), mesh)
-    frozen = freeze(load(), target.frozen, cfg.lora)
-  return TrainState(counter, items["params"], items["opt_state"], frozen)
+    frozen = freeze(load(HAS_ADAPTERS), target.frozen, cfg.lora)
+  elif target.reference is not None:
+    reference = load(COMPARES)
+  return TrainState(counter, items["params"], items["opt_state"], frozen, reference)
 
 
 def begin_state(origin: Origin, program: Program, mesh: Mesh, cfg: Config) -> TrainState:
   """The state of step 0 with the parameters of another run, sharded as a new one would be.
 
-  With `lora` they are frozen, under new adapters. The optimizer's state is new or, with
+  With `lora` they are frozen, under new adapters. Preferences are compared with them: then
+  there is a copy, but for adapters. The optimizer's state is new or, with
   `init_optimizer`, that of the other run, whose learning rate begins anew. Raises
   `CheckpointError` if the other run has no such state, or it does not fit.
   """
   optimizer = program.optimizer
-  target = abstract_state(program.model, optimizer, mesh, cfg.lora)
+  target = abstract_state_of(cfg, program.model, optimizer, mesh)
   load = lambda: load_params(origin, abstract_params(program.model, mesh), mesh)
   if cfg.lora.rank:  # nobody else keeps the base: as int8 it takes a quarter
     frozen = freeze(load(), target.frozen, cfg.lora)
     params = init_adapters(target.params, cfg.seed)
   else:
     params, frozen = load(), None
+  reference = None if target.reference is None else jax.tree.map(jnp.copy, params)
   if cfg.init_optimizer:
     opt_state = restart_schedules(load_opt_state(origin, target.opt_state))
   else:
     init = jax.jit(optimizer.init, out_shardings=shardings_of(target.opt_state))
     opt_state = init(params)
   counter = jax.device_put(np.int32(0), target.step.sharding)
-  return TrainState(counter, params, opt_state, frozen)
+  return TrainState(counter, params, opt_state, frozen, reference)
 
 
 def load_opt_state(origin: Origin, target: Any) -> Any:
@@ -195,8 +210,14 @@ def resolve_model(
   return model.padded(mesh.shape["tensor"])
 
 
-def check_adapters(cfg: Config) -> None:
-  """Raises `ConfigError` for adapters without a base, or of nothing."""
+def check_base(cfg: Config) -> None:
+  """Raises `ConfigError` for adapters or preferences without a base, and for adapters of
+  nothing."""
+  if cfg.active_dpo is not None and cfg.init is None:
+    raise ConfigError(
+      "data.objective=preference compares with the run that training begins from",
+      "add --init RUN",
+    )
   if not cfg.lora.rank:
     return
   if cfg.init is None:

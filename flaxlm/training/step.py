@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from flaxlm.config import DataConfig, LoraConfig, TrainingConfig
+from flaxlm.config import DataConfig, DpoConfig, LoraConfig, TrainingConfig
 from flaxlm.data.objectives import Batch
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.lora import abstract_adapters, abstract_frozen
@@ -22,6 +22,7 @@ from flaxlm.sharding import batch_parts, batch_sharding, like_parameters, use_me
 from flaxlm.training.logprobs import cut_rows, forward, learning_pass
 from flaxlm.training.losses import cross_entropy
 from flaxlm.training.optimizer import Optimizer
+from flaxlm.training.preference import eval_sums, num_pairs, preference_and_gradient
 
 Metrics = dict[str, jax.Array]
 NO_LORA = LoraConfig()
@@ -55,26 +56,29 @@ def train_step(
   state: TrainState,
   batch: Batch,
   seed: jax.Array,
+  dpo: DpoConfig | None = None,
 ) -> tuple[TrainState, Metrics]:
   """One optimizer step on one global batch.
 
-  The loss is the mean over the batch's weighted tokens, whatever its micro-batches. If the
-  loss or the gradient is not finite, only the step counter changes, and `metrics["finite"]`
-  is false.
+  The loss is the mean over the batch's weighted tokens or, with `dpo`, over its pairs of
+  answers, whatever its micro-batches. If the loss or the gradient is not finite, only the
+  step counter changes, and `metrics["finite"]` is false.
 
   Dropout's key is the seed's with the step's number folded in. With accumulation it is
   split into one key for each micro-batch.
   """
   key = jax.random.fold_in(jax.random.key(seed), state.step)
-  num_targets = jnp.maximum(batch.weights_BT.sum(), 1.0)
-  loss_sum, gradient = accumulate(
-    functools.partial(loss_and_gradient, model, cfg, frozen=state.frozen),
-    cfg.accumulation_steps,
-    state.params,
-    batch,
-    key,
-  )
-  loss = loss_sum / num_targets
+  learn: Callable
+  if dpo is None:
+    num_targets = jnp.maximum(batch.weights_BT.sum(), 1.0)
+    learn = functools.partial(loss_and_gradient, model, cfg, frozen=state.frozen)
+  else:
+    num_targets = jnp.maximum(num_pairs(batch), 1.0)
+    compared = dict(frozen=state.frozen, reference=state.reference_params)
+    learn = functools.partial(preference_and_gradient, model, cfg, dpo, **compared)
+  sums, gradient = accumulate(learn, cfg.accumulation_steps, state.params, batch, key)
+  means = jax.tree.map(lambda x: x / num_targets, {"loss": sums} if dpo is None else sums)
+  loss = means["loss"]
   gradient = jax.tree.map(lambda g: g / num_targets, gradient)
   gradient_norm = optax.tree.norm(gradient)
   finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
@@ -91,7 +95,7 @@ def train_step(
     reference=state.reference,
   )
   metrics = {
-    "loss": loss,
+    **means,
     "gradient_norm": gradient_norm,
     "learning_rate": optimizer.learning_rate(state.step),
     "tokens": tokens_read(batch),
@@ -169,7 +173,7 @@ def losses_of(
 
 def accumulate(
   function: Callable, num_parts: int, params: Any, batch: Batch, key: jax.Array
-) -> tuple[jax.Array, Any]:
+) -> tuple[Any, Any]:
   """Sums `function(params, part, key)` over parts of the batch, in float32.
 
   Part i takes rows i, i + n, i + 2n, ...: each device divides its own rows, and no row
@@ -193,9 +197,17 @@ def accumulate(
   return total
 
 
-def eval_step(model: LanguageModel, params: Any, batch: Batch) -> Metrics:
+def eval_step(
+  model: LanguageModel,
+  params: Any,
+  batch: Batch,
+  reference: Any = None,
+  dpo: DpoConfig | None = None,
+) -> Metrics:
   """Sums over a batch: the loss in nats, the tokens; for an encoder also the hits, where
-  the likeliest token is the right one."""
+  the likeliest token is the right one. With `dpo` those of `preference.eval_sums`."""
+  if dpo is not None:
+    return eval_sums(model, dpo, params, reference, batch)
   logits_BTV = forward(model, params, batch).value
   nats_BT = cross_entropy(logits_BTV, batch.targets_BT) * batch.weights_BT
   sums = {"nats": nats_BT.sum(), "tokens": batch.weights_BT.sum()}
@@ -276,10 +288,12 @@ def jit_train_step(
   cfg: TrainingConfig,
   mesh: Mesh,
   lora: LoraConfig = NO_LORA,
+  dpo: DpoConfig | None = None,
 ) -> TrainStep:
   """`train_step` under `jit`. The state is donated, and keeps its layout."""
-  step = functools.partial(train_step, model, optimizer, cfg)
-  state_shardings = shardings_of(abstract_state(model, optimizer, mesh, lora))
+  step = functools.partial(train_step, model, optimizer, cfg, dpo=dpo)
+  abstract = abstract_state(model, optimizer, mesh, lora, dpo is not None)
+  state_shardings = shardings_of(abstract)
   replicated = NamedSharding(mesh, PartitionSpec())
   jitted = jax.jit(
     step,
@@ -304,9 +318,11 @@ def abstract_batch(cfg: DataConfig, mesh: Mesh) -> Batch:
   return Batch(ids, ids, ids, ids, weights, source, source, source)
 
 
-def jit_eval_step(model: LanguageModel, mesh: Mesh) -> Callable[[Any, Batch], Metrics]:
-  """`eval_step` under `jit`."""
-  step = functools.partial(eval_step, model)
+def jit_eval_step(
+  model: LanguageModel, mesh: Mesh, dpo: DpoConfig | None = None
+) -> Callable[..., Metrics]:
+  """`eval_step` under `jit`, of parameters, a batch and, with `dpo`, the reference."""
+  step = functools.partial(eval_step, model, dpo=dpo)
   # The sums are replicated: every process reads them.
   jitted = jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
   return use_mesh(mesh)(jitted)

@@ -142,9 +142,10 @@ class Trainer:
     # The first evaluation compiles.
     with contextlib.nullcontext() if self.evaluated else self.watchdog.resting():
       params = combined(state.frozen, state.params)
-      values = self.evaluator(
-        params, self.watchdog.progress if self.evaluated else lambda: None
-      )
+      progress = self.watchdog.progress if self.evaluated else lambda: None
+      compares = self.cfg.active_dpo is not None
+      reference = state.reference_params if compares else None
+      values = self.evaluator(params, progress, reference)
     self.evaluated = True
     self.reporter.metrics(step, values)
     self.reporter.log(f"step {step:>6}  held-out: {describe_evaluation(values)}")
