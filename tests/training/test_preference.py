@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Direct preference optimisation: the loss is that of the paper, and a model learns it."""
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import reference_step
+from conftest import slow
+from meshes import mesh_of
+
+from flaxlm.config import (
+  DataConfig,
+  DpoConfig,
+  LoraConfig,
+  ModelConfig,
+  OptimizerConfig,
+  TrainingConfig,
+)
+from flaxlm.data.batches import Batches
+from flaxlm.data.objectives import Batch
+from flaxlm.data.stores import TokenStore
+from flaxlm.nn.lora import abstract_adapters, freeze, init_adapters, merged
+from flaxlm.nn.models import abstract_params, build_model
+from flaxlm.training.optimizer import build_optimizer
+from flaxlm.training.step import (
+  TrainState,
+  abstract_state,
+  jit_eval_step,
+  jit_train_step,
+  put_batch,
+  shardings_of,
+)
+
+SIZES = dict(depth=1, width=8, num_heads=2, ffn_width=12, context=64, vocab_size=64)
+CFG = ModelConfig(**SIZES).resolve()
+DPO = DpoConfig(beta=0.3)
+# (tokens, how many of the last ones are the answer): chosen, rejected, chosen, ...
+SHAPES = [
+  *((9, 1), (12, 4), (16, 9), (8, 1), (2, 1), (2, 1), (5, 3), (4, 2)),
+  *((3, 1), (20, 18), (7, 6), (6, 5), (11, 2), (13, 4), (15, 15 - 1), (15, 13)),
+]
+PAIRS = len(SHAPES) // 2
+
+
+def random_store() -> TokenStore:
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(1, 64, sum(size for size, _ in SHAPES)).astype(np.uint16)
+  weights = np.concatenate([np.arange(size) >= size - last for size, last in SHAPES])
+  bounds = np.cumsum([0, *(size for size, _ in SHAPES)])
+  about = (bounds, 0, 64, len(tokens), None)
+  return TokenStore(tokens, *about, weights=weights.astype(np.uint8))
+
+
+@functools.cache
+def random_params(seed: int) -> Any:
+  rng = np.random.default_rng(seed)
+  abstract = abstract_params(build_model(CFG), mesh_of())
+  return jax.tree.map(lambda x: (0.5 * rng.normal(size=x.shape)).astype("f4"), abstract)
+
+
+# -- The loss ------------------------------------------------------------------------------
+
+
+def answers(params: Any) -> list[tuple[float, Any]]:
+  """(nats, their gradient) of each answer in float64, each conversation by itself."""
+  store, found = random_store(), []
+  params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  for start, end in itertools.pairwise(store.bounds.tolist()):
+    ids = store.tokens[None, start:end].astype(np.int32)
+    places = np.arange(end - start - 1)[None], np.ones((1, end - start - 1), np.int32)
+    weights = store.weights[None, start + 1 : end].astype(np.float64)
+    batch = Batch(ids[:, :-1], ids[:, 1:], *places, weights)
+    kept = itertools.repeat(1.0)
+    nats, gradient, _ = reference_step.loss_and_gradient(params, CFG, batch, kept, 0.0)
+    found.append((nats, gradient))
+  return found
+
+
+def expected_of(params: Any, reference: Any, dpo: DpoConfig) -> dict[str, float]:
+  """Means over pairs, by equation 7, and the norm of the gradient, by the chain rule."""
+  sums = dict.fromkeys(
+    ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward"), 0
+  )
+  gradient = jax.tree.map(np.zeros_like, params)
+  own, others = answers(params), answers(reference)
+  rewards = [dpo.beta * (other - nats) for (nats, _), (other, _) in zip(own, others)]  # noqa: B905
+  for pair in range(PAIRS):
+    chosen, rejected = rewards[2 * pair : 2 * pair + 2]
+    margin = chosen - rejected
+    sums["loss"] += math.log1p(math.exp(-margin))
+    sums["accuracy"] += margin > 0
+    sums["margin"] += margin
+    sums["chosen_reward"] += chosen
+    sums["rejected_reward"] += rejected
+    right = 1 / (1 + math.exp(-margin))
+    slope = dpo.beta * (right - 1 + dpo.label_smoothing)
+    (_, up), (_, down) = own[2 * pair : 2 * pair + 2]
+    gradient = jax.tree.map(lambda g, u, d: g + slope * (d - u), gradient, up, down)
+  squares = sum(np.sum((g / PAIRS) ** 2) for g in jax.tree.leaves(gradient))
+  means = {name: value / PAIRS for name, value in sums.items()}
+  return means | {"gradient_norm": float(squares**0.5)}
+
+
+@functools.cache
+def expected(label_smoothing: float = 0.0) -> dict[str, float]:
+  dpo = DpoConfig(beta=DPO.beta, label_smoothing=label_smoothing)
+  return expected_of(random_params(1), random_params(2), dpo)
+
+
+def the_batch(seq_len: int, batch_size: int) -> Batch:
+  data = DataConfig(objective="preference", seq_len=seq_len, batch_size=batch_size)
+  batches = Batches(random_store(), data, vocab_size=64)
+  assert batches.num_batches == 1 and not batches.notes
+  return batches[0]
+
+
+def measured(
+  batch: Batch, training: TrainingConfig, dpo: DpoConfig, axes: dict[str, int]
+) -> dict[str, float]:
+  model, mesh = build_model(CFG, training), mesh_of(**axes)
+  optimizer = build_optimizer(OptimizerConfig(), 1)
+  abstract = abstract_state(model, optimizer, mesh, has_reference=True)
+  params, reference = random_params(1), random_params(2)
+  state = TrainState(np.int32(0), params, optimizer.init(params), None, reference)
+  state = jax.device_put(state, shardings_of(abstract))
+  step = jit_train_step(model, optimizer, training, mesh, dpo=dpo)
+  after, metrics = step(state, put_batch(batch, mesh), 0)
+  same = lambda a, b: np.testing.assert_array_equal(a, b)
+  jax.tree.map(same, after.reference, reference)
+  return {name: float(value) for name, value in metrics.items()}
+
+
+@pytest.mark.parametrize(
+  ("axes", "accumulation_steps", "seq_len", "batch_size", "chunks", "smoothing"),
+  [
+    ({}, 1, 40, 8, 1, 0.0),
+    ({}, 2, 63, 4, 3, 0.2),
+    slow({"data": 2}, 2, 63, 4, 1, 0.0),
+    slow({"fsdp": 2, "data": 2}, 2, 40, 8, 2, 0.0),
+    slow({"context": 2, "tensor": 2}, 1, 48, 8, 1, 0.0),
+    slow({"data": 8}, 1, 30, 16, 1, 0.1),
+  ],
+)
+def test_the_loss_is_the_mean_over_pairs(
+  axes: dict[str, int],
+  accumulation_steps: int,
+  seq_len: int,
+  batch_size: int,
+  chunks: int,
+  smoothing: float,
+):
+  """Of all rows together, though some have one pair and others three, and rows of padding
+  none; whatever the packing, the mesh and the micro-batches."""
+  batch = the_batch(seq_len, batch_size)
+  assert len({*(batch.segments_BT.max(1) // 2).tolist()}) > 1
+  dpo = DpoConfig(beta=DPO.beta, label_smoothing=smoothing)
+  training = TrainingConfig(accumulation_steps=accumulation_steps, loss_chunks=chunks)
+  found, wanted = measured(batch, training, dpo, axes), expected(smoothing)
+  assert wanted.keys() <= found.keys()
+  for name, value in wanted.items():
+    np.testing.assert_allclose(found[name], value, rtol=3e-5, atol=2e-6, err_msg=name)
+
+
+def test_an_evaluation_has_the_same_figures():
+  model, mesh = build_model(CFG), mesh_of()
+  batch = put_batch(the_batch(40, 8), mesh)
+  step = jit_eval_step(model, mesh, DPO)
+  sums = step(random_params(1), batch, random_params(2))
+  assert sums["pairs"] == PAIRS
+  assert sums["tokens"] == sum(last for _, last in SHAPES)
+  for name in ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward"):
+    np.testing.assert_allclose(sums[name] / PAIRS, expected()[name], rtol=3e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("base_weights", ["full", "int8"])
+def test_adapters_are_compared_with_themselves_off(base_weights: Any):
+  """A fresh one has a loss of log 2; later the loss is that of the merged parameters."""
+  lora = LoraConfig(rank=2, targets="/(q|down)$", base_weights=base_weights)
+  training, mesh = TrainingConfig(), mesh_of()
+  model, optimizer = build_model(CFG, training), build_optimizer(OptimizerConfig(), 1)
+  abstract = abstract_state(model, optimizer, mesh, lora, has_reference=True)
+  assert abstract.reference is None
+  place = lambda tree: jax.device_put(tree, shardings_of(abstract_params(model, mesh)))
+  base = place(random_params(2))
+  frozen = freeze(dict(base), abstract.frozen, lora)
+  fresh = init_adapters(abstract_adapters(model, lora, mesh), seed=0)
+  rng = np.random.default_rng(3)
+  learnt = jax.tree.map(lambda x: rng.normal(size=x.shape).astype("f4") / 4, fresh)
+  step = jit_train_step(model, optimizer, training, mesh, lora, DPO)
+  batch = put_batch(the_batch(40, 8), mesh)
+  target = abstract_params(model, mesh)
+  reference, now = (merged(frozen, part, target) for part in (fresh, learnt))
+  wanted = expected_of(*map(jax.device_get, (now, reference)), DPO)
+  kept = jax.device_get(frozen)
+  for adapters, loss in ((fresh, math.log(2)), (learnt, wanted["loss"])):
+    again = jax.device_put(kept, shardings_of(abstract.frozen))
+    adapters = jax.device_put(adapters, shardings_of(abstract.params))
+    state = TrainState(np.int32(0), adapters, optimizer.init(adapters), again)
+    _, found = step(jax.device_put(state, shardings_of(abstract)), batch, 0)
+    np.testing.assert_allclose(found["loss"], loss, rtol=3e-5, atol=2e-6)
+    assert found["gradient_norm"] > 0
+  np.testing.assert_allclose(found["margin"], wanted["margin"], rtol=1e-4)
