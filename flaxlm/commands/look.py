@@ -58,6 +58,7 @@ def add_look(commands: Any) -> None:
   text = "a conversation to learn from: a file of them, and what carries loss"
   tokens.add_flag("--chat-file", str, text, metavar="FILE")
   tokens.add_flag("--record", int, "which conversation of the file", default=1)
+  tokens.add_flag("--rejected", bool, "of a preference the answer that was rejected")
 
   add_subject(subjects, "run", "a run's curves and config", run_run).add_run(devices=False)
 
@@ -90,6 +91,8 @@ def run_attention(args: argparse.Namespace, _: list[str]) -> int:
 def run_tokens(args: argparse.Namespace, _: list[str]) -> int:
   from flaxlm.look.tokens import look_tokens
 
+  if args.rejected and args.chat_file is None:
+    raise ConfigError("--rejected is of a file of preferences", "add --chat-file FILE")
   open_ = open_text if args.chat_file is None else open_chat
   path, reading = open_(args)
   return finish(args, look_tokens(open_run(args), reading, args.max_tokens), path)
@@ -163,7 +166,8 @@ def open_chat(args: argparse.Namespace) -> tuple[Path, Any]:
   chat = load_chat(path) or plain_chat(tokenizer, path)
   file = Path(args.chat_file)
   most = args.max_tokens
-  return path, read_chat(model_cfg, tokenizer, chat, file, args.record, most)
+  which = (args.record, most, args.rejected)
+  return path, read_chat(model_cfg, tokenizer, chat, file, *which)
 
 
 def open_text(args: argparse.Namespace, check: Any = lambda cfg: None) -> tuple[Path, Any]:

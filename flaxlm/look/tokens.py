@@ -4,7 +4,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxlm.chat.templates import Chat
+from flaxlm.chat.templates import Chat, Talk
 from flaxlm.config import OBJECTIVES, ResolvedModel
-from flaxlm.data.conversations import lessons, read_talks
+from flaxlm.data.conversations import lessons, to_talk
+from flaxlm.data.preferences import to_pair
+from flaxlm.data.records import read_records
 from flaxlm.decoding.encoding import check_has_head
 from flaxlm.decoding.loading import Run
-from flaxlm.errors import ConfigError
+from flaxlm.errors import ConfigError, one_line
 from flaxlm.look.pieces import Reading, apply_to_row, complete_reading, describe
 from flaxlm.look.view import View
 from flaxlm.nn.base import LanguageModel
@@ -82,17 +84,17 @@ def read_chat(
   file: Path,
   number: int,
   most: int,
+  rejected: bool = False,
 ) -> Reading:
-  """The conversation that is the `number`-th record of a file, from 1, as it is learnt.
+  """The conversation that is the `number`-th record of a file, from 1, as it is learnt; of
+  a preference the one that was chosen, or `rejected`.
 
   Raises `ConfigError` if there is none, or for a family that learns none, and `DataError`
   for what is no conversation.
   """
   if OBJECTIVES[cfg.family] != "next_token":
     raise ConfigError(f"model.family={cfg.family} learns no chat", "give --text")
-  talk = next(itertools.islice(read_talks(file), number - 1, None), None)
-  if talk is None:
-    raise ConfigError(f"{file} has no record {number}", "--record counts from 1")
+  talk = read_talk(file, number, rejected)
   texts = [*lessons([talk], chat, tokenizer)]
   ids, weights = texts[-1].ids_T.tolist(), texts[-1].weights_T.tolist()
   cuts = []
@@ -102,6 +104,24 @@ def read_chat(
   if len(ids) > most:
     cuts.append(f"The text has {len(ids)} tokens, of which the first {most}.")
   return Reading(ids[:most], None, cuts, weights[:most])
+
+
+def read_talk(file: Path, number: int, rejected: bool) -> Talk:
+  """The conversation, or one of the two, of a record; see `read_chat`."""
+  talks = next(itertools.islice(read_either(file), number - 1, None), None)
+  if talks is None:
+    raise ConfigError(f"{file} has no record {number}", "--record counts from 1")
+  if rejected and len(talks) == 1:
+    raise ConfigError(f"{talks[0].where} has no rejected answer", "leave out --rejected")
+  return talks[rejected]
+
+
+def read_either(file: Path) -> Iterator[Sequence[Talk]]:
+  """The conversation of each record, or both of those that are preferences."""
+  for record in read_records(file):
+    where = one_line(f"{file}, {record.unit} {record.number}")
+    is_pair = "rejected" in record.fields
+    yield to_pair(record, where) if is_pair else [to_talk(record, where)]
 
 
 def loss_figures(tokens: list[dict[str, Any]], weights: Sequence[int]) -> dict[str, Any]:

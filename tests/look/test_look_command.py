@@ -107,8 +107,17 @@ def test_what_carries_loss_in_a_conversation(in_process, folder: Path, tmp_path:
   assert learnt == ["b", "<|endoftext|>"]  # the rest is behind the context's 48 tokens
   assert figures["num_learnt"] == 2 and figures["loss"] > 0
   assert "of which the first 48" in run.stderr
+  pair = {"prompt": "a", "chosen": "b", "rejected": "cd"}
+  (tmp_path / "talks.jsonl").write_text(f"{lines[1]}\n{json.dumps(pair)}")
+  for flags, answer in (([], ["b"]), (["--rejected"], ["c", "d"])):
+    run = in_process(*asked, "--record=2", "--json", *flags)
+    assert run.returncode == 0, run.stderr
+    figures = json.loads(run.stdout)
+    learnt = [token["label"] for token in figures["tokens"] if token["loss"]]
+    assert learnt == [*answer, "<|endoftext|>"]
   for flags, told in (
-    (["--record=2"], "talks.jsonl has no record 2"),
+    (["--record=1", "--rejected"], "talks.jsonl, line 1 has no rejected answer"),
+    (["--record=3"], "talks.jsonl has no record 3"),
     (["--record=0"], "record"),
     (["--text=a"], "--chat-file with another text"),
   ):

@@ -3,15 +3,21 @@
 
 import functools
 import itertools
+import json
 import math
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 import reference_step
-from conftest import slow
+from conftest import commands_in_process, slow, tiny
 from meshes import mesh_of
+from test_chats import metrics, write_talks
 
 from flaxlm.config import (
   DataConfig,
@@ -205,3 +211,148 @@ def test_adapters_are_compared_with_themselves_off(base_weights: Any):
     np.testing.assert_allclose(found["loss"], loss, rtol=3e-5, atol=2e-6)
     assert found["gradient_norm"] > 0
   np.testing.assert_allclose(found["margin"], wanted["margin"], rtol=1e-4)
+
+
+# -- Runs ----------------------------------------------------------------------------------
+
+Commands = Callable[..., Any]
+THINGS = ("sky", "grass", "snow", "coal", "sea", "sand", "moss", "milk")
+TALKS = {"model__context": 128, "data__seq_len": 96, "checkpoint__every_steps": 4}
+LEARNS = {
+  "data__objective": "preference",
+  "training__num_steps": 8,
+  "training__eval_every_steps": 4,
+  "optimizer__warmup_steps": 0,
+  "optimizer__learning_rate": 3e-3,
+}
+
+
+def preferences(count: int) -> list[dict[str, Any]]:
+  """Of a polite and a rude answer the polite one is chosen."""
+  draw = random.Random(0)
+  pairs = []
+  for n in range(count):
+    thing = draw.choice(THINGS)
+    polite, rude = f"{thing}, please", f"{thing}, go away"
+    pairs.append({"prompt": f"{thing} {n}?", "chosen": polite, "rejected": rude})
+  return pairs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  return tmp_path_factory.mktemp("preferences")
+
+
+@pytest.fixture(scope="module")
+def commands(folder: Path) -> Iterator[Commands]:
+  """Commands in a folder with preferences and a run that has learnt both answers."""
+  with commands_in_process(folder / "data") as run, pytest.MonkeyPatch.context() as patch:
+    patch.chdir(folder)
+    pairs = preferences(120)
+    write_talks(folder / "pairs.jsonl", [*pairs, LONG, LONG])
+    talks = [
+      {"prompt": pair["prompt"], "completion": pair[answer]}
+      for pair in pairs
+      for answer in ("chosen", "rejected")
+    ]
+    corpus = write_talks(folder / "talks.jsonl", talks)
+    knobs = TALKS | {
+      "data__objective": "chat",
+      "training__num_steps": 80,
+      "training__eval_every_steps": 80,
+      "checkpoint__every_steps": 80,
+      "optimizer__learning_rate": 5e-3,
+      "model__depth": 2,
+      "model__width": 64,
+    }
+    done = run("train", *tiny(corpus, name="base", **knobs))
+    assert done.returncode == 0, done.stderr
+    yield run
+
+
+LONG = {"prompt": "x" * 90, "chosen": "y", "rejected": "z"}
+
+
+def asked(name: str, **knobs: Any) -> list[str]:
+  """Arguments of a run that begins from the base, and says nothing of its model."""
+  given = tiny("files:pairs.jsonl", name=name, init="base", **TALKS | LEARNS | knobs)
+  return [one for one in given if not one.startswith(("--model.", "--tokenizer."))]
+
+
+LORA = {"lora__rank": 4, "optimizer__learning_rate": 1e-2}
+KINDS = [pytest.param({}, id="all"), pytest.param(LORA, id="lora")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_chosen_is_learnt(commands: Commands, folder: Path, kind: dict[str, Any]):
+  """Held-out pairs are put in order, and answers have become polite. A killed run goes on,
+  bit for bit, and an evaluation finds what training found."""
+  name = f"polite{len(kind)}"
+  done = commands("train", *asked(name, **kind))
+  assert done.returncode == 0, done.stderr
+  assert "pairs of more than 97 tokens: 2 dropped" in done.stderr
+  assert "of the pairs in the right order" in done.stderr
+  assert ("as many of the reference" in done.stderr) is not kind
+  run, killed = folder / "runs" / name, folder / "runs" / f"{name}-killed"
+  losses, margins = metrics(run, "train/loss"), metrics(run, "eval/margin")
+  assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+  assert metrics(run, "train/accuracy")[0] == 0
+  assert losses[-1] < 0.6 and 0 < margins[0] < margins[-1]
+  assert metrics(run, "eval/accuracy")[-1] > 0.9
+  assert not metrics(run, "eval/perplexity")
+
+  shutil.copytree(run, killed)
+  shutil.rmtree(killed / "checkpoints" / "8")
+  done = commands("train", *asked(killed.name, **kind))
+  assert done.returncode == 0 and f"resuming runs/{killed.name} at step 4" in done.stderr
+  for figure in ("train/loss", "train/gradient_norm", "train/margin", "eval/margin"):
+    assert metrics(killed, figure) == metrics(run, figure)
+
+  done = commands("eval", name, "--json")
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout)
+  for figure in ("eval/loss", "eval/margin", "eval/accuracy"):
+    assert found[figure] == pytest.approx(metrics(run, figure)[-1], rel=1e-4)
+  words = ("infer", name, "--interactive", "--temperature=0", "--max-new-tokens=20")
+  done = commands(*words, input="".join(f"{thing} 7?\n" for thing in THINGS))
+  assert done.stdout.count("please") == len(THINGS), done.stdout
+
+
+@pytest.mark.slow
+def test_it_cannot_go_on_without_what_it_began_from(commands: Commands, folder: Path):
+  """It can be asked, though."""
+  knobs = {"training__num_steps": 1, "checkpoint__every_steps": 1}
+  done = commands("train", *asked("alone", **knobs))
+  assert done.returncode == 0, done.stderr
+  (folder / "runs" / "base").rename(folder / "gone")
+  try:
+    again = [one for one in asked("alone") if not one.startswith("--init")]
+    for words in (["train", *again], ["eval", "alone"]):
+      done = commands(*words)
+      assert done.returncode == 4
+      assert "runs/alone compares its preferences with" in done.stderr
+      assert "it is gone" in done.stderr
+    assert commands("infer", "alone", "--prompt=a", "--no-chat").returncode == 0
+  finally:
+    (folder / "gone").rename(folder / "runs" / "base")
+
+
+@pytest.mark.parametrize(
+  ("words", "code", "told"),
+  [
+    ([], 2, "compares with the run that training begins from"),
+    (["--model.family=encoder"], 2, "cannot learn data.objective=preference"),
+    (["--training.label-smoothing=0.1"], 2, "is of tokens, not of preferences"),
+    (["--data.deduplicate=exact"], 2, "is for documents"),
+    (["--dpo.beta=0"], 2, "dpo.beta is 0"),
+    (["--dpo.label-smoothing=0.5"], 2, "dpo.label_smoothing is 0.5"),
+  ],
+)
+def test_what_cannot_be_learnt(
+  in_process: Callable[..., Any], tmp_path: Path, words: list[str], code: int, told: str
+):
+  corpus = write_talks(tmp_path / "pairs.jsonl", preferences(20))
+  knobs = {"data__objective": "preference"}
+  done = in_process("train", *tiny(corpus, **knobs), *words)
+  assert done.returncode == code and told in done.stderr
