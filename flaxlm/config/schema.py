@@ -255,6 +255,11 @@ class Config:
     return self.dpo if self.data.objective == "preference" else None
 
   @property
+  def reference_passes(self) -> int:
+    """How often a step also runs the parameters forward that the run began from."""
+    return int(self.active_dpo is not None)
+
+  @property
   def source_length(self) -> int:
     """Tokens in a row (S) that an encoder-decoder reads; 0 for other families."""
     return self.data.source_length if self.model.family == "encoder_decoder" else 0

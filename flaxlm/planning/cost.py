@@ -303,7 +303,9 @@ def step_cost(cfg: ResolvedConfig) -> StepCost:
   # Of a frozen weight there is no gradient; an adapter's A and B are products like others.
   saved = work.matmul + work.head if cfg.lora.rank else 0.0
   change = 6.0 * B * T * adapter_parameters(cfg.model, cfg.lora) - saved
-  flops = (3 * work.strict, 3 * work.loose, work.step(cfg.training))
+  passes, once = cfg.reference_passes, work.matmul + work.head + work.attention_executed
+  executed = work.step(cfg.training) + passes * once
+  flops = ((3 + passes) * work.strict, (3 + passes) * work.loose, executed)
   return StepCost(B * T, *(some + change for some in flops))
 
 

@@ -50,9 +50,10 @@ Sizes = Mapping[str, int]
 class PeakMemory:
   """Bytes on a device at each moment of a step at which memory can peak, by part.
 
-  The moments are the loss (all activations, and the logits), the backward pass of the
-  layers (activations and gradients), that of the head, and the update. `peak` names the
-  moment that needs most, and `parts` are the parts of that one.
+  The moments are the pass of a reference, if there is one; the loss (all activations, and
+  the logits), the backward pass of the layers (activations and gradients), that of the
+  head, and the update. `peak` names the moment that needs most, and `parts` are the parts
+  of that one.
   """
 
   moments: Mapping[str, Mapping[str, int]]
@@ -97,10 +98,12 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   one_layer = together * kept_bytes(cfg, sizes["tensor"], "none").per_row // depth
   one_layer = one_layer // sizes["context"] + keys
 
+  copied = cfg.reference_passes and not cfg.lora.rank
   always = {
     "parameters": state.parameters - (state.learning if cfg.lora.rank else 0),
     **({"adapters": state.learning} if cfg.lora.rank else {}),
     "optimizer_state": state.optimizer_state,
+    **({"reference": state.parameters} if copied else {}),
     "batch": rows * training.accumulation_steps * 4 * (5 * T + 3 * cfg.source_length),
   }
   if training.accumulation_steps > 1:  # sums over micro-batches, in float32
@@ -112,12 +115,15 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   head_gradient = head * 4 if gathered and not cfg.lora.rank else 0
   gradients = {"gradients": state.learning}
   between = {"activations": activations, "weight_copies": copies}  # forward and backward
+  # The reference's pass keeps nothing but the log-probability of each target.
+  before = {"logits": logits, "temporary": one_layer + state.largest_layer * item}
   if schedule.stages > 1:
     # Every stage holds all microbatches and their gradients. With repeats, layers and their
     # gradients lie twice: where they are stored and where they run.
     everywhere = rows * schedule.stages * T // sizes["context"] * model_cfg.width * item
     between["pipeline"] = 2 * everywhere + 2 * state.blocks * (schedule.repeats > 1)
   moments = {
+    **({"reference": before} if cfg.reference_passes else {}),
     "loss": between
     | {
       # In float32. Their gradient is in the compute dtype, except that libtpu keeps it in

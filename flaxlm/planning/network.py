@@ -21,7 +21,10 @@ from flaxlm.sharding import training_schedule
 def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   """Bytes that one device sends in a step along each mesh axis in use."""
   training, model, state = cfg.training, cfg.model, state_bytes(cfg, sizes)
-  item, again = training.item_size, training.remat == "full"
+  # Passes over the layers: forward, that of a reference, and backward; and how many forward
+  # passes there are besides the first.
+  passes = 2 + cfg.reference_passes
+  item, again = training.item_size, (training.remat == "full") + cfg.reference_passes
   parts, rows = training.accumulation_steps, local_rows(cfg, sizes)
   schedule = training_schedule(training, sizes)
   share = lambda axis: (sizes[axis] - 1) / sizes[axis]
@@ -45,22 +48,22 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   # Two all-reduces per layer, forward and backward (Shoeybi et al., 2019), and those of
   # embedding and head. With sequence_parallel they are reduce-scatters and all-gathers,
   # which cost the same, but the inputs are gathered once more in the backward pass.
-  sums = num_layers * (4 + 2 * again + training.sequence_parallel) + 2
+  sums = num_layers * (4 + 2 * again + training.sequence_parallel) + passes
   # Tokens to their experts and back, forward and backward.
   moved = (4 + 2 * again) * vectors * model.moe.experts_per_token * model.depth * stretch
   sent = {
     # At each tick a microbatch, and its gradient; before and after the ticks all of them to
     # every stage and back; with repeats, layers to where they run; and the sum of the
     # gradients of all parameters that are not in a stage.
-    "stage": 2 * vectors * sizes["stage"] * schedule.ticks / schedule.microbatches
-    + 4 * vectors * (sizes["stage"] - 1)
+    "stage": passes * vectors * sizes["stage"] * schedule.ticks / schedule.microbatches
+    + 2 * passes * vectors * (sizes["stage"] - 1)
     + 2 * parts * state.blocks * (schedule.repeats > 1) * share("stage")
     + 2 * max(0, gradients - state.blocks) * share("stage"),
     # An all-reduce of the gradients; in a pipeline at every tick.
     "data": 2 * (gradients + at_ticks) * share("data"),
     # Weights gathered forward and backward, gradients reduce-scattered; a pipeline does so
     # at every tick, for the layers of one visit.
-    "fsdp": (3 - (cfg.lora.rank > 0))
+    "fsdp": (1 + passes - (cfg.lora.rank > 0))
     * parts
     * gathered
     * sizes["fsdp"]

@@ -81,6 +81,8 @@ def training_products(cfg: ResolvedConfig) -> Products:
       forward[Product(G * queries, H, seen, B * K)] += 1
       forward[Product(G * queries, seen, H, B * K)] += 1
   found = Counter(forward)
+  for _ in range(cfg.reference_passes):
+    found.update(forward)
   for product, count in forward.items():
     for gradient in product.gradients:
       found[gradient] += count

@@ -41,6 +41,8 @@ PASSES, PASSES_AGAIN = 4, 5
 # Passes over the logits: written; read for the maximum, the sum and the gradient, which is
 # written and read.
 LOGIT_PASSES = 6
+# Those of a forward pass alone.
+FORWARD_PASSES, FORWARD_LOGIT_PASSES = 2, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +189,7 @@ def compute_seconds(
   executed, kernel = cost.executed_flops, 0.0
   if fused and rate:
     work = forward_work(cfg.model, cfg.data.batch_size, cfg.data.seq_len, cfg.source_length)
-    passes = attention_passes(cfg.training)
+    passes = attention_passes(cfg.training) + cfg.reference_passes
     executed -= passes * work.attention_executed
     kernel = passes * work.attention / rate
   if device.product_rates and num_devices == 1 and is_listed(cfg):
@@ -225,7 +227,7 @@ def traffic_parts(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   that stay in its caches are not counted."""
   training, state = cfg.training, state_bytes(cfg, sizes)
   times, again = training.accumulation_steps, training.loss_chunks > 1
-  frozen = cfg.lora.rank > 0
+  frozen, forward = cfg.lora.rank > 0, cfg.reference_passes
   schedule = training_schedule(training, sizes)
   rows = local_rows(cfg, sizes)
   passes = PASSES if training.remat == "none" else PASSES_AGAIN
@@ -235,10 +237,14 @@ def traffic_parts(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   # Each microbatch of a pipeline reads the blocks' weights and adds to their gradients.
   read = state.elements + (schedule.microbatches - 1) * state.stored_in_blocks
   return {
-    "activations": times * passes * rows * kept / sizes["context"],
-    "logits": times * (LOGIT_PASSES + again) * logits,
+    "activations": times
+    * (passes + forward * FORWARD_PASSES)
+    * rows
+    * kept
+    / sizes["context"],
+    "logits": times * (LOGIT_PASSES + again + forward * FORWARD_LOGIT_PASSES) * logits,
     # Read forward and backward; their gradients are written, if they learn.
-    "weights": times * (3 - frozen) * read * sizes["fsdp"] * training.item_size,
+    "weights": times * (3 - frozen + forward) * read * sizes["fsdp"] * training.item_size,
     "gradients": times * (schedule.visits - 1) * 2 * state.blocks * (1 - frozen),
     "update": 2 * (state.learning + state.optimizer_state) + 2 * state.learning,
   }

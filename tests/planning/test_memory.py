@@ -20,7 +20,7 @@ from flaxlm.errors import ConfigError
 from flaxlm.nn.execution import REMAT_POLICIES
 from flaxlm.nn.models import build_model
 from flaxlm.planning.compile import compile_here
-from flaxlm.planning.cost import adapter_parameters, parameters, step_cost
+from flaxlm.planning.cost import adapter_parameters, forward_work, parameters, step_cost
 from flaxlm.planning.devices import find_device
 from flaxlm.planning.memory import (
   decoding_memory,
@@ -196,6 +196,46 @@ def test_frozen_bases_and_adapters_are_counted(base: str, mesh: dict[str, int]):
   assert 0 <= compiled.argument_bytes - sum(parts[name] for name in names) < 64
   least = decoding_memory(CFG, sizes, rows=8, context=100)
   assert decoding_memory(cfg, sizes, rows=8, context=100) == least, "they are merged"
+
+
+PREFERS = dataclasses.replace(CFG.data, objective="preference")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_reference_is_counted(rank: int):
+  """The arguments of the compiled step, and about what it takes besides."""
+  mesh = dict(fsdp=2, tensor=4)
+  cfg = dataclasses.replace(CFG, data=PREFERS, lora=LoraConfig(rank=rank))
+  sizes = mesh_shape(mesh)
+  memory = training_memory(cfg, sizes)
+  parts = memory.moments["loss"]
+  assert ("reference" in parts) == (rank == 0)
+  compiled = compile_here(cfg, sizes, find_device("cpu"))
+  assert compiled.argument_bytes is not None and compiled.temp_bytes is not None
+  names = ("parameters", "adapters", "optimizer_state", "reference", "batch")
+  held = sum(parts.get(name, 0) for name in names)
+  assert 0 <= compiled.argument_bytes - held < 64
+  alone = compile_here(dataclasses.replace(cfg, data=CFG.data), sizes, find_device("cpu"))
+  assert alone.temp_bytes is not None
+  assert compiled.temp_bytes / alone.temp_bytes < 1.25  # the passes take turns
+
+
+def test_a_reference_costs_a_forward_pass():
+  for lora in (LoraConfig(), LoraConfig(rank=2)):
+    plain = dataclasses.replace(CFG, lora=lora)
+    cfg = dataclasses.replace(plain, data=PREFERS)
+    costs = [step_cost(one) for one in (cfg, plain)]
+    forward = forward_work(MODEL, 16, 64)
+    assert costs[0].strict_flops - costs[1].strict_flops == forward.strict
+    for mesh in ({}, dict(fsdp=8), dict(context=2, fsdp=2, tensor=2)):
+      sizes = mesh_shape(mesh)
+      moments = [training_memory(one, sizes).moments for one in (cfg, plain)]
+      more = 0 if lora.rank else state_bytes(plain, sizes).parameters
+      for name, parts in moments[1].items():
+        assert sum(moments[0][name].values()) == sum(parts.values()) + more
+      sent = [network_bytes(one, sizes) for one in (cfg, plain)]
+      assert all(sent[0][axis] > sent[1][axis] for axis in sizes if sizes[axis] > 1)
 
 
 def test_adapters_take_less_of_everything():
