@@ -157,6 +157,7 @@ def shrink(arguments: list[str], corpus: str) -> list[str]:
     training__eval_batches=1,
     model__depth=min(cfg.model.depth, 2) if "--model.depth" in str(arguments) else 1,
     model__context=64,
+    data__seq_len=64 if cfg.data.objective == "preference" else 32,  # a pair has two texts
     training__sample_prompt=cfg.training.sample_prompt,
   )
   fields = {size.split("=")[0] for size in sizes}

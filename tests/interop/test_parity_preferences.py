@@ -33,7 +33,7 @@ from flaxlm.runs import TOKENIZER, load_config_of
 from flaxlm.sharding import make_mesh
 from flaxlm.training.preference import num_pairs, preference_and_gradient
 
-BETA = 0.3
+BETA, SCANNED = 0.3, TrainingConfig(scanned=True)
 FIELDS = ("chosen", "rejected")
 
 
@@ -135,7 +135,7 @@ def their_loss(policy: Any, reference: Any, off: Any, answers: Any) -> Any:
 
 def our_step(model: Any, batch: Batch, params: Any, **trees: Any) -> tuple[float, Any]:
   step = jax.jit(preference_and_gradient, static_argnums=(0, 1, 2))
-  settings = (TrainingConfig(), DpoConfig(beta=BETA))
+  settings = (SCANNED, DpoConfig(beta=BETA))
   sums, gradient = step(model, *settings, params, batch, jax.random.key(0), **trees)
   count = float(num_pairs(batch))
   gradient = jax.tree.map(lambda g: np.asarray(g) / count, gradient)
@@ -165,7 +165,7 @@ def test_a_step_of_all_parameters(made: Made, tmp_path: Path):
       parameter += 0.05 * torch.randn_like(parameter)
   save(dict(policy.named_parameters()), made.hub / "model.safetensors")
   loaded = load_checkpoint(made.hub, mesh, None)
-  model = build_model(loaded.cfg)
+  model = build_model(loaded.cfg, SCANNED)
   before = checkpoint_of(made.run, 0)
   reference = load_params(before, abstract_params(model, mesh), mesh)
   params, reference = jax.device_get((loaded.params, reference))
@@ -205,7 +205,7 @@ def test_a_step_of_adapters(made: Made, tmp_path: Path):
 
   policy.save_pretrained(tmp_path / "peft")
   cfg, adapters = ours("adapted")
-  model = build_model(cfg.model)
+  model = build_model(cfg.model, SCANNED)
   base = load_params(checkpoint_of(made.run, 0), abstract_params(model, mesh), mesh)
   frozen = jax.device_get(freeze(base, abstract_frozen(model, cfg.lora, mesh), cfg.lora))
   found, gradient = our_step(

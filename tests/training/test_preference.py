@@ -258,12 +258,11 @@ def commands(folder: Path) -> Iterator[Commands]:
     corpus = write_talks(folder / "talks.jsonl", talks)
     knobs = TALKS | {
       "data__objective": "chat",
-      "training__num_steps": 80,
-      "training__eval_every_steps": 80,
-      "checkpoint__every_steps": 80,
+      "training__num_steps": 40,
+      "training__eval_every_steps": 40,
+      "checkpoint__every_steps": 40,
       "optimizer__learning_rate": 5e-3,
-      "model__depth": 2,
-      "model__width": 64,
+      "model__width": 32,
     }
     done = run("train", *tiny(corpus, name="base", **knobs))
     assert done.returncode == 0, done.stderr
