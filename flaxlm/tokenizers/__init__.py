@@ -15,5 +15,5 @@ from flaxlm.tokenizers.own import (
   TextStream,
   Tokenizer,
   Vocabulary,
-  train_tokenizer,
 )
+from flaxlm.tokenizers.train import train_tokenizer

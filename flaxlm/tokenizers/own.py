@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to ids and back: byte-level BPE, trained here, with nothing downloaded.
+"""Text to ids and back: the tokenizers that are trained here, with nothing downloaded.
 
-`train_tokenizer` makes a `Tokenizer`; `save` and `load` use Hugging Face's
+`train.train_tokenizer` makes a `Tokenizer`; `save` and `load` use Hugging Face's
 `tokenizer.json`, which other tools read. Ids stand for bytes, so every string can be
-encoded, and decode(encode(s)) == s.
+encoded, and decode(encode(s)) == s; only of a vocabulary of whole words some are unknown.
 """
 
 import codecs
@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers
 
 from flaxlm.errors import DataError
 
@@ -25,6 +25,11 @@ from flaxlm.errors import DataError
 END_OF_TEXT = "<|endoftext|>"
 # Stands for a token to be guessed (Devlin et al., 2019).
 MASK = "[MASK]"
+# Stands for any word that a vocabulary of whole words lacks.
+UNKNOWN = "[UNK]"
+UNKNOWN_TEXT = "\ufffd".encode()  # what is shown for it
+# Begins the WordPieces that go on inside of a word.
+CONTINUING = "##"
 
 # A text's use: a decoder continues it, an encoder reads it, or an encoder-decoder does.
 Role = Literal["prompt", "text", "source"]
@@ -37,7 +42,7 @@ MAX_KNOWN_WORDS = 2**20
 # it, punctuation includes the line end and indentation after it. Classes are spelled out,
 # and everything beyond ASCII counts as a letter: `\p{L}` depends on the Unicode version,
 # and the pattern must mean the same to Oniguruma and to `re`.
-_WORDS = "|".join(
+WORDS = "|".join(
   (
     "[ !-/:-@\\[-`{-~]?[A-Za-z\u0080-\U0010ffff]+",
     "[0-9]{1,3}",
@@ -47,12 +52,28 @@ _WORDS = "|".join(
     "[\x00-\x20\x7f]",
   )
 )
+# The same for WordPiece, which takes the square of a word's length: none is endless. "#"
+# stands alone, for a word that begins with "##" would be taken for the end of another.
+SHORT_WORDS = "|".join(
+  (
+    " ?#",
+    "[ !-/:-@\\[-`{-~]?[A-Za-z\u0080-\U0010ffff]{1,40}",
+    "[0-9]{1,3}",
+    " ?[!\"$-/:-@\\[-`{-~]{1,40}(?:[\r\n]{1,40}[ \t]{0,40})?",
+    "[ \t\r\n]{0,40}[\r\n]{1,40}[ \t]{0,40}",
+    "[ \t]{1,40}(?![^ \t\r\n])",
+    "[\x00-\x20\x7f]",
+  )
+)
+CHARACTERS = "[\x00-\U0010ffff]"
+SPLITS = (WORDS, SHORT_WORDS, CHARACTERS)
 
 
 class Vocabulary:
   """The base class of all tokenizers: ids, and the bytes that they stand for."""
 
   _backend: tokenizers.Tokenizer
+  unknown_id: int | None = None  # stands for any text that the vocabulary lacks
 
   @functools.cached_property
   def _pieces(self) -> list[bytes]:
@@ -100,8 +121,12 @@ class Vocabulary:
     return self._backend
 
   def token_bytes(self) -> np.ndarray:
-    """How many bytes of text each id stands for, (V,) int32; 0 for specials."""
-    return np.array([len(piece) for piece in self._pieces], np.int32)
+    """How many bytes of text each id stands for, (V,) int32; 0 for specials, and for what
+    is unknown: its text is not told."""
+    sizes = np.array([len(piece) for piece in self._pieces], np.int32)
+    if self.unknown_id is not None:
+      sizes[self.unknown_id] = 0
+    return sizes
 
   def bytes_of(self, token_id: int) -> bytes:
     """The bytes of text that an id stands for; none for specials and for unknown ids."""
@@ -117,24 +142,22 @@ class Vocabulary:
 
 
 class Tokenizer(Vocabulary):
-  """A byte-level BPE tokenizer with a special token, `<|endoftext|>`.
+  """A byte-level tokenizer of any kind with a special token, `<|endoftext|>`.
 
   `bos_id` begins a document and `eos_id` ends one; here they are the same id. A tokenizer
   for masked language models also has `[MASK]`: `mask_id`, which is None in all others.
   """
 
   def __init__(self, backend: tokenizers.Tokenizer):
-    """Raises `DataError` unless `backend` is byte-level, has an id for each byte, and
-    knows `<|endoftext|>`."""
-    if not isinstance(backend.decoder, decoders.ByteLevel):
+    """Raises `DataError` unless `backend` is byte-level, has an id for each byte or one for
+    unknown words, and knows `<|endoftext|>`."""
+    if not is_byte_level(backend):
       raise DataError("the tokenizer is not byte-level", "use one with a ByteLevel decoder")
     vocab = backend.get_vocab(with_added_tokens=True)
-    if missing := [byte for byte, name in enumerate(byte_alphabet()) if name not in vocab]:
-      raise DataError(
-        f"the tokenizer has no id for {len(missing)} of the 256 bytes, as "
-        f"{missing[0]:#04x}: text would be left out",
-        "use one that was trained with the whole byte alphabet",
-      )
+    if isinstance(backend.model, models.WordLevel):
+      self.unknown_id = vocab.get(backend.model.unk_token)
+    if self.unknown_id is None:
+      check_all_bytes(backend)
     end = vocab.get(END_OF_TEXT)
     if end is None:
       raise DataError(f"the tokenizer has no {END_OF_TEXT}", "add it as a special token")
@@ -151,12 +174,10 @@ class Tokenizer(Vocabulary):
     self.special_ids: tuple[int, ...] = tuple(sorted({end, *self._specials.values()}))
     self.vocab_size: int = 1 + max(vocab.values())  # there may be gaps between the ids
     self._known_words: dict[str, bytes] = {}
-    ours = _pre_tokenizer().__getstate__()
-    self._splits_as_ours = (
-      backend.normalizer is None
-      and backend.pre_tokenizer is not None
-      and backend.pre_tokenizer.__getstate__() == ours
-    )
+    splits = {pre_tokenizer(split).__getstate__(): split for split in SPLITS}
+    self._split: str | None = None  # the pattern of its words, if it is one of ours
+    if backend.normalizer is None and backend.pre_tokenizer is not None:
+      self._split = splits.get(backend.pre_tokenizer.__getstate__())
 
   def framed(self, ids: Sequence[int], role: Role) -> list[int]:
     """`ids` with the special tokens around them, as the model is trained to see them."""
@@ -179,13 +200,13 @@ class Tokenizer(Vocabulary):
     The Rust library tracks the offset of every character, and reaches 2 MB/s. Splitting
     with `re`, and caching the ids of each word, gives the same ids five times as fast.
     """
-    if not self._splits_as_ours:
+    if self._split is None:
       return super().encode_batch(texts)
     texts = [text.encode("utf-8", "replace").decode() for text in texts]
     if len(self._known_words) > MAX_KNOWN_WORDS:
       self._known_words = {}
     known = self._known_words
-    words_of = re.compile(_WORDS).findall  # `re` keeps what it has compiled
+    words_of = re.compile(self._split).findall  # `re` keeps what it has compiled
     split = [words_of(text) for text in texts]
     new = list(set().union(*split).difference(known))
     encoded = self._encode_with_backend(new)
@@ -199,7 +220,7 @@ class Tokenizer(Vocabulary):
     return tokenizers.Tokenizer.from_str(self.to_json())  # with names that are special
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
+    """The text of `ids`; bytes that are not UTF-8, and an unknown word, become U+FFFD.
 
     Special tokens have no text, and neither do padding ids of the model's vocabulary.
     """
@@ -228,12 +249,16 @@ class Tokenizer(Vocabulary):
     byte_of = {character: byte for byte, character in enumerate(byte_alphabet())}
     pieces = [b""] * self.vocab_size
     for token, token_id in self._backend.get_vocab(with_added_tokens=False).items():
+      if isinstance(self._backend.model, models.WordPiece):
+        token = token.removeprefix(CONTINUING)
       try:
         pieces[token_id] = bytes(byte_of[character] for character in token)
       except KeyError:  # no text becomes this token
         pieces[token_id] = token.encode()
     for token_id, added in self._backend.get_added_tokens_decoder().items():
       pieces[token_id] = b"" if added.special else added.content.encode()
+    if self.unknown_id is not None:
+      pieces[self.unknown_id] = UNKNOWN_TEXT
     return pieces
 
 
@@ -253,44 +278,39 @@ class TextStream:
     return self._decoder.decode(b"", final=True)
 
 
-def train_tokenizer(
-  kind: str, texts: Iterable[str], vocab_size: int, masked: bool = False
-) -> Tokenizer:
-  """A tokenizer of `kind` (see `TokenizerConfig`); the same texts give the same one.
-
-  byte: an id for each byte; `texts` and `vocab_size` are not used. bpe: all bytes, and
-  merges (Sennrich et al., 2016) up to `vocab_size` ids, or until the texts have no more
-  pairs to merge. If `masked`, the last id is that of `[MASK]`.
-  """
-  if kind == "byte":
-    vocab = {character: byte for byte, character in enumerate(byte_alphabet())}
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
-  elif kind == "bpe":
-    backend = tokenizers.Tokenizer(models.BPE())
-  else:
-    raise ValueError(f"unknown kind of tokenizer {kind!r}: byte or bpe")
-  backend.pre_tokenizer = _pre_tokenizer()
-  backend.decoder = decoders.ByteLevel()
-  # With `lstrip`, other tools count the blank before [MASK] to it, as `encode_masked` does.
-  mask = tokenizers.AddedToken(MASK, lstrip=True, special=True)
-  specials = [END_OF_TEXT, mask] if masked else [END_OF_TEXT]
-  if kind == "bpe":
-    trainer = trainers.BpeTrainer(
-      vocab_size=vocab_size - len(specials),  # which are added below
-      initial_alphabet=byte_alphabet(),
-      show_progress=False,
-    )
-    clean = (text.encode("utf-8", "replace").decode() for text in texts)
-    with rust_errors("cannot train the tokenizer"):
-      backend.train_from_iterator(clean, trainer)
-  backend.add_special_tokens(specials)
-  return Tokenizer(backend)
-
-
-def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-  split = pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated")
+def pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
+  """Cuts a text into the words that a pattern finds, and these into bytes."""
+  cut = pre_tokenizers.Split(tokenizers.Regex(split), "isolated")
   to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-  return pre_tokenizers.Sequence([split, to_bytes])
+  return pre_tokenizers.Sequence([cut, to_bytes])
+
+
+def word_piece_decoder() -> decoders.Decoder:
+  """Joins WordPieces whose characters stand for bytes."""
+  begin = decoders.Replace(tokenizers.Regex(f"^{CONTINUING}"), "")
+  return decoders.Sequence([begin, decoders.ByteLevel()])
+
+
+def is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+  """Whether each character of its tokens stands for a byte."""
+  decoder = backend.decoder
+  if isinstance(backend.model, models.WordPiece) and decoder is not None:
+    return decoder.__getstate__() == word_piece_decoder().__getstate__()
+  return isinstance(decoder, decoders.ByteLevel)
+
+
+def check_all_bytes(backend: tokenizers.Tokenizer) -> None:
+  """Raises `DataError` if a byte has no id: the library leaves it out without a word."""
+  vocab = backend.get_vocab(with_added_tokens=True)
+  forms = ("", CONTINUING) if isinstance(backend.model, models.WordPiece) else ("",)
+  alphabet = enumerate(byte_alphabet())
+  missing = [byte for byte, name in alphabet if any(f + name not in vocab for f in forms)]
+  if missing:
+    raise DataError(
+      f"the tokenizer has no id for {len(missing)} of the 256 bytes, as "
+      f"{missing[0]:#04x}: text would be left out",
+      "use one that was trained with the whole byte alphabet",
+    )
 
 
 @functools.cache
