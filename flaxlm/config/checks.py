@@ -18,6 +18,7 @@ from flaxlm.config.model import OBJECTIVES, TALKS, ModelConfig
 from flaxlm.config.schema import Config
 from flaxlm.errors import ConfigError
 
+LEAST_WORDPIECES = 2 * 256 + 1  # and the end of a text
 MOST_DIVISORS = 10_000  # that are tried, to name one that works
 MOST_NAME_BYTES = 200  # of a run's name: file systems take 255, and some names get longer
 
@@ -119,6 +120,14 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
     yield (
       f"{named('training.label_smoothing')} is of tokens, not of preferences",
       f"--dpo.label-smoothing={cfg.training.label_smoothing}",
+    )
+  least = LEAST_WORDPIECES + (cfg.data.objective == "masked")
+  trained = cfg.tokenizer.path is None
+  if trained and cfg.tokenizer.kind == "wordpiece" and cfg.tokenizer.vocab_size < least:
+    yield (
+      f"{named('tokenizer.vocab_size')} has no room for the alphabet of wordpiece, each "
+      "byte at the beginning and inside of a word",
+      f"tokenizer.vocab_size can be from {least}",
     )
   if cfg.data.seq_len > cfg.model.context:
     yield (

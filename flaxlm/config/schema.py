@@ -23,16 +23,24 @@ from flaxlm.config.fields import (
 )
 from flaxlm.config.model import ModelConfig, ResolvedModel
 
+TokenizerKind = Literal["byte", "char", "word", "bpe", "wordpiece", "unigram"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
   """How text becomes ids."""
 
-  kind: Literal["byte", "bpe"] = knob("bpe", "byte: 256 ids; bpe: trained byte-level BPE")
-  vocab_size: int = knob(
-    4096, "ids of a trained tokenizer, specials included", 257, MOST_IDS
+  kind: TokenizerKind = knob(  # noqa: RUF009 - as frozen as the others
+    "bpe",
+    "method: byte (256 ids); char; word (others are unknown); bpe, wordpiece, unigram "
+    "(pieces of words, down to bytes)",
   )
-  path: str | None = knob(None, "a tokenizer.json to use instead of training one")
+  vocab_size: int = knob(
+    4096, "ids of a trained tokenizer, at most, specials included", 257, MOST_IDS
+  )
+  path: str | None = knob(
+    None, "a tokenizer.json or SentencePiece model to use instead of training one"
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

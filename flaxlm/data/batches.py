@@ -120,9 +120,17 @@ class Batches:
     known: an id may stand for other bytes than its own, as where a tokenizer drops blanks.
     """
     store = self.store
-    if num_batches == self.num_batches and isinstance(self._rows, TextRows):
+    if self.is_whole_text(num_batches):
       assert isinstance(store, TokenStore)
       return store.num_bytes
+    return self.count(num_batches, sizes_V)
+
+  def is_whole_text(self, num_batches: int) -> bool:
+    """Whether the first batches are all of a text."""
+    return num_batches == self.num_batches and isinstance(self._rows, TextRows)
+
+  def count(self, num_batches: int, sizes_V: np.ndarray) -> int:
+    """The sum of `sizes_V` over the targets of the first batches that are text."""
     parts = (self._parts[n] for n in range(num_batches * self._num_parts))
     return sum(text_bytes(self._rows.windows(rows_B), sizes_V) for rows_B in parts)
 

@@ -101,6 +101,8 @@ def prepare(
     plans = _with_one_tokenizer(plans, mixture, log, meanwhile)
   found = [_find_or_build(plan, log, meanwhile) for plan in plans]
   tokenizer, (train, validation), fingerprint, chat = _together(found, mixture)
+  if tokenizer.note:
+    log(tokenizer.note)
   return Prepared(tokenizer, train, validation, fingerprint, chat)
 
 
@@ -218,25 +220,48 @@ def _find_or_build(
   return found
 
 
+class Parts(NamedTuple):
+  """A corpus of documents that was found, or the sources of a mixture."""
+
+  corpora: tuple[Corpus, ...]
+  mixture: Mixture | None
+
+
+def find_parts(corpus: str, log: Log = to_stderr, text_field: str = TEXT_FIELD) -> Parts:
+  """What `corpus_tokenizer` and `held_out_texts` read; see `prepare` for the names."""
+  mixture = parse_mixture(corpus)
+  names = (corpus,) if mixture is None else mixture.corpora
+  found = (find_corpus(name, log, text_field=text_field) for name in names)
+  return Parts(tuple(found), mixture)
+
+
 def corpus_tokenizer(
-  corpus: Corpus, cfg: TokenizerConfig, log: Log = to_stderr
+  parts: Parts, cfg: TokenizerConfig, log: Log = to_stderr
 ) -> AnyTokenizer:
   """The tokenizer that `prepare` would use for documents, without tokenizing them."""
-  plan = _Plan(corpus, cfg, "next_token", data_dir())
+  plans = [_Plan(corpus, cfg, "next_token", data_dir()) for corpus in parts.corpora]
+  if parts.mixture is not None:
+    plans = _with_one_tokenizer(plans, parts.mixture, log, lambda: None)
+    return load_tokenizer(plans[0].tokenizer_path)
+  (plan,) = plans
   with locked(plan.root, log):
     (texts,) = plan.texts(log)["train"].values()
     return _load_or_train(plan.tokenizer_path, plan, [(texts, 1)], log)
 
 
-def held_out_texts(corpus: Corpus, most_bytes: int, log: Log = to_stderr) -> list[str]:
-  """The first documents of the validation split, about `most_bytes` of them."""
-  root, found, size = data_dir(), [], 0
+def held_out_texts(parts: Parts, most_bytes: int, log: Log = to_stderr) -> list[str]:
+  """The first documents of the validation split, about `most_bytes` of them; of a mixture
+  each source has its share."""
+  root, found = data_dir(), list[str]()
+  weights = (1,) if parts.mixture is None else parts.mixture.weights
   with locked(root, log):
-    for text in read_documents(corpus, "validation", root / "tfds", log):
-      found.append(text)
-      size += len(text)
-      if size >= most_bytes:
-        break
+    for corpus, weight in zip(parts.corpora, weights, strict=True):
+      size, share = 0, most_bytes * weight / sum(weights)
+      for text in read_documents(corpus, "validation", root / "tfds", log):
+        found.append(text)
+        size += len(text)
+        if size >= share:
+          break
   return found
 
 

@@ -38,7 +38,8 @@ def describe(tokenizer: AnyTokenizer, ids: Iterable[int]) -> list[Piece]:
   for id_ in map(int, ids):
     name = tokenizer.name_of(id_) if 0 <= id_ < tokenizer.vocab_size else None
     special = is_special(tokenizer, id_)
-    data = b"" if special else tokenizer.bytes_of(id_)
+    unseen = special or id_ == tokenizer.unknown_id
+    data = b"" if unseen else tokenizer.bytes_of(id_)
     if name is None:
       pieces.append(Piece(id_, f"(unused {id_})", "", "", True))
     else:

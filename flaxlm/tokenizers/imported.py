@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizers of imported checkpoints: any tokenizer.json, used unchanged.
+"""Tokenizers of others: any tokenizer.json or SentencePiece model, used unchanged.
 
 An `ImportedTokenizer` has the methods of our own `Tokenizer`. It encodes text as Hugging
 Face's library does: the name of a special token in a text becomes that token.
@@ -19,19 +19,31 @@ import tokenizers
 from flaxlm.config import TokenizerConfig
 from flaxlm.errors import DataError
 from flaxlm.tokenizers.own import (
+  END_OF_TEXT,
   MASK,
   Role,
   Tokenizer,
   Vocabulary,
   byte_alphabet,
+  check_all_bytes,
+  is_byte_level,
   load_backend,
   rust_errors,
 )
+from flaxlm.tokenizers.sentencepiece import read_sentencepiece
 
 SPECIALS = "special_tokens.json"
 # Text before the first piece of a stream: many decoders drop a text's first blank.
 ANCHOR = "a"
 MAX_ANCHORS = 1000  # words that are tried where the anchor is nothing to a tokenizer
+# Where nothing says which tokens begin and end a text, these names do, the first one found.
+NAMES = {
+  "bos": ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]", "<|startoftext|>"),
+  "eos": ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<|im_end|>"),
+  "pad": ("<pad>", "[PAD]", "<|pad|>"),
+  "mask": (MASK, "<mask>"),
+}
+SETTINGS = "tokenizer_config.json"  # of Hugging Face, may name them
 
 
 class Specials(NamedTuple):
@@ -73,6 +85,7 @@ class ImportedTokenizer(Vocabulary):
     backend.no_truncation()
     backend.no_padding()
     self._backend, self._specials = backend, specials
+    self.unknown_id = unknown_of(backend)
     vocab = backend.get_vocab(with_added_tokens=True)
     # There may be gaps between the ids.
     self.vocab_size: int = 1 + max(vocab.values(), default=0)
@@ -139,6 +152,8 @@ class ImportedTokenizer(Vocabulary):
     for token_id in self.special_ids:
       if token_id < self.vocab_size:
         sizes[token_id] = len((self.name_of(token_id) or "").encode())
+    if self.unknown_id is not None:
+      sizes[self.unknown_id] = 0
     return sizes
 
   def save(self, path: str | Path) -> None:
@@ -157,10 +172,75 @@ AnyTokenizer = Tokenizer | ImportedTokenizer
 
 
 def load_tokenizer(path: Path) -> AnyTokenizer:
-  """Our own tokenizer, or an imported one if there are special ids beside the file."""
-  if path.with_name(SPECIALS).is_file():
+  """The tokenizer of a file: one of ours, that of an import, which has its special ids
+  beside it, any other tokenizer.json, or a SentencePiece model (`*.model`).
+
+  Of a file of others `note` says which special tokens were found, and how. Raises
+  `DataError`.
+  """
+  if path.with_name(SPECIALS).is_file() and path.suffix != ".model":
     return ImportedTokenizer.load(path)
-  return Tokenizer.load(path)
+  if path.suffix == ".model":
+    backend, ids = read_sentencepiece(path)
+    specials = Specials(ids["bos"], _some(ids["eos"]), ids["pad"])
+    origin = "as its model says"
+  else:
+    backend = load_backend(path, "give a tokenizer.json or a SentencePiece model")
+    if is_byte_level(backend) and backend.token_to_id(END_OF_TEXT) is not None:
+      return Tokenizer.load(path)
+    specials, origin = find_specials(backend, path)
+  if is_byte_level(backend) and unknown_of(backend) is None:
+    check_all_bytes(backend)
+  if not specials.eos_ids:
+    raise DataError(
+      f"{path} has no token that is known to end a text, as {', '.join(NAMES['eos'])}",
+      f'put {{"eos_token": NAME}} into a {SETTINGS} beside it',
+    )
+  start = specials.eos_ids[0] if specials.bos_id is None else specials.bos_id
+  if not specials.prefix and not specials.suffix:
+    specials = specials._replace(prefix=(start,))  # as a document that is learnt begins
+  tokenizer = ImportedTokenizer(backend, specials)
+  begin, end = map(backend.id_to_token, (start, specials.eos_ids[0]))
+  tokenizer.note = f"{path}: a text begins with {begin} and ends with {end}, {origin}"
+  return tokenizer
+
+
+def find_specials(backend: tokenizers.Tokenizer, path: Path) -> tuple[Specials, str]:
+  """The special tokens of a tokenizer.json, and what says so: the settings beside it, or
+  else their names."""
+  settings, origin = path.with_name(SETTINGS), "by their names"
+  said: dict[str, str] = {}
+  if settings.is_file():
+    try:
+      values = json.loads(settings.read_text("utf-8"))
+      named = {role: values.get(f"{role}_token") for role in NAMES}
+    except (OSError, ValueError, AttributeError, RecursionError) as e:
+      raise DataError(f"{settings} cannot be read: {e}", "mend it, or remove it") from e
+    contents = {r: x.get("content") if isinstance(x, dict) else x for r, x in named.items()}
+    said = {role: text for role, text in contents.items() if isinstance(text, str)}
+    origin = f"as {settings} says" if "eos" in said else origin
+  found = {
+    role: next((n for name in names if (n := backend.token_to_id(name)) is not None), None)
+    for role, names in (
+      {r: NAMES[r] for r in NAMES} | {r: (said[r],) for r in said}
+    ).items()
+  }
+  prefix, suffix = frame(backend)
+  ends = _some(found["eos"])
+  return Specials(found["bos"], ends, found["pad"], found["mask"], prefix, suffix), origin
+
+
+def _some(token_id: int | None) -> tuple[int, ...]:
+  return () if token_id is None else (token_id,)
+
+
+def unknown_of(backend: tokenizers.Tokenizer) -> int | None:
+  """The id of what the vocabulary lacks, if the tokenizer has one."""
+  if isinstance(backend.model, tokenizers.models.Unigram):
+    found = re.search(r'"type":"Unigram","unk_id":(\d+)', backend.to_str())
+    return None if found is None else int(found[1])
+  name = backend.model.unk_token
+  return None if name is None else backend.token_to_id(name)
 
 
 class ImportedStream:
@@ -217,4 +297,4 @@ def expected_vocab_size(cfg: TokenizerConfig) -> int:
   """The number of ids that the tokenizer will have, if the text is long enough for them."""
   if cfg.path is not None:
     return load_tokenizer(Path(cfg.path)).vocab_size
-  return cfg.vocab_size if cfg.kind == "bpe" else 257
+  return 257 if cfg.kind == "byte" else cfg.vocab_size

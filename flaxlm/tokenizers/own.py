@@ -59,7 +59,7 @@ SHORT_WORDS = "|".join(
     " ?#",
     "[ !-/:-@\\[-`{-~]?[A-Za-z\u0080-\U0010ffff]{1,40}",
     "[0-9]{1,3}",
-    " ?[!\"$-/:-@\\[-`{-~]{1,40}(?:[\r\n]{1,40}[ \t]{0,40})?",
+    ' ?[!"$-/:-@\\[-`{-~]{1,40}(?:[\r\n]{1,40}[ \t]{0,40})?',
     "[ \t\r\n]{0,40}[\r\n]{1,40}[ \t]{0,40}",
     "[ \t]{1,40}(?![^ \t\r\n])",
     "[\x00-\x20\x7f]",
@@ -74,6 +74,7 @@ class Vocabulary:
 
   _backend: tokenizers.Tokenizer
   unknown_id: int | None = None  # stands for any text that the vocabulary lacks
+  note: str = ""  # what was guessed about it
 
   @functools.cached_property
   def _pieces(self) -> list[bytes]:
@@ -158,6 +159,8 @@ class Tokenizer(Vocabulary):
       self.unknown_id = vocab.get(backend.model.unk_token)
     if self.unknown_id is None:
       check_all_bytes(backend)
+    else:
+      self.note = f"words that the vocabulary lacks are unknown ({UNKNOWN}), and are lost"
     end = vocab.get(END_OF_TEXT)
     if end is None:
       raise DataError(f"the tokenizer has no {END_OF_TEXT}", "add it as a special token")

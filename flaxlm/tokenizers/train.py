@@ -7,7 +7,8 @@ trainers of the `tokenizers` library follow the order of a hash table, we do wit
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, trainers
@@ -107,7 +108,7 @@ def _word_pieces(texts: Iterable[str], room: int) -> models.Model:
   """The library's own trainer of WordPieces is this one of BPE, too, but it numbers the
   pieces of one byte in the order of a hash table, and ties between pairs follow."""
   inside = [CONTINUING + character for character in byte_alphabet()]
-  merged = _merge(texts, SHORT_WORDS, room, inside, continuing_subword_prefix=CONTINUING)
+  merged = _merge(texts, SHORT_WORDS, room, inside, CONTINUING)
   vocab = merged.get_vocab(with_added_tokens=False)
   return models.WordPiece(vocab=vocab, unk_token=UNKNOWN, max_input_chars_per_word=1000)
 
@@ -130,17 +131,23 @@ _METHODS: dict[str, tuple[str, int, Callable[[Iterable[str], int], models.Model]
 
 
 def _merge(
-  texts: Iterable[str], split: str, room: int, more: Iterable[str] = (), **prefix: str
+  texts: Iterable[str],
+  split: str,
+  room: int,
+  more: Sequence[str] = (),
+  prefix: str | None = None,
 ) -> tokenizers.Tokenizer:
-  """A tokenizer whose model has all bytes, `more`, and merges up to `room` ids."""
-  backend = tokenizers.Tokenizer(models.BPE(**prefix))
+  """A tokenizer whose model has all bytes, `more`, and merges up to `room` ids; with a
+  `prefix`, that of pieces inside of a word."""
+  options: dict[str, Any] = {"continuing_subword_prefix": prefix} if prefix else {}
+  backend = tokenizers.Tokenizer(models.BPE(**options))
   backend.pre_tokenizer = pre_tokenizer(split)
   trainer = trainers.BpeTrainer(
     vocab_size=room,
     initial_alphabet=byte_alphabet(),
     special_tokens=list(more),
     show_progress=False,
-    **prefix,
+    **options,
   )
   with rust_errors("cannot train the tokenizer"):
     backend.train_from_iterator(texts, trainer)

@@ -11,6 +11,7 @@ All words are computed at once. Their bytes are the edges of one graph, the latt
 are places between bytes, and each of E edges is a piece at a place.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ class Edges(NamedTuple):
     targets = np.flatnonzero(np.diff(self.target_E, prepend=-1))
     depths = self.depth_E[targets]
     bounds = np.searchsorted(depths, np.arange(1, depths.max(initial=0) + 2))
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in itertools.pairwise(bounds):
       begins = targets[first:last]
       end = targets[last] if last < len(targets) else len(self.target_E)
       if len(begins):
@@ -70,9 +71,7 @@ class Lattice(NamedTuple):
     return self._replace(forward=forward, backward=backward)
 
 
-def train_unigram(
-  words: Mapping[bytes, int], num_pieces: int
-) -> list[tuple[bytes, float]]:
+def train_unigram(words: Mapping[bytes, int], num_pieces: int) -> list[tuple[bytes, float]]:
   """The pieces, the most probable first, and the natural logarithm of their probabilities.
 
   `words` says how often each occurs. All 256 bytes are pieces; `num_pieces`, 256 or more,

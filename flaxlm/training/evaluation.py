@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from flaxlm.config import OBJECTIVES, DpoConfig, ResolvedConfig, TokenizerConfig
@@ -16,7 +17,7 @@ from flaxlm.data.corpus import WHOLE, Log
 from flaxlm.data.prepare import prepare, prepare_whole
 from flaxlm.data.sources import find_corpus, read_pairs
 from flaxlm.data.storage import data_dir, locked
-from flaxlm.data.stores import MixedStore, Store
+from flaxlm.data.stores import MixedStore, PairStore, Store
 from flaxlm.data.tokenizing import SILENT_SECONDS
 from flaxlm.decoding.completions import search
 from flaxlm.decoding.encoding import check_has_head
@@ -90,6 +91,9 @@ class Evaluator:
     A model that fills masks sees the text on both sides of them, so bits per byte would not
     compare with a compressor's: its accuracy is reported instead. Nor would those of
     answers, which are given their questions.
+
+    Text that is unknown to the tokenizer costs eight bits a byte, as if it were written out
+    behind its token: it would cost nothing where it should cost most.
     """
     names = [*sums]
     together = {key: sum(sums[name][key] for name in names) for key in sums[names[0]]}
@@ -110,7 +114,12 @@ class Evaluator:
     if self.answers:
       return values
     num_bytes = sum(self._num_bytes[name] for name in names)
-    values["eval/bits_per_byte"] = sums["nats"] / math.log(2) / max(num_bytes, 1)
+    bits = sums["nats"] / math.log(2)
+    if self.tokenizer.unknown_id is not None:
+      unknown = [self._unknown[name] for name in names]
+      values["eval/unknown"] = sum(one.tokens for one in unknown) / sums["tokens"]
+      bits += 8 * sum(one.num_bytes for one in unknown)
+    values["eval/bits_per_byte"] = bits / max(num_bytes, 1)
     marks = [self._gzip_bits(name) for name in names]
     if all(bits is not None for bits in marks):  # of the same text
       values["eval/gzip_bits_per_byte"] = sum(filter(None, marks)) / max(num_bytes, 1)
@@ -127,15 +136,47 @@ class Evaluator:
   def _num_bytes(self) -> dict[str, int]:
     """Of each source; the same in every evaluation."""
     sizes_V = self.tokenizer.token_bytes()
-    return {
-      name: batches.num_bytes(self._limits[name], sizes_V)
-      for name, batches in self.sources.items()
-    }
+    found = {}
+    for name, batches in self.sources.items():
+      found[name] = batches.num_bytes(self._limits[name], sizes_V)
+      if not batches.is_whole_text(self._limits[name]):  # else they are known
+        found[name] += self._unknown[name].num_bytes
+    return found
+
+  @functools.cached_property
+  def _unknown(self) -> dict[str, "Unknown"]:
+    """What is unknown of each source, among the tokens that are predicted."""
+    id_, sizes_V = self.tokenizer.unknown_id, self.tokenizer.token_bytes()
+    if id_ is None:
+      return {name: Unknown(0, 0) for name in self.sources}
+    is_unknown_V = np.arange(len(sizes_V)) == id_
+    found = {}
+    for name, batches in self.sources.items():
+      tokens = batches.count(self._limits[name], is_unknown_V)
+      found[name] = Unknown(tokens, round(tokens * unknown_size(batches, sizes_V, id_)))
+    return found
 
   @property
   def num_bytes(self) -> int:
     """Bytes of the text whose tokens are predicted."""
     return sum(self._num_bytes.values())
+
+
+class Unknown(NamedTuple):
+  """Tokens for what a tokenizer does not know, and the bytes of text that they replace."""
+
+  tokens: int
+  num_bytes: int
+
+
+def unknown_size(batches: Batches, sizes_V: np.ndarray, unknown_id: int) -> float:
+  """The mean bytes of an unknown token: what the others leave of all bytes of the split."""
+  store = batches.store
+  assert not isinstance(store, MixedStore), "each source has its batches"
+  text = store.target if isinstance(store, PairStore) else store
+  count_V = np.bincount(text.tokens, minlength=len(sizes_V))
+  left = text.num_bytes - int(count_V @ sizes_V.astype(np.int64))
+  return max(left, 0) / max(int(count_V[unknown_id]), 1)
 
 
 def evaluate_run(
@@ -229,7 +270,10 @@ def describe_evaluation(values: Mapping[str, Any]) -> str:
     return text
   text += f", {values['eval/bits_per_byte']:.3f} bits per byte"
   gzip = values.get("eval/gzip_bits_per_byte")
-  return text if gzip is None else f"{text} (gzip -9: {gzip:.3f})"
+  text = text if gzip is None else f"{text} (gzip -9: {gzip:.3f})"
+  if unknown := values.get("eval/unknown"):
+    text += f", {unknown:.1%} of the tokens unknown, at 8 bits for each of their bytes"
+  return text
 
 
 class Translation(NamedTuple):

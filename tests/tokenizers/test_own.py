@@ -50,7 +50,7 @@ def test_fast_path_agrees_with_hugging_face(kind: str, text: str):
 @KINDS
 def test_fast_path_agrees_with_hugging_face_on_source_code(kind: str):
   tokenizer = TOKENIZERS[kind]
-  assert tokenizer._splits_as_ours
+  assert tokenizer._split
   fast, slow = tokenizer.encode_batch(CORPUS), tokenizer._encode_with_backend(CORPUS)
   assert all(map(np.array_equal, fast, slow))
 
