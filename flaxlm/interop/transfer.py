@@ -35,10 +35,9 @@ from flaxlm.interop.files import check_source, has_file
 from flaxlm.interop.huggingface import Loaded, describe, load_checkpoint, save_checkpoint
 from flaxlm.interop.values import Values, read_json
 from flaxlm.runs import CHECKPOINTS, CONFIG, IMPORTED_FILES, TOKENIZER, new_files
-from flaxlm.tokenizers import load_tokenizer
+from flaxlm.tokenizers import Role, load_tokenizer
 from flaxlm.tokenizers.imported import (
   SPECIALS,
-  ImportedTokenizer,
   Specials,
   frame,
 )
@@ -246,21 +245,24 @@ def find_fitting(run: Run, families: Iterable[Family]) -> Family:
 
 
 def export_tokenizer(run: Run, folder: Path) -> dict[str, Any]:
-  """Writes our tokenizer for Hugging Face's library, which then adds the special tokens
-  that the model was trained with. Returns the special ids."""
+  """Writes the tokenizer of a run that was trained here for Hugging Face's library, which
+  then adds the special tokens that the model was trained with. Returns the special ids."""
   tokenizer = run.tokenizer
-  assert not isinstance(tokenizer, ImportedTokenizer)
-  tokenizer.save(folder / TOKENIZER)
+  (folder / TOKENIZER).write_text(tokenizer.to_json(), "utf-8")
   backend = load_backend(folder / TOKENIZER)
-  end = backend.id_to_token(tokenizer.eos_id)
+  start, end = map(backend.id_to_token, (tokenizer.bos_id, tokenizer.eos_id))
   reads = run.cfg.model.family == "encoder_decoder"
-  backend.post_processor = processors.TemplateProcessing(  # as in `Tokenizer.framed`
-    single=f"$A {end}" if reads else f"{end} $A", special_tokens=[(end, tokenizer.eos_id)]
+  text = -1  # no token's id
+  roles: dict[str, Role] = {"encoder_decoder": "source", "encoder": "text"}
+  framed = tokenizer.framed([text], roles.get(run.cfg.model.family, "prompt"))
+  names = ["$A" if id_ == text else backend.id_to_token(id_) for id_ in framed]
+  backend.post_processor = processors.TemplateProcessing(
+    single=names, special_tokens=[(backend.id_to_token(i), i) for i in {*framed} - {text}]
   )
   (folder / TOKENIZER).write_text(backend.to_str(pretty=True), "utf-8")
   keys: dict[str, Any] = {
     "tokenizer_class": "PreTrainedTokenizerFast",
-    "bos_token": end,
+    "bos_token": start,
     "eos_token": end,
     "pad_token": end,
     "model_max_length": run.cfg.model.context,
@@ -272,7 +274,8 @@ def export_tokenizer(run: Run, folder: Path) -> dict[str, Any]:
   if tokenizer.mask_id is not None:
     keys["mask_token"] = backend.id_to_token(tokenizer.mask_id)
   write_json(folder / TOKENIZER_CONFIG, keys)
-  return dict.fromkeys(TOKEN_KEYS[: 4 if reads else 3], tokenizer.eos_id)
+  ids = dict.fromkeys(TOKEN_KEYS[: 4 if reads else 3], tokenizer.eos_id)
+  return ids | {key: tokenizer.bos_id for key in ids if key in (TOKEN_KEYS[0], START)}
 
 
 # -- Files ---------------------------------------------------------------------------------

@@ -290,7 +290,7 @@ def pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
 
 def word_piece_decoder() -> decoders.Decoder:
   """Joins WordPieces whose characters stand for bytes."""
-  begin = decoders.Replace(tokenizers.Regex(f"^{CONTINUING}"), "")
+  begin = decoders.Replace(tokenizers.Regex(rf"\A{CONTINUING}"), "")
   return decoders.Sequence([begin, decoders.ByteLevel()])
 
 

@@ -192,7 +192,7 @@ def _normalizer(fields: Fields) -> normalizers.Normalizer:
   if characters := _raw(_last(fields, CHARACTER_MAP, b"")):
     steps.append(normalizers.Precompiled(characters))
   if _number(fields, REMOVE_BLANKS, 1):
-    for pattern, blank in ((f"^ +|[ {BLANK}]+$", ""), (" {2,}", " ")):
+    for pattern, blank in ((rf"\A +|[ {BLANK}]+\z", ""), (" {2,}", " ")):
       steps.append(normalizers.Replace(tokenizers.Regex(pattern), blank))
   if _number(fields, DUMMY_PREFIX, 1):
     steps.append(normalizers.Prepend(" "))

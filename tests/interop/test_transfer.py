@@ -30,7 +30,7 @@ from flaxlm.look.pieces import Reading
 from flaxlm.look.tokens import look_tokens
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.sharding import make_mesh
-from flaxlm.tokenizers import train_tokenizer
+from flaxlm.tokenizers import ImportedTokenizer, Specials, train_tokenizer
 from flaxlm.tokenizers.own import load_backend
 from flaxlm.training.evaluation import evaluate_run
 
@@ -205,9 +205,9 @@ def test_an_imported_encoder_decoder_answers(mesh: Any, tmp_path: Path):
 # -- Runs of our own -----------------------------------------------------------------------
 
 
-def own_run(folder: Path, model: ModelConfig) -> Path:
+def own_run(folder: Path, model: ModelConfig, tokenizer: Any = None) -> Path:
   """A run as training leaves it, with random parameters."""
-  tokenizer = train_tokenizer("byte", [], 257)
+  tokenizer = tokenizer or train_tokenizer("byte", [], 257)
   cfg = Config(
     name="own",
     runs_dir=str(folder),
@@ -242,6 +242,19 @@ def test_a_run_of_ours_becomes_the_family_that_it_is(mesh: Any, tmp_path: Path):
   sampling = make_sampling(1, temperature=0)
   [mine], [other] = (complete(r, ["def "], sampling, 1) for r in (run, again))
   assert (mine.tokens, mine.completion) == (other.tokens, other.completion)
+
+
+def test_the_tokenizer_of_others_goes_with_a_run_of_ours(mesh: Any, tmp_path: Path):
+  """Trained with --tokenizer.path: what it adds to a text is what the model has learnt."""
+  specials = Specials(bos_id=1, eos_ids=(2,), prefix=(1,))
+  tokenizer = ImportedTokenizer(tiny_tokenizers.llama(), specials)
+  model = ModelConfig(width=32, depth=2, context=64)
+  run = load_run(own_run(tmp_path, model, tokenizer), mesh)
+  export_run(run, tmp_path / "out", None, MOST)
+  config = json.loads((tmp_path / "out/config.json").read_text())
+  assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+  backend = load_backend(tmp_path / "out/tokenizer.json")
+  assert backend.encode("the cat").ids == [1, *tokenizer.encode("the cat")]
 
 
 def test_a_model_that_no_family_is_is_refused(mesh: Any, tmp_path: Path):

@@ -152,10 +152,74 @@ def test_what_is_stored_is_found_again(tmp_path: Path):
   assert again.encode("the cat") == tokenizer.encode("the cat")
   assert again.fingerprint == tokenizer.fingerprint
   (tmp_path / SPECIALS).unlink()
-  with pytest.raises(DataError, match="byte-level"):
-    load_tokenizer(tmp_path / "tokenizer.json")
   train_tokenizer("byte", [], 257).save(tmp_path / "tokenizer.json")
   assert load_tokenizer(tmp_path / "tokenizer.json").encode("a") == [97]
+
+
+# -- Files of others -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("kind", "names", "unknown"),
+  [
+    ("llama", ("<s>", "</s>"), "<unk>"),
+    ("bert", ("[CLS]", "[SEP]"), "[UNK]"),
+    ("t5", ("</s>", "</s>"), "<unk>"),
+  ],
+)
+def test_any_tokenizer_can_be_named(tmp_path: Path, kind: str, names: Any, unknown: str):
+  """Without the files of a checkpoint the names of its tokens say what they are for."""
+  path = tmp_path / "tokenizer.json"
+  path.write_text(MADE[kind]().to_str())
+  found = load_tokenizer(path)
+  assert (found.name_of(found.bos_id), found.name_of(found.eos_id)) in (
+    names, ("<pad>", "</s>")  # T5 has no token that begins
+  )  # fmt: skip
+  assert found.name_of(found.unknown_id) == unknown
+  assert found.token_bytes()[found.unknown_id] == 0
+  assert f"ends with {names[1]}, by their names" in found.note
+  assert found.framed(found.encode("the cat"), "text") == MADE[kind]().encode("the cat").ids
+  found.save(tmp_path / "again.json")
+  assert load_tokenizer(tmp_path / "again.json").note == ""
+
+
+def test_settings_beside_a_tokenizer_come_before_names(tmp_path: Path):
+  backend = llama()
+  backend.add_special_tokens(["<stop>"])
+  (tmp_path / "tokenizer.json").write_text(backend.to_str())
+  settings = tmp_path / "tokenizer_config.json"
+  settings.write_text('{"eos_token": {"content": "<stop>"}, "bos_token": null}')
+  found = load_tokenizer(tmp_path / "tokenizer.json")
+  assert (found.name_of(found.eos_id), found.name_of(found.bos_id)) == ("<stop>", "<s>")
+  assert str(settings) in found.note
+  settings.write_text("[]")
+  with pytest.raises(DataError, match=r"tokenizer_config\.json cannot be read"):
+    load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_prompt_begins_as_the_documents_that_are_learnt(tmp_path: Path):
+  """Where a tokenizer adds nothing itself, as a byte-level one of another's making."""
+  backend = gpt2()
+  vocab = json.loads(backend.to_str())
+  vocab["added_tokens"][0]["content"] = "<eos>"
+  vocab["model"]["vocab"].pop("<|endoftext|>", None)
+  (tmp_path / "tokenizer.json").write_text(json.dumps(vocab))
+  found = load_tokenizer(tmp_path / "tokenizer.json")
+  assert isinstance(found, ImportedTokenizer) and found.name_of(found.eos_id) == "<eos>"
+  assert found.framed([7], "prompt") == [found.bos_id, 7]
+
+
+def test_a_tokenizer_without_an_end_or_some_bytes_is_refused(tmp_path: Path):
+  path = tmp_path / "tokenizer.json"
+  backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, "a"))
+  path.write_text(backend.to_str())
+  with pytest.raises(DataError, match="no token that is known to end a text"):
+    load_tokenizer(path)
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "</s>": 1}, []))
+  backend.decoder = tokenizers.decoders.ByteLevel()
+  path.write_text(backend.to_str())
+  with pytest.raises(DataError, match="no id for 255 of the 256 bytes"):
+    load_tokenizer(path)
 
 
 DAMAGED = [
