@@ -31,6 +31,7 @@ from flaxlm.training.preference import preference_figures
 from flaxlm.training.step import jit_eval_step, put_batch
 
 PAIRS_AT_A_TIME = 32
+COUNTED_TOKENS = 2**24  # at a time: NumPy copies them as int64
 BY_SOURCE = "eval/loss/"  # before the name of a mixture's source
 
 
@@ -174,7 +175,11 @@ def unknown_size(batches: Batches, sizes_V: np.ndarray, unknown_id: int) -> floa
   store = batches.store
   assert not isinstance(store, MixedStore), "each source has its batches"
   text = store.target if isinstance(store, PairStore) else store
-  count_V = np.bincount(text.tokens, minlength=len(sizes_V))
+  begins = text.tokens[text.bounds[:-1]]  # which are no text
+  count_V = -np.bincount(begins, minlength=len(sizes_V))
+  for start in range(0, len(text.tokens), COUNTED_TOKENS):
+    some = text.tokens[start : start + COUNTED_TOKENS]
+    count_V += np.bincount(some, minlength=len(sizes_V))
   left = text.num_bytes - int(count_V @ sizes_V.astype(np.int64))
   return max(left, 0) / max(int(count_V[unknown_id]), 1)
 

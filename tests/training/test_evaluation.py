@@ -88,6 +88,42 @@ def test_some_batches_are_the_first_ones():
   assert "eval/gzip_bits_per_byte" not in values
 
 
+@pytest.mark.parametrize("num_batches", [None, 1])
+def test_what_is_unknown_costs_eight_bits_a_byte(num_batches: int | None):
+  """Its token alone could cost nothing: a model soon learns where it stands."""
+  texts = ["a b a qqq b", "b a zzz\n", "qqq b a a"]
+  tokenizer = train_tokenizer("word", ["a b a b a b"], 4 + 1)
+  store = store_of(tokenizer, texts)
+  size = -(-tokenizer.vocab_size // 64) * 64
+  bias_V = np.random.default_rng(0).normal(size=size)
+  cfg = ModelConfig(**SIZES | dict(vocab_size=size))
+  values, _ = evaluated(cfg, tokenizer, bias_V, num_batches, store)
+  targets = store.tokens[1:] if num_batches is None else store.tokens[1 : 1 + 8 * 3]
+  nats = np.log(np.exp(bias_V).sum()) - bias_V[targets]
+  unknown = targets == tokenizer.unknown_id
+  assert values["eval/unknown"] == pytest.approx(unknown.mean())
+  text = "".join(texts)
+  lost = len(text) - tokenizer.token_bytes()[store.tokens].sum()
+  assert lost == len(" qqq" + "b" + " zzz\n" + "qqq")
+  bits = nats.sum() / np.log(2) + 8 * lost
+  assert values["eval/bits_per_byte"] == pytest.approx(bits / len(text), rel=1e-5)
+  assert "unknown, at 8 bits for each" in describe_evaluation(values)
+
+
+def test_a_part_of_what_is_unknown_is_charged_at_its_mean():
+  texts = ["a b a qqq b a", "b a zzzzz a b a b a b a b a b a b a b b a b a b a b a"]
+  tokenizer = train_tokenizer("word", ["a b a b a b"], 4 + 1)
+  store = store_of(tokenizer, texts)
+  mesh = make_mesh({"data": 8})
+  batches = Batches(store, DataConfig(seq_len=1, batch_size=8), vocab_size=store.vocab_size)
+  model = build_model(ModelConfig(**SIZES | dict(vocab_size=64)).resolve())
+  evaluator = Evaluator(model, tokenizer, batches, 1, mesh)
+  known = tokenizer.token_bytes()[store.tokens[1:9]].sum()
+  assert np.sum(store.tokens[1:9] == tokenizer.unknown_id) == 2
+  mean = (len(" qqq") + len("b") + len(" zzzzz")) / 3
+  assert evaluator.num_bytes == known + round(2 * mean)
+
+
 END = "<|im_end|>"
 
 
@@ -152,8 +188,8 @@ def test_the_bytes_of_a_whole_text_are_known_whatever_its_tokens_stand_for():
   targets = np.where(np.isin(np.arange(store.num_tokens), store.bounds), 3, store.tokens)
   nats = np.log(np.exp(bias_V).sum()) - bias_V[targets[1:]]
   assert values["eval/loss"] == pytest.approx(nats.mean(), rel=1e-5)
-  bits_per_byte = nats.sum() / np.log(2) / store.num_bytes
-  assert values["eval/bits_per_byte"] == pytest.approx(bits_per_byte, rel=1e-5)
+  bits = nats.sum() / np.log(2) + 8 * (store.num_bytes - len("thecatsatthecat"))
+  assert values["eval/bits_per_byte"] == pytest.approx(bits / store.num_bytes, rel=1e-5)
 
 
 @pytest.mark.parametrize(
