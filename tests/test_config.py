@@ -791,7 +791,7 @@ def answer(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str]:
     (["infer", "--prompt=a", "--top_pp=1"], "did you mean --top-p?"),
     (["plan", "--devcie=h100"], "did you mean --device?"),
     (["tokenizer", "train", "--vocabsize=300"], "did you mean --vocab-size?"),
-    (["tokenizer", "train", "--kind=word"], "argument --kind: invalid choice: 'word'"),
+    (["tokenizer", "train", "--kind=words"], "argument --kind: invalid choice: 'words'"),
     (["infer", "--prompt=a", "--num-samples=1000000000"], "num-samples is 1000000000"),
     (["launch", "--processes=1000000000", "--", "train"], "processes is 1000000000"),
     (["infer", "--prompt-file=/no/such/file"], "/no/such/file cannot be read"),

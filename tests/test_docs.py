@@ -42,7 +42,7 @@ REASONS = {
   "install": ("installs packages; .ci/run runs these", 2),
   "extra": ("needs an optional compiler or package", 4),
   "gpu": ("needs GPUs", 1),
-  "hours": ("takes minutes or hours, whatever its size", 2),
+  "hours": ("takes minutes or hours, whatever its size", 3),
   "machines": ("needs several machines", 1),
   "weights": ("needs a published checkpoint", 2),
 }

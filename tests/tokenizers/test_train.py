@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, trainers
@@ -150,7 +151,7 @@ def test_learning_finds_the_words_that_a_text_was_made_of():
 
 def test_unigram_is_as_good_as_the_trainer_of_the_library():
   """Held-out likelihood under the best cuts; theirs varies from process to process."""
-  package = Path(__file__).parent.parent.parent / "flaxlm"
+  package = ROOT / "flaxlm"
   texts = [path.read_text("utf-8") for path in sorted(package.glob("d*/*.py"))]
   theirs = tokenizers.Tokenizer(models.Unigram())
   theirs.pre_tokenizer = pre_tokenizer(WORDS)
