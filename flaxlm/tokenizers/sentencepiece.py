@@ -22,6 +22,7 @@ from flaxlm.errors import DataError, first_line
 from flaxlm.tokenizers.own import MAX_FILE_BYTES, rust_errors
 
 BLANK = "\u2581"
+MOST_CHARACTERS = 512  # of a piece: finding merges takes the square
 TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 # Types of pieces.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
@@ -158,7 +159,10 @@ def _piece(fields: Fields) -> Piece:
   (score,) = struct.unpack("<f", _raw(_last(fields, SCORE, bytes(4))))
   if score != score:
     raise ValueError("a score is not a number")
-  return Piece(_raw(_last(fields, TEXT, b"")).decode(), score, _number(fields, TYPE, 1))
+  text = _raw(_last(fields, TEXT, b"")).decode()
+  if len(text) > MOST_CHARACTERS:
+    raise ValueError(f"a piece has {len(text):,} characters")
+  return Piece(text, score, _number(fields, TYPE, 1))
 
 
 def _model(kind: str, pieces: list[Piece], unknown: int, has_bytes: bool) -> models.Model:

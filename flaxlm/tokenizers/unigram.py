@@ -21,7 +21,7 @@ import numpy as np
 MOST_PIECE_BYTES = 16
 MOST_WORD_BYTES = 32  # longer words are cut; so no probability is too small for float64
 MOST_WORDS = 2**17  # the most frequent ones; the others are typing errors and numbers
-SEEDS_PER_PIECE = 8
+SEEDS_PER_PIECE = 3  # with many more, pruning is left with worse pieces (docs/LOG.md)
 KEPT_AT_A_TIME = 0.75
 EM_STEPS = 2
 LEAST_PROBABILITY = 1e-9

@@ -94,6 +94,7 @@ BAD = [
   (model(START[1:]), "0 of which are <unk>"),
   (model([*START, *START[1:]]), "there twice"),
   (model([*START, ("a", float("nan"), NORMAL)]), "not a number"),
+  (model([*START, ("a" * 10**6, -1.0, NORMAL)], {3: BPE}), "1,000,000 characters"),
   (model(START, {3: WORD}), "of type word"),
   (model(START, {3: CHAR}), "of type char"),
   (model(START, {3: 77}), "of type unknown"),
