@@ -294,17 +294,18 @@ def trial_config(args: argparse.Namespace, rest: list[str]) -> Config | None:
     return None
   if not 0 < args.train_seconds < math.inf:
     raise ConfigError(f"--train-seconds is {args.train_seconds}", "it must be above 0")
+  decided = ("__data.corpus", "__data.text_field", "__data.deduplicate")
   for word in rest:
     name = word.partition("=")[0].replace("-", "_")
-    if name.startswith("__tokenizer.") or name in ("__data.corpus", "__data.text_field"):
+    if name.startswith("__tokenizer.") or name in decided:
       raise ConfigError(
         f"{word} is what `tokenizer compare` decides",
         "name tokenizers, and use --corpus and --text-field",
       )
   cfg = read_config(rest)
-  if cfg.model.family not in ("decoder", "rnn"):
+  if cfg.data.objective != "next_token":
     raise ConfigError(
-      f"model.family={cfg.model.family} has no bits per byte", "compare with decoder or rnn"
+      f"data.objective={cfg.data.objective} has no bits per byte", "compare by next_token"
     )
   data = dataclasses.replace(cfg.data, corpus=args.corpus, text_field=args.text_field)
   return dataclasses.replace(cfg, data=data)
