@@ -8,9 +8,9 @@ The way from here to the drawn token; each name stands in the source of the one 
 of its class:
 
 `infer.py` -> `cli.main` -> `build_parser` -> `commands.infer.add_infer` -> `run_infer` ->
-`print_completions` -> `decoding.completions.complete` -> `complete_request` ->
-`decoding.generate.generate` -> `decode_block` -> `sample_step` ->
-`decoding.sampling.sample` -> `draw` -> `inverse_cdf`
+`print_completions` -> `decoding.completions.complete_samples` -> `complete` ->
+`complete_request` -> `grow_completions` -> `decoding.generate.generate` ->
+`decode_block` -> `sample_step` -> `decoding.sampling.sample` -> `draw` -> `inverse_cdf`
 """
 
 import sys

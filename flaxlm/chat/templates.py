@@ -140,9 +140,8 @@ class Chat(NamedTuple):
       raise self.failure(talk.where, "there is no default", has)
     if talk.tools is not None and "tools" not in self.templates[name]:
       at = talk.where and f"{talk.where}: "
-      cure = "leave them out" if at else "leave out --tools"
       raise ConfigError(
-        f"{at}the chat template of {self.path} has no place for tools", cure
+        f"{at}the chat template of {self.path} has no place for tools", "leave them out"
       )
     return name
 

@@ -3,7 +3,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -34,9 +33,8 @@ SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
   "regex": (str, "a regular expression that the whole answer matches"),
   "seed": (int, "the same seed draws the same answers"),
 }
-SAMPLING_DEFAULTS = {"temperature": 0.8, "seed": 0}
 DEFAULT_LENGTH_PENALTY = 0.6
-DEFAULT_BATCH_SIZE, DEFAULT_DRAFT_TOKENS = 16, 4
+DEFAULT_BATCH_SIZE = 16
 
 
 # -- What the command reads ----------------------------------------------------------------
@@ -60,7 +58,7 @@ def add_infer(commands: Any) -> None:
   flag("--fill", list[str], "a text with [MASK]s for an encoder")
   # How tokens are drawn.
   for name, (kind, text) in SAMPLING_FLAGS.items():
-    flag(flag_of(name), kind, text, default=SAMPLING_DEFAULTS.get(name))
+    flag(flag_of(name), kind, text)
   flag("--json-schema", str, "a JSON schema that the whole answer matches", metavar="FILE")
   flag("--logit-bias", list[str], "add X to a token's logit", metavar="ID=X")
   flag("--ban", list[int], "never draw this token", metavar="ID")
@@ -81,8 +79,7 @@ def add_infer(commands: Any) -> None:
   flag("--cache", ("int8",), "keys and values in a quarter of the memory")
   text = "a smaller run that guesses tokens ahead; ngram: guess from the text so far"
   flag("--draft", str, text, metavar="RUN")
-  text = f"draft: guesses at a time (default: {DEFAULT_DRAFT_TOKENS})"
-  flag("--draft-tokens", int, text)
+  flag("--draft-tokens", int, "draft: guesses at a time (default: 4)")
   parser.set_defaults(run=run_infer)
 
 
@@ -138,15 +135,17 @@ def reads_jobs(args: argparse.Namespace) -> bool:
 
 def read_sampling(args: argparse.Namespace) -> Any:
   """The `SamplingSettings` of the flags, checked."""
+  from flaxlm.decoding.completions import DEFAULT_TEMPERATURE
   from flaxlm.decoding.constraint import check_expressions
   from flaxlm.decoding.sampling import SamplingSettings
   from flaxlm.decoding.schemas import regex_of_schema
 
-  given = {name: getattr(args, name) for name in SAMPLING_FLAGS}
+  values = {name: getattr(args, name) for name in SAMPLING_FLAGS}
+  given = {name: value for name, value in values.items() if value is not None}
   if args.json_schema is not None:
     given["regex"] = regex_of_schema(read_text(args.json_schema))
   settings = SamplingSettings(
-    **{name: value for name, value in given.items() if value is not None},
+    **{"temperature": DEFAULT_TEMPERATURE} | given,
     logit_bias=dict(map(read_bias, args.logit_bias)),
     banned_tokens=args.ban,
   )
@@ -215,27 +214,13 @@ def run_infer(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def open_decoder(args: argparse.Namespace) -> Any:
-  """The run, its parameters laid out for decoding, with the draft that was asked for: a
-  smaller run, or n-grams of the text."""
-  from flaxlm.decoding.loading import load_run, prepare_for_decoding
-  from flaxlm.decoding.speculative import Draft
-  from flaxlm.runs import find_run
+  """The run, its parameters laid out for decoding, with the draft that was asked for."""
+  from flaxlm.decoding.loading import equip_for_decoding
 
   run = open_run(args)
-  if run.cfg.model.family == "encoder":
-    return run
-  run = prepare_for_decoding(run, args.weights, args.cache == "int8")
-  if args.draft is None:
-    return run
-  num_tokens = args.draft_tokens or DEFAULT_DRAFT_TOKENS
-  if args.draft == "ngram":
-    return run._replace(draft=Draft(num_tokens=num_tokens))
-  small = prepare_for_decoding(load_run(find_run(args.draft, args.runs_dir), run.mesh))
-  if small.tokenizer.fingerprint != run.tokenizer.fingerprint:
-    raise ConfigError(
-      f"{args.draft} has another tokenizer", "use a draft with the run's tokenizer"
-    )
-  return run._replace(draft=Draft(small.model, small.params, num_tokens))
+  return equip_for_decoding(
+    run, args.weights, args.cache, args.draft, args.draft_tokens, args.runs_dir
+  )
 
 
 def complete_file(args: argparse.Namespace, settings: Any, stop: Any) -> None:
@@ -349,30 +334,24 @@ def print_completions(
   out: TextIO,
 ) -> None:
   """Completes prompts and prints the results; a single one is printed as it grows."""
-  from flaxlm.decoding.completions import complete, search
-  from flaxlm.decoding.sampling import stack_settings
+  from flaxlm.decoding.completions import complete_samples, search
 
-  rows = [prompt for prompt in prompts for _ in range(args.num_samples)]
-  drawing = [
-    of_sample
-    for row in range(len(prompts))
-    for of_sample in dataclasses.replace(settings, row=row).for_samples(args.num_samples)
-  ]
-  streams = len(rows) == 1 and not args.json
+  streams = len(prompts) * args.num_samples == 1 and not args.json
   show = lambda _, piece: print(piece, end="", file=out, flush=True)
   reads_prompt = run.cfg.model.family == "encoder_decoder"
   if streams and not reads_prompt:
-    show(0, rows[0])
+    show(0, prompts[0])
   if args.beams is not None:
     alpha = DEFAULT_LENGTH_PENALTY if args.length_penalty is None else args.length_penalty
     results = search(run, prompts, args.beams, alpha, args.max_new_tokens, args.num_samples)
     if streams:
       show(0, results[0].completion)
   else:
-    results = complete(
+    results = complete_samples(
       run,
-      rows,
-      stack_settings(drawing, run.tokenizer),
+      prompts,
+      settings,
+      args.num_samples,
       args.max_new_tokens,
       stop,
       on_text=show if streams else None,

@@ -83,8 +83,8 @@ def to_talk(record: Record, where: str) -> Talk:
   return Talk(messages, tools, where)
 
 
-def mistakes_of(messages: Any, tools: Any) -> Iterator[str]:
-  """What is wrong with a conversation."""
+def mistakes_of(messages: Any, tools: Any, learnt: bool = True) -> Iterator[str]:
+  """What is wrong with a conversation, which is to be `learnt` or to be continued."""
   are_objects = lambda x: isinstance(x, list) and all(isinstance(y, dict) for y in x)
   if not are_objects(messages):
     yield f"messages are {reprlib.repr(messages)}, not a list of objects"
@@ -100,11 +100,11 @@ def mistakes_of(messages: Any, tools: Any) -> Iterator[str]:
         else (f"message {number} has the role {reprlib.repr(role)}, which is no text")
       )
     is_empty = not (content.strip() if isinstance(content, str) else content)
-    if role == ASSISTANT and is_empty and not message.get("tool_calls"):
+    if learnt and role == ASSISTANT and is_empty and not message.get("tool_calls"):
       yield f"message {number}, an answer, is empty"
     elif role != ASSISTANT and content is None:
       yield f"message {number} has no content"
-  if not any(message.get("role") == ASSISTANT for message in messages):
+  if learnt and not any(message.get("role") == ASSISTANT for message in messages):
     yield f"no message has the role {ASSISTANT}, so there is nothing to learn"
 
 

@@ -3,14 +3,18 @@
 
 import bisect
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from flaxlm.chat.templates import Chat, Message, Tool
+from flaxlm.data.conversations import MEMBERS, mistakes_of
 from flaxlm.decoding.completions import DEFAULT_NEW_TOKENS
 from flaxlm.decoding.loading import Run
 from flaxlm.errors import ConfigError
+
+SYSTEM = ("system", "developer")  # roles of messages before all turns
 
 
 class Prompt(NamedTuple):
@@ -35,17 +39,23 @@ class Conversation:
     tools: Sequence[Tool] | None = None,
   ):
     self.chat, self.run, self.tools = chat, run, tools
-    self.system = [] if system is None else [{"role": "system", "content": system}]
+    self.system: list[Message] = []
+    if system is not None:
+      self.system = [{"role": "system", "content": system}]
     self.turns: list[list[Message]] = []
 
   def ask(self, text: str, max_new_tokens: int | None = None) -> Prompt:
-    """Adds what the user says; returns the prompt for the answer.
+    """Adds what the user says; returns the prompt for the answer, as `read` does."""
+    return self.read([*self.turns, [{"role": "user", "content": text}]], max_new_tokens)
+
+  def read(self, turns: list[list[Message]], max_new_tokens: int | None = None) -> Prompt:
+    """Takes over the turns of a conversation, the last of which is to be answered; returns
+    the prompt for the answer.
 
     Turns are dropped until prompt and answer fit into the model's context. Raises
     `ConfigError`, and leaves the conversation as it was, when the last one does not fit
     alone, or the template leaves the system's message out.
     """
-    turns: list[list[Message]] = [*self.turns, [{"role": "user", "content": text}]]
     last, cfg = len(turns) - 1, self.run.model.cfg
     prompt_from = functools.cache(lambda first: self.prompt(turns[first:]))
     wanted = max_new_tokens or min(DEFAULT_NEW_TOKENS, cfg.context // 2)
@@ -61,10 +71,11 @@ class Conversation:
         f"a message of {prompt.num_tokens} tokens + {least} new > model.context={room}",
         "shorten it",
       )
-    if not all(message["content"].strip() in prompt.text for message in self.system):
+    said = [message["content"] for message in self.system]
+    if not all(text.strip() in prompt.text for text in said if isinstance(text, str)):
       raise ConfigError(
         f"the chat template of {self.chat.path} leaves the system's message out",
-        "leave out --system",
+        "say it in the first message of the user",
       )
     self.turns = turns[first:]
     return prompt._replace(num_dropped=first)
@@ -78,3 +89,32 @@ class Conversation:
   def answer(self, text: str) -> None:
     """Adds what the assistant has answered."""
     self.turns[-1].append({"role": "assistant", "content": text})
+
+
+def prompt_for(
+  chat: Chat,
+  run: Run,
+  messages: Sequence[Message],
+  tools: Sequence[Tool] | None = None,
+  max_new_tokens: int | None = None,
+) -> Prompt:
+  """The prompt for what the assistant says after some messages.
+
+  A turn begins with what the user says; messages of the system before the first turn stay.
+  Raises `ConfigError` for what is no conversation, and as `Conversation.read` does.
+  """
+  messages = [*messages] if isinstance(messages, tuple) else messages
+  mistake = next(mistakes_of(messages, tools, learnt=False), None)
+  if mistake is None and not messages:
+    mistake = "there is no message"
+  if mistake is not None:
+    raise ConfigError(mistake, MEMBERS)
+  conversation = Conversation(chat, run, tools=tools)
+  is_system = lambda message: message["role"] in SYSTEM
+  conversation.system = [*itertools.takewhile(is_system, messages)]
+  turns: list[list[Message]] = []
+  for message in messages[len(conversation.system) :]:
+    if message["role"] == "user" or not turns:
+      turns.append([])
+    turns[-1].append(message)
+  return conversation.read(turns or [[]], max_new_tokens)

@@ -4,19 +4,25 @@
 import dataclasses
 import reprlib
 import time
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any, cast
 
 from flaxlm.decoding.beams import beam_search
 from flaxlm.decoding.generate import PrefixCache, generate
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import Request
-from flaxlm.decoding.sampling import Sampling, is_number
+from flaxlm.decoding.sampling import (
+  Sampling,
+  SamplingSettings,
+  is_number,
+  stack_settings,
+)
 from flaxlm.decoding.speculative import speculate
 from flaxlm.errors import ConfigError
 from flaxlm.tokenizers import AnyTokenizer
 
 DEFAULT_NEW_TOKENS = 128
+DEFAULT_TEMPERATURE = 0.8  # of what people ask for, if they do not say
 
 
 @dataclasses.dataclass
@@ -50,6 +56,8 @@ class Stopping:
   def __post_init__(self) -> None:
     # Frozen, but what was given may be another kind of list, or a string alone.
     object.__setattr__(self, "strings", tuple(as_texts(self.strings, "stop string")))
+    if not isinstance(self.tokens, Iterable):
+      raise ConfigError(f"stop-tokens are {reprlib.repr(self.tokens)}", "use a list of ids")
     object.__setattr__(self, "tokens", tuple(self.tokens))
 
   def check(self, num_ids: int | None = None) -> None:
@@ -74,7 +82,7 @@ def as_texts(texts: str | Sequence[str], what: str = "prompt") -> list[str]:
   Raises `ConfigError` for what is no text: other types, and halves of a surrogate pair, as
   Python makes them of a command line that is not UTF-8.
   """
-  texts = [texts] if isinstance(texts, str) else [*texts]
+  texts = as_list(texts, what)
   for number, text in enumerate(texts, 1):
     if not isinstance(text, str):
       raise ConfigError(f"{what} {number} is {reprlib.repr(text)}", "use a string")
@@ -85,6 +93,44 @@ def as_texts(texts: str | Sequence[str], what: str = "prompt") -> list[str]:
         f"{what} {number} is not UTF-8: see its character {e.start + 1}", "convert it"
       ) from e
   return texts
+
+
+def as_list(texts: Any, what: str) -> list[Any]:
+  """What a list has, or a string alone. Raises `ConfigError` for what is neither."""
+  if not isinstance(texts, Iterable):
+    raise ConfigError(f"the {what} is {reprlib.repr(texts)}", "use a string, or a list")
+  return [texts] if isinstance(texts, str) else [*texts]
+
+
+def complete_samples(
+  run: Run,
+  prompts: str | Sequence[str],
+  settings: SamplingSettings,
+  num_samples: int = 1,
+  max_new_tokens: int | None = None,
+  stop: str | Sequence[str] | Stopping = (),
+  on_text: Callable[[int, str], None] | None = None,
+  num_top: int = 0,
+) -> list[Completion]:
+  """`num_samples` completions of each prompt, prompt by prompt, each with draws of its own.
+
+  The settings are those of all rows; see `complete` for the other arguments.
+  """
+  prompts = as_texts(prompts)
+  drawing = [
+    of_sample
+    for row in range(len(prompts))
+    for of_sample in dataclasses.replace(settings, row=row).for_samples(num_samples)
+  ]
+  return complete(
+    run,
+    [prompt for prompt in prompts for _ in range(num_samples)],
+    stack_settings(drawing, run.tokenizer),
+    max_new_tokens,
+    stop,
+    on_text,
+    num_top,
+  )
 
 
 def complete(
@@ -123,6 +169,26 @@ def complete_request(
   prefix_cache: PrefixCache | None = None,
 ) -> list[Completion]:
   """`complete` for ids that are known already; `prompts` are what the results are for."""
+  growing = grow_completions(run, request, prompts, sampling, stop, prefix_cache)
+  while True:
+    try:
+      row, piece = next(growing)
+    except StopIteration as e:
+      return e.value
+    if on_text is not None:
+      on_text(row, piece)
+
+
+def grow_completions(
+  run: Run,
+  request: Request,
+  prompts: Sequence[str],
+  sampling: Sampling,
+  stop: str | Sequence[str] | Stopping | Sequence[Stopping] = (),
+  prefix_cache: PrefixCache | None = None,
+) -> Generator[tuple[int, str], None, list[Completion]]:
+  """`complete_request` a piece at a time: yields (row, new text) as soon as no later token
+  can change it, and returns the completions. Whoever asks for no more stops it."""
   started = time.monotonic()
   stops = stopping_of_rows(stop, len(prompts), run.num_ids)
   rows = [
@@ -139,14 +205,13 @@ def complete_request(
       piece = row.extend(*(x_BT[i].tolist() for x_BT in block[:-1]))
       if row.stop.max_seconds is not None and seconds >= row.stop.max_seconds:
         piece += row.finish("time")
-      if piece and on_text is not None:
-        on_text(i, piece)
+      if piece:
+        yield i, piece
     if all(row.result.finish_reason for row in rows):
       break
   for i, row in enumerate(rows):
-    piece = row.finish("length")
-    if piece and on_text is not None:
-      on_text(i, piece)
+    if piece := row.finish("length"):
+      yield i, piece
   return [row.result for row in rows]
 
 

@@ -35,7 +35,7 @@ from flaxlm.decoding.sampling import (
   is_number,
   stack_settings,
 )
-from flaxlm.decoding.schemas import regex_of_schema
+from flaxlm.decoding.schemas import regex_of_form
 from flaxlm.errors import ConfigError, first_line, writing
 from flaxlm.strict_json import to_json
 
@@ -148,9 +148,7 @@ def read_settings(
   if "banned_tokens" in own:
     own["banned_tokens"] = list_of(own, "banned_tokens", ())
   if "json_schema" in values:
-    if "regex" in own:
-      raise ConfigError("regex with json_schema", "leave one of them out")
-    own["regex"] = regex_of_schema(values["json_schema"])
+    own["regex"] = regex_of_form(own.get("regex"), values["json_schema"])
   if "seed" not in own:
     own["row"] = number
   settings = dataclasses.replace(defaults, **own)

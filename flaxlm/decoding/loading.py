@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flaxlm.checkpoint.manifest import damage
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import ResolvedConfig
-from flaxlm.decoding.weights import prepare_params
+from flaxlm.decoding.speculative import DRAFT_TOKENS, Draft
+from flaxlm.decoding.weights import KINDS, prepare_params
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.lora import abstract_adapters, abstract_frozen, freeze, merged
@@ -28,6 +29,7 @@ from flaxlm.runs import (
   IMPORTED_FILES,
   TOKENIZER,
   check_unchanged,
+  find_run,
   load_config_of,
   newest_whole_step,
 )
@@ -46,7 +48,7 @@ class Run(NamedTuple):
   model: LanguageModel
   params: Any
   mesh: Mesh
-  draft: Any = None  # a `Draft`, which guesses tokens for this run
+  draft: Draft | None = None  # guesses tokens for this run
 
   @property
   def num_ids(self) -> int:
@@ -176,3 +178,43 @@ def prepare_for_decoding(
   with use_mesh(run.mesh):
     params = prepare_params(run.params, model.cfg, weights)
   return run._replace(params=params, model=model.clone(execution=execution))
+
+
+def equip_for_decoding(
+  run: Run,
+  weights: str | None = None,
+  cache: str | None = None,
+  draft: str | None = None,
+  draft_tokens: int | None = None,
+  runs_dir: str = "runs",
+) -> Run:
+  """The run as a user asks for it: prepared, with a draft that guesses `draft_tokens` at a
+  time, a smaller run or `ngram`.
+
+  An encoder, which writes nothing, stays as it is. Raises `ConfigError` for what the run
+  cannot have.
+  """
+  for name, value, choices in (("weights", weights, KINDS), ("cache", cache, ("int8",))):
+    if value is not None and value not in choices:
+      raise ConfigError(f"{name} is {value!r}", f"it can be {', '.join(choices)}")
+  if draft_tokens is not None and draft is None:
+    raise ConfigError("draft_tokens without a draft", "name one, or ngram")
+  if run.cfg.model.family == "encoder":
+    if weights or cache or draft:
+      raise ConfigError(
+        f"{run.path} is an encoder: it has no narrow weights or cache, and no draft",
+        "leave them out",
+      )
+    return run
+  run = prepare_for_decoding(run, weights, cache == "int8")
+  if draft is None:
+    return run
+  num_tokens = DRAFT_TOKENS if draft_tokens is None else draft_tokens
+  if draft == "ngram":
+    return run._replace(draft=Draft(num_tokens=num_tokens))
+  small = prepare_for_decoding(load_run(find_run(draft, runs_dir), run.mesh))
+  if small.tokenizer.fingerprint != run.tokenizer.fingerprint:
+    raise ConfigError(
+      f"{draft} has another tokenizer", "use a draft with the run's tokenizer"
+    )
+  return run._replace(draft=Draft(small.model, small.params, num_tokens))

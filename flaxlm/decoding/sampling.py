@@ -11,7 +11,7 @@ import hashlib
 import math
 import numbers
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -90,6 +90,9 @@ class SamplingSettings:
   def _check_ids(self) -> None:
     if not isinstance(self.logit_bias, Mapping):
       raise ConfigError(f"logit-bias is {reprlib.repr(self.logit_bias)}", "as in 50256=-5")
+    if not isinstance(self.banned_tokens, Iterable):
+      banned = reprlib.repr(self.banned_tokens)
+      raise ConfigError(f"banned-tokens are {banned}", "use a list of ids")
     for token in (*self.logit_bias, *self.banned_tokens):
       if not is_number(token, whole=True) or not 0 <= token < OFF_TOP_K:
         raise ConfigError(

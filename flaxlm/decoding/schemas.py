@@ -53,6 +53,16 @@ SPACE = "[ ]?"
 COMMA = f"{SPACE},{SPACE}"
 
 
+def regex_of_form(regex: Any, schema: Any) -> Any:
+  """The regular expression of the form that an answer is to have, if it is to have one: it
+  is given, or a schema's. Raises `ConfigError` for both, and as `regex_of_schema` does."""
+  if schema is None:
+    return regex
+  if regex is not None:
+    raise ConfigError("regex with json_schema", "leave one of them out")
+  return regex_of_schema(schema)
+
+
 def regex_of_schema(schema: Any) -> str:
   """A regular expression for JSON texts that satisfy a schema, given as JSON or parsed.
 

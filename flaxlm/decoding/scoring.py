@@ -44,6 +44,7 @@ class Likelihood(NamedTuple):
   is_greedy: bool  # greedy decoding would write it
   num_tokens: int
   num_cut: int = 0  # tokens of the context that did not fit the model
+  logprobs: tuple[float, ...] = ()  # of each token, if they were asked for
 
 
 class TokenPair(NamedTuple):
@@ -66,11 +67,15 @@ def score_continuations(
   encoder, for a continuation without a token of its own and for one that the model's
   context does not hold, and `NonFiniteError` when logits are NaN.
   """
+  return score_tokens(run, encode_pairs(run, pairs), on_done)
+
+
+def encode_pairs(run: Run, pairs: Sequence[tuple[str, str]]) -> list[TokenPair]:
+  """The tokens of each (context, continuation). Raises as `score_continuations` does."""
   check_scores(run)
   contexts = as_texts([context for context, _ in pairs], "context")
   continuations = as_texts([continuation for _, continuation in pairs], "continuation")
-  encoded = [encode_pair(run, *pair) for pair in zip(contexts, continuations, strict=True)]
-  return score_tokens(run, encoded, on_done)
+  return [encode_pair(run, *pair) for pair in zip(contexts, continuations, strict=True)]
 
 
 def score_texts(run: Run, texts: str | Sequence[str]) -> list[Likelihood]:
@@ -83,8 +88,11 @@ def score_texts(run: Run, texts: str | Sequence[str]) -> list[Likelihood]:
   return score_rolling(run, rows)
 
 
-def score_rolling(run: Run, rows: Sequence[Sequence[int]]) -> list[Likelihood]:
-  """`score_texts` for ids; a row without ids has likelihood 1."""
+def score_rolling(
+  run: Run, rows: Sequence[Sequence[int]], each: bool = False
+) -> list[Likelihood]:
+  """`score_texts` for ids, with the `logprobs` of `each` id on request; a row without ids
+  has likelihood 1."""
   check_scores(run)
   if run.model.cfg.family == "encoder_decoder":
     raise ConfigError(
@@ -93,12 +101,13 @@ def score_rolling(run: Run, rows: Sequence[Sequence[int]]) -> list[Likelihood]:
     )
   begin, most = run.tokenizer.bos_id, run.model.cfg.context
   windows = [[*rolling_windows(row, begin, most)] for row in rows]
-  scored = iter(score_tokens(run, [*itertools.chain(*windows)]))
+  scored = iter(score_tokens(run, [*itertools.chain(*windows)], each=each))
   results = []
   for row, of_row in zip(rows, windows, strict=True):
     parts = [*itertools.islice(scored, len(of_row))]
     logprob, is_greedy = sum(x.logprob for x in parts), all(x.is_greedy for x in parts)
-    results.append(Likelihood(logprob, is_greedy, len(row)))
+    logprobs = itertools.chain(*(part.logprobs for part in parts))
+    results.append(Likelihood(logprob, is_greedy, len(row), logprobs=(*logprobs,)))
   return results
 
 
@@ -176,10 +185,14 @@ class Row(NamedTuple):
 
 
 def score_tokens(
-  run: Run, pairs: Sequence[TokenPair], on_done: Callable[[int], None] = lambda _: None
+  run: Run,
+  pairs: Sequence[TokenPair],
+  on_done: Callable[[int], None] = lambda _: None,
+  each: bool = False,
 ) -> list[Likelihood]:
-  """The likelihood of each pair of ids, in their order. What is equal is computed once, and
-  pairs that differ in their last token are read once."""
+  """The likelihood of each pair of ids, in their order, with the `logprobs` of `each` id on
+  request. What is equal is computed once, and pairs that differ in their last token are
+  read once."""
   cfg = run.model.cfg
   rows: dict[Row, dict[int, list[int]]] = {}  # the numbers of the pairs by their last token
   num_cut = []
@@ -197,9 +210,13 @@ def score_tokens(
     num_done = 0
     for row, scores in zip(batch, score_batch(run, batch, shards), strict=True):
       for numbers, score in zip(whole[row].values(), scores, strict=True):
+        logprob, is_greedy, logprobs_C = score
+        tokens = (*logprobs_C[: row.num_scored].tolist(),) if each else ()
         num_done += len(numbers)
         for number in numbers:
-          results[number] = Likelihood(*score, row.num_scored, num_cut[number])
+          results[number] = Likelihood(
+            logprob, is_greedy, row.num_scored, num_cut[number], tokens
+          )
     on_done(num_done)
   return results
 
@@ -240,8 +257,9 @@ def batch_rows(rows: Sequence[Row], shards: int, vocab_size: int) -> Iterator[li
 
 def score_batch(
   run: Run, batch: Sequence[Row], shards: int
-) -> list[list[tuple[float, bool]]]:
-  """(log-likelihood, whether greedy) of the continuations. Raises `NonFiniteError`."""
+) -> list[list[tuple[float, bool, np.ndarray]]]:
+  """(log-likelihood, whether greedy, log-probability of each token (C,)) of the
+  continuations. Raises `NonFiniteError`."""
   size = shards * bucket(-(-len(batch) // shards), smallest=1)
   tokens_BT, lengths_B = pad_rows([row.read for row in batch], size)
   num_last = bucket(max(len(row.last) for row in batch), smallest=1)
@@ -261,12 +279,13 @@ def score_batch(
     found = likelihoods(
       model, run.params, tokens_BT, lengths_B, targets_BCK, num_targets_B, source
     )
-  logprobs_BK, greedy_BK = (on_host(x_BK)[: len(batch)] for x_BK in found)
+  logprobs_BK, greedy_BK, logprobs_BCK = (on_host(x)[: len(batch)] for x in found)
   if not np.isfinite(logprobs_BK).all():
     raise NonFiniteError(
       "a log-likelihood is NaN or infinite", "the parameters are damaged"
     )
-  scores = zip(logprobs_BK.tolist(), greedy_BK.tolist(), strict=True)
+  logprobs_BKC = logprobs_BCK.swapaxes(1, 2)
+  scores = zip(logprobs_BK.tolist(), greedy_BK.tolist(), logprobs_BKC, strict=True)
   return [
     [*zip(*of_row, strict=True)][: len(row.last)]
     for row, of_row in zip(batch, scores, strict=True)
@@ -292,9 +311,10 @@ def likelihoods(
   targets_BCK: jax.Array,
   num_targets_B: jax.Array,
   source: Source | None,
-) -> tuple[jax.Array, jax.Array]:
-  """(log-likelihood (B, K) in nats, whether greedy (B, K)) of K continuations of each row,
-  which differ in their last token only: the row ends with the others.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(log-likelihood (B, K) in nats, whether greedy (B, K), log-probability of each token
+  (B, C, K)) of K continuations of each row, which differ in their last token only: the row
+  ends with the others.
 
   Rows are right-padded. The target i of a row's n is what follows its token n - i from the
   end. A source has its rows' lengths in place of their segments.
@@ -323,4 +343,5 @@ def likelihoods(
   found = jax.lax.map(score, (split(x_BCD), split(targets_BCK)))
   logprobs_BCK, hits_BCK = map(joined, found)
   scored_BC1 = is_real_token(targets_BCK, num_targets_B)[..., None]
-  return jnp.where(scored_BC1, logprobs_BCK, 0.0).sum(1), (hits_BCK | ~scored_BC1).all(1)
+  logprobs_BCK = jnp.where(scored_BC1, logprobs_BCK, 0.0)
+  return logprobs_BCK.sum(1), (hits_BCK | ~scored_BC1).all(1), logprobs_BCK

@@ -43,6 +43,7 @@ from flaxlm.sharding import use_mesh
 
 PASSES = 4  # of the model in a block
 MAX_DRAFT_TOKENS = 32
+DRAFT_TOKENS = 4  # guesses at a time, by default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Draft:
 
   model: LanguageModel | None = None
   params: Any = None
-  num_tokens: int = 4
+  num_tokens: int = DRAFT_TOKENS
 
   def check(self, model: LanguageModel, rules: tuple[str, ...]) -> None:
     """Raises `ConfigError` for guesses that one pass of `model` cannot verify."""

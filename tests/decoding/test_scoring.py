@@ -19,6 +19,7 @@ from flaxlm.decoding import scoring
 from flaxlm.decoding.compile_counter import count_compilations
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.scoring import (
+  Likelihood,
   Row,
   TokenPair,
   batch_rows,
@@ -77,11 +78,16 @@ def logits_of(run: Run, read: list[int], source: tuple[int, ...] = ()) -> np.nda
 
 def alone(run: Run, pair: TokenPair) -> tuple[float, bool]:
   """(log-likelihood, whether greedy) of one row."""
+  logprobs_T, greedy = each_alone(run, pair)
+  return float(logprobs_T.sum()), greedy
+
+
+def each_alone(run: Run, pair: TokenPair) -> tuple[np.ndarray, bool]:
   read = [*pair.context, *pair.continuation[:-1]]
   logits_TV = logits_of(run, read, pair.source)[-len(pair.continuation) :]
   own_T = logits_TV[np.arange(len(logits_TV)), [*pair.continuation]]
   greedy = logits_TV.argmax(-1).tolist() == [*pair.continuation]
-  return float((own_T - np.log(np.exp(logits_TV).sum(-1))).sum()), greedy
+  return own_T - np.log(np.exp(logits_TV).sum(-1)), greedy
 
 
 def ragged(run: Run, lengths: list[tuple[int, int]]) -> list[TokenPair]:
@@ -99,12 +105,15 @@ def ragged(run: Run, lengths: list[tuple[int, int]]) -> list[TokenPair]:
 def test_a_ragged_batch_equals_each_row_alone(family: str):
   run = make_run(**FAMILIES[family])
   pairs = ragged(run, [(1, 1), (1, 40), (5, 3), (30, 11), (40, 1), (5, 2)])
+  *first, _ = pairs[3].continuation
+  pairs.append(pairs[3]._replace(continuation=(*first, 7)))
   done: list[int] = []
-  found = score_tokens(run, [*pairs, pairs[2]], done.append)
+  found = score_tokens(run, [*pairs, pairs[2]], done.append, each=True)
   assert sum(done) == len(found) == len(pairs) + 1 and found[-1] == found[2]
   for pair, likelihood in zip(pairs, found, strict=False):
-    logprob, is_greedy = alone(run, pair)
-    assert likelihood.logprob == pytest.approx(logprob, rel=1e-5, abs=1e-5)
+    logprobs_T, is_greedy = each_alone(run, pair)
+    assert likelihood.logprob == pytest.approx(logprobs_T.sum(), rel=1e-5, abs=1e-5)
+    np.testing.assert_allclose(likelihood.logprobs, logprobs_T, rtol=1e-5, atol=1e-5)
     assert likelihood.is_greedy == is_greedy
     assert (likelihood.num_tokens, likelihood.num_cut) == (len(pair.continuation), 0)
 
@@ -181,7 +190,7 @@ def test_a_continuation_without_a_token_of_its_own():
 def test_texts_of_all_lengths(run: Run):
   texts = ["", "a", "b" * 39, "c" * 40, "de" * 47]
   found = score_texts(run, texts)
-  assert found[0] == (0.0, True, 0, 0)
+  assert found[0] == Likelihood(0.0, True, 0)
   for text, likelihood in zip(texts, found, strict=True):
     ids = BYTES.encode(text)
     windows = [*rolling_windows(ids, BEGIN, CONTEXT)]
