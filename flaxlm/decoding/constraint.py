@@ -143,7 +143,31 @@ def build_automaton(
       pairs = transitions[state].items()
       # Other tokens may contain `END`, but only the end of text leads to a final state.
       states.append({t: number[to] for t, to in pairs if (to in final) == (t == end)})
-  return tabulate(states, tokenizer.vocab_size), initial
+  return tabulate(without_dead_ends(states), tokenizer.vocab_size), initial
+
+
+def without_dead_ends(states: Sequence[dict[int, int]]) -> list[dict[int, int]]:
+  """The states without the tokens after which the end of text cannot come any more.
+
+  Where it may come, the tokens of single bytes could begin to spell `END`, whose last byte
+  is none that they may write.
+  """
+  targets = [{*following.values()} for following in states]
+  before: dict[int, list[int]] = {}  # the states from which a state is reached
+  for state, reached in enumerate(targets, 1):
+    for to in reached:
+      before.setdefault(to, []).append(state)
+  alive, waiting = {FREE}, [FREE]
+  while waiting:
+    found = [state for state in before.get(waiting.pop(), []) if state not in alive]
+    alive.update(found)
+    waiting += found
+  return [
+    following
+    if reached <= alive
+    else {token: to for token, to in following.items() if to in alive}
+    for following, reached in zip(states, targets, strict=True)
+  ]
 
 
 @functools.lru_cache(maxsize=64)

@@ -68,6 +68,22 @@ def test_what_fits_is_accepted_however_it_is_cut(number):
   assert accepts([token for letter in text for token in BPE.encode(letter)], number)
 
 
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_the_end_can_come_after_every_token_that_is_allowed(expression):
+  """Single bytes cannot spell what stands for it, so none may begin to."""
+  automaton, (initial,) = build_automaton((expression,), BYTES)
+  reached, waiting, ends = {initial}, [initial], {FREE}
+  while waiting:
+    following = {*automaton.next_XY[waiting.pop()].tolist()} - {NEVER} - reached
+    reached |= following
+    waiting += following - {FREE}
+  while more := {
+    state for state in reached - ends if ends & {*automaton.next_XY[state].tolist()}
+  }:
+    ends |= more
+  assert reached <= ends
+
+
 def test_many_tokens_are_of_few_kinds():
   automaton, _ = build_automaton((r"[0-9]+",), BPE)
   assert len(np.unique(automaton.kinds_V)) <= 6  # digits by number, the end, all others
