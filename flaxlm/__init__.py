@@ -1,7 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """flaxlm: a small, complete language-model package in JAX and Flax.
 
-Importing the package itself loads neither jax nor any backend; its modules do.
+    model = flaxlm.load("runs/stdlib_tiny")
+    print(model.generate("def ", max_new_tokens=40).completion)
+
+Importing the package itself loads neither jax nor any backend; its modules do, and so does
+the first use of a name of `api`.
 """
 
-__version__ = "0.1.0"
+from typing import TYPE_CHECKING, Any
+
+from flaxlm.version import __version__
+
+if TYPE_CHECKING:
+  from flaxlm.api import Model as Model
+  from flaxlm.api import load as load
+
+__all__ = ["Model", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+  if name not in __all__:
+    raise AttributeError(f"module 'flaxlm' has no attribute {name!r}")
+  from flaxlm import api
+
+  return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *__all__})

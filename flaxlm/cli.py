@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from flaxlm import __version__
 from flaxlm.errors import (
   DISK_ERRORS,
   INTERRUPTED,
@@ -20,6 +19,7 @@ from flaxlm.errors import (
   one_line,
   write_error,
 )
+from flaxlm.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

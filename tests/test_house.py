@@ -33,8 +33,7 @@ EVERY_FILE = [
 # Who may import whom, wherever in a file the import stands: a folder, or a file beside
 # them, imports from the rows above its own and from itself.
 ROWS = [
-  [""],  # flaxlm/__init__.py
-  ["errors", "strict_json"],
+  ["errors", "strict_json", "version"],
   ["config"],
   ["checkpoint", "distributed", "platform", "sharding", "tokenizers"],
   ["runs"],
@@ -45,9 +44,9 @@ ROWS = [
   ["interop", "training"],
   ["planning"],
   ["look"],
-  ["benchmark", "serving"],
+  ["api", "benchmark", "serving"],
   ["commands"],
-  ["cli"],
+  ["", "cli"],  # "" is flaxlm/__init__.py, which offers names of `api`
 ]
 # Inside nn there are rows too.
 NN_ROWS = [
@@ -306,7 +305,7 @@ def test_nn_asks_no_device():
 
 
 def test_a_command_imports_what_it_needs_when_it_runs():
-  allowed = ("", "commands.parsing", "config", "errors", "strict_json")
+  allowed = ("commands.parsing", "config", "errors", "strict_json")
   wrong = [
     at(path, node, other)
     for module, path in MODULES.items()
@@ -521,6 +520,21 @@ def test_the_door_opens_without_jax_or_numpy(module: str):
   loaded = loaded_by(f"import {module}")
   assert module in loaded
   assert not loaded & {"jax", "jaxlib", "flax", "numpy", "optax", "orbax", "torch"}
+
+
+def test_the_package_shows_its_names_before_it_loads_them():
+  then = 'assert {"Model", "load", "__version__"} <= {*dir(flaxlm)}'
+  loaded = loaded_by("import flaxlm", f"{then}\nassert not hasattr(flaxlm, 'nothing')")
+  assert {name for name in loaded if name.startswith("flaxlm")} == {
+    "flaxlm",
+    "flaxlm.version",
+  }
+  untouched = (
+    "from jax._src import xla_bridge\nassert not xla_bridge.backends_are_initialized()"
+  )
+  loaded = loaded_by("from flaxlm import load", untouched)
+  assert {"jax", "flaxlm.api"} <= loaded
+  assert not loaded & {"tensorflow", "torch", "matplotlib", "pandas", "orbax.experimental"}
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])

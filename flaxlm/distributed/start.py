@@ -18,12 +18,12 @@ from typing import Any
 import jax
 import jaxlib
 
-from flaxlm import __version__
 from flaxlm.config import Config, knobs
 from flaxlm.distributed.detect import TOKEN, Job, detect, metadata_of
 from flaxlm.distributed.peers import Alone, Peers
 from flaxlm.distributed.rendezvous import meet
 from flaxlm.errors import ConfigError, exit_code_of, first_line
+from flaxlm.version import __version__
 
 BIND = "FLAXLM_BIND"
 DEVICES = "JAX_LOCAL_DEVICE_IDS"

@@ -2,7 +2,7 @@
 """A text in a picture: its tokens in legible form, and the rows that a model reads."""
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +32,9 @@ class Piece(NamedTuple):
   special: bool
 
 
-def describe(tokenizer: AnyTokenizer, ids: Iterable[int]) -> list[Piece]:
+def describe(
+  tokenizer: AnyTokenizer, ids: Iterable[int], drawn: Mapping[str, str] = DRAWN
+) -> list[Piece]:
   """The tokens of some ids; ids in the padding of a vocabulary are called unused."""
   pieces = []
   for id_ in map(int, ids):
@@ -43,7 +45,7 @@ def describe(tokenizer: AnyTokenizer, ids: Iterable[int]) -> list[Piece]:
     if name is None:
       pieces.append(Piece(id_, f"(unused {id_})", "", "", True))
     else:
-      pieces.append(Piece(id_, legible(data) or name, data.hex(" "), name, special))
+      pieces.append(Piece(id_, legible(data, drawn) or name, data.hex(" "), name, special))
   return pieces
 
 
@@ -51,21 +53,22 @@ def is_special(tokenizer: AnyTokenizer, id_: int) -> bool:
   return id_ in tokenizer.special_ids or id_ == tokenizer.mask_id
 
 
-def legible(data: bytes) -> str:
+def legible(data: bytes, drawn: Mapping[str, str] = DRAWN) -> str:
   """Bytes as text in which every character is visible; `\\xe6` for half a character.
 
+  `drawn` says how some characters are drawn, such as blanks and ends of lines.
   A character that reverses, joins or hides its neighbours (such as U+202E) is spelled out,
   and so is one that combines with the character before it, which may be another token's.
   """
 
-  def drawn(character: str) -> str:
-    if character in DRAWN:
-      return DRAWN[character]
+  def shown(character: str) -> str:
+    if character in drawn:
+      return drawn[character]
     if character.isprintable() and not unicodedata.combining(character):
       return character
     return character.encode("unicode_escape").decode()
 
-  return "".join(map(drawn, data.decode("utf-8", "backslashreplace")))
+  return "".join(map(shown, data.decode("utf-8", "backslashreplace")))
 
 
 class Reading(NamedTuple):
