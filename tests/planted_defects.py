@@ -888,6 +888,13 @@ DECODING = [
     "decoding/test_tasks.py",
   ),
   Defect(
+    "a constrained answer may begin to spell its end",
+    "flaxlm/decoding/constraint.py",
+    "tabulate(without_dead_ends(states), tokenizer.vocab_size)",
+    "tabulate(states, tokenizer.vocab_size)",
+    "decoding/test_constraint.py",
+  ),
+  Defect(
     "decoding draws the first id behind its tokenizer's",
     "flaxlm/decoding/generate.py",
     "logits_BV = mask_padding_ids(logits_BV, num_ids)",
