@@ -13,6 +13,9 @@ from flaxlm.errors import CheckpointError, first_line
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # of PEFT, beside an adapter's weights
+SOURCES = "give a folder with config.json and safetensors, or a GGUF file"
+MOST_FILES = 8  # in an error's list
+GGUF_MAGIC = b"GGUF"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -47,17 +50,32 @@ def has_file(path: Path, root: Path | None = None) -> bool:
   return True
 
 
+def find_gguf(source: Path) -> Path | None:
+  """The GGUF file that `source` is, or that a folder without config.json has alone."""
+  if source.is_dir():
+    if (source / CONFIG).exists():
+      return None
+    files = sorted(source.glob("*.gguf"))
+    return files[0] if len(files) == 1 else None
+  return source if source.is_file() and is_gguf(source) else None
+
+
+def is_gguf(path: Path) -> bool:
+  """Whether a file is a GGUF file, by its name or its first bytes."""
+  if path.suffix == ".gguf":
+    return True
+  try:
+    with path.open("rb") as file:
+      return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+  except OSError:
+    return False
+
+
 def check_source(folder: Path) -> None:
   """Raises `CheckpointError`, with what would work, unless `folder` may be a checkpoint."""
   try:
     if not folder.exists():
-      cure = "give the path of a folder with config.json and safetensors"
-      if len(folder.parts) == 2 and not folder.is_absolute() and folder.parts[0] != "..":
-        cure = (
-          "if this is a name on the Hugging Face hub, download it first, as nothing is "
-          f"downloaded here: hf download {folder} --local-dir {folder.name}"
-        )
-      raise CheckpointError(f"{folder} does not exist", cure)
+      raise CheckpointError(f"{folder} does not exist", SOURCES)
     if not folder.is_dir():
       raise CheckpointError(f"{folder} is not a folder", _cure_for_file(folder))
     names = {path.name for path in folder.iterdir()}
@@ -70,20 +88,19 @@ def check_source(folder: Path) -> None:
 
 
 def _cure_for_file(file: Path) -> str:
-  if file.suffix == ".gguf":
-    return "GGUF files are only written: import the safetensors that it was made from"
   if file.suffix in (".safetensors", ".json"):
     return f"give the folder that it is in: {file.parent}"
-  return "give a folder with config.json and safetensors"
+  return SOURCES
 
 
 def _cure_for_folder(folder: Path, names: set[str]) -> str:
   if "snapshots" in names:  # a model in the cache of Hugging Face's library
     newest = max((folder / "snapshots").iterdir(), key=lambda path: path.stat().st_mtime)
     return f"give one of its snapshots, as {newest}"
-  if any(name.endswith(".gguf") for name in names):
-    return "GGUF files are only written: import the safetensors that they were made from"
-  return "give a folder with config.json and safetensors"
+  files = sorted(name for name in names if name.endswith(".gguf"))
+  if files:
+    return f"give one of its files: {', '.join(files[:MOST_FILES])}"
+  return SOURCES
 
 
 def _adapter(folder: Path) -> CheckpointError:

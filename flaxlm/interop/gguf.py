@@ -19,6 +19,7 @@ from flaxlm.config import ResolvedModel
 from flaxlm.decoding.loading import Run
 from flaxlm.errors import CheckpointError, ConfigError, first_line
 from flaxlm.interop.families import FAMILIES
+from flaxlm.interop.gguf_cuts import NO_MERGE, find_pre_tokenizer
 from flaxlm.interop.huggingface import describe
 from flaxlm.interop.layouts import Shape
 from flaxlm.interop.settings import rotary_dims
@@ -43,27 +44,7 @@ ARCHITECTURES = {
   "qwen3": Architecture("qwen3", False),
 }
 
-# llama.cpp has a fixed list of ways to cut a text into the words within which merges apply.
-# Here are those that a tokenizer.json has too, as `cuts_of` gives them, and whether a word
-# that is in the vocabulary is taken whole, without its merges (`ignore_merges`).
-CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-LLAMA_3 = f"{CONTRACTIONS}\\p{{N}}{{1,3}}{OTHERS}"
-QWEN_2 = f"{CONTRACTIONS}\\p{{N}}{OTHERS}"
-GPT_2 = "gpt-2"  # its own pattern, which stands in no tokenizer.json, and then bytes
-DIGITS = "digits"  # each a word
-BYTES = "bytes"
-PRE_TOKENIZERS = {
-  ((GPT_2,), False): "gpt-2",
-  ((DIGITS, GPT_2), False): "smollm",
-  ((LLAMA_3, BYTES), True): "llama-bpe",
-  ((LLAMA_3, BYTES), False): "dbrx",
-  ((QWEN_2, BYTES), False): "qwen2",
-}
 MAX_ENDS = 3  # ids that end an answer, for which llama.cpp has names
-# llama.cpp does not open a file without merges. This one never applies: a word begins as
-# single characters.
-NO_MERGE = "<no> <merge>"
 
 
 def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
@@ -260,63 +241,3 @@ def configured_end(run: Run) -> int:
   first."""
   named = run.tokenizer.id_of(load_special_tokens(run.path).get("eos_token", ""))
   return named if named in run.tokenizer.eos_ids else run.tokenizer.eos_id
-
-
-def find_pre_tokenizer(spec: dict[str, Any]) -> str:
-  """llama.cpp's name for how a tokenizer.json cuts a text.
-
-  Raises `CheckpointError` for a tokenizer that llama.cpp does not have, or reads
-  otherwise.
-  """
-  model = spec["model"]
-  if model["type"] != "BPE" or model.get("byte_fallback"):
-    raise CheckpointError("GGUF: the tokenizer is not a byte-level BPE")
-  said = [
-    *(f"model.{key}" for key in ("dropout", "continuing_subword_prefix") if model.get(key)),
-    *(["model.end_of_word_suffix"] if model.get("end_of_word_suffix") else []),
-    # llama.cpp composes no characters, as all tools around it accept.
-    *(["normalizer"] if spec["normalizer"] not in (None, {"type": "NFC"}) else []),
-    *(
-      f"{flag} of the token {one['content']!r}"
-      for one in spec["added_tokens"]
-      for flag in ("lstrip", "rstrip", "single_word")
-      if one[flag]
-    ),
-  ]
-  if said:
-    raise CheckpointError(
-      f"GGUF: llama.cpp has no place for the tokenizer's {said[0]}", "export to safetensors"
-    )
-  cuts, whole_words = cuts_of(spec["pre_tokenizer"]), bool(model.get("ignore_merges"))
-  if not model["merges"] and all(len(word) == 1 for word in model["vocab"]):
-    # Where each byte is an id, every way to cut gives the same ids.
-    cuts, whole_words = (GPT_2,) if {GPT_2, BYTES} & {*cuts} else (), False
-  name = PRE_TOKENIZERS.get((cuts, whole_words))
-  if name is None:
-    raise CheckpointError(
-      "GGUF: llama.cpp does not split texts as this tokenizer does",
-      "export to safetensors, or train with --tokenizer.kind=byte",
-    )
-  return name
-
-
-def cuts_of(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:
-  """How a pre-tokenizer cuts a text, step by step; ("",) for any that llama.cpp lacks."""
-  steps = pre_tokenizer or {}
-  cuts = []
-  for step in steps.get("pretokenizers", [steps]):
-    match step:
-      case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
-        cuts.append(GPT_2)
-      case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}:
-        cuts.append(BYTES)
-      case {"type": "Digits", "individual_digits": True}:
-        cuts.append(DIGITS)
-      case {"type": "Split", "pattern": {"Regex": str(pattern)}} if (
-        step["behavior"],
-        step["invert"],
-      ) in (("Isolated", False), ("Removed", True)):  # the same, if a pattern fits all
-        cuts.append(pattern)
-      case _:
-        return ("",)
-  return tuple(cuts)

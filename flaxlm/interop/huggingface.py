@@ -66,14 +66,28 @@ def load_checkpoint(folder: Path, mesh: Mesh, dtype: str | None = None) -> Loade
   supported.
   """
   values = read_json(folder / CONFIG)
-  family = find_family(values.get("model_type"), str(folder / CONFIG))
+  find_family(values.get("model_type"), str(folder / CONFIG))
   if values.get("quantization_config") is not None:
     raise CheckpointError(
       f"{folder} is quantized", "import the weights before quantization"
     )
-  tensors = open_checkpoint(folder)
-  cfg = read_config(family, Values(values, str(folder / CONFIG), tensors))
-  check_sizes(cfg, tensors, folder / CONFIG)
+  return load_tensors(values, str(folder / CONFIG), open_checkpoint(folder), mesh, dtype)
+
+
+def load_tensors(
+  values: dict[str, Any],
+  origin: str,
+  tensors: Mapping[str, Tensor],
+  mesh: Mesh,
+  dtype: str | None = None,
+) -> Loaded:
+  """The model of a config.json's `values` and of tensors by Hugging Face's names.
+
+  `origin` names the config in errors; for the rest see `load_checkpoint`.
+  """
+  family = find_family(values.get("model_type"), origin)
+  cfg = read_config(family, Values(values, origin, tensors))
+  check_sizes(cfg, tensors, origin)
   cfg = cfg.padded(mesh.shape["tensor"])
   abstract = flat_params(cfg, mesh, dtype or "bfloat16")
   shapes = real_shapes(cfg, abstract)
@@ -95,7 +109,7 @@ def load_checkpoint(folder: Path, mesh: Mesh, dtype: str | None = None) -> Loade
   return Loaded(cfg, unflatten_dict(params, sep="/"), dtype, family, note)
 
 
-def check_sizes(cfg: ResolvedModel, tensors: Mapping[str, Tensor], path: Path) -> None:
+def check_sizes(cfg: ResolvedModel, tensors: Mapping[str, Tensor], path: str) -> None:
   """Raises `CheckpointError` if a size in the config cannot be one of the tensors'.
 
   What does not fit is found later, by name; but only to describe a model of such a size
@@ -127,15 +141,15 @@ def flat_params(cfg: ResolvedModel, mesh: Mesh, dtype: str) -> dict[str, Any]:
 
 def dtype_of(matrices: list[Tensor]) -> tuple[str, str]:
   """The dtype that holds all of `matrices`, and a line about it if it takes more bytes."""
-  matrices = [tensor for tensor in matrices if tensor.dtype in DTYPES]  # others are refused
+  matrices = [tensor for tensor in matrices if tensor.is_readable]  # others are refused
   kinds = sorted({tensor.dtype for tensor in matrices})
   if kinds == ["BF16"]:
     return "bfloat16", ""
-  stored = sum(DTYPES[t.dtype].itemsize * math.prod(t.shape) for t in matrices)
+  stored = sum(tensor.num_bytes for tensor in matrices)
   taken = sum(4 * math.prod(tensor.shape) for tensor in matrices)
   if taken <= stored:
     return "float32", ""
-  names = " and ".join(DTYPES[kind].name for kind in kinds)
+  names = " and ".join(DTYPES[kind].name if kind in DTYPES else kind for kind in kinds)
   return "float32", (
     f"weights stored as {names} become float32: {taken / 1e9:.3g} GB for "
     f"{stored / 1e9:.3g} GB; --dtype bfloat16 takes {taken / 2e9:.3g} GB, and rounds"

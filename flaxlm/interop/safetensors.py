@@ -56,9 +56,19 @@ class Tensor:
   shape: Shape
   start: int
 
+  @property
+  def is_readable(self) -> bool:
+    """Whether the dtype is one that a parameter can have."""
+    return self.dtype in DTYPES
+
+  @property
+  def num_bytes(self) -> int:
+    """What a readable tensor takes in its file."""
+    return DTYPES[self.dtype].itemsize * math.prod(self.shape)
+
   def read(self) -> np.ndarray:
     """The values. Raises `CheckpointError` for a dtype that no parameter can have."""
-    if self.dtype not in DTYPES:
+    if not self.is_readable:
       raise CheckpointError(
         f"{self.path} has tensors of {self.dtype}", f"flaxlm reads {', '.join(DTYPES)}"
       )

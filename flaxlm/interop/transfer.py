@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole directories: a Hugging Face checkpoint becomes a run of ours, and back.
+"""Whole directories: a Hugging Face checkpoint or a GGUF file becomes a run of ours, and
+a run becomes a checkpoint.
 
 Besides the weights, a run keeps the tokenizer, the special ids, and the files that only
 Hugging Face's libraries read, unchanged in its folder `huggingface/`.
 """
 
 import contextlib
+import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,17 @@ from flaxlm.decoding.pooling import FILES as POOLING_FILES
 from flaxlm.errors import CheckpointError, first_line
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.family import Family
-from flaxlm.interop.files import check_source, has_file
-from flaxlm.interop.huggingface import Loaded, describe, load_checkpoint, save_checkpoint
+from flaxlm.interop.files import check_source, find_gguf, has_file
+from flaxlm.interop.gguf_file import read_gguf
+from flaxlm.interop.gguf_models import read_model
+from flaxlm.interop.gguf_tokenizer import read_tokenizer
+from flaxlm.interop.huggingface import (
+  Loaded,
+  describe,
+  load_checkpoint,
+  load_tensors,
+  save_checkpoint,
+)
 from flaxlm.interop.values import Values, read_json
 from flaxlm.runs import CHECKPOINTS, CONFIG, IMPORTED_FILES, TOKENIZER, new_files
 from flaxlm.tokenizers import Role, load_tokenizer
@@ -64,32 +75,34 @@ START = "decoder_start_token_id"
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", START)
 
 
+Load = Callable[[Mesh, str | None], Loaded]
+
 # -- Import --------------------------------------------------------------------------------
 
 
 def import_run(
-  folder: Path, run_dir: Path, mesh: Mesh, dtype: str | None = None
+  source: Path, run_dir: Path, mesh: Mesh, dtype: str | None = None
 ) -> tuple[Loaded, list[str]]:
-  """Makes a run directory from `folder`; also returns notes for the user.
+  """Makes a run directory from `source`, a folder or a GGUF file; also returns notes for
+  the user.
 
   Raises `CheckpointError` (`DataError` for the tokenizer), and then leaves nothing behind.
   """
   notes = []
-  check_source(folder)
-  with new_folder(run_dir) as partial:
-    values = read_json(folder / CONFIG)
+  with opened(source) as (folder, load), new_folder(run_dir) as partial:
     num_ids = 0
     if has_file(folder / TOKENIZER):
-      import_tokenizer(folder, partial, values)
+      import_tokenizer(folder, partial, read_json(folder / CONFIG))
       num_ids = load_tokenizer(partial / TOKENIZER).vocab_size
     else:
-      notes.append(f"{folder} has no {TOKENIZER}: text cannot be encoded (docs/interop.md)")
-    loaded = load_checkpoint(folder, mesh, dtype)
+      notes.append(f"{source} has no {TOKENIZER}: text cannot be encoded (docs/interop.md)")
+    loaded = load(mesh, dtype)
     notes += [note for note in (loaded.cfg.padding, loaded.note) if note]
     notes += leave_out_unknown(partial / SPECIALS, loaded.cfg.num_ids)
     if num_ids > loaded.cfg.num_ids:
       notes.append(
-        f"{folder / TOKENIZER} has {num_ids:,} ids, the model only {loaded.cfg.num_ids:,}: "
+        f"the tokenizer of {source} has {num_ids:,} ids, the model only "
+        f"{loaded.cfg.num_ids:,}: "
         "a text with one of the others is refused"
       )
     store = CheckpointStore(partial / CHECKPOINTS)
@@ -102,6 +115,34 @@ def import_run(
     with new_files(partial) as written:
       (written / CONFIG).write_text(to_json(run_config(loaded, run_dir)), "utf-8")
   return loaded, notes
+
+
+@contextlib.contextmanager
+def opened(source: Path) -> Iterator[tuple[Path, Load]]:
+  """The folder of a checkpoint's small files, and what loads its model.
+
+  For a GGUF file the folder is a temporary one, with all that the file says beside its
+  tensors.
+  """
+  path = find_gguf(source)
+  if path is None:
+    check_source(source)
+    yield source, functools.partial(load_checkpoint, source)
+    return
+  file = read_gguf(path)
+  model = read_model(file)
+  with tempfile.TemporaryDirectory(prefix="flaxlm-gguf-") as name:
+    folder, words = Path(name), read_tokenizer(file)
+    keys = model.keys | (words.ids if words is not None else {})
+    write_json(folder / CONFIG, keys)
+    if words is not None:
+      write_json(folder / GENERATION, words.ids)
+      words.backend.save(str(folder / TOKENIZER))
+      write_json(folder / TOKENIZER_CONFIG, words.settings)
+      for place, text in words.templates.items():
+        (folder / place).parent.mkdir(exist_ok=True)
+        (folder / place).write_text(text, "utf-8")
+    yield folder, functools.partial(load_tensors, keys, str(path), model.tensors)
 
 
 def run_config(loaded: Loaded, run_dir: Path) -> ResolvedConfig:
