@@ -64,10 +64,18 @@ def run_ckpt(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def add_import(commands: Any) -> None:
-  parser = commands.add_parser("import", help="make a run from a Hugging Face checkpoint")
-  parser.add_argument("folder", metavar="DIR", help="config.json and safetensors")
-  parser.add_argument("path", metavar="RUN", help="the run directory to make")
-  parser.add_flag("--base", str, "DIR is an adapter of PEFT: the run that it adapts")
+  text = "make a run from a Hugging Face checkpoint or a GGUF file"
+  parser = commands.add_parser("import", help=text)
+  text = (
+    "a folder with config.json and safetensors, a GGUF file, or a name on the Hugging Face "
+    "hub, org/name or org/name/FILE.gguf, which is looked for in the local cache"
+  )
+  parser.add_argument("source", metavar="SOURCE", help=text)
+  text = "the run directory to make (default: runs/ and the last part of SOURCE)"
+  parser.add_argument("path", metavar="RUN", nargs="?", help=text)
+  parser.add_flag("--download", bool, "get SOURCE from the hub, or what is new of it")
+  parser.add_flag("--revision", str, "the branch, tag or commit of a name on the hub")
+  parser.add_flag("--base", str, "SOURCE is an adapter of PEFT: the run that it adapts")
   parser.add_dtype("default: the checkpoint's")
   parser.add_devices()
   parser.set_defaults(run=run_import)
@@ -77,23 +85,26 @@ def run_import(args: argparse.Namespace, _: list[str]) -> int:
   from flaxlm.config import parse_mesh
   from flaxlm.data.storage import data_dir
   from flaxlm.interop.adapters import import_adapter
+  from flaxlm.interop.hub import find_source
   from flaxlm.interop.transfer import import_run
   from flaxlm.platform import start_jax
   from flaxlm.sharding import make_mesh
 
   start_jax(args.simulated_devices, data_dir() / "xla")
   mesh = make_mesh(parse_mesh(args.mesh))
+  source = find_source(args.source, args.download, args.revision)
+  run_dir = Path(args.path or Path("runs", Path(args.source).name.removesuffix(".gguf")))
   if args.base is not None:
     if args.dtype is not None:
       raise ConfigError("adapters have the dtype of their base", "leave out --dtype")
-    lora = import_adapter(Path(args.folder), Path(args.path), Path(args.base), mesh).lora
-    print(f"{args.path}: adapters of rank {lora.rank} over {args.base}")
+    lora = import_adapter(source, run_dir, Path(args.base), mesh).lora
+    print(f"{run_dir}: adapters of rank {lora.rank} over {args.base}")
     return 0
-  loaded, notes = import_run(Path(args.folder), Path(args.path), mesh, args.dtype)
+  loaded, notes = import_run(source, run_dir, mesh, args.dtype)
   for note in notes:
     print(note, file=sys.stderr)
   family = loaded.family.model_type
-  print(f"{args.path}: {family}, {loaded.num_parameters:,} parameters in {loaded.dtype}")
+  print(f"{run_dir}: {family}, {loaded.num_parameters:,} parameters in {loaded.dtype}")
   return 0
 
 

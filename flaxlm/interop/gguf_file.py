@@ -206,7 +206,9 @@ class _Reader:
     if kind == STRING:
       return self.text()
     if kind != ARRAY or depth == MAX_DEPTH:
-      raise CheckpointError(f"{self.path}: {shortened(key)} has no type of GGUF: {kind}")
+      raise CheckpointError(
+        f"{self.path}: the type of {shortened(key)} is {kind}, which GGUF has not"
+      )
     inner, count = self.number("I"), self.number("Q")
     self.items += count
     if self.items > MAX_ITEMS:

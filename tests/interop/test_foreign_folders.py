@@ -54,23 +54,19 @@ def refusal(folder: Path, mesh: Any) -> FlaxLMError:
 # -- Not a checkpoint ----------------------------------------------------------------------
 
 
-def test_a_name_on_the_hub_is_not_a_folder(mesh: Any, monkeypatch: Any, tmp_path: Path):
-  monkeypatch.chdir(tmp_path)
-  error = refusal(Path("gpt2-org/gpt2"), mesh)
-  assert "does not exist" in error.cause
-  assert "hf download gpt2-org/gpt2 --local-dir gpt2" in error.cure
+def test_nothing_is_there(mesh: Any, tmp_path: Path):
+  error = refusal(tmp_path / "gpt2", mesh)
+  assert "does not exist" in error.cause and "GGUF" in error.cure
 
 
 def test_a_file_is_not_a_folder(mesh: Any, hub: Path, tmp_path: Path):
   error = refusal(hub / "model.safetensors", mesh)
   assert "not a folder" in error.cause and str(hub) in error.cure
-  gguf = tmp_path / "model.gguf"
-  gguf.write_bytes(b"GGUF")
-  assert "GGUF files are only written" in refusal(gguf, mesh).cure
   (tmp_path / "ggufs").mkdir()
-  gguf.rename(tmp_path / "ggufs" / gguf.name)
+  for name in ("a.gguf", "b.gguf"):
+    (tmp_path / "ggufs" / name).write_bytes(b"GGUF")
   error = refusal(tmp_path / "ggufs", mesh)
-  assert "no config.json" in error.cause and "GGUF" in error.cure
+  assert "no config.json" in error.cause and "a.gguf, b.gguf" in error.cure
 
 
 def test_an_adapter_is_not_a_model(mesh: Any, tmp_path: Path):
@@ -203,7 +199,7 @@ def test_a_larger_tokenizer_is_told_and_its_ids_are_refused(mesh: Any, tmp_path:
   hub = checkpoint(tmp_path / "hub", "gpt2", "gpt2", ids=IDS)
   _, notes = import_run(hub, tmp_path / "run", mesh)
   assert notes == [
-    f"{hub / 'tokenizer.json'} has 283 ids, the model only 67: a text with one of the "
+    f"the tokenizer of {hub} has 283 ids, the model only 67: a text with one of the "
     "others is refused"
   ]
   encoder = checkpoint(tmp_path / "bert", "bert", "bert")

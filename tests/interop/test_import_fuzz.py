@@ -4,8 +4,10 @@ line what is wrong, in bounded time and memory."""
 
 import collections
 import contextlib
+import importlib.util
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -16,10 +18,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_gguf import SMALL, run_of
 from test_huggingface import save
 from test_transfer import checkpoint
 
 from flaxlm.errors import CheckpointError, DataError, FlaxLMError
+from flaxlm.interop.gguf import export_gguf
 from flaxlm.tokenizers import load_tokenizer
 
 CPU_SECONDS, MEMORY = 10.0, 2**30
@@ -49,6 +53,11 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
   (root / "qwen3_moe" / "config.json").write_text(config)
   for folder in folders:
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+  if importlib.util.find_spec("gguf"):
+    (root / "gguf").mkdir()
+    run = run_of(root, SMALL)
+    export_gguf(run, root / "gguf" / "model.gguf", "float32")
+    folders += 2 * [root / "gguf"]  # as many damages as to the others
   return folders
 
 
@@ -105,9 +114,24 @@ def odd_header(content: bytes, rng: np.random.Generator) -> bytes:
   return struct.pack("<Q", said) + text + content[8 + length :]
 
 
+def odd_gguf(content: bytes, rng: np.random.Generator) -> bytes:
+  """A GGUF file of which a number or a few characters in its header are others."""
+  header = content.index(b"token_embd.weight")
+  names = [*re.finditer(rb"[a-z0-9]+\.[a-z0-9_.]+", content[: 4 * header])]
+  at = int(rng.integers(4, 24))  # the counts
+  if rng.random() < 0.8:  # what comes after a name: a type and a value, or dims and a type
+    at = int(names[rng.integers(len(names))].end() + rng.choice((0, 4, 8, 12, 20, 24)))
+  numbers = (0, 1, 2, 3, 8, 9, 12, 31, 33, 99, 2**16, 2**31 - 1, 2**32 - 1)
+  odd = struct.pack("<I", numbers[rng.integers(len(numbers))])
+  odd = (odd, odd + odd, rng.bytes(4), struct.pack("<Q", 2**62))[rng.integers(4)]
+  return content[:at] + odd + content[at + len(odd) :]
+
+
 def damage(folder: Path, rng: np.random.Generator) -> None:
   """One damage to one file."""
   files = sorted(path for path in folder.iterdir() if path.is_file())
+  if not files:  # the only one was damaged away
+    return
   path = files[rng.integers(len(files))]
   content = path.read_bytes()
   if rng.random() < 0.1:
@@ -127,6 +151,8 @@ def damage(folder: Path, rng: np.random.Generator) -> None:
     ):  # it was damaged before
       if path.suffix == ".safetensors":
         path.write_bytes(odd_header(content, rng))
+      elif path.suffix == ".gguf":
+        path.write_bytes(odd_gguf(content, rng))
       else:
         path.write_text(json.dumps(odd_json(json.loads(content), rng)))
 
