@@ -45,8 +45,9 @@ def find_source(name: str, download: bool = False, revision: str | None = None) 
 
 def _cached(repository: str, file: str | None, revision: str | None) -> Path:
   import huggingface_hub
+  from huggingface_hub import constants
 
-  cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+  cache = Path(constants.HF_HUB_CACHE)
   title = " of ".join(filter(None, [file, repository]))
   at = f" at {revision}" if revision is not None else ""
   missing = CheckpointError(
@@ -57,7 +58,8 @@ def _cached(repository: str, file: str | None, revision: str | None) -> Path:
   try:
     if file is not None:
       return Path(huggingface_hub.hf_hub_download(filename=file, **options))  # type: ignore[arg-type]
-    folder = Path(huggingface_hub.snapshot_download(**options))  # type: ignore[arg-type]
+    # An import does not need all files of a repository: which are there is looked at below.
+    folder = Path(huggingface_hub.snapshot_download(allow_patterns=[], **options))  # type: ignore[arg-type]
   except (OSError, ValueError) as e:  # not in the cache, or the cache is damaged
     raise missing from e
   names = [path.name for path in folder.iterdir()]
@@ -72,8 +74,9 @@ def _cached(repository: str, file: str | None, revision: str | None) -> Path:
 def _download(repository: str, file: str | None, revision: str | None) -> Path:
   import huggingface_hub
 
+  api = huggingface_hub.HfApi()
   if file is None:
-    names = _asked(repository, huggingface_hub.list_repo_files, revision=revision)
+    names = _asked(repository, api.list_repo_files, revision=revision)
     top = [name for name in names if "/" not in name]
     weights = [name for name in top if name.endswith(".safetensors")]
     if CONFIG in top and weights:
@@ -81,7 +84,7 @@ def _download(repository: str, file: str | None, revision: str | None) -> Path:
       return Path(
         _asked(
           repository,
-          huggingface_hub.snapshot_download,
+          api.snapshot_download,
           revision=revision,
           allow_patterns=patterns,
           ignore_patterns=[*OF_OTHERS],
@@ -91,7 +94,7 @@ def _download(repository: str, file: str | None, revision: str | None) -> Path:
     if not files:
       raise CheckpointError(f"{repository} has neither safetensors nor GGUF files")
     file = _only(repository, files)
-  get = huggingface_hub.hf_hub_download
+  get = api.hf_hub_download
   return Path(_asked(repository, get, filename=file, revision=revision))
 
 

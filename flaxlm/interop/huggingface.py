@@ -92,7 +92,8 @@ def load_tensors(
   abstract = flat_params(cfg, mesh, dtype or "bfloat16")
   shapes = real_shapes(cfg, abstract)
   expected = family.expected(cfg, shapes)
-  found = match(family, tensors, {name: shape for name, (_, _, shape) in expected.items()})
+  wanted = {name: shape for name, (_, _, shape) in expected.items()}
+  found = match(family, tensors, wanted, origin)
   note = ""
   if dtype is None:
     narrow = {path for path, x in abstract.items() if x.dtype == jnp.bfloat16}
@@ -183,7 +184,7 @@ def zero_padded(array: np.ndarray, shape: Shape) -> np.ndarray:
 
 
 def match(
-  family: Family, tensors: Mapping[str, Tensor], expected: Mapping[str, Shape]
+  family: Family, tensors: Mapping[str, Tensor], expected: Mapping[str, Shape], origin: str
 ) -> dict[str, Tensor]:
   """The tensor of each expected name.
 
@@ -225,7 +226,7 @@ def match(
   lists = {"missing": missing, "unexpected": unexpected, "wrong shape": misshaped}
   if any(lists.values()):
     text = "; ".join(f"{title}: {some(names)}" for title, names in lists.items() if names)
-    raise CheckpointError(f"the tensors do not fit config.json: {text}")
+    raise CheckpointError(f"the tensors do not fit {origin}: {text}")
   return found
 
 

@@ -24,6 +24,7 @@ from flaxlm.interop.gguf import export_gguf
 from flaxlm.interop.gguf_cuts import CUTS
 from flaxlm.interop.gguf_file import read_gguf
 from flaxlm.interop.gguf_tokenizer import read_tokenizer
+from flaxlm.interop.huggingface import real_shapes
 from flaxlm.interop.safetensors import open_checkpoint
 from flaxlm.interop.transfer import export_run, import_run
 from flaxlm.sharding import make_mesh
@@ -52,21 +53,24 @@ def mesh() -> jax.sharding.Mesh:
 
 
 def params_of(run: Run) -> dict[str, np.ndarray]:
-  return {k: np.asarray(v) for k, v in flatten_dict(run.params, sep="/").items()}
+  """The parameters without rows that only fill the vocabulary up to what a mesh divides."""
+  flat = flatten_dict(run.params, sep="/")
+  real = real_shapes(run.cfg.model, flat)
+  return {k: np.asarray(v)[tuple(map(slice, real[k]))] for k, v in flat.items()}
 
 
 def assert_same_model(found: Run, given: Run) -> None:
-  assert canonical(found.cfg.model) == canonical(given.cfg.model)
+  assert canonical(found.cfg.model) == canonical(given.cfg.model.unpadded)
   ours, theirs = params_of(found), params_of(given)
   assert ours.keys() == theirs.keys()
-  for path, array in theirs.items():
-    np.testing.assert_array_equal(ours[path], array, path)
+  for path, array in ours.items():
+    np.testing.assert_array_equal(array, theirs[path], path)
 
 
 # -- What was exported ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", slow_but(("llama", "gpt2", "llama3_rope"), EXPORTED))
+@pytest.mark.parametrize("name", slow_but(("llama",), EXPORTED))
 def test_an_export_comes_back_bit_for_bit(name: str, mesh: Any, tmp_path: Path):
   run = run_of(tmp_path, EXPORTED[name])
   path = tmp_path / "model.gguf"
@@ -93,6 +97,7 @@ def test_an_export_comes_back_bit_for_bit(name: str, mesh: Any, tmp_path: Path):
   }
 
 
+@pytest.mark.slow
 def test_bfloat16_is_kept(mesh: Any, tmp_path: Path):
   run = run_of(tmp_path, SMALL)
   export_gguf(run, tmp_path / "model.gguf", "bfloat16")
@@ -103,6 +108,7 @@ def test_bfloat16_is_kept(mesh: Any, tmp_path: Path):
   np.testing.assert_array_equal(found[table], given[table].astype(jax.numpy.bfloat16))
 
 
+@pytest.mark.slow
 def test_it_is_exported_to_hugging_face(mesh: Any, tmp_path: Path):
   """The files that a GGUF stands for are as those of a checkpoint from there."""
   run = run_of(tmp_path, SMALL)
@@ -188,13 +194,13 @@ def convert_gemma(run: Run, name: str, path: Path, scratch: Path) -> None:
   writer.close()
 
 
-@pytest.mark.parametrize("name", slow_but(("gemma3",), GEMMAS))
+@pytest.mark.parametrize("name", slow_but((), GEMMAS))
 def test_a_converted_gemma_is_the_same_model(name: str, mesh: Any, tmp_path: Path):
   run = run_of(tmp_path, GEMMAS[name])
   convert_gemma(run, name, tmp_path / "model.gguf", tmp_path / "hub")
   import_run(tmp_path / "model.gguf", tmp_path / "again", mesh)
   again = load_run(tmp_path / "again", mesh)
-  assert canonical(again.cfg.model) == canonical(run.cfg.model)
+  assert canonical(again.cfg.model) == canonical(run.cfg.model.unpadded)
   given = params_of(run)
   for key, array in params_of(again).items():
     np.testing.assert_allclose(array, given[key], rtol=0, atol=2e-7, err_msg=key)
@@ -289,7 +295,7 @@ def test_what_flaxlm_lacks_is_refused_by_name(
 def test_a_tensor_without_a_place_is_named(mesh: Any, tmp_path: Path):
   add = lambda writer: writer.add_tensor("blk.0.ffn_gate_exps.weight", np.ones((2, 3)))
   path = write(tmp_path / "model.gguf", add)
-  with pytest.raises(CheckpointError, match="no place for blk.0.ffn_gate_exps.weight"):
+  with pytest.raises(CheckpointError, match=r"no place for blk\.0\.ffn_gate_exps"):
     import_run(path, tmp_path / "run", mesh)
 
 
@@ -344,7 +350,7 @@ def with_words(tokens: list[str], **more: Any) -> Callable[[Any], None]:
     (with_words(["a", "b"], pre="default"), "pre is 'default'"),
     (with_words(["a", "b"]), "pre is None"),
     (with_words(["a", "a"], pre="gpt-2"), "a is there twice"),
-    (with_words(["a", "b"], pre="gpt-2", merges=["a c"]), "damaged.*merges.*vocab"),
+    (with_words(["a", "b"], pre="gpt-2", merges=["a c"]), "damaged.*c` out of vocab"),
     (
       with_words(["a", "b"], pre="gpt-2", merges=["a b c"]),
       "merges are not all two tokens",
@@ -365,9 +371,9 @@ def test_what_a_file_says_of_special_tokens(mesh: Any, tmp_path: Path):
   """Ends come from three keys and by their names, the configured one first."""
   spec = json.loads(gpt_2_like("llama3").to_str())
   words = sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get)
-  words = [*words[: len(words)], "<|begin|>", "<|im_end|>", "<|eot|>", "[PAD9]"]
+  words += ["<|endoftext|>", "<|begin|>", "<|im_end|>", "<|eot|>", "[PAD9]"]
   count = len(words)
-  kinds = [1] * (count - 4) + [3, 3, 4, 5]
+  kinds = [1] * (count - 5) + [3, 3, 3, 4, 5]
   merges = [" ".join(one) for one in spec["model"]["merges"]]
   more = dict(bos=count - 4, eos=count - 2, pre="llama-bpe", merges=merges, types=kinds)
   template = [{"name": "default", "template": "{{ bos_token }}"}]
