@@ -170,8 +170,8 @@ def merges_of(words: Words) -> list[tuple[str, str]]:
   """Every pair of tokens that make a third, that of the highest score first.
 
   SentencePiece keeps no merges: it joins the two neighbours that make the token of the
-  highest score, and of equals the first. Pairs that make the same token are in the order
-  of their ids, as transformers has them.
+  highest score, and of equals the first in the text. Of pairs that make the same token the
+  one with the longest left part comes first, as transformers has them.
   """
   ids, parts = words.ids, {w for w, kind in words.kinds.items() if kind == NORMAL}
   merges = []
@@ -180,7 +180,7 @@ def merges_of(words: Words) -> list[tuple[str, str]]:
     for at in range(1, len(word)):
       left, right = word[:at], word[at:]
       if left in parts and right in parts:
-        merges.append((rank, len(left), len(right), ids[left], ids[right], left, right))
+        merges.append((rank, -at, ids[word], left, right))
   return [merge[-2:] for merge in sorted(merges)]
 
 
