@@ -44,7 +44,7 @@ REASONS = {
   "gpu": ("needs GPUs", 1),
   "hours": ("takes minutes or hours, whatever its size", 3),
   "machines": ("needs several machines", 1),
-  "weights": ("needs a published checkpoint", 2),
+  "weights": ("needs a published checkpoint", 5),
 }
 # Programs of others, which are not run; what they are told of ours is still checked.
 INIT = ("init", "init_optimizer")
