@@ -189,7 +189,7 @@ def test_every_command_line_is_accepted(page: Path, monkeypatch: pytest.MonkeyPa
         parse(arguments)
       elif block.reason is None:
         assert command.words[0] in ("echo", "python"), f"{block.where}: {command.words}"
-      else:
+      elif command.words[0] != "echo":
         name = Path(command.words[0]).name
         assert name in OTHERS, f"{block.where}: {name}"
 
