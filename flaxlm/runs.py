@@ -43,7 +43,8 @@ NEW = ".new-"  # begins the name of a folder of files that are to take their pla
 NEEDED = ("*.json", f"{IMPORTED_FILES}/*")
 
 # A run resumes only with the data and the parameters that it began with.
-FIXED_FIELDS = ("model.", "tokenizer.", "data.", "lora.", "dpo.", "seed", "optimizer.kind")
+SECTIONS = ("model.", "tokenizer.", "data.", "lora.", "dpo.", "reward.")
+FIXED_FIELDS = (*SECTIONS, "seed", "optimizer.kind")
 # `model.num_ids` is free because older runs did not record which rows are padding.
 FREE_FIELDS = ("data.num_epochs", "lora.dropout", "model.dropout", "model.num_ids")
 

@@ -76,8 +76,12 @@ class Chat(NamedTuple):
     if the template fails, or needs too much time or memory; `ConfigError` for tools that
     it does not read.
     """
-    ((_, answer),) = self._answers([Talk(messages, tools)], learn=False)
-    return answer["text"]
+    (text,) = self.prompts([Talk(messages, tools)])
+    return text
+
+  def prompts(self, talks: Iterable[Talk]) -> Iterator[str]:
+    """The prompt of each conversation, as `render` makes it; one process renders all."""
+    return (answer["text"] for _, answer in self._answers(talks, learn=False))
 
   def learn(self, talks: Iterable[Talk]) -> Iterator[tuple[Talk, list[Learnt]]]:
     """Each conversation with the texts to learn from, mostly one.
@@ -111,7 +115,7 @@ class Chat(NamedTuple):
     for answer in process.answers(self.templates, jobs()):
       if "error" in answer:
         where = waiting[0].where if waiting else ""
-        raise self.failure(where, answer["error"], "" if learn else "--no-chat")
+        raise self.failure(where, answer["error"], "" if learn or where else "--no-chat")
       yield waiting.popleft(), answer
     if errors:
       raise errors[0]

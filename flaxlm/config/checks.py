@@ -105,13 +105,14 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
   yield from _model_contradictions(cfg)
   yield from _head_contradictions(cfg)
   objective = OBJECTIVES[cfg.model.family]
-  learnt = (objective, *TALKS) if objective == "next_token" else (objective,)
+  more = (*TALKS, "reward") if objective == "next_token" else ()
+  learnt = (objective, *more)
   if cfg.data.objective not in learnt:
     yield (
       f"{named('model.family')} cannot learn {named('data.objective')}",
       f"set --data.objective={objective}",
     )
-  if cfg.data.objective in TALKS and cfg.data.deduplicate != "none":
+  if cfg.data.objective in (*TALKS, "reward") and cfg.data.deduplicate != "none":
     yield (
       f"{named('data.deduplicate')} is for documents, not for conversations",
       "leave it out",
@@ -129,6 +130,8 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
       "byte at the beginning and inside of a word",
       f"tokenizer.vocab_size can be from {least}",
     )
+  if cfg.data.objective == "reward":
+    yield from _reward_contradictions(cfg)
   if cfg.data.seq_len > cfg.model.context:
     yield (
       f"{named('data.seq_len')} is longer than {named('model.context')}",
@@ -158,6 +161,26 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
       "use letters, digits, - and _",
     )
   yield from mesh_mistakes(cfg.mesh)
+
+
+def _reward_contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
+  named, size = functools.partial(_named, cfg), cfg.reward.num_samples
+  if cfg.data.batch_size % size:
+    yield (
+      f"{named('data.batch_size')} is not a multiple of {named('reward.num_samples')}",
+      f"nearest: {max(1, round(cfg.data.batch_size / size)) * size}",
+    )
+  if cfg.reward.max_new_tokens >= cfg.data.seq_len:
+    yield (
+      f"{named('reward.max_new_tokens')} leaves no room for a prompt in "
+      f"{named('data.seq_len')}",
+      "lower it, or raise --data.seq-len",
+    )
+  if cfg.training.label_smoothing:
+    yield (
+      f"{named('training.label_smoothing')} has no meaning for rewards",
+      "leave it out",
+    )
 
 
 def _named(cfg: Config, name: str) -> str:

@@ -52,10 +52,13 @@ class DataConfig:
     "stdlib | files:GLOB | tfds:NAME[/CONFIG][:VERSION] | gettext:LANG, or several with "
     "their shares of tokens: '0.7 stdlib + 0.3 files:GLOB'",
   )
-  objective: Literal["next_token", "masked", "seq2seq", "chat", "preference"] = knob(
-    "next_token",
-    "what is predicted: the next token, masked tokens, a pair's target, or what the "
-    "assistant says in a chat; preference: which of two answers is the better one (DPO)",
+  objective: Literal["next_token", "masked", "seq2seq", "chat", "preference", "reward"] = (
+    knob(
+      "next_token",
+      "what is predicted: the next token, masked tokens, a pair's target, or what the "
+      "assistant says in a chat; preference: which of two answers is the better one (DPO); "
+      "reward: what is drawn and found good (GRPO)",
+    )
   )
   text_field: str = knob("text", "the field of .jsonl and .parquet files that is read")
   deduplicate: Literal["none", "exact", "near"] = knob(
@@ -199,6 +202,20 @@ class DpoConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+  """Learning from rewards (data.objective=reward): what is drawn, and what judges it."""
+
+  function: str = knob(
+    "exact", "exact: 1 for the known answer, else 0; or a Python function, FILE.py:NAME"
+  )
+  num_samples: int = knob(
+    8, "completions of each prompt, a group; they divide batch_size", 2, MOST_ROWS
+  )
+  max_new_tokens: int = knob(64, "longest completion, in tokens", 1, MOST_TOKENS)
+  temperature: float = knob(1.0, "of what is drawn; 1: the model's own distribution", 1e-3)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
   """What is stored, and whether a restarted run resumes from it."""
 
@@ -241,6 +258,7 @@ class Config:
   training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
   lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
   dpo: DpoConfig = dataclasses.field(default_factory=DpoConfig)
+  reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
   checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
   job: JobConfig = dataclasses.field(default_factory=JobConfig)
   mesh: Mapping[str, int | str] = knob(

@@ -149,7 +149,7 @@ def _order(rows: Rows, seed: int | None, num_epochs: int | None) -> grain.MapDat
   schedule = Schedule(rows.weights)
   seeds = [None] * len(rows.sources) if seed is None else _seeds(seed, len(rows.sources))
   orders = [
-    _order_of_source(source.num_rows, its_seed)
+    order_of_source(source.num_rows, its_seed)
     for source, its_seed in zip(rows.sources, seeds, strict=True)
   ]
   length = None
@@ -165,7 +165,7 @@ def _order(rows: Rows, seed: int | None, num_epochs: int | None) -> grain.MapDat
   return (numbers.repeat(None) if length is None else numbers).map_with_index(row)
 
 
-def _order_of_source(num_rows: int, seed: int | None) -> Callable[[int], int]:
+def order_of_source(num_rows: int, seed: int | None) -> Callable[[int], int]:
   """The row that is read as the j-th of a source, for any j."""
   if seed is None or num_rows >= FEW_ROWS:
     return _epochs(num_rows, seed, None).__getitem__

@@ -12,7 +12,8 @@ class Batch(NamedTuple):
   A row may hold (parts of) several documents. `segments_BT` numbers them from 1, and is
   0 on padding; `positions_BT` starts again at 0 in each. A token counts in the loss by
   its weight, which is 0 on padding. Only seq2seq has sources: the source and the target
-  of a pair have the same number in their segments.
+  of a pair have the same number in their segments. Only rewards have advantages: by how
+  much more than the others of its group a completion was worth.
   """
 
   tokens_BT: np.ndarray
@@ -23,6 +24,7 @@ class Batch(NamedTuple):
   source_BS: np.ndarray | None = None
   source_positions_BS: np.ndarray | None = None
   source_segments_BS: np.ndarray | None = None
+  advantages_BT: np.ndarray | None = None
 
 
 class Windows(NamedTuple):

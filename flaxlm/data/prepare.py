@@ -59,6 +59,12 @@ class Prepared:
   fingerprint: str
   chat: Chat | None = None  # that conversations are written in
 
+  @property
+  def sizes(self) -> str:
+    """How much text there is of each split, in words."""
+    train, validation = self.train.num_tokens, self.validation.num_tokens
+    return f"{train:,} tokens to learn from, {validation:,} held out"
+
 
 class _Found(NamedTuple):
   """What is stored of a corpus."""
@@ -95,7 +101,7 @@ def prepare(
   mixture, chat = parse_mixture(corpus), _load_chat(cfg, objective, chat_folder)
   plans = []
   for name in (corpus,) if mixture is None else mixture.corpora:
-    found_corpus = _find_corpus(name, log, objective, text_field)
+    found_corpus = corpus_of(name, log, objective, text_field)
     plans.append(_Plan(found_corpus, cfg, objective, data_dir(), deduplicate, chat))
   if mixture is not None and cfg.path is None:
     plans = _with_one_tokenizer(plans, mixture, log, meanwhile)
@@ -117,28 +123,30 @@ def prepare_whole(
   mixture, cfg = parse_mixture(corpus), TokenizerConfig(path=str(tokenizer))
   found, chat = [], _load_chat(cfg, objective, None)
   for name in (corpus,) if mixture is None else mixture.corpora:
-    part = _find_corpus(name, log, objective, text_field, whole=True)
+    part = corpus_of(name, log, objective, text_field, whole=True)
     found.append(_find_or_build(_Plan(part, cfg, objective, data_dir(), chat=chat), log))
   (store,) = _together(found, mixture).stores
   return store
 
 
-def _find_corpus(
+def corpus_of(
   name: str, log: Log, objective: str, text_field: str, whole: bool = False
 ) -> Corpus:
-  """`find_corpus`; one of conversations has some, or `ConfigError` or `DataError`."""
-  if objective in TALKS and not name.startswith("files:"):
+  """`find_corpus`; one of conversations or prompts has some, or `ConfigError` or `DataError`."""
+  needs = f"which data.objective={objective} needs"
+  what = {"reward": "prompts"} | dict.fromkeys(TALKS, "conversations")
+  if objective in what and not name.startswith("files:"):
     raise ConfigError(
-      f"data.corpus={name!r} has no conversations, which data.objective={objective} needs",
-      "name files of them, as in --data.corpus=files:chats.jsonl",
+      f"data.corpus={name!r} has no {what[objective]}, {needs}",
+      f"name files of them, as in --data.corpus=files:{what[objective]}.jsonl",
     )
   corpus = find_corpus(name, log, whole, text_field)
-  if objective in TALKS and not corpus.record_files:
+  if objective in what and not corpus.record_files:
     raise DataError(
-      f"{name} has no files of conversations, which data.objective={objective} needs",
+      f"{name} has no files of {what[objective]}, {needs}",
       "they are lines of .jsonl, or rows of .parquet",
     )
-  if objective in TALKS and corpus.documents:
+  if objective in what and corpus.documents:
     others = {document.name for document in corpus.documents}
     log(f"{name}: not read are files without records: {len(others)}, as {min(others)}")
   return corpus

@@ -20,6 +20,7 @@ CHARTS = [
     "bits",
     {"eval/bits_per_byte": "held out", "eval/gzip_bits_per_byte": "gzip -9"},
   ),
+  ("Reward", "", {"train/reward": "drawn", "eval/reward": "held out, likeliest answer"}),
   ("Learning rate", "", {"train/learning_rate": "learning rate"}),
   ("Speed", "tokens per second", {"perf/tokens_per_sec": "tokens/s"}),
   ("Gradient norm", "", {"train/gradient_norm": "gradient norm"}),

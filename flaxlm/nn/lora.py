@@ -10,7 +10,7 @@ puts the two together, and the model runs with the result (`layers.Einsum`).
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -173,9 +173,14 @@ def has_dropout(frozen: Any) -> bool:
 
 def merged(frozen: Any, adapters: Any, target: Any) -> Any:
   """Plain parameters, like `target`, with which the model computes the same."""
+  return jit_merge(target)(combined(frozen, adapters))
 
-  def merge(frozen: Any, adapters: Any) -> Any:
-    flat = flatten_dict(combined(frozen, adapters))
+
+def jit_merge(target: Any) -> Callable[[Any], Any]:
+  """A compiled function of the `combined` parameters that returns the `merged` ones."""
+
+  def merge(params: Any) -> Any:
+    flat = flatten_dict(params)
     params = {}
     for path, leaf in flatten_dict(target).items():
       kernel, module = flat[path], path[:-1]
@@ -196,4 +201,4 @@ def merged(frozen: Any, adapters: Any, target: Any) -> Any:
     return unflatten_dict(params)
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-  return jax.jit(merge, out_shardings=shardings)(frozen, adapters)
+  return jax.jit(merge, out_shardings=shardings)

@@ -28,6 +28,7 @@ from flaxlm.config import (
   TrainingConfig,
 )
 from flaxlm.data.objectives import Batch
+from flaxlm.decoding.prefill import Request
 from flaxlm.nn.kernels.outline import OUTLINE
 from flaxlm.nn.lora import boxed_adapters, boxed_frozen, combined, has_dropout
 from flaxlm.nn.models import boxed_shapes, build_model
@@ -52,7 +53,8 @@ class PeakMemory:
 
   The moments are the pass of a reference, if there is one; the loss (all activations, and
   the logits), the backward pass of the layers (activations and gradients), that of the
-  head, and the update. `peak` names the moment that needs most, and `parts` are the parts
+  head, the update and, for rewards, the drawing of completions. `peak` names the moment
+  that needs most, and `parts` are the parts
   of that one.
   """
 
@@ -99,12 +101,13 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   one_layer = one_layer // sizes["context"] + keys
 
   copied = cfg.reference_passes and not cfg.lora.rank
+  num_arrays, of_sources = 5 + (cfg.data.objective == "reward"), 3 * cfg.source_length
   always = {
     "parameters": state.parameters - (state.learning if cfg.lora.rank else 0),
     **({"adapters": state.learning} if cfg.lora.rank else {}),
     "optimizer_state": state.optimizer_state,
     **({"reference": state.parameters} if copied else {}),
-    "batch": rows * training.accumulation_steps * 4 * (5 * T + 3 * cfg.source_length),
+    "batch": rows * training.accumulation_steps * 4 * (num_arrays * T + of_sources),
   }
   if training.accumulation_steps > 1:  # sums over micro-batches, in float32
     always["gradient_sums"] = state.learning_elements * 4
@@ -138,6 +141,8 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
     | {"logits": logits, "temporary": head_gradient},
     "update": gradients | {"temporary": state.update_temporaries},
   }
+  if cfg.data.objective == "reward":
+    moments["drawing"] = drawing_memory(cfg, sizes)
   return PeakMemory({name: always | parts for name, parts in moments.items()})
 
 
@@ -416,3 +421,17 @@ def decoding_memory(
     "kv_cache": kv_cache_bytes(*shape, narrow=cache == "int8"),
     "logits": local * (V // parts) * 4,
   }
+
+
+def drawing_memory(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, int]:
+  """Bytes per device that drawing a batch of completions needs besides the training state:
+  a copy of the parameters as decoding reads them (with adapters also the merged ones it is
+  made of), the cache of all rows, and their logits."""
+  longest = cfg.data.seq_len - cfg.reward.max_new_tokens  # of a prompt
+  request = Request([range(longest)], cfg.reward.max_new_tokens, cfg.model.num_ids)
+  parts = decoding_memory(cfg, sizes, cfg.data.batch_size, request.slots(0))
+  plain = dataclasses.replace(cfg, lora=LoraConfig())
+  copies = 2 if cfg.lora.rank else 1
+  copy = state_bytes(plain, sizes).parameters
+  drawing = {name: size for name, size in parts.items() if name != "parameters"}
+  return {"weight_copies": copies * copy, **drawing}

@@ -58,6 +58,10 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
     padded = dataclasses.replace(cfg, model=cfg.model.padded(sizes["tensor"]))
     found = plan_training(padded, sizes, device)
   cfg, context = found.cfg, cfg.model.context
+  drawing = None
+  if cfg.data.objective == "reward":
+    rows, length = cfg.data.batch_size, cfg.data.seq_len
+    drawing = plan_decoding(cfg, found.sizes, device, rows, length)
   three = {max(1, context // 16), max(1, context // 4), context}
   return Report(
     plan=found,
@@ -65,6 +69,7 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
     price=asked.price,
     cure=cheapest_fit(cfg, found.sizes, device) if found.fits is False else None,
     choices=choices,
+    drawing=drawing,
     decoding=[
       plan_decoding(cfg, found.sizes, device, batch, length, asked.stored)
       for batch in asked.batches

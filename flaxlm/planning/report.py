@@ -30,6 +30,14 @@ class Report:
   choices: Sequence[Plan] = ()
   decoding: Sequence[DecodePoint] = ()
   compiled: CompiledStep | None = None
+  drawing: DecodePoint | None = None  # a token of each completion to learn from
+
+  @property
+  def drawing_seconds(self) -> float | None:
+    """The time to draw the completions of a step, if all are as long as may be."""
+    point = self.drawing
+    seconds = None if point is None else point.seconds
+    return seconds and seconds * self.plan.cfg.reward.max_new_tokens
 
   @property
   def budget(self) -> float:
@@ -95,6 +103,12 @@ def to_json(report: Report) -> dict[str, Any]:
     result["cheapest_fit"] = _choice(report.cure)
   if report.choices:
     result["search"] = [_choice(choice) for choice in report.choices]
+  if report.drawing is not None:
+    result["drawing"] = {
+      "rows": report.drawing.batch,
+      "tokens": plan.cfg.reward.max_new_tokens,
+      "seconds": report.drawing_seconds,
+    }
   if report.decoding:
     result["decode"] = [dataclasses.asdict(point) for point in report.decoding]
   if report.compiled is not None:
@@ -268,6 +282,9 @@ def _time(report: Report) -> Rows:
   if times.bubble:
     yield f"waiting in the pipeline, {times.bubble:.0%}", duration(times.waiting)
   yield "step", duration(times.seconds)
+  if report.drawing is not None:
+    most = plan.cfg.reward.max_new_tokens
+    yield f"drawing before it, up to {most:,} tokens", duration(report.drawing_seconds)
   rate = plan.tokens_per_second
   if rate is not None:
     yield "limited by", times.limited_by or "?"

@@ -64,7 +64,8 @@ def sample(run: Run) -> tuple[str, list[list[str]]]:
       ["flaxlm", "eval", path, "--bleu"],
     ]
     return f"{prompt} => {found.completion}", more
-  if run.cfg.data.objective in TALKS:
+  is_chat = run.cfg.data.objective in (*TALKS, "reward")
+  if is_chat and load_chat(run.path) is not None:
     prompt = prompt or "Hello."
     return f"{prompt} => {answer(run, prompt)}", [[*infer, "--interactive"]]
   sampling = make_sampling(1, temperature=0.8, top_p=0.95, seed=run.cfg.seed)

@@ -13,6 +13,7 @@ from flaxlm.chat.templates import CHAT
 from flaxlm.checkpoint.manifest import write_atomically
 from flaxlm.config import Config, ResolvedConfig, TokenizerConfig, to_json
 from flaxlm.data.prepare import Prepared
+from flaxlm.data.questions import Questions
 from flaxlm.data.sources import to_stderr
 from flaxlm.distributed.peers import Alone
 from flaxlm.errors import writing
@@ -72,10 +73,10 @@ def find_start(cfg: Config, peers: Alone) -> Start:
   return Start(0, None, origin)
 
 
-def write_files(cfg: ResolvedConfig, prepared: Prepared, start: Start) -> None:
+def write_files(cfg: ResolvedConfig, prepared: Prepared | Questions, start: Start) -> None:
   """Writes what the directory holds besides checkpoints: config, tokenizer, chat template,
   origin, and the metrics up to the step that the run starts from."""
-  kept_metrics = metrics_until(cfg.run_dir, start.step)
+  kept_metrics = metrics_until(cfg.run_dir, start.step) if start.step else b""
   with new_files(cfg.run_dir) as folder:
     (folder / CONFIG).write_text(to_json(cfg), "utf-8")
     (folder / METRICS).write_bytes(kept_metrics)

@@ -255,6 +255,10 @@ class Progress:
 
 
 def describe_evaluation(values: Mapping[str, Any]) -> str:
+  if "eval/reward" in values:
+    right = values.get("eval/accuracy")
+    answers = "" if right is None else f", {right:.1%} of the answers right"
+    return f"reward {values['eval/reward']:.3f}{answers}"
   losses = [
     f"{key.removeprefix(BY_SOURCE)} {value:.3f}"
     for key, value in values.items()

@@ -8,7 +8,8 @@ mistakes show within seconds.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -17,14 +18,20 @@ from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import (
   Config,
   ResolvedConfig,
+  TokenizerConfig,
   check_config,
   difference,
   slow_axes,
 )
+from flaxlm.data.batches import Batches
+from flaxlm.data.corpus import Log
 from flaxlm.data.prepare import Prepared, prepare
+from flaxlm.data.questions import QuestionBatches, Questions, prepare_questions
 from flaxlm.data.storage import data_dir, to_stderr
 from flaxlm.decoding.loading import Run
 from flaxlm.distributed.start import joined
+from flaxlm.errors import ConfigError
+from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.kernels.paths import Path as AttentionPath
 from flaxlm.nn.lora import merged
 from flaxlm.nn.models import abstract_params
@@ -46,10 +53,13 @@ from flaxlm.training.program import (
   begin_state,
   check_base,
   choose_attention,
+  find_judge,
   resolve_model,
   restore_state,
 )
 from flaxlm.training.reporting import Reporter
+from flaxlm.training.rewards import Judge
+from flaxlm.training.rollouts import AnswerEvaluator, Rollouts, Writer
 from flaxlm.training.signals import stop_signals
 from flaxlm.training.step import TrainState
 from flaxlm.training.trainer import Trainer
@@ -64,11 +74,13 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
   cfg = adopt(cfg)
   check_config(cfg)
   check_base(cfg)
+  judge = find_judge(cfg)
   flags = start_jax(cfg.simulated_devices, data_dir() / "xla")
   with joined(cfg) as peers, contextlib.ExitStack() as stack:
     # Several processes stop together. One alone ends at once, until it trains.
     if peers.num_processes > 1:
       stop_at = stack.enter_context(stop_signals(peers))
+    check_alone(cfg, peers.num_processes)
     # -- Devices.
     mesh = make_mesh(cfg.mesh)
     check_batch(cfg, mesh.shape)
@@ -86,21 +98,18 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     guess = resolve_model(cfg, expected_vocab_size(tokenizer_cfg), mesh, before)
     # Several processes compile later, together: some may find their data prepared already.
     is_alone = peers.num_processes == 1
-    prepared = prepare(
-      cfg.data.corpus,
+    prepared = prepare_data(
+      cfg,
       tokenizer_cfg,
+      judge,
       log=to_stderr if peers.process == 0 else lambda line: None,
-      objective=cfg.data.objective,
       meanwhile=lambda: compiler.start(guess) if is_alone else None,
-      text_field=cfg.data.text_field,
-      deduplicate=cfg.data.deduplicate,
     )
     peers.agree(f"the text of {cfg.data.corpus}", prepared.fingerprint)
     num_ids = prepared.tokenizer.vocab_size
     model_cfg = resolve_model(cfg, num_ids, mesh, before)
     cfg = dataclasses.replace(cfg.resolve(num_ids), model=model_cfg)
-    batches = split_batches(cfg, prepared.train, mesh, shuffled=True)
-    validation = batches_by_source(cfg, prepared.validation, mesh)
+    batches = training_batches(cfg, prepared, mesh)
 
     # -- Files: what is stored fits this config, and the run says what it is.
     store = CheckpointStore(cfg.run_dir / CHECKPOINTS, cfg.checkpoint.keep)
@@ -133,14 +142,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
       reporter.log(note)
 
     # -- Steps.
-    evaluator = Evaluator(
-      program.model,
-      prepared.tokenizer,
-      validation,
-      cfg.training.eval_batches,
-      mesh,
-      cfg.active_dpo,
-    )
+    evaluator, rollouts = judges(cfg, prepared, judge, program.model, mesh)
     with Watchdog(cfg.training.hang_seconds, peers.leave) as watchdog:
       trainer = Trainer(
         cfg,
@@ -151,6 +153,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
         store,
         reporter,
         watchdog,
+        rollouts,
       )
       state, exit_code = trainer.steps(state, first_step, batches, stop_at)
 
@@ -163,6 +166,70 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
       run = Run(cfg.run_dir, cfg, tokenizer, step, program.model, params, mesh)
       show_sample(run, reporter, arguments)
     return exit_code
+
+
+def check_alone(cfg: Config, num_processes: int) -> None:
+  """Raises `ConfigError` for rewards in a job of several processes."""
+  if cfg.data.objective == "reward" and num_processes > 1:
+    raise ConfigError(
+      f"data.objective=reward draws in one process, and the job has {num_processes}",
+      "start one; it may have many devices",
+    )
+
+
+def prepare_data(
+  cfg: Config,
+  tokenizer_cfg: TokenizerConfig,
+  judge: Judge | None,
+  log: Log,
+  meanwhile: Callable[[], object],
+) -> Prepared | Questions:
+  """The corpus, ready to be read or, for rewards, to be asked; `meanwhile` is called before
+  long work."""
+  if judge is not None:
+    assert tokenizer_cfg.path is not None, "the run begins from another"
+    folder = Path(tokenizer_cfg.path).parent
+    return prepare_questions(cfg, cfg.data.corpus, folder, judge.digest, log)
+  return prepare(
+    cfg.data.corpus,
+    tokenizer_cfg,
+    log,
+    cfg.data.objective,
+    meanwhile,
+    text_field=cfg.data.text_field,
+    deduplicate=cfg.data.deduplicate,
+  )
+
+
+def training_batches(
+  cfg: ResolvedConfig, prepared: Prepared | Questions, mesh: Mesh
+) -> Batches | QuestionBatches:
+  """What each step reads."""
+  if isinstance(prepared, Prepared):
+    return split_batches(cfg, prepared.train, mesh, shuffled=True)
+  size = cfg.data.batch_size // cfg.reward.num_samples
+  return QuestionBatches(
+    prepared.splits["train"], size, cfg.seed, cfg.data.num_epochs, prepared.notes
+  )
+
+
+def judges(
+  cfg: ResolvedConfig,
+  prepared: Prepared | Questions,
+  judge: Judge | None,
+  model: LanguageModel,
+  mesh: Mesh,
+) -> tuple[Evaluator | AnswerEvaluator, Rollouts | None]:
+  """What evaluates, and what draws and judges the batches of rewards."""
+  most = cfg.training.eval_batches
+  if isinstance(prepared, Prepared):
+    validation = batches_by_source(cfg, prepared.validation, mesh)
+    evaluator = Evaluator(model, prepared.tokenizer, validation, most, mesh, cfg.active_dpo)
+    return evaluator, None
+  assert judge is not None
+  writer = Writer(cfg, model, prepared.tokenizer, mesh)
+  evaluator = AnswerEvaluator(writer, judge, prepared.splits["validation"], most)
+  return evaluator, Rollouts(writer, judge)
 
 
 def report_start(
@@ -229,7 +296,9 @@ def unreached(cfg: ResolvedConfig) -> Iterator[str]:
     )
 
 
-def describe(cfg: Config, state: TrainState, prepared: Prepared, mesh: Mesh) -> str:
+def describe(
+  cfg: Config, state: TrainState, prepared: Prepared | Questions, mesh: Mesh
+) -> str:
   """One line: the run, its size, its text, and its devices."""
   size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
   learns = f"{size(state.params):,} parameters"
@@ -240,8 +309,6 @@ def describe(cfg: Config, state: TrainState, prepared: Prepared, mesh: Mesh) -> 
   axes = describe_mesh(mesh.shape, slow_axes(cfg.mesh))
   device = jax.devices()[0].device_kind
   return (
-    f"{cfg.run_dir}: {learns}; {cfg.data.corpus}: "
-    f"{prepared.train.num_tokens:,} tokens to learn from, "
-    f"{prepared.validation.num_tokens:,} held out; "
+    f"{cfg.run_dir}: {learns}; {cfg.data.corpus}: {prepared.sizes}; "
     f"{jax.device_count()} {device} device(s){f', mesh {axes}' if mesh.size > 1 else ''}"
   )

@@ -31,6 +31,7 @@ from flaxlm.runs import CHECKPOINTS
 from flaxlm.sharding import check_replication
 from flaxlm.tokenizers import expected_vocab_size
 from flaxlm.training.optimizer import Optimizer, build_optimizer
+from flaxlm.training.rewards import Judge, load_judge
 from flaxlm.training.step import (
   TrainState,
   TrainStep,
@@ -225,6 +226,22 @@ def check_base(cfg: Config) -> None:
       f"lora.rank={cfg.lora.rank} adapts the parameters of another run", "add --init RUN"
     )
   boxed_adapters(build_model(expected_model(cfg), cfg.training), cfg.lora)
+
+
+def find_judge(cfg: Config) -> Judge | None:
+  """What judges completions, if rewards are learnt from.
+
+  Raises `ConfigError` for rewards without a model that can earn some, and for a function
+  that cannot be loaded.
+  """
+  if cfg.data.objective != "reward":
+    return None
+  if cfg.init is None:
+    raise ConfigError(
+      "data.objective=reward is for a model that answers some questions rightly already",
+      "add --init RUN",
+    )
+  return load_judge(cfg.reward.function)
 
 
 def expected_model(cfg: Config) -> ResolvedModel:

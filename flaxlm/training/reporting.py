@@ -115,7 +115,8 @@ class Reporter:
       self._bar = None
 
   def _progress(self, step: int, values: dict[str, float]) -> None:
-    text, rate = f"loss {values['train/loss']:.3f}", values.get("perf/tokens_per_sec")
+    name = "reward" if "train/reward" in values else "loss"
+    text, rate = f"{name} {values[f'train/{name}']:.3f}", values.get("perf/tokens_per_sec")
     if rate:
       text += f"  {rate:,.0f} tokens/s"
     if self._bar is not None:

@@ -22,6 +22,7 @@ from flaxlm.sharding import batch_parts, batch_sharding, like_parameters, use_me
 from flaxlm.training.logprobs import cut_rows, forward, learning_pass
 from flaxlm.training.losses import cross_entropy
 from flaxlm.training.optimizer import Optimizer
+from flaxlm.training.policy import policy_weights
 from flaxlm.training.preference import eval_sums, num_pairs, preference_and_gradient
 
 Metrics = dict[str, jax.Array]
@@ -159,13 +160,16 @@ def losses_of(
     smoothed_BT = cross_entropy(logits_BTV, targets_BT, smoothing, num_ids)
     return loss_sum, (smoothed_BT * weights_BT).sum()
 
+  weights_BT: ArrayLike = batch.weights_BT
+  if batch.advantages_BT is not None:
+    weights_BT = policy_weights(weights_BT, batch.advantages_BT)
   if cfg.loss_chunks == 1:
-    return of_chunk(params, x_BTD, batch.targets_BT, batch.weights_BT)
+    return of_chunk(params, x_BTD, batch.targets_BT, weights_BT)
 
   def add(sums: tuple, chunk: tuple) -> tuple[tuple, None]:
     return jax.tree.map(jnp.add, sums, jax.checkpoint(of_chunk)(params, *chunk)), None
 
-  arrays = x_BTD, batch.targets_BT, batch.weights_BT
+  arrays = x_BTD, batch.targets_BT, weights_BT
   chunks = tuple(cut_rows(x, cfg.loss_chunks) for x in arrays)
   sums, _ = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), chunks)
   return sums
@@ -312,6 +316,8 @@ def abstract_batch(cfg: DataConfig, mesh: Mesh) -> Batch:
     return jax.ShapeDtypeStruct((cfg.batch_size, length), dtype, sharding=sharding)
 
   ids, weights = array(cfg.seq_len, jnp.int32), array(cfg.seq_len, jnp.float32)
+  if cfg.objective == "reward":
+    return Batch(ids, ids, ids, ids, weights, advantages_BT=weights)
   if cfg.objective != "seq2seq":
     return Batch(ids, ids, ids, ids, weights)
   source = array(cfg.source_length, jnp.int32)

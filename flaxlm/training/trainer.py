@@ -8,8 +8,9 @@ step before. On a CPU, which is both, a step is waited for.
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,13 +19,15 @@ from jax.sharding import Mesh
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import Config
 from flaxlm.data.batches import Batches
+from flaxlm.data.objectives import Batch
+from flaxlm.data.questions import QuestionBatches
 from flaxlm.errors import INTERRUPTED, PREEMPTED, NonFiniteError
 from flaxlm.nn.lora import combined
 from flaxlm.training.evaluation import Evaluator, describe_evaluation
 from flaxlm.training.reporting import Reporter
+from flaxlm.training.rollouts import AnswerEvaluator, Rollouts
 from flaxlm.training.signals import StopAt
 from flaxlm.training.step import (
-  Metrics,
   TrainState,
   TrainStep,
   jit_all_finite,
@@ -44,10 +47,11 @@ class Trainer:
   fingerprint: str  # of the corpus
   mesh: Mesh
   train_step: TrainStep
-  evaluator: Evaluator
+  evaluator: Evaluator | AnswerEvaluator
   store: CheckpointStore
   reporter: Reporter
   watchdog: Watchdog
+  rollouts: Rollouts | None = None  # what makes a batch of questions; None: it is one
 
   def __post_init__(self) -> None:
     self.clock = Clock()
@@ -56,7 +60,11 @@ class Trainer:
     self.evaluated = False
 
   def steps(
-    self, state: TrainState, first_step: int, batches: Batches, stop_at: StopAt
+    self,
+    state: TrainState,
+    first_step: int,
+    batches: Batches | QuestionBatches,
+    stop_at: StopAt,
   ) -> tuple[TrainState, int]:
     """Runs until num_steps, the end of the data, or a signal: (last state, exit code).
 
@@ -64,6 +72,9 @@ class Trainer:
     """
     training, seed = self.cfg.training, np.uint32(self.cfg.seed)
     step, saved, pending, stopped = first_step, first_step, None, 0
+    if self.rollouts is not None and not first_step:
+      self.evaluate(0, state)  # what the run begins from was not judged by this reward
+      self.clock.restart()
     with batches.iterate(first_step) as rows:
       while step < training.num_steps:
         stopped = stop_at(step)
@@ -78,10 +89,11 @@ class Trainer:
           # If another program is still running, JAX hands this one to a pool thread, and
           # all later ones too. There their memory is mapped from the kernel every time.
           jax.block_until_ready(state)
+        batch, drawn = self.draw(state, step, batch)
         state, metrics = self.train_step(state, put_batch(batch, self.mesh), seed)
         step += 1
         self.report(pending)
-        pending = (step, metrics)
+        pending = (step, metrics | drawn)
         evaluate = step % training.eval_every_steps == 0
         save = step % self.cfg.checkpoint.every_steps == 0
         if evaluate or save:
@@ -111,7 +123,16 @@ class Trainer:
       return state, INTERRUPTED if stopped == signal.SIGINT else PREEMPTED
     return state, 0
 
-  def report(self, pending: tuple[int, Metrics] | None) -> None:
+  def draw(
+    self, state: TrainState, step: int, batch: Any
+  ) -> tuple[Batch, dict[str, float]]:
+    """The batch to learn from, which for rewards the model itself writes; and figures."""
+    if self.rollouts is None:
+      return batch, {}
+    with self.clock.drawing():
+      return self.rollouts(combined(state.frozen, state.params), step, batch)
+
+  def report(self, pending: tuple[int, Mapping[str, Any]] | None) -> None:
     """Waits for a step's metrics and writes them. Raises `NonFiniteError` if the run has
     diverged."""
     if pending is None:
@@ -186,13 +207,19 @@ class Clock:
   def restart(self) -> None:
     """Begins a block, which leaves out the evaluation, saving or compiling before it."""
     self.started = time.perf_counter()
-    self.tokens = self.data_seconds = 0.0
+    self.tokens = self.data_seconds = self.drawing_seconds = 0.0
 
   @contextlib.contextmanager
   def waiting_for_data(self) -> Iterator[None]:
     started = time.perf_counter()
     yield
     self.data_seconds += time.perf_counter() - started
+
+  @contextlib.contextmanager
+  def drawing(self) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    self.drawing_seconds += time.perf_counter() - started
 
   def step_done(self, tokens: float) -> None:
     if self.first_step_done:
@@ -202,11 +229,14 @@ class Clock:
       self.restart()
 
   def rates(self) -> dict[str, float]:
-    """This block's tokens per second, and its share of time spent waiting for data."""
+    """This block's tokens per second, and its shares of time spent waiting for data, and
+    drawing completions."""
     seconds = time.perf_counter() - self.started
     rates = {}
     if self.tokens:
       rates["perf/tokens_per_sec"] = self.tokens / seconds
       rates["perf/data_wait_fraction"] = self.data_seconds / seconds
+      if self.drawing_seconds:
+        rates["perf/drawing_fraction"] = self.drawing_seconds / seconds
     self.restart()
     return rates
