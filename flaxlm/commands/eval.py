@@ -78,10 +78,13 @@ def run_eval(args: argparse.Namespace, _: list[str]) -> int:
       text += f"\n  {source!r}\n    => {translation!r}\n    ({reference!r})"
   else:
     values = evaluate_run(*which, args.batches, log)
-    text = (
-      f"{describe_evaluation(values)}; {values['tokens']:,} tokens, "
-      f"{values['bytes']:,} bytes of {values['corpus']} ({values['split']})"
+    size = (
+      f"{values['questions']:,} questions"
+      if "questions" in values
+      else f"{values['tokens']:,} tokens, {values['bytes']:,} bytes"
     )
+    of = f"{size} of {values['corpus']} ({values['split']})"
+    text = f"{describe_evaluation(values)}; {of}"
   text = f"{run.path} at step {run.step}: {text}"
   write_result(args, {"step": run.step, **values}, lambda out: print(text, file=out))
   return 0

@@ -132,7 +132,8 @@ def prepare_whole(
 def corpus_of(
   name: str, log: Log, objective: str, text_field: str, whole: bool = False
 ) -> Corpus:
-  """`find_corpus`; one of conversations or prompts has some, or `ConfigError` or `DataError`."""
+  """`find_corpus`; it has the conversations or prompts that the objective needs, or
+  `ConfigError` or `DataError`."""
   needs = f"which data.objective={objective} needs"
   what = {"reward": "prompts"} | dict.fromkeys(TALKS, "conversations")
   if objective in what and not name.startswith("files:"):

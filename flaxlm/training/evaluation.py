@@ -15,6 +15,7 @@ from flaxlm.config import OBJECTIVES, DpoConfig, ResolvedConfig, TokenizerConfig
 from flaxlm.data.batches import Batches
 from flaxlm.data.corpus import WHOLE, Log
 from flaxlm.data.prepare import prepare, prepare_whole
+from flaxlm.data.questions import prepare_questions
 from flaxlm.data.sources import find_corpus, read_pairs
 from flaxlm.data.storage import data_dir, locked
 from flaxlm.data.stores import MixedStore, PairStore, Store
@@ -28,6 +29,8 @@ from flaxlm.runs import TOKENIZER
 from flaxlm.sharding import batch_parts
 from flaxlm.tokenizers import AnyTokenizer
 from flaxlm.training.preference import preference_figures
+from flaxlm.training.rewards import load_judge
+from flaxlm.training.rollouts import AnswerEvaluator, Writer
 from flaxlm.training.step import jit_eval_step, put_batch
 
 PAIRS_AT_A_TIME = 32
@@ -196,6 +199,8 @@ def evaluate_run(
   check_has_head(run)
   corpus, split = scored(run, corpus, split, log)
   tokenizer, data = run.path / TOKENIZER, run.cfg.data
+  if data.objective == "reward":
+    return evaluate_answers(run, corpus, split, num_batches, log)
   if split == WHOLE:
     store = prepare_whole(corpus, tokenizer, log, data.objective, data.text_field)
   else:
@@ -225,6 +230,20 @@ def evaluate_run(
   sums = evaluator.sums(run.params, progress, reference)
   tokens = round(sum(of_source["tokens"] for of_source in sums.values()))
   return {**of, "tokens": tokens, **evaluator.figures(sums)}
+
+
+def evaluate_answers(
+  run: Run, corpus: str, split: str, num_batches: int | None, log: Log
+) -> dict[str, Any]:
+  """What the run's own reward says of its likeliest answers to the questions of a split."""
+  judge = load_judge(run.cfg.reward.function)
+  whole = split == WHOLE
+  found = prepare_questions(run.cfg, corpus, run.path, judge.digest, log, whole)
+  evaluator = AnswerEvaluator(Writer(run), judge, found.splits[split], num_batches)
+  for note in found.notes:
+    log(note)
+  of = {"corpus": corpus, "split": split, "questions": len(evaluator.asked)}
+  return {**of, **evaluator(run.params)}
 
 
 def scored(run: Run, corpus: str | None, split: str | None, log: Log) -> tuple[str, str]:

@@ -227,9 +227,9 @@ def judges(
     evaluator = Evaluator(model, prepared.tokenizer, validation, most, mesh, cfg.active_dpo)
     return evaluator, None
   assert judge is not None
-  writer = Writer(cfg, model, prepared.tokenizer, mesh)
-  evaluator = AnswerEvaluator(writer, judge, prepared.splits["validation"], most)
-  return evaluator, Rollouts(writer, judge)
+  writer = Writer(Run(cfg.run_dir, cfg, prepared.tokenizer, 0, model, None, mesh))
+  held_out = prepared.splits["validation"]
+  return AnswerEvaluator(writer, judge, held_out, most), Rollouts(writer, judge)
 
 
 def report_start(

@@ -11,19 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 
-from flaxlm.config import ResolvedConfig
 from flaxlm.data.objectives import Batch
 from flaxlm.data.questions import Question
 from flaxlm.decoding.completions import Completion, complete_request
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import SamplingSettings, stack_settings
-from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.lora import jit_merge
 from flaxlm.nn.models import abstract_params
-from flaxlm.tokenizers import AnyTokenizer
 from flaxlm.training.policy import advantages
 from flaxlm.training.rewards import Judge, is_exact
 
@@ -31,13 +27,12 @@ from flaxlm.training.rewards import Judge, is_exact
 class Writer:
   """Writes completions of questions with parameters that may change from call to call."""
 
-  def __init__(
-    self, cfg: ResolvedConfig, model: LanguageModel, tokenizer: AnyTokenizer, mesh: Mesh
-  ):
-    self.run = Run(cfg.run_dir, cfg, tokenizer, 0, model, None, mesh)
+  def __init__(self, run: Run):
+    """The parameters of `run` are not read."""
+    self.run = run
     self._merge: Callable[[Any], Any] = lambda params: params
-    if cfg.lora.rank:
-      self._merge = jit_merge(abstract_params(model, mesh))
+    if run.cfg.lora.rank:
+      self._merge = jit_merge(abstract_params(run.model, run.mesh))
 
   def __call__(
     self,

@@ -165,8 +165,8 @@ class Trainer:
       params = combined(state.frozen, state.params)
       progress = self.watchdog.progress if self.evaluated else lambda: None
       compares = self.cfg.active_dpo is not None
-      reference = state.reference_params if compares else None
-      values = self.evaluator(params, progress, reference)
+      references = [state.reference_params] if compares else []
+      values = self.evaluator(params, progress, *references)
     self.evaluated = True
     self.reporter.metrics(step, values)
     self.reporter.log(f"step {step:>6}  held-out: {describe_evaluation(values)}")
