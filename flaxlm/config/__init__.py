@@ -39,6 +39,7 @@ from flaxlm.config.schema import (
   OptimizerConfig,
   Remat,
   ResolvedConfig,
+  RewardConfig,
   TokenizerConfig,
   TrainingConfig,
 )

@@ -11,7 +11,6 @@ executed, by choice, as a config file is.
 """
 
 import hashlib
-import math
 import reprlib
 import runpy
 import traceback
@@ -26,6 +25,7 @@ from flaxlm.decoding.sampling import is_number
 from flaxlm.errors import ConfigError, DataError, first_line, one_line
 
 EXACT = "exact"
+LARGEST = 1e30  # float32 holds its differences
 CURE = "as in def NAME(questions, completions): return [0.0 for _ in completions]"
 
 
@@ -62,13 +62,13 @@ class Judge(NamedTuple):
       )
     for reward, question, completion in zip(found, questions, completions, strict=True):
       is_one = is_number(reward) or isinstance(reward, (bool, np.bool_))
-      if not is_one or not math.isfinite(reward):
+      if not (is_one and abs(reward) <= LARGEST):  # NaN is not
         raise DataError(
           one_line(
             f"{question.where}: {self.name} gives the completion "
             f"{reprlib.repr(completion)} the reward {reprlib.repr(reward)}"
           ),
-          "a reward is a finite number",
+          f"a reward is a finite number, at most {LARGEST:g}",
         )
     return np.array([float(reward) for reward in found])
 
