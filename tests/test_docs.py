@@ -161,6 +161,8 @@ def shrink(arguments: list[str], corpus: str) -> list[str]:
     training__sample_prompt=cfg.training.sample_prompt,
   )
   fields = {size.split("=")[0] for size in sizes}
+  if any(word.startswith("--init") for word in arguments):  # it has the model of another
+    sizes = [size for size in sizes if not size.startswith(("--model.", "--tokenizer."))]
   name_of_flag = lambda word: "--" + word.split("=")[0].removeprefix("--").replace("-", "_")
   kept = [word for word in arguments if name_of_flag(word) not in fields]
   return [*kept, *sizes]

@@ -54,8 +54,7 @@ class PeakMemory:
   The moments are the pass of a reference, if there is one; the loss (all activations, and
   the logits), the backward pass of the layers (activations and gradients), that of the
   head, the update and, for rewards, the drawing of completions. `peak` names the moment
-  that needs most, and `parts` are the parts
-  of that one.
+  that needs most, and `parts` are the parts of that one.
   """
 
   moments: Mapping[str, Mapping[str, int]]

@@ -6,6 +6,7 @@ import math
 
 import jax
 import pytest
+from meshes import mesh_of
 
 from flaxlm.config import (
   Config,
@@ -13,12 +14,15 @@ from flaxlm.config import (
   LoraConfig,
   ModelConfig,
   OptimizerConfig,
+  RewardConfig,
   TrainingConfig,
   mesh_shape,
 )
+from flaxlm.decoding.prefill import Request
+from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import ConfigError
 from flaxlm.nn.execution import REMAT_POLICIES
-from flaxlm.nn.models import build_model
+from flaxlm.nn.models import abstract_params, build_model, init_cache
 from flaxlm.planning.compile import compile_here
 from flaxlm.planning.cost import adapter_parameters, forward_work, parameters, step_cost
 from flaxlm.planning.devices import find_device
@@ -31,7 +35,7 @@ from flaxlm.planning.memory import (
 from flaxlm.planning.network import network_bytes
 from flaxlm.sharding import make_mesh
 from flaxlm.training.optimizer import build_optimizer
-from flaxlm.training.step import abstract_state
+from flaxlm.training.step import abstract_batch, abstract_state
 
 MODEL = ModelConfig(
   depth=3, width=64, num_heads=8, num_kv_heads=4, vocab_size=256, context=128
@@ -236,6 +240,27 @@ def test_a_reference_costs_a_forward_pass():
         assert sum(moments[0][name].values()) == sum(parts.values()) + more
       sent = [network_bytes(one, sizes) for one in (cfg, plain)]
       assert all(sent[0][axis] > sent[1][axis] for axis in sizes if sizes[axis] > 1)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_drawing_is_counted(rank: int):
+  """The parameters as decoding reads them, and the cache that it makes for the rows."""
+  data = dataclasses.replace(CFG.data, objective="reward")
+  reward = RewardConfig(max_new_tokens=24)
+  cfg = dataclasses.replace(CFG, data=data, reward=reward, lora=LoraConfig(rank=rank))
+  sizes = mesh_shape({})
+  moments = training_memory(cfg, sizes).moments
+  model = build_model(MODEL, CFG.training)
+  request = Request([range(40)], 24, MODEL.num_ids)  # 40 + 24 = data.seq_len
+  cache = jax.eval_shape(lambda: init_cache(model, 16, request.slots(0)))
+  params = abstract_params(model, mesh_of())
+  laid_out = jax.eval_shape(lambda params: prepare_params(params, MODEL), params)
+  size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  assert moments["drawing"]["kv_cache"] == size(cache)
+  assert moments["drawing"]["weight_copies"] == size(laid_out) * (2 if rank else 1)
+  batch = abstract_batch(data, mesh_of())
+  assert moments["drawing"]["batch"] == size(batch)
+  assert "drawing" not in training_memory(CFG, sizes).moments
 
 
 def test_adapters_take_less_of_everything():

@@ -74,6 +74,17 @@ def test_what_does_not_fit_gets_a_cure(plan, config, capsys):
   assert plan("--device", "h200", *cure)["fits"] is True
 
 
+def test_rewards_are_drawn_before_a_step(plan, config, capsys):
+  asked = ("--data.objective=reward", "--mesh", "fsdp=8", "--device", "h200")
+  result = plan(*asked, "--reward.max-new-tokens=512")
+  assert result["bytes_by_moment"]["drawing"]["kv_cache"] > 0
+  drawing = result["drawing"]
+  assert (drawing["rows"], drawing["tokens"]) == (16, 512) and drawing["seconds"] > 0
+  assert plan(*asked[1:])["bytes_by_moment"].keys().isdisjoint({"drawing"})
+  assert main(["plan", config, *asked]) == 0
+  assert "drawing before it, up to 64 tokens" in capsys.readouterr().out
+
+
 def test_budget_and_price(plan):
   asked = ("--mesh", "fsdp=8", "--device", "h200")
   result = plan(*asked, "--tokens", "1e12", "--price", "3")
