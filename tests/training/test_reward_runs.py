@@ -86,7 +86,7 @@ def test_the_accuracy_rises(learn: Callable[..., Any], in_process: Any, tmp_path
   """That of the likeliest answers to all sums; an evaluation afterwards finds the same."""
   done = learn(
     "rewarded",
-    data__batch_size=128,
+    data__batch_size=64,
     optimizer__learning_rate=2e-3,
     training__num_steps=75,
     training__eval_every_steps=25,
