@@ -56,16 +56,19 @@ class Fakes:
     return contextlib.nullcontext()
 
 
-def train(fates: str, stop: dict[int, int] | None = None, every: int = 1) -> Fakes:
+def train(
+  fates: str, stop: dict[int, int] | None = None, every: int = 1, rollouts: Any = None
+) -> Fakes:
   """Runs a step for each letter; `stop` has signals by the step after which they arrive."""
   training = TrainingConfig(num_steps=len(fates), eval_every_steps=1_000)
   cfg = Config(training=training, checkpoint=CheckpointConfig(every_steps=every))
   fakes: Any = Fakes(fates)
-  evaluator: Any = lambda params, progress, reference: {
+  evaluator: Any = lambda params, progress, *references: {
     f"eval/{name}": 1.0 for name in ("loss", "perplexity", "bits_per_byte")
   }
   mesh = make_mesh({"data": 8})
-  trainer = Trainer(cfg, "text", mesh, fakes, evaluator, fakes, fakes, fakes)
+  around = (fakes, evaluator, fakes, fakes, fakes)
+  trainer = Trainer(cfg, "text", mesh, *around, rollouts)
   state = TrainState(jnp.int32(0), {"w": jnp.zeros(2)}, None)
   stop_at = lambda step: (stop or {}).get(step, 0)
   try:
@@ -123,3 +126,19 @@ def test_a_stop_saves_what_is_worth_it_and_says_so(
   assert run.code == (INTERRUPTED if number == signal.SIGINT else PREEMPTED)
   assert run.saved == saved
   assert run.lines[-1] == f"{number.name}: {said}"
+
+
+def test_a_batch_is_drawn_before_its_step():
+  """With the parameters of the step and its number; what the run begins from is judged."""
+  asked = []
+
+  def rollouts(params: Any, step: int, questions: Any) -> tuple[Any, dict[str, float]]:
+    asked.append((step, [*params], questions))
+    return (), {"reward": step / 2}
+
+  run = train("." * 20, every=99, rollouts=rollouts)
+  assert asked == [(step, ["w"], ()) for step in range(20)]
+  assert run.kept[0]["eval/loss"] == 1.0
+  assert run.kept[10]["train/reward"] == 4.5
+  assert 0 < run.kept[10]["perf/drawing_fraction"] < 1
+  assert 0 not in train("..").kept
