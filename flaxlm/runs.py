@@ -323,9 +323,10 @@ def check_same_experiment(
       f"{cfg.run_dir} is another experiment: {', '.join(changed)}", cure
     )
   if stored_corpus != corpus:
-    raise CheckpointError(
-      f"the text of {cfg.data.corpus} is not what {cfg.run_dir} was trained on", cure
-    )
+    text = f"the text of {cfg.data.corpus}"
+    if cfg.data.objective == "reward":
+      text += f", or the code of reward.function={cfg.reward.function},"
+    raise CheckpointError(f"{text} is not what {cfg.run_dir} was trained on", cure)
 
 
 def make_room_after(directory: Path, step: int) -> None:
