@@ -495,8 +495,8 @@ TRAINING = [
   Defect(
     "a run learns from the text that it holds out",
     "flaxlm/training/loop.py",
-    "batches = split_batches(cfg, prepared.train, mesh, shuffled=True)",
-    "batches = split_batches(cfg, prepared.validation, mesh, shuffled=True)",
+    "return split_batches(cfg, prepared.train, mesh, shuffled=True)",
+    "return split_batches(cfg, prepared.validation, mesh, shuffled=True)",
     "test_commands.py::test_end_of_data_saves_and_says_so",
   ),
   Defect(
@@ -718,7 +718,7 @@ DATA = [
   ),
   Defect(
     "what the template has is forgotten in the name of stored tokens",
-    "flaxlm/data/prepare.py",
+    "flaxlm/data/plans.py",
     "() if chat is None else (chat.fingerprint,)",
     "()",
     "data/test_conversations.py",
@@ -830,9 +830,9 @@ DATA = [
   ),
   Defect(
     "tokens of another tokenizer are taken for this one's",
-    "flaxlm/data/prepare.py",
-    "return _key(self.corpus.fingerprint, tokenizer.fingerprint, *kind, *self.chosen)",
-    "return _key(self.corpus.fingerprint, *kind, *self.chosen)",
+    "flaxlm/data/plans.py",
+    "return key(self.corpus.fingerprint, tokenizer.fingerprint, *kind, *self.chosen)",
+    "return key(self.corpus.fingerprint, *kind, *self.chosen)",
     "data/test_prepare.py",
   ),
   Defect(

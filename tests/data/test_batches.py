@@ -72,7 +72,7 @@ def test_in_order_every_token_is_a_target_once(num_tokens, seq_len, batch_size):
   inputs, targets = [], []
   for batch in map(batches.__getitem__, range(batches.num_batches)):
     assert all(array.shape == (batch_size, seq_len) for array in batch[:5])
-    assert batch[5:] == (None, None, None)
+    assert set(batch[5:]) == {None}
     inputs += batch.tokens_BT[batch.weights_BT == 1].tolist()
     targets += batch.targets_BT[batch.weights_BT == 1].tolist()
     assert (batch.segments_BT == 0).tolist() == (batch.weights_BT == 0).tolist()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flaxlm.config import DataConfig, TokenizerConfig
-from flaxlm.data import prepare as prepare_module
+from flaxlm.data import tokenizer_of
 from flaxlm.data.batches import FEW_ROWS, Batches
 from flaxlm.data.mixtures import MOST_ROWS, Mixture, parse_mixture
 from flaxlm.data.objectives import Batch
@@ -262,9 +262,9 @@ def test_a_tokenizer_is_trained_in_the_mixtures_shares(
   folders: list[str], monkeypatch: pytest.MonkeyPatch
 ):
   """The sample has as many characters of each source as its weight says."""
-  monkeypatch.setattr(prepare_module, "SAMPLE_PIECE", 10)
+  monkeypatch.setattr(tokenizer_of, "SAMPLE_PIECE", 10)
   sampled = Counter[str]()
-  train = prepare_module.train_tokenizer
+  train = tokenizer_of.train_tokenizer
 
   def spy(kind: str, texts: Any, *rest: Any) -> Any:
     texts = list(texts)
@@ -272,8 +272,8 @@ def test_a_tokenizer_is_trained_in_the_mixtures_shares(
       sampled["a" if set("thqui") & set(text) else "b"] += len(text)
     return train(kind, texts, *rest)
 
-  monkeypatch.setattr(prepare_module, "train_tokenizer", spy)
-  monkeypatch.setattr(prepare_module, "SAMPLE_CHARACTERS_PER_ID", 10)
+  monkeypatch.setattr(tokenizer_of, "train_tokenizer", spy)
+  monkeypatch.setattr(tokenizer_of, "SAMPLE_CHARACTERS_PER_ID", 10)
   a, b = folders
   prepare(f"3 {a} + 1 {b}", TokenizerConfig(vocab_size=300))
   assert sampled["b"] / sampled.total() == pytest.approx(0.25, abs=0.06)
