@@ -206,13 +206,16 @@ def prefill_rows(
   return logits_of_hidden(model, params, last_BD), cache
 
 
-def pad_rows(rows: Sequence[Sequence[int]], batch: int) -> tuple[np.ndarray, np.ndarray]:
-  """(tokens_BT, lengths_B): rows padded at the right to a bucket.
+def pad_rows(
+  rows: Sequence[Sequence[int]], batch: int, length: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+  """(tokens_BT, lengths_B): rows padded at the right to a `length`, or to a bucket.
 
   Rows that only fill up the batch have one token.
   """
   lengths_B = np.array([*map(len, rows), *[1] * (batch - len(rows))], np.int32)
-  tokens_BT = np.zeros((batch, bucket(int(lengths_B.max()))), np.int32)
+  length = length or bucket(int(lengths_B.max()))
+  tokens_BT = np.zeros((batch, length), np.int32)
   for number, row in enumerate(rows):
     tokens_BT[number, : len(row)] = row
   return tokens_BT, lengths_B

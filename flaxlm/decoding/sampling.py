@@ -210,12 +210,26 @@ def stack_settings(
       raise ConfigError("a regex needs the tokenizer")
     automaton, initial = build_automaton(expressions, tokenizer)
     states |= dict(zip(expressions, initial, strict=True))
+  return stack_rows(rows, automaton, states)
+
+
+def stack_rows(
+  rows: Sequence[SamplingSettings],
+  automaton: Automaton,
+  states: Mapping[str | None, int],
+  least_biases: int = 0,
+) -> Sampling:
+  """`stack_settings` for an automaton that is known, with the initial state of each regex.
+
+  There is room for `least_biases` of each row.
+  """
 
   def column(name: str, off: float = 1.0, dtype: Any = np.float32) -> np.ndarray:
     values = [getattr(row, name) for row in rows]
     return np.array([off if value is None else value for value in values], dtype)
 
   longest = max((len(row.biases) for row in rows), default=0)
+  longest = max(longest, least_biases)
   # A power of two, so that few programs compile.
   width = 1 << (longest - 1).bit_length() if longest else 0
   ids_BX = np.zeros((len(rows), width), np.int32)

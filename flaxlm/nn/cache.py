@@ -64,14 +64,30 @@ class KVCache(NamedTuple):
     """The cache of these rows, in this order."""
     return jax.tree.map(lambda x: x[rows_R], self)
 
-  def resized(self, cfg: ResolvedModel, slots: int) -> "KVCache":
-    """The same tokens with room for `slots` of them; `slots` must be enough for all."""
+  def put(self, rows: "KVCache", rows_R: jax.Array) -> "KVCache":
+    """The cache with `rows`, of as many slots, in place of its rows `rows_R`."""
+    put = lambda old, new: put_rows(old, new, rows_R)
+    return jax.tree.map(put, self, rows).constrained()
+
+  def constrained(self) -> "KVCache":
+    """The same cache, each array in its one layout on a mesh."""
+    pin = lambda x: constrain(x, *CACHE_NAMES) if x.ndim == 4 else x
+    lengths_B = constrain(self.lengths_B, "batch")
+    return jax.tree.map(pin, self)._replace(lengths_B=lengths_B)
+
+  def resized(
+    self, cfg: ResolvedModel, slots: int, never_turned: bool = False
+  ) -> "KVCache":
+    """The same tokens with room for `slots` of them; `slots` must be enough for all.
+
+    A ring is cut only if it has `never_turned`: then token number s is in slot s, too.
+    """
 
     def resize(kind: str, x_BKSH: jax.Array) -> jax.Array:
       size, is_ring = cfg.cache_slots(kind, slots), kind == "L" and cfg.ring_slots
       missing = max(0, size - x_BKSH.shape[2])
       x_BKSH = jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, missing), (0, 0)))
-      return x_BKSH if is_ring else x_BKSH[:, :, :size]
+      return x_BKSH if is_ring and not never_turned else x_BKSH[:, :, :size]
 
     layers = tuple(
       jax.tree.map(functools.partial(resize, kind), kv)
@@ -90,8 +106,19 @@ class KVCache(NamedTuple):
 class SourceCache(NamedTuple):
   """Each decoder layer's keys and values of the source: computed once, then only read."""
 
-  layers: tuple[tuple[jax.Array, jax.Array], ...]  # (k_BSKH, v_BSKH) each
+  layers: tuple[tuple[jax.Array, jax.Array], ...]  # (k_BKSH, v_BKSH) each
   segments_BS: jax.Array
+
+  def resized(self, slots: int) -> "SourceCache":
+    """The same source, padded or cut to `slots`, which must be enough for all rows."""
+
+    def resize(x: jax.Array, dim: int) -> jax.Array:
+      missing = [(0, 0)] * x.ndim
+      missing[dim] = (0, max(0, slots - x.shape[dim]))
+      return jax.lax.slice_in_dim(jnp.pad(x, missing), 0, slots, axis=dim)
+
+    layers = jax.tree.map(lambda x_BKSH: resize(x_BKSH, 2), self.layers)
+    return SourceCache(layers, resize(self.segments_BS, 1))
 
 
 def empty_cache(
@@ -106,6 +133,22 @@ def empty_cache(
 
   layers = tuple((empty(kind), empty(kind)) for kind in cfg.layer_kinds())
   return KVCache(layers, jnp.zeros((batch,), jnp.int32))
+
+
+def put_rows(old: jax.Array, new: jax.Array, rows_R: jax.Array, dim: int = 0) -> jax.Array:
+  """`old` with the rows of `new` in place of its rows `rows_R` along `dim`.
+
+  Of rows that are named twice, the first one counts.
+  """
+  if jax.sharding.get_abstract_mesh().size > 1:  # a write in place would gather the rows
+    is_new_BR = jnp.arange(old.shape[dim])[:, None] == rows_R
+    spread = jnp.take(new, is_new_BR.argmax(1), dim)
+    shape = [-1 if n == dim else 1 for n in range(old.ndim)]
+    return jnp.where(is_new_BR.any(1).reshape(shape), spread, old)
+  for row in reversed(range(new.shape[dim])):
+    one = jax.lax.slice_in_dim(new, row, row + 1, axis=dim)
+    old = jax.lax.dynamic_update_slice_in_dim(old, one, rows_R[row], dim)
+  return old
 
 
 # -- Rings: what local layers keep ---------------------------------------------------------

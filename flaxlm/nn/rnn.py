@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from flaxlm.config import ResolvedModel
 from flaxlm.nn.base import LanguageModel, Output
+from flaxlm.nn.cache import put_rows
 from flaxlm.nn.execution import Execution, run_layers, stacked_class, with_remat
 from flaxlm.nn.layers import build_norm
 from flaxlm.sharding import RULES, constrain, partition_spec
@@ -36,7 +37,19 @@ class RNNCache(NamedTuple):
     state = jax.tree.map(lambda x_LBD: x_LBD[:, rows_R], self.state)
     return RNNCache(state, self.lengths_B[rows_R])
 
-  def resized(self, *_: Any) -> "RNNCache":
+  def put(self, rows: "RNNCache", rows_R: jax.Array) -> "RNNCache":
+    """The state with `rows` in place of its rows `rows_R`."""
+    put = lambda old_LBD, new_LRD: put_rows(old_LBD, new_LRD, rows_R, dim=1)
+    state = jax.tree.map(put, self.state, rows.state)
+    lengths_B = put_rows(self.lengths_B, rows.lengths_B, rows_R)
+    return RNNCache(state, lengths_B).constrained()
+
+  def constrained(self) -> "RNNCache":
+    """The same state, in its one layout on a mesh."""
+    state = jax.tree.map(lambda x: constrain(x, None, "batch", None), self.state)
+    return RNNCache(state, constrain(self.lengths_B, "batch"))
+
+  def resized(self, *_: Any, **__: Any) -> "RNNCache":
     return self
 
   def can_rewind(self, _: ResolvedModel, num_tokens: int) -> bool:
