@@ -4,10 +4,11 @@
 import dataclasses
 import reprlib
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from flaxlm.decoding.beams import beam_search
+from flaxlm.decoding.engine import Engine, EngineRequest
 from flaxlm.decoding.generate import PrefixCache, generate
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import Request
@@ -192,7 +193,7 @@ def grow_completions(
   started = time.monotonic()
   stops = stopping_of_rows(stop, len(prompts), run.num_ids)
   rows = [
-    _GrowingCompletion(Completion(prompt), run.tokenizer, row_stop)
+    GrowingCompletion(Completion(prompt), run.tokenizer, row_stop)
     for prompt, row_stop in zip(prompts, stops, strict=True)
   ]
   if run.draft is None:
@@ -213,6 +214,47 @@ def grow_completions(
     if piece := row.finish("length"):
       yield i, piece
   return [row.result for row in rows]
+
+
+def answer_all(
+  engine: Engine,
+  answers: Iterable[tuple[EngineRequest, "GrowingCompletion"]],
+  on_text: Callable[[int, str], None] | None = None,
+  started: float | None = None,
+) -> Iterator[int]:
+  """Yields the place of each answer that has ended, in the order in which they end.
+
+  Answers are asked for when there is room for them. The time of each counts from `started`,
+  or from its first token. Raises `NonFiniteError`.
+  """
+  asked: dict[int, tuple[int, GrowingCompletion]] = {}
+  since: dict[int, float] = {}
+  waiting = enumerate(answers)
+  following = next(waiting, None)
+  while following is not None or not engine.is_idle:
+    while following is not None and engine.num_waiting < engine.options.rows:
+      place, (request, answer) = following
+      asked[engine.submit(request)] = place, answer
+      following = next(waiting, None)
+    for event in engine.step():
+      if event.error is not None:
+        raise event.error
+      if event.number not in asked:  # its text has ended within the same step
+        continue
+      place, answer = asked[event.number]
+      piece = answer.extend(*event[1:5])
+      if event.finish_reason == "length":
+        piece += answer.finish("length")
+      begun = since.setdefault(event.number, started or time.monotonic())
+      seconds = answer.stop.max_seconds
+      if seconds is not None and time.monotonic() - begun >= seconds:
+        piece += answer.finish("time")
+      if piece and on_text is not None:
+        on_text(place, piece)
+      if answer.result.finish_reason is not None:
+        engine.cancel(event.number)
+        del asked[event.number], since[event.number]
+        yield place
 
 
 def stopping_of_rows(
@@ -296,7 +338,7 @@ def make_request(
   return Request(starts, max_new_tokens, run.num_ids, sources, num_top)
 
 
-class _GrowingCompletion:
+class GrowingCompletion:
   """A completion that takes tokens, and holds back text that may begin a stop string."""
 
   def __init__(self, result: Completion, tokenizer: AnyTokenizer, stop: Stopping):
@@ -305,6 +347,19 @@ class _GrowingCompletion:
     self.stream = tokenizer.stream()
     self.num_held = max(map(len, stop.strings), default=1) - 1  # characters
     self.num_shown = 0
+
+  def request(
+    self, request: Request, settings: SamplingSettings, row: int = 0
+  ) -> EngineRequest:
+    """What an engine is asked for this completion of one row of a request."""
+    return EngineRequest(
+      prompt=request.prompts[row],
+      max_new_tokens=self.stop.max_tokens or request.max_new_tokens,
+      settings=settings,
+      source=None if request.sources is None else request.sources[row],
+      num_top=request.num_top,
+      stop_tokens=frozenset(self.ends),
+    )
 
   def extend(
     self,

@@ -61,7 +61,8 @@ from flaxlm.nn.models import init_cache
 from flaxlm.sharding import batch_shards, on_host, use_mesh
 from flaxlm.tokenizers import AnyTokenizer
 
-MOST_PADDING = 32  # tokens of padding that cost no more than a pass of their own
+MOST_PADDING = 32  # tokens of padding, which cost no more than a pass of their own
+SMALLEST_CACHE = 64  # slots
 IDLE = SamplingSettings(temperature=0.0)
 
 
@@ -136,6 +137,7 @@ class _Job:
 
   number: int
   request: EngineRequest
+  is_queued: bool = True
   row: int | None = None
   in_cache: int = 0  # tokens, at most, after all blocks that were started
   tokens: list[int] = dataclasses.field(default_factory=list)  # drawn, and told
@@ -219,6 +221,7 @@ class Engine:
     self._state: Rows | None = None
     self._slots = self._source_slots = 0
     self._blocks: collections.deque[_Block] = collections.deque()
+    self._owes_block = False  # the rows that decode have waited for prompts already
     # Of the rows as they are; None when they have changed.
     self._batch_sampling: tuple[Sampling, StaticSampling, Any] | None = None
     self._num_ids = jnp.int32(num_ids)
@@ -279,18 +282,20 @@ class Engine:
     return sum(job is not None for job in self._rows)
 
   def step(self) -> list[Event]:
-    """Reads a part of the prompts that wait, and starts a block of decode steps.
+    """Reads a part of the prompts that wait, or starts a block of decode steps, or both.
 
     Returns the tokens that are known: on a CPU all of them, elsewhere those of the block
     before, so that the device never waits for the host.
     """
     with use_mesh(self.mesh):
-      self._read_prompts()
-      is_active = self.num_active > 0
-      if is_active:
+      if not self._owes_block:
+        self._read_prompts()
+      is_first = bool(self._blocks) and not self.runs_ahead  # tokens, to be told at once
+      if self.num_active and not is_first:
         self._start_block()
+      self._owes_block = is_first
       events: list[Event] = []
-      while len(self._blocks) > (1 if self.runs_ahead and is_active else 0):
+      while len(self._blocks) > (1 if self.runs_ahead and self.num_active else 0):
         events += self._collect(self._blocks.popleft())
     if not self._jobs:
       self._blocks.clear()
@@ -318,26 +323,22 @@ class Engine:
 
   def _begin_reading(self) -> _Reading | None:
     """The next prompts to be read, if there are rows for them."""
-    free = self.options.rows - self.num_active
     active = [job for job in self._rows if job is not None]
     texts: dict[tuple, list[_Job]] = {}
-    for job in self._queue:
-      if free <= 0 or len(texts) >= self._read_together:
-        break
-      if not self._fits([*active, job]):
-        break
-      texts.setdefault(job.text, []).append(job)
-      active.append(job)
-      free -= 1
+    while self._queue:
+      job = self._queue[0]
+      if job.text not in texts:
+        is_full = len(active) >= self.options.rows or len(texts) >= self._read_together
+        if is_full or not self._fits([*active, job]):
+          break
+        active.append(job)
+      texts.setdefault(job.text, []).append(self._queue.popleft())
+      job.is_queued = False
     if not texts:
       return None
-    for job in [job for job in self._queue if job.text in texts]:
-      if job not in active:
-        texts[job.text].append(job)
-      self._queue.remove(job)
     batch = self.shards * bucket(-(-len(texts) // self.shards), smallest=1)
     longest = max(len(prompt) for prompt, _ in texts)
-    slots = self._bucket_of_slots(longest + MOST_PADDING)
+    slots = bucket(longest + MOST_PADDING, SMALLEST_CACHE)
     sources = [source for _, source in texts]
     if any(sources):
       source_BS, lengths_B = pad_rows(sources, batch)
@@ -489,7 +490,7 @@ class Engine:
     if job.row is not None:
       self._rows[job.row], job.row = None, None
       self._batch_sampling = None
-    elif job in self._queue:
+    elif job.is_queued:
       self._queue.remove(job)
     elif self._reading is not None:
       for jobs in self._reading.waiting:
@@ -516,7 +517,7 @@ class Engine:
       self._batch_sampling = self._sampling_of(self._rows)
     sampling, static, stops_BE = self._batch_sampling
     assert self._state is not None
-    state, history = self._state, None
+    state = self._state
     if not HISTORY_RULES & set(static.rules):
       state = state._replace(history=None)
     self._state, steps, num_steps_run = decode_rows(
@@ -600,18 +601,18 @@ class Engine:
   # -- Shapes, and what they need
 
   def _bucket_of_slots(self, length: int) -> int:
-    return bucket(length, fine=True)
+    return bucket(length, SMALLEST_CACHE, fine=True)
 
   def _bucket_of_rows(self, count: int) -> int:
     """The rows of a batch for `count` requests: all there may be, or a quarter as often."""
     most = -(-self.options.rows // self.shards) * self.shards
     size = most
-    while size > self.shards and (smaller := self._smaller(size)) >= count:
-      size = smaller
+    while size > self.shards:
+      quarter = max(1, size // self.shards // 4) * self.shards
+      if quarter < count:
+        break
+      size = quarter
     return size
-
-  def _smaller(self, size: int) -> int:
-    return max(1, size // self.shards // 2) * self.shards
 
   def _fits(self, jobs: Sequence[_Job]) -> bool:
     """Whether the batch's cache is not too large when these requests reach their ends."""
@@ -680,7 +681,9 @@ class Engine:
     for row, job in enumerate(jobs):
       in_prompt_BV[row, [*job.request.prompt]] = True
     states = [self._automaton[1][job.request.settings.regex] for job in jobs]
-    return TokenHistory(in_prompt_BV, np.zeros(shape, np.int32), np.array(states, np.int32))
+    return TokenHistory(
+      jnp.asarray(in_prompt_BV), jnp.zeros(shape, jnp.int32), jnp.array(states, jnp.int32)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "num_tokens"))
@@ -702,7 +705,7 @@ def chunk_size(length: int, most: int) -> int:
   return max(size for size in sizes if size <= length)
 
 
-CHUNK_SIZES = sorted({bucket(n, fine=True) for n in range(1, CHUNK + 1)})
+CHUNK_SIZES = sorted({bucket(n) for n in range(1, CHUNK + 1)})
 
 
 @functools.lru_cache(maxsize=256)

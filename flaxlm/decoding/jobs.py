@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many prompts from a JSON-lines file: batched by length, and resumable.
+"""Many prompts from a JSON-lines file: answered together, and resumable.
 
 Finished prompts are appended to OUTPUT.partial; a run that was killed reads them, and
 continues with the rest. The output appears when it is complete, in the input's order.
@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import reprlib
@@ -18,16 +19,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from flaxlm.config import unique_keys
-from flaxlm.decoding.completions import Stopping, as_texts, complete, make_request
-from flaxlm.decoding.constraint import check_expressions
-from flaxlm.decoding.generate import PrefixCache
-from flaxlm.decoding.loading import Run
-from flaxlm.decoding.prefill import (
-  BLOCK_STEPS,
-  MOST_NEW_TOKENS,
-  SMALLEST_PREFIX,
-  common_length,
+from flaxlm.decoding.completions import (
+  Completion,
+  GrowingCompletion,
+  Stopping,
+  answer_all,
+  as_texts,
+  complete,
+  make_request,
 )
+from flaxlm.decoding.constraint import check_expressions
+from flaxlm.decoding.engine import Engine, EngineOptions, EngineRequest
+from flaxlm.decoding.loading import Run
+from flaxlm.decoding.prefill import BLOCK_STEPS, MOST_NEW_TOKENS
 from flaxlm.decoding.sampling import (
   MOST_SAMPLES,
   SamplingSettings,
@@ -52,7 +56,7 @@ class PromptJob(NamedTuple):
 
 
 class SizedJob(NamedTuple):
-  """A job, and the lengths that decide which batch it joins."""
+  """A job, and the lengths that decide when it begins."""
 
   number: int  # of the job in the input, from 0
   job: PromptJob
@@ -208,7 +212,6 @@ def complete_jobs(
   partial = output.with_name(output.name + ".partial")
   header = {"job": fingerprint(run, jobs, num_top)}
   sized = [measure_job(run, number, job) for number, job in enumerate(jobs)]
-  prefix_cache = PrefixCache() if share_a_prefix(run, jobs) else None
   with opened_alone(partial) as file:
     done = read_partial(partial, header)
     on_done(len(done))
@@ -216,12 +219,10 @@ def complete_jobs(
       file.truncate(0)
       print(to_json(header), file=file, flush=True)
     rest = [job for job in sized if job.number not in done]
-    for batch in batch_jobs(rest, batch_size, run.model.cfg.context):
-      results = complete_batch(run, batch, num_top, prefix_cache)
-      for number, samples in results.items():
-        done[number] = samples
-        print(to_json({"index": number, "samples": samples}), file=file, flush=True)
-      on_done(len(results))
+    for number, samples in answer_jobs(run, rest, batch_size, num_top):
+      done[number] = samples
+      print(to_json({"index": number, "samples": samples}), file=file, flush=True)
+      on_done(1)
     whole = output.with_name(output.name + ".tmp")
     try:
       with writing(whole, RESUMES), whole.open("w", encoding="utf-8") as answers:
@@ -247,32 +248,73 @@ def opened_alone(partial: Path) -> Iterator[TextIO]:
     yield file
 
 
-def complete_batch(
-  run: Run,
-  batch: Sequence[SizedJob],
-  num_top: int,
-  prefix_cache: PrefixCache | None,
-) -> dict[int, list[dict]]:
-  """The samples of each job, by its number."""
-  rows: list[SizedJob] = []
-  settings: list[SamplingSettings] = []
-  for sized in batch:
-    rows += [sized] * sized.job.num_samples
-    settings += sized.job.settings.for_samples(sized.job.num_samples)
-  completions = complete(
-    run,
-    [row.job.prompt for row in rows],
-    stack_settings(settings, run.tokenizer),
-    max(row.num_new for row in rows),
-    [dataclasses.replace(row.job.stop, max_tokens=row.num_new) for row in rows],
-    num_top=num_top,
-    prefix_cache=prefix_cache,
-  )
-  results: dict[int, list[dict]] = {sized.number: [] for sized in batch}
-  for row, completion in zip(rows, completions, strict=True):
-    own_id = {} if row.job.id is None else {"id": row.job.id}
-    results[row.number].append(own_id | completion.as_json())
-  return results
+def answer_jobs(
+  run: Run, jobs: Sequence[SizedJob], batch_size: int, num_top: int
+) -> Iterator[tuple[int, list[dict]]]:
+  """The number of each job, and its samples, when they are all done.
+
+  The longest begin first: jobs of like length are decoded together, and at the end no long
+  one is alone.
+  """
+  by_length = sorted(jobs, key=lambda x: (-x.length - x.num_new, x.number))
+  if run.draft is not None:
+    yield from answer_guessing(run, by_length, batch_size, num_top)
+    return
+  options = EngineOptions(rows=batch_size, most_read=None)
+  engine = Engine(run.model, run.params, run.num_ids, run.mesh, run.tokenizer, options)
+  asked: dict[int, tuple[SizedJob, int, Completion]] = {}
+  places = itertools.count()
+  left = {sized.number: sized.job.num_samples for sized in jobs}
+  samples: dict[int, list[Any]] = {n: [None] * count for n, count in left.items()}
+
+  def answers() -> Iterator[tuple[EngineRequest, GrowingCompletion]]:
+    for sized in by_length:
+      job, request = (
+        sized.job,
+        make_request(run, [sized.job.prompt], sized.num_new, num_top),
+      )
+      for settings in job.settings.for_samples(job.num_samples):
+        answer = GrowingCompletion(Completion(job.prompt), run.tokenizer, job.stop)
+        asked[next(places)] = sized, settings.sample, answer.result
+        yield answer.request(request, settings), answer
+
+  for place in answer_all(engine, answers()):
+    sized, sample, result = asked.pop(place)
+    samples[sized.number][sample] = named(sized, result)
+    left[sized.number] -= 1
+    if not left[sized.number]:
+      yield sized.number, samples.pop(sized.number)
+
+
+def answer_guessing(
+  run: Run, jobs: Sequence[SizedJob], batch_size: int, num_top: int
+) -> Iterator[tuple[int, list[dict]]]:
+  """`answer_jobs` with a draft, whose batches begin and end together."""
+  for batch in batch_jobs(jobs, batch_size, run.model.cfg.context):
+    rows = [sized for sized in batch for _ in range(sized.job.num_samples)]
+    settings = [
+      of_sample
+      for sized in batch
+      for of_sample in sized.job.settings.for_samples(sized.job.num_samples)
+    ]
+    completions = complete(
+      run,
+      [row.job.prompt for row in rows],
+      stack_settings(settings, run.tokenizer),
+      max(row.num_new for row in rows),
+      [dataclasses.replace(row.job.stop, max_tokens=row.num_new) for row in rows],
+      num_top=num_top,
+    )
+    results: dict[int, list[dict]] = {sized.number: [] for sized in batch}
+    for row, completion in zip(rows, completions, strict=True):
+      results[row.number].append(named(row, completion))
+    yield from results.items()
+
+
+def named(sized: SizedJob, completion: Completion) -> dict:
+  """A sample as it is written, with the job's own id."""
+  own_id = {} if sized.job.id is None else {"id": sized.job.id}
+  return own_id | completion.as_json()
 
 
 def measure_job(run: Run, number: int, job: PromptJob) -> SizedJob:
@@ -308,14 +350,6 @@ def batch_jobs(
     batch = longer
   if batch:
     yield batch
-
-
-def share_a_prefix(run: Run, jobs: Sequence[PromptJob]) -> bool:
-  """Whether all prompts begin with the same `SMALLEST_PREFIX` tokens."""
-  first = min((job.prompt for job in jobs), default="")
-  last = max((job.prompt for job in jobs), default="")
-  encode = run.tokenizer.encode
-  return common_length(encode(first), encode(last), SMALLEST_PREFIX) == SMALLEST_PREFIX
 
 
 def fingerprint(run: Run, jobs: Sequence[PromptJob], num_top: int) -> str:

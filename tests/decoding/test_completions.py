@@ -18,7 +18,7 @@ from flaxlm.decoding.completions import (
   DEFAULT_NEW_TOKENS,
   Completion,
   Stopping,
-  _GrowingCompletion,
+  GrowingCompletion,
   complete,
 )
 from flaxlm.decoding.loading import Run
@@ -290,7 +290,7 @@ def test_wherever_the_blocks_end(tokens: list[int], stops: list[str], cuts: list
   if found:
     text, reason = text[: min(found)], "stop"
 
-  row = _GrowingCompletion(Completion("prompt"), BYTES, Stopping(strings=stops))
+  row = GrowingCompletion(Completion("prompt"), BYTES, Stopping(strings=stops))
   shown = ""
   borders = [0, *sorted(min(cut, len(tokens)) for cut in cuts), len(tokens)]
   for start, end in itertools.pairwise(borders):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine: a request draws what it would alone, whoever comes and goes beside it."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 

@@ -91,15 +91,18 @@ def test_equal_prompts_have_different_answers(run, tmp_path):
 def test_a_killed_job_goes_on(run, tmp_path, monkeypatch):
   jobs = read_jobs(as_text(LINES), DEFAULTS)
   complete_jobs(run, jobs, tmp_path / "whole.jsonl", 2)
-  batch, calls = jobs_module.complete_batch, []
+  answer_jobs = jobs_module.answer_jobs
+  calls: list[list[int]] = []
 
-  def killed(*arguments: Any) -> Any:
-    calls.append([sized.number for sized in arguments[1]])
-    if len(calls) == 2:
-      raise KeyboardInterrupt
-    return batch(*arguments)
+  def killed(run: Run, jobs: Any, *arguments: Any) -> Any:
+    calls.append([])
+    for number, samples in answer_jobs(run, jobs, *arguments):
+      if len(calls) == 1 and len(calls[0]) == 2:
+        raise KeyboardInterrupt
+      calls[-1].append(number)
+      yield number, samples
 
-  monkeypatch.setattr(jobs_module, "complete_batch", killed)
+  monkeypatch.setattr(jobs_module, "answer_jobs", killed)
   output, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
   with pytest.raises(KeyboardInterrupt):
     complete_jobs(run, jobs, output, 2)
@@ -111,7 +114,7 @@ def test_a_killed_job_goes_on(run, tmp_path, monkeypatch):
   complete_jobs(run, jobs, output, 2)
   assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
   assert not partial.exists()
-  assert sorted(calls[0] + [place for call in calls[2:] for place in call]) == [*range(5)]
+  assert len(calls[0]) == 2 and sorted(calls[0] + calls[1]) == [*range(5)]
 
 
 def test_an_output_has_one_writer(run, tmp_path):
