@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,13 @@ from flaxlm.decoding.prefill import (
   prefill_chunk,
 )
 from flaxlm.decoding.prefill import take_rows as take_read
+from flaxlm.decoding.prefix_store import (
+  PIECE,
+  PrefixStore,
+  cut_piece,
+  has_pieces,
+  put_piece,
+)
 from flaxlm.decoding.rows import (
   Rows,
   Steps,
@@ -115,6 +122,7 @@ class EngineOptions:
   most_read: int | None = CHUNK  # prompt tokens between two blocks; None: whole prompts
   most_steps: int = BLOCK_STEPS  # of a block
   most_bytes: int | None = None  # of the batch's cache, on all devices together
+  prefix_bytes: int = 0  # of past texts that are kept, on all devices together
 
 
 @dataclasses.dataclass
@@ -166,12 +174,15 @@ class _Reading:
   waiting: list[list[_Job]]  # for each text
   cache: Any
   last_RD: Any
-  position: int = 0  # tokens of each text that were read
+  starts: list[int]  # tokens of each prompt that the cache had already
+  position: int = 0  # tokens of each prompt, from there on, that were read
   logits_RV: Any = None  # after the last token of each
 
   @property
-  def longest(self) -> int:
-    return max(len(prompt) for prompt, _ in self.texts)
+  def rest(self) -> list[Sequence[int]]:
+    """What is still to be read of each prompt."""
+    starts = [start + self.position for start in self.starts]
+    return [prompt[at:] for (prompt, _), at in zip(self.texts, starts, strict=True)]
 
 
 class _Block(NamedTuple):
@@ -221,6 +232,9 @@ class Engine:
     self._state: Rows | None = None
     self._slots = self._source_slots = 0
     self._blocks: collections.deque[_Block] = collections.deque()
+    self._store: PrefixStore | None = None
+    if self.options.prefix_bytes and has_pieces(model.cfg):
+      self._store = PrefixStore(self.options.prefix_bytes)
     self._owes_block = False  # the rows that decode have waited for prompts already
     # Of the rows as they are; None when they have changed.
     self._batch_sampling: tuple[Sampling, StaticSampling, Any] | None = None
@@ -264,6 +278,8 @@ class Engine:
     """Ends a request without another event; of one that has ended, nothing happens."""
     job = self._jobs.get(number)
     if job is not None:
+      with use_mesh(self.mesh):
+        self._keep_answer(job)
       self._release(job)
 
   @property
@@ -337,18 +353,24 @@ class Engine:
     if not texts:
       return None
     batch = self.shards * bucket(-(-len(texts) // self.shards), smallest=1)
-    longest = max(len(prompt) for prompt, _ in texts)
-    slots = bucket(longest + MOST_PADDING, SMALLEST_CACHE)
+    found = [self._store.find(prompt) if self._store else [] for prompt, _ in texts]
+    starts = [len(pieces) * PIECE for pieces in found]
+    lengths = [len(text[0]) - at for text, at in zip(texts, starts, strict=True)]
+    slots = bucket(max(starts) + max(lengths) + MOST_PADDING, SMALLEST_CACHE)
     sources = [source for _, source in texts]
     if any(sources):
       source_BS, lengths_B = pad_rows(sources, batch)
-      self.counters.read_tokens += int(lengths_B.sum())
+      self.counters.read_tokens += sum(map(len, sources))
       args = (self.model, self.params, source_BS, lengths_B, slots)
       cache = init_cache_with_source(*args)
     else:
       cache = init_cache(self.model, batch, slots)
+    for row, pieces in enumerate(found):
+      for n, piece in enumerate(pieces):
+        cache = put_piece(cache, piece, np.int32(row), np.int32(n * PIECE))
+    self.counters.cached_tokens += sum(starts)
     last_RD = np.zeros((batch, self.model.cfg.width), self.model.execution.dtype)
-    return _Reading([*texts], [*texts.values()], cache, last_RD)
+    return _Reading([*texts], [*texts.values()], cache, last_RD, starts)
 
   @property
   def _read_together(self) -> int:
@@ -357,7 +379,7 @@ class Engine:
 
   def _read_chunk(self, reading: _Reading, limit: int | None) -> int:
     """Reads at most `limit` more tokens of each prompt; returns how many, with padding."""
-    rest = [prompt[reading.position :] for prompt, _ in reading.texts]
+    rest = reading.rest
     size = chunk_size(max(map(len, rest)), CHUNK if limit is None else limit)
     chunk = [tokens[:size] for tokens in rest]
     tokens_RT, num_new_R = pad_rows(chunk, reading.last_RD.shape[0], size)
@@ -366,9 +388,22 @@ class Engine:
     )
     reading.position += size
     self.counters.read_tokens += sum(map(len, chunk))
-    if reading.position >= reading.longest:
+    if not any(reading.rest):
       reading.logits_RV = logits_of_hidden(self.model, self.params, reading.last_RD)
+      if self._store is not None:
+        for row, (prompt, _) in enumerate(reading.texts):
+          self._store.add(prompt, self._cutter(reading.cache, row))
     return size * len(reading.texts)
+
+  def _cutter(self, cache: Any, row: int) -> Callable[[int], Any]:
+    return lambda start: cut_piece(cache, np.int32(row), np.int32(start))
+
+  def _keep_answer(self, job: _Job) -> None:
+    """Keeps what a row has written, for a prompt that goes on from it."""
+    if self._store is not None and job.row is not None:
+      assert self._state is not None
+      tokens = [*job.request.prompt, *job.tokens[:-1]]
+      self._store.add(tokens, self._cutter(self._state.cache, job.row))
 
   # -- Rows
 
@@ -555,6 +590,8 @@ class Engine:
         job.in_cache = len(job.request.prompt) + len(job.tokens) - 1
       if event.finish_reason is not None:
         broken = job.row if event.error else None
+        if event.error is None:
+          self._keep_answer(job)
         self._release(job)
         if broken is not None:
           self._clear(broken)

@@ -68,6 +68,7 @@ SETTING_KEYS = {field.name for field in dataclasses.fields(SamplingSettings)}
 SETTING_KEYS -= {"row", "sample"}  # these follow from the line
 JOB_KEYS = {*SETTING_KEYS, "prompt", "stop", "stop_tokens", "max_seconds", "max_new_tokens"}
 JOB_KEYS |= {"json_schema", "num_samples", "id"}
+PREFIX_BYTES = 2**28  # of what prompts have in common
 RESUMES = "free some space; the same command goes on from what is done"
 
 
@@ -260,7 +261,7 @@ def answer_jobs(
   if run.draft is not None:
     yield from answer_guessing(run, by_length, batch_size, num_top)
     return
-  options = EngineOptions(rows=batch_size, most_read=None)
+  options = EngineOptions(rows=batch_size, most_read=None, prefix_bytes=PREFIX_BYTES)
   engine = Engine(run.model, run.params, run.num_ids, run.mesh, run.tokenizer, options)
   asked: dict[int, tuple[SizedJob, int, Completion]] = {}
   places = itertools.count()

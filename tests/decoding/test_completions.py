@@ -17,8 +17,8 @@ from flaxlm.config import Config, ModelConfig
 from flaxlm.decoding.completions import (
   DEFAULT_NEW_TOKENS,
   Completion,
-  Stopping,
   GrowingCompletion,
+  Stopping,
   complete,
 )
 from flaxlm.decoding.loading import Run

@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine: a request draws what it would alone, whoever comes and goes beside it."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import slow_but
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from parameters import random_params
 from test_generate import model_of
 
+from flaxlm.config import ModelConfig
 from flaxlm.decoding.engine import Engine, EngineOptions, EngineRequest, Event
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import SamplingSettings, stack_settings
+from flaxlm.nn.models import build_model
 
 DRAWN = SamplingSettings(temperature=1.0, seed=3)
 
@@ -77,3 +84,102 @@ def test_the_tokens_are_those_of_generate(rows: int):
     assert reasons[:-1] == [None] * (len(reasons) - 1)
     stopped = tokens_of(found[number])[-1] in of.stop_tokens
     assert reasons[-1] == ("stop" if stopped else "length")
+
+
+# -- Requests come and go ------------------------------------------------------------------
+
+
+@functools.cache
+def expected(name: str, of: int) -> list[int]:
+  model, params = small_model(name)
+  return alone(model, params, requests_of(name)[of])
+
+
+def small_model(name: str) -> tuple[Any, Any]:
+  if name in FAMILIES:
+    model = build_model(FAMILIES[name])
+    return model, random_params(model)
+  return model_of(name)
+
+
+FAMILIES = {
+  "rnn": ModelConfig(family="rnn", depth=1, width=16, vocab_size=64, context=64),
+  "encoder_decoder": ModelConfig(
+    family="encoder_decoder",
+    encoder_depth=1,
+    depth=1,
+    width=16,
+    num_heads=2,
+    vocab_size=64,
+    context=64,
+  ),
+}
+
+
+def requests_of(name: str) -> list[EngineRequest]:
+  rng, found = np.random.default_rng(7), []
+  is_pair = name == "encoder_decoder"
+  for row in range(6):
+    prompt = rng.integers(0, 64, int(rng.integers(1, 40))).tolist()
+    source = rng.integers(0, 64, int(rng.integers(1, 40))).tolist() if is_pair else None
+    own = dict(source=source, stop_tokens=[7, 8] if row % 2 else [])
+    found.append(request(prompt, int(rng.integers(1, 22)), row, **own))
+  return found
+
+
+@pytest.mark.parametrize(
+  "name", slow_but(["gqa"], ["gqa", "rnn", "encoder_decoder", "window, mqa, untied"])
+)
+@settings(max_examples=8, deadline=None)
+@given(
+  st.lists(
+    st.tuples(
+      st.integers(0, 5), st.integers(0, 3), st.one_of(st.none(), st.integers(0, 4))
+    ),
+    min_size=1,
+    max_size=10,
+  )
+)
+def test_a_request_draws_the_same_tokens_alone_as_among_others(name: str, plan: list):
+  """Each is (which request, steps before it arrives, steps after which it is cancelled)."""
+  engine = engine_of(name)
+  numbers: dict[int, tuple[int, bool]] = {}
+  found: dict[int, list[Event]] = {}
+  gone_at: dict[int, int] = {}
+  now = 0
+
+  def step() -> None:
+    nonlocal now
+    for event in engine.step():
+      assert event.number not in cancelled
+      found.setdefault(event.number, []).append(event)
+    now += 1
+    for number, at in gone_at.items():
+      if at <= now:
+        engine.cancel(number)
+        cancelled.add(number)
+
+  cancelled: set[int] = set()
+  for which, wait, patience in plan:
+    for _ in range(wait):
+      step()
+    number = engine.submit(requests_of(name)[which])
+    numbers[number] = which
+    if patience is not None:
+      gone_at[number] = now + patience
+  while not engine.is_idle:
+    step()
+  assert engine.num_active == engine.num_waiting == 0
+  for number, which in numbers.items():
+    tokens, whole = tokens_of(found.get(number, [])), expected(name, which)
+    ended = found.get(number) and found[number][-1].finish_reason is not None
+    assert tokens == whole if ended else tokens == whole[: len(tokens)]
+    assert ended or number in cancelled
+
+
+@functools.cache
+def engine_of(name: str) -> Engine:
+  """One for all examples: what others have left behind must not matter either."""
+  model, params = small_model(name)
+  options = EngineOptions(rows=3, most_read=32, most_steps=4, prefix_bytes=2**20)
+  return Engine(model, params, 64, options=options)

@@ -112,7 +112,11 @@ def test_a_killed_job_goes_on(run, tmp_path, monkeypatch):
   with pytest.raises(ConfigError, match="belongs to other prompts or settings"):
     complete_jobs(run, jobs[1:], output, 2)
   complete_jobs(run, jobs, output, 2)
-  assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+  # Other rows beside it may round a log-probability in another way.
+  found, expected = written(output), written(tmp_path / "whole.jsonl")
+  for answer, whole in zip(found, expected, strict=True):
+    assert answer.pop("logprobs") == pytest.approx(whole.pop("logprobs"), abs=1e-5)
+  assert found == expected
   assert not partial.exists()
   assert len(calls[0]) == 2 and sorted(calls[0] + calls[1]) == [*range(5)]
 
