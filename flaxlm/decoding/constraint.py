@@ -37,32 +37,41 @@ END = "\U0010ffff"  # stands for the end of text; no text has this code point
 class Automaton(NamedTuple):
   """The next state for each state (X) and kind of token (Y).
 
-  All expressions of a batch share one automaton; each has its own initial state.
+  Several expressions share one automaton; each has its own states and kinds of tokens.
   """
 
-  kinds_V: Any  # the kind of each token; kind 0, of padding ids, is allowed in `FREE` only
+  # The kind of each token in each expression (E). Kind 0 is that of padding ids, which are
+  # allowed in `FREE` only.
+  kinds_EV: Any
+  expressions_X: Any  # whose state it is
   next_XY: Any  # the next state, or `NEVER`
 
   def allowed(self, states_B: jax.Array, num_tokens: int) -> jax.Array:
     """Which of `num_tokens` ids are allowed (B, V)."""
     next_BY = jnp.asarray(self.next_XY)[states_B]
-    return next_BY[:, self._kinds(num_tokens)] >= 0
+    kinds_BV = self._kinds(num_tokens)[jnp.asarray(self.expressions_X)[states_B]]
+    return jnp.take_along_axis(next_BY, kinds_BV, 1) >= 0
 
   def follow(self, states_B: jax.Array, token_B: jax.Array, num_tokens: int) -> jax.Array:
     """The states after these tokens."""
-    return jnp.asarray(self.next_XY)[states_B, self._kinds(num_tokens)[token_B]]
+    expressions_B = jnp.asarray(self.expressions_X)[states_B]
+    kinds_B = self._kinds(num_tokens)[expressions_B, token_B]
+    return jnp.asarray(self.next_XY)[states_B, kinds_B]
 
   def _kinds(self, num_tokens: int) -> jax.Array:
-    missing = num_tokens - self.kinds_V.shape[0]
+    missing = num_tokens - self.kinds_EV.shape[1]
     if missing < 0:
       raise ConfigError(
         f"the tokenizer has {-missing} more ids than the model",
         "decode without a regex or JSON schema",
       )
-    return jnp.pad(jnp.asarray(self.kinds_V), (0, missing))
+    return jnp.pad(jnp.asarray(self.kinds_EV), ((0, 0), (0, missing)))
 
 
-NO_AUTOMATON = Automaton(np.zeros(0, np.int32), np.zeros((0, 0), np.int32))
+# All rows are free, and its one state is `FREE`.
+NO_AUTOMATON = Automaton(
+  np.zeros((1, 0), np.int32), np.zeros(1, np.int32), np.full((1, 1), FREE, np.int32)
+)
 
 
 class Size(NamedTuple):
@@ -121,29 +130,46 @@ def _unusable(expression: str, why: str) -> ConfigError:
   )
 
 
-@functools.lru_cache(maxsize=16)
 def build_automaton(
-  expressions: tuple[str, ...], tokenizer: AnyTokenizer
+  expressions: Sequence[str], tokenizer: AnyTokenizer, least: Sequence[int] = (1, 1, 1)
 ) -> tuple[Automaton, Sequence[int]]:
   """One automaton for some regular expressions, and the initial state of each.
 
-  Where the text matches, the end of text is allowed, and leads to `FREE`. Raises
-  `ConfigError` for an invalid expression, and for one that no tokens can spell.
+  Where the text matches, the end of text is allowed, and leads to `FREE`. E, X and Y
+  are at least `least`. Raises `ConfigError` for an invalid expression, and for one that no
+  tokens can spell.
   """
-  states: list[dict[int, int]] = []  # of state i + 1: token -> next state
-  initial, end = [], tokenizer.eos_id
-  for expression in expressions:
-    index = build_index(expression, tokenizer)
-    transitions, final = index.get_transitions(), index.get_final_states()
-    unfinished = [state for state in transitions if state not in final]
-    number = {state: n for n, state in enumerate(unfinished, len(states) + 1)}
-    number |= dict.fromkeys(final, FREE)
-    initial.append(number[index.get_initial_state()])
-    for state in unfinished:
-      pairs = transitions[state].items()
-      # Other tokens may contain `END`, but only the end of text leads to a final state.
-      states.append({t: number[to] for t, to in pairs if (to in final) == (t == end)})
-  return tabulate(without_dead_ends(states), tokenizer.vocab_size), initial
+  parts = [build_part(expression, tokenizer) for expression in expressions]
+  num_tokens = tokenizer.vocab_size
+  return join([part.automaton for part in parts], num_tokens, least), [
+    sum(other.num_states for other in parts[:n]) + part.initial
+    for n, part in enumerate(parts)
+  ]
+
+
+class Part(NamedTuple):
+  """The automaton of one expression: states 1 to `num_states`, and `FREE`."""
+
+  automaton: Automaton
+  initial: int
+  num_states: int
+
+
+@functools.lru_cache(maxsize=256)
+def build_part(expression: str, tokenizer: AnyTokenizer) -> Part:
+  """The automaton of one expression. Raises `ConfigError` as `build_automaton` does."""
+  end, index = tokenizer.eos_id, build_index(expression, tokenizer)
+  transitions, final = index.get_transitions(), index.get_final_states()
+  unfinished = [state for state in transitions if state not in final]
+  number = {state: n for n, state in enumerate(unfinished, 1)}
+  number |= dict.fromkeys(final, FREE)
+  # Other tokens may contain `END`, but only the end of text leads to a final state.
+  states = [
+    {t: number[to] for t, to in transitions[state].items() if (to in final) == (t == end)}
+    for state in unfinished
+  ]
+  automaton = tabulate(without_dead_ends(states), tokenizer.vocab_size)
+  return Part(automaton, number[index.get_initial_state()], len(states))
 
 
 def without_dead_ends(states: Sequence[dict[int, int]]) -> list[dict[int, int]]:
@@ -168,6 +194,39 @@ def without_dead_ends(states: Sequence[dict[int, int]]) -> list[dict[int, int]]:
     else {token: to for token, to in following.items() if to in alive}
     for following, reached in zip(states, targets, strict=True)
   ]
+
+
+def join(
+  parts: Sequence[Automaton], num_tokens: int, least: Sequence[int] = (1, 1, 1)
+) -> Automaton:
+  """One automaton of several, whose states follow one another; all share `FREE`.
+
+  Sizes are rounded up to powers of two, so that few programs compile.
+  """
+  if not parts and max(least) == 1:
+    return NO_AUTOMATON
+  sizes = (
+    len(parts),
+    1 + sum(part.next_XY.shape[0] - 1 for part in parts),
+    max((part.next_XY.shape[1] for part in parts), default=1),
+  )
+  E, X, Y = (
+    max(low, 1 << (max(1, size) - 1).bit_length())
+    for low, size in zip(least, sizes, strict=True)
+  )
+  kinds_EV, expressions_X = np.zeros((E, num_tokens), np.int32), np.zeros(X, np.int32)
+  next_XY = np.full((X, Y), NEVER, np.int32)
+  next_XY[FREE] = FREE
+  start = 1
+  for n, part in enumerate(parts):
+    of_part_XY = part.next_XY[1:]
+    kinds_EV[n] = part.kinds_EV[0]
+    end = start + len(of_part_XY)
+    expressions_X[start:end] = n
+    moved_XY = np.where(of_part_XY > 0, of_part_XY + start - 1, of_part_XY)
+    next_XY[start:end, : moved_XY.shape[1]] = moved_XY
+    start = end
+  return Automaton(kinds_EV, expressions_X, next_XY)
 
 
 @functools.lru_cache(maxsize=64)
@@ -204,10 +263,7 @@ def build_vocabulary(tokenizer: AnyTokenizer) -> Any:
 
 
 def tabulate(states: Sequence[dict[int, int]], num_tokens: int) -> Automaton:
-  """The automaton's tables; state 0 is `FREE`.
-
-  Sizes are rounded up to powers of two, so that few programs compile.
-  """
+  """The tables of one expression; state 0 is `FREE`."""
   kinds_V = np.zeros(num_tokens, np.int64)
   for following in states:
     next_V = np.full(num_tokens, NEVER, np.int64)
@@ -216,13 +272,13 @@ def tabulate(states: Sequence[dict[int, int]], num_tokens: int) -> Automaton:
     both_V = kinds_V * (len(states) + 2) + next_V - NEVER
     _, kinds_V = np.unique(both_V, return_inverse=True)
   _, tokens_Y = np.unique(kinds_V, return_index=True)
-  sizes = [1 << int(n).bit_length() for n in (len(states), len(tokens_Y))]
-  next_XY = np.full(sizes, NEVER, np.int32)
+  next_XY = np.full((1 + len(states), 1 + len(tokens_Y)), NEVER, np.int32)
   next_XY[FREE] = FREE
   for state, following in enumerate(states, 1):
     for kind, token in enumerate(tokens_Y.tolist(), 1):
       next_XY[state, kind] = following.get(token, NEVER)
-  return Automaton(kinds_V.astype(np.int32) + 1, next_XY)
+  kinds_EV = kinds_V.astype(np.int32)[None] + 1
+  return Automaton(kinds_EV, np.zeros(1 + len(states), np.int32), next_XY)
 
 
 def outlines() -> Any:

@@ -22,7 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxlm.decoding.constraint import FREE, NO_AUTOMATON, Automaton, build_automaton
+from flaxlm.config import ResolvedModel
+from flaxlm.decoding.constraint import (
+  FREE,
+  NO_AUTOMATON,
+  Automaton,
+  build_automaton,
+  build_part,
+)
 from flaxlm.decoding.generate import StaticSampling
 from flaxlm.decoding.prefill import (
   BLOCK_STEPS,
@@ -49,11 +56,13 @@ from flaxlm.decoding.rows import (
   decode_rows,
   draw_first,
   insert_rows,
+  renumber,
   resize_cache,
   take_rows,
 )
 from flaxlm.decoding.sampling import (
   HISTORY_RULES,
+  RULES,
   Sampling,
   SamplingSettings,
   TokenHistory,
@@ -70,6 +79,8 @@ from flaxlm.tokenizers import AnyTokenizer
 
 MOST_PADDING = 32  # tokens of padding, which cost no more than a pass of their own
 SMALLEST_CACHE = 64  # slots
+# Where shapes are given: biases and stops of a row; expressions, states, kinds of tokens.
+LEAST_BIASES, LEAST_STOPS, LEAST_AUTOMATON = 512, 8, (4, 256, 64)
 IDLE = SamplingSettings(temperature=0.0)
 
 
@@ -110,12 +121,24 @@ class Event(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Shapes:
+  """The few shapes that an engine may use; each combination of them is a program.
+
+  Sizes ascend, and the last of each is enough for every request.
+  """
+
+  rows: Sequence[int]  # of the batch
+  slots: Sequence[int]  # of a row, and for an encoder-decoder of its source
+  rules: Sequence[tuple[str, ...]]  # each set has all rules of those before it
+  num_tops: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineOptions:
   """How large the batch may become, and which shapes it may have.
 
-  Without buckets it takes the shapes that suit the requests, and compiles each when it is
-  first needed. With all four of them the programs are known, and `Engine.warm` compiles
-  them before the first request.
+  Without `shapes` it takes what suits the requests, and compiles it when it is first
+  needed. With them `warming.warm` compiles all programs before the first request.
   """
 
   rows: int = 16  # the most requests that are decoded together
@@ -123,6 +146,20 @@ class EngineOptions:
   most_steps: int = BLOCK_STEPS  # of a block
   most_bytes: int | None = None  # of the batch's cache, on all devices together
   prefix_bytes: int = 0  # of past texts that are kept, on all devices together
+  shapes: Shapes | None = None
+
+
+def few_shapes(cfg: ResolvedModel, rows: int, most_top: int = 20) -> Shapes:
+  """Shapes for a server: few programs, for requests of all kinds."""
+  last = -(-(cfg.context + MOST_PADDING) // SMALLEST_CACHE) * SMALLEST_CACHE
+  slots = [n for n in (256, 1024, 4096, 16_384) if 2 * n <= last] + [last]
+  without_history = tuple(name for name in RULES if name not in HISTORY_RULES)
+  return Shapes(
+    rows=sorted({1, -(-rows // 4), rows}),
+    slots=slots,
+    rules=[("temperature",), without_history, tuple(RULES)],
+    num_tops=sorted({0, min(most_top, cfg.num_ids)}),
+  )
 
 
 @dataclasses.dataclass
@@ -218,6 +255,8 @@ class Engine:
   ):
     self.model, self.mesh, self.tokenizer = model, mesh, tokenizer
     self.options = options or EngineOptions()
+    if (most_read := self.options.most_read) is not None and most_read < SMALLEST_BUCKET:
+      raise ConfigError(f"most_read is {most_read}", f"use {SMALLEST_BUCKET} or more")
     self.num_ids = num_ids
     with use_mesh(mesh):
       self.params = prepare_params(params, model.cfg)
@@ -240,7 +279,8 @@ class Engine:
     self._batch_sampling: tuple[Sampling, StaticSampling, Any] | None = None
     self._num_ids = jnp.int32(num_ids)
     self._expressions: list[str] = []
-    self._automaton: tuple[Automaton, dict] = NO_AUTOMATON, {None: FREE}
+    self._starts: dict[str, int] = {}  # the first state of each
+    self._automaton = self.automaton_of([])
 
   # -- What a client calls
 
@@ -260,9 +300,14 @@ class Engine:
     if regex is not None:
       if self.tokenizer is None:
         raise ConfigError("a regex needs the tokenizer")
-      build_automaton((regex,), self.tokenizer)
+      build_part(regex, self.tokenizer)
     unformed = dataclasses.replace(request.settings, regex=None)
     check_rows(stack_rows([unformed], NO_AUTOMATON, {None: FREE}), 1, self.num_ids)
+    shapes = self.options.shapes
+    if shapes is not None and request.num_top > shapes.num_tops[-1]:
+      raise ConfigError(
+        f"top-logprobs is {request.num_top}", f"it can be 0 to {shapes.num_tops[-1]}"
+      )
     job = _Job(next(self._numbers), request)
     if not self._fits([job]):
       raise ConfigError(
@@ -327,6 +372,8 @@ class Engine:
         self._reading = self._begin_reading()
         if self._reading is None:
           return
+        if left is not None:
+          left -= sum(len(source) for _, source in self._reading.texts)
       if self._reading.logits_RV is None:
         is_urgent = not self.num_active  # nobody waits
         limit = most if is_urgent else left
@@ -344,7 +391,7 @@ class Engine:
     while self._queue:
       job = self._queue[0]
       if job.text not in texts:
-        is_full = len(active) >= self.options.rows or len(texts) >= self._read_together
+        is_full = len(active) >= self.options.rows or len(texts) >= self.read_together
         if is_full or not self._fits([*active, job]):
           break
         active.append(job)
@@ -356,10 +403,11 @@ class Engine:
     found = [self._store.find(prompt) if self._store else [] for prompt, _ in texts]
     starts = [len(pieces) * PIECE for pieces in found]
     lengths = [len(text[0]) - at for text, at in zip(texts, starts, strict=True)]
-    slots = bucket(max(starts) + max(lengths) + MOST_PADDING, SMALLEST_CACHE)
+    slots = self.bucket_of_reading(max(starts) + max(lengths) + MOST_PADDING)
     sources = [source for _, source in texts]
     if any(sources):
-      source_BS, lengths_B = pad_rows(sources, batch)
+      longest = self.bucket_of_source(max(map(len, sources)))
+      source_BS, lengths_B = pad_rows(sources, batch, longest)
       self.counters.read_tokens += sum(map(len, sources))
       args = (self.model, self.params, source_BS, lengths_B, slots)
       cache = init_cache_with_source(*args)
@@ -373,7 +421,7 @@ class Engine:
     return _Reading([*texts], [*texts.values()], cache, last_RD, starts)
 
   @property
-  def _read_together(self) -> int:
+  def read_together(self) -> int:
     """Prompts of one pass. A CPU gains nothing by more than it must take."""
     return self.shards if jax.default_backend() == "cpu" else 8 * self.shards
 
@@ -443,7 +491,7 @@ class Engine:
     if picked != [*range(batch)]:
       logits_RV, cache = take_read(logits_RV, cache, np.array(picked, np.int32))
     assert self._state is not None
-    history = None if self._state.history is None else self._history_of(padded)
+    history = self._history_of(padded) if self._has_history else None
     left_R = np.array([job.request.max_new_tokens for job in padded], np.int32)
     sampling, static, stops_RE = self._sampling_of(padded)
     new, step = draw_first(
@@ -465,12 +513,12 @@ class Engine:
     if not self.num_active:  # nothing is to be kept
       self._state, self._rows, self._slots, self._source_slots = None, [], 0, 0
     needs_history = any(self._needs_history(job) for job in jobs)
-    slots = max(self._slots, self._bucket_of_slots(max(job.in_cache for job in jobs)))
+    slots = max(self._slots, self.bucket_of_slots(max(job.in_cache for job in jobs)))
     source_slots = self._source_slots
     if any(sources):
-      source_slots = max(source_slots, bucket(max(sources)))
+      source_slots = max(source_slots, self.bucket_of_source(max(sources)))
     if self._state is None:
-      batch = self._bucket_of_rows(self._wanted_rows)
+      batch = self.bucket_of_rows(self._wanted_rows)
       self._slots, self._source_slots = slots, source_slots
       idle = jnp.zeros(cache.lengths_B.shape[0], jnp.int32)
       rows_B = np.zeros(batch, np.int32)
@@ -480,7 +528,7 @@ class Engine:
     else:
       self._resize(slots, source_slots)
       self._rearrange(self._wanted_rows)
-    if needs_history and self._state.history is None:
+    if needs_history and not self._has_history:
       shape = (len(self._rows), self.model.cfg.vocab_size)
       self._state = self._state._replace(history=empty_history(*shape))
 
@@ -497,7 +545,7 @@ class Engine:
 
   def _rearrange(self, count: int) -> None:
     """Gives the batch room for `count` rows, and not for many more."""
-    batch = self._bucket_of_rows(count)
+    batch = self.bucket_of_rows(count)
     if batch == len(self._rows):
       return
     assert self._state is not None
@@ -538,27 +586,27 @@ class Engine:
 
   def _start_block(self) -> None:
     """Starts a block of decode steps of all active rows."""
+    assert self._state is not None
     active = [job for job in self._rows if job is not None]
     num_steps = self.options.most_steps
     if not self.runs_ahead:
       num_steps = min(num_steps, max(job.left for job in active))
     lengths = [min(job.final_length, job.in_cache + num_steps) for job in active]
-    slots = self._bucket_of_slots(max(lengths))
+    slots = self.bucket_of_slots(max(lengths))
     if slots > self._slots or 3 * slots <= 2 * self._slots:
       self._resize(slots, self._source_slots)
-    if self._bucket_of_rows(self._wanted_rows) < len(self._rows):
+    if self.bucket_of_rows(self._wanted_rows) < len(self._rows):
       self._rearrange(self._wanted_rows)
+    if self._has_history and not any(map(self._needs_history, active)):
+      self._state = self._state._replace(history=None)
+      self._batch_sampling = None
     if self._batch_sampling is None:
       self._batch_sampling = self._sampling_of(self._rows)
     sampling, static, stops_BE = self._batch_sampling
-    assert self._state is not None
-    state = self._state
-    if not HISTORY_RULES & set(static.rules):
-      state = state._replace(history=None)
     self._state, steps, num_steps_run = decode_rows(
       self.model,
       self.params,
-      state,
+      self._state,
       np.array([job is not None for job in self._rows]),
       sampling,
       stops_BE,
@@ -637,29 +685,44 @@ class Engine:
 
   # -- Shapes, and what they need
 
-  def _bucket_of_slots(self, length: int) -> int:
+  def bucket_of_slots(self, length: int) -> int:
+    """The slots of the batch for rows of this length."""
+    if self.model.cfg.family == "rnn":  # whose cache has none
+      return SMALLEST_CACHE
+    if self.options.shapes is not None:
+      return least(self.options.shapes.slots, length)
     return bucket(length, SMALLEST_CACHE, fine=True)
 
-  def _bucket_of_rows(self, count: int) -> int:
+  def bucket_of_reading(self, length: int) -> int:
+    """The slots of a cache that prompts are read into."""
+    if self.options.shapes is not None or self.model.cfg.family == "rnn":
+      return self.bucket_of_slots(length)
+    return bucket(length, SMALLEST_CACHE)
+
+  def bucket_of_source(self, length: int) -> int:
+    if self.options.shapes is not None:
+      return least(self.options.shapes.slots, length)
+    return bucket(length)
+
+  def bucket_of_rows(self, count: int) -> int:
     """The rows of a batch for `count` requests: all there may be, or a quarter as often."""
-    most = -(-self.options.rows // self.shards) * self.shards
-    size = most
-    while size > self.shards:
-      quarter = max(1, size // self.shards // 4) * self.shards
-      if quarter < count:
-        break
-      size = quarter
-    return size
+    sizes = [self.options.rows]
+    while sizes[-1] > 1:
+      sizes.append(max(1, sizes[-1] // 4))
+    if self.options.shapes is not None:
+      sizes = [*self.options.shapes.rows]
+    return -(-least(sorted(sizes), count) // self.shards) * self.shards
 
   def _fits(self, jobs: Sequence[_Job]) -> bool:
     """Whether the batch's cache is not too large when these requests reach their ends."""
     most = self.options.most_bytes
     if most is None:
       return True
-    batch = self._bucket_of_rows(len(jobs))
-    slots = self._bucket_of_slots(max(job.final_length for job in jobs))
+    batch = self.bucket_of_rows(len(jobs))
+    slots = self.bucket_of_slots(max(job.final_length for job in jobs))
     source = max(len(job.request.source or ()) for job in jobs)
-    return cache_bytes(self.model, batch, slots, bucket(source) if source else 0) <= most
+    source_slots = self.bucket_of_source(source) if source else 0
+    return cache_bytes(self.model, batch, slots, source_slots) <= most
 
   # -- Sampling
 
@@ -667,44 +730,67 @@ class Engine:
     self, jobs: Sequence[_Job | None]
   ) -> tuple[Sampling, StaticSampling, np.ndarray]:
     """The settings of some rows, the part that is compiled in, and their stop tokens."""
+    shapes, with_history = self.options.shapes, self._has_history
     settings = [IDLE if job is None else job.request.settings for job in jobs]
     automaton, states = self._automaton
     sampling = stack_rows(settings, automaton, states)
+    rules = rules_in_use(sampling)
     num_top = max((job.request.num_top for job in jobs if job is not None), default=0)
-    if num_top:
-      num_top = min(bucket(num_top, smallest=1), self.model.cfg.vocab_size)
-    static = StaticSampling(rules_in_use(sampling), num_top)
+    least_stops = 4
+    if shapes is not None:
+      least_stops = LEAST_STOPS
+      needed = {*rules, *(HISTORY_RULES if with_history else ())}
+      rules = next(names for names in shapes.rules if needed <= {*names})
+      if "bias" in rules:
+        sampling = stack_rows(settings, automaton, states, LEAST_BIASES)
+      num_top = least(shapes.num_tops, num_top)
+    elif num_top:
+      num_top = min(bucket(num_top, smallest=1), self.model.cfg.num_ids)
     stops = [() if job is None else [*job.request.stop_tokens] for job in jobs]
-    stops_BE = np.full((len(jobs), bucket(max(map(len, stops)), smallest=4)), -1, np.int32)
+    width = bucket(max(map(len, stops)), smallest=least_stops)
+    stops_BE = np.full((len(jobs), width), -1, np.int32)
     for row, of_row in enumerate(stops):
       stops_BE[row, : len(of_row)] = of_row
-    return jax.tree.map(jnp.asarray, sampling), static, stops_BE
+    return jax.tree.map(jnp.asarray, sampling), StaticSampling(rules, num_top), stops_BE
 
   def _take_expressions(self, jobs: Sequence[_Job]) -> None:
-    """Adds the regular expressions of new requests to the automaton of the batch.
+    """Adds the regular expressions of new requests to the automaton of the batch, and drops
+    those that no row uses any more."""
+    of = lambda jobs: {job.request.settings.regex for job in jobs if job is not None}
+    used = of(self._rows)
+    new = sorted(of(jobs) - {*self._expressions, None})
+    if not new:
+      return
+    before = self._expressions
+    self._expressions = [e for e in before if e in used] + new
+    assert self.tokenizer is not None
+    parts = [build_part(e, self.tokenizer) for e in self._expressions]
+    first = itertools.accumulate((part.num_states for part in parts), initial=1)
+    starts = dict(zip(self._expressions, first, strict=False))
+    if self._has_history and before != self._expressions[: len(before)]:
+      assert self._state is not None
+      moved_X = np.zeros(self._automaton[0].next_XY.shape[0], np.int32)  # FREE: dropped
+      for expression, start in self._starts.items():
+        if expression in used:
+          count = build_part(expression, self.tokenizer).num_states
+          moved_X[start : start + count] = starts[expression] + np.arange(count)
+      self._state = renumber(self._state, moved_X)
+    self._starts = starts
+    self._automaton = self.automaton_of(self._expressions)
+    self._batch_sampling = None
 
-    It only grows while a row uses it: the numbers of its states stay.
-    """
-    of = lambda jobs: [job.request.settings.regex for job in jobs if job is not None]
-    new, used = of(jobs), {*of(self._rows)} - {None}
-    if not used:
-      self._expressions = []
-    unknown = [
-      e for e in dict.fromkeys(new) if e is not None and e not in self._expressions
-    ]
-    if not used or unknown:
-      self._expressions += unknown
-      self._automaton = NO_AUTOMATON, {None: FREE}
-      if self._expressions:
-        assert self.tokenizer is not None
-        expressions = tuple(self._expressions)
-        automaton, initial = build_automaton(expressions, self.tokenizer)
-        automaton = jax.tree.map(jnp.asarray, automaton)
-        self._automaton = (
-          automaton,
-          {None: FREE, **dict(zip(expressions, initial, strict=True))},
-        )
-      self._batch_sampling = None
+  def automaton_of(self, expressions: Sequence[str]) -> tuple[Automaton, dict]:
+    """The automaton on the device, and the initial state of each expression."""
+    if self.tokenizer is None:
+      return NO_AUTOMATON, {None: FREE}
+    sizes = (1, 1, 1) if self.options.shapes is None else LEAST_AUTOMATON
+    automaton, initial = build_automaton(expressions, self.tokenizer, sizes)
+    states = dict(zip(expressions, initial, strict=True))
+    return jax.tree.map(jnp.asarray, automaton), {None: FREE, **states}
+
+  @property
+  def _has_history(self) -> bool:
+    return self._state is not None and self._state.history is not None
 
   def _needs_history(self, job: _Job) -> bool:
     settings = job.request.settings
@@ -718,9 +804,13 @@ class Engine:
     for row, job in enumerate(jobs):
       in_prompt_BV[row, [*job.request.prompt]] = True
     states = [self._automaton[1][job.request.settings.regex] for job in jobs]
-    return TokenHistory(
-      jnp.asarray(in_prompt_BV), jnp.zeros(shape, jnp.int32), jnp.array(states, jnp.int32)
-    )
+    counts_BV, states_B = np.zeros(shape, np.int32), np.array(states, np.int32)
+    return jax.device_put(TokenHistory(in_prompt_BV, counts_BV, states_B))
+
+
+def least(sizes: Sequence[int], number: int) -> int:
+  """The least of some ascending sizes that is enough; the last if none is."""
+  return next((size for size in sizes if size >= number), sizes[-1])
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "num_tokens"))

@@ -185,6 +185,14 @@ def resize_cache(cfg: ResolvedModel, cache: Any, slots: int, source_slots: int) 
   return cache.constrained()
 
 
+@functools.partial(jax.jit, donate_argnames="rows")
+def renumber(rows: Rows, moved_X: jax.Array) -> Rows:
+  """The rows with the states of their automaton renamed, X to `moved_X`."""
+  assert rows.history is not None
+  states_B = jnp.asarray(moved_X)[rows.history.states_B]
+  return pinned(rows._replace(history=rows.history._replace(states_B=states_B)))
+
+
 def pinned(rows: Rows) -> Rows:
   """The same rows, each array in its one layout on a mesh: one program follows another."""
   names = {1: ("batch",), 2: ("batch", None)}

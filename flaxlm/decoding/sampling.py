@@ -165,7 +165,7 @@ class TokenHistory(NamedTuple):
   def add(self, token_B: jax.Array, sampling: Sampling) -> "TokenHistory":
     """The history after one more generated token of each row."""
     rows_B, states_B = jnp.arange(token_B.shape[0]), self.states_B
-    if sampling.automaton.kinds_V.size:
+    if sampling.automaton.kinds_EV.size:
       num_tokens = self.counts_BV.shape[1]
       states_B = sampling.automaton.follow(states_B, token_B, num_tokens)
     counts_BV = self.counts_BV.at[rows_B, token_B].add(1)

@@ -46,7 +46,8 @@ def accepts(ids: list[int], number: int, tokenizer=BPE) -> bool:
   for token in [*ids, tokenizer.eos_id]:
     if state == FREE:
       return False
-    state = automaton.next_XY[state, automaton.kinds_V[token]]
+    kind = automaton.kinds_EV[automaton.expressions_X[state], token]
+    state = automaton.next_XY[state, kind]
     if state == NEVER:
       return False
   return bool(state == FREE)
@@ -86,8 +87,8 @@ def test_the_end_can_come_after_every_token_that_is_allowed(expression):
 
 def test_many_tokens_are_of_few_kinds():
   automaton, _ = build_automaton((r"[0-9]+",), BPE)
-  assert len(np.unique(automaton.kinds_V)) <= 6  # digits by number, the end, all others
-  assert len(set(automaton.kinds_V[BPE.encode("7") + BPE.encode("8")])) == 1
+  assert len(np.unique(automaton.kinds_EV[0])) <= 6  # digits by number, the end, all others
+  assert len(set(automaton.kinds_EV[0][BPE.encode("7") + BPE.encode("8")])) == 1
 
 
 def answers(run: Run, rows: list[SamplingSettings], count: int = 40) -> list:

@@ -14,10 +14,19 @@ from parameters import random_params
 from test_generate import model_of
 
 from flaxlm.config import ModelConfig
-from flaxlm.decoding.engine import Engine, EngineOptions, EngineRequest, Event
+from flaxlm.decoding.compile_counter import count_compilations
+from flaxlm.decoding.engine import (
+  Engine,
+  EngineOptions,
+  EngineRequest,
+  Event,
+  Shapes,
+  few_shapes,
+)
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import SamplingSettings, stack_settings
+from flaxlm.decoding.warming import warm
 from flaxlm.nn.models import build_model
 
 DRAWN = SamplingSettings(temperature=1.0, seed=3)
@@ -183,3 +192,47 @@ def engine_of(name: str) -> Engine:
   model, params = small_model(name)
   options = EngineOptions(rows=3, most_read=32, most_steps=4, prefix_bytes=2**20)
   return Engine(model, params, 64, options=options)
+
+
+# -- Programs ------------------------------------------------------------------------------
+
+
+def serving(name: str = "gqa", **more: Any) -> Engine:
+  """An engine with few shapes, which is warm."""
+  model, params = small_model(name)
+  shapes = Shapes(
+    rows=[1, 3], slots=[64, 128], rules=few_shapes(model.cfg, 3).rules, num_tops=[0, 4]
+  )
+  options = EngineOptions(rows=3, most_read=32, most_steps=4, shapes=shapes, **more)
+  engine = Engine(model, params, 64, tokenizer=None, options=options)
+  assert warm(engine) > 0
+  return engine
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_after_the_start():
+  model, params = small_model("gqa")
+  engine = serving(prefix_bytes=2**20)
+  kinds = [{}, {"top_k": 3, "banned_tokens": [1, 2]}, {"presence_penalty": 1.0}]
+  rng = np.random.default_rng(0)
+  asked = [
+    request(
+      rng.integers(0, 64, int(rng.integers(1, 41))).tolist(),
+      int(rng.integers(1, 23)),
+      num_top=int(rng.integers(0, 5)),
+      stop_tokens=[int(rng.integers(0, 64))],
+      temperature=float(rng.integers(0, 2)),
+      **kinds[n % 3],
+    )
+    for n in range(12)
+  ]
+  with count_compilations() as counter:
+    numbers, events = [], []
+    for of in [*asked[:6], *asked]:
+      numbers.append(engine.submit(of))
+      events += engine.step()
+    found = finish(engine, events)
+  assert counter.programs == 0
+  for number, of in [*zip(numbers, [*asked[:6], *asked], strict=True)][::4]:
+    assert tokens_of(found[number]) == alone(model, params, of)
+    assert all(len(top) == of.num_top for e in found[number] for top in e.top_tokens)

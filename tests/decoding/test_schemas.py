@@ -100,7 +100,8 @@ def automaton_of(expressions: tuple[str, ...]) -> Any:
   def accepts(number: int, text: str) -> bool:
     state = initial[number]
     for token in [*BYTES.encode(text), BYTES.eos_id]:
-      state = NEVER if state == FREE else automaton.next_XY[state, automaton.kinds_V[token]]
+      kind = automaton.kinds_EV[automaton.expressions_X[state], token]
+      state = NEVER if state == FREE else automaton.next_XY[state, kind]
       if state == NEVER:
         return False
     return bool(state == FREE)
