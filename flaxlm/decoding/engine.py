@@ -228,6 +228,7 @@ class _Block(NamedTuple):
   jobs: list[tuple[int, _Job]]  # (row, job)
   steps: Steps
   num_steps: Any
+  is_decoded: bool = True  # and not drawn from the prompts' last tokens
 
 
 # -- The engine ----------------------------------------------------------------------------
@@ -459,13 +460,18 @@ class Engine:
     """Gives free rows to requests whose prompts were read; False if some still wait."""
     batch = reading.last_RD.shape[0]
     while any(reading.waiting):
-      count = min(batch, self.options.rows - self.num_active)
-      if count <= 0:
+      active = [job for job in self._rows if job is not None]
+      most = min(batch, self.options.rows - len(active))
+      now: list[tuple[int, _Job]] = []
+      for n, job in ((n, job) for n, jobs in enumerate(reading.waiting) for job in jobs):
+        if len(now) == most or not self._fits([*active, *(job for _, job in now), job]):
+          break
+        now.append((n, job))
+      if not now:
         return False
-      waiting = [(n, job) for n, jobs in enumerate(reading.waiting) for job in jobs]
-      for n, job in waiting[:count]:
+      for n, job in now:
         reading.waiting[n].remove(job)
-      self._insert_together(reading, waiting[:count])
+      self._insert_together(reading, now)
     self._reading = None
     return True
 
@@ -501,7 +507,7 @@ class Engine:
     new = new._replace(cache=self._resized(cache))
     rows_R = np.array([job.row for job in padded], np.int32)
     self._state = insert_rows(self._state, new, rows_R)
-    self._blocks.append(_Block([*enumerate(jobs)], step, 1))
+    self._blocks.append(_Block([*enumerate(jobs)], step, 1, False))
     self._free_spent_rows()
 
   def _resized(self, cache: Any) -> Any:
@@ -518,7 +524,7 @@ class Engine:
     if any(sources):
       source_slots = max(source_slots, self.bucket_of_source(max(sources)))
     if self._state is None:
-      batch = self.bucket_of_rows(self._wanted_rows)
+      batch = self.bucket_of_rows(self._wanted_rows(len(jobs)))
       self._slots, self._source_slots = slots, source_slots
       idle = jnp.zeros(cache.lengths_B.shape[0], jnp.int32)
       rows_B = np.zeros(batch, np.int32)
@@ -527,13 +533,15 @@ class Engine:
       self._rows = [None] * batch
     else:
       self._resize(slots, source_slots)
-      self._rearrange(self._wanted_rows)
+      self._rearrange(self._wanted_rows(len(jobs)))
     if needs_history and not self._has_history:
       shape = (len(self._rows), self.model.cfg.vocab_size)
       self._state = self._state._replace(history=empty_history(*shape))
 
-  @property
-  def _wanted_rows(self) -> int:
+  def _wanted_rows(self, num_new: int = 0) -> int:
+    """Rows for the active requests, some new ones and, if they fit, all that wait."""
+    if self.options.most_bytes is not None:
+      return self.num_active + num_new
     return min(self.options.rows, len(self._jobs))
 
   def _resize(self, slots: int, source_slots: int) -> None:
@@ -595,8 +603,8 @@ class Engine:
     slots = self.bucket_of_slots(max(lengths))
     if slots > self._slots or 3 * slots <= 2 * self._slots:
       self._resize(slots, self._source_slots)
-    if self.bucket_of_rows(self._wanted_rows) < len(self._rows):
-      self._rearrange(self._wanted_rows)
+    if self.bucket_of_rows(self._wanted_rows()) < len(self._rows):
+      self._rearrange(self._wanted_rows())
     if self._has_history and not any(map(self._needs_history, active)):
       self._state = self._state._replace(history=None)
       self._batch_sampling = None
@@ -628,6 +636,7 @@ class Engine:
   def _collect(self, block: _Block) -> Iterator[Event]:
     """What a block has brought; waits for it."""
     steps, num_steps = jax.tree.map(on_host, block.steps), int(block.num_steps)
+    self.counters.steps += num_steps if block.is_decoded else 0
     for row, job in block.jobs:
       if job.is_done:
         continue
@@ -805,7 +814,7 @@ class Engine:
       in_prompt_BV[row, [*job.request.prompt]] = True
     states = [self._automaton[1][job.request.settings.regex] for job in jobs]
     counts_BV, states_B = np.zeros(shape, np.int32), np.array(states, np.int32)
-    return jax.device_put(TokenHistory(in_prompt_BV, counts_BV, states_B))
+    return TokenHistory(*map(jax.device_put, (in_prompt_BV, counts_BV, states_B)))
 
 
 def least(sizes: Sequence[int], number: int) -> int:

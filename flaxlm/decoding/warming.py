@@ -46,7 +46,6 @@ from flaxlm.decoding.sampling import HISTORY_RULES, stack_rows
 from flaxlm.nn.models import init_cache
 from flaxlm.sharding import use_mesh
 
-
 FIRST = np.int32(0), np.int32(0)  # row and token
 
 

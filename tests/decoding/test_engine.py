@@ -1,33 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine: a request draws what it would alone, whoever comes and goes beside it."""
 
+import dataclasses
 import functools
+import itertools
+import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from conftest import slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from meshes import mesh_of
 from parameters import random_params
+from test_completions import make_run
 from test_generate import model_of
 
-from flaxlm.config import ModelConfig
+from flaxlm.config import ModelConfig, MoEConfig
+from flaxlm.decoding import engine as engine_module
 from flaxlm.decoding.compile_counter import count_compilations
 from flaxlm.decoding.engine import (
+  Counters,
   Engine,
   EngineOptions,
   EngineRequest,
   Event,
   Shapes,
+  cache_bytes,
   few_shapes,
 )
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.prefill import Request
+from flaxlm.decoding.prefix_store import PIECE, PrefixStore
 from flaxlm.decoding.sampling import SamplingSettings, stack_settings
 from flaxlm.decoding.warming import warm
-from flaxlm.nn.models import build_model
+from flaxlm.errors import ConfigError, NonFiniteError
+from flaxlm.nn.models import abstract_params, build_model
 
 DRAWN = SamplingSettings(temperature=1.0, seed=3)
 
@@ -112,6 +123,16 @@ def small_model(name: str) -> tuple[Any, Any]:
 
 
 FAMILIES = {
+  "long": ModelConfig(depth=1, width=16, num_heads=2, vocab_size=64, context=320),
+  "moe": ModelConfig(
+    depth=1,
+    width=16,
+    num_heads=2,
+    vocab_size=64,
+    context=64,
+    tied_embeddings=False,
+    moe=MoEConfig(num_experts=4, experts_per_token=2),
+  ),
   "rnn": ModelConfig(family="rnn", depth=1, width=16, vocab_size=64, context=64),
   "encoder_decoder": ModelConfig(
     family="encoder_decoder",
@@ -236,3 +257,195 @@ def test_nothing_is_compiled_after_the_start():
   for number, of in [*zip(numbers, [*asked[:6], *asked], strict=True)][::4]:
     assert tokens_of(found[number]) == alone(model, params, of)
     assert all(len(top) == of.num_top for e in found[number] for top in e.top_tokens)
+
+
+# -- Rows ----------------------------------------------------------------------------------
+
+
+def test_a_long_prompt_does_not_stall_the_others(monkeypatch):
+  """At most `most_read` of its tokens are read between two blocks of steps."""
+  done: list[int] = []  # tokens read, or 0 for a block
+
+  def logged(name: str, what: Any) -> None:
+    function = getattr(engine_module, name)
+
+    def logging(*arguments: Any) -> Any:
+      done.append(what(*arguments))
+      return function(*arguments)
+
+    monkeypatch.setattr(engine_module, name, logging)
+
+  logged("prefill_chunk", lambda model, params, tokens_RT, *_: tokens_RT.size)
+  logged("decode_rows", lambda *_: 0)
+  engine = engine_of("gqa")
+  engine.submit(request([50], 25, 1))
+  engine.step()
+  for row in (2, 3):
+    engine.submit(request([*range(1, 39)], 3, row))
+  finish(engine)
+  between = [sum(run) for is_block, run in itertools.groupby(done, bool) if is_block]
+  assert between == [32] * 5, "one short prompt, and two of 38 in two chunks each"
+  assert done.count(0) > len(between)
+
+
+def test_a_free_row_is_taken_at_once():
+  """And is never idle while others wait: few steps more than there are tokens."""
+  engine = engine_of("gqa")
+  engine.counters = Counters()
+  asked = [request([row], 2 + 7 * (row % 2), row) for row in range(8)]
+  numbers = [engine.submit(of) for of in asked]
+  found = finish(engine)
+  assert [len(tokens_of(found[number])) for number in numbers] == [2, 9] * 4
+  after_first = sum(of.max_new_tokens - 1 for of in asked)
+  assert engine.counters.drawn_tokens == after_first + len(asked)
+  assert engine.counters.steps <= after_first / 3 + 8
+
+
+def test_a_cancelled_request_is_gone_wherever_it_is():
+  engine = engine_of("gqa")
+  kept = engine.submit(request([1], 20, 1))
+  in_row = engine.submit(request([2], 20, 2))
+  being_read = engine.submit(request([*range(1, 39)], 20, 3))
+  in_queue = [engine.submit(request([4], 20, 4 + n)) for n in range(4)]
+  events = engine.step()
+  for number in (in_row, being_read, *in_queue, in_row):
+    engine.cancel(number)
+  found = finish(engine, [event for event in events if event.number == kept])
+  assert [*found] == [kept] and len(tokens_of(found[kept])) == 20
+  assert engine.is_idle and not engine.step()
+
+
+def test_what_can_never_fit_is_refused_and_the_rest_waits():
+  model, params = small_model("gqa")
+  slots_64 = cache_bytes(model, 1, 64, 0)
+  options = EngineOptions(rows=3, most_steps=4, most_read=32, most_bytes=slots_64)
+  engine = Engine(model, params, 64, options=options)
+  with pytest.raises(ConfigError, match="a prompt has no tokens"):
+    engine.submit(request([], 2))
+  with pytest.raises(ConfigError, match="a regex needs the tokenizer"):
+    engine.submit(request([1], 2, regex="a"))
+  with pytest.raises(ConfigError, match="prompt of 60 tokens"):
+    engine.submit(request([1] * 60, 20))
+  for row in range(3):
+    engine.submit(request([1], 2, row))
+  most = 0
+  while not engine.is_idle:
+    engine.step()
+    most = max(most, engine.num_active)
+  assert most == 1, "there is room for one row"
+  engine.options = dataclasses.replace(options, most_bytes=slots_64 - 1)
+  with pytest.raises(ConfigError, match=r"a request of 3 tokens needs a cache of more"):
+    engine.submit(request([1], 2))
+
+
+# -- What texts begin with -----------------------------------------------------------------
+
+
+def test_what_was_read_before_is_not_read_again():
+  """And what was written, where a conversation goes on; the tokens are the same."""
+  model, params = small_model("long")
+  options = EngineOptions(rows=2, most_steps=16, prefix_bytes=2**20)
+  engine = Engine(model, params, 64, options=options)
+  rng = np.random.default_rng(0)
+  beginning = rng.integers(0, 64, 2 * PIECE).tolist()
+  for n, end in enumerate(([1], [2, 3], [])):
+    of = request([*beginning, *end], 4, n)
+    number, before = engine.submit(of), dataclasses.replace(engine.counters)
+    assert tokens_of(finish(engine)[number]) == alone(model, params, of)
+    cached = engine.counters.cached_tokens - before.cached_tokens
+    read = engine.counters.read_tokens - before.read_tokens
+    assert cached + read == len(of.prompt)
+    assert cached == [0, 2 * PIECE, PIECE][n], "a token of a prompt is always read"
+  first = request([*beginning, 5], PIECE, 7)
+  number = engine.submit(first)
+  answer = tokens_of(finish(engine)[number])
+  before = engine.counters.cached_tokens
+  following = request([*first.prompt, *answer, 9], 4, 8)
+  number = engine.submit(following)
+  assert tokens_of(finish(engine)[number]) == alone(model, params, following)
+  assert engine.counters.cached_tokens - before == 3 * PIECE
+
+
+@given(st.lists(st.lists(st.integers(0, 1), max_size=4), max_size=12), st.integers(1, 4))
+def test_the_store_keeps_its_limit_and_whole_beginnings(texts: list, room: int):
+  """Each digit stands for a piece."""
+  store = PrefixStore(room * 8)
+  texts = [[digit for digit in text for _ in range(PIECE)] for text in texts]
+  for text in texts:
+    store.add(text, lambda at, text=text: np.array([text[at]]))
+    assert store.num_bytes == 8 * len(store._pieces) <= room * 8
+    found = [piece.item() for piece in store.find([*text, 2])]
+    assert found == text[::PIECE][:room], "the newest is kept, as far as there is room"
+  for text in texts:
+    pieces = [piece.item() for piece in store.find([*text, 2])]
+    assert pieces == text[::PIECE][: len(pieces)]
+
+
+# -- What goes wrong -----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["window, mqa, untied", "moe"])
+def test_a_request_that_is_not_finite_ends_alone(name: str):
+  """An id whose embedding is NaN; the next one in its row finds nothing of it."""
+  model, params = small_model(name)
+  table = np.array(params["embedding"]["table"])
+  table[5] = np.nan
+  broken = params | {"embedding": {"table": table}}
+  engine = Engine(model, broken, 64, options=EngineOptions(rows=2, most_steps=4))
+  no_5 = dict(banned_tokens=[5])
+  ways = [
+    request([1, 2], 12, **no_5),
+    request([5, 2], 12, 1),
+    request([3], 12, 2, **no_5),
+  ]
+  numbers = [engine.submit(of) for of in ways]
+  found = finish(engine)
+  assert found[numbers[1]][-1].finish_reason == "error"
+  assert isinstance(found[numbers[1]][-1].error, NonFiniteError)
+  assert not tokens_of(found[numbers[1]])
+  for n in (0, 2):
+    assert tokens_of(found[numbers[n]]) == alone(model, params, ways[n])
+
+
+# -- Everything together -------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gqa", "rnn", "encoder_decoder"])
+def test_a_mesh_changes_no_token(name: str):
+  model, params = small_model(name)
+  mesh = mesh_of(fsdp=2, tensor=2)
+  options = EngineOptions(rows=4, most_read=32, most_steps=4, prefix_bytes=2**20)
+  placed = jax.tree.map(
+    lambda x, at: jax.device_put(x, at.sharding), params, abstract_params(model, mesh)
+  )
+  engine = Engine(model, placed, 64, mesh, options=options)
+  numbers = [engine.submit(of) for of in requests_of(name)]
+  found = finish(engine)
+  for which, number in enumerate(numbers):
+    assert tokens_of(found[number]) == expected(name, which)
+
+
+@pytest.mark.slow
+def test_answers_have_their_forms_whoever_comes_and_goes():
+  """Forms of several requests, which begin and end at different times."""
+  run = make_run(0.0)
+  options = EngineOptions(rows=2, most_steps=4, most_read=32)
+  engine = Engine(run.model, run.params, run.num_ids, run.mesh, run.tokenizer, options)
+  forms = ["[0-9]{2,9}", "(ab|cd)+x", None, "yes|no", "[0-9]{2,9}", None, "é{3}"]
+  asked = [
+    request([97], 30, row, regex=form, stop_tokens=[*run.tokenizer.eos_ids])
+    for row, form in enumerate(forms)
+  ]
+  numbers = [engine.submit(of) for of in asked]
+  found = finish(engine)
+  for number, of, form in zip(numbers, asked, forms, strict=True):
+    tokens = tokens_of(found[number])
+    if form is not None and found[number][-1].finish_reason == "stop":
+      assert re.fullmatch(form, run.tokenizer.decode(tokens[:-1]))
+    settings = stack_settings([of.settings], run.tokenizer)
+    whole = Request([of.prompt], of.max_new_tokens, run.num_ids)
+    blocks = [*generate(run.model, run.params, whole, settings, run.mesh)]
+    apart = np.concatenate([block.tokens_BT[0] for block in blocks]).tolist()
+    assert tokens == apart[: len(tokens)]
