@@ -23,7 +23,6 @@ from flaxlm.config import ModelConfig, MoEConfig
 from flaxlm.decoding import engine as engine_module
 from flaxlm.decoding.compile_counter import count_compilations
 from flaxlm.decoding.engine import (
-  Counters,
   Engine,
   EngineOptions,
   EngineRequest,
@@ -281,7 +280,7 @@ def test_a_long_prompt_does_not_stall_the_others(monkeypatch):
   engine.submit(request([50], 25, 1))
   engine.step()
   for row in (2, 3):
-    engine.submit(request([*range(1, 39)], 3, row))
+    engine.submit(request([*range(row, row + 38)], 3, row))
   finish(engine)
   between = [sum(run) for is_block, run in itertools.groupby(done, bool) if is_block]
   assert between == [32] * 5, "one short prompt, and two of 38 in two chunks each"
@@ -290,8 +289,8 @@ def test_a_long_prompt_does_not_stall_the_others(monkeypatch):
 
 def test_a_free_row_is_taken_at_once():
   """And is never idle while others wait: few steps more than there are tokens."""
-  engine = engine_of("gqa")
-  engine.counters = Counters()
+  options = dataclasses.replace(engine_of("gqa").options, most_read=None)
+  engine = Engine(*model_of("gqa"), 64, options=options)
   asked = [request([row], 2 + 7 * (row % 2), row) for row in range(8)]
   numbers = [engine.submit(of) for of in asked]
   found = finish(engine)
