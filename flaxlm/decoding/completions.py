@@ -8,10 +8,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from flaxlm.decoding.beams import beam_search
-from flaxlm.decoding.engine import Engine, EngineRequest
+from flaxlm.decoding.engine import Engine
 from flaxlm.decoding.generate import PrefixCache, generate
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import Request
+from flaxlm.decoding.requests import EngineRequest
 from flaxlm.decoding.sampling import (
   Sampling,
   SamplingSettings,

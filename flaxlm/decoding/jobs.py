@@ -29,9 +29,10 @@ from flaxlm.decoding.completions import (
   make_request,
 )
 from flaxlm.decoding.constraint import check_expressions
-from flaxlm.decoding.engine import Engine, EngineOptions, EngineRequest
+from flaxlm.decoding.engine import Engine
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import BLOCK_STEPS, MOST_NEW_TOKENS
+from flaxlm.decoding.requests import EngineOptions, EngineRequest
 from flaxlm.decoding.sampling import (
   MOST_SAMPLES,
   SamplingSettings,

@@ -15,14 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.decoding.compile_counter import count_compilations
-from flaxlm.decoding.engine import (
-  CHUNK_SIZES,
-  IDLE,
-  LEAST_BIASES,
-  LEAST_STOPS,
-  Engine,
-  empty_history,
-)
+from flaxlm.decoding.constraint import FREE, Automaton
+from flaxlm.decoding.engine import Engine
 from flaxlm.decoding.generate import StaticSampling
 from flaxlm.decoding.prefill import (
   CHUNK,
@@ -33,6 +27,14 @@ from flaxlm.decoding.prefill import (
 )
 from flaxlm.decoding.prefill import take_rows as take_read
 from flaxlm.decoding.prefix_store import cut_piece, has_pieces, put_piece
+from flaxlm.decoding.requests import IDLE
+from flaxlm.decoding.row_settings import (
+  LEAST_BIASES,
+  LEAST_STOPS,
+  RowSettings,
+  empty_history,
+)
+from flaxlm.decoding.row_sizes import CHUNK_SIZES
 from flaxlm.decoding.rows import (
   Rows,
   decode_rows,
@@ -62,7 +64,7 @@ def warm(engine: Engine) -> int:
 def _sizes(engine: Engine) -> list[tuple[int, int]]:
   """The slots that a row may have, and its source."""
   assert engine.options.shapes is not None
-  slots = [*dict.fromkeys(map(engine.bucket_of_slots, engine.options.shapes.slots))]
+  slots = [*dict.fromkeys(map(engine.sizes.bucket_of_slots, engine.options.shapes.slots))]
   is_pair = engine.model.cfg.family == "encoder_decoder"
   sources = engine.options.shapes.slots if is_pair else [0]
   return [*itertools.product(slots, sources)]
@@ -71,18 +73,24 @@ def _sizes(engine: Engine) -> list[tuple[int, int]]:
 def _counts(engine: Engine) -> list[int]:
   """The rows that the batch may have."""
   assert engine.options.shapes is not None
-  return sorted({engine.bucket_of_rows(n) for n in engine.options.shapes.rows})
+  return sorted({engine.sizes.bucket_of_rows(n) for n in engine.options.shapes.rows})
+
+
+def _automaton(engine: Engine) -> Automaton:
+  """The smallest that the rows may share."""
+  settings = RowSettings(engine.model.cfg, engine.options.shapes, engine.tokenizer)
+  return settings.automaton
 
 
 def _ways(engine: Engine, count: int) -> Iterator[tuple[Any, StaticSampling, Any, Any]]:
   """All ways to sample: arrays of so many rows, what is compiled in, stops, history."""
   assert engine.options.shapes is not None
-  automaton, states = engine.automaton_of([])
+  automaton = _automaton(engine)
   for rules, num_top in itertools.product(
     engine.options.shapes.rules, engine.options.shapes.num_tops
   ):
     biases = LEAST_BIASES if "bias" in rules else 0
-    sampling = stack_rows([IDLE] * count, automaton, states, biases)
+    sampling = stack_rows([IDLE] * count, automaton, {None: FREE}, biases)
     stops_BE = np.full((count, LEAST_STOPS), -1, np.int32)
     history = None
     if HISTORY_RULES & {*rules}:
@@ -169,7 +177,7 @@ def _warm_batch(
   for size in _sizes(engine):
     resize_cache(cfg, batch.cache, *size)
   with_history = batch._replace(history=empty_history(count, cfg.vocab_size))
-  num_states = engine.automaton_of([])[0].next_XY.shape[0]
+  num_states = _automaton(engine).next_XY.shape[0]
   with_history = renumber(with_history, np.zeros(num_states, np.int32))
   for rows in (with_history, with_history._replace(history=None)):
     for other in {*_counts(engine), engine.shards}:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import slow_but
+from conftest import slow, slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from meshes import mesh_of
@@ -22,18 +22,18 @@ from test_generate import model_of
 from flaxlm.config import ModelConfig, MoEConfig
 from flaxlm.decoding import engine as engine_module
 from flaxlm.decoding.compile_counter import count_compilations
-from flaxlm.decoding.engine import (
-  Engine,
+from flaxlm.decoding.engine import Engine
+from flaxlm.decoding.generate import generate
+from flaxlm.decoding.prefill import Request
+from flaxlm.decoding.prefix_store import PIECE, PrefixStore
+from flaxlm.decoding.requests import (
   EngineOptions,
   EngineRequest,
   Event,
   Shapes,
-  cache_bytes,
   few_shapes,
 )
-from flaxlm.decoding.generate import generate
-from flaxlm.decoding.prefill import Request
-from flaxlm.decoding.prefix_store import PIECE, PrefixStore
+from flaxlm.decoding.row_sizes import cache_bytes
 from flaxlm.decoding.sampling import SamplingSettings, stack_settings
 from flaxlm.decoding.warming import warm
 from flaxlm.errors import ConfigError, NonFiniteError
@@ -91,10 +91,12 @@ REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_the_tokens_are_those_of_generate(rows: int):
+@pytest.mark.parametrize(("rows", "ahead"), [(3, False), slow(1, False), slow(3, True)])
+def test_the_tokens_are_those_of_generate(rows: int, ahead: bool):
+  """Also where the device is a block ahead of the host, as an accelerator is."""
   model, params = model_of("gqa")
   engine = Engine(model, params, 64, options=EngineOptions(rows=rows))
+  engine.runs_ahead = ahead
   numbers = [engine.submit(of) for of in REQUESTS]
   found = finish(engine)
   for number, of in zip(numbers, REQUESTS, strict=True):
@@ -332,7 +334,8 @@ def test_what_can_never_fit_is_refused_and_the_rest_waits():
     engine.step()
     most = max(most, engine.num_active)
   assert most == 1, "there is room for one row"
-  engine.options = dataclasses.replace(options, most_bytes=slots_64 - 1)
+  options = dataclasses.replace(options, most_bytes=slots_64 - 1)
+  engine = Engine(model, params, 64, options=options)
   with pytest.raises(ConfigError, match=r"a request of 3 tokens needs a cache of more"):
     engine.submit(request([1], 2))
 

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine is asked, what it answers, and what it may use for that."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+from flaxlm.config import ResolvedModel
+from flaxlm.decoding.prefill import BLOCK_STEPS, CHUNK
+from flaxlm.decoding.sampling import HISTORY_RULES, RULES, SamplingSettings
+from flaxlm.errors import FlaxLMError
+
+MOST_PADDING = 32  # tokens of padding, which cost no more than a pass of their own
+SMALLEST_CACHE = 64  # slots
+IDLE = SamplingSettings(temperature=0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineRequest:
+  """One answer to one prompt, as token ids.
+
+  `source` is what an encoder-decoder reads; its prompt is what it has written so far. The
+  answer ends after a token of `stop_tokens`, which are all of them: no other id is special.
+  What depends on the text or the time is the client's, who cancels.
+  """
+
+  prompt: Sequence[int]
+  max_new_tokens: int
+  settings: SamplingSettings = IDLE  # greedy
+  source: Sequence[int] | None = None
+  num_top: int = 0  # likeliest tokens to report at each step
+  stop_tokens: Collection[int] = ()
+
+  @property
+  def final_length(self) -> int:
+    """Tokens that its cache holds in the end: the last one is never read."""
+    return len(self.prompt) + self.max_new_tokens - 1
+
+
+class Event(NamedTuple):
+  """New tokens of a request, with their log-probabilities and the likeliest of each step.
+
+  The last event of a request has the reason of its end: "stop" (a stop token, which is the
+  last of `tokens`), "length", or "error", which is told by `error`.
+  """
+
+  number: int  # as `submit` has returned
+  tokens: list[int]
+  logprobs: list[float]
+  top_tokens: list[list[int]]
+  top_logprobs: list[list[float]]
+  finish_reason: str | None = None
+  error: FlaxLMError | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shapes:
+  """The few shapes that an engine may use; each combination of them is a program.
+
+  Sizes ascend, and the last of each is enough for every request.
+  """
+
+  rows: Sequence[int]  # of the batch
+  slots: Sequence[int]  # of a row, and for an encoder-decoder of its source
+  rules: Sequence[tuple[str, ...]]  # each set has all rules of those before it
+  num_tops: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+  """How large the batch may become, and which shapes it may have.
+
+  Without `shapes` it takes what suits the requests, and compiles it when it is first
+  needed. With them `warming.warm` compiles all programs before the first request.
+  """
+
+  rows: int = 16  # the most requests that are decoded together
+  most_read: int | None = CHUNK  # prompt tokens between two blocks; None: whole prompts
+  most_steps: int = BLOCK_STEPS  # of a block
+  most_bytes: int | None = None  # of the batch's cache, on all devices together
+  prefix_bytes: int = 0  # of past texts that are kept, on all devices together
+  shapes: Shapes | None = None
+
+
+def few_shapes(cfg: ResolvedModel, rows: int, most_top: int = 20) -> Shapes:
+  """Shapes for a server: few programs, for requests of all kinds."""
+  last = -(-(cfg.context + MOST_PADDING) // SMALLEST_CACHE) * SMALLEST_CACHE
+  slots = [n for n in (256, 1024, 4096, 16_384) if 2 * n <= last] + [last]
+  without_history = tuple(name for name in RULES if name not in HISTORY_RULES)
+  return Shapes(
+    rows=sorted({1, -(-rows // 4), rows}),
+    slots=slots,
+    rules=[("temperature",), without_history, tuple(RULES)],
+    num_tops=sorted({0, min(most_top, cfg.num_ids)}),
+  )
+
+
+@dataclasses.dataclass
+class Counters:
+  """What an engine has done so far."""
+
+  read_tokens: int = 0  # of prompts, by the model
+  cached_tokens: int = 0  # of prompts, taken from the prefix cache
+  drawn_tokens: int = 0
+  steps: int = 0  # of decoding
+  blocks: int = 0

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the rows of a batch are sampled, whose requests come and go.
+
+Settings are arrays, of which only the kinds of rules in use are compiled in. The regular
+expressions of all rows share one automaton, and their states are numbered one expression
+after another: when some are dropped, those that follow get other numbers.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxlm.config import ResolvedModel
+from flaxlm.decoding.constraint import (
+  FREE,
+  NO_AUTOMATON,
+  Automaton,
+  build_automaton,
+  build_part,
+)
+from flaxlm.decoding.generate import StaticSampling
+from flaxlm.decoding.prefill import bucket
+from flaxlm.decoding.requests import IDLE, EngineRequest, Shapes
+from flaxlm.decoding.row_sizes import least
+from flaxlm.decoding.sampling import (
+  HISTORY_RULES,
+  Sampling,
+  TokenHistory,
+  check_rows,
+  rules_in_use,
+  stack_rows,
+)
+from flaxlm.errors import ConfigError
+from flaxlm.tokenizers import AnyTokenizer
+
+# Where shapes are given: biases and stops of a row; expressions, states, kinds of tokens.
+LEAST_BIASES, LEAST_STOPS, LEAST_AUTOMATON = 512, 8, (4, 256, 64)
+
+# The arrays of some rows, the part that is compiled in, and their stop tokens (B, E).
+RowSampling = tuple[Sampling, StaticSampling, np.ndarray]
+
+
+class RowSettings:
+  """The sampling of rows, and the automaton that they share."""
+
+  def __init__(
+    self, cfg: ResolvedModel, shapes: Shapes | None, tokenizer: AnyTokenizer | None
+  ):
+    self.cfg, self.shapes, self.tokenizer = cfg, shapes, tokenizer
+    self._starts: dict[str, int] = {}  # the first state of each expression
+    self._build([])
+
+  def check(self, request: EngineRequest, num_ids: int) -> None:
+    """Raises `ConfigError` for settings that are wrong."""
+    settings = request.settings
+    settings.check()
+    if settings.regex is not None:
+      if self.tokenizer is None:
+        raise ConfigError("a regex needs the tokenizer")
+      build_part(settings.regex, self.tokenizer)
+    states = {None: FREE, settings.regex: FREE}
+    check_rows(stack_rows([settings], NO_AUTOMATON, states), 1, num_ids)
+    if self.shapes is not None and request.num_top > self.shapes.num_tops[-1]:
+      raise ConfigError(
+        f"top-logprobs is {request.num_top}", f"it can be 0 to {self.shapes.num_tops[-1]}"
+      )
+
+  def sampling_of(
+    self, requests: Sequence[EngineRequest | None], with_history: bool
+  ) -> RowSampling:
+    """The sampling of some rows; None is an idle one."""
+    settings = [IDLE if request is None else request.settings for request in requests]
+    given = [request for request in requests if request is not None]
+    sampling = stack_rows(settings, self.automaton, self._states)
+    rules = rules_in_use(sampling)
+    num_top = max((request.num_top for request in given), default=0)
+    stops = max((len(request.stop_tokens) for request in given), default=0)
+    width = bucket(max(1, stops), smallest=4)
+    if self.shapes is not None:
+      needed = {*rules, *(HISTORY_RULES if with_history else ())}
+      rules = next(names for names in self.shapes.rules if needed <= {*names})
+      if "bias" in rules:
+        sampling = stack_rows(settings, self.automaton, self._states, LEAST_BIASES)
+      num_top, width = least(self.shapes.num_tops, num_top), max(width, LEAST_STOPS)
+    elif num_top:
+      num_top = min(bucket(num_top, smallest=1), self.cfg.num_ids)
+    stops_BE = np.full((len(requests), width), -1, np.int32)
+    for row, request in enumerate(requests):
+      if request is not None:
+        stops_BE[row, : len(request.stop_tokens)] = [*request.stop_tokens]
+    return jax.tree.map(jnp.asarray, sampling), StaticSampling(rules, num_top), stops_BE
+
+  # -- Regular expressions
+
+  def admit(
+    self, new: Iterable[EngineRequest], active: Iterable[EngineRequest]
+  ) -> np.ndarray | None:
+    """Adds the expressions of new requests, and drops those that no active one has.
+
+    Returns the new number of each state that had one; None if all of them stay.
+    """
+    used, wanted = (
+      {request.settings.regex for request in requests if request.settings.regex is not None}
+      for requests in (active, new)
+    )
+    unknown = sorted(wanted - self._starts.keys())
+    if not unknown:
+      return None
+    assert self.tokenizer is not None
+    before, num_states = self._starts, self.automaton.next_XY.shape[0]
+    self._build([*(e for e in before if e in used), *unknown])
+    moved_X = np.zeros(num_states, np.int32)  # FREE: dropped
+    for expression in used:
+      count = build_part(expression, self.tokenizer).num_states
+      start = before[expression]
+      moved_X[start : start + count] = self._starts[expression] + np.arange(count)
+    stay = all(self._starts[expression] == before[expression] for expression in used)
+    return None if stay else moved_X
+
+  def _build(self, expressions: Sequence[str]) -> None:
+    self.automaton: Automaton = NO_AUTOMATON
+    self._states: dict[str | None, int] = {None: FREE}
+    if self.tokenizer is None:
+      return
+    sizes = (1, 1, 1) if self.shapes is None else LEAST_AUTOMATON
+    automaton, initial = build_automaton(expressions, self.tokenizer, sizes)
+    self.automaton = Automaton(*map(jnp.asarray, automaton))
+    self._states |= dict(zip(expressions, initial, strict=True))
+    parts = [build_part(expression, self.tokenizer) for expression in expressions]
+    starts = itertools.accumulate((part.num_states for part in parts), initial=1)
+    self._starts = dict(zip(expressions, starts, strict=False))
+
+  # -- What rules must know of the past
+
+  def history_of(self, requests: Sequence[EngineRequest]) -> TokenHistory:
+    """The history of requests that have drawn nothing yet."""
+    shape = (len(requests), self.cfg.vocab_size)
+    in_prompt_BV = np.zeros(shape, bool)
+    for row, request in enumerate(requests):
+      in_prompt_BV[row, [*request.prompt]] = True
+    states = [self._states[request.settings.regex] for request in requests]
+    counts_BV, states_B = np.zeros(shape, np.int32), np.array(states, np.int32)
+    return TokenHistory(*map(jax.device_put, (in_prompt_BV, counts_BV, states_B)))
+
+
+def needs_history(request: EngineRequest) -> bool:
+  """Whether a rule that the request uses must know its tokens so far."""
+  settings = request.settings
+  penalties: tuple[Any, ...] = (settings.presence_penalty, settings.frequency_penalty)
+  is_neutral = settings.repetition_penalty == 1 and not any(penalties)
+  return not is_neutral or settings.regex is not None
+
+
+@functools.partial(jax.jit, static_argnames=("batch", "num_tokens"))
+def empty_history(batch: int, num_tokens: int) -> TokenHistory:
+  shape = (batch, num_tokens)
+  states_B = jnp.full(batch, FREE, jnp.int32)
+  return TokenHistory(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32), states_B)
