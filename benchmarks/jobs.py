@@ -32,14 +32,16 @@ def main() -> None:
 
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--before", required=True, help="a checkout to compare with")
-  parser.add_argument("--batch-sizes", type=int, nargs="*", default=[8, 32])
+  parser.add_argument(
+    "--batch-sizes", type=int, nargs="+", default=[0, 8, 32], help="0: one stream"
+  )
   parser.add_argument("--prompts", type=int, default=64)
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--config", default="gpt2_124m")
   add_output(parser)
   args = parser.parse_args()
   results = []
-  for batch in [0, *args.batch_sizes]:
+  for batch in args.batch_sizes:
     results += compare(args, batch)
   write(results, args)
 
@@ -58,8 +60,10 @@ def compare(args: argparse.Namespace, batch: int) -> list[Any]:
     for number in range(args.rounds + 1):  # the first compiles
       for name, side in sides.items():
         rounds[name].append(ask(side))
-        seconds = rounds[name][-1]["seconds"]
-        print(f"batch {batch}, round {number}, {name}: {seconds:.1f} s", file=sys.stderr)
+        times = "{seconds:.1f} s, {processor:.1f} s of processors".format(
+          **rounds[name][-1]
+        )
+        print(f"batch {batch}, round {number}, {name}: {times}", file=sys.stderr)
   finally:
     for side in sides.values():
       side.kill()

@@ -66,6 +66,7 @@ LONGEST = (
   *(
     "test_training",
     "test_prefill",
+    "test_engine",
     "test_jobs",
     "test_sharding_report",
     "test_step_reference",

@@ -65,7 +65,7 @@ def add_infer(commands: Any) -> None:
   flag("--num-samples", int, "completions per prompt", default=1)
   # Where they end.
   flag("--max-new-tokens", int)
-  flag("--max-seconds", float, "for each batch of prompts")
+  flag("--max-seconds", float, "for all prompts together, or each of FILE.jsonl")
   flag("--stop", list[str], "end before this text")
   flag("--stop-token", list[int], "end with this token", metavar="ID")
   # Beam search.
