@@ -122,7 +122,15 @@ class _Block(NamedTuple):
 
 
 class Engine:
-  """Decodes requests in the rows of one batch. See the module.
+  """Decodes requests in the rows of one batch:
+
+      engine = Engine(run.model, run.params, run.num_ids, run.mesh, run.tokenizer)
+      number = engine.submit(EngineRequest(prompt=ids, max_new_tokens=20))
+      while not engine.is_idle:
+        for event in engine.step():
+          ...  # more tokens of request `event.number`
+
+  Whoever finds in them what ends an answer, or waits no longer, calls `cancel`.
 
   Args:
     model: of any family that writes text.
