@@ -117,6 +117,10 @@ def expected(name: str, of: int) -> list[int]:
 
 
 def small_model(name: str) -> tuple[Any, Any]:
+  if name == "int8":
+    model, params = model_of("gqa")
+    execution = dataclasses.replace(model.execution, narrow_cache=True)
+    return model.clone(execution=execution), params
   if name in FAMILIES:
     model = build_model(FAMILIES[name])
     return model, random_params(model)
@@ -159,7 +163,11 @@ def requests_of(name: str) -> list[EngineRequest]:
 
 
 @pytest.mark.parametrize(
-  "name", slow_but(["gqa"], ["gqa", "rnn", "encoder_decoder", "window, mqa, untied"])
+  "name",
+  [
+    *slow_but(["gqa"], ["gqa", "rnn", "encoder_decoder", "window, mqa, untied"]),
+    fuzz("int8"),
+  ],
 )
 @settings(max_examples=8, deadline=None)
 @given(
