@@ -50,7 +50,6 @@ from flaxlm.decoding.row_settings import (
   RowSampling,
   RowSettings,
   empty_history,
-  needs_history,
 )
 from flaxlm.decoding.row_sizes import RowSizes, chunk_size
 from flaxlm.decoding.rows import (
@@ -77,6 +76,7 @@ class _Job:
 
   number: int
   request: EngineRequest
+  needs_history: bool
   is_queued: bool = True
   row: int | None = None
   in_cache: int = 0  # tokens, at most, after all blocks that were started
@@ -191,7 +191,7 @@ class Engine:
     )
     whole.check(self.model.cfg)
     self._settings.check(request, self.num_ids)
-    job = _Job(next(self._numbers), request)
+    job = _Job(next(self._numbers), request, self._settings.needs_history(request))
     if not self.sizes.fits([request]):
       raise ConfigError(
         f"a request of {job.request.final_length + 1} tokens needs a cache of more than "
@@ -432,7 +432,7 @@ class Engine:
     else:
       self._resize(slots, source_slots)
       self._rearrange(self._wanted_rows(len(jobs)))
-    if any(needs_history(job.request) for job in jobs) and not self._has_history:
+    if any(job.needs_history for job in jobs) and not self._has_history:
       shape = (len(self._rows), self.model.cfg.vocab_size)
       self._state = self._state._replace(history=empty_history(*shape))
 
@@ -503,7 +503,7 @@ class Engine:
       self._resize(slots, self._source_slots)
     if self.sizes.bucket_of_rows(self._wanted_rows()) < len(self._rows):
       self._rearrange(self._wanted_rows())
-    if self._has_history and not any(map(needs_history, self._active_requests)):
+    if self._has_history and not any(job.needs_history for job in active):
       self._state = self._state._replace(history=None)
       self._batch_sampling = None
     if self._batch_sampling is None:

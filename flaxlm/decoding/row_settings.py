@@ -9,7 +9,6 @@ after another: when some are dropped, those that follow get other numbers.
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +136,14 @@ class RowSettings:
 
   # -- What rules must know of the past
 
+  def needs_history(self, request: EngineRequest) -> bool:
+    """Whether a rule that is compiled in for the request must know its tokens so far."""
+    states = {None: FREE, request.settings.regex: FREE + 1}
+    rules = {*rules_in_use(stack_rows([request.settings], NO_AUTOMATON, states))}
+    if self.shapes is not None:
+      rules = {*next(names for names in self.shapes.rules if rules <= {*names})}
+    return bool(rules & HISTORY_RULES)
+
   def history_of(self, requests: Sequence[EngineRequest]) -> TokenHistory:
     """The history of requests that have drawn nothing yet."""
     shape = (len(requests), self.cfg.vocab_size)
@@ -146,14 +153,6 @@ class RowSettings:
     states = [self._states[request.settings.regex] for request in requests]
     counts_BV, states_B = np.zeros(shape, np.int32), np.array(states, np.int32)
     return TokenHistory(*map(jax.device_put, (in_prompt_BV, counts_BV, states_B)))
-
-
-def needs_history(request: EngineRequest) -> bool:
-  """Whether a rule that the request uses must know its tokens so far."""
-  settings = request.settings
-  penalties: tuple[Any, ...] = (settings.presence_penalty, settings.frequency_penalty)
-  is_neutral = settings.repetition_penalty == 1 and not any(penalties)
-  return not is_neutral or settings.regex is not None
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "num_tokens"))
