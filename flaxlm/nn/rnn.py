@@ -22,6 +22,9 @@ from flaxlm.nn.layers import build_norm
 from flaxlm.sharding import RULES, constrain, partition_spec
 
 
+STATE_NAMES = (None, "batch", "act_embed")
+
+
 class RNNCache(NamedTuple):
   """The state after the tokens so far, and their number; used like a `KVCache`.
 
@@ -46,7 +49,7 @@ class RNNCache(NamedTuple):
 
   def constrained(self) -> "RNNCache":
     """The same state, in its one layout on a mesh."""
-    state = jax.tree.map(lambda x: constrain(x, None, "batch", None), self.state)
+    state = jax.tree.map(lambda x: constrain(x, *STATE_NAMES), self.state)
     return RNNCache(state, constrain(self.lengths_B, "batch"))
 
   def resized(self, *_: Any, **__: Any) -> "RNNCache":
