@@ -21,7 +21,6 @@ from flaxlm.nn.execution import Execution, run_layers, stacked_class, with_remat
 from flaxlm.nn.layers import build_norm
 from flaxlm.sharding import RULES, constrain, partition_spec
 
-
 STATE_NAMES = (None, "batch", "act_embed")
 
 
