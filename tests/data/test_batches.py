@@ -62,6 +62,27 @@ def equal(a: Batch, b: Batch) -> bool:
 
 @settings(max_examples=50)
 @given(
+  lengths=st.lists(st.integers(1, 9), min_size=2, max_size=6),
+  seq_len=st.integers(1, 20),
+  batch_size=st.integers(1, 3),
+)
+def test_every_text_but_the_last_has_its_end(lengths, seq_len, batch_size):
+  """It need not be the token that begins the next text. After the last nothing follows."""
+  end, texts = 99, [[BOS, *range(1, length)] for length in lengths]
+  tokens = np.concatenate([np.array(text, np.uint32) for text in texts])
+  bounds = np.cumsum([0, *lengths])
+  store = TokenStore(tokens, bounds, end, end + 1, len(tokens), None, end, (BOS, end))
+  cfg = DataConfig(seq_len=seq_len, batch_size=batch_size)
+  batches = Batches(store, cfg, vocab_size=store.vocab_size)
+  assert batches.num_batches is not None
+  found = [batches[n] for n in range(batches.num_batches)]
+  targets = np.concatenate([batch.targets_BT[batch.weights_BT == 1] for batch in found])
+  expected = [token for text in texts for token in [*text[1:], end]]
+  assert targets.tolist() == expected[:-1]
+
+
+@settings(max_examples=50)
+@given(
   num_tokens=st.integers(2, 100),
   seq_len=st.integers(1, 20),
   batch_size=st.integers(1, 5),
