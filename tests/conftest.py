@@ -162,8 +162,9 @@ def in_process(
     yield run
 
 
-# A parameter of a test, in the slow tests only.
+# A parameter of a test, in the slow tests only, or only before a release.
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+fuzz = functools.partial(pytest.param, marks=pytest.mark.fuzz)
 
 
 def beside(*packages: str) -> list[pytest.MarkDecorator]:

@@ -22,7 +22,7 @@ COPIED = ("flaxlm", "configs", "tests", "train.py", "infer.py", "pyproject.toml"
 OPTIONS = ("-n", "0", "-x", "-q", "-p", "no:cacheprovider")
 # The fast tests find most defects, and the slow ones are run for those that are left.
 SPEEDS = (
-  "not slow and not parity and not gpu",
+  "not slow and not parity and not gpu and not fuzz",
   "slow and not parity and not gpu and not planted and not fuzz",
 )
 PASSED, FAILED, NONE = 0, 1, 5  # exit codes of pytest; others: it could not run them

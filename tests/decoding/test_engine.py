@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import slow, slow_but
+from conftest import fuzz, slow, slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from meshes import mesh_of
@@ -38,8 +38,6 @@ from flaxlm.decoding.sampling import SamplingSettings, stack_settings
 from flaxlm.decoding.warming import warm
 from flaxlm.errors import ConfigError, NonFiniteError
 from flaxlm.nn.models import abstract_params, build_model
-
-fuzz = functools.partial(pytest.param, marks=pytest.mark.fuzz)
 
 
 def request(
@@ -165,7 +163,8 @@ def requests_of(name: str) -> list[EngineRequest]:
 @pytest.mark.parametrize(
   "name",
   [
-    *slow_but(["gqa"], ["gqa", "rnn", "encoder_decoder", "window, mqa, untied"]),
+    *slow_but(["gqa"], ["gqa", "rnn", "window, mqa, untied"]),
+    fuzz("encoder_decoder"),
     fuzz("int8"),
   ],
 )

@@ -209,6 +209,7 @@ class TestSmolLM2:
     import_run(file, folder, mesh)
     return load_run(folder, mesh)
 
+  @pytest.mark.fuzz
   def test_transformers_computes_the_same_logits(self, run: Run, file: Path):
     import torch
     from transformers import AutoModelForCausalLM

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from conftest import tiny
+from conftest import fuzz, tiny
 from test_sentencepiece import BYTES, LETTERS, MERGED, PLAIN, START, model
 
 from flaxlm.errors import DataError
@@ -21,7 +21,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("named", ["word", "bytes.model", "letters.model"])
+@pytest.mark.parametrize("named", ["word", "bytes.model", fuzz("letters.model")])
 def test_from_text_to_export(in_process, corpus: str, tmp_path: Path, named: str):
   flags = {"tokenizer__kind": named, "tokenizer__vocab_size": 257}
   if named in MODELS:
