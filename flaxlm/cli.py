@@ -137,6 +137,7 @@ def build_parser() -> Any:
   from flaxlm.commands.look import add_look
   from flaxlm.commands.parsing import Parser
   from flaxlm.commands.plan import add_plan, add_shard
+  from flaxlm.commands.serve import add_serve
   from flaxlm.commands.tokenizer import add_tokenizer
   from flaxlm.commands.train import add_train
 
@@ -147,7 +148,7 @@ def build_parser() -> Any:
   )
   for add in (
     *(add_train, add_launch, add_infer, add_embed, add_eval, add_look, add_tokenizer),
-    *(add_plan, add_shard, add_ckpt, add_bench, add_import, add_export),
+    *(add_plan, add_shard, add_ckpt, add_bench, add_import, add_export, add_serve),
   ):
     add(commands)
   return parser

@@ -40,15 +40,16 @@ LANGUAGES = {"sh", "python", "text"}
 # Why a block may be left out, and how many blocks are: one more is a decision.
 REASONS = {
   "install": ("installs packages; .ci/run runs these", 2),
-  "extra": ("needs an optional compiler or package", 4),
+  "extra": ("needs an optional compiler or package", 5),
   "gpu": ("needs GPUs", 1),
   "hours": ("takes minutes or hours, whatever its size", 3),
   "machines": ("needs several machines", 1),
+  "server": ("answers until it is told to end; tests/serving has its own", 3),
   "weights": ("needs a published checkpoint", 5),
 }
 # Programs of others, which are not run; what they are told of ours is still checked.
 INIT = ("init", "init_optimizer")
-OTHERS = {"pip", "pytest", "python3", "kubectl", "tpu-vm.sh"}
+OTHERS = {"curl", "lm-eval", "pip", "pytest", "python3", "kubectl", "tpu-vm.sh"}
 
 
 class Block(NamedTuple):

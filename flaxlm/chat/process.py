@@ -11,6 +11,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,30 +34,14 @@ def answers(templates: Mapping[str, str], jobs: Iterable[Job]) -> Iterator[dict[
 
   Jobs are read ahead. An error that ends the process is the last answer.
   """
-  start = {
-    "templates": templates,
-    "limits": {
-      "seconds": MAX_SECONDS,
-      "wait_seconds": MAX_WAIT_SECONDS,
-      "bytes": MAX_BYTES,
-      "characters": MAX_CHARACTERS,
-    },
-  }
   try:
-    # -P: its folder has modules of ours, which are not for it to import.
-    child = subprocess.Popen(
-      [sys.executable, "-P", str(PROGRAM)],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.DEVNULL,
-      encoding="utf-8",
-    )
+    child = start_child()
   except OSError as e:
-    yield {"error": f"no process can be started for it: {e.strerror}"}
+    yield no_child(e)
     return
   rest = iter(jobs)
   try:
-    write_line(child, start)
+    write_line(child, first_line(templates))
     while some := [*itertools.islice(rest, AT_A_TIME)]:
       # It reads all of them before it answers, so the two never wait for each other.
       write_line(child, some)
@@ -65,11 +50,76 @@ def answers(templates: Mapping[str, str], jobs: Iterable[Job]) -> Iterator[dict[
   except (BrokenPipeError, ValueError, RecursionError):
     yield {"error": what_ended(child)}
   finally:
-    child.kill()
-    for pipe in (child.stdin, child.stdout):
-      with contextlib.suppress(BrokenPipeError):
-        pipe.close()  # type: ignore[union-attr]
-    child.wait()
+    end_child(child)
+
+
+class Renderer:
+  """A process that stays, and renders one conversation after another, for any
+  thread."""
+
+  def __init__(self, templates: Mapping[str, str]):
+    self._templates = templates
+    self._lock = threading.Lock()
+    self._child: subprocess.Popen | None = None
+
+  def answer(self, job: Job) -> dict[str, Any]:
+    """A "text", or an "error". After one that has ended the process, another is started."""
+    with self._lock:
+      try:
+        if self._child is None:
+          self._child = start_child()
+          write_line(self._child, first_line(self._templates))
+        write_line(self._child, [job])
+        return read_line(self._child)
+      except (BrokenPipeError, ValueError, RecursionError):
+        child, self._child = self._child, None
+        if child is None:
+          return {"error": "its process broke down"}
+        cause = what_ended(child)
+        end_child(child)
+        return {"error": cause}
+      except OSError as e:
+        return no_child(e)
+
+  def close(self) -> None:
+    with self._lock:
+      if self._child is not None:
+        end_child(self._child)
+        self._child = None
+
+
+def first_line(templates: Mapping[str, str]) -> dict[str, Any]:
+  """What the process is told first."""
+  limits = {
+    "seconds": MAX_SECONDS,
+    "wait_seconds": MAX_WAIT_SECONDS,
+    "bytes": MAX_BYTES,
+    "characters": MAX_CHARACTERS,
+  }
+  return {"templates": templates, "limits": limits}
+
+
+def start_child() -> subprocess.Popen:
+  # -P: its folder has modules of ours, which are not for it to import.
+  return subprocess.Popen(
+    [sys.executable, "-P", str(PROGRAM)],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+    encoding="utf-8",
+  )
+
+
+def no_child(error: OSError) -> dict[str, Any]:
+  return {"error": f"no process can be started for it: {error.strerror}"}
+
+
+def end_child(child: subprocess.Popen) -> None:
+  child.kill()
+  for pipe in (child.stdin, child.stdout):
+    with contextlib.suppress(BrokenPipeError):
+      pipe.close()  # type: ignore[union-attr]
+  child.wait()
 
 
 def write_line(child: subprocess.Popen, value: Any) -> None:

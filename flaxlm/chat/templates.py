@@ -83,6 +83,18 @@ class Chat(NamedTuple):
     """The prompt of each conversation, as `render` makes it; one process renders all."""
     return (answer["text"] for _, answer in self._answers(talks, learn=False))
 
+  def render_by(self, renderer: process.Renderer, talk: Talk) -> str:
+    """`render` in a process that stays: see `renderer`."""
+    job = {"template": self.choose(talk), "values": self.values(talk, True), "learn": False}
+    answer = renderer.answer(job)
+    if "error" in answer:
+      raise self.failure(talk.where, answer["error"], "")
+    return answer["text"]
+
+  def renderer(self) -> process.Renderer:
+    """A process for many conversations that come one by one; it is closed in the end."""
+    return process.Renderer(self.templates)
+
   def learn(self, talks: Iterable[Talk]) -> Iterator[tuple[Talk, list[Learnt]]]:
     """Each conversation with the texts to learn from, mostly one.
 

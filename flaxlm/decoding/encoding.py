@@ -11,8 +11,8 @@ import numpy as np
 
 from flaxlm.decoding.completions import as_texts
 from flaxlm.decoding.loading import Run
-from flaxlm.decoding.pooling import load_pooling, pool
-from flaxlm.decoding.prefill import check_ids, is_real_token, pad_rows
+from flaxlm.decoding.pooling import Pooling, load_pooling, pool
+from flaxlm.decoding.prefill import bucket, check_ids, is_real_token, pad_rows
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.vocabulary import mask_padding_ids
@@ -91,9 +91,26 @@ def embed_texts(
   if run.cfg.model.family != "encoder":
     raise ConfigError(f"{run.path} is not an encoder", "use the run of an encoder")
   pooling = load_pooling(run.path)
+  rows = rows_to_embed(run, texts, pooling, warn)
+  return embed_rows(run, rows, pooling, normalised)
+
+
+def rows_to_embed(
+  run: Run,
+  texts: str | Sequence[str],
+  pooling: Pooling,
+  warn: Callable[[str], None] | None = None,
+) -> list[list[int]]:
+  """The ids of each text, as `embed_texts` reads it."""
   texts = [pooling.prompt + text for text in as_texts(texts, "text")]
   texts = [text.lower() for text in texts] if pooling.lowercase else texts
-  rows = encode_rows(run, texts, most=pooling.max_tokens, warn=warn)
+  return encode_rows(run, texts, most=pooling.max_tokens, warn=warn)
+
+
+def embed_rows(
+  run: Run, rows: Sequence[Sequence[int]], pooling: Pooling, normalised: bool = False
+) -> list[np.ndarray]:
+  """`embed_texts` for ids that are known already."""
   pooled = functools.partial(pooled_hidden, modes=pooling.modes)
   vectors_BD = map_in_batches(run, rows, pooled)
   if normalised or pooling.normalised:
@@ -143,7 +160,9 @@ def map_in_batches(
   results: list[np.ndarray] = []
   for start in range(0, len(rows), ROWS_AT_A_TIME):
     some = rows[start : start + ROWS_AT_A_TIME]
-    tokens_BT, lengths_B = pad_rows(some, multiple * -(-len(some) // multiple))
+    # A bucket of rows, so that few programs compile.
+    size = multiple * bucket(-(-len(some) // multiple), smallest=1)
+    tokens_BT, lengths_B = pad_rows(some, size)
     with use_mesh(run.mesh):
       values = function(run.model, run.params, tokens_BT, lengths_B)
     results += list(on_host(values)[: len(some)])

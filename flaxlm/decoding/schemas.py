@@ -85,6 +85,21 @@ def regex_of_schema(schema: Any) -> str:
     raise ConfigError(f"the JSON schema cannot be used: {e}") from e
 
 
+def regex_of_any_object() -> str:
+  """A regular expression for JSON objects whose values are no deeper than objects and
+  arrays of plain values: no expression is for all depths, and each one more makes its
+  automaton four times as large."""
+  plain = {"type": ["string", "number", "boolean", "null"]}
+  one = {
+    "anyOf": [
+      plain,
+      {"type": "array", "items": plain},
+      {"type": "object", "additionalProperties": plain},
+    ]
+  }
+  return regex_of_schema({"type": "object", "additionalProperties": one})
+
+
 def _number_of(text: str) -> float:
   """A number of a JSON text; 1.0 is 1, as in JSON Schema."""
   number = float(text)

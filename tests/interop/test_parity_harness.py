@@ -10,6 +10,7 @@ import pytest
 import tiny_tokenizers
 import yaml
 from conftest import beside
+from serving_runs import listening, served
 from test_transfer import own_run
 from tiny_models import LLAMA
 
@@ -19,6 +20,8 @@ from flaxlm.decoding.loading import load_run
 from flaxlm.decoding.tasks import evaluate_tasks, read_tasks
 from flaxlm.errors import ConfigError
 from flaxlm.interop.transfer import export_run, import_run
+from flaxlm.serving.app import build_app
+from flaxlm.serving.limits import Limits
 from flaxlm.sharding import make_mesh
 
 pytestmark = beside("torch", "transformers", "lm_eval")
@@ -162,10 +165,8 @@ def test_a_run_of_ours(tasks: Path, tmp_path: Path):
     assert figures[name] == found["results"]["choices"][f"{name},none"]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_an_imported_run(tasks: Path, tmp_path: Path, kind: str):
-  """With a tokenizer that begins texts and eats blanks, and with one that does neither; and
-  with a chat template."""
+def imported(tmp_path: Path, kind: str) -> Path:
+  """A folder of the hub, imported as the run `tmp_path / "run"`."""
   import torch
   import transformers
 
@@ -193,9 +194,42 @@ def test_an_imported_run(tasks: Path, tmp_path: Path, kind: str):
     "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
   )
   import_run(folder, tmp_path / "run", make_mesh({"data": -1}))
+  return folder
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_imported_run(tasks: Path, tmp_path: Path, kind: str):
+  """With a tokenizer that begins texts and eats blanks, and with one that does neither; and
+  with a chat template."""
+  folder = imported(tmp_path, kind)
   compare(tasks, tmp_path / "run", folder)
   if kind == "llama":
     compare(tasks, tmp_path / "run", folder, apply_chat_template=True)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_same_scores_through_the_server(tasks: Path, tmp_path: Path, kind: str):
+  """By the harness's own client, which cuts what is long otherwise than in a process."""
+  folder = imported(tmp_path, kind)
+  for name, documents in DOCUMENTS.items():
+    short = [json.dumps(one) for one in documents if LONG[:40] not in str(one)]
+    (tasks / f"{name}.jsonl").write_text("\n".join(short))
+  ours = evaluated(tasks, "flaxlm", f"run={tmp_path / 'run'}")
+  run = load_run(tmp_path / "run", make_mesh({"data": -1}))
+  with served(run, Limits(slots=8)) as service, listening(build_app(service)) as url:
+    told = f"model=run,base_url={url}/v1/completions,tokenizer={folder},max_length=64"
+    told += f",tokenizer_backend=huggingface,add_bos_token={kind == 'llama'},max_retries=1"
+    theirs = evaluated(tasks, "local-completions", told)
+  for name in KINDS:
+    for sample, other in zip(ours["samples"][name], theirs["samples"][name], strict=True):
+      assert sample["arguments"] == other["arguments"]
+      if name == "questions":  # in a process an answer is decoded without its prompt
+        ((found,),), ((written,),) = sample["resps"], other["resps"]
+        assert found.lstrip() == written.lstrip()
+      else:
+        assert numbers(sample["resps"]) == pytest.approx(numbers(other["resps"]), rel=1e-5)
+    found = numbers(ours["results"][name])
+    assert found and found == pytest.approx(numbers(theirs["results"][name]), rel=1e-3)
 
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
