@@ -138,7 +138,7 @@ class RowSettings:
 
   def needs_history(self, request: EngineRequest) -> bool:
     """Whether a rule that is compiled in for the request must know its tokens so far."""
-    states = {None: FREE, request.settings.regex: FREE + 1}
+    states = {request.settings.regex: FREE + 1, None: FREE}
     rules = {*rules_in_use(stack_rows([request.settings], NO_AUTOMATON, states))}
     if self.shapes is not None:
       rules = {*next(names for names in self.shapes.rules if rules <= {*names})}
@@ -152,7 +152,7 @@ class RowSettings:
       in_prompt_BV[row, [*request.prompt]] = True
     states = [self._states[request.settings.regex] for request in requests]
     counts_BV, states_B = np.zeros(shape, np.int32), np.array(states, np.int32)
-    return TokenHistory(*map(jax.device_put, (in_prompt_BV, counts_BV, states_B)))
+    return TokenHistory(*map(jnp.asarray, (in_prompt_BV, counts_BV, states_B)))
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "num_tokens"))

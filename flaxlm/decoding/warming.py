@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.decoding.compile_counter import count_compilations
-from flaxlm.decoding.constraint import FREE, Automaton
+from flaxlm.decoding.constraint import FREE
 from flaxlm.decoding.engine import Engine
 from flaxlm.decoding.generate import StaticSampling
 from flaxlm.decoding.prefill import (
@@ -27,7 +27,7 @@ from flaxlm.decoding.prefill import (
 )
 from flaxlm.decoding.prefill import take_rows as take_read
 from flaxlm.decoding.prefix_store import cut_piece, has_pieces, put_piece
-from flaxlm.decoding.requests import IDLE
+from flaxlm.decoding.requests import IDLE, EngineRequest
 from flaxlm.decoding.row_settings import (
   LEAST_BIASES,
   LEAST_STOPS,
@@ -49,6 +49,7 @@ from flaxlm.nn.models import init_cache
 from flaxlm.sharding import use_mesh
 
 FIRST = np.int32(0), np.int32(0)  # row and token
+FIRST_REQUEST = EngineRequest(prompt=[0], max_new_tokens=1)
 
 
 def warm(engine: Engine) -> int:
@@ -76,16 +77,15 @@ def _counts(engine: Engine) -> list[int]:
   return sorted({engine.sizes.bucket_of_rows(n) for n in engine.options.shapes.rows})
 
 
-def _automaton(engine: Engine) -> Automaton:
-  """The smallest that the rows may share."""
-  settings = RowSettings(engine.model.cfg, engine.options.shapes, engine.tokenizer)
-  return settings.automaton
+def _settings(engine: Engine) -> RowSettings:
+  """Those of an engine that has no requests: its automaton is the smallest."""
+  return RowSettings(engine.model.cfg, engine.options.shapes, engine.tokenizer)
 
 
 def _ways(engine: Engine, count: int) -> Iterator[tuple[Any, StaticSampling, Any, Any]]:
   """All ways to sample: arrays of so many rows, what is compiled in, stops, history."""
   assert engine.options.shapes is not None
-  automaton = _automaton(engine)
+  automaton = _settings(engine).automaton
   for rules, num_top in itertools.product(
     engine.options.shapes.rules, engine.options.shapes.num_tops
   ):
@@ -129,6 +129,8 @@ def _warm_reading(engine: Engine, slots: int, source: int) -> list[Rows]:
     left_R = np.zeros(together, np.int32)
     found = {}
     for sampling, static, stops_RE, history in _ways(engine, together):
+      if history is not None:  # made as that of requests that have drawn nothing yet
+        history = _settings(engine).history_of([FIRST_REQUEST] * together)
       new, _ = draw_first(
         *(logits_RV, cache.lengths_B, left_R, history),
         *(sampling, stops_RE, jnp.int32(engine.num_ids), static),
@@ -177,7 +179,7 @@ def _warm_batch(
   for size in _sizes(engine):
     resize_cache(cfg, batch.cache, *size)
   with_history = batch._replace(history=empty_history(count, cfg.vocab_size))
-  num_states = _automaton(engine).next_XY.shape[0]
+  num_states = _settings(engine).automaton.next_XY.shape[0]
   with_history = renumber(with_history, np.zeros(num_states, np.int32))
   for rows in (with_history, with_history._replace(history=None)):
     for other in {*_counts(engine), engine.shards}:
