@@ -31,6 +31,7 @@ MOST_STATES = 20_000  # of its automaton
 MOST_LINKS = 20_000_000  # of its automaton over tokens: about 2 GB
 MOST_SECONDS, MOST_BYTES = 3, 2**30  # to build its automaton over bytes
 PROBED_TOGETHER = 64
+MOST_KNOWN = 4096  # expressions whose sizes are remembered
 END = "\U0010ffff"  # stands for the end of text; no text has this code point
 
 
@@ -113,6 +114,8 @@ def probe(expressions: Sequence[str]) -> None:
       raise _unusable(expression, size["error"])
     if size["states"] > MOST_STATES:
       raise _unusable(expression, f"it has more than {MOST_STATES} states")
+    if len(_sizes) >= MOST_KNOWN:  # of a server, which is asked for ever new ones
+      _sizes.pop(next(iter(_sizes)))
     _sizes[expression] = Size(**size)
   if len(found) < len(expressions):
     raise _unusable(

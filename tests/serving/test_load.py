@@ -143,7 +143,7 @@ def test_a_warm_server_compiles_nothing(tmp_path: Path):
     count_compilations() as counter,
   ):
     bodies = [body_of(number) | {"prompt": "ab", "max_tokens": 5} for number in range(4)]
-    bodies += [bodies[0] | {"top_p": 0.5}]
+    bodies += [bodies[0] | more for more in ({"top_p": 0.5}, {"presence_penalty": 1.0})]
     bodies += [bodies[1] | {"logprobs": 2, "echo": True}]
     asyncio.run(all_at_once(url, bodies, [None] * len(bodies)))
   assert counter.programs == 0, str(counter)
