@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from serving_runs import (
+  BYTES,
   JSON_LETTERS,
   LIMITS,
   WITH_TOOLS,
@@ -19,13 +20,15 @@ from serving_runs import (
   events_of,
   is_free,
   random_run,
+  run_of,
   served,
 )
 from starlette.testclient import TestClient
 
+from flaxlm.config import ModelConfig
 from flaxlm.decoding.completions import complete
 from flaxlm.decoding.encoding import embed_texts
-from flaxlm.decoding.loading import Run
+from flaxlm.decoding.loading import Run, prepare_for_decoding
 from flaxlm.decoding.sampling import SamplingSettings, stack_settings
 from flaxlm.decoding.scoring import TokenPair, score_tokens
 from flaxlm.errors import NonFiniteError
@@ -276,6 +279,26 @@ def test_tools_reach_the_template(writes_json: TestClient, client: TestClient):
   assert ask()["prompt_tokens"] > len("user: ab\nassistant:")
   error = post(client, "chat/completions", 400, messages=HELLO, tools=[tool])["error"]
   assert error["param"] == "tools" and "no place for tools" in error["message"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rnn", "encoder_decoder", "int8"])
+def test_other_families_and_narrow_weights(tmp_path: Path, kind: str):
+  fields = {"rnn": dict(family="rnn"), "encoder_decoder": dict(family="encoder_decoder")}
+  shape = dict(depth=1, width=16, num_heads=2, vocab_size=320, context=64)
+  run = run_of(tmp_path, ModelConfig(**shape, **fields.get(kind, {})), BYTES)
+  run = prepare_for_decoding(run, *(("int8", True) if kind == "int8" else ()))
+  with served(run) as service, TestClient(build_app(service), HOST) as client:
+    body = dict(prompt=["ab", "c"], seed=1, n=2, max_tokens=9)
+    wanted = [one.completion for one in expected(run, ["ab", "c"], 9, 2, seed=1)]
+    found = post(client, "completions", **body)
+    assert [choice["text"] for choice in found["choices"]] == wanted
+    status = 400 if kind == "encoder_decoder" else 200
+    found = post(client, "completions", status, **body, echo=True, logprobs=1)
+    if status == 200:
+      scored = found["choices"][0]["logprobs"]
+      assert len(scored["token_logprobs"]) == len(scored["tokens"]) > 3
+    assert is_free(service)
 
 
 # -- Embeddings, and what there is ---------------------------------------------------------

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +19,13 @@ import httpx2
 import openai
 import pytest
 from conftest import ROOT, commands_in_process, tiny
+from serving_runs import random_run
 
 from flaxlm.chat.templates import CHAT, plain_chat
-from flaxlm.serving.server import open_socket
+from flaxlm.decoding.engine import Engine
+from flaxlm.errors import OutOfMemoryError
+from flaxlm.serving.limits import Limits
+from flaxlm.serving.server import open_socket, serve
 from flaxlm.tokenizers import load_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -288,6 +293,31 @@ def test_grace_has_an_end(start: Callable[..., Any]):
       list(stream)
     _, errors = process.child.communicate(timeout=60)
   assert process.child.returncode == 0 and "Traceback" not in errors
+
+
+def test_a_broken_engine_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  """Its error is that of the command, with its exit code; clients are told."""
+  told: list[int] = []
+
+  def ask(url: str) -> None:
+    def post() -> None:
+      body = {"prompt": "a", "max_tokens": 3}
+      told.append(httpx2.post(f"{url}/v1/completions", json=body).status_code)
+
+    client.append(threading.Thread(target=post))
+    client[0].start()
+
+  def breaks(engine: Engine) -> list:
+    raise OutOfMemoryError("as planted")
+
+  client: list[threading.Thread] = []
+  monkeypatch.setattr(Engine, "step", breaks)
+  run = random_run(tmp_path / "letters")
+  sock = open_socket("127.0.0.1", 0, has_keys=False)
+  with sock, pytest.raises(OutOfMemoryError, match="as planted"):
+    serve(run, Limits(), sock, on_ready=ask)
+  client[0].join(20)
+  assert told == [500]
 
 
 def test_ctrl_c_ends_it(start: Callable[..., Any]):
