@@ -5,6 +5,7 @@ import asyncio
 import gc
 import json
 import random
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from serving_runs import JSON_LETTERS, is_free, listening, random_run, served
 from flaxlm.decoding.compile_counter import count_compilations
 from flaxlm.decoding.completions import complete
 from flaxlm.decoding.sampling import SamplingSettings, stack_settings
+from flaxlm.serving import server
 from flaxlm.serving.app import build_app
 from flaxlm.serving.limits import Limits
 
@@ -94,13 +96,24 @@ def test_who_stays_gets_what_it_would_get_alone(tmp_path: Path, count: int):
     assert text == run.tokenizer.decode(tokens)
 
 
+def memory_in_use() -> int:
+  """Bytes of Python's objects, without those that wait for their end."""
+  time.sleep(2)
+  gc.collect()
+  return tracemalloc.get_traced_memory()[0]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
   "num_requests", [200, pytest.param(10_000, marks=pytest.mark.fuzz)], ids=["200", "10000"]
 )
-def test_many_requests_leave_nothing_behind(tmp_path: Path, num_requests: int):
+def test_many_requests_leave_nothing_behind(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_requests: int
+):
   """After the first of them no program is compiled, and memory stays as it is."""
+  # Until then uvicorn's timer holds on to a connection, even if its client has left.
+  monkeypatch.setattr(server, "KEEP_ALIVE_SECONDS", 1)
   run = random_run(tmp_path / "letters", context=64)
   limits = Limits(slots=4, max_queue=60)
 
@@ -121,15 +134,13 @@ def test_many_requests_leave_nothing_behind(tmp_path: Path, num_requests: int):
     with count_compilations() as counter:
       asyncio.run(some(url, 100, 100))  # what is made anew, as caches, is seen from now on
       assert is_free(service)
-      gc.collect()
-      before, _ = tracemalloc.get_traced_memory()
+      before = memory_in_use()
       asyncio.run(some(url, 200, num_requests))
     assert is_free(service)
-    gc.collect()
-    after, _ = tracemalloc.get_traced_memory()
+    after = memory_in_use()
     tracemalloc.stop()
     assert counter.programs == 0, str(counter)
-    assert after - before < 200_000
+    assert after - before < 100_000
     assert not service.worker._tickets and not service.worker._open
 
 
