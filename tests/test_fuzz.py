@@ -78,8 +78,8 @@ FIXED = {
   "launch": ["--", "eval"],
   "bench": ["compare"],
 }
-# Other than a moment: compilers, and searches over thousands of meshes.
-HEAVY = {"--compile", "--search", "--interactive"}
+# Other than a moment: compilers, searches over thousands of meshes, and the network.
+HEAVY = {"--compile", "--search", "--interactive", "--download"}
 
 
 @pytest.fixture(scope="module")

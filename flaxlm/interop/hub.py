@@ -99,7 +99,12 @@ def _download(repository: str, file: str | None, revision: str | None) -> Path:
 
 
 def _asked(repository: str, ask: Callable, **options: Any) -> Any:
-  """What a function of `huggingface_hub` answers. Its errors become one line."""
+  """What a function of `huggingface_hub` answers. Its errors become one line, and its
+  attempts none."""
+  from huggingface_hub.utils import logging
+
+  before = logging.get_verbosity()
+  logging.set_verbosity_error()
   try:
     return ask(repo_id=repository, **options)
   # Errors of the hub, of whichever HTTP library its version uses, and of the disk.
@@ -109,6 +114,8 @@ def _asked(repository: str, ask: Callable, **options: Any) -> Any:
       "see that the name is right, the network is up, and that you have access "
       "(hf auth login)",
     ) from e
+  finally:
+    logging.set_verbosity(before)
 
 
 def _only(repository: str, files: list[str]) -> str:
