@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypedDict, Unpack, overload
 import numpy as np
 
 from flaxlm.chat.templates import Chat, Message, Tool, load_chat
-from flaxlm.config import parse_mesh
+from flaxlm.config import is_file, parse_mesh
 from flaxlm.data.storage import data_dir
 from flaxlm.decoding import completions
 from flaxlm.decoding.chat import prompt_for
@@ -49,10 +49,12 @@ from flaxlm.decoding.sampling import (
 )
 from flaxlm.decoding.schemas import regex_of_form
 from flaxlm.decoding.scoring import encode_pairs, score_rolling, score_tokens
-from flaxlm.errors import ConfigError
+from flaxlm.errors import CheckpointError, ConfigError
+from flaxlm.interop.hub import find_source
+from flaxlm.interop.imported import import_once
 from flaxlm.look.surprise import surprise_html
 from flaxlm.platform import start_jax
-from flaxlm.runs import find_run
+from flaxlm.runs import CONFIG, find_run, is_a_hubs
 from flaxlm.sharding import make_mesh
 from flaxlm.tokenizers import AnyTokenizer
 
@@ -93,10 +95,12 @@ def load(
   draft_tokens: int | None = None,
   runs_dir: str | os.PathLike[str] = "runs",
 ) -> "Model":
-  """A trained or imported run, ready to write, score or embed.
+  """A model, ready to write, score or embed.
 
   Args:
-    path: a run's directory, or its name below `runs_dir`.
+    path: a run's directory, or its name below `runs_dir`; or a checkpoint of others: a
+      folder of Hugging Face's files, a GGUF file, or a name on the hub, as org/name, that
+      the local cache has (`flaxlm import --download` gets it). It is imported once.
     mesh: the devices, as in `fsdp=2`; by default all of them share the rows of a batch.
     weights: the dtype that matrices are kept in: float32, bfloat16 or int8; None: as in
       the run.
@@ -111,18 +115,30 @@ def load(
   sizes = parse_mesh(mesh)
   for flag in start_jax(None, data_dir() / "xla"):
     logging.getLogger("flaxlm").info(flag.line)
-  run = load_run(named, make_mesh(sizes), warn)
+  devices = make_mesh(sizes)
+  if not is_file(named / CONFIG) or is_a_hubs(named):
+    named, notes = import_once(named, devices)
+    for note in notes:
+      warn(note)
+  run = load_run(named, devices, warn)
   return Model(equip_for_decoding(run, weights, cache, draft, draft_tokens, below))
 
 
 def find_model(path: str | os.PathLike[str], runs_dir: str) -> Path:
-  """The directory of the run that `path` names. Other names of models enter here.
+  """The directory of the run, or the checkpoint of others, that `path` names.
 
   Raises `CheckpointError` if it names none.
   """
   if not isinstance(path, (str, os.PathLike)):
     raise ConfigError(f"the path of a run is {reprlib.repr(path)}", "use a string")
-  return find_run(str(Path(path).expanduser()), runs_dir)
+  name = str(Path(path).expanduser())
+  try:
+    return find_run(name, runs_dir)
+  except CheckpointError:
+    source = find_source(name)
+    if not (is_file(source) or is_file(source / CONFIG)):
+      raise
+    return source
 
 
 def warn(line: str) -> None:

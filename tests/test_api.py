@@ -17,10 +17,15 @@ from random_runs import BYTES, HOSTILE, make_run, save_run
 
 import flaxlm
 from flaxlm.api import Answer, Completion, Model, Options, Score
+from flaxlm.data.storage import data_dir
+from flaxlm.decoding.loading import load_run
 from flaxlm.decoding.sampling import SamplingSettings
 from flaxlm.errors import CheckpointError, ConfigError, FlaxLMError
+from flaxlm.interop.gguf import export_gguf
+from flaxlm.interop.transfer import export_run
 from flaxlm.look.surprise import light_colours, surprise_html
 from flaxlm.runs import IMPORTED_FILES
+from flaxlm.sharding import make_mesh
 
 FAMILIES = ("decoder", "rnn", "encoder_decoder")
 CHAT = (
@@ -273,12 +278,32 @@ def test_what_is_wrong_is_said_in_a_line(models: dict[str, Model], said: str):
 
 def test_a_folder_that_is_no_run_says_what_to_do(models, tmp_path: Path):
   with pytest.raises(CheckpointError, match="runs here: decoder, encoder"):
+    flaxlm.load("decodr")
+  with pytest.raises(CheckpointError, match="org/name is not in"):
     flaxlm.load("org/name")
   with pytest.raises(CheckpointError, match="runs here: none"):
     flaxlm.load("decoder", runs_dir=tmp_path)
   (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-  with pytest.raises(CheckpointError, match=f"flaxlm import {tmp_path} RUN"):
+  with pytest.raises(CheckpointError, match="has neither"):
     flaxlm.load(tmp_path)
+  (tmp_path / "a.gguf").write_bytes(b"none")
+  with pytest.raises(CheckpointError, match="GGUF"):
+    flaxlm.load(tmp_path / "a.gguf")
+
+
+@pytest.mark.slow
+def test_checkpoints_of_others_are_imported_once(models, decoder: Model, tmp_path: Path):
+  run = load_run(decoder.run.path, make_mesh({"data": -1}))
+  folder, file = tmp_path / "hub", tmp_path / "model.gguf"
+  export_run(run, folder, None, 10**9)
+  export_gguf(run, file, None)
+  expected = decoder.generate("ab", temperature=0, max_new_tokens=8)
+  for path in (folder, file):
+    for _ in range(2):
+      again = flaxlm.load(path)
+      assert again.generate("ab", temperature=0, max_new_tokens=8) == expected
+  runs = [*(data_dir() / "imported").glob("*/config.json")]
+  assert len(runs) == 2
 
 
 # -- What a notebook shows -----------------------------------------------------------------
