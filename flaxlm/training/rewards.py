@@ -14,7 +14,7 @@ import hashlib
 import reprlib
 import runpy
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,13 +48,13 @@ class Judge(NamedTuple):
     records = [dict(question.fields) for question in questions]
     try:
       found = self.function(records, [*completions])
-    except Exception as e:  # whatever a user's function may raise
+      if isinstance(found, Iterable):  # a generator fails only while it is read
+        found = [*found]
+    except (Exception, SystemExit) as e:  # whatever a user's function may raise
       raise DataError(*failure(self.path, self.name, e)) from e
-    try:
-      found = [*found]
-    except TypeError:
+    if not isinstance(found, list):
       said = f"{self.name} returned {reprlib.repr(found)}, which is no list"
-      raise DataError(one_line(said), CURE) from None
+      raise DataError(one_line(said), CURE)
     if len(found) != len(completions):
       raise DataError(
         f"{self.name} returned {len(found)} rewards for {len(completions)} completions",

@@ -326,6 +326,9 @@ def test_the_known_answer_is_exact():
     ("return [0, 10**400]", "q.jsonl, line 2"),
     ("return 1 // 0", "reward.py:2: .*reward.py:f failed: ZeroDivisionError"),
     ("raise ValueError('a\\nb')", "reward.py:2: .* failed: ValueError: a$"),
+    ("raise SystemExit(0)", "reward.py:2: .* failed: SystemExit: 0$"),
+    ("return (1 // 0 for _ in questions)", "reward.py:2: .* failed: ZeroDivisionError"),
+    ("return (1 + 'a' for _ in questions)", "reward.py:2: .* failed: TypeError"),
   ],
 )
 def test_rewards_that_are_none(tmp_path: Path, body: str, told: str):
