@@ -181,8 +181,10 @@ def _read_table(
     with open_plain(path) as file:
       # A table is read from its end, and a compressed file from its beginning.
       source = io.BytesIO(file.read()) if kind_of(path)[1] else file
-      batches = parquet.ParquetFile(source).iter_batches(ROWS_AT_A_TIME, columns=columns)
-      for batch in batches:
+      table = parquet.ParquetFile(source)
+      if not set(columns or ()) <= set(table.schema_arrow.names):
+        columns = None  # all are read, so that a message can name them
+      for batch in table.iter_batches(ROWS_AT_A_TIME, columns=columns):
         for row in _rows(batch):
           yield number, row
           number += 1

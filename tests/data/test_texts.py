@@ -156,7 +156,9 @@ def test_a_record_without_its_field_is_refused(
   where = f"{tmp_path}/c/a.{kind}, {'row' if kind == 'parquet' else 'line'} 1"
   assert error.value.cause.startswith(where)
   expected = (
-    "'text' is ['a'], which is no text" if has_field else "has no field 'text', but"
+    "'text' is ['a'], which is no text"
+    if has_field
+    else "has no field 'text', but 'id', 't'"
   )
   assert expected in error.value.cause
   assert "--data.text-field" in error.value.cure
