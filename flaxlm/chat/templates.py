@@ -33,6 +33,9 @@ PLAIN = """{{ bos_token }}
   {%- if message.role not in ["system", "user", "assistant", "tool"] %}
     {{- raise_exception("there is no role " ~ message.role) }}
   {%- endif %}
+  {%- if message.content is not string or message.tool_calls %}
+    {{- raise_exception("it writes contents that are texts, and nothing else") }}
+  {%- endif %}
   {{- message.role ~ ":\\n" }}
   {%- if message.role == "assistant" %}
     {%- generation %}{{ message.content ~ eos_token }}{% endgeneration %}

@@ -175,6 +175,12 @@ def test_what_a_template_does_not_know(tmp_path: Path):
   write(path, {"messages": [HI, YES]}, {"messages": [HI, critic, YES]})
   with pytest.raises(DataError, match=r"line 2: .* there is no role critic"):
     prepare_chat(path, cfg)
+  parts = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
+  for other in (parts, {**YES, "tool_calls": [{"name": "f"}]}):
+    write(path, {"messages": [HI, YES]}, {"messages": [HI, other, YES]})
+    with pytest.raises(DataError, match=r"line 2: .* that are texts, and nothing else"):
+      prepare_chat(path, cfg)
+  write(path, {"messages": [HI, YES]}, {"messages": [HI, critic, YES]})
   silent = "{% for m in messages if m.role != 'critic' %}{{ m.content }}{% endfor %}"
   (tmp_path / "chat_template.jinja").write_text(silent)
   with pytest.raises(DataError, match=r"line 2: .* leaves out message 2, .* 'critic'"):
