@@ -282,6 +282,8 @@ def read_pairs(
         f"{list(b.shape)}, not [{rank}, {inputs}] and [{outputs}, {rank}]",
         cure,
       )
+    if not settings.values.get("rank_pattern") and settings.values.get("r", 8) != rank:
+      raise settings.refused("r", f"of {name} the rank is {rank}")
     wide = lambda tensor, name=name: read_finite(tensor, name).astype(np.float32)
     yield name, Pair(wide(a), wide(b), scale_of(settings, name, rank))
 

@@ -186,6 +186,7 @@ def test_what_is_written_is_what_peft_reads(exported: Path):
     ({"bias": "all"}, "bias is 'all'"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
     ({"lora_alpha": "many"}, "lora_alpha is 'many'"),
+    ({"r": 7}, "r is 7"),
     ({"lora_dropout": 2}, "lora_dropout is 2"),
     ({"alpha_pattern": {"(a+)+$": 1}}, "alpha_pattern is "),
     ({"alpha_pattern": [1]}, "alpha_pattern is [1]"),
