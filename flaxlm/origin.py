@@ -8,6 +8,7 @@ from is in its directory, in `ORIGIN`, so that it resumes without its origin.
 import dataclasses
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,13 +52,13 @@ class Origin(NamedTuple):
     return f"{self.path} at step {self.step} (SHA-256 {self.digest[:12]}...)"
 
 
-def adopt(cfg: Config) -> Config:
+def adopt(cfg: Config, given: Collection[str] = ()) -> Config:
   """`cfg` with the architecture and the tokenizer of the run that it begins from.
 
   They are those of `cfg.init`; for a run that resumes, its own. Without either, `cfg` is
-  returned as it is. What `cfg` itself says of them, where it differs from the defaults, has
-  to agree; only `model.dropout` may differ. Raises `ConfigError`, which names the field,
-  and `CheckpointError`.
+  returned as it is. What `cfg` itself says of them, where it differs from the defaults or
+  is `given` by name, has to agree; only `model.dropout` may differ. Raises `ConfigError`,
+  which names the field, and `CheckpointError`.
   """
   check_types(cfg)
   if cfg.name is None:
@@ -76,7 +77,7 @@ def adopt(cfg: Config) -> Config:
     raise ConfigError("init_optimizer needs a run to take it from", "add --init RUN")
   else:
     return cfg
-  check_agrees(cfg, before, source)
+  check_agrees(cfg, before, source, given)
   dropout = cfg.model.dropout
   if dropout == ModelConfig().dropout:
     dropout = before.model.dropout
@@ -103,7 +104,9 @@ def check_same_origin(cfg: Config, own: Origin | None) -> None:
     )
 
 
-def check_agrees(cfg: Config, before: Config, source: Path) -> None:
+def check_agrees(
+  cfg: Config, before: Config, source: Path, given: Collection[str] = ()
+) -> None:
   """Raises `ConfigError` for what `cfg` says of model or tokenizer and `source` has not."""
   for section in ("model", "tokenizer"):
     own = getattr(cfg, section)
@@ -112,7 +115,7 @@ def check_agrees(cfg: Config, before: Config, source: Path) -> None:
     said = difference(defaults, own, prefix)
     known = isinstance(own, ResolvedModel)  # then what is the default was said as well
     for name, (has, wants) in difference(getattr(before, section), own, prefix).items():
-      if (name in said or known) and name not in FREE_FIELDS:
+      if (known or name in said or name in given) and name not in FREE_FIELDS:
         raise ConfigError(
           f"{name}={wants}, but {source}, from which the run begins, has {has}",
           f"leave {flag(name)} out",

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from flaxlm.config import Config, check_config, knobs, load_config, override
+from flaxlm.config import Config, check_config, fields_in, knobs, load_config, override
 from flaxlm.config import flag as flag_of
 from flaxlm.errors import ConfigError, first_line, writing
 from flaxlm.strict_json import to_json
@@ -122,9 +122,10 @@ def read_config(arguments: list[str]) -> Any:
 
   named = bool(arguments) and not arguments[0].startswith("--")
   base = load_config(arguments[0] if named else DEFAULT_CONFIG)
-  cfg = override(base, arguments[1:] if named else arguments)
+  overrides = arguments[1:] if named else arguments
+  cfg = override(base, overrides)
   cfg = dataclasses.replace(cfg, name=base.name if cfg.name is None else cfg.name)
-  cfg = adopt(cfg)
+  cfg = adopt(cfg, fields_in(overrides))
   check_config(cfg)
   return cfg
 

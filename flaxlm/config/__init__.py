@@ -45,6 +45,7 @@ from flaxlm.config.schema import (
 )
 from flaxlm.config.text import (
   difference,
+  fields_in,
   find_config,
   flag,
   from_json,

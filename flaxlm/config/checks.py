@@ -149,6 +149,11 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
     parts = operator.attrgetter(part)(cfg)
     if parts > 0 and operator.attrgetter(whole)(cfg) % parts:
       yield f"{named(whole)} is not a multiple of {named(part)}", ""
+  if cfg.init_optimizer and cfg.lora.rank:
+    yield (
+      f"init_optimizer has no moments of adapters, which {named('lora.rank')} begins anew",
+      "leave out --init-optimizer",
+    )
   try:
     re.compile(cfg.lora.targets)
   except re.error as e:

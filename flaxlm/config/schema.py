@@ -178,7 +178,7 @@ class LoraConfig:
   rank: int = knob(
     0, "rank of adapters, which learn in place of all else; 0 = none", 0, MOST_WIDTH
   )
-  alpha: float = knob(16.0, "the adapters' change is multiplied by alpha / rank", 0)
+  alpha: float = knob(16.0, "the adapters' change is multiplied by alpha / rank", 1e-6)
   targets: str = knob(
     "/(q|k|v|o|gate|up|down)$",
     "a regular expression: the projections that are adapted, as blocks/attention/q",

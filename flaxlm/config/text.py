@@ -152,6 +152,12 @@ def flag(name: str) -> str:
   return "--" + name.replace("_", "-")
 
 
+def fields_in(arguments: Sequence[str]) -> set[str]:
+  """The fields that arguments of a command line set, as `training.num_steps`."""
+  flags = [argument[2:] for argument in arguments if argument.startswith("--")]
+  return {text.partition("=")[0].replace("-", "_") for text in flags}
+
+
 def without(arguments: Sequence[str], fields: Collection[str]) -> list[str]:
   """The arguments of a command line but for those that set one of `fields`."""
   kept: list[str] = []

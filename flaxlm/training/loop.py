@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import (
+  TALKS,
   Config,
   ResolvedConfig,
   TokenizerConfig,
@@ -258,7 +259,7 @@ def report_start(
       reporter.log(f"resuming {cfg.run_dir} at step {first_step}")
     if (origin := read_origin(cfg.run_dir)) is not None:
       reporter.log(f"{cfg.run_dir} begins from {origin}")
-    for line in (*changes(before or cfg, cfg), *unreached(cfg)):
+    for line in (*changes(before or cfg, cfg), *unreached(cfg), *unread(cfg)):
       reporter.log(line)
   for flag in flags:
     reporter.log(flag.line)
@@ -294,6 +295,27 @@ def unreached(cfg: ResolvedConfig) -> Iterator[str]:
       f"training.log_every_steps={cfg.training.log_every_steps} is more than "
       f"training.num_steps={num_steps}: no train/loss will be written"
     )
+
+
+def unread(cfg: Config) -> Iterator[str]:
+  """A line for settings that differ from the defaults, and that nothing reads."""
+  objective = cfg.data.objective
+  because = f"with data.objective={objective}"
+  # What a run begins from has a tokenizer that nobody asked for here.
+  is_trained = cfg.tokenizer.path is None or cfg.init is not None
+  reads_records = objective not in (*TALKS, "reward")
+  for prefix, is_read, why in (
+    ("lora.", cfg.lora.rank > 0, "with lora.rank=0"),
+    ("dpo.", objective == "preference", because),
+    ("reward.", objective == "reward", because),
+    ("data.text_field", reads_records, because),
+    ("data.mask_fraction", objective == "masked", because),
+    ("tokenizer.kind", is_trained, "with tokenizer.path"),
+    ("tokenizer.vocab_size", is_trained, "with tokenizer.path"),
+  ):
+    names = [name for name in difference(Config(), cfg) if name.startswith(prefix)]
+    if names and not is_read:
+      yield f"not read {why}: {', '.join(names)}"
 
 
 def describe(

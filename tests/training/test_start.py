@@ -3,8 +3,8 @@
 
 import pytest
 
-from flaxlm.config import Config, ModelConfig, OptimizerConfig, TrainingConfig
-from flaxlm.training.loop import changes, report_start, unreached
+from flaxlm.config import Config, ModelConfig, OptimizerConfig, TrainingConfig, override
+from flaxlm.training.loop import changes, report_start, unreached, unread
 from flaxlm.training.optimizer import build_schedule
 
 
@@ -61,3 +61,38 @@ def test_a_longer_run_follows_another_schedule():
   resuming, changed = said(after, before, 9)
   assert "resuming" in resuming and "training.num_steps was 9, now 18" in changed
   assert list(changes(before, before)) == []
+
+
+@pytest.mark.parametrize(
+  ("arguments", "line"),
+  [
+    ([], None),
+    (
+      ["--lora.base-weights=int8", "--lora.alpha=4"],
+      "not read with lora.rank=0: lora.alpha, lora.base_weights",
+    ),
+    (["--lora.base-weights=int8", "--lora.rank=2"], None),
+    (["--dpo.beta=0.5"], "not read with data.objective=next_token: dpo.beta"),
+    (["--dpo.beta=0.5", "--data.objective=preference"], None),
+    (
+      ["--reward.num-samples=2", "--data.objective=chat"],
+      "not read with data.objective=chat: reward.num_samples",
+    ),
+    (
+      ["--data.text-field=body", "--data.objective=chat"],
+      "not read with data.objective=chat: data.text_field",
+    ),
+    (["--data.text-field=body"], None),
+    (
+      ["--data.mask-fraction=0.3"],
+      "not read with data.objective=next_token: data.mask_fraction",
+    ),
+    (
+      ["--tokenizer.path=a.json", "--tokenizer.kind=byte"],
+      "not read with tokenizer.path: tokenizer.kind",
+    ),
+    (["--tokenizer.path=a.json"], None),
+  ],
+)
+def test_settings_that_nothing_reads(arguments: list[str], line: str | None):
+  assert [*unread(override(Config(name="a"), arguments))] == ([line] if line else [])
