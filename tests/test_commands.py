@@ -88,6 +88,15 @@ def test_train_infer_eval_ckpt(flaxlm, in_process, corpus, tmp_path):
   found = json.loads(run.stdout)
   assert (found["corpus"], found["split"]) == ("files:one.txt", "whole")
   assert found["tokens"] == found["bytes"] == 90, "each byte, and no end after the last"
+  (tmp_path / "one.jsonl").write_text('{"body": "7 times"}\n' * 9)
+  named = ("--text-field=body", "--json")
+  run = in_process("eval", "--corpus=files:one.jsonl", *named)
+  assert run.returncode == 0, run.stderr
+  assert json.loads(run.stdout)["bytes"] == 9 * len("7 times")
+  run = in_process("eval", "--corpus=files:one.jsonl")
+  assert run.returncode == 3 and "--text-field of eval" in run.stderr
+  run = in_process("eval", *named)
+  assert run.returncode == 2 and "--text-field without --corpus" in run.stderr
 
   lines = [
     {"prompt": "3 times", "choices": [" 4 is 12.", " zebra"], "answer": 0, "id": 7},

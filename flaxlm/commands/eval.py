@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from typing import Any
 
@@ -27,6 +28,8 @@ def add_eval(commands: Any) -> None:
   parser.add_flag("--split", ("validation", "train"), text)
   text = "scored whole; default: what the run's own corpus holds out"
   parser.add_flag("--corpus", str, text)
+  text = "the field of that corpus's records; default: that of the run"
+  parser.add_flag("--text-field", str, text)
   parser.add_flag("--batches", int, "use at most so many; default: all")
   parser.add_flag("--bleu", bool, "translate the pairs of the split, and score the result")
   parser.add_flag("--beams", int, f"bleu: number of beams (default: {BEAMS})")
@@ -43,7 +46,7 @@ def add_eval(commands: Any) -> None:
 def check_read(args: argparse.Namespace) -> None:
   """Raises `ConfigError` for a flag that what is evaluated does not read."""
   excluded = {
-    "tasks": ("bleu", "split", "corpus", "batches", "pairs", "beams"),
+    "tasks": ("bleu", "split", "corpus", "text_field", "batches", "pairs", "beams"),
     "bleu": ("batches",),
   }
   for what, others in excluded.items():
@@ -53,6 +56,8 @@ def check_read(args: argparse.Namespace) -> None:
   for name in ("pairs", "beams"):
     if getattr(args, name) and not args.bleu:
       raise ConfigError(f"{flag_of(name)} without --bleu", "add --bleu")
+  if args.text_field is not None and args.corpus is None:
+    raise ConfigError("--text-field without --corpus", "add --corpus")
 
 
 def run_eval(args: argparse.Namespace, _: list[str]) -> int:
@@ -61,6 +66,8 @@ def run_eval(args: argparse.Namespace, _: list[str]) -> int:
   if args.tasks is not None:
     return run_tasks(args)
   run = open_run(args)
+  if args.text_field is not None:
+    run = reading(run, args.text_field)
 
   from flaxlm.training.evaluation import describe_evaluation, evaluate_run, translate_run
 
@@ -88,6 +95,17 @@ def run_eval(args: argparse.Namespace, _: list[str]) -> int:
   text = f"{run.path} at step {run.step}: {text}"
   write_result(args, {"step": run.step, **values}, lambda out: print(text, file=out))
   return 0
+
+
+def reading(run: Any, text_field: str) -> Any:
+  """The run with another name for the field that has the text of a record."""
+  data = run.cfg.data
+  if data.objective not in ("next_token", "masked"):
+    raise ConfigError(
+      f"--text-field is not read with data.objective={data.objective}", "leave it out"
+    )
+  data = dataclasses.replace(data, text_field=text_field)
+  return run._replace(cfg=dataclasses.replace(run.cfg, data=data))
 
 
 def run_tasks(args: argparse.Namespace) -> int:

@@ -32,6 +32,10 @@ from flaxlm.errors import DataError, one_line
 CODES = {split: code for code, split in enumerate((*SPLITS, WHOLE))}
 UNNAMED = -1
 FLUSHED_BYTES = 2**22
+NAME_IT = (
+  "name the field of the text: --data.text-field of train, --text-field of eval and "
+  "tokenizer"
+)
 
 
 class StoredTexts(Texts):
@@ -106,13 +110,13 @@ def _text(record: Record, file: RecordFile, skipped: Skipped) -> str:
     others = ", ".join(map(repr, record.fields)) or "nothing"
     raise DataError(
       one_line(f"{where} has no field {name!r}, but {others}"),
-      "name the field of the text, as in --data.text-field=body",
+      NAME_IT,
     )
   text = record.fields[name]
   if not (text is None or isinstance(text, str)):
     raise DataError(
       one_line(f"{where}: {name!r} is {reprlib.repr(text)}, which is no text"),
-      "name the field of the text, as in --data.text-field=body",
+      NAME_IT,
     )
   if not text:
     skipped.add(where, f"{name!r} is empty")

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import (
-  TALKS,
   Config,
   ResolvedConfig,
   TokenizerConfig,
@@ -303,12 +302,12 @@ def unread(cfg: Config) -> Iterator[str]:
   because = f"with data.objective={objective}"
   # What a run begins from has a tokenizer that nobody asked for here.
   is_trained = cfg.tokenizer.path is None or cfg.init is not None
-  reads_records = objective not in (*TALKS, "reward")
+  reads_texts = objective in ("next_token", "masked")
   for prefix, is_read, why in (
     ("lora.", cfg.lora.rank > 0, "with lora.rank=0"),
     ("dpo.", objective == "preference", because),
     ("reward.", objective == "reward", because),
-    ("data.text_field", reads_records, because),
+    ("data.text_field", reads_texts, because),
     ("data.mask_fraction", objective == "masked", because),
     ("tokenizer.kind", is_trained, "with tokenizer.path"),
     ("tokenizer.vocab_size", is_trained, "with tokenizer.path"),
