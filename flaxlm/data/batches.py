@@ -25,7 +25,7 @@ from flaxlm.data.rows import (
   text_bytes,
 )
 from flaxlm.data.schedule import Schedule
-from flaxlm.data.stores import Store, TokenStore
+from flaxlm.data.stores import Store, TokenStore, largest_id
 from flaxlm.errors import DataError
 
 PREFETCHED_BATCHES = 4
@@ -50,6 +50,7 @@ class Batches:
     num_epochs: int | None = 1,
     parts: Sequence[int] = (0,),
     num_parts: int = 1,
+    may_lack_ids: bool = False,
   ):
     """With a `seed` each epoch is shuffled in its own way; without, rows stay in order.
 
@@ -57,14 +58,12 @@ class Batches:
     The rows of a mixture come from its sources by their weights, each in its own order and
     epochs; it ends where one of them would begin its epoch after the last.
     The last batch is filled up with rows of weight 0.
-    Raises `DataError` if the tokenizer has more ids than the model's `vocab_size` or, when
-    rows are shuffled (training), if an epoch is smaller than one batch.
+    Raises `DataError` if the tokenizer has more ids than the model's `vocab_size` (if the
+    model `may_lack_ids`, as imported ones do: if the text has one of those) or, when rows
+    are shuffled (training), if an epoch is smaller than one batch.
     """
     if store.vocab_size > vocab_size:
-      raise DataError(
-        f"the tokenizer has {store.vocab_size} ids, the model only {vocab_size}",
-        f"set --model.vocab-size={store.vocab_size} or more, or none",
-      )
+      check_ids(store, cfg, vocab_size, may_lack_ids)
     batch_size = cfg.batch_size
     self._rows = make_rows(store, cfg, seed or 0)
     num_rows = self._rows.num_rows
@@ -140,6 +139,19 @@ class Batches:
     rows = [first, *(self._parts[start] for start in starts[1:])]
     places = [start * self._size + np.arange(self._size) for start in starts]
     return self._rows.batch(np.concatenate(rows), np.concatenate(places))
+
+
+def check_ids(store: Store, cfg: DataConfig, vocab_size: int, may_lack_ids: bool) -> None:
+  """Raises `DataError` for a tokenizer with more ids than the model's `vocab_size`; if the
+  model `may_lack_ids`, only for a text that has one of those."""
+  cause = f"the tokenizer has {store.vocab_size} ids, the model only {vocab_size}"
+  if not may_lack_ids:
+    cure = f"set --model.vocab-size={store.vocab_size} or more, or none"
+    raise DataError(cause, cure)
+  if cfg.objective == "masked":  # any id may replace a masked one
+    raise DataError(cause, "begin from a run that has them all")
+  if (largest := largest_id(store)) >= vocab_size:
+    raise DataError(f"{cause}, and the text has id {largest}", "leave such text out")
 
 
 def _order(rows: Rows, seed: int | None, num_epochs: int | None) -> grain.MapDataset:

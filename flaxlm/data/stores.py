@@ -81,3 +81,12 @@ class MixedStore:
 
 
 Store = TokenStore | PairStore | MixedStore
+
+
+def largest_id(store: Store) -> int:
+  """The largest id that a split has, the end of its texts among them."""
+  if isinstance(store, MixedStore):
+    return max(map(largest_id, store.sources.values()))
+  if isinstance(store, PairStore):
+    return max(largest_id(store.source), largest_id(store.target))
+  return max(int(store.tokens.max(initial=0)), store.end_id)

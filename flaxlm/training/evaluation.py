@@ -367,6 +367,8 @@ def split_batches(cfg: ResolvedConfig, store: Store, mesh: Mesh, shuffled: bool)
     num_epochs=cfg.data.num_epochs if shuffled else 1,
     parts=parts,
     num_parts=num_parts,
+    # A run that there is already was imported, or it has begun from such a one.
+    may_lack_ids=cfg.init is not None or not shuffled,
   )
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches as an index: every row once, the same for any number of processes."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from flaxlm.config import OBJECTIVES, DataConfig
 from flaxlm.data.batches import Batches
 from flaxlm.data.objectives import Batch
-from flaxlm.data.stores import PairStore, Store, TokenStore
+from flaxlm.data.stores import PairStore, Store, TokenStore, largest_id
 from flaxlm.errors import DataError
 
 BOS = 0
@@ -272,6 +273,27 @@ def test_a_corpus_smaller_than_a_batch():
 def test_a_model_with_too_few_ids():
   with pytest.raises(DataError, match="tokenizer has 102 ids, the model only 101"):
     make_batches(vocab_size=101)
+
+
+@EVERY_OBJECTIVE
+def test_a_model_that_may_lack_ids_of_the_tokenizer(objective: str):
+  """Imported ones do: only a text that has such an id is refused."""
+  store = make_store(101, objective)
+  cfg = DataConfig(seq_len=4, batch_size=4, objective=objective)
+  few = 1 + largest_id(store)
+  more = lambda one: dataclasses.replace(one, vocab_size=few + 7)
+  is_pair = isinstance(store, PairStore)
+  larger = PairStore(more(store.source), more(store.target)) if is_pair else more(store)
+  make = lambda size: Batches(larger, cfg, vocab_size=size, may_lack_ids=True)
+  if objective == "masked":
+    with pytest.raises(DataError, match=f"has {few + 7} ids, the model only {few}\n"):
+      make(few)
+  else:
+    assert make(few)[0] is not None
+    with pytest.raises(DataError, match=f"and the text has id {few - 1}\n"):
+      make(few - 1)
+  with pytest.raises(DataError, match="the model only"):
+    Batches(larger, cfg, vocab_size=few)
 
 
 @EVERY_OBJECTIVE
