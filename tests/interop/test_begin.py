@@ -250,8 +250,6 @@ def test_the_optimizer_comes_along_when_asked(commands: Commands, folder: Path):
     ("imported", {"model__width": 64}, 2, "model.width=64, but runs/imported, from which"),
     # The default, and it is said.
     ("imported", {"model__width": 128}, 2, "model.width=128, but runs/imported"),
-    ("trained", {"tokenizer__vocab_size": 4096}, 2, "tokenizer.vocab_size=4096, but runs/"),
-    ("trained", {"init_optimizer": True, "lora__rank": 2}, 2, "no moments of adapters"),
     ("imported", {"model__rope__theta": 5.0}, 2, "model.rope.theta=5.0, but runs/imported"),
     ("imported", {"tokenizer__kind": "byte"}, 2, "tokenizer.kind=byte, but runs/imported"),
     ("trained", {"tokenizer__vocab_size": 300}, 2, "tokenizer.vocab_size=300, but runs/"),
