@@ -8,6 +8,7 @@ Importing the package itself loads neither jax nor any backend; its modules do, 
 the first use of a name of `api`.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from flaxlm.version import __version__
@@ -17,12 +18,21 @@ if TYPE_CHECKING:
   from flaxlm.api import load as load
 
 __all__ = ["Model", "__version__", "load"]
+QUIET = "TF_CPP_MIN_LOG_LEVEL"
 
 
 def __getattr__(name: str) -> Any:
   if name not in __all__:
     raise AttributeError(f"module 'flaxlm' has no attribute {name!r}")
-  from flaxlm import api
+  # When XLA loads a program from the compile cache, it takes two compiler hints for missing
+  # processor features, and prints pages about them. It asks for this once, with jax.
+  is_unset = QUIET not in os.environ
+  os.environ.setdefault(QUIET, "3")
+  try:
+    from flaxlm import api
+  finally:
+    if is_unset:
+      os.environ.pop(QUIET, None)
 
   return getattr(api, name)
 

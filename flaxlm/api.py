@@ -111,6 +111,8 @@ def load(
   Warns of damaged checkpoints, which are skipped. Raises `CheckpointError` if there is no
   such run, or it is not whole, and `ConfigError` for what it cannot have.
   """
+  if not isinstance(runs_dir, (str, os.PathLike)):
+    raise ConfigError(f"runs_dir is {reprlib.repr(runs_dir)}", "use a string")
   named, below = find_model(path, os.fspath(runs_dir)), os.fspath(runs_dir)
   sizes = parse_mesh(mesh)
   for flag in start_jax(None, data_dir() / "xla"):

@@ -115,6 +115,19 @@ def test_nothing_is_asked_of_no_prompt(decoder: Model):
   assert decoder.score([]) == []
 
 
+def test_lists_may_be_iterators(decoder: Model):
+  asked: Options = dict(max_new_tokens=8, temperature=0)
+  (likeliest, *_) = decoder.generate("ab", **asked).tokens
+  ids = [likeliest, 5]
+  without = decoder.generate("ab", banned_tokens=ids, **asked)
+  assert likeliest not in without.tokens
+  assert decoder.generate("ab", banned_tokens=iter(ids), **asked) == without
+  for name in ("banned_tokens", "stop_tokens"):
+    found = [decoder.generate("ab", **{name: some}, **asked) for some in (ids, iter(ids))]
+    assert found[0] == found[1]
+  assert decoder.generate(iter(["ab"]), **asked) == decoder.generate(["ab"], **asked)
+
+
 def test_an_answer_has_its_form(decoder: Model):
   asked: Options = dict(max_new_tokens=40, temperature=0)
   assert decoder.generate("ab", regex="(yes|no)", **asked).completion in ("yes", "no")
@@ -265,6 +278,10 @@ REFUSED: dict[str, Callable[[dict[str, Model]], Any]] = {
   "has no narrow weights or cache, and": lambda m: flaxlm.load("encoder", weights="int8"),
   "an RNN has no narrow weights": lambda m: flaxlm.load("rnn", weights="int8"),
   "unknown mesh axis 'model'": lambda m: flaxlm.load("decoder", mesh="model=2"),
+  "draft_tokens is 'x'": lambda m: flaxlm.load("rnn", draft="ngram", draft_tokens="x"),
+  "draft_tokens is 0": lambda m: flaxlm.load("decoder", draft="ngram", draft_tokens=0),
+  "mesh is 3": lambda m: flaxlm.load("decoder", mesh=3),
+  "runs_dir is 3": lambda m: flaxlm.load("decoder", runs_dir=3),
   "the path of a run is 3": lambda m: flaxlm.load(3),
 }
 

@@ -17,6 +17,8 @@ MeshConfig = Mapping[str, int | str]
 def parse_mesh(text: str) -> dict[str, int | str]:
   """`data=2@dcn,fsdp=4` -> {"data": "2@dcn", "fsdp": 4}."""
   mesh: dict[str, int | str] = {}
+  if not isinstance(text, str):
+    raise ConfigError(f"mesh is {text!r}, not a text", "as in data=2,fsdp=4")
   for part in text.split(","):
     axis, _, size = part.partition("=")
     try:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flaxlm.checkpoint.manifest import damage
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import ResolvedConfig
+from flaxlm.decoding.sampling import is_number
 from flaxlm.decoding.speculative import DRAFT_TOKENS, Draft
 from flaxlm.decoding.weights import KINDS, prepare_params
 from flaxlm.errors import CheckpointError, ConfigError
@@ -210,6 +211,8 @@ def equip_for_decoding(
   if draft is None:
     return run
   num_tokens = DRAFT_TOKENS if draft_tokens is None else draft_tokens
+  if not is_number(num_tokens, whole=True) or num_tokens < 1:
+    raise ConfigError(f"draft_tokens is {num_tokens!r}", "use at least 1")
   if draft == "ngram":
     return run._replace(draft=Draft(num_tokens=num_tokens))
   small = prepare_for_decoding(load_run(find_run(draft, runs_dir), run.mesh))

@@ -59,6 +59,11 @@ class SamplingSettings:
   row: int = 0
   sample: int = 0
 
+  def __post_init__(self) -> None:
+    # It is read more than once, and an iterator has nothing left after the first time.
+    if isinstance(self.banned_tokens, Iterable):
+      object.__setattr__(self, "banned_tokens", tuple(self.banned_tokens))
+
   def check(self) -> None:
     """Raises `ConfigError` for values of another type or out of range."""
     above_0 = math.ulp(0)

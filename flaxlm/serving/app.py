@@ -201,7 +201,8 @@ class Door:
 
 def is_loopback_name(host: str) -> bool:
   """Whether a Host header names this machine: no name of a domain does."""
-  name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+  before, colon, port = host.rpartition(":")
+  name = before if colon and port.isdecimal() else host
   name = name.removeprefix("[").removesuffix("]").rstrip(".").lower()
   try:
     return name in ("", "localhost") or ipaddress.ip_address(name).is_loopback

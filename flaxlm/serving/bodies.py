@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flaxlm.decoding.completions import Stopping
+from flaxlm.decoding.jobs import read_object
 from flaxlm.decoding.sampling import SamplingSettings
 from flaxlm.decoding.schemas import regex_of_any_object, regex_of_schema
 from flaxlm.errors import ConfigError
@@ -136,6 +137,8 @@ def read_chat(values: dict[str, Any], limits: Limits) -> ChatBody:
   if fields.switch("store"):
     refuse("store", "flaxlm stores no conversations", "unsupported_parameter")
   most = fields.whole("max_tokens", 1, limits.max_tokens)
+  if most is not None and fields.any("max_completion_tokens") not in (None, most):
+    refuse("max_tokens", "max_tokens is not max_completion_tokens: leave one of them out")
   most = fields.whole("max_completion_tokens", 1, limits.max_tokens, most)
   num_top = fields.whole("top_logprobs", 0, MOST_TOP)
   if num_top is not None and not fields.switch("logprobs"):
@@ -161,7 +164,8 @@ def read_shared(fields: Fields) -> dict[str, Any]:
   if any(not 1 <= len(stop) <= MOST_STOP_LENGTH for stop in stops):
     refuse("stop", f"a string of stop has 1 to {MOST_STOP_LENGTH} characters")
   stream = fields.switch("stream")
-  options = Fields(fields.object("stream_options"), {"include_usage"}, {})
+  given = fields.object("stream_options")
+  options = Fields(given, {"include_usage"}, {}, "stream_options")
   if "stream_options" in fields and not stream:
     refuse("stream_options", "stream_options without stream: true")
   return dict(
@@ -211,7 +215,7 @@ def read_biases(found: dict[str, Any]) -> dict[int, float]:
   biases = {}
   for token, bias in found.items():
     bounded = Fields({"logit_bias": bias}, {"logit_bias"}, {})
-    if not token.isascii() or not token.isdecimal() or len(token) > 9:
+    if not token.isascii() or not token.isdecimal() or token != str(int(token[:10])):
       refuse("logit_bias", f"logit_bias: there is no token id {reprlib.repr(token)}")
     biases[int(token)] = bounded.number("logit_bias", -100, 100, 0.0)
   return biases
@@ -247,7 +251,7 @@ def read_messages(found: Any) -> list[dict[str, Any]]:
 def read_message(found: Any, where: str) -> dict[str, Any]:
   if not isinstance(found, dict):
     refuse(where, f"{where} is {reprlib.repr(found)}; use an object", "invalid_type")
-  fields = Fields(found, MESSAGE_KEYS, {"function_call": "use tool_calls"})
+  fields = Fields(found, MESSAGE_KEYS, {"function_call": "use tool_calls"}, where)
   role = fields.any("role")
   if role not in ROLES:
     refuse(f"{where}.role", f"{where}.role is {reprlib.repr(role)}; use {', '.join(ROLES)}")
@@ -275,7 +279,8 @@ def read_content(found: Any, where: str) -> str:
     if kind != "text":
       message = f"a part of {where} is of type {reprlib.repr(kind)}; flaxlm reads text"
       refuse(where, message, "unsupported_content")
-    texts.append(text_of(where, part.get("text")))
+    fields = Fields(part, {"type", "text"}, {}, where)
+    texts.append(text_of(f"{where}.text", fields.any("text")))
   return "".join(texts)
 
 
@@ -287,11 +292,14 @@ def read_call(found: Any, where: str) -> dict[str, Any]:
   arguments = function.get("arguments", {})
   if isinstance(arguments, str):
     try:
-      arguments = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-      refuse(where, f"the arguments of {reprlib.repr(function['name'])} are not JSON")
+      arguments = read_object(arguments or "{}")
+    except ConfigError as e:
+      shown = reprlib.repr(function["name"])
+      refuse(where, f"the arguments of {shown} are not a JSON object: {e.cause}")
   if not isinstance(arguments, dict):
     refuse(where, f"the arguments of {reprlib.repr(function['name'])} are not an object")
+  check_texts(where, found)
+  check_texts(where, arguments)
   return {**found, "function": {**function, "arguments": arguments}}
 
 
@@ -303,16 +311,36 @@ def read_tools(fields: Fields) -> list[dict[str, Any]] | None:
     refuse("tool_choice", message, "unsupported_parameter")
   if tools is None:
     return None
-  is_tool = lambda x: isinstance(x, dict) and isinstance(x.get("function"), dict)
   if not isinstance(tools, list) or not all(map(is_tool, tools)):
-    refuse("tools", 'tools is not a list like [{"type": "function", "function": {...}}]')
+    like = '[{"type": "function", "function": {"name": ...}}]'
+    refuse("tools", f"tools is not a list like {like}")
+  check_texts("tools", tools)
   return None if choice == "none" or not tools else tools
+
+
+def is_tool(found: Any) -> bool:
+  """Whether it is a function with a name; other kinds of tools no template knows."""
+  function = found.get("function") if isinstance(found, dict) else None
+  is_named = isinstance(function, dict) and isinstance(function.get("name"), str)
+  return is_named and found.get("type", "function") == "function"
+
+
+def check_texts(where: str, found: Any) -> None:
+  """Refuses what has halves of surrogate pairs anywhere: templates would change them."""
+  try:
+    text_of(where, json.dumps(found, ensure_ascii=False))
+  except RecursionError:
+    refuse(where, f"{where} is nested too deeply")
 
 
 def read_form(fields: Fields) -> str | None:
   """The regular expression that a `response_format` asks for."""
-  form = Fields(fields.object("response_format"), {"type", "json_schema"}, {})
+  given = fields.object("response_format")
+  check_texts("response_format", given)
+  form = Fields(given, {"type", "json_schema"}, {}, "response_format")
   kind = form.any("type")
+  if kind in ("text", "json_object") and "json_schema" in form:
+    refuse("response_format", f"response_format has a json_schema, and is of type {kind}")
   if "response_format" not in fields or kind == "text":
     return None
   if kind == "json_object":
@@ -321,7 +349,11 @@ def read_form(fields: Fields) -> str | None:
     message = f"response_format.type is {reprlib.repr(kind)}"
     refuse("response_format", f"{message}; use text, json_object or json_schema")
   named = form.object("json_schema")
-  inside = Fields(named, {"name", "schema", "strict", "description"}, {})
+  known, where = {"name", "schema", "strict", "description"}, "response_format.json_schema"
+  inside = Fields(named, known, {}, where)
+  for name in ("name", "description"):  # they change nothing
+    inside.text(name)
+  inside.switch("strict")  # an answer always fits
   if "schema" not in inside:
     refuse("response_format", "response_format.json_schema has no schema")
   try:

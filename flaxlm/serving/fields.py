@@ -26,18 +26,28 @@ class Fields:
   """
 
   def __init__(
-    self, values: dict[str, Any], known: Collection[str], refused: Mapping[str, str]
+    self,
+    values: dict[str, Any],
+    known: Collection[str],
+    refused: Mapping[str, str],
+    where: str = "",
   ):
+    self.where = f"{where}." if where else ""  # of an object within the body
     self.values = {name: value for name, value in values.items() if value is not None}
     self.ignored = sorted(IGNORED & set(self.values))
     for name in sorted(self.values):
+      shown = reprlib.repr(f"{self.where}{name}")
       if name in refused:
-        refuse(name, f"{name} is not supported: {refused[name]}", "unsupported_parameter")
+        message = f"{self.where}{name} is not supported: {refused[name]}"
+        refuse(f"{self.where}{name}", message, "unsupported_parameter")
       if name not in known and name not in IGNORED:
         near = difflib.get_close_matches(name, [*known], 1)
         cure = f"; did you mean {near[0]}?" if near else ""
-        shown = reprlib.repr(name)
-        refuse(name[:100], f"there is no field {shown}{cure}", "unknown_parameter")
+        refuse(
+          f"{self.where}{name}"[:100],
+          f"there is no field {shown}{cure}",
+          "unknown_parameter",
+        )
 
   def __contains__(self, name: str) -> bool:
     return name in self.values
@@ -48,6 +58,7 @@ class Fields:
   def switch(self, name: str) -> bool:
     value = self.values.get(name, False)
     if not isinstance(value, bool):
+      name = f"{self.where}{name}"
       refuse(name, f"{name} is {reprlib.repr(value)}; use true or false", "invalid_type")
     return value
 
@@ -72,7 +83,7 @@ class Fields:
 
   def text(self, name: str) -> str | None:
     value = self.values.get(name)
-    return None if value is None else text_of(name, value)
+    return None if value is None else text_of(f"{self.where}{name}", value)
 
   def texts(self, name: str, most: int) -> tuple[str, ...]:
     """A string or a list of them."""
@@ -85,6 +96,7 @@ class Fields:
   def object(self, name: str) -> dict[str, Any]:
     value = self.values.get(name, {})
     if not isinstance(value, dict):
+      name = f"{self.where}{name}"
       refuse(name, f"{name} is {reprlib.repr(value)}; use an object", "invalid_type")
     return value
 

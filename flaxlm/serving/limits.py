@@ -8,10 +8,12 @@ MOST_STOPS = 64  # stop strings
 MOST_STOP_LENGTH = 1024  # characters
 MOST_BIASES = 1024  # tokens with a bias
 MOST_TEXTS = 2048  # of one request for embeddings
+HEAD_SECONDS = 30.0  # to send what comes before a body, once connected
 BODY_SECONDS = 30.0  # to send a body
 MOST_CONNECTIONS = 900  # a process may open 1024 files, by default
 KEEP_ALIVE_SECONDS = 60
 PREPARING_THREADS = 4
+FORM_THREADS = 2  # each waits for a process, for seconds at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

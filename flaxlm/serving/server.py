@@ -10,12 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flaxlm.decoding.compile_counter import count_compilations
 from flaxlm.decoding.loading import Run
 from flaxlm.errors import INTERRUPTED, ConfigError, first_line
 from flaxlm.serving.app import build_app
-from flaxlm.serving.limits import KEEP_ALIVE_SECONDS, MOST_CONNECTIONS, Limits
+from flaxlm.serving.limits import (
+  HEAD_SECONDS,
+  KEEP_ALIVE_SECONDS,
+  MOST_CONNECTIONS,
+  Limits,
+)
 from flaxlm.serving.service import Service, draining
 
 BACKLOG = 512
@@ -75,13 +81,40 @@ class QuietServer(uvicorn.Server):
     yield
 
 
+class TimedProtocol(H11Protocol):
+  """HTTP/1.1 with a time limit for the head of a request, which uvicorn has not: else
+  clients that connect and say nothing would hold all connections."""
+
+  _timer: asyncio.TimerHandle | None = None
+
+  def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    super().connection_made(transport)
+    self._timer = self.loop.call_later(HEAD_SECONDS, transport.close)
+
+  def data_received(self, data: bytes) -> None:
+    super().data_received(data)
+    if self.cycle is not None and not self.cycle.response_complete:
+      self._stop_timer()  # the head is here
+    elif self._timer is None:
+      self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+  def connection_lost(self, exc: Exception | None) -> None:
+    self._stop_timer()
+    super().connection_lost(exc)
+
+  def _stop_timer(self) -> None:
+    if self._timer is not None:
+      self._timer.cancel()
+      self._timer = None
+
+
 def build_server(app: Any) -> QuietServer:
   """HTTP/1.1 alone, with no trust in headers of proxies, and no log of requests."""
   return QuietServer(
     uvicorn.Config(
       app,
       loop="asyncio",
-      http="h11",
+      http=TimedProtocol,
       ws="none",
       lifespan="off",
       log_config=None,

@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import math
+import reprlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from flaxlm.decoding.encoding import ROWS_AT_A_TIME, embed_rows, rows_to_embed
 from flaxlm.decoding.engine import Engine
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.pooling import load_pooling
-from flaxlm.decoding.prefill import SMALLEST_BUCKET, Request, check_ids
+from flaxlm.decoding.prefill import SMALLEST_BUCKET, Request
 from flaxlm.decoding.prompt_scores import score_prompt
 from flaxlm.decoding.requests import EngineOptions, few_shapes
 from flaxlm.decoding.warming import warm
@@ -26,7 +27,7 @@ from flaxlm.errors import ConfigError
 from flaxlm.serving.bodies import Answering, ChatBody, CompletionBody, EmbeddingBody, Tokens
 from flaxlm.serving.errors import OVERLOADED, ApiError, api_error, refuse
 from flaxlm.serving.generation import Generation
-from flaxlm.serving.limits import MOST_TOP, PREPARING_THREADS, Limits
+from flaxlm.serving.limits import FORM_THREADS, MOST_TOP, PREPARING_THREADS, Limits
 from flaxlm.serving.metrics import Metrics
 from flaxlm.serving.worker import Worker
 from flaxlm.sharding import use_mesh
@@ -61,7 +62,9 @@ class Service:
     self.engine = None if self.is_encoder else build_engine(run, limits, is_warm)
     self.worker = Worker(self.engine, on_error)
     self._renderer = self.chat.renderer() if self.chat else None
-    self._threads = concurrent.futures.ThreadPoolExecutor(PREPARING_THREADS, "prepare")
+    pool = concurrent.futures.ThreadPoolExecutor
+    self._threads = pool(PREPARING_THREADS, "prepare")
+    self._forms = pool(FORM_THREADS, "forms")  # nobody else waits for slow automata
 
   def start(self) -> None:
     self.worker.start()
@@ -84,7 +87,8 @@ class Service:
 
   def close(self) -> None:
     self.worker.stop()
-    self._threads.shutdown(wait=False, cancel_futures=True)
+    for threads in (self._threads, self._forms):
+      threads.shutdown(wait=False, cancel_futures=True)
     if self._renderer is not None:
       self._renderer.close()
 
@@ -127,11 +131,12 @@ class Service:
 
   # -- What comes before the engine, in threads of its own
 
-  async def prepare(self, function: Callable[..., T], *args: Any) -> T:
+  async def prepare(self, function: Callable[[Any], T], body: Any) -> T:
     """Runs a function that takes long and runs no programs. Raises `ApiError`."""
-    loop = asyncio.get_running_loop()
+    has_form = isinstance(body, Answering) and body.settings.regex is not None
+    threads = self._forms if has_form else self._threads
     try:
-      return await loop.run_in_executor(self._threads, function, *args)
+      return await asyncio.get_running_loop().run_in_executor(threads, function, body)
     except ConfigError as e:
       raise api_error(e) from e
 
@@ -145,7 +150,7 @@ class Service:
     found = [self._encoded(prompt) for prompt in body.prompts]
     sources = [source for _, source in found if source is not None] or None
     prompts = [prompt for prompt, _ in found]
-    return self._request(prompts, sources, body)
+    return self._request(prompts, sources, body, "prompt")
 
   def request_of_chat(self, body: ChatBody) -> Request:
     """The ids of a conversation, as the run's template writes it."""
@@ -159,7 +164,7 @@ class Service:
     except ConfigError as e:  # it has no place for tools
       raise api_error(ConfigError(e.cause), "tools") from e
     request = make_request(self.run, [text], 1, has_specials=True)
-    return self._request(request.prompts, request.sources, body)
+    return self._request(request.prompts, request.sources, body, "messages")
 
   def rows_of_texts(self, body: EmbeddingBody) -> tuple[list[Tokens], list[str]]:
     """The ids of each input, and warnings of what was cut."""
@@ -171,7 +176,7 @@ class Service:
       if isinstance(one, str):
         rows += rows_to_embed(self.run, [one], pooling, warnings.append)
         continue
-      check_ids([one], self.run.model.cfg.num_ids)
+      self._check_ids("input", one)
       if len(one) > self.run.model.cfg.context:
         context = self.run.model.cfg.context
         raise ConfigError(
@@ -190,12 +195,20 @@ class Service:
     if isinstance(prompt, str):
       request = make_request(self.run, [prompt], 1)
       return request.prompts[0], None if request.sources is None else request.sources[0]
+    self._check_ids("prompt", prompt)
     if self.run.cfg.model.family == "encoder_decoder":
       return self.run.tokenizer.framed([], "prompt"), prompt
     return prompt, None
 
+  def _check_ids(self, name: str, ids: Tokens) -> None:
+    num_ids = self.run.model.cfg.num_ids
+    for token in (min(ids), max(ids)):
+      if not 0 <= token < num_ids:
+        shown = reprlib.repr(token)
+        refuse(name, f"{name}: there is no token id {shown}; ids are 0 to {num_ids - 1}")
+
   def _request(
-    self, prompts: Sequence[Sequence[int]], sources: Any, body: Answering
+    self, prompts: Sequence[Sequence[int]], sources: Any, body: Answering, param: str
   ) -> Request:
     cfg = self.run.model.cfg
     most = body.max_tokens
@@ -203,7 +216,14 @@ class Service:
       room = math.inf if cfg.family == "rnn" else cfg.context - max(map(len, prompts))
       most = int(max(1, min(room, self.limits.max_tokens)))
     request = Request(prompts, max(1, most), self.run.num_ids, sources, body.num_top or 0)
-    request.check(cfg)
+    try:
+      request.check(cfg)
+    except ConfigError as e:
+      raise api_error(e, param) from e
+    for token in body.settings.logit_bias:
+      if token >= self.run.num_ids:
+        most = self.run.num_ids - 1
+        refuse("logit_bias", f"logit_bias: there is no token id {token}; at most {most}")
     return request
 
   # -- The engine

@@ -3,12 +3,16 @@
 have one is told why."""
 
 import base64
+import concurrent.futures
 import json
 import re
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import numpy as np
 import pytest
 from serving_runs import (
@@ -19,6 +23,7 @@ from serving_runs import (
   encoder_run,
   events_of,
   is_free,
+  listening,
   random_run,
   run_of,
   served,
@@ -31,7 +36,7 @@ from flaxlm.decoding.encoding import embed_texts
 from flaxlm.decoding.loading import Run, prepare_for_decoding
 from flaxlm.decoding.sampling import SamplingSettings, stack_settings
 from flaxlm.decoding.scoring import TokenPair, score_tokens
-from flaxlm.errors import NonFiniteError
+from flaxlm.errors import ConfigError, NonFiniteError
 from flaxlm.serving.app import build_app, is_loopback_name
 from flaxlm.serving.limits import Limits
 from flaxlm.serving.service import Service
@@ -447,6 +452,7 @@ def test_paths_and_methods(client: TestClient):
     *((name, True) for name in ("127.1.2.3", "[::1]", "")),
     *((name, False) for name in ("evil.com", "localhost.evil.com:80", "10.0.0.1")),
     *((name, False) for name in ("127.0.0.1.evil.com", "0.0.0.0:80", "x", "[::2]")),
+    ("2130706433", False),
   ],
 )
 def test_names_of_this_machine(host: str, is_ours: bool):
@@ -488,19 +494,87 @@ def test_with_keys_only_who_has_one_is_served(service: Service):
 
 
 def test_what_does_not_fit_is_refused(client: TestClient):
-  for body, code in (
-    (dict(prompt="a" * 150, max_tokens=20), "context_length_exceeded"),
-    (dict(prompt=[9999]), "invalid_value"),
-    (dict(prompt=[-1, 10**30]), "invalid_value"),
-    (dict(prompt="a", logit_bias={"310": 1}), "invalid_value"),
-    (dict(prompt="a", model="gpt"), "model_not_found"),
-    (dict(prompt=[10**30], echo=True, logprobs=1, max_tokens=0), "invalid_value"),
-    (dict(prompt=[1] * 161, echo=True, max_tokens=0), "context_length_exceeded"),
+  too_long, invalid = "context_length_exceeded", "invalid_value"
+  for body, param, code in (
+    (dict(prompt="a" * 150, max_tokens=20), "prompt", too_long),
+    (dict(prompt=[9999]), "prompt", invalid),
+    (dict(prompt=[-1, 10**30]), "prompt", invalid),
+    (dict(prompt="a", logit_bias={"310": 1}), "logit_bias", invalid),
+    (dict(prompt="a", model="gpt"), "model", "model_not_found"),
+    (dict(prompt=[10**30], echo=True, logprobs=1, max_tokens=0), "prompt", invalid),
+    (dict(prompt=[1] * 161, echo=True, max_tokens=0), "prompt", too_long),
   ):
     status = 404 if code == "model_not_found" else 400
-    assert post(client, "completions", status, **body)["error"]["code"] == code
-    streamed = post(client, "completions", status, **body, stream=True)
-    assert streamed["error"]["code"] == code
+    for more in ({}, {"stream": True}):
+      error = post(client, "completions", status, **body, **more)["error"]
+      assert (error["code"], error["param"]) == (code, param)
+  messages = [{"role": "user", "content": "a" * 200}]
+  error = post(client, "chat/completions", 400, messages=messages)["error"]
+  assert (error["code"], error["param"]) == (too_long, "messages")
+
+
+@pytest.mark.parametrize("depth", [50, 400, 900, 950, 980, 2000])
+def test_what_is_nested_deeply_is_refused(client: TestClient, depth: int):
+  """At any depth: what one reader takes, the next may not."""
+  marker: Any = "HERE"
+  tool = {"type": "function", "function": {"name": "f", "parameters": marker}}
+  call = {"function": {"name": "f", "arguments": {"a": marker}}}
+  for fields in (
+    {"tools": [tool]},
+    {"messages": [{"role": "assistant", "tool_calls": [call]}]},
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": marker}}},
+    {"metadata": marker},
+  ):
+    body = json.dumps({"messages": HELLO, "max_tokens": 1} | fields)
+    body = body.replace('"HERE"', "[" * depth + "]" * depth)
+    headers = {"content-type": "application/json"}
+    response = client.post("/v1/chat/completions", content=body, headers=headers)
+    assert response.status_code in (200, 400), (fields, response.text)
+
+
+def test_slow_automata_hold_up_nobody_else(run: Run, monkeypatch: pytest.MonkeyPatch):
+  is_over, begun = threading.Event(), threading.Semaphore(0)
+
+  def build(*_: Any) -> None:
+    begun.release()
+    is_over.wait(60)
+    raise ConfigError("as planted")
+
+  monkeypatch.setattr("flaxlm.serving.service.build_automaton", build)
+  with (
+    served(run) as service,
+    listening(build_app(service)) as url,
+    concurrent.futures.ThreadPoolExecutor(8) as pool,
+  ):
+    ask = lambda **body: httpx2.post(f"{url}/v1/completions", json={"prompt": "a"} | body)
+    slow = [pool.submit(ask, regex="a") for _ in range(8)]
+    assert begun.acquire(timeout=60)
+    try:
+      for _ in range(3):
+        assert ask(max_tokens=1).status_code == 200
+        assert not any(one.done() for one in slow)
+    finally:
+      is_over.set()
+    assert {one.result().status_code for one in slow} == {400}
+
+
+def test_who_connects_and_says_nothing_is_let_go(
+  service: Service, monkeypatch: pytest.MonkeyPatch
+):
+  from flaxlm.serving import server
+
+  monkeypatch.setattr(server, "HEAD_SECONDS", 0.2)
+  asked = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+  with listening(build_app(service)) as url:
+    address = ("127.0.0.1", int(url.rpartition(":")[2]))
+    for whole, part in ((b"", b""), (b"", asked), (asked + b"\r\n", asked)):
+      with socket.create_connection(address, timeout=30) as sock:
+        if whole:
+          sock.sendall(whole)
+          assert sock.recv(4096).startswith(b"HTTP/1.1 200")
+        sock.sendall(part)
+        while sock.recv(4096):
+          pass
 
 
 def test_a_full_queue_says_when_to_come_again(service: Service, client: TestClient):

@@ -26,6 +26,22 @@ from flaxlm.serving.limits import Limits
 LIMITS = Limits(slots=4, max_queue=8, max_tokens=64)
 HELLO = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+TEXT = {"type": "text", "text": "a"}
+NO_TOOLS: list[Any] = [
+  [{"type": "function", "function": {}}],
+  [{"type": "function", "function": {"name": 3}}],
+  [{"type": "function", "function": {"name": "\ud800"}}],
+  [{"type": "custom", "function": {"name": "f"}}],
+  [{"type": "function", "function": {"name": "f"}, "x": "\ud800"}],
+]
+
+
+def call(arguments: Any) -> dict[str, Any]:
+  return {"function": {"name": "f", "arguments": arguments}}
+
+
+def form(**fields: Any) -> dict[str, Any]:
+  return {"type": "json_schema", "json_schema": {"schema": {"type": "boolean"}} | fields}
 
 
 def completion(**fields: Any) -> bodies.CompletionBody:
@@ -76,7 +92,8 @@ def test_settings_arrive():
   assert (found.repetition_penalty, found.logit_bias) == (1.25, {5: -100})
   assert (found.regex, found.seed) == ("a+", 7)
   assert (body.stop.strings, body.num_top, body.n) == (("x",), 5, 2)
-  assert chat(max_completion_tokens=9, max_tokens=3).max_tokens == 9
+  assert chat(max_completion_tokens=9, max_tokens=9).max_tokens == 9
+  assert chat(max_completion_tokens=9).max_tokens == chat(max_tokens=9).max_tokens == 9
   assert completion(top_p=0).settings.top_p > 0
 
 
@@ -140,7 +157,16 @@ WRONG: dict[str, list[Any]] = {
   "presence_penalty": [3, -2.5],
   "frequency_penalty": [3, "x"],
   "repetition_penalty": [0],
-  "logit_bias": [{"a": 1}, {"1": 101}, [1], {"-1": 0}, {"²": 0}, {"1": "x"}, {"9" * 30: 0}],
+  "logit_bias": [
+    {"a": 1},
+    {"1": 101},
+    [1],
+    {"-1": 0},
+    {"²": 0},
+    {"1": "x"},
+    {"9" * 30: 0},
+    {"097": 1},
+  ],
   "regex": [3, "\ud800"],
   "stream": [1, "true"],
   "stream_options": [{"include_usage": True}, 3],
@@ -197,7 +223,30 @@ def test_wrong_completions(fields: dict[str, Any], param: str):
       "messages[0].content",
     ),
     ({"messages": [{"role": "user", "content": "", "tool_calls": []}]}, "messages[0]."),
-    ({"messages": [{"role": "user", "content": "", "age": 3}]}, "age"),
+    ({"messages": [{"role": "user", "content": "", "age": 3}]}, "messages[0].age"),
+    (
+      {"messages": [{"role": "user", "content": [TEXT | {"x": 1}]}]},
+      "messages[0].content.",
+    ),
+    *(
+      (
+        {"messages": [{"role": "assistant", "tool_calls": [call(arguments)]}]},
+        "messages[0].",
+      )
+      for arguments in (
+        '{"a": NaN}',
+        '{"a": 1, "a": 2}',
+        '{"a": "\\ud800"}',
+        {"a": "\ud800"},
+      )
+    ),
+    *(({"tools": [tool]}, "tools") for tool in NO_TOOLS),
+    ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+    ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+    ({"response_format": {"type": "text", "json_schema": {}}}, "response_format"),
+    ({"response_format": form(name=3)}, "response_format.json_schema.name"),
+    ({"response_format": form(strict="yes")}, "response_format.json_schema.strict"),
+    ({"response_format": form(schema={"enum": ["\ud800"]})}, "response_format"),
     ({"top_logprobs": 3}, "top_logprobs"),
     ({"logprobs": 3}, "logprobs"),
     ({"tools": "x"}, "tools"),
