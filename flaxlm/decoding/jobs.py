@@ -54,6 +54,7 @@ class PromptJob(NamedTuple):
   max_new_tokens: int | None
   num_samples: int = 1
   id: str | float | None = None  # the user's own, which the answers repeat
+  line: int | None = None  # where it stands
 
 
 class SizedJob(NamedTuple):
@@ -85,7 +86,8 @@ def read_jobs(text: str, defaults: PromptJob) -> list[PromptJob]:
     if not line.strip():
       continue
     try:
-      jobs.append(read_job(read_object(line), defaults, len(jobs)))
+      job = read_job(read_object(line), defaults, len(jobs))
+      jobs.append(job._replace(line=number))
     except ConfigError as e:
       raise ConfigError(
         f"line {number} of the prompts: {e.cause}",
@@ -183,7 +185,8 @@ def _read_biases(values: Any) -> dict[int, Any]:
   if not isinstance(values, dict):
     raise ConfigError(f"logit_bias is {reprlib.repr(values)}", 'as in {"50256": -5}')
   for token in values:
-    if not (token.isascii() and token.isdecimal() and len(token) <= 10):
+    # An id has one way to be written: of two, one would be lost.
+    if not (token.isascii() and token.isdecimal() and token == str(int(token[:10]))):
       raise ConfigError(f"logit_bias has {reprlib.repr(token)}", 'as in {"50256": -5}')
   return {int(token): bias for token, bias in values.items()}
 
@@ -320,7 +323,7 @@ def named(sized: SizedJob, completion: Completion) -> dict:
 
 
 def measure_job(run: Run, number: int, job: PromptJob) -> SizedJob:
-  """Raises `ConfigError`, with the job's number, if it does not fit the model."""
+  """Raises `ConfigError`, with the job's line or number, if it does not fit the model."""
   try:
     request = make_request(run, [job.prompt], job.max_new_tokens)
     request.check(run.model.cfg)
@@ -330,7 +333,8 @@ def measure_job(run: Run, number: int, job: PromptJob) -> SizedJob:
     check_rows(stack_settings([unformed]), 1, run.num_ids)
     job.stop.check(run.num_ids)
   except ConfigError as e:
-    raise ConfigError(f"prompt {number + 1}: {e.cause}", e.cure) from e
+    where = f"prompt {number + 1}" if job.line is None else f"line {job.line} of the prompts"
+    raise ConfigError(f"{where}: {e.cause}", e.cure) from e
   return SizedJob(number, job, len(request.prompts[0]), request.max_new_tokens)
 
 

@@ -66,8 +66,13 @@ def _cached(repository: str, file: str | None, revision: str | None) -> Path:
   if CONFIG in names and any(name.endswith(".safetensors") for name in names):
     return folder
   files = [name for name in names if name.endswith(".gguf")]
-  if not files:
+  if not names:
     raise missing
+  if not files:
+    raise CheckpointError(
+      f"{repository} is in {cache} without safetensors and config.json, or GGUF files",
+      "flaxlm import --download ... gets them, if the Hugging Face hub has them",
+    )
   return folder / _only(repository, files)
 
 

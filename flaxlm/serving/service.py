@@ -174,14 +174,16 @@ class Service:
     rows = []
     for number, one in enumerate(body.inputs, 1):
       if isinstance(one, str):
-        rows += rows_to_embed(self.run, [one], pooling, warnings.append)
+        try:
+          rows += rows_to_embed(self.run, [one], pooling, warnings.append)
+        except ConfigError as e:
+          raise api_error(ConfigError(f"input {number}: {e.cause}", e.cure), "input") from e
         continue
       self._check_ids("input", one)
       if len(one) > self.run.model.cfg.context:
         context = self.run.model.cfg.context
-        raise ConfigError(
-          f"input {number} has {len(one)} tokens > model.context={context}", "shorten it"
-        )
+        cause = f"input {number} has {len(one)} tokens > model.context={context}"
+        raise api_error(ConfigError(cause, "shorten it"), "input")
       rows.append(one)
     return rows, sorted({*warnings})
 
