@@ -298,6 +298,8 @@ def test_a_folder_that_is_no_run_says_what_to_do(models, tmp_path: Path):
     flaxlm.load("decodr")
   with pytest.raises(CheckpointError, match="org/name is not in"):
     flaxlm.load("org/name")
+  with pytest.raises(CheckpointError, match="runs here: "):
+    flaxlm.load("x" * 5000)
   with pytest.raises(CheckpointError, match="runs here: none"):
     flaxlm.load("decoder", runs_dir=tmp_path)
   (tmp_path / "config.json").write_text('{"model_type": "llama"}')

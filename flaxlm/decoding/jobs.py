@@ -333,7 +333,9 @@ def measure_job(run: Run, number: int, job: PromptJob) -> SizedJob:
     check_rows(stack_settings([unformed]), 1, run.num_ids)
     job.stop.check(run.num_ids)
   except ConfigError as e:
-    where = f"prompt {number + 1}" if job.line is None else f"line {job.line} of the prompts"
+    where = (
+      f"prompt {number + 1}" if job.line is None else f"line {job.line} of the prompts"
+    )
     raise ConfigError(f"{where}: {e.cause}", e.cure) from e
   return SizedJob(number, job, len(request.prompts[0]), request.max_new_tokens)
 

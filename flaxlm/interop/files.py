@@ -52,12 +52,15 @@ def has_file(path: Path, root: Path | None = None) -> bool:
 
 def find_gguf(source: Path) -> Path | None:
   """The GGUF file that `source` is, or that a folder without config.json has alone."""
-  if source.is_dir():
-    if (source / CONFIG).exists():
-      return None
-    files = sorted(source.glob("*.gguf"))
-    return files[0] if len(files) == 1 else None
-  return source if source.is_file() and is_gguf(source) else None
+  try:
+    if source.is_dir():
+      if (source / CONFIG).exists():
+        return None
+      files = sorted(source.glob("*.gguf"))
+      return files[0] if len(files) == 1 else None
+    return source if source.is_file() and is_gguf(source) else None
+  except OSError:  # its name is too long, or it may not be read
+    return None
 
 
 def is_gguf(path: Path) -> bool:

@@ -30,7 +30,11 @@ def find_source(name: str, download: bool = False, revision: str | None = None) 
   cannot be downloaded.
   """
   path = Path(name)
-  if path.exists():
+  try:
+    is_here = path.exists()
+  except OSError:  # its name is too long
+    is_here = False
+  if is_here:
     if revision is not None:
       raise ConfigError(f"{name} is a path here, which has no revisions", "leave it out")
     return path

@@ -174,6 +174,7 @@ def test_batches_are_of_like_length_and_fit(run):
     ('{"prompt": "a", "stop_tokens": [true]}', "stop-token is True"),
     ('{"prompt": "a", "banned_tokens": "12"}', "banned_tokens is '12', not a list"),
     ('{"prompt": "a", "banned_tokens": [1.5]}', "token id 1.5"),
+    ('{"prompt": "a", "logit_bias": {"7": 1, "07": 2}}', "logit_bias has '07'"),
     ('{"prompt": "a", "max_seconds": "1"}', "max-seconds is '1'"),
     ('{"prompt": "a", "max_seconds": false}', "max-seconds is False"),
     ('{"prompt": "a", "max_new_tokens": 2.0}', "max_new_tokens is 2.0"),
@@ -206,7 +207,7 @@ def test_only_a_newline_ends_a_line():
 
 def test_null_is_left_out():
   (job,) = read_jobs('{"prompt": "a", "top_k": null, "stop": null, "id": null}', DEFAULTS)
-  assert job == DEFAULTS._replace(prompt="a")
+  assert job == DEFAULTS._replace(prompt="a", line=1)
 
 
 @pytest.mark.parametrize("damage", ["{\n", "[]\n", '{"x": 1}\n{"x": 2}\n', "\0\0\n"])
@@ -219,7 +220,7 @@ def test_a_damaged_partial_file_is_named(run, tmp_path, damage: str):
 
 def test_a_prompt_that_is_too_long_is_named(run, tmp_path):
   jobs = read_jobs(as_text([{"prompt": "a"}, {"prompt": "a" * 170}]), DEFAULTS)
-  with pytest.raises(ConfigError, match="prompt 2: prompt of 171 tokens"):
+  with pytest.raises(ConfigError, match="line 2 of the prompts: prompt of 171 tokens"):
     complete_jobs(run, jobs, tmp_path / "out.jsonl", 2)
 
 
@@ -232,8 +233,8 @@ def test_a_prompt_that_is_too_long_is_named(run, tmp_path):
   ],
 )
 def test_ids_past_the_vocabulary_are_refused_before_the_first_answer(run, tmp_path, line):
-  jobs = read_jobs(as_text([{"prompt": "a"}, line]), DEFAULTS)
-  with pytest.raises(ConfigError, match="prompt 2: "):
+  jobs = read_jobs("\n\n" + as_text([{"prompt": "a"}, line]), DEFAULTS)
+  with pytest.raises(ConfigError, match="line 4 of the prompts: "):
     complete_jobs(run, jobs, tmp_path / "out.jsonl", 2)
   assert not [*tmp_path.iterdir()]
 

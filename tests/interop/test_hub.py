@@ -88,7 +88,14 @@ def test_what_the_cache_lacks(name: str, cache: Path):
     assert "\n" not in error.value.cause
 
 
+def test_what_is_there_without_weights_is_told_from_what_is_not(cache: Path):
+  put(cache, "org/half", {"config.json": b"{}", "pytorch_model.bin": b""})
+  with pytest.raises(CheckpointError, match=r"org/half is in .* without safetensors"):
+    find_source("org/half")
+
+
 def test_what_is_no_name(cache: Path):
+  assert find_source("x" * 5000) == Path("x" * 5000)
   for name in ("nothing", "a/b/c", "/a/b", "../a", "a/b/../c.gguf"):
     assert find_source(name) == Path(name)
     with pytest.raises(ConfigError, match="no name on the hub"):

@@ -347,7 +347,8 @@ def test_embeddings_are_those_of_the_encoder(encoder: TestClient):
   ],
 )
 def test_wrong_inputs(encoder: TestClient, body: dict[str, Any]):
-  assert post(encoder, "embeddings", 400, **body)["error"]["type"]
+  error = post(encoder, "embeddings", 400, **body)["error"]
+  assert error["type"] and error["param"] in body
 
 
 def test_a_run_does_what_its_family_can(encoder: TestClient, client: TestClient):
