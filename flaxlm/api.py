@@ -240,7 +240,8 @@ class Model:
         f"turns dropped, from the oldest: {prompt.num_dropped}",
         stacklevel=2,
       )
-    text, sampling = [prompt.text], stack_settings([asked.settings], self.tokenizer)
+    text = as_texts(prompt.text, "conversation")
+    sampling = stack_settings([asked.settings], self.tokenizer)
     request = make_request(
       self.run, text, asked.max_new_tokens, asked.num_top, has_specials=True
     )

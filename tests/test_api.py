@@ -266,6 +266,9 @@ REFUSED: dict[str, Callable[[dict[str, Model]], Any]] = {
   "no token of its own": lambda m: m["decoder"].score([("a", "")]),
   "is not an encoder": lambda m: m["decoder"].embed("a"),
   "there is no text": lambda m: m["encoder"].embed([]),
+  "conversation 1 is not UTF-8": lambda m: m["decoder"].chat(
+    [{"role": "user", "content": "\ud800"}]
+  ),
   "there is no message": lambda m: m["decoder"].chat([]),
   "messages are 'hi', not a list": lambda m: m["decoder"].chat("hi"),
   "message 1 has no role": lambda m: m["decoder"].chat([{"content": "a"}]),
