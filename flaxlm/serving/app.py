@@ -150,10 +150,12 @@ class Door:
     if scope["type"] != "http":
       await self.inner(scope, receive, send)
       return
-    path = scope["path"]
+    path, has_begun = scope["path"], False
 
     async def counted(message: Message) -> None:
+      nonlocal has_begun
       if message["type"] == "http.response.start":
+        has_begun = True
         known = path if path in PATHS else "other"
         self.service.metrics.requests[known, message["status"]] += 1
         message["headers"] = [*message["headers"], (b"x-content-type-options", b"nosniff")]
@@ -166,7 +168,11 @@ class Door:
     except ApiError as e:
       await error_response(e)(scope, receive, counted)
       return
-    await self.inner(scope, receive, counted)
+    try:
+      await self.inner(scope, receive, counted)
+    except asyncio.CancelledError:  # the server has waited long enough for it
+      if not has_begun:
+        await error_response(draining(1))(scope, receive, counted)
 
   def check(self, scope: Scope) -> None:
     """Raises `ApiError` for a request that is not answered, before any of it is read."""

@@ -559,6 +559,27 @@ def test_slow_automata_hold_up_nobody_else(run: Run, monkeypatch: pytest.MonkeyP
     assert {one.result().status_code for one in slow} == {400}
 
 
+def test_what_is_prepared_when_the_server_ends_is_told(
+  run: Run, monkeypatch: pytest.MonkeyPatch
+):
+  is_over, begun = threading.Event(), threading.Event()
+
+  def build(*_: Any) -> None:
+    begun.set()
+    is_over.wait(60)
+
+  monkeypatch.setattr("flaxlm.serving.service.build_automaton", build)
+  monkeypatch.setattr("flaxlm.serving.server.LAST_SECONDS", 0.1)
+  with served(run) as service, concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with listening(build_app(service)) as url:
+      ask = lambda: httpx2.post(f"{url}/v1/completions", json={"prompt": "a", "regex": "a"})
+      asked = pool.submit(ask)
+      assert begun.wait(60)
+    found = asked.result(60)
+    is_over.set()
+  assert found.status_code == 503 and found.json()["error"]["code"] == "draining"
+
+
 def test_who_connects_and_says_nothing_is_let_go(
   service: Service, monkeypatch: pytest.MonkeyPatch
 ):
