@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import tiny
+from conftest import fuzz, tiny
 
 
 @pytest.fixture
@@ -76,9 +76,9 @@ def test_a_job_of_any_size_goes_on(flaxlm, arguments, tmp_path):
   ("mesh", "num_experts"),
   [
     ("tensor=2,expert=4", 4),
-    ("data=2,fsdp=4@dcn", 0),
-    pytest.param("fsdp=4,tensor=2", 0, marks=pytest.mark.fuzz),
-    pytest.param("data=2,context=4", 0, marks=pytest.mark.fuzz),
+    fuzz("data=2,fsdp=4@dcn", 0),
+    fuzz("fsdp=4,tensor=2", 0),
+    fuzz("data=2,context=4", 0),
   ],
 )
 def test_four_processes_on_any_mesh(flaxlm, arguments, tmp_path, mesh, num_experts):
@@ -95,7 +95,7 @@ def test_four_processes_on_any_mesh(flaxlm, arguments, tmp_path, mesh, num_exper
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("everybody", [True, False])
+@pytest.mark.parametrize("everybody", [fuzz(True), False])
 def test_sigterm_to_any_stops_all_at_one_step(flaxlm, arguments, tmp_path, everybody):
   """A job of another size then finishes the run, as if it had not been stopped."""
   whole = flaxlm(*arguments(name="whole", training__num_steps=40, simulated_devices=4))
@@ -106,7 +106,9 @@ def test_sigterm_to_any_stops_all_at_one_step(flaxlm, arguments, tmp_path, every
   os.kill(target, signal.SIGTERM)
   _, err = job.communicate(timeout=100)
   assert job.returncode == 75, err
-  assert err.count("SIGTERM: saving step") == 1
+  # The step at which all stop may be one that is saved anyway.
+  said = ("SIGTERM: saving step", "SIGTERM: stopping after step")
+  assert sum(map(err.count, said)) == 1, err
   run = flaxlm(
     *("launch", "--processes=4", "--"), *arguments(name="k", training__num_steps=40)
   )

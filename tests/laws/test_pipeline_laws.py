@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import fuzz
 from meshes import mesh_of
 from parameters import random_state
 from test_training_laws import (
@@ -82,7 +83,7 @@ def test_a_pipeline_without_loops_over_layers():
   ],
   ids=str,
 )
-@pytest.mark.parametrize("name", ["dense", "experts"])
+@pytest.mark.parametrize("name", ["dense", fuzz("experts")])
 def test_a_pipeline_equals_one_device_however_it_runs(name, sizes, fields):
   check(sizes, cfg_of(name, depth=8), TrainingConfig(**dict(scanned=True) | fields))
 
