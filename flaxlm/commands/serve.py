@@ -70,6 +70,7 @@ def run_serve(args: argparse.Namespace, _: list[str]) -> int:
     raise ConfigError(
       "a server needs starlette and uvicorn", "pip install 'flaxlm[serve]'"
     ) from e
+  from flaxlm.decoding.loading import equip_for_decoding
   from flaxlm.serving.limits import Limits
   from flaxlm.serving.server import open_socket, serve
 
@@ -84,13 +85,7 @@ def run_serve(args: argparse.Namespace, _: list[str]) -> int:
       time_limit=args.time_limit,
       grace=args.grace,
     )
-    run = open_run(args)
-    if run.cfg.model.family != "encoder":
-      from flaxlm.decoding.loading import prepare_for_decoding
-
-      run = prepare_for_decoding(run, args.weights, args.cache == "int8")
-    elif args.weights or args.cache:
-      raise ConfigError("an encoder has no narrow weights or cache", "leave the flags out")
+    run = equip_for_decoding(open_run(args), args.weights, args.cache)
 
     def say(url: str) -> None:
       print(f"{url}/v1", flush=True)

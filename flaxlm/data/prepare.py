@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flaxlm.chat.templates import Chat, check_jinja, load_chat
-from flaxlm.config import TALKS, TokenizerConfig
+from flaxlm.config import TALKS, DataConfig, TokenizerConfig
 from flaxlm.data.corpus import Corpus, Log
 from flaxlm.data.mixtures import Mixture, parse_mixture
 from flaxlm.data.plans import Plan, key
@@ -73,6 +73,24 @@ def prepare(
   if tokenizer.note:
     log(tokenizer.note)
   return Prepared(tokenizer, train, validation, fingerprint, chat)
+
+
+def prepare_data(
+  data: DataConfig,
+  cfg: TokenizerConfig,
+  log: Log = to_stderr,
+  meanwhile: Callable[[], object] = lambda: None,
+) -> Prepared:
+  """`prepare` of what a config says of its data."""
+  return prepare(
+    data.corpus,
+    cfg,
+    log,
+    data.objective,
+    meanwhile,
+    data.text_field,
+    data.deduplicate,
+  )
 
 
 def prepare_whole(

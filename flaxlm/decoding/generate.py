@@ -21,6 +21,7 @@ from flaxlm.decoding.sampling import (
   Sampling,
   TokenHistory,
   check_rows,
+  history_of_prompts,
   rules_in_use,
   sample,
 )
@@ -109,7 +110,8 @@ def generate(
     sampling = repeat_to_batch(sampling, batch)
     history = None
     if HISTORY_RULES & set(static.rules):
-      history = history_of_prompts(request, sampling, logits_BV.shape)
+      num_tokens = logits_BV.shape[1]
+      history = history_of_prompts(request.prompts, sampling.states_B, num_tokens)
     state = DecodeState(cache, jnp.zeros(batch, jnp.int32), history)
     state, sampled = sample_step(logits_BV, state, sampling, num_ids, static)
 
@@ -192,17 +194,6 @@ def sample_step(
 def repeat_to_batch(sampling: Sampling, batch: int) -> Sampling:
   """The settings for the rows of a batch whose size was rounded up, repeated to fill it."""
   return sampling.map_rows(lambda x: np.resize(x, (batch, *x.shape[1:])))
-
-
-def history_of_prompts(
-  request: Request, sampling: Sampling, shape: tuple[int, ...]
-) -> TokenHistory:
-  """The history before anything is generated; `shape` is that of the logits (B, V)."""
-  in_prompt_BV = np.zeros(shape, bool)
-  for row, prompt in enumerate(request.prompts):
-    in_prompt_BV[row, [*prompt]] = True
-  states_B = jnp.asarray(sampling.states_B)
-  return TokenHistory(jnp.asarray(in_prompt_BV), jnp.zeros(shape, jnp.int32), states_B)
 
 
 def first_steps(block: TokenBlock, count: int) -> TokenBlock:

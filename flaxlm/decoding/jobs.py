@@ -184,11 +184,16 @@ def _read_biases(values: Any) -> dict[int, Any]:
   """{token: bias} of a JSON object, whose names are strings."""
   if not isinstance(values, dict):
     raise ConfigError(f"logit_bias is {reprlib.repr(values)}", 'as in {"50256": -5}')
-  for token in values:
-    # An id has one way to be written: of two, one would be lost.
-    if not (token.isascii() and token.isdecimal() and token == str(int(token[:10]))):
-      raise ConfigError(f"logit_bias has {reprlib.repr(token)}", 'as in {"50256": -5}')
-  return {int(token): bias for token, bias in values.items()}
+  for name in values:
+    if not is_id(name):
+      raise ConfigError(f"logit_bias has {reprlib.repr(name)}", 'as in {"50256": -5}')
+  return {int(name): bias for name, bias in values.items()}
+
+
+def is_id(name: str) -> bool:
+  """Whether a name of a JSON object is a token id. It has one way to be written: of two,
+  one would be lost."""
+  return name.isascii() and name.isdecimal() and name == str(int(name[:10]))
 
 
 def check_count(name: str, count: Any, most: int) -> None:
@@ -274,10 +279,8 @@ def answer_jobs(
 
   def answers() -> Iterator[tuple[EngineRequest, GrowingCompletion]]:
     for sized in by_length:
-      job, request = (
-        sized.job,
-        make_request(run, [sized.job.prompt], sized.num_new, num_top),
-      )
+      job = sized.job
+      request = make_request(run, [job.prompt], sized.num_new, num_top)
       for settings in job.settings.for_samples(job.num_samples):
         answer = GrowingCompletion(Completion(job.prompt), run.tokenizer, job.stop)
         asked[next(places)] = sized, settings.sample, answer.result

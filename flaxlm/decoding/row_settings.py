@@ -31,6 +31,7 @@ from flaxlm.decoding.sampling import (
   Sampling,
   TokenHistory,
   check_rows,
+  history_of_prompts,
   rules_in_use,
   stack_rows,
 )
@@ -146,13 +147,9 @@ class RowSettings:
 
   def history_of(self, requests: Sequence[EngineRequest]) -> TokenHistory:
     """The history of requests that have drawn nothing yet."""
-    shape = (len(requests), self.cfg.vocab_size)
-    in_prompt_BV = np.zeros(shape, bool)
-    for row, request in enumerate(requests):
-      in_prompt_BV[row, [*request.prompt]] = True
     states = [self._states[request.settings.regex] for request in requests]
-    counts_BV, states_B = np.zeros(shape, np.int32), np.array(states, np.int32)
-    return TokenHistory(*map(jnp.asarray, (in_prompt_BV, counts_BV, states_B)))
+    prompts, states_B = [request.prompt for request in requests], np.array(states, np.int32)
+    return history_of_prompts(prompts, states_B, self.cfg.vocab_size)
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "num_tokens"))

@@ -177,6 +177,21 @@ class TokenHistory(NamedTuple):
     return self._replace(counts_BV=counts_BV, states_B=states_B)
 
 
+def history_of_prompts(
+  prompts: Sequence[Sequence[int]], states_B: np.ndarray, num_tokens: int
+) -> TokenHistory:
+  """The history of rows that have drawn nothing yet, of a vocabulary of `num_tokens`.
+
+  There may be more rows than prompts, as a batch is rounded up.
+  """
+  shape = (len(states_B), num_tokens)
+  in_prompt_BV = np.zeros(shape, bool)
+  for row, prompt in enumerate(prompts):
+    in_prompt_BV[row, [*prompt]] = True
+  counts_BV = np.zeros(shape, np.int32)
+  return TokenHistory(*map(jnp.asarray, (in_prompt_BV, counts_BV, states_B)))
+
+
 class SampledTokens(NamedTuple):
   """The next tokens (B,), and the X likeliest ones (B, X).
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flaxlm.decoding.completions import Stopping
-from flaxlm.decoding.jobs import read_object
+from flaxlm.decoding.jobs import is_id, read_object
 from flaxlm.decoding.sampling import SamplingSettings
 from flaxlm.decoding.schemas import regex_of_any_object, regex_of_schema
 from flaxlm.errors import ConfigError
@@ -215,7 +215,7 @@ def read_biases(found: dict[str, Any]) -> dict[int, float]:
   biases = {}
   for token, bias in found.items():
     bounded = Fields({"logit_bias": bias}, {"logit_bias"}, {})
-    if not token.isascii() or not token.isdecimal() or token != str(int(token[:10])):
+    if not is_id(token):
       refuse("logit_bias", f"logit_bias: there is no token id {reprlib.repr(token)}")
     biases[int(token)] = bounded.number("logit_bias", -100, 100, 0.0)
   return biases

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from flaxlm.chat.templates import Chat, Talk, load_chat
 from flaxlm.decoding.compile_counter import CompileCounter
 from flaxlm.decoding.completions import make_request
-from flaxlm.decoding.constraint import build_automaton
+from flaxlm.decoding.constraint import build_part
 from flaxlm.decoding.encoding import ROWS_AT_A_TIME, embed_rows, rows_to_embed
 from flaxlm.decoding.engine import Engine
 from flaxlm.decoding.loading import Run
@@ -190,7 +190,7 @@ class Service:
   def _build(self, body: Answering) -> None:
     """The automaton of a form, which the engine then finds built."""
     if body.settings.regex is not None:
-      build_automaton((body.settings.regex,), self.run.tokenizer)
+      build_part(body.settings.regex, self.run.tokenizer)
 
   def _encoded(self, prompt: str | Tokens) -> tuple[Sequence[int], Sequence[int] | None]:
     """What is continued, and what an encoder-decoder reads. Ids are taken as they are."""

@@ -187,7 +187,7 @@ def load_tokenizer(path: Path) -> AnyTokenizer:
   else:
     backend = load_backend(path, "give a tokenizer.json or a SentencePiece model")
     if is_byte_level(backend) and backend.token_to_id(END_OF_TEXT) is not None:
-      return Tokenizer.load(path)
+      return Tokenizer.of_file(backend, path)
     specials, origin = find_specials(backend, path)
   if is_byte_level(backend) and unknown_of(backend) is None:
     check_all_bytes(backend)

@@ -240,7 +240,11 @@ class Tokenizer(Vocabulary):
   def load(path: str | Path) -> "Tokenizer":
     """Reads a tokenizer.json; raises `DataError` if it is missing, damaged or unfit."""
     cure = "give --tokenizer.path a byte-level tokenizer.json, or leave it out to train one"
-    backend = load_backend(Path(path), cure)
+    return Tokenizer.of_file(load_backend(Path(path), cure), path)
+
+  @staticmethod
+  def of_file(backend: tokenizers.Tokenizer, path: str | Path) -> "Tokenizer":
+    """The tokenizer that was read from a file, which its errors name."""
     try:
       return Tokenizer(backend)
     except DataError as e:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How good a model is on held-out text: loss, bits per byte, masks filled, BLEU."""
 
+import dataclasses
 import functools
 import math
 import time
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from flaxlm.config import OBJECTIVES, DpoConfig, ResolvedConfig, TokenizerConfig
 from flaxlm.data.batches import Batches
 from flaxlm.data.corpus import WHOLE, Log
-from flaxlm.data.prepare import prepare, prepare_whole
+from flaxlm.data.prepare import prepare_data, prepare_whole
 from flaxlm.data.questions import prepare_questions
 from flaxlm.data.sources import find_corpus, read_pairs
 from flaxlm.data.storage import data_dir, locked
@@ -205,14 +206,7 @@ def evaluate_run(
     store = prepare_whole(corpus, tokenizer, log, data.objective, data.text_field)
   else:
     cfg = TokenizerConfig(path=str(tokenizer))
-    prepared = prepare(
-      corpus,
-      cfg,
-      log,
-      data.objective,
-      text_field=data.text_field,
-      deduplicate=data.deduplicate,
-    )
+    prepared = prepare_data(dataclasses.replace(data, corpus=corpus), cfg, log)
     store = prepared.train if split == "train" else prepared.validation
   batches = batches_by_source(run.cfg, store, run.mesh)
   dpo = run.cfg.active_dpo

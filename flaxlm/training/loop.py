@@ -25,7 +25,7 @@ from flaxlm.config import (
 )
 from flaxlm.data.batches import Batches
 from flaxlm.data.corpus import Log
-from flaxlm.data.prepare import Prepared, prepare
+from flaxlm.data.prepare import Prepared, prepare_data
 from flaxlm.data.questions import QuestionBatches, Questions, prepare_questions
 from flaxlm.data.storage import data_dir, to_stderr
 from flaxlm.decoding.loading import Run
@@ -98,7 +98,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     guess = resolve_model(cfg, expected_vocab_size(tokenizer_cfg), mesh, before)
     # Several processes compile later, together: some may find their data prepared already.
     is_alone = peers.num_processes == 1
-    prepared = prepare_data(
+    prepared = prepare_corpus(
       cfg,
       tokenizer_cfg,
       judge,
@@ -177,7 +177,7 @@ def check_alone(cfg: Config, num_processes: int) -> None:
     )
 
 
-def prepare_data(
+def prepare_corpus(
   cfg: Config,
   tokenizer_cfg: TokenizerConfig,
   judge: Judge | None,
@@ -190,15 +190,7 @@ def prepare_data(
     assert tokenizer_cfg.path is not None, "the run begins from another"
     folder = Path(tokenizer_cfg.path).parent
     return prepare_questions(cfg, cfg.data.corpus, folder, judge.digest, log)
-  return prepare(
-    cfg.data.corpus,
-    tokenizer_cfg,
-    log,
-    cfg.data.objective,
-    meanwhile,
-    text_field=cfg.data.text_field,
-    deduplicate=cfg.data.deduplicate,
-  )
+  return prepare_data(cfg.data, tokenizer_cfg, log, meanwhile)
 
 
 def training_batches(

@@ -14,7 +14,7 @@ import numpy as np
 
 from flaxlm.config import Config
 from flaxlm.data.corpus import Log
-from flaxlm.data.prepare import prepare
+from flaxlm.data.prepare import prepare_data
 from flaxlm.data.storage import data_dir
 from flaxlm.errors import NonFiniteError
 from flaxlm.platform import start_jax
@@ -45,14 +45,7 @@ def train_for(cfg: Config, seconds: float, log: Log) -> Trial:
   start_jax(cfg.simulated_devices, data_dir() / "xla")
   mesh = make_mesh(cfg.mesh)
   check_batch(cfg, mesh.shape)
-  prepared = prepare(
-    cfg.data.corpus,
-    cfg.tokenizer,
-    log=log,
-    objective=cfg.data.objective,
-    text_field=cfg.data.text_field,
-    deduplicate=cfg.data.deduplicate,
-  )
+  prepared = prepare_data(cfg.data, cfg.tokenizer, log)
   num_ids = prepared.tokenizer.vocab_size
   model_cfg = resolve_model(cfg, num_ids, mesh, None)
   resolved = dataclasses.replace(cfg.resolve(num_ids), model=model_cfg)

@@ -51,13 +51,13 @@ def conversations() -> list[list[dict[str, str]]]:
   ]
 
 
-def test_a_step_on_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-  """Loss and gradient to 1e-4, though rows are packed here, and each is alone there."""
+def save_chat_model(hub: Path) -> tuple[Any, Any]:
+  """A random model of transformers with a chat template, saved in a folder, and the backend
+  of its tokenizer."""
   import torch
   import transformers
 
-  monkeypatch.setenv("FLAXLM_DATA_DIR", str(tmp_path / "data"))
-  backend, hub = llama(), tmp_path / "hub"
+  backend = llama()
   backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
   sizes = LLAMA | dict(vocab_size=backend.get_vocab_size(), max_position_embeddings=512)
   torch.manual_seed(0)
@@ -68,6 +68,17 @@ def test_a_step_on_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
   backend.save(str(hub / TOKENIZER))
   settings = SPECIALS | {"chat_template": MARKED["chatml"]}
   (hub / "tokenizer_config.json").write_text(json.dumps(settings))
+  return model, backend
+
+
+def test_a_step_on_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  """Loss and gradient to 1e-4, though rows are packed here, and each is alone there."""
+  import torch
+  import transformers
+
+  monkeypatch.setenv("FLAXLM_DATA_DIR", str(tmp_path / "data"))
+  hub = tmp_path / "hub"
+  model, backend = save_chat_model(hub)
   talks, file = conversations(), tmp_path / "chats" / "train.jsonl"
   file.parent.mkdir()
   file.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))

@@ -12,11 +12,9 @@ import jax
 import numpy as np
 import pytest
 from chat_templates import MARKED
+from conftest import BESIDE_TRANSFORMERS
 from test_adapters import needs_peft
-from test_parity import pytestmark  # noqa: F401 - the mark is for this file too
-from test_parity_chats import SPECIALS, conversations
-from tiny_models import LLAMA
-from tiny_tokenizers import llama
+from test_parity_chats import SPECIALS, conversations, save_chat_model
 
 from flaxlm.config import DataConfig, DpoConfig, TokenizerConfig, TrainingConfig
 from flaxlm.data.batches import Batches
@@ -32,6 +30,8 @@ from flaxlm.origin import checkpoint_of
 from flaxlm.runs import TOKENIZER, load_config_of
 from flaxlm.sharding import make_mesh
 from flaxlm.training.preference import num_pairs, preference_and_gradient
+
+pytestmark = BESIDE_TRANSFORMERS
 
 BETA, SCANNED = 0.3, TrainingConfig(scanned=True)
 FIELDS = ("chosen", "rejected")
@@ -49,21 +49,11 @@ class Made(NamedTuple):
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
-  import torch
   import transformers
 
   monkeypatch.setenv("FLAXLM_DATA_DIR", str(tmp_path / "data"))
-  backend, hub = llama(), tmp_path / "hub"
-  backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-  sizes = LLAMA | dict(vocab_size=backend.get_vocab_size(), max_position_embeddings=512)
-  torch.manual_seed(0)
-  model: Any = transformers.LlamaForCausalLM(
-    transformers.LlamaConfig(**sizes, initializer_range=0.3)
-  )
-  model.save_pretrained(hub)
-  backend.save(str(hub / TOKENIZER))
-  settings = SPECIALS | {"chat_template": MARKED["chatml"]}
-  (hub / "tokenizer_config.json").write_text(json.dumps(settings))
+  hub = tmp_path / "hub"
+  model, backend = save_chat_model(hub)
   import_run(hub, tmp_path / "run", make_mesh({"data": 8}))
   pairs = preferences()
   batch = our_batch(tmp_path, pairs)

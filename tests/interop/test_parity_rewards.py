@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from test_parity import pytestmark  # noqa: F401 - the mark is for this file too
+from conftest import BESIDE_TRANSFORMERS
 from test_parity_preferences import close, save
 from tiny_models import LLAMA
 
@@ -18,6 +18,8 @@ from flaxlm.sharding import make_mesh
 from flaxlm.training.policy import advantages
 from flaxlm.training.rollouts import rows_of
 from flaxlm.training.step import loss_and_gradient
+
+pytestmark = BESIDE_TRANSFORMERS
 
 GROUPS, SAMPLES = 3, 4
 

@@ -541,7 +541,7 @@ def test_slow_automata_hold_up_nobody_else(run: Run, monkeypatch: pytest.MonkeyP
     is_over.wait(60)
     raise ConfigError("as planted")
 
-  monkeypatch.setattr("flaxlm.serving.service.build_automaton", build)
+  monkeypatch.setattr("flaxlm.serving.service.build_part", build)
   with (
     served(run) as service,
     listening(build_app(service)) as url,
@@ -568,7 +568,7 @@ def test_what_is_prepared_when_the_server_ends_is_told(
     begun.set()
     is_over.wait(60)
 
-  monkeypatch.setattr("flaxlm.serving.service.build_automaton", build)
+  monkeypatch.setattr("flaxlm.serving.service.build_part", build)
   monkeypatch.setattr("flaxlm.serving.server.LAST_SECONDS", 0.1)
   with served(run) as service, concurrent.futures.ThreadPoolExecutor(1) as pool:
     with listening(build_app(service)) as url:

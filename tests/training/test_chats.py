@@ -6,7 +6,7 @@ import itertools
 import json
 import random
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,12 @@ SIZES = dict(depth=1, width=8, num_heads=2, ffn_width=12, context=64, vocab_size
 SHAPES = [(30, 1), (6, 4), (28, 26), (3, 1), (9, 7), (25, 2), (4, 3), (12, 1), (31, 30)]
 
 
-def random_store() -> TokenStore:
+def random_store(shapes: Sequence[tuple[int, int]] = SHAPES) -> TokenStore:
+  """Conversations of so many tokens, of which the last ones are an answer."""
   rng = np.random.default_rng(0)
-  tokens = rng.integers(1, 64, sum(size for size, _ in SHAPES)).astype(np.uint16)
-  weights = np.concatenate([np.arange(size) >= size - last for size, last in SHAPES])
-  bounds = np.cumsum([0, *(size for size, _ in SHAPES)])
+  tokens = rng.integers(1, 64, sum(size for size, _ in shapes)).astype(np.uint16)
+  weights = np.concatenate([np.arange(size) >= size - last for size, last in shapes])
+  bounds = np.cumsum([0, *(size for size, _ in shapes)])
   about = (bounds, 0, 64, len(tokens), None)
   return TokenStore(tokens, *about, weights=weights.astype(np.uint8))
 

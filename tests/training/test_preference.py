@@ -17,7 +17,7 @@ import pytest
 import reference_step
 from conftest import commands_in_process, slow, tiny
 from meshes import mesh_of
-from test_chats import metrics, write_talks
+from test_chats import SIZES, metrics, random_store, write_talks
 
 from flaxlm.config import (
   DataConfig,
@@ -29,7 +29,6 @@ from flaxlm.config import (
 )
 from flaxlm.data.batches import Batches
 from flaxlm.data.objectives import Batch
-from flaxlm.data.stores import TokenStore
 from flaxlm.nn.lora import abstract_adapters, freeze, init_adapters, merged
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.training.optimizer import build_optimizer
@@ -42,7 +41,6 @@ from flaxlm.training.step import (
   shardings_of,
 )
 
-SIZES = dict(depth=1, width=8, num_heads=2, ffn_width=12, context=64, vocab_size=64)
 CFG = ModelConfig(**SIZES).resolve()
 DPO = DpoConfig(beta=0.3)
 # (tokens, how many of the last ones are the answer): chosen, rejected, chosen, ...
@@ -51,15 +49,6 @@ SHAPES = [
   *((3, 1), (20, 18), (7, 6), (6, 5), (11, 2), (13, 4), (15, 15 - 1), (15, 13)),
 ]
 PAIRS = len(SHAPES) // 2
-
-
-def random_store() -> TokenStore:
-  rng = np.random.default_rng(0)
-  tokens = rng.integers(1, 64, sum(size for size, _ in SHAPES)).astype(np.uint16)
-  weights = np.concatenate([np.arange(size) >= size - last for size, last in SHAPES])
-  bounds = np.cumsum([0, *(size for size, _ in SHAPES)])
-  about = (bounds, 0, 64, len(tokens), None)
-  return TokenStore(tokens, *about, weights=weights.astype(np.uint8))
 
 
 @functools.cache
@@ -74,7 +63,7 @@ def random_params(seed: int) -> Any:
 
 def answers(params: Any) -> list[tuple[float, Any]]:
   """(nats, their gradient) of each answer in float64, each conversation by itself."""
-  store, found = random_store(), []
+  store, found = random_store(SHAPES), []
   params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   for start, end in itertools.pairwise(store.bounds.tolist()):
     ids = store.tokens[None, start:end].astype(np.int32)
@@ -120,7 +109,7 @@ def expected(label_smoothing: float = 0.0) -> dict[str, float]:
 
 def the_batch(seq_len: int, batch_size: int) -> Batch:
   data = DataConfig(objective="preference", seq_len=seq_len, batch_size=batch_size)
-  batches = Batches(random_store(), data, vocab_size=64)
+  batches = Batches(random_store(SHAPES), data, vocab_size=64)
   assert batches.num_batches == 1 and not batches.notes
   return batches[0]
 
