@@ -25,7 +25,7 @@ from flaxlm.benchmark.report import Result, summarise
 from flaxlm.decoding.completions import complete, search
 from flaxlm.decoding.encoding import fill_masks
 from flaxlm.decoding.loading import Run, load_run
-from flaxlm.decoding.sampling import make_sampling
+from flaxlm.decoding.sampling import SamplingSettings
 from flaxlm.platform import start_jax
 from flaxlm.sharding import make_mesh
 
@@ -125,8 +125,7 @@ def decode_once(run: Run, seed: int) -> int:
   if run.cfg.model.family == "encoder_decoder":
     (found,) = search(run, ["Search the files"], 1, max_new_tokens=NEW_TOKENS)
   else:
-    sampling = make_sampling(1, temperature=1.0, seed=seed)
-    (found,) = complete(run, [PROMPT], sampling, NEW_TOKENS)
+    (found,) = complete(run, [PROMPT], [SamplingSettings(seed=seed)], NEW_TOKENS)
   return len(found.tokens)
 
 

@@ -124,10 +124,10 @@ def prepare(config: str, batch: int, num_prompts: int) -> Callable[[], list[list
   import numpy as np
 
   from flaxlm.config import ResolvedConfig, load_config
-  from flaxlm.decoding.completions import Stopping, complete
+  from flaxlm.decoding.completions import Stopping, complete_samples
   from flaxlm.decoding.jobs import PromptJob, complete_jobs
   from flaxlm.decoding.loading import Run, prepare_for_decoding
-  from flaxlm.decoding.sampling import SamplingSettings, make_sampling
+  from flaxlm.decoding.sampling import SamplingSettings
   from flaxlm.nn.models import build_model, init_params
   from flaxlm.sharding import make_mesh, use_mesh
   from flaxlm.tokenizers import train_tokenizer
@@ -149,7 +149,7 @@ def prepare(config: str, batch: int, num_prompts: int) -> Callable[[], list[list
     jobs.append(PromptJob(text, greedy, Stopping(), num_new))
 
   def answer_one() -> list[list[int]]:
-    found = complete(run, [jobs[0].prompt], make_sampling(1, temperature=0.0), ONE)
+    found = complete_samples(run, jobs[0].prompt, greedy, 1, ONE)
     return [one.tokens for one in found]
 
   def answer_file() -> list[list[int]]:

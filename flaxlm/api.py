@@ -45,7 +45,6 @@ from flaxlm.decoding.sampling import (
   MOST_SAMPLES,
   SamplingSettings,
   is_number,
-  stack_settings,
 )
 from flaxlm.decoding.schemas import regex_of_form
 from flaxlm.decoding.scoring import encode_pairs, score_rolling, score_tokens
@@ -211,10 +210,9 @@ class Model:
     if not isinstance(prompt, str):
       raise ConfigError(f"the prompt is {reprlib.repr(prompt)}", "stream a single string")
     asked, texts = self._read_options(options), as_texts(prompt)
-    sampling = stack_settings([asked.settings], self.tokenizer)
     request = make_request(self.run, texts, asked.max_new_tokens, asked.num_top)
     request.check(self.run.model.cfg)
-    growing = grow_completions(self.run, request, texts, sampling, asked.stop)
+    growing = grow_completions(self.run, request, texts, [asked.settings], asked.stop)
     return (piece for _, piece in growing)
 
   def chat(
@@ -241,12 +239,11 @@ class Model:
         stacklevel=2,
       )
     text = as_texts(prompt.text, "conversation")
-    sampling = stack_settings([asked.settings], self.tokenizer)
     request = make_request(
       self.run, text, asked.max_new_tokens, asked.num_top, has_specials=True
     )
     (completion,) = complete_request(
-      self.run, request, text, sampling, asked.stop, prefix_cache=self._read
+      self.run, request, text, [asked.settings], asked.stop, prefix_cache=self._read
     )
     return Answer(self._shown(completion))
 

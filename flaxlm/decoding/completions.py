@@ -12,10 +12,10 @@ from flaxlm.decoding.engine import Engine
 from flaxlm.decoding.generate import PrefixCache, generate
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import Request
-from flaxlm.decoding.requests import EngineRequest
+from flaxlm.decoding.requests import EngineOptions, EngineRequest
 from flaxlm.decoding.sampling import (
-  Sampling,
   SamplingSettings,
+  check_count_of,
   is_number,
   stack_settings,
 )
@@ -24,6 +24,7 @@ from flaxlm.errors import ConfigError
 from flaxlm.tokenizers import AnyTokenizer
 
 DEFAULT_NEW_TOKENS = 128
+MOST_ROWS = 256  # of completions that are decoded together
 DEFAULT_TEMPERATURE = 0.8  # of what people ask for, if they do not say
 
 
@@ -127,7 +128,7 @@ def complete_samples(
   return complete(
     run,
     [prompt for prompt in prompts for _ in range(num_samples)],
-    stack_settings(drawing, run.tokenizer),
+    drawing,
     max_new_tokens,
     stop,
     on_text,
@@ -138,40 +139,41 @@ def complete_samples(
 def complete(
   run: Run,
   prompts: str | Sequence[str],
-  sampling: Sampling,
+  settings: Sequence[SamplingSettings],
   max_new_tokens: int | None = None,
   stop: str | Sequence[str] | Stopping | Sequence[Stopping] = (),
   on_text: Callable[[int, str], None] | None = None,
   num_top: int = 0,
-  prefix_cache: PrefixCache | None = None,
 ) -> list[Completion]:
   """Continues each prompt until the end of text, a stop, or its length.
 
   Args:
     prompts: texts to continue, or one.
-    sampling: settings for as many rows as there are prompts.
+    settings: as many as there are prompts; see `same_settings`.
     stop: stop strings for all rows, or a `Stopping` for all or for each of them.
     on_text: `on_text(row, piece)` is called with new text as soon as no later token can
       change it; the pieces of a row add up to its completion.
     num_top: how many of the likeliest tokens to report at each step.
-    prefix_cache: keeps what this call reads for a next one, as in a conversation.
   """
   prompts = as_texts(prompts)
   request = make_request(run, prompts, max_new_tokens, num_top)
-  return complete_request(run, request, prompts, sampling, stop, on_text, prefix_cache)
+  return complete_request(run, request, prompts, settings, stop, on_text)
 
 
 def complete_request(
   run: Run,
   request: Request,
   prompts: Sequence[str],
-  sampling: Sampling,
+  settings: Sequence[SamplingSettings],
   stop: str | Sequence[str] | Stopping | Sequence[Stopping] = (),
   on_text: Callable[[int, str], None] | None = None,
   prefix_cache: PrefixCache | None = None,
 ) -> list[Completion]:
-  """`complete` for ids that are known already; `prompts` are what the results are for."""
-  growing = grow_completions(run, request, prompts, sampling, stop, prefix_cache)
+  """`complete` for ids that are known already; `prompts` are what the results are for.
+
+  A `prefix_cache` keeps what this call reads for a next one, as in a conversation.
+  """
+  growing = grow_completions(run, request, prompts, settings, stop, prefix_cache)
   while True:
     try:
       row, piece = next(growing)
@@ -185,22 +187,54 @@ def grow_completions(
   run: Run,
   request: Request,
   prompts: Sequence[str],
-  sampling: Sampling,
+  settings: Sequence[SamplingSettings],
   stop: str | Sequence[str] | Stopping | Sequence[Stopping] = (),
   prefix_cache: PrefixCache | None = None,
 ) -> Generator[tuple[int, str], None, list[Completion]]:
   """`complete_request` a piece at a time: yields (row, new text) as soon as no later token
   can change it, and returns the completions. Whoever asks for no more stops it."""
   started = time.monotonic()
+  request.check(run.model.cfg)
   stops = stopping_of_rows(stop, len(prompts), run.num_ids)
+  check_count_of(settings, len(prompts))
   rows = [
     GrowingCompletion(Completion(prompt), run.tokenizer, row_stop)
     for prompt, row_stop in zip(prompts, stops, strict=True)
   ]
-  if run.draft is None:
-    blocks = generate(run.model, run.params, request, sampling, run.mesh, prefix_cache)
+  if run.draft is None and prefix_cache is None:
+    asked = [
+      (row.request(request, of_row, number), row)
+      for number, (row, of_row) in enumerate(zip(rows, settings, strict=True))
+    ]
+    for number, piece in answer_all(engine_for(run, len(rows)), asked, started):
+      if piece:
+        yield number, piece
   else:
-    blocks = speculate(run.model, run.params, request, sampling, run.draft, run.mesh)
+    yield from _grow_together(run, request, rows, settings, started, prefix_cache)
+  return [row.result for row in rows]
+
+
+def engine_for(run: Run, count: int) -> Engine:
+  """An engine for so many answers, all of which are known at the start."""
+  rows = min(count, MOST_ROWS)
+  options = EngineOptions(rows=rows, most_read=None, whole_rows=True)
+  return Engine(run.model, run.params, run.num_ids, run.mesh, run.tokenizer, options)
+
+
+def _grow_together(
+  run: Run,
+  request: Request,
+  rows: Sequence["GrowingCompletion"],
+  settings: Sequence[SamplingSettings],
+  started: float,
+  prefix_cache: PrefixCache | None,
+) -> Iterator[tuple[int, str]]:
+  """`grow_completions` with a draft or a prefix cache: rows begin and end together."""
+  same = run.model, run.params, request, stack_settings(settings, run.tokenizer)
+  if run.draft is None:
+    blocks = generate(*same, run.mesh, prefix_cache)
+  else:
+    blocks = speculate(*same, run.draft, run.mesh)
   for block in blocks:
     seconds = time.monotonic() - started
     for i, row in enumerate(rows):
@@ -214,19 +248,18 @@ def grow_completions(
   for i, row in enumerate(rows):
     if piece := row.finish("length"):
       yield i, piece
-  return [row.result for row in rows]
 
 
 def answer_all(
   engine: Engine,
   answers: Iterable[tuple[EngineRequest, "GrowingCompletion"]],
-  on_text: Callable[[int, str], None] | None = None,
   started: float | None = None,
-) -> Iterator[int]:
-  """Yields the place of each answer that has ended, in the order in which they end.
+) -> Iterator[tuple[int, str]]:
+  """Yields (place of an answer, its new text) as answers grow.
 
-  Answers are asked for when there is room for them. The time of each counts from `started`,
-  or from its first token. Raises `NonFiniteError`.
+  With the last piece of an answer, which may be empty, it has its `finish_reason`. Answers
+  are asked for when there is room for them. The time of each counts from `started`, or from
+  its first token. Raises `NonFiniteError`.
   """
   asked: dict[int, tuple[int, GrowingCompletion]] = {}
   since: dict[int, float] = {}
@@ -250,12 +283,12 @@ def answer_all(
       seconds = answer.stop.max_seconds
       if seconds is not None and time.monotonic() - begun >= seconds:
         piece += answer.finish("time")
-      if piece and on_text is not None:
-        on_text(place, piece)
-      if answer.result.finish_reason is not None:
+      has_ended = answer.result.finish_reason is not None
+      if has_ended:
         engine.cancel(event.number)
         del asked[event.number], since[event.number]
-        yield place
+      if piece or has_ended:
+        yield place, piece
 
 
 def stopping_of_rows(

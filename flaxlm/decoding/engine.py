@@ -101,6 +101,7 @@ class _Reading:
   waiting: list[list[_Job]]  # for each text
   cache: Any
   last_RD: Any
+  slots: tuple[int, int]  # of a row of the cache, and of its source
   starts: list[int]  # tokens of each prompt that the cache had already
   position: int = 0  # tokens of each prompt, from there on, that were read
   logits_RV: Any = None  # after the last token of each
@@ -297,10 +298,13 @@ class Engine:
     starts = [len(pieces) * PIECE for pieces in found]
     lengths = [len(text[0]) - at for text, at in zip(texts, starts, strict=True)]
     slots = self.sizes.bucket_of_reading(starts[0] + max(lengths) + MOST_PADDING)
-    sources = [source for _, source in texts]
+    if self.options.whole_rows:  # no other size is needed afterwards
+      ends = [job.request.final_length for jobs in texts.values() for job in jobs]
+      slots = max(slots, self.sizes.bucket_of_slots(max(ends)))
+    sources, source_slots = [source for _, source in texts], 0
     if any(sources):
-      longest = self.sizes.bucket_of_source(max(map(len, sources)))
-      source_BS, lengths_B = pad_rows(sources, batch, longest)
+      source_slots = self.sizes.bucket_of_source(max(map(len, sources)))
+      source_BS, lengths_B = pad_rows(sources, batch, source_slots)
       self.counters.read_tokens += sum(map(len, sources))
       args = (self.model, self.params, source_BS, lengths_B, slots)
       cache = init_cache_with_source(*args)
@@ -311,7 +315,8 @@ class Engine:
         cache = put_piece(cache, piece, np.int32(row), np.int32(n * PIECE))
     self.counters.cached_tokens += sum(starts)
     last_RD = np.zeros((batch, self.model.cfg.width), self.model.execution.dtype)
-    return _Reading([*texts], [*texts.values()], cache, last_RD, starts)
+    sizes = slots, source_slots
+    return _Reading([*texts], [*texts.values()], cache, last_RD, sizes, starts)
 
   @property
   def read_together(self) -> int:
@@ -383,7 +388,8 @@ class Engine:
     if moved_X is not None and self._has_history:
       assert self._state is not None
       self._state = renumber(self._state, moved_X)
-    self._make_room(jobs, reading.cache)
+    is_all = len(jobs) == batch and not any(reading.waiting)
+    self._make_room(jobs, reading.cache, is_all)
     free = [row for row, job in enumerate(self._rows) if job is None]
     for row, job in zip(free, jobs, strict=False):
       self._rows[row], job.row = job, row
@@ -393,30 +399,37 @@ class Engine:
     logits_RV, cache = reading.logits_RV, reading.cache
     if picked != [*range(batch)]:
       logits_RV, cache = take_read(logits_RV, cache, np.array(picked, np.int32))
-    assert self._state is not None
-    history = self._settings.history_of(padded) if self._has_history else None
+    has_history = self._has_history
+    if self._state is None:  # these rows are the batch
+      has_history = any(job.needs_history for job in jobs)
+    history = self._settings.history_of(padded) if has_history else None
     left_R = np.array([request.max_new_tokens for request in padded], np.int32)
-    sampling, static, stops_RE = self._settings.sampling_of(padded, self._has_history)
+    sampling, static, stops_RE = self._settings.sampling_of(padded, has_history)
     new, step = draw_first(
       *(logits_RV, cache.lengths_B, left_R, history),
       *(sampling, stops_RE, self._num_ids, static),
     )
-    new = new._replace(cache=self._resized(cache))
+    if reading.slots != (self._slots, self._source_slots):
+      cache = self._resized(cache)
+    new = new._replace(cache=cache)
     into = [job.row for job in jobs]
     rows_R = np.array([*into, *[into[0]] * (batch - len(into))], np.int32)
-    self._state = insert_rows(self._state, new, rows_R)
+    self._state = new if self._state is None else insert_rows(self._state, new, rows_R)
     self._blocks.append(_Block([*enumerate(jobs)], step, 1, False))
     self._free_spent_rows()
 
   def _resized(self, cache: Any) -> Any:
     return resize_cache(self.model.cfg, cache, self._slots, self._source_slots)
 
-  def _make_room(self, jobs: Sequence[_Job], cache: Any) -> None:
-    """Makes the batch large enough for some requests more, which have been read."""
+  def _make_room(self, jobs: Sequence[_Job], cache: Any, is_all: bool) -> None:
+    """Makes the batch large enough for some requests more, which have been read.
+
+    If `is_all` that was read, and the batch would consist of it, there is no other state.
+    """
     sources = [len(job.request.source or ()) for job in jobs]
     if not self.num_active:  # nothing is to be kept
       self._state, self._rows, self._slots, self._source_slots = None, [], 0, 0
-    longest = max(job.in_cache for job in jobs)
+    longest = max(self._room_of(job) for job in jobs)
     slots = max(self._slots, self.sizes.bucket_of_slots(longest))
     source_slots = self._source_slots
     if any(sources):
@@ -424,17 +437,24 @@ class Engine:
     if self._state is None:
       batch = self.sizes.bucket_of_rows(self._wanted_rows(len(jobs)))
       self._slots, self._source_slots = slots, source_slots
+      self._rows = [None] * batch
+      if is_all and batch == len(jobs):
+        return
       idle = jnp.zeros(cache.lengths_B.shape[0], jnp.int32)
       rows_B = np.zeros(batch, np.int32)
       same = Rows(self._resized(cache), idle, idle)
       self._state = take_rows(same, rows_B, rows_B > 0)
-      self._rows = [None] * batch
     else:
       self._resize(slots, source_slots)
       self._rearrange(self._wanted_rows(len(jobs)))
     if any(job.needs_history for job in jobs) and not self._has_history:
       shape = (len(self._rows), self.model.cfg.vocab_size)
       self._state = self._state._replace(history=empty_history(*shape))
+
+  def _room_of(self, job: _Job, num_steps: int = 0) -> int:
+    """Tokens that a row's cache must have room for in the next steps."""
+    final = job.request.final_length
+    return final if self.options.whole_rows else min(final, job.in_cache + num_steps)
 
   def _wanted_rows(self, num_new: int = 0) -> int:
     """Rows for the active requests, some new ones and, if they fit, all that wait."""
@@ -498,10 +518,11 @@ class Engine:
     if not self.runs_ahead:
       num_steps = min(num_steps, max(job.left for job in active))
     lengths = [min(job.request.final_length, job.in_cache + num_steps) for job in active]
-    slots = self.sizes.bucket_of_slots(max(lengths))
-    if slots > self._slots or 3 * slots <= 2 * self._slots:
+    slots = self.sizes.bucket_of_slots(max(self._room_of(j, num_steps) for j in active))
+    may_shrink = not self.options.whole_rows
+    if slots > self._slots or (may_shrink and 3 * slots <= 2 * self._slots):
       self._resize(slots, self._source_slots)
-    if self.sizes.bucket_of_rows(self._wanted_rows()) < len(self._rows):
+    if may_shrink and self.sizes.bucket_of_rows(self._wanted_rows()) < len(self._rows):
       self._rearrange(self._wanted_rows())
     if self._has_history and not any(job.needs_history for job in active):
       self._state = self._state._replace(history=None)

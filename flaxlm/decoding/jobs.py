@@ -286,7 +286,9 @@ def answer_jobs(
         asked[next(places)] = sized, settings.sample, answer.result
         yield answer.request(request, settings), answer
 
-  for place in answer_all(engine, answers()):
+  for place, _ in answer_all(engine, answers()):
+    if asked[place][2].finish_reason is None:
+      continue
     sized, sample, result = asked.pop(place)
     samples[sized.number][sample] = named(sized, result)
     left[sized.number] -= 1
@@ -308,7 +310,7 @@ def answer_guessing(
     completions = complete(
       run,
       [row.job.prompt for row in rows],
-      stack_settings(settings, run.tokenizer),
+      settings,
       max(row.num_new for row in rows),
       [dataclasses.replace(row.job.stop, max_tokens=row.num_new) for row in rows],
       num_top=num_top,

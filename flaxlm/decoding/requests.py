@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from flaxlm.config import ResolvedModel
 from flaxlm.decoding.prefill import BLOCK_STEPS, CHUNK
-from flaxlm.decoding.sampling import HISTORY_RULES, RULES, SamplingSettings
+from flaxlm.decoding.sampling import GREEDY, HISTORY_RULES, RULES, SamplingSettings
 from flaxlm.errors import FlaxLMError
 
 MOST_PADDING = 32  # tokens of padding, which cost no more than a pass of their own
 SMALLEST_CACHE = 64  # slots
-IDLE = SamplingSettings(temperature=0.0)
+IDLE = GREEDY
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,7 @@ class EngineOptions:
   most_steps: int = BLOCK_STEPS  # of a block
   most_bytes: int | None = None  # of the batch's cache, on all devices together
   prefix_bytes: int = 0  # of past texts that are kept, on all devices together
+  whole_rows: bool = False  # slots for whole answers at once: fewer programs, for few calls
   shapes: Shapes | None = None
 
 

@@ -139,7 +139,7 @@ def draw_first(
   read = _Lengths(lengths_R)
   rows = Rows(read, jnp.zeros_like(left_R), left_R, history)
   rows, step = draw_step(logits_RV, rows, sampling, stops_RE, num_ids, static)
-  return rows._replace(cache=None), jax.tree.map(lambda x: x[None], step)
+  return pinned(rows._replace(cache=None)), jax.tree.map(lambda x: x[None], step)
 
 
 class _Lengths(NamedTuple):
@@ -198,4 +198,4 @@ def pinned(rows: Rows) -> Rows:
   names = {1: ("batch",), 2: ("batch", None)}
   pin = lambda x: constrain(x, *names[x.ndim])
   rest = jax.tree.map(pin, rows._replace(cache=None))
-  return rest._replace(cache=rows.cache.constrained())
+  return rest if rows.cache is None else rest._replace(cache=rows.cache.constrained())

@@ -124,6 +124,9 @@ class SamplingSettings:
     return {**self.logit_bias, **dict.fromkeys(self.banned_tokens, -INF)}
 
 
+GREEDY = SamplingSettings(temperature=0.0)
+
+
 def draw_key(seed: int, row: int = 0, sample: int = 0) -> tuple[int, int]:
   """The Threefry key (two 32-bit words) of all draws of one sample of one prompt.
 
@@ -204,13 +207,20 @@ class SampledTokens(NamedTuple):
   top_logprobs_BX: jax.Array
 
 
-def make_sampling(batch: int, temperature: float = 1.0, **settings: Any) -> Sampling:
-  """The same settings for every row, each with draws of its own.
+def same_settings(
+  count: int, temperature: float = 1.0, **settings: Any
+) -> list[SamplingSettings]:
+  """The same settings for so many prompts, each with draws of its own.
 
-  Keywords are the fields of `SamplingSettings`. Raises `ConfigError` for a bad value.
+  Keywords are the fields of `SamplingSettings`.
   """
   same = SamplingSettings(temperature=temperature, **settings)
-  return stack_settings([dataclasses.replace(same, row=i) for i in range(batch)])
+  return [dataclasses.replace(same, row=i) for i in range(count)]
+
+
+def make_sampling(batch: int, temperature: float = 1.0, **settings: Any) -> Sampling:
+  """The arrays of `same_settings`. Raises `ConfigError` for a bad value."""
+  return stack_settings(same_settings(batch, temperature, **settings))
 
 
 def stack_settings(
@@ -276,15 +286,19 @@ def stack_rows(
   )
 
 
+def check_count_of(settings: Any, num_rows: int) -> None:
+  """Raises `ConfigError` unless there are as many settings as prompts."""
+  if len(settings) != num_rows:
+    raise ConfigError(
+      f"there are sampling settings for {len(settings)} rows, and {num_rows} prompts",
+      "give as many: same_settings(len(prompts))",
+    )
+
+
 def check_rows(sampling: Sampling, num_rows: int, num_ids: int) -> None:
   """Raises `ConfigError` unless there are settings for each of `num_rows` prompts, which
   name only ids below `num_ids` and leave at least one of them to be drawn."""
-  found = len(sampling.temperature_B)
-  if found != num_rows:
-    raise ConfigError(
-      f"there are sampling settings for {found} rows, and {num_rows} prompts",
-      "give as many: make_sampling(len(prompts))",
-    )
+  check_count_of(sampling.temperature_B, num_rows)
   outside_BX = (sampling.bias_ids_BX >= num_ids) & (sampling.biases_BX != 0)
   if outside_BX.any():
     token = int(sampling.bias_ids_BX[outside_BX][0])

@@ -33,7 +33,7 @@ from flaxlm.decoding.jobs import (
 )
 from flaxlm.decoding.loading import Run, prepare_for_decoding
 from flaxlm.decoding.prefill import MOST_NEW_TOKENS, Request
-from flaxlm.decoding.sampling import SamplingSettings, is_number, stack_settings
+from flaxlm.decoding.sampling import SamplingSettings, is_number
 from flaxlm.decoding.scoring import (
   Likelihood,
   check_scores,
@@ -353,7 +353,7 @@ def write_answers(
       run,
       Request([row.read for row in rows], num_new, run.num_ids, sources or None),
       [row.job.prompt for row in rows],
-      stack_settings([row.job.settings for row in rows], run.tokenizer),
+      [row.job.settings for row in rows],
       [row.job.stop for row in rows],
     )
     written |= dict(zip((x.number for x in batch), completions, strict=True))

@@ -12,7 +12,7 @@ from flaxlm.config import ResolvedModel
 from flaxlm.decoding.completions import complete_request
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import Request
-from flaxlm.decoding.sampling import make_sampling
+from flaxlm.decoding.sampling import GREEDY
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import Source
 from flaxlm.sharding import batch_shards, use_mesh
@@ -141,8 +141,7 @@ def complete_reading(run: Run, reading: Reading, most: int) -> tuple[list[int], 
   num_new = max(1, min(most, run.model.cfg.context) - len(start))
   assert reading.source_ids is not None
   request = Request([start], num_new, run.num_ids, [reading.source_ids])
-  greedy = make_sampling(1, temperature=0.0)
-  [answer] = complete_request(run, request, [""], greedy)
+  [answer] = complete_request(run, request, [""], [GREEDY])
   ids = [*start, *answer.tokens]
   cut = "" if answer.finish_reason == "stop" else f", cut at {len(ids)} tokens"
   return ids, [*reading.cuts, f"The text is the model's own answer (greedy){cut}."]

@@ -10,7 +10,7 @@ from flaxlm.decoding.chat import Conversation
 from flaxlm.decoding.completions import complete, complete_request, make_request, search
 from flaxlm.decoding.encoding import fill_masks
 from flaxlm.decoding.loading import Run
-from flaxlm.decoding.sampling import make_sampling
+from flaxlm.decoding.sampling import GREEDY, SamplingSettings
 from flaxlm.errors import ConfigError, writing
 from flaxlm.runs import SAMPLE
 from flaxlm.tokenizers import MASK
@@ -68,8 +68,8 @@ def sample(run: Run) -> tuple[str, list[list[str]]]:
   if is_chat and load_chat(run.path) is not None:
     prompt = prompt or "Hello."
     return f"{prompt} => {answer(run, prompt)}", [[*infer, "--interactive"]]
-  sampling = make_sampling(1, temperature=0.8, top_p=0.95, seed=run.cfg.seed)
-  (drawn,) = complete(run, [prompt], sampling)
+  settings = SamplingSettings(temperature=0.8, top_p=0.95, seed=run.cfg.seed)
+  (drawn,) = complete(run, [prompt], [settings])
   return drawn.prompt + drawn.completion, [[*infer, "--prompt", prompt or "Once"]]
 
 
@@ -79,7 +79,7 @@ def answer(run: Run, question: str) -> str:
   assert chat is not None, "it is stored with the run"
   prompt = Conversation(chat, run).ask(question).text
   request = make_request(run, [prompt], None, has_specials=True)
-  (found,) = complete_request(run, request, [prompt], make_sampling(1, temperature=0.0))
+  (found,) = complete_request(run, request, [prompt], [GREEDY])
   return found.completion
 
 

@@ -17,7 +17,7 @@ from flaxlm.data.questions import Question
 from flaxlm.decoding.completions import Completion, complete_request
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import Request
-from flaxlm.decoding.sampling import SamplingSettings, stack_settings
+from flaxlm.decoding.sampling import SamplingSettings
 from flaxlm.nn.lora import jit_merge
 from flaxlm.nn.models import abstract_params
 from flaxlm.training.policy import advantages
@@ -48,7 +48,7 @@ class Writer:
     ids, most = [question.ids for question in questions], run.cfg.reward.max_new_tokens
     request = Request(ids, most, run.num_ids)
     wheres = [question.where for question in questions]
-    return complete_request(run, request, wheres, stack_settings(settings))
+    return complete_request(run, request, wheres, settings)
 
 
 class Rollouts(NamedTuple):

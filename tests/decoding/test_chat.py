@@ -19,7 +19,7 @@ from flaxlm.commands import infer
 from flaxlm.decoding.chat import Conversation
 from flaxlm.decoding.completions import Stopping, complete_request, make_request
 from flaxlm.decoding.loading import Run
-from flaxlm.decoding.sampling import SamplingSettings, stack_settings
+from flaxlm.decoding.sampling import GREEDY
 from flaxlm.errors import ConfigError, DataError
 from flaxlm.runs import IMPORTED_FILES
 from flaxlm.tokenizers.imported import ImportedTokenizer, Specials
@@ -276,9 +276,8 @@ def said_by(
   typed = "".join(f"{line}\n" for line in lines).encode()
   monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed)))
   out = io.StringIO()
-  settings = SamplingSettings(temperature=0.0)
   args = argparse.Namespace(**given)
-  infer.converse(run._replace(path=path), settings, Stopping(), args, out)
+  infer.converse(run._replace(path=path), GREEDY, Stopping(), args, out)
   return out.getvalue()
 
 
@@ -310,8 +309,7 @@ def test_a_long_conversation_goes_on(
   # The last prompt has the first turn no more.
   prompt = [f"sSu{lines[2]}"]
   request = make_request(run, prompt, 20, has_specials=True)
-  sampling = stack_settings([SamplingSettings(temperature=0.0)], run.tokenizer)
-  [last] = complete_request(run, request, prompt, sampling)
+  [last] = complete_request(run, request, prompt, [GREEDY])
   assert whole == f"{first}{last.completion}\n"
 
 

@@ -23,7 +23,7 @@ from flaxlm.decoding.completions import (
 )
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import BLOCK_STEPS
-from flaxlm.decoding.sampling import make_sampling
+from flaxlm.decoding.sampling import same_settings
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.tokenizers import Tokenizer, train_tokenizer
@@ -75,7 +75,7 @@ def told(run: Run, prompts: list[str], seed: int = 0, **kwargs: Any) -> list[Com
   results = complete(
     run,
     prompts,
-    make_sampling(len(prompts), 1.0, seed=seed),
+    same_settings(len(prompts), 1.0, seed=seed),
     on_text=lambda row, piece: pieces[row].append(piece),
     **kwargs,
   )
@@ -111,9 +111,9 @@ def test_without_a_stop_the_completion_is_the_text_of_its_tokens(endless: Run):
 
 def test_text_is_told_block_by_block(endless: Run):
   heard: list[str] = []
-  sampling = make_sampling(1, 1.0)
+  settings = same_settings(1, 1.0)
   show = lambda _, piece: heard.append(piece)
-  (result,) = complete(endless, ["a"], sampling, NUM_NEW, on_text=show)
+  (result,) = complete(endless, ["a"], settings, NUM_NEW, on_text=show)
   texts = texts_after(result.tokens)
   ends = [1, 1 + BLOCK_STEPS, 1 + 2 * BLOCK_STEPS, NUM_NEW]
   shown = ["", *(texts[end - 1] for end in ends), result.completion]
@@ -182,7 +182,7 @@ def test_without_a_number_there_is_room_or_the_default(endless: Run):
   """The context holds the end-of-text before the prompt, the prompt, and the answer."""
   context = endless.model.cfg.context
   for prompt in ("a" * 10, "a" * (context - 9)):
-    (result,) = complete(endless, [prompt], make_sampling(1))
+    (result,) = complete(endless, [prompt], same_settings(1))
     assert len(result.tokens) == min(DEFAULT_NEW_TOKENS, context - 1 - len(prompt))
   assert context - 1 - 10 > DEFAULT_NEW_TOKENS > 8  # one of each
 
@@ -205,51 +205,51 @@ def test_samples_of_one_prompt_differ_and_repeat(endless: Run):
 )
 def test_mistakes_are_told(endless: Run, prompts: list[str], kwargs: Any, complaint: str):
   with pytest.raises(ConfigError, match=complaint.replace("+", r"\+")):
-    complete(endless, prompts, make_sampling(len(prompts)), **kwargs)
+    complete(endless, prompts, same_settings(len(prompts)), **kwargs)
 
 
 def test_a_string_alone_is_one_prompt_and_one_stop(endless: Run):
   """Never its characters."""
   (whole,) = told(endless, ["def "])
-  (alone,) = complete(endless, "def ", make_sampling(1), NUM_NEW)
+  (alone,) = complete(endless, "def ", same_settings(1), NUM_NEW)
   assert alone == whole
   stop = whole.completion[3:5]
   for way in (stop, [stop], Stopping(strings=stop)):
-    (stopped,) = complete(endless, "def ", make_sampling(1), NUM_NEW, way)
+    (stopped,) = complete(endless, "def ", same_settings(1), NUM_NEW, way)
     assert stopped.completion == whole.completion.partition(stop)[0]
 
 
 @pytest.mark.parametrize(
-  ("sampling", "stop", "complaint"),
+  ("settings", "stop", "complaint"),
   [
-    (make_sampling(1), (), "settings for 1 rows, and 2 prompts"),
-    (make_sampling(3), (), "settings for 3 rows, and 2 prompts"),
-    (make_sampling(2), [Stopping()], "stops for 1 rows, and 2 prompts"),
-    (make_sampling(2, banned_tokens=range(BYTES.vocab_size)), (), "every token is banned"),
-    (make_sampling(2, logit_bias={BYTES.vocab_size: 1.0}), (), "token id 257 of a bias"),
-    (make_sampling(2, banned_tokens=[BYTES.vocab_size]), (), "token id 257 of a bias"),
-    (make_sampling(2), Stopping(tokens=[257]), "stop-token is 257"),
-    (make_sampling(2), Stopping(tokens=[-1]), "stop-token is -1"),
-    (make_sampling(2), ["a", 3], "stop string 2 is 3"),
+    (same_settings(1), (), "settings for 1 rows, and 2 prompts"),
+    (same_settings(3), (), "settings for 3 rows, and 2 prompts"),
+    (same_settings(2), [Stopping()], "stops for 1 rows, and 2 prompts"),
+    (same_settings(2, banned_tokens=range(BYTES.vocab_size)), (), "every token is banned"),
+    (same_settings(2, logit_bias={BYTES.vocab_size: 1.0}), (), "token id 257 of a bias"),
+    (same_settings(2, banned_tokens=[BYTES.vocab_size]), (), "token id 257 of a bias"),
+    (same_settings(2), Stopping(tokens=[257]), "stop-token is 257"),
+    (same_settings(2), Stopping(tokens=[-1]), "stop-token is -1"),
+    (same_settings(2), ["a", 3], "stop string 2 is 3"),
   ],
 )
 def test_settings_that_do_not_fit_are_refused(
-  endless: Run, sampling: Any, stop: Any, complaint: str
+  endless: Run, settings: Any, stop: Any, complaint: str
 ):
   with pytest.raises(ConfigError, match=complaint):
-    complete(endless, ["a", "b"], sampling, 4, stop)
+    complete(endless, ["a", "b"], settings, 4, stop)
 
 
 def test_one_token_may_be_left_to_be_drawn(endless: Run):
   banned = [token for token in range(BYTES.vocab_size) if token != 98]
-  (answer,) = complete(endless, "a", make_sampling(1, banned_tokens=banned), 3)
+  (answer,) = complete(endless, "a", same_settings(1, banned_tokens=banned), 3)
   assert answer.completion == "bbb"
 
 
 @pytest.mark.parametrize("prompt", [b"a", 3, "a\ud800", ["a"]])
 def test_what_is_no_text_is_refused(endless: Run, prompt: Any):
   with pytest.raises(ConfigError, match="prompt 2 is"):
-    complete(endless, ["a", prompt], make_sampling(2), 4)
+    complete(endless, ["a", prompt], same_settings(2), 4)
 
 
 # -- Every border --------------------------------------------------------------------------

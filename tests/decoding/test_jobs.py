@@ -19,7 +19,7 @@ from flaxlm.decoding.jobs import (
   read_jobs,
 )
 from flaxlm.decoding.loading import Run
-from flaxlm.decoding.sampling import SamplingSettings, make_sampling, stack_settings
+from flaxlm.decoding.sampling import SamplingSettings, same_settings
 from flaxlm.errors import ConfigError
 
 DEFAULTS = PromptJob("", SamplingSettings(temperature=1.0, seed=5), Stopping(), 6)
@@ -70,9 +70,9 @@ def test_each_prompt_is_answered_as_if_alone(run, tmp_path):
   ]
   stops = [Stopping()] * 4 + [Stopping(strings=[" "]), Stopping(tokens=[32])]
   for answer, of_row, stop in zip(found, settings, stops, strict=True):
-    sampling = stack_settings([SamplingSettings(**{"temperature": 1.0} | of_row)])
+    alike = [SamplingSettings(**{"temperature": 1.0} | of_row)]
     number = 3 if of_row["seed"] == 77 else 6
-    (alone,) = complete(run, [answer["prompt"]], sampling, number, stop)
+    (alone,) = complete(run, [answer["prompt"]], alike, number, stop)
     expected = alone.as_json()
     assert [answer[key] for key in ("completion", "tokens", "finish_reason")] == [
       expected[key] for key in ("completion", "tokens", "finish_reason")
@@ -240,24 +240,24 @@ def test_ids_past_the_vocabulary_are_refused_before_the_first_answer(run, tmp_pa
 
 
 def test_time_and_tokens_end_an_answer(run):
-  sampling = make_sampling(2, 1.0)
+  settings = same_settings(2, 1.0)
   stops = [Stopping(max_tokens=4), Stopping(max_seconds=1e-9)]
-  few, late = complete(run, ["a", "b"], sampling, 40, stops)
+  few, late = complete(run, ["a", "b"], settings, 40, stops)
   assert (len(few.tokens), few.finish_reason) == (4, "length")
   assert (len(late.tokens), late.finish_reason) == (1, "time")
-  (whole,) = complete(run, ["a"], make_sampling(1, 1.0), 40)
+  (whole,) = complete(run, ["a"], same_settings(1, 1.0), 40)
   token = whole.tokens[5]
-  (ended,) = complete(run, ["a"], make_sampling(1, 1.0), 40, Stopping(tokens=[token]))
+  (ended,) = complete(run, ["a"], same_settings(1, 1.0), 40, Stopping(tokens=[token]))
   assert ended.tokens == whole.tokens[: whole.tokens.index(token) + 1]
   assert ended.finish_reason == "stop"
 
 
 def test_top_logprobs_are_told_when_asked_for(run):
-  (answer,) = complete(run, ["a"], make_sampling(1, 0.0), 20, num_top=2)
+  (answer,) = complete(run, ["a"], same_settings(1, 0.0), 20, num_top=2)
   assert len(answer.top_logprobs) == len(answer.tokens) == 20
   for token, logprob, tops in zip(
     answer.tokens, answer.logprobs, answer.top_logprobs, strict=True
   ):
     assert len(tops) == 2
     assert tops[0] == (token, pytest.approx(logprob, abs=1e-5))
-  assert "top_logprobs" not in complete(run, ["a"], make_sampling(1), 2)[0].as_json()
+  assert "top_logprobs" not in complete(run, ["a"], same_settings(1), 2)[0].as_json()

@@ -28,7 +28,7 @@ from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import Config, DataConfig, ModelConfig, to_json
 from flaxlm.decoding.completions import complete
 from flaxlm.decoding.loading import Run, load_run
-from flaxlm.decoding.sampling import make_sampling
+from flaxlm.decoding.sampling import same_settings
 from flaxlm.interop.gguf import export_gguf
 from flaxlm.interop.transfer import import_run
 from flaxlm.runs import IMPORTED_FILES
@@ -125,7 +125,7 @@ def test_llama_cpp_reads_and_writes_the_same(model: str, tokenizer: str, tmp_pat
     ids = run.tokenizer.framed(run.tokenizer.encode(text), "prompt")
     said = server.post("tokenize", content=text, add_special=True, parse_special=True)
     assert said["tokens"] == ids, text
-  [expected] = complete(run, ["the cat"], make_sampling(1, temperature=0), 24)
+  [expected] = complete(run, ["the cat"], same_settings(1, temperature=0), 24)
   options = dict(n_predict=24, temperature=0, return_tokens=True, cache_prompt=False)
   found = server.post("completion", prompt="the cat", **options)
   assert found["tokens"] == expected.tokens
@@ -145,7 +145,7 @@ def test_a_gemma_of_llama_cpp_writes_the_same_here(name: str, tmp_path: Path):
   mesh = make_mesh({"data": -1})
   import_run(path, tmp_path / "again", mesh)
   run = load_run(tmp_path / "again", mesh)
-  [expected] = complete(run, ["the cat"], make_sampling(1, temperature=0), 40)
+  [expected] = complete(run, ["the cat"], same_settings(1, temperature=0), 40)
   options = dict(n_predict=40, temperature=0, return_tokens=True, cache_prompt=False)
   found = Server(path).post("completion", prompt="the cat", **options)
   assert found["tokens"] == expected.tokens
@@ -239,7 +239,7 @@ class TestSmolLM2:
     asked = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = chat.render(asked)
     assert server.post("apply-template", messages=asked) == {"prompt": prompt}
-    [answer] = complete(run, [prompt], make_sampling(1, temperature=0), 24)
+    [answer] = complete(run, [prompt], same_settings(1, temperature=0), 24)
     assert answer.completion == "The capital of France is Paris."
     assert answer.finish_reason == "stop"
     export_gguf(run, tmp_path / "float32.gguf", "float32")

@@ -16,7 +16,7 @@ from tiny_models import LLAMA, VARIANTS, Tiny, Variant, tiny
 from flaxlm.config import Config, ModelConfig
 from flaxlm.decoding.completions import complete
 from flaxlm.decoding.loading import Run, load_run
-from flaxlm.decoding.sampling import make_sampling
+from flaxlm.decoding.sampling import same_settings
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.huggingface import Loaded, load_checkpoint, save_checkpoint
 from flaxlm.interop.transfer import export_run, import_run, import_tokenizer, write_json
@@ -160,7 +160,7 @@ def test_a_run_of_ours_speaks_there_as_here(tmp_path: Path):
   inputs = tokenizer(prompt, return_tensors="pt")
   with torch.no_grad():
     whole = model.generate(**inputs, do_sample=False, max_new_tokens=20)[0]
-  [answer] = complete(run, [prompt], make_sampling(1, temperature=0), 20)
+  [answer] = complete(run, [prompt], same_settings(1, temperature=0), 20)
   length = inputs["input_ids"].shape[1]
   assert whole[length:].tolist() == answer.tokens
   assert tokenizer.decode(whole[:length], skip_special_tokens=True) == prompt

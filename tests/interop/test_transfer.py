@@ -21,7 +21,7 @@ from flaxlm.config import Config, DataConfig, ModelConfig, to_json
 from flaxlm.decoding.completions import complete
 from flaxlm.decoding.encoding import embed_texts, encode_rows, fill_masks
 from flaxlm.decoding.loading import load_run
-from flaxlm.decoding.sampling import make_sampling
+from flaxlm.decoding.sampling import same_settings
 from flaxlm.errors import CheckpointError, ConfigError, DataError
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.safetensors import INDEX, open_checkpoint, write_files
@@ -70,7 +70,7 @@ def test_an_imported_run_infers(run_dir: Path, mesh: Any):
   run = load_run(run_dir, mesh)
   assert run.step == 0 and run.tokenizer.eos_ids == {65, 66}
   prompt = "".join(run.tokenizer.decode([i]) for i in (40, 50, 60))
-  [answer] = complete(run, [prompt], make_sampling(1, temperature=0), 20)
+  [answer] = complete(run, [prompt], same_settings(1, temperature=0), 20)
   assert answer.tokens and max(answer.tokens) < 67
   assert not set(answer.tokens[:-1]) & {65, 66}
   assert answer.completion == run.tokenizer.decode(
@@ -198,7 +198,7 @@ def test_an_imported_encoder_decoder_answers(mesh: Any, tmp_path: Path):
   source = checkpoint(tmp_path / "hub", "t5", "t5", ids=ids)
   import_run(source, tmp_path / "run", mesh)
   run = load_run(tmp_path / "run", mesh)
-  [answer] = complete(run, ["the cat"], make_sampling(1, temperature=0), 1)
+  [answer] = complete(run, ["the cat"], same_settings(1, temperature=0), 1)
   assert len(answer.tokens) == 1
 
 
@@ -239,8 +239,8 @@ def test_a_run_of_ours_becomes_the_family_that_it_is(mesh: Any, tmp_path: Path):
   params = jax.tree.map(real, run.params, again.params)
   jax.tree.map(np.testing.assert_array_equal, again.params, params)
   assert run.params["embedding"]["table"].shape == (320, 32)
-  sampling = make_sampling(1, temperature=0)
-  [mine], [other] = (complete(r, ["def "], sampling, 1) for r in (run, again))
+  settings = same_settings(1, temperature=0)
+  [mine], [other] = (complete(r, ["def "], settings, 1) for r in (run, again))
   assert (mine.tokens, mine.completion) == (other.tokens, other.completion)
 
 

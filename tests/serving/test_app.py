@@ -34,7 +34,7 @@ from flaxlm.config import ModelConfig
 from flaxlm.decoding.completions import complete
 from flaxlm.decoding.encoding import embed_texts
 from flaxlm.decoding.loading import Run, prepare_for_decoding
-from flaxlm.decoding.sampling import SamplingSettings, stack_settings
+from flaxlm.decoding.sampling import SamplingSettings
 from flaxlm.decoding.scoring import TokenPair, score_tokens
 from flaxlm.errors import ConfigError, NonFiniteError
 from flaxlm.serving.app import build_app, is_loopback_name
@@ -76,7 +76,7 @@ def expected(run: Run, prompts: list[str], num: int, n: int = 1, **settings: Any
     for of_sample in SamplingSettings(**settings, row=row).for_samples(n)
   ]
   texts = [prompt for prompt in prompts for _ in range(n)]
-  return complete(run, texts, stack_settings(rows), num)
+  return complete(run, texts, rows, num)
 
 
 # -- Completions ---------------------------------------------------------------------------

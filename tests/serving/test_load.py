@@ -16,7 +16,7 @@ from serving_runs import JSON_LETTERS, is_free, listening, random_run, served
 
 from flaxlm.decoding.compile_counter import count_compilations
 from flaxlm.decoding.completions import complete
-from flaxlm.decoding.sampling import SamplingSettings, stack_settings
+from flaxlm.decoding.sampling import SamplingSettings
 from flaxlm.serving import server
 from flaxlm.serving.app import build_app
 from flaxlm.serving.limits import Limits
@@ -83,12 +83,10 @@ def test_who_stays_gets_what_it_would_get_alone(tmp_path: Path, count: int):
   wanted = complete(
     run,
     [body["prompt"] for body, _ in stayed],
-    stack_settings(
-      [
-        SamplingSettings(temperature=body["temperature"], seed=body["seed"])
-        for body, _ in stayed
-      ]
-    ),
+    [
+      SamplingSettings(temperature=body["temperature"], seed=body["seed"])
+      for body, _ in stayed
+    ],
     NUM_NEW + 4,
   )
   for (body, text), alone in zip(stayed, wanted, strict=True):
