@@ -29,6 +29,7 @@ from flaxlm.decoding.prefill import (
   init_cache_with_source,
   logits_of_hidden,
   pad_rows,
+  padded_length,
   prefill_chunk,
 )
 from flaxlm.decoding.prefill import take_rows as take_read
@@ -300,6 +301,7 @@ class Engine:
     slots = self.sizes.bucket_of_reading(starts[0] + max(lengths) + MOST_PADDING)
     if self.options.whole_rows:  # no other size is needed afterwards
       ends = [job.request.final_length for jobs in texts.values() for job in jobs]
+      ends.append(starts[0] + padded_length(max(lengths)))
       slots = max(slots, self.sizes.bucket_of_slots(max(ends)))
     sources, source_slots = [source for _, source in texts], 0
     if any(sources):
@@ -325,8 +327,11 @@ class Engine:
 
   def _read_chunk(self, reading: _Reading, limit: int | None) -> int:
     """Reads at most `limit` more tokens of each prompt; returns how many, with padding."""
-    rest = reading.rest
-    size = chunk_size(max(map(len, rest)), CHUNK if limit is None else limit)
+    rest, most = reading.rest, CHUNK if limit is None else limit
+    longest = max(map(len, rest))
+    size = chunk_size(longest, most)
+    if self.options.whole_rows:
+      size = bucket(min(longest, most))
     chunk = [tokens[:size] for tokens in rest]
     tokens_RT, num_new_R = pad_rows(chunk, reading.last_RD.shape[0], size)
     reading.last_RD, reading.cache = prefill_chunk(

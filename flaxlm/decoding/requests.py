@@ -79,7 +79,7 @@ class EngineOptions:
   most_steps: int = BLOCK_STEPS  # of a block
   most_bytes: int | None = None  # of the batch's cache, on all devices together
   prefix_bytes: int = 0  # of past texts that are kept, on all devices together
-  whole_rows: bool = False  # slots for whole answers at once: fewer programs, for few calls
+  whole_rows: bool = False  # room for whole answers at once, and padding: fewer programs
   shapes: Shapes | None = None
 
 
