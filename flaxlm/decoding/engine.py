@@ -284,7 +284,8 @@ class Engine:
     while self._queue:
       job = self._queue[0]
       if job.text not in texts:
-        is_full = len(active) >= self.options.rows or len(texts) >= self.read_together
+        is_full = len(active) >= self.options.rows
+        is_full = is_full or not self._may_read_together([*texts, job.text])
         if is_full or not self.sizes.fits([*active, job.request]):
           break
         active.append(job.request)
@@ -319,6 +320,12 @@ class Engine:
     last_RD = np.zeros((batch, self.model.cfg.width), self.model.execution.dtype)
     sizes = slots, source_slots
     return _Reading([*texts], [*texts.values()], cache, last_RD, sizes, starts)
+
+  def _may_read_together(self, texts: Sequence[tuple]) -> bool:
+    """Whether one pass reads so many prompts. Short ones gain by it on a CPU, too."""
+    longest = max(len(prompt) for prompt, _ in texts)
+    is_short = self.options.whole_rows and len(texts) * bucket(longest) <= CHUNK
+    return is_short or len(texts) <= self.read_together
 
   @property
   def read_together(self) -> int:
