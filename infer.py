@@ -9,8 +9,9 @@ of its class:
 
 `infer.py` -> `cli.main` -> `build_parser` -> `commands.infer.add_infer` -> `run_infer` ->
 `print_completions` -> `decoding.completions.complete_samples` -> `complete` ->
-`complete_request` -> `grow_completions` -> `decoding.generate.generate` ->
-`decode_block` -> `sample_step` -> `decoding.sampling.sample` -> `draw` -> `inverse_cdf`
+`complete_request` -> `grow_completions` -> `answer_all` -> `decoding.engine.Engine.step` ->
+`Engine._start_block` -> `decoding.rows.decode_rows` -> `draw_step` ->
+`decoding.sampling.sample` -> `draw` -> `inverse_cdf`
 """
 
 import sys

@@ -22,9 +22,9 @@ from conftest import ROOT
 
 from flaxlm.config import ModelConfig, TrainingConfig
 from flaxlm.data.objectives import Windows, next_token
-from flaxlm.decoding.generate import generate
-from flaxlm.decoding.prefill import Request
-from flaxlm.decoding.sampling import make_sampling
+from flaxlm.decoding.engine import Engine
+from flaxlm.decoding.requests import EngineRequest
+from flaxlm.decoding.sampling import SamplingSettings
 from flaxlm.nn.models import build_model, init_params
 from flaxlm.training.logprobs import forward
 from flaxlm.training.step import loss_and_gradient
@@ -63,9 +63,11 @@ TO_THE_TOKEN = [
   ("decoding.completions", "complete"),
   ("decoding.completions", "complete_request"),
   ("decoding.completions", "grow_completions"),
-  ("decoding.generate", "generate"),
-  ("decoding.generate", "decode_block"),
-  ("decoding.generate", "sample_step"),
+  ("decoding.completions", "answer_all"),
+  ("decoding.engine", "Engine.step"),
+  ("decoding.engine", "Engine._start_block"),
+  ("decoding.rows", "decode_rows"),
+  ("decoding.rows", "draw_step"),
   ("decoding.sampling", "sample"),
   ("decoding.sampling", "draw"),
   ("decoding.sampling", "inverse_cdf"),
@@ -205,9 +207,11 @@ def take_a_step() -> None:
 def draw_a_token() -> None:
   model = build_model(CFG)
   params = jax.jit(lambda: nn.unbox(init_params(model, jnp.uint32(0))))()
-  request = Request([[1, 2, 3]], 2, num_ids=64)
-  for _ in generate(model, params, request, make_sampling(1, temperature=0.8)):
-    pass
+  engine = Engine(model, params, num_ids=64)
+  settings = SamplingSettings(temperature=0.8)
+  engine.submit(EngineRequest(prompt=[1, 2, 3], max_new_tokens=2, settings=settings))
+  while not engine.is_idle:
+    engine.step()
 
 
 @pytest.mark.slow
@@ -215,7 +219,7 @@ def draw_a_token() -> None:
   ("action", "first", "walk"),
   [
     (take_a_step, "loss_and_gradient", TO_THE_SOFTMAX),
-    (draw_a_token, "generate", TO_THE_TOKEN),
+    (draw_a_token, "Engine.step", TO_THE_TOKEN),
   ],
   ids=["step", "token"],
 )
