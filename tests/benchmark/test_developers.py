@@ -11,9 +11,11 @@ from benchmarks.families import FAMILIES, bench_families
 from benchmarks.finetuning import bench_finetuning
 from benchmarks.predictions.__main__ import bench_predictions
 from benchmarks.quality import CHOICES, bench_quality
+from benchmarks.reading import FORMATS, Case, bench_reading
 from flaxlm import cli
 from flaxlm.benchmark.measure import BenchOptions
 from flaxlm.benchmark.training_case import gpt2_shape
+from flaxlm.config import DataConfig, ResolvedConfig
 from flaxlm.decoding.loading import load_run
 from flaxlm.sharding import make_mesh
 from tests.benchmark.test_suites import check_results
@@ -32,6 +34,25 @@ def test_finetuning():
   speed, memory = bench_finetuning(options, 1, model, batch_size=8)
   assert "agrees" in speed.correct
   assert memory.ratio > 3
+
+
+@pytest.mark.slow
+def test_reading(tmp_path: Path):
+  pytest.importorskip("pyarrow")
+  data = DataConfig(seq_len=8, batch_size=8)
+  cfg = ResolvedConfig(model=gpt2_shape(1, 16, 2, 8, 4096), data=data)
+  texts = [f"def f{n}(x):\n  return {n} * x\n" for n in range(200)]
+  results = bench_reading(texts, tmp_path, [Case("tiny", cfg, 2)], rounds=1)
+  cases = [result.case for result in results]
+  assert cases == [
+    *(f"{kind}, in preparing" for kind in FORMATS),
+    *(
+      f"{kind}, tiny: batch {what}"
+      for kind in FORMATS
+      for what in ("waited for", "if not made ahead")
+    ),
+  ]
+  assert all(result.median > 0 for result in results)
 
 
 @pytest.mark.slow
