@@ -29,7 +29,7 @@ from flaxlm.config import MESH_AXES, ResolvedConfig, from_json, slow_axes, to_js
 from flaxlm.errors import ConfigError, FlaxLMError
 from flaxlm.nn.models import build_model
 from flaxlm.planning.collectives import Collective, find_collectives
-from flaxlm.planning.devices import ANY, Device, find_device
+from flaxlm.planning.devices import Device, find_device
 from flaxlm.planning.memory import Sizes
 from flaxlm.platform import start_jax
 from flaxlm.sharding.mesh import consecutive_grid, hybrid_grid, networks
@@ -99,7 +99,7 @@ def compile_step(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledS
       f"cannot compile for {device.name} on a machine without one",
       f"use --compile with {', '.join(known)}",
     )
-  name = "cpu" if device is ANY else device.name
+  name = "cpu" if device.is_any else device.name
   request = {"config": to_json(cfg), "sizes": dict(sizes), "device": name}
   package = str(Path(__file__).parents[2])
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}

@@ -50,6 +50,11 @@ class Device:
   source: str = ""
 
   @property
+  def is_any(self) -> bool:
+    """Whether none was named; a copy of `ANY` with other fields is none either."""
+    return self.name == ANY.name
+
+  @property
   def lanes(self) -> int:
     """Elements in a row of the tiles in which the memory stores arrays."""
     return 128 if self.kind == "tpu" else 1

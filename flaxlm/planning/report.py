@@ -12,7 +12,6 @@ from rich.table import Table
 from flaxlm.planning.compile import CompiledStep
 from flaxlm.planning.cost import active_parameters, adapter_parameters
 from flaxlm.planning.decoding import DecodePoint
-from flaxlm.planning.devices import ANY
 from flaxlm.planning.roofline import Plan
 
 WIDEST = 10_000  # columns of a table
@@ -200,7 +199,7 @@ def decoding_verdict(report: Report) -> str:
 
 
 def _unknown(plan: Plan) -> str:
-  if plan.device is ANY:
+  if plan.device.is_any:
     return "name a --device to learn whether it fits"
   return f"the memory of a {plan.device.name} is not known"
 

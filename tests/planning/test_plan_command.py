@@ -147,6 +147,11 @@ def test_without_a_device_there_are_bytes_and_no_times(plan):
     assert result[name] is None
 
 
+def test_a_network_names_no_device(config: str, capsys):
+  assert main(["plan", config, "--network=10"]) == 0
+  assert "name a --device to learn whether it fits" in capsys.readouterr().out
+
+
 def test_the_text_has_a_verdict(config, capsys, tmp_path):
   output = tmp_path / "plan.txt"
   arguments = ["--mesh", "fsdp=16", "--device", "v5p", "--output", str(output)]
@@ -197,12 +202,11 @@ def test_no_backend_is_started(flaxlm):
 
 
 @pytest.mark.slow
-def test_compile_on_simulated_devices(flaxlm):
+@pytest.mark.parametrize("device", [(), ("--device=cpu",)])
+def test_compile_on_simulated_devices(flaxlm, device: tuple[str, ...]):
   """The whole way through the child process, with no extra installed."""
   small = ["--model.depth=2", "--model.width=64", "--training.scanned=true"]
-  run = flaxlm(
-    "plan", *small, "--mesh=data=2,fsdp=2", "--device=cpu", "--compile", "--json"
-  )
+  run = flaxlm("plan", *small, "--mesh=data=2,fsdp=2", *device, "--compile", "--json")
   assert run.returncode == 0, run.stderr
   compiled = json.loads(run.stdout)["compiled"]
   assert compiled["error"] is None
