@@ -97,8 +97,10 @@ def run_import(args: argparse.Namespace, _: list[str]) -> int:
   if args.base is not None:
     if args.dtype is not None:
       raise ConfigError("adapters have the dtype of their base", "leave out --dtype")
-    lora = import_adapter(source, run_dir, Path(args.base), mesh).lora
-    print(f"{run_dir}: adapters of rank {lora.rank} over {args.base}")
+    cfg, notes = import_adapter(source, run_dir, Path(args.base), mesh)
+    for note in notes:
+      print(note, file=sys.stderr)
+    print(f"{run_dir}: adapters of rank {cfg.lora.rank} over {args.base}")
     return 0
   loaded, notes = import_run(source, run_dir, mesh, args.dtype)
   for note in notes:

@@ -7,6 +7,7 @@ the other direction the three share A, and each has its part of B.
 """
 
 import dataclasses
+import hashlib
 import math
 import re
 import shutil
@@ -16,28 +17,39 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from flaxlm.checkpoint.store import CheckpointStore
-from flaxlm.config import Config, LoraConfig, ResolvedConfig, to_json
-from flaxlm.decoding.loading import Run, restore_params
-from flaxlm.errors import CheckpointError, ConfigError
+from flaxlm.config import Config, LoraConfig, ResolvedConfig, ResolvedModel, to_json
+from flaxlm.decoding.loading import Run, load_params, restore_params
+from flaxlm.errors import CheckpointError, ConfigError, FlaxLMError
 from flaxlm.interop.family import Family
 from flaxlm.interop.files import ADAPTER, has_file
-from flaxlm.interop.huggingface import read_finite, real_shapes, slice_at, some
+from flaxlm.interop.hub import find_source
+from flaxlm.interop.huggingface import (
+  describe,
+  read_finite,
+  real_shapes,
+  slice_at,
+  some,
+)
 from flaxlm.interop.layouts import Dense, Shape, Weight
 from flaxlm.interop.safetensors import SINGLE, Tensor, read_header, write_files
-from flaxlm.interop.transfer import family_of, new_folder, write_json
+from flaxlm.interop.transfer import family_of, new_folder, opened, write_json
 from flaxlm.interop.values import Values, read_json
 from flaxlm.nn.lora import abstract_adapters, adaptable
 from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
-from flaxlm.origin import Origin, find_origin, write_origin
+from flaxlm.origin import Origin, checkpoint_of, find_origin, located, write_origin
 from flaxlm.runs import CHECKPOINTS, CONFIG, TOKENIZER, load_config_of, new_files
 from flaxlm.tokenizers.imported import SPECIALS
 
 WEIGHTS = "adapter_model.safetensors"
+# Of ours, beside the other two: which base an adapter is of. PEFT warns of keys in its own
+# file that it does not know, and leaves other files alone.
+BASE = "flaxlm_base.json"
 PREFIX = "base_model.model."  # of every name
 TASKS = {"decoder": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM"}
 # What else PEFT's LoRA can be, by key and the values that leave it out.
@@ -150,7 +162,27 @@ def export_adapter(run: Run, folder: Path, dtype: str | None) -> Family:
         "inference_mode": True,
       },
     )
+    origin = located(run.path)
+    if not load_config_of(
+      origin.path
+    ).lora.rank:  # merging rounds, in its own way each time
+      base = load_params(origin, abstract_params(model, run.mesh), run.mesh)
+      write_json(partial / BASE, {"sha256": digest_of(run.cfg.model, base, family)})
   return family
+
+
+def digest_of(cfg: ResolvedModel, params: Any, family: Family) -> str:
+  """What tells a base from others: SHA-256 of all its parameters as `family` has them.
+
+  They are rounded to bfloat16, so that it is the same for a base that was imported in
+  another dtype. The mesh and its padding do not matter either.
+  """
+  digest, export = hashlib.sha256(), describe(cfg, params, family)
+  for name in sorted(export.shapes):
+    values = np.asarray(export.read(name), jnp.bfloat16, order="C")
+    digest.update(f"{name} {[*values.shape]} ".encode())
+    digest.update(values.reshape(-1).view(np.uint8).data)
+  return digest.hexdigest()
 
 
 def to_theirs(
@@ -183,8 +215,11 @@ def shortest_names(chosen: Any, every: Any) -> list[str]:
 # -- From PEFT -----------------------------------------------------------------------------
 
 
-def import_adapter(folder: Path, run_dir: Path, base: Path, mesh: Mesh) -> ResolvedConfig:
-  """Makes a run of a PEFT adapter over the run `base`; returns its config.
+def import_adapter(
+  folder: Path, run_dir: Path, base: Path, mesh: Mesh
+) -> tuple[ResolvedConfig, list[str]]:
+  """Makes a run of a PEFT adapter over the run `base`; returns its config, and notes for
+  the user.
 
   Raises `CheckpointError` for an adapter of another base, or of another kind than LoRA.
   """
@@ -207,10 +242,49 @@ def import_adapter(folder: Path, run_dir: Path, base: Path, mesh: Mesh) -> Resol
   run = Run(origin.path, before, tokenizer, origin.step, model, params, mesh)
   modules = modules_of(before, params, family := family_of(run))
   pairs = dict(read_pairs(folder, settings, modules, family))
+  notes = check_base(folder, settings, run, family)
   cfg, adapters = to_ours(settings, modules, pairs)
   target = abstract_adapters(model, cfg, mesh)
   place = lambda x, leaf: jax.device_put(np.asarray(x, leaf.dtype), leaf.sharding)
-  return save_adapters(run_dir, origin, cfg, jax.tree.map(place, adapters, target))
+  adapters = jax.tree.map(place, adapters, target)
+  return save_adapters(run_dir, origin, cfg, adapters), notes
+
+
+def check_base(folder: Path, settings: Values, run: Run, family: Family) -> list[str]:
+  """Compares the base that an adapter is of with a run, whose parameters need not be
+  loaded; returns a note if nothing tells which it is.
+
+  Raises `CheckpointError` for another base of the same shapes.
+  """
+  named = settings.values.get("base_model_name_or_path")
+  named = named if isinstance(named, str) and named else None
+  if has_file(folder / BASE):
+    wanted = Values(read_json(folder / BASE), str(folder / BASE)).get(str, "sha256")
+    cure = f"name its own run, or remove {folder / BASE} to take this one nevertheless"
+  else:
+    wanted = digest_of_named(named, run.mesh) if named else None
+    cure = f"it says that it is one of {named}"
+  if wanted is None:
+    said = f"{named}, which it names, is not here" if named else "it names none"
+    return [f"{folder}: nothing tells whether {run.path} is the base it is of: {said}"]
+  target, of = run.params, checkpoint_of(run.path, run.step)
+  if digest_of(run.cfg.model, load_params(of, target, run.mesh), family) != wanted:
+    raise CheckpointError(
+      f"{folder} is an adapter for another base: the parameters of {run.path} are others",
+      cure,
+    )
+  return []
+
+
+def digest_of_named(named: str, mesh: Mesh) -> str | None:
+  """`digest_of` of a checkpoint by its path or its name on the hub; None if it is not on
+  this machine, or cannot be read."""
+  try:
+    with opened(find_source(named)) as (_, load):
+      loaded = load(mesh, None)
+  except FlaxLMError:
+    return None
+  return digest_of(loaded.cfg, loaded.params, loaded.family)
 
 
 def save_adapters(

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from test_huggingface import save
+from test_huggingface import rewrite, save
 from test_parity import ours, rows, theirs
 from tiny_models import tiny
 
@@ -23,6 +23,7 @@ from flaxlm.decoding.loading import load_run
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.interop.adapters import (
   ADAPTER,
+  BASE,
   WEIGHTS,
   export_adapter,
   import_adapter,
@@ -98,7 +99,7 @@ def test_what_goes_out_comes_in_again(variant: str, targets: str, tmp_path: Path
   assert {path.name for path in (tmp_path / "out").iterdir()} == {ADAPTER, WEIGHTS}
   kept = json.loads((tmp_path / "hub/config.json").read_text())["model_type"]
   assert family.model_type == kept
-  cfg = import_adapter(tmp_path / "out", tmp_path / "again", tmp_path / "base", mesh())
+  cfg, _ = import_adapter(tmp_path / "out", tmp_path / "again", tmp_path / "base", mesh())
   fused = variant in ("gpt2", "neox", "phi3")
   assert cfg.lora.rank == 3 or fused
   same_params(run_dir, tmp_path / "again")
@@ -170,6 +171,7 @@ def test_what_is_written_is_what_peft_reads(exported: Path):
     5,
     "CAUSAL_LM",
   )
+  assert {path.name for path in exported.iterdir()} == {ADAPTER, WEIGHTS, BASE}
   names = read_header(exported / WEIGHTS)
   first = "base_model.model.model.layers.0.self_attn.q_proj"
   assert names[f"{first}.lora_A.weight"].shape == (3, 32)
@@ -216,6 +218,42 @@ def test_an_adapter_for_another_base_is_refused(
   assert (
     "it has no " if variant == "gpt2" else "q_proj it has [3, 32]"
   ) in caught.value.cause
+
+
+def test_another_base_of_the_same_shapes_is_refused(
+  base: Path, exported: Path, tmp_path: Path
+):
+  """By what our export says of it, or else by the checkpoint that the adapter names."""
+  (tmp_path / "hub").mkdir()
+  save(tmp_path / "hub", "llama_3")
+  more = lambda arrays: {name: 1.1 * values for name, values in arrays.items()}
+  rewrite(tmp_path / "hub", more)
+  other = tmp_path / "other"
+  import_run(tmp_path / "hub", other, mesh())
+  narrow = tmp_path / "narrow"  # the same, stored in another dtype
+  import_run(base.parent / "hub", narrow, mesh(), "bfloat16")
+  refused = pytest.raises(CheckpointError, match=f"the parameters of {other} are others")
+  with refused as caught:
+    import_adapter(exported, tmp_path / "in", other, mesh())
+  assert f"remove {exported / BASE}" in caught.value.cure
+  assert not (tmp_path / "in").exists()
+  assert import_adapter(exported, tmp_path / "a", base, mesh())[1] == []
+  assert import_adapter(exported, tmp_path / "b", narrow, mesh())[1] == []
+
+  (exported / BASE).unlink()
+  (note,) = import_adapter(exported, tmp_path / "c", other, mesh())[1]
+  assert f"nothing tells whether {other} is the base" in note and "names none" in note
+  settings = json.loads((exported / ADAPTER).read_text())
+  name = lambda x: (exported / ADAPTER).write_text(
+    json.dumps(settings | {"base_model_name_or_path": str(x)})
+  )
+  name("somebody/something")
+  (note,) = import_adapter(exported, tmp_path / "d", other, mesh())[1]
+  assert "somebody/something, which it names, is not here" in note
+  name(tmp_path / "hub")
+  assert import_adapter(exported, tmp_path / "e", other, mesh())[1] == []
+  with pytest.raises(CheckpointError, match="an adapter for another base"):
+    import_adapter(exported, tmp_path / "in", base, mesh())
 
 
 def test_what_is_missing_is_named(base: Path, exported: Path, tmp_path: Path):
