@@ -16,6 +16,7 @@ from flaxlm.data.sources import TEXT_FIELD, find_corpus, read_documents
 from flaxlm.data.storage import data_dir, locked, to_stderr
 from flaxlm.data.stored import Found, build, find_stored
 from flaxlm.data.stores import MixedStore, Store
+from flaxlm.data.texts import tell_skipped
 from flaxlm.data.tokenizer_of import load_or_train
 from flaxlm.errors import ConfigError, DataError
 from flaxlm.tokenizers import AnyTokenizer, load_tokenizer
@@ -123,6 +124,8 @@ def corpus_of(
       f"name files of them, as in --data.corpus=files:{what[objective]}.jsonl",
     )
   corpus = find_corpus(name, log, whole, text_field)
+  if objective not in what:
+    tell_skipped(corpus, data_dir() / "tfds", log)
   if objective in what and not corpus.record_files:
     raise DataError(
       f"{name} has no files of {what[objective]}, {needs}",
@@ -221,8 +224,10 @@ def find_parts(corpus: str, log: Log = to_stderr, text_field: str = TEXT_FIELD) 
   """What `corpus_tokenizer` and `held_out_texts` read; see `prepare` for the names."""
   mixture = parse_mixture(corpus)
   names = (corpus,) if mixture is None else mixture.corpora
-  found = (find_corpus(name, log, text_field=text_field) for name in names)
-  return Parts(tuple(found), mixture)
+  found = tuple(find_corpus(name, log, text_field=text_field) for name in names)
+  for one in found:
+    tell_skipped(one, data_dir() / "tfds", log)
+  return Parts(found, mixture)
 
 
 def corpus_tokenizer(

@@ -3,7 +3,8 @@
 
 A name says what is in a file: `.jsonl` or `.ndjson`, `.parquet`, or else text; `.gz` or
 `.zst` behind it says how that is compressed. JSON is strict: one object a line, in UTF-8,
-no name twice in an object, and no NaN (RFC 8259). Only a line feed ends a line.
+no name twice in an object, no NaN, and no half of a surrogate pair (RFC 8259).
+Only a line feed ends a line.
 """
 
 import dataclasses
@@ -152,8 +153,12 @@ def _object(line: bytes) -> dict[str, Any] | str:
     values = json.loads(
       line.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_refuse
     )
+    if b"\\u" in line:
+      json.dumps(values, ensure_ascii=False).encode("utf-8")
   except UnicodeDecodeError as e:
     return f"not UTF-8 at byte {e.start + 1}"
+  except UnicodeEncodeError:
+    return "not Unicode: a text has half of a surrogate pair"
   except RecursionError:
     return "nested too deeply"
   except ValueError as e:

@@ -8,7 +8,9 @@ modulo 20, so that a text that occurs twice is never in both. If a split would b
 names do not count; if it is still empty, it gets the record with the smallest hash.
 """
 
+import contextlib
 import hashlib
+import json
 import reprlib
 from array import array
 from collections.abc import Iterator, Sequence
@@ -28,10 +30,12 @@ from flaxlm.data.corpus import (
 from flaxlm.data.records import Record, Skipped, read_records
 from flaxlm.data.storage import new_folder
 from flaxlm.errors import DataError, one_line
+from flaxlm.strict_json import to_json
 
 CODES = {split: code for code, split in enumerate((*SPLITS, WHOLE))}
 UNNAMED = -1
 FLUSHED_BYTES = 2**22
+SKIPPED = "skipped.json"  # how many records were skipped, and the first
 NAME_IT = (
   "name the field of the text: --data.text-field of train, --text-field of eval and "
   "tokenizer"
@@ -60,7 +64,7 @@ def read_texts(corpus: Corpus, split: str, root: Path, log: Log) -> StoredTexts:
   `log` takes a line about what is skipped. Raises `DataError` if a record has no text
   field, or if there is not a text for each split.
   """
-  folder = root / "records" / corpus.fingerprint[:32]
+  folder = folder_of(corpus, root)
   if not folder.is_dir():
     with new_folder(folder) as partial:
       _copy(corpus, partial, log)
@@ -90,6 +94,28 @@ def _copy(corpus: Corpus, folder: Path, log: Log) -> None:
       raise DataError(f"{corpus.name} is too small: no {split} text{about}", "add text")
   np.save(folder / "bounds.npy", np.array(ends), allow_pickle=False)
   np.save(folder / "splits.npy", codes, allow_pickle=False)
+  # Not where the file lies now: the same files may lie elsewhere when this is told again.
+  beginnings = [one_line(f"{file.path}, ") for file in corpus.record_files]
+  told = next((n for n, b in enumerate(beginnings) if skipped.first.startswith(b)), None)
+  about = skipped.first if told is None else skipped.first.removeprefix(beginnings[told])
+  values = {"count": skipped.count, "file": told, "about": about}
+  (folder / SKIPPED).write_text(to_json(values) + "\n", "utf-8")
+
+
+def tell_skipped(corpus: Corpus, root: Path, log: Log) -> None:
+  """Says again what was skipped, if the records of a corpus were copied below `root`
+  before."""
+  # An earlier release wrote no file. One that is damaged costs a line of the log alone.
+  with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+    values = json.loads((folder_of(corpus, root) / SKIPPED).read_text("utf-8"))
+    file, about = values["file"], values["about"]
+    beginning = "" if file is None else f"{corpus.record_files[file].path}, "
+    if values["count"]:
+      log(f"{corpus.name}: {Skipped(values['count'], one_line(f'{beginning}{about}'))}")
+
+
+def folder_of(corpus: Corpus, root: Path) -> Path:
+  return root / "records" / corpus.fingerprint[:32]
 
 
 def _read(corpus: Corpus, skipped: Skipped) -> Iterator[tuple[str | None, str]]:

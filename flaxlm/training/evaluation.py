@@ -162,6 +162,11 @@ class Evaluator:
     return found
 
   @property
+  def notes(self) -> list[str]:
+    """What happened to text of the split that did not fit into rows."""
+    return [note for batches in self.sources.values() for note in batches.notes]
+
+  @property
   def num_bytes(self) -> int:
     """Bytes of the text whose tokens are predicted."""
     return sum(self._num_bytes.values())
@@ -218,7 +223,7 @@ def evaluate_run(
     f"{corpus} ({split}): {store.num_tokens:,} tokens, "
     f"{evaluator.num_batches:,} of {all_batches:,} batches to evaluate"
   )
-  for note in (note for one in batches.values() for note in one.notes):
+  for note in evaluator.notes:
     log(note)
   progress = Progress(evaluator.num_batches, log)
   sums = evaluator.sums(run.params, progress, reference)

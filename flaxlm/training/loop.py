@@ -24,7 +24,7 @@ from flaxlm.config import (
   slow_axes,
 )
 from flaxlm.data.batches import Batches
-from flaxlm.data.corpus import Log
+from flaxlm.data.corpus import SPLITS, Log
 from flaxlm.data.prepare import Prepared, prepare_data
 from flaxlm.data.questions import QuestionBatches, Questions, prepare_questions
 from flaxlm.data.storage import data_dir, to_stderr
@@ -138,11 +138,11 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
       state = restore_state(store, first_step, program, mesh, cfg)
     report_start(reporter, cfg, before, first_step, flags, attention)
     reporter.log(describe(cfg, state, prepared, mesh))
-    for note in batches.notes:
+    evaluator, rollouts = judges(cfg, prepared, judge, program.model, mesh)
+    for note in notes_of(batches, evaluator):
       reporter.log(note)
 
     # -- Steps.
-    evaluator, rollouts = judges(cfg, prepared, judge, program.model, mesh)
     with Watchdog(cfg.training.hang_seconds, peers.leave) as watchdog:
       trainer = Trainer(
         cfg,
@@ -222,6 +222,16 @@ def judges(
   writer = Writer(Run(cfg.run_dir, cfg, prepared.tokenizer, 0, model, None, mesh))
   held_out = prepared.splits["validation"]
   return AnswerEvaluator(writer, judge, held_out, most), Rollouts(writer, judge)
+
+
+def notes_of(
+  batches: Batches | QuestionBatches, evaluator: Evaluator | AnswerEvaluator
+) -> list[str]:
+  """What happened to text of both splits that did not fit; notes of prompts are of all."""
+  if isinstance(evaluator, AnswerEvaluator):
+    return [*batches.notes]
+  splits = zip(SPLITS, (batches.notes, evaluator.notes), strict=True)
+  return [f"{split}: {note}" for split, notes in splits for note in notes]
 
 
 def report_start(

@@ -63,6 +63,7 @@ def test_only_columns_that_are_asked_for(tmp_path: Path):
 
 NO_RECORDS = {
   "not UTF-8 at byte 4": b'{"a\xff": 1}',
+  "not Unicode: a text has half of a surrogate pair": rb'{"a": ["x\ud83d"]}',
   "not JSON: Expecting": b"{'a': 1}",
   "not JSON: Extra data": b'{"a": 1} {"a": 2}',
   "not JSON: NaN is not a number of JSON": b'{"a": NaN}',
@@ -85,6 +86,12 @@ def test_what_is_no_record_is_told_with_its_line(tmp_path: Path, cause: str):
   assert records == [Record(n, {"a": 1}) for n in (1, 4, 6)]
   assert skipped == Skipped(2, error.value.cause)
   assert str(skipped) == f"2 records skipped, the first is {skipped.first}"
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path: Path):
+  path = tmp_path / "a.jsonl"
+  path.write_bytes(rb'{"a": "\ud83d\ude42 \\ud83d"}')
+  assert [*read_records(path)] == [Record(1, {"a": "🙂 \\ud83d"})]
 
 
 def test_a_byte_order_mark_and_other_line_ends(tmp_path: Path):

@@ -37,6 +37,7 @@ ANSWERS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black"}
 
 def write_talks(path: Path, talks: Iterable[dict[str, Any]]) -> str:
   """The corpus of a file of conversations."""
+  path.parent.mkdir(exist_ok=True)
   path.write_text("".join(f"{json.dumps(talk)}\n" for talk in talks), "utf-8")
   return f"files:{path}"
 
@@ -155,11 +156,15 @@ LONG = {"prompt": "x" * 200, "completion": "y"}
 def test_a_run_says_what_it_learns_and_keeps_the_template(
   in_process: Callable[..., Any], tmp_path: Path
 ):
-  corpus = write_talks(tmp_path / "talks.jsonl", [*questions(60), LONG, LONG])
+  write_talks(tmp_path / "talks" / "train.jsonl", [*questions(60), LONG, LONG])
+  write_talks(tmp_path / "talks" / "validation.jsonl", [*questions(5), LONG])
+  corpus = f"files:{tmp_path / 'talks'}"
   knobs = CHAT | {"training__num_steps": 1, "training__eval_batches": 1}
   done = in_process("train", *tiny(corpus, name="taught", **knobs))
   assert done.returncode == 0, done.stderr
-  assert "conversations of more than 97 tokens: 2 dropped, for no answer" in done.stderr
+  for split, count in (("train", 2), ("validation", 1)):
+    dropped = f"{split}: conversations of more than 97 tokens: {count} dropped, for no"
+    assert dropped in done.stderr
   assert "carry loss" in done.stderr and "a => " in done.stdout
   assert "--interactive" in done.stderr and "bits per byte" not in done.stderr
   chat = load_chat(tmp_path / "runs" / "taught")
