@@ -132,15 +132,17 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
     )
   if cfg.data.objective == "reward":
     yield from _reward_contradictions(cfg)
+  # The context of a run that training begins from is what it is.
+  longer = lambda to: "" if cfg.init is not None else f"--model.context={to} or "
   if cfg.data.seq_len > cfg.model.context:
     yield (
       f"{named('data.seq_len')} is longer than {named('model.context')}",
-      f"set --model.context={cfg.data.seq_len} or --data.seq-len={cfg.model.context}",
+      f"set {longer(cfg.data.seq_len)}--data.seq-len={cfg.model.context}",
     )
   if cfg.data.source_len is not None and cfg.data.source_len > cfg.model.context:
     yield (
       f"{named('data.source_len')} is longer than {named('model.context')}",
-      f"set --model.context={cfg.data.source_len}",
+      f"set {longer(cfg.data.source_len)}--data.source-len={cfg.model.context}",
     )
   for whole, part in (
     ("data.batch_size", "training.accumulation_steps"),

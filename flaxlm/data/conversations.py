@@ -58,6 +58,10 @@ def read_talks(path: Path) -> Iterator[Talk]:
 def to_talk(record: Record, where: str) -> Talk:
   """The conversation of a record."""
   fields = record.fields
+  if {"messages", "prompt", "completion"} <= fields.keys():  # many have one of these beside
+    raise DataError(
+      f"{where} has 'messages', and both 'prompt' and 'completion'", "leave one of them out"
+    )
   if "messages" in fields:
     messages = fields["messages"]
   elif {"prompt", "completion"} <= fields.keys():
@@ -128,6 +132,7 @@ class Talks:
         given.append(code)
     is_record = np.ones(len(hashes), bool)
     self.codes = split_codes(np.array(given), np.array(hashes), is_record, corpus.splits)
+    check_not_empty(corpus, self.unit, len(hashes))
     for split in corpus.splits:
       if not self.count(split):
         raise DataError(f"{corpus.name} is too small: no {split} {self.unit}", "add some")
@@ -157,6 +162,17 @@ class Talks:
       for talk, code in zip(self, self.codes, strict=True)
       if code == CODES[split]
     ]
+
+
+def check_not_empty(corpus: Corpus, unit: str, count: int) -> None:
+  """Raises `DataError` for files in which there is no record at all."""
+  if not count:
+    files = corpus.record_files
+    raise DataError(
+      one_line(f"{corpus.name} has no {unit}: no record is in {files[0].path}")
+      + (f" and {len(files) - 1} other files" if len(files) > 1 else ""),
+      "write some, a line of JSON or a row each",
+    )
 
 
 def hash_of(talk: Talk) -> int:

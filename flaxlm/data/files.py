@@ -40,6 +40,7 @@ STDLIB_EXCLUDED = frozenset(
   ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__")
 )
 DOCUMENT_BYTES = 2**20
+EMPTY = "empty files"  # a reason
 # Formats that hold text but are no text: to read one as it is would teach its syntax.
 UNREAD = {
   **dict.fromkeys((".arrow", ".feather", ".avro", ".orc"), "a table"),
@@ -222,8 +223,13 @@ def _report_unread(
         f"{name}: {first} is no text but {kind}, which flaxlm does not read ({unread})",
         "write each text into a .txt file of its own, and name those",
       )
+    if set(unread.names) == {EMPTY}:
+      raise DataError(f"there is nothing in {name} ({unread})", "write something into it")
     cause = f": not read are {unread}" if unread else ""
-    raise DataError(f"no documents matched {name}{cause}", "files: takes UTF-8 text")
+    raise DataError(
+      f"no documents matched {name}{cause}",
+      "files: takes UTF-8 text, lines of .jsonl and rows of .parquet",
+    )
   if unread:
     log(f"{name}: not read are {unread}")
   suffixes = [kind_of(Path(relative))[0] for relative in files]
@@ -244,7 +250,7 @@ def _digest(path: Path, name: str, unread: _Unread) -> str | None:
       unread.add("neither files nor folders" if exists else "links to nowhere", name)
       return None
     if not path.stat().st_size:
-      unread.add("empty files", name)
+      unread.add(EMPTY, name)
       return None
     if holds_records(path):
       with path.open("rb") as file:

@@ -13,7 +13,7 @@ from flaxlm.errors import ConfigError
 
 MOST_ROWS = 10**5  # of a period
 EXAMPLE = "as in '0.7 stdlib + 0.3 files:notes/*.md'"
-_WEIGHT = re.compile(r"\+?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})")
+_WEIGHT = re.compile(r"\+?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})(?:[eE][-+]?\d)?")
 _BEGINS_WITH_NUMBER = re.compile(r"\s*[-+]?(?:\.?\d|nan\b|inf)\S*\s", re.IGNORECASE)
 
 

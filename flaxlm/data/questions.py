@@ -23,7 +23,7 @@ import numpy as np
 from flaxlm.chat.templates import ASSISTANT, Chat, Talk, load_chat
 from flaxlm.config import Config
 from flaxlm.data.batches import order_of_source
-from flaxlm.data.conversations import hash_of, mistakes_of
+from flaxlm.data.conversations import check_not_empty, hash_of, mistakes_of
 from flaxlm.data.corpus import SPLITS, Corpus, Log
 from flaxlm.data.mixtures import parse_mixture
 from flaxlm.data.prepare import corpus_of
@@ -92,6 +92,7 @@ def prepare_questions(
   tokenizer, chat = load_tokenizer(folder / "tokenizer.json"), load_chat(folder)
   needs_answer = cfg.reward.function == "exact"
   asked, codes = read_questions(found, needs_answer)
+  check_not_empty(found, "prompts", len(asked))
   encoded = encode(asked, chat, tokenizer)
   room = cfg.data.seq_len - cfg.reward.max_new_tokens
   fits = [len(question.ids) <= room for question in encoded]

@@ -42,6 +42,13 @@ def adaptable(boxes: Boxes) -> list[Path]:
   ]
 
 
+def unadaptable(boxes: Boxes) -> list[str]:
+  """The other matrices of a model, as experts, routers, embeddings and heads, by name."""
+  ours = adaptable(boxes)
+  matrices = [path for path in boxes if path[-1] in {"kernel", "table"}]
+  return ["/".join(path[:-1]) for path in matrices if path not in ours]
+
+
 def adapted(boxes: Boxes, cfg: LoraConfig) -> list[Path]:
   """The kernels that `lora.targets` names. Raises `ConfigError` if it names none."""
   could_be = adaptable(boxes)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from flaxlm.checkpoint.store import CheckpointStore
@@ -33,8 +34,8 @@ from flaxlm.distributed.start import joined
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.kernels.paths import Path as AttentionPath
-from flaxlm.nn.lora import merged
-from flaxlm.nn.models import abstract_params
+from flaxlm.nn.lora import merged, unadaptable
+from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
 from flaxlm.origin import adopt, read_origin
 from flaxlm.platform import Flag, start_jax
 from flaxlm.runs import (
@@ -260,7 +261,8 @@ def report_start(
       reporter.log(f"resuming {cfg.run_dir} at step {first_step}")
     if (origin := read_origin(cfg.run_dir)) is not None:
       reporter.log(f"{cfg.run_dir} begins from {origin}")
-    for line in (*changes(before or cfg, cfg), *unreached(cfg), *unread(cfg)):
+    lines = (*changes(before or cfg, cfg), *unreached(cfg), *unread(cfg), *unadapted(cfg))
+    for line in lines:
       reporter.log(line)
   for flag in flags:
     reporter.log(flag.line)
@@ -317,6 +319,13 @@ def unread(cfg: Config) -> Iterator[str]:
     names = [name for name in difference(Config(), cfg) if name.startswith(prefix)]
     if names and not is_read:
       yield f"not read {why}: {', '.join(names)}"
+
+
+def unadapted(cfg: ResolvedConfig) -> Iterator[str]:
+  """A line for what adapters never change, whatever `lora.targets` says."""
+  if cfg.lora.rank:
+    boxes = flatten_dict(boxed_shapes(build_model(cfg.model, cfg.training)))
+    yield f"no adapters change {', '.join(unadaptable(boxes))}"
 
 
 def describe(

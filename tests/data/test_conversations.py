@@ -150,6 +150,10 @@ FAULTS = {
   "no completion": ({"prompt": "a", "completion": ""}, "message 2, an answer, is empty"),
   "no answer": ({"messages": [HI]}, "no message has the role assistant"),
   "nothing": ({"messages": []}, "no message has the role assistant"),
+  "both": (
+    {"messages": [HI, YES], "prompt": "a", "completion": "b"},
+    "'messages', and both 'prompt' and 'completion'",
+  ),
   "tools": ({"messages": [HI, YES], "tools": "x"}, "tools are 'x'"),
   "not JSON": ("{", "not JSON"),
 }
@@ -164,6 +168,20 @@ def test_a_record_that_is_no_conversation(tmp_path: Path, name: str):
     [*read_talks(path)]
   assert caught.value.cause.startswith(f"{path}, line 3")
   assert "\n" not in caught.value.cause
+
+
+@pytest.mark.parametrize(
+  ("content", "told"),
+  [
+    ("", "there is nothing in files:.*talks.jsonl"),
+    ("\n \n", "has no conversations: no record is in .*talks.jsonl"),
+  ],
+)
+def test_files_without_a_record(tmp_path: Path, content: str, told: str):
+  (tmp_path / "talks.jsonl").write_text(content)
+  with pytest.raises(DataError, match=told) as caught:
+    prepare_chat(tmp_path / "talks.jsonl")
+  assert "\n" not in caught.value.cause and caught.value.cure.startswith("write some")
 
 
 def test_what_a_template_does_not_know(tmp_path: Path):

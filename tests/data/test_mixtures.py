@@ -46,13 +46,14 @@ def test_what_a_mixture_says(name: str, expected: Any):
   ("name", "cause"),
   [
     *((f"{w} a + 1 b", f"'{w} a' has no positive") for w in ("0", "-1", "nan", "-inf")),
-    *((f"1 a + {w} b", f"'{w} b' has no positive") for w in ("0.0", "1e9", "0x1", "1/2")),
+    *((f"1 a + {w} b", f"'{w} b' has no positive") for w in ("0.0", "1e99", "0x1", "1/2")),
     ("1 a + b", "'b' has no positive weight"),
     ("0.7a + 0.3 b", "'0.7a' has no positive weight"),
     ("1 a + 2", "'2' is a weight of nothing"),
     ("1 a + 2 b + 3 a", "names 'a' twice"),
     ("0.5 a", "is no mixture"),
     (f"1 a + {MOST_ROWS} b", "weights in the ratio 1:100000"),
+    ("1 a + 1e-6 b", "weights in the ratio 1000000:1"),
   ],
 )
 def test_a_mixture_that_is_none_is_refused_in_one_line(name: str, cause: str):

@@ -138,6 +138,12 @@ def test_corpora_without_questions(folder: Path, corpus: str, error: Any, told: 
     prepared(folder, SUMS, corpus)
 
 
+def test_a_file_without_a_record(folder: Path):
+  (folder / "blank.jsonl").write_text("\n \n")
+  with pytest.raises(DataError, match=r"has no prompts: no record is in .*blank"):
+    prepared(folder, SUMS, f"files:{folder / 'blank.jsonl'}")
+
+
 # -- Order ---------------------------------------------------------------------------------
 
 

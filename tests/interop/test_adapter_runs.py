@@ -37,6 +37,7 @@ def test_adapters_learn_and_are_stored_alone(
   commands: Commands, folder: Path, adapted: str
 ):
   assert "parameters of adapters, over" in adapted
+  assert "no adapters change embedding" in adapted
   found = losses(folder, "adapted")
   assert found[3] < found[1]
   metadata = next((folder / "runs/adapted/checkpoints/3/params").rglob("_METADATA"))

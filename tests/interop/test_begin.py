@@ -259,6 +259,7 @@ def test_the_optimizer_comes_along_when_asked(commands: Commands, folder: Path):
       2,
       "data.seq_len=500 is longer than model.context",
     ),
+    ("imported", {"data__seq_len": 500}, 2, "\n  set --data.seq-len="),
     ("nowhere", {}, 4, "nowhere is not a run directory"),
     ("trained", {"name": "trained", "checkpoint__resume": "never"}, 2, "the run that is"),
     (

@@ -22,6 +22,7 @@ from flaxlm.config import (
   MoEConfig,
   OptimizerConfig,
   TrainingConfig,
+  load_config,
 )
 from flaxlm.data.objectives import Batch
 from flaxlm.errors import ConfigError
@@ -33,6 +34,7 @@ from flaxlm.nn.lora import (
   freeze,
   init_adapters,
   merged,
+  unadaptable,
 )
 from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
 from flaxlm.sharding import make_mesh, use_mesh
@@ -288,6 +290,15 @@ def test_targets_are_an_expression_over_paths(targets: str, count: int):
   lora = dataclasses.replace(LORA, targets=targets)
   found = abstract_adapters(build_model(MODELS["decoder"]), lora, mesh_of())
   assert len(jax.tree.leaves(found)) == 2 * count
+
+
+def test_what_has_no_adapters_is_named():
+  boxes = lambda name: flatten_dict(
+    boxed_shapes(build_model(load_config(name).resolve(64).model))
+  )
+  experts = [f"blocks/ffn/experts/{name}" for name in ("down", "gate", "up")]
+  assert unadaptable(boxes("moe_tiny")) == [*experts, "blocks/ffn/router", "embedding"]
+  assert unadaptable(boxes("gpt2_124m")) == ["embedding", "positions"]
 
 
 @pytest.mark.parametrize(("name", "targets"), [("decoder", "query"), ("decoder", "head$")])
