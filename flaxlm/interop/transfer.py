@@ -30,7 +30,7 @@ from flaxlm.config import (
 )
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.pooling import FILES as POOLING_FILES
-from flaxlm.errors import CheckpointError, first_line
+from flaxlm.errors import CheckpointError, DataError, first_line
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.family import Family
 from flaxlm.interop.files import check_source, find_gguf, has_file
@@ -53,8 +53,11 @@ from flaxlm.tokenizers.imported import (
   frame,
 )
 from flaxlm.tokenizers.own import MAX_FILE_BYTES, load_backend
+from flaxlm.tokenizers.sentencepiece import read_sentencepiece
 
 GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
+SENTENCEPIECE = "tokenizer.model"  # of Llama, Mistral and Gemma, with their ids
+UNREAD = "text cannot be encoded (docs/interop.md)"
 # Files that are copied unchanged, by name or pattern.
 COPIED = (
   GENERATION,
@@ -67,13 +70,12 @@ COPIED = (
   "vocab.json",
   "merges.txt",
   "vocab.txt",
-  "tokenizer.model",
+  SENTENCEPIECE,
   "spiece.model",
   "sentencepiece.bpe.model",
 )
 START = "decoder_start_token_id"
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", START)
-
 
 Load = Callable[[Mesh, str | None], Loaded]
 
@@ -91,11 +93,15 @@ def import_run(
   notes = []
   with opened(source) as (folder, load), new_folder(run_dir) as partial:
     num_ids = 0
+    config = read_json(folder / CONFIG)
     if has_file(folder / TOKENIZER):
-      import_tokenizer(folder, partial, read_json(folder / CONFIG))
-      num_ids = load_tokenizer(partial / TOKENIZER).vocab_size
+      import_tokenizer(folder, partial, config)
+    elif has_file(folder / SENTENCEPIECE):
+      notes += import_sentencepiece(folder, partial, config)
     else:
-      notes.append(f"{source} has no {TOKENIZER}: text cannot be encoded (docs/interop.md)")
+      notes.append(f"{source} has no {TOKENIZER}: {UNREAD}")
+    if (partial / TOKENIZER).exists():
+      num_ids = load_tokenizer(partial / TOKENIZER).vocab_size
     loaded = load(mesh, dtype)
     notes += [note for note in (loaded.cfg.padding, loaded.note) if note]
     notes += leave_out_unknown(partial / SPECIALS, loaded.cfg.num_ids)
@@ -163,12 +169,66 @@ def run_config(loaded: Loaded, run_dir: Path) -> ResolvedConfig:
 def import_tokenizer(folder: Path, run_dir: Path, config: dict[str, Any]) -> None:
   """Copies tokenizer.json, and writes the special ids of other files beside it."""
   backend = load_backend(folder / TOKENIZER)
-  optional = lambda name: read_json(folder / name) if has_file(folder / name) else {}
-  named = Values(optional(TOKENIZER_CONFIG), str(folder / TOKENIZER_CONFIG))
-  ids = config | {k: v for k, v in optional(GENERATION).items() if v is not None}
-  specials = read_specials(backend, named, Values(ids, str(folder / GENERATION)))
+  named = optional(folder, TOKENIZER_CONFIG)
+  specials = read_specials(backend, named, numbers(folder, config))
   shutil.copyfile(folder / TOKENIZER, run_dir / TOKENIZER)
   specials.save(run_dir / SPECIALS)
+
+
+def optional(folder: Path, name: str) -> Values:
+  """What a file of settings says, which need not be there."""
+  found = read_json(folder / name) if has_file(folder / name) else {}
+  return Values(found, str(folder / name))
+
+
+def numbers(folder: Path, config: dict[str, Any]) -> Values:
+  """Where special ids are written as numbers: the settings of generation come first."""
+  said = optional(folder, GENERATION)
+  return Values(
+    config | {k: v for k, v in said.values.items() if v is not None}, said.origin
+  )
+
+
+def import_sentencepiece(folder: Path, run_dir: Path, config: dict[str, Any]) -> list[str]:
+  """Writes a SentencePiece model as tokenizer.json, with the tokens that the settings add,
+  and the special ids beside it; returns notes, if it cannot be read why not.
+
+  As transformers' slow tokenizers do, `bos` is put before a text unless the settings say
+  otherwise.
+  """
+  try:
+    backend, own = read_sentencepiece(folder / SENTENCEPIECE)
+    named = optional(folder, TOKENIZER_CONFIG)
+    add_tokens(backend, named)
+  except DataError as e:  # Llama 3's is a file of tiktoken
+    return [f"{e.cause}: {UNREAD}"]
+  # What nothing else says, the model's own names do.
+  said = {
+    f"{role}_token": backend.id_to_token(n) for role, n in own.items() if n is not None
+  }
+  said |= {"add_bos_token": True} | {k: v for k, v in named.values.items() if v is not None}
+  names = Values(said, named.origin)
+  specials = read_specials(backend, names, numbers(folder, config))
+  if names.get(bool, "add_eos_token", False):
+    specials = specials._replace(suffix=specials.eos_ids[:1])
+  backend.save(str(run_dir / TOKENIZER))
+  specials.save(run_dir / SPECIALS)
+  return []
+
+
+def add_tokens(backend: tokenizers.Tokenizer, settings: Values) -> None:
+  """Adds the tokens that a model has beyond its SentencePiece file, in the order of their
+  ids. Raises `DataError` where these do not go on with those of the file."""
+  listed = settings.get(dict, "added_tokens_decoder", None) or {}
+  ids = {int(n): about for n, about in listed.items() if n.isdecimal()}
+  for id_, about in sorted(ids.items()):
+    content = about.get("content") if isinstance(about, dict) else None
+    if not isinstance(content, str):
+      raise DataError(f"{settings.origin}: the added token {id_} has no content")
+    token = tokenizers.AddedToken(content, normalized=False)
+    (backend.add_special_tokens if about.get("special") else backend.add_tokens)([token])
+    if backend.token_to_id(content) != id_:
+      raise DataError(f"{settings.origin}: the added token {id_} leaves a gap of ids")
 
 
 def read_specials(backend: tokenizers.Tokenizer, names: Values, ids: Values) -> Specials:

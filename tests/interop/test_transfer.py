@@ -30,9 +30,11 @@ from flaxlm.look.pieces import Reading
 from flaxlm.look.tokens import look_tokens
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.sharding import make_mesh
-from flaxlm.tokenizers import ImportedTokenizer, Specials, train_tokenizer
+from flaxlm.tokenizers import ImportedTokenizer, Specials, load_tokenizer, train_tokenizer
 from flaxlm.tokenizers.own import load_backend
+from flaxlm.tokenizers.sentencepiece import read_sentencepiece
 from flaxlm.training.evaluation import evaluate_run
+from tests.tokenizers.test_sentencepiece import BYTES, LETTERS, MERGED, START, TINY
 
 MOST = 10**9
 
@@ -124,6 +126,35 @@ def test_without_a_tokenizer_the_user_is_told(mesh: Any, tmp_path: Path):
   export_run(run, tmp_path / "out", None, MOST)
   config = json.loads((tmp_path / "out/config.json").read_text())
   assert {config[f"{role}_token_id"] for role in ("bos", "eos", "pad")} == {None}
+
+
+def test_a_sentencepiece_model_becomes_the_tokenizer(mesh: Any, tmp_path: Path):
+  """With the tokens that the settings add, and what they say of the frame of a text."""
+  hub = tmp_path / "hub"
+  hub.mkdir()
+  save(hub, "llama_3")
+  (hub / "tokenizer.model").write_bytes(TINY)
+  size = len(START) + len(BYTES) + len(LETTERS) + len(MERGED)
+  added = {str(size): {"content": "<|user|>", "special": True}}
+  settings = {"added_tokens_decoder": added, "eos_token": "<|user|>"}
+  (hub / "tokenizer_config.json").write_text(json.dumps(settings))
+  _, notes = import_run(hub, tmp_path / "run", mesh)
+  assert not any("no tokenizer.json" in note for note in notes)
+  tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer.json")
+  wanted, _ = read_sentencepiece(hub / "tokenizer.model")
+  assert list(tokenizer.encode("the cab\n")) == wanted.encode("the cab\n").ids
+  assert tokenizer.framed([7], "prompt") == [1, 7]  # as transformers' LlamaTokenizer
+  assert list(tokenizer.encode("<|user|>"))[-1] == size == tokenizer.vocab_size - 1
+
+  for change, note in (
+    ({"added_tokens_decoder": {str(size + 1): added[str(size)]}}, "leaves a gap of ids"),
+    ({}, "is not a SentencePiece model"),
+  ):
+    (hub / "tokenizer_config.json").write_text(json.dumps(change))
+    if not change:
+      (hub / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # tiktoken's
+    _, notes = import_run(hub, tmp_path / f"no {note}", mesh)
+    assert note in notes[0] and "text cannot be encoded" in notes[0]
 
 
 @pytest.mark.slow
