@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flaxlm import cli
-from flaxlm.commands.parsing import with_hyphens
+from flaxlm.commands.parsing import read_config, with_hyphens
 from flaxlm.config import (
   MESH_AXES,
   Config,
@@ -843,3 +843,11 @@ def test_a_mistake_is_told_before_anything_is_loaded(tmp_path: Path):
     "  did you mean --model.depth?",
   ]
   assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sample_prompt_is_for_what_its_config_learns():
+  """It is code in the default config, and no conversation begins so."""
+  prompt = lambda *more: read_config([*more]).training.sample_prompt
+  assert prompt() == "def __init__(self"
+  assert prompt("--data.objective=chat") == ""
+  assert prompt("--data.objective=chat", "--training.sample-prompt=Hi") == "Hi"

@@ -125,7 +125,12 @@ def read_config(arguments: list[str]) -> Any:
   overrides = arguments[1:] if named else arguments
   cfg = override(base, overrides)
   cfg = dataclasses.replace(cfg, name=base.name if cfg.name is None else cfg.name)
-  cfg = adopt(cfg, fields_in(overrides))
+  given = fields_in(overrides)
+  if cfg.data.objective != base.data.objective and "training.sample_prompt" not in given:
+    # The config's is for what the config itself would learn.
+    training = dataclasses.replace(cfg.training, sample_prompt="")
+    cfg = dataclasses.replace(cfg, training=training)
+  cfg = adopt(cfg, given)
   check_config(cfg)
   return cfg
 

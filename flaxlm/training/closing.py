@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from flaxlm.chat.templates import load_chat
 from flaxlm.config import TALKS, without
 from flaxlm.decoding.chat import Conversation
-from flaxlm.decoding.completions import complete, complete_request, make_request, search
+from flaxlm.decoding.completions import (
+  DEFAULT_NEW_TOKENS,
+  Request,
+  complete,
+  complete_request,
+  make_request,
+  search,
+)
 from flaxlm.decoding.encoding import fill_masks
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.sampling import GREEDY, SamplingSettings
@@ -17,8 +24,15 @@ from flaxlm.tokenizers import MASK
 from flaxlm.training.reporting import Reporter
 
 
-def show_sample(run: Run, reporter: Reporter, arguments: Sequence[str] = ()) -> None:
+def show_sample(
+  run: Run,
+  reporter: Reporter,
+  arguments: Sequence[str] = (),
+  asked: Sequence[int] | None = None,
+) -> None:
   """Prints what the model makes of `sample_prompt`, and what to try next.
+
+  Without one, what is `asked`, the ids of a prompt in a chat template, is answered.
 
   Every process of a job computes the sample, for the model may be spread over all of them.
   `arguments` are those of the command that trained the run, which has ended well, whatever
@@ -26,7 +40,7 @@ def show_sample(run: Run, reporter: Reporter, arguments: Sequence[str] = ()) -> 
   """
   reporter.end_progress()
   try:
-    text, tries = sample(run)
+    text, tries = sample(run, asked)
   except ConfigError as e:
     reporter.log(f"no sample of training.sample_prompt: {e.cause}")
     tries = []
@@ -43,7 +57,7 @@ def show_sample(run: Run, reporter: Reporter, arguments: Sequence[str] = ()) -> 
   reporter.log("next, try:\n" + "\n".join(f"  {line}" for line in commands))
 
 
-def sample(run: Run) -> tuple[str, list[list[str]]]:
+def sample(run: Run, asked: Sequence[int] | None = None) -> tuple[str, list[list[str]]]:
   """What the model makes of `sample_prompt`, and the words of commands that show more.
 
   Raises `ConfigError` for a prompt that the model cannot read.
@@ -66,6 +80,8 @@ def sample(run: Run) -> tuple[str, list[list[str]]]:
     return f"{prompt} => {found.completion}", more
   is_chat = run.cfg.data.objective in (*TALKS, "reward")
   if is_chat and load_chat(run.path) is not None:
+    if not prompt and asked:
+      return continued(run, asked), [[*infer, "--interactive"]]
     prompt = prompt or "Hello."
     return f"{prompt} => {answer(run, prompt)}", [[*infer, "--interactive"]]
   settings = SamplingSettings(temperature=0.8, top_p=0.95, seed=run.cfg.seed)
@@ -81,6 +97,15 @@ def answer(run: Run, question: str) -> str:
   request = make_request(run, [prompt], None, has_specials=True)
   (found,) = complete_request(run, request, [prompt], [GREEDY])
   return found.completion
+
+
+def continued(run: Run, prompt: Sequence[int]) -> str:
+  """A prompt of a chat template, and the answer to it. Raises `ConfigError`."""
+  shown = run.tokenizer.decode(prompt).strip()
+  room = max(1, min(DEFAULT_NEW_TOKENS, run.model.cfg.context - len(prompt)))
+  request = Request([[*prompt]], room, run.num_ids)
+  (found,) = complete_request(run, request, [shown], make_sampling(1, temperature=0.0))
+  return f"{shown} => {found.completion}"
 
 
 def longer(arguments: Sequence[str], name: str, num_steps: int) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
@@ -29,6 +30,7 @@ from flaxlm.data.corpus import SPLITS, Log
 from flaxlm.data.prepare import Prepared, prepare_data
 from flaxlm.data.questions import QuestionBatches, Questions, prepare_questions
 from flaxlm.data.storage import data_dir, to_stderr
+from flaxlm.data.stores import MixedStore, PairStore
 from flaxlm.decoding.loading import Run
 from flaxlm.distributed.start import joined
 from flaxlm.errors import ConfigError
@@ -165,7 +167,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
       if state.frozen is not None:
         params = merged(state.frozen, params, abstract_params(program.model, mesh))
       run = Run(cfg.run_dir, cfg, tokenizer, step, program.model, params, mesh)
-      show_sample(run, reporter, arguments)
+      show_sample(run, reporter, arguments, held_out_prompt(prepared))
     return exit_code
 
 
@@ -233,6 +235,19 @@ def notes_of(
     return [*batches.notes]
   splits = zip(SPLITS, (batches.notes, evaluator.notes), strict=True)
   return [f"{split}: {note}" for split, notes in splits for note in notes]
+
+
+def held_out_prompt(prepared: Prepared | Questions) -> list[int] | None:
+  """The first prompt that is held out, if conversations are learnt or asked."""
+  if isinstance(prepared, Questions):
+    return [*prepared.splits["validation"][0].ids]
+  store = prepared.validation
+  if isinstance(store, MixedStore):
+    store = next(iter(store.sources.values()))
+  if isinstance(store, PairStore) or store.weights is None:
+    return None
+  end = int(store.bounds[1])
+  return store.tokens[: int(np.argmax(store.weights[:end]))].tolist()
 
 
 def report_start(

@@ -160,12 +160,16 @@ def test_a_run_says_what_it_learns_and_keeps_the_template(
   write_talks(tmp_path / "talks" / "validation.jsonl", [*questions(5), LONG])
   corpus = f"files:{tmp_path / 'talks'}"
   knobs = CHAT | {"training__num_steps": 1, "training__eval_batches": 1}
+  knobs |= {"training__sample_prompt": ""}
   done = in_process("train", *tiny(corpus, name="taught", **knobs))
   assert done.returncode == 0, done.stderr
   for split, count in (("train", 2), ("validation", 1)):
     dropped = f"{split}: conversations of more than 97 tokens: {count} dropped, for no"
     assert dropped in done.stderr
-  assert "carry loss" in done.stderr and "a => " in done.stdout
+  # Without a prompt of its own it asks what was held out first.
+  first = json.loads((tmp_path / "talks/validation.jsonl").read_text().splitlines()[0])
+  asked = first["prompt"] if "prompt" in first else first["messages"][0]["content"]
+  assert "carry loss" in done.stderr and f"{asked}\nassistant:" in done.stdout
   assert "--interactive" in done.stderr and "bits per byte" not in done.stderr
   chat = load_chat(tmp_path / "runs" / "taught")
   assert chat is not None and chat.templates == {"default": PLAIN}
