@@ -104,7 +104,7 @@ def continued(run: Run, prompt: Sequence[int]) -> str:
   shown = run.tokenizer.decode(prompt).strip()
   room = max(1, min(DEFAULT_NEW_TOKENS, run.model.cfg.context - len(prompt)))
   request = Request([[*prompt]], room, run.num_ids)
-  (found,) = complete_request(run, request, [shown], make_sampling(1, temperature=0.0))
+  (found,) = complete_request(run, request, [shown], [GREEDY])
   return f"{shown} => {found.completion}"
 
 

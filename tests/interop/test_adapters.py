@@ -96,7 +96,7 @@ def test_what_goes_out_comes_in_again(variant: str, targets: str, tmp_path: Path
   run_dir = adapt(tmp_path / "base", tmp_path / "run", targets)
   assert files_damage(run_dir) == []
   family = export_adapter(load_run(run_dir, mesh(), None, False), tmp_path / "out", None)
-  assert {path.name for path in (tmp_path / "out").iterdir()} == {ADAPTER, WEIGHTS}
+  assert {path.name for path in (tmp_path / "out").iterdir()} == {ADAPTER, WEIGHTS, BASE}
   kept = json.loads((tmp_path / "hub/config.json").read_text())["model_type"]
   assert family.model_type == kept
   cfg, _ = import_adapter(tmp_path / "out", tmp_path / "again", tmp_path / "base", mesh())
