@@ -36,6 +36,7 @@ import numpy as np
 
 from benchmarks.writing import add_output, write
 from flaxlm.benchmark.report import Result, figures, summarise, with_ratio
+from flaxlm.errors import FlaxLMError
 
 OURS, LLAMA_CPP, TRANSFORMERS = "flaxlm", "llama.cpp", "transformers"
 HOST = "127.0.0.1"
@@ -171,7 +172,7 @@ def wait_until_ready(name: str, process: subprocess.Popen, port: int, log: Path)
     time.sleep(0.2)
   lines = log.read_text("utf-8", "replace").splitlines()[-20:]
   last = "\n".join(line[:200] for line in lines)
-  raise SystemExit(f"{name} does not answer; it has said:\n{last}")
+  raise FlaxLMError(f"{name} does not answer; it has said:\n{last}")
 
 
 def end(process: subprocess.Popen) -> None:
@@ -235,11 +236,9 @@ async def ask_all(
         answers[number] = await asyncio.wait_for(ask(server, question), ANSWER_SECONDS)
       except TimeoutError as e:
         cause = f"{server.name}: an answer takes more than {ANSWER_SECONDS:.0f} s"
-        raise SystemExit(f"{cause}; is the machine busy?") from e
+        raise FlaxLMError(f"{cause}; is the machine busy?") from e
 
-  async with asyncio.TaskGroup() as group:
-    for _ in range(streams):
-      group.create_task(stream())
+  await asyncio.gather(*[stream() for _ in range(streams)])
   return [answers[number] for number in range(len(questions))]
 
 
@@ -267,7 +266,7 @@ async def ask(server: Server, question: Question) -> Answer:
   finally:
     writer.close()
   if status.split()[1:2] != ["200"] or len(text) != question.num_new:
-    raise SystemExit(
+    raise FlaxLMError(
       f"{server.name}: {len(text)} tokens of {question.num_new}, {status.strip()}"
     )
   return Answer(text, first)
@@ -279,7 +278,7 @@ def text_of(line: bytes) -> str:
     return ""
   found = json.loads(line[len(b"data: ") :])
   if "error" in found:
-    raise SystemExit(f"a server has answered {found['error']}")
+    raise FlaxLMError(f"a server has answered {found['error']}")
   return "".join(choice["text"] or "" for choice in found["choices"])
 
 
@@ -348,7 +347,7 @@ def same_answers(ours: Sequence[Round], theirs: Sequence[Round]) -> str:
   share = sum(common(a, b) for a, b in pairs) / sum(len(a) for a, _ in pairs)
   told = f"{same} of {len(pairs)} answers are the same, {share:.1%} of their tokens"
   if share < LEAST_SAME:
-    raise SystemExit(f"the servers have written different answers: {told}")
+    raise FlaxLMError(f"the servers have written different answers: {told}")
   return told
 
 

@@ -25,6 +25,7 @@ from benchmarks.serving import (
   same_answers,
   text_of,
 )
+from flaxlm.errors import FlaxLMError
 
 QUESTIONS = [Question("a b", 3), Question("c", 2), Question("d", 4)]
 
@@ -56,7 +57,7 @@ def test_texts_of_lines(line: bytes, text: str):
 
 
 def test_errors_in_a_stream_are_told():
-  with pytest.raises(SystemExit, match="is full"):
+  with pytest.raises(FlaxLMError, match="is full"):
     text_of(b'data: {"error": {"message": "it is full"}}\n')
 
 
@@ -92,7 +93,7 @@ def test_answers_come_in_the_order_of_the_questions():
 
 
 def test_a_missing_token_is_told():
-  with pytest.raises(SystemExit, match="1 tokens of 2"):
+  with pytest.raises(FlaxLMError, match="1 tokens of 2"):
     answered(QUESTIONS, ["xyz", "u", "abcd"])
 
 
@@ -101,7 +102,7 @@ def test_answers_that_part_are_told():
   assert "2 of 2 answers are the same, 100.0%" in same_answers(ours, ours)
   told = same_answers(ours, [round_of(1.0, ["abcd", "efxh"])])
   assert "1 of 2 answers are the same, 75.0%" in told
-  with pytest.raises(SystemExit, match="different answers"):
+  with pytest.raises(FlaxLMError, match="different answers"):
     same_answers(ours, [round_of(1.0, ["xbcd", "xfgh"])])
 
 
