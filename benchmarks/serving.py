@@ -47,7 +47,7 @@ PRINTABLE = range(32, 127)  # as bytes, and as ids of the tokenizer of bytes
 SPREAD = 1.5  # of random matrices: answers vary, and rounding parts few of them
 MOST_BYTES = 10**10  # of a file of weights
 LEAST_SAME = 0.5  # of the tokens; other weights share next to none
-START_SECONDS, ANSWER_SECONDS, END_SECONDS = 180.0, 300.0, 20.0
+START_SECONDS, ANSWER_SECONDS, END_SECONDS = 600.0, 300.0, 20.0
 
 
 def main() -> None:
