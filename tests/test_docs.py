@@ -352,7 +352,7 @@ def test_fields_and_files_that_are_named_exist(page: Path):
   sections = {name.split(".")[0] for name in fields if "." in name}
   paths = (path.relative_to(ROOT / "flaxlm") for path in (ROOT / "flaxlm").rglob("*.py"))
   modules = {".".join(path.with_suffix("").parts) for path in paths}
-  others = {"model.init", "model.apply", "tokenizer.json"}
+  others = {"model.init", "model.apply", "tokenizer.json", "tokenizer.model"}
   for code in re.findall(r"`([^`\n]+)`", without_blocks(page)):
     word = code.removeprefix("--").split("=")[0].split()[0]
     if re.fullmatch(r"(flaxlm|tests|configs|docs)/[\w/.-]+", word):
