@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts the programs that XLA compiles while something runs, and how long that takes."""
 
+import collections
 import contextlib
 from collections.abc import Iterator
 
@@ -14,11 +15,13 @@ class CompileCounter:
 
   def __init__(self) -> None:
     self.programs, self.seconds = 0, 0.0
+    self.names: collections.Counter[str] = collections.Counter()  # of compiled functions
 
-  def add(self, event: str, duration_secs: float, **_: str | int) -> None:
+  def add(self, event: str, duration_secs: float, **about: str | int) -> None:
     if event == EVENT:
       self.programs += 1
       self.seconds += duration_secs
+      self.names[str(about.get("fun_name", "?"))] += 1
 
   def __str__(self) -> str:
     return f"{self.programs} programs compiled in {self.seconds:.1f} s"

@@ -28,6 +28,7 @@ from flaxlm.decoding.prefill import (
   bucket,
   init_cache_with_source,
   logits_of_hidden,
+  no_hidden,
   pad_rows,
   padded_length,
   prefill_chunk,
@@ -67,7 +68,7 @@ from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import ConfigError, NonFiniteError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import init_cache
-from flaxlm.sharding import batch_shards, on_host, use_mesh
+from flaxlm.sharding import batch_shards, on_host, use_mesh, wait_on_cpu
 from flaxlm.tokenizers import AnyTokenizer
 
 
@@ -274,6 +275,7 @@ class Engine:
           return
         num_read = self._read_chunk(self._reading, limit)
         left = None if left is None else left - num_read
+        wait_on_cpu(self._reading.last_RD)
       if self._reading.logits_RV is not None and not self._insert(self._reading):
         return
 
@@ -317,7 +319,7 @@ class Engine:
       for n, piece in enumerate(pieces):
         cache = put_piece(cache, piece, np.int32(row), np.int32(n * PIECE))
     self.counters.cached_tokens += sum(starts)
-    last_RD = np.zeros((batch, self.model.cfg.width), self.model.execution.dtype)
+    last_RD = no_hidden(self.model, batch)
     sizes = slots, source_slots
     return _Reading([*texts], [*texts.values()], cache, last_RD, sizes, starts)
 
@@ -382,6 +384,7 @@ class Engine:
       for n, job in now:
         reading.waiting[n].remove(job)
       self._insert_together(reading, now)
+      wait_on_cpu(self._state)
     self._reading = None
     return True
 

@@ -21,7 +21,7 @@ from flaxlm.config import MAX_NEW_IN_RING, ResolvedModel
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel, Source
 from flaxlm.nn.models import init_cache
-from flaxlm.sharding import batch_shards
+from flaxlm.sharding import batch_shards, constrain, wait_on_cpu
 
 BLOCK_STEPS = 16
 SMALLEST_BUCKET = 32
@@ -198,11 +198,12 @@ def prefill_rows(
 ) -> tuple[jax.Array, Any]:
   """Reads rows into a cache, a chunk at a time: (logits (B, V) after each, cache)."""
   batch = cache.lengths_B.shape[0]
-  last_BD = np.zeros((batch, model.cfg.width), model.execution.dtype)
+  last_BD = no_hidden(model, batch)
   for start in range(0, max(map(len, rows)), CHUNK):
     chunk = [row[start : start + CHUNK] for row in rows]
     tokens_BT, num_new_B = pad_rows(chunk, batch)
     last_BD, cache = prefill_chunk(model, params, tokens_BT, num_new_B, cache, last_BD)
+    wait_on_cpu(last_BD)
   return logits_of_hidden(model, params, last_BD), cache
 
 
@@ -232,6 +233,13 @@ def padded_length(length: int) -> int:
   return whole + bucket(length - whole)
 
 
+@functools.partial(jax.jit, static_argnames=("model", "batch"))
+def no_hidden(model: LanguageModel, batch: int) -> jax.Array:
+  """(B, D) for rows of which nothing was read, as `prefill_chunk` lays them out."""
+  zeros_BD = jnp.zeros((batch, model.cfg.width), model.execution.dtype)
+  return constrain(zeros_BD, "batch", None)
+
+
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def prefill_chunk(
   model: LanguageModel,
@@ -251,7 +259,8 @@ def prefill_chunk(
   )
   index_B11 = jnp.maximum(num_new_B - 1, 0)[:, None, None]
   newest_BD = jnp.take_along_axis(output.value, index_B11, 1)[:, 0]
-  return jnp.where(num_new_B[:, None] > 0, newest_BD, last_BD), output.cache
+  last_BD = jnp.where(num_new_B[:, None] > 0, newest_BD, last_BD)
+  return constrain(last_BD, "batch", None), output.cache
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -93,7 +93,7 @@ class RowSettings:
     for row, request in enumerate(requests):
       if request is not None:
         stops_BE[row, : len(request.stop_tokens)] = [*request.stop_tokens]
-    return jax.tree.map(jnp.asarray, sampling), StaticSampling(rules, num_top), stops_BE
+    return jax.device_put(sampling), StaticSampling(rules, num_top), stops_BE
 
   # -- Regular expressions
 
@@ -129,7 +129,7 @@ class RowSettings:
       return
     sizes = (1, 1, 1) if self.shapes is None else LEAST_AUTOMATON
     automaton, initial = build_automaton(expressions, self.tokenizer, sizes)
-    self.automaton = Automaton(*map(jnp.asarray, automaton))
+    self.automaton = jax.device_put(automaton)
     self._states |= dict(zip(expressions, initial, strict=True))
     parts = [build_part(expression, self.tokenizer) for expression in expressions]
     starts = itertools.accumulate((part.num_states for part in parts), initial=1)

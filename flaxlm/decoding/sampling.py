@@ -192,7 +192,7 @@ def history_of_prompts(
   for row, prompt in enumerate(prompts):
     in_prompt_BV[row, [*prompt]] = True
   counts_BV = np.zeros(shape, np.int32)
-  return TokenHistory(*map(jnp.asarray, (in_prompt_BV, counts_BV, states_B)))
+  return TokenHistory(*map(jax.device_put, (in_prompt_BV, counts_BV, states_B)))
 
 
 class SampledTokens(NamedTuple):

@@ -22,6 +22,7 @@ from flaxlm.decoding.prefill import (
   CHUNK,
   init_cache_with_source,
   logits_of_hidden,
+  no_hidden,
   pad_rows,
   prefill_chunk,
 )
@@ -95,7 +96,7 @@ def _ways(engine: Engine, count: int) -> Iterator[tuple[Any, StaticSampling, Any
     history = None
     if HISTORY_RULES & {*rules}:
       history = empty_history(count, engine.model.cfg.vocab_size)
-    arrays = jax.tree.map(jnp.asarray, sampling)
+    arrays = jax.device_put(sampling)
     yield arrays, StaticSampling(rules, num_top), stops_BE, history
 
 
@@ -113,7 +114,7 @@ def _warm_reading(engine: Engine, slots: int, source: int) -> list[Rows]:
       cache = init_cache_with_source(model, params, source_BS, lengths_B, slots)
     else:
       cache = init_cache(model, together, slots)
-    last_RD: Any = np.zeros((together, model.cfg.width), model.execution.dtype)
+    last_RD = no_hidden(model, together)
     most = min(engine.options.most_read or CHUNK, slots)
     if model.cfg.family == "rnn":
       most = engine.options.most_read or CHUNK

@@ -9,6 +9,7 @@ from flaxlm.sharding.batches import (
   least_rows,
   merged,
   on_host,
+  wait_on_cpu,
 )
 from flaxlm.sharding.mesh import (
   describe_mesh,
@@ -60,5 +61,6 @@ __all__ = [
   "partition_spec",
   "training_schedule",
   "use_mesh",
+  "wait_on_cpu",
   "with_shardings",
 ]

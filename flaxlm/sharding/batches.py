@@ -4,6 +4,7 @@
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,6 +40,18 @@ def on_host(x: jax.Array) -> np.ndarray:
   if x.is_fully_addressable or x.is_fully_replicated:
     return np.asarray(x)
   return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def wait_on_cpu(values: Any) -> None:
+  """Waits for arrays on a CPU, where a host that runs ahead gains nothing.
+
+  Of programs that run at once, XLA's CPU client takes 32 for each device. If one more of
+  several devices exchanges data among them, they wait for each other: it aborts after 40 s.
+  And a program that starts while another runs is handed to a thread of a pool, as are all
+  later ones, where their memory is mapped from the kernel every time.
+  """
+  if jax.default_backend() == "cpu":
+    jax.block_until_ready(values)
 
 
 @functools.lru_cache(maxsize=8)

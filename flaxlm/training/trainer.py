@@ -23,6 +23,7 @@ from flaxlm.data.objectives import Batch
 from flaxlm.data.questions import QuestionBatches
 from flaxlm.errors import INTERRUPTED, PREEMPTED, NonFiniteError
 from flaxlm.nn.lora import combined
+from flaxlm.sharding import wait_on_cpu
 from flaxlm.training.evaluation import Evaluator, describe_evaluation
 from flaxlm.training.reporting import Reporter
 from flaxlm.training.rollouts import AnswerEvaluator, Rollouts
@@ -85,10 +86,7 @@ class Trainer:
         if batch is None:
           self.reporter.log(f"the data end after step {step}: {training.num_steps} asked")
           break
-        if jax.default_backend() == "cpu":
-          # If another program is still running, JAX hands this one to a pool thread, and
-          # all later ones too. There their memory is mapped from the kernel every time.
-          jax.block_until_ready(state)
+        wait_on_cpu(state)
         batch, drawn = self.draw(state, step, batch)
         state, metrics = self.train_step(state, put_batch(batch, self.mesh), seed)
         step += 1

@@ -231,7 +231,7 @@ def serving(name: str = "gqa", **more: Any) -> Engine:
   model, params = small_model(name)
   rules = few_shapes(model.cfg, 3).rules[::2]
   shapes = Shapes(rows=[1, 3], slots=[64, 96], rules=rules, num_tops=[4])
-  options = EngineOptions(rows=3, most_read=32, most_steps=4, shapes=shapes, **more)
+  options = EngineOptions(rows=3, most_read=64, most_steps=4, shapes=shapes, **more)
   engine = Engine(model, params, 64, tokenizer=None, options=options)
   assert warm(engine) > 0
   return engine

@@ -7,6 +7,7 @@ import pytest
 from test_completions import BYTES
 from test_generate import model_of
 
+from flaxlm.decoding.compile_counter import count_compilations
 from flaxlm.decoding.requests import EngineRequest, few_shapes
 from flaxlm.decoding.row_settings import RowSettings
 from flaxlm.decoding.sampling import SamplingSettings
@@ -32,3 +33,15 @@ def test_a_history_is_kept_only_for_rules_that_read_it(
     prompt=[1], max_new_tokens=3, settings=SamplingSettings(**settings)
   )
   assert RowSettings(cfg, shapes, BYTES).needs_history(request) == needs_it
+
+
+def test_the_settings_of_a_batch_run_no_program():
+  """On a CPU the many small ones of their arrays would go before those of the model."""
+  given = [
+    EngineRequest(prompt=[1], max_new_tokens=3, settings=SamplingSettings(row=row))
+    for row in range(37)
+  ]
+  settings = RowSettings(model_of("gqa")[0].cfg, None, BYTES)
+  with count_compilations() as counter:
+    settings.sampling_of(given, False)
+  assert not counter.names

@@ -137,7 +137,7 @@ def test_many_requests_leave_nothing_behind(
     assert is_free(service)
     after = memory_in_use()
     tracemalloc.stop()
-    assert counter.programs == 0, str(counter)
+    assert counter.programs == 0, counter.names
     assert after - before < 100_000
     assert not service.worker._tickets and not service.worker._open
 
@@ -155,7 +155,7 @@ def test_a_warm_server_compiles_nothing(tmp_path: Path):
     bodies += [bodies[0] | more for more in ({"top_p": 0.5}, {"presence_penalty": 1.0})]
     bodies += [bodies[1] | {"logprobs": 2, "echo": True}]
     asyncio.run(all_at_once(url, bodies, [None] * len(bodies)))
-  assert counter.programs == 0, str(counter)
+  assert counter.programs == 0, counter.names
 
 
 # -- Whatever is sent ----------------------------------------------------------------------
