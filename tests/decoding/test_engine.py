@@ -14,6 +14,7 @@ import pytest
 from conftest import fuzz, slow, slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh
 from meshes import mesh_of
 from parameters import random_params
 from test_completions import make_run
@@ -38,6 +39,7 @@ from flaxlm.decoding.sampling import SamplingSettings, stack_settings
 from flaxlm.decoding.warming import warm
 from flaxlm.errors import ConfigError, NonFiniteError
 from flaxlm.nn.models import abstract_params, build_model
+from flaxlm.sharding import use_mesh
 
 
 def request(
@@ -226,13 +228,20 @@ def engine_of(name: str) -> Engine:
 # -- Programs ------------------------------------------------------------------------------
 
 
+def placed_on(mesh: Mesh, model: Any, params: Any) -> Any:
+  wanted = abstract_params(model, mesh)
+  return jax.tree.map(lambda x, at: jax.device_put(x, at.sharding), params, wanted)
+
+
 def serving(name: str = "gqa", **more: Any) -> Engine:
-  """An engine with few shapes, which is warm."""
+  """An engine with few shapes, which is warm; on a mesh, as the server's."""
   model, params = small_model(name)
+  mesh = mesh_of()
   rules = few_shapes(model.cfg, 3).rules[::2]
   shapes = Shapes(rows=[1, 3], slots=[64, 96], rules=rules, num_tops=[4])
   options = EngineOptions(rows=3, most_read=64, most_steps=4, shapes=shapes, **more)
-  engine = Engine(model, params, 64, tokenizer=None, options=options)
+  with use_mesh(mesh):
+    engine = Engine(model, placed_on(mesh, model, params), 64, mesh, options=options)
   assert warm(engine) > 0
   return engine
 
@@ -424,10 +433,7 @@ def test_a_mesh_changes_no_token(name: str):
   model, params = small_model(name)
   mesh = mesh_of(fsdp=2, tensor=2)
   options = EngineOptions(rows=4, most_read=32, most_steps=4, prefix_bytes=2**20)
-  placed = jax.tree.map(
-    lambda x, at: jax.device_put(x, at.sharding), params, abstract_params(model, mesh)
-  )
-  engine = Engine(model, placed, 64, mesh, options=options)
+  engine = Engine(model, placed_on(mesh, model, params), 64, mesh, options=options)
   numbers = [engine.submit(of) for of in requests_of(name)]
   found = finish(engine)
   for which, number in enumerate(numbers):
