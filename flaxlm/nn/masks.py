@@ -48,16 +48,27 @@ class Reach(NamedTuple):
   is_all: bool = False
 
 
+class Pattern(NamedTuple):
+  """All that a mask of whole rows hides, for kernels that compute it by themselves: later
+  keys if `causal`, those outside of the window, and those of other segments."""
+
+  causal: bool = False
+  window: int | None = None
+  segments: tuple[jax.Array, jax.Array] | None = None  # of queries (B, T), of keys (B, S)
+
+
 class Sight(NamedTuple):
   """What the layers of one kind see: a mask, a bias of the scores, RoPE's (cos, sin).
 
   `reach` says which keys a kernel may skip, all of which the mask hides; None: no keys.
+  `pattern` says the same as the mask; None: only the mask says it.
   """
 
   mask_BTS: jax.Array | None
   bias_XNTS: jax.Array | None = None  # X is 1 or B
   cos_sin: CosSin | None = None
   reach: Reach | None = None
+  pattern: Pattern | None = None
 
 
 def visible(

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fused attention kernels that platforms have, and what decides whether one is used."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedKernel:
+  """The fused attention kernel of a device: `training.attention` calls it by its name.
+
+  Whoever knows the device says which it has (`platform.fused_kernel` of the device at hand,
+  `planning.devices.Device.kernel` of a planned one), because nothing in `nn` asks devices.
+  """
+
+  name: Literal["", "cudnn", "splash"] = ""
+  head_dim: int = 0  # the largest that it takes in training
+  shortest: int = 0  # `auto` leaves shorter rows to XLA's operations
+  interpreted: bool = False  # by Pallas's interpreter, which needs no TPU: for tests
+
+
+NO_KERNEL = FusedKernel()
+
+# Its table of block sizes ends at 512 tokens (nn/kernels/splash.py): a row of two blocks is
+# the first of which causal attention skips a part.
+SPLASH = FusedKernel("splash", head_dim=256, shortest=1024)
+
+
+def cudnn(head_dim: int) -> FusedKernel:
+  """cuDNN's attention for heads of up to this dim; 0: the device cannot run it."""
+  return FusedKernel("cudnn", head_dim) if head_dim else NO_KERNEL
