@@ -23,7 +23,7 @@ from flaxlm.config import LoraConfig, ResolvedModel, TrainingConfig
 from flaxlm.data.objectives import Windows, next_token
 from flaxlm.nn.lora import freeze, init_adapters
 from flaxlm.nn.models import build_model
-from flaxlm.platform import kernel_head_dim, start_jax
+from flaxlm.platform import fused_kernel, start_jax
 from flaxlm.sharding import make_mesh
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
@@ -88,7 +88,7 @@ class Trainer:
 
   def __init__(self, cfg: ResolvedModel, lora: LoraConfig, batch: Any):
     mesh, training = make_mesh({"data": -1}), TrainingConfig()
-    model = build_model(cfg, training, kernel_head_dim())
+    model = build_model(cfg, training, fused_kernel())
     optimizer = build_optimizer(OPTIMIZER, num_steps=1)
     state = init_state(model, optimizer, mesh, seed=0)
     if lora.rank:

@@ -32,7 +32,7 @@ from flaxlm.data.batches import Batches
 from flaxlm.data.prepare import prepare
 from flaxlm.data.records import read_records
 from flaxlm.nn.models import build_model
-from flaxlm.platform import kernel_head_dim, start_jax
+from flaxlm.platform import fused_kernel, start_jax
 from flaxlm.sharding import make_mesh
 from flaxlm.strict_json import to_json
 from flaxlm.tokenizers import train_tokenizer
@@ -123,7 +123,7 @@ class Trainer:
 
   def __init__(self, cfg: ResolvedConfig):
     self.cfg, self.mesh = cfg, make_mesh({"data": -1})
-    model = build_model(cfg.model, cfg.training, kernel_head_dim())
+    model = build_model(cfg.model, cfg.training, fused_kernel())
     optimizer = build_optimizer(cfg.optimizer, num_steps=cfg.training.num_steps)
     self.state = init_state(model, optimizer, self.mesh, seed=0)
     self.train_step = jit_train_step(model, optimizer, cfg.training, self.mesh)

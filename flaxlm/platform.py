@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import jax
 
-from flaxlm.config import MOST_DEVICES
+from flaxlm.config import MOST_DEVICES, NO_KERNEL, SPLASH, FusedKernel, cudnn
 from flaxlm.errors import ConfigError
 
 
@@ -143,17 +143,18 @@ def leave_out_absent_tpu(
   return True
 
 
-def kernel_head_dim() -> int:
-  """The largest head dim of cuDNN's attention, in training, on the devices at hand.
+def fused_kernel() -> FusedKernel:
+  """The fused attention kernel of the devices at hand. Calling this starts JAX's backend.
 
-  0 where cuDNN's attention does not run. `build_model` takes it as an argument, because
-  nothing in `nn` queries devices. Calling this starts JAX's backend.
+  `build_model` takes it as an argument, because nothing in `nn` queries devices.
   """
   device = jax.devices()[0]
+  if device.platform == "tpu":
+    return SPLASH
   if device.platform != "gpu" or "cuda" not in device.client.platform_version:
-    return 0
+    return NO_KERNEL
   generation = int(device.compute_capability.split(".")[0])
-  return 0 if generation < 8 else 128 if generation == 8 else 256
+  return cudnn(0 if generation < 8 else 128 if generation == 8 else 256)
 
 
 def keep_freed_memory() -> None:

@@ -17,7 +17,7 @@ from flaxlm.nn.attention import attend
 from flaxlm.nn.kernels.cudnn import attend_cudnn
 from flaxlm.nn.masks import Placement, Reach, Scoring, Sight, visible
 from flaxlm.nn.models import build_model, init_params
-from flaxlm.platform import kernel_head_dim
+from flaxlm.platform import fused_kernel
 from flaxlm.training.step import loss_and_gradient
 
 pytestmark = pytest.mark.gpu
@@ -78,7 +78,7 @@ def training(path):
 
 def with_path(cfg, path):
   """The same model and parameters, attending by `path`."""
-  model = build_model(cfg, training(path), kernel_head_dim())
+  model = build_model(cfg, training(path), fused_kernel())
   return model, jax.jit(lambda: nn.unbox(init_params(model, 0)))()
 
 

@@ -14,13 +14,13 @@ from flaxlm.benchmark.measure import Side, Timing
 from flaxlm.benchmark.report import Result, summarise
 from flaxlm.config import MESH_AXES
 from flaxlm.planning.devices import ANY, Device
-from flaxlm.platform import kernel_head_dim
+from flaxlm.platform import fused_kernel
 
 
 def unmeasured_device() -> Device:
   """What is known of this device without measuring."""
   kind: Any = jax.default_backend()
-  return dataclasses.replace(ANY, kind=kind, kernel_head_dim=kernel_head_dim())
+  return dataclasses.replace(ANY, kind=kind, kernel=fused_kernel())
 
 
 def one_device_mesh() -> Mesh:

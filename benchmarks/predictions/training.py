@@ -22,7 +22,13 @@ from flaxlm.benchmark.measure import BenchOptions, Side, Timing, measure, wrong_
 from flaxlm.benchmark.report import Result
 from flaxlm.benchmark.suites.attention import AttentionShape, operands, with_gradients
 from flaxlm.benchmark.suites.matmul import multiply
-from flaxlm.config import OptimizerConfig, ResolvedConfig, ResolvedModel, mesh_shape
+from flaxlm.config import (
+  FUSED,
+  OptimizerConfig,
+  ResolvedConfig,
+  ResolvedModel,
+  mesh_shape,
+)
 from flaxlm.data.objectives import Windows, next_token
 from flaxlm.nn.kernels.cudnn import attend_cudnn
 from flaxlm.nn.kernels.fusion import activate
@@ -40,7 +46,7 @@ from flaxlm.planning.roofline import (
   traffic_parts,
   with_path,
 )
-from flaxlm.platform import kernel_head_dim
+from flaxlm.platform import fused_kernel
 from flaxlm.training.losses import cross_entropy
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import init_state, jit_train_step, put_batch
@@ -137,7 +143,7 @@ def step_side(cfg: ResolvedConfig) -> Side:
   Its call returns the loss and the state, which is waited for.
   """
   mesh = one_device_mesh()
-  model = build_model(cfg.model, cfg.training, kernel_head_dim())
+  model = build_model(cfg.model, cfg.training, fused_kernel())
   optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
   step = jit_train_step(model, optimizer, cfg.training, mesh)
   B, T = cfg.data.batch_size, cfg.data.seq_len
@@ -181,7 +187,7 @@ def activations_part(cfg: ResolvedConfig) -> TrafficPart:
   model, data, dtype = cfg.model, cfg.data, cfg.training.dtype
   R = data.batch_size * data.seq_len
   scores = (data.batch_size, model.num_heads, data.seq_len, data.seq_len // 2)
-  if cfg.training.attention == "cudnn":  # the kernel stores no scores
+  if cfg.training.attention in FUSED:  # the kernel stores no scores
     scores = (0, 0, 0, 1)
   inputs = (
     jnp.ones((R, model.width), dtype),

@@ -19,6 +19,7 @@ class FusedKernel:
   interpreted: bool = False  # by Pallas's interpreter, which needs no TPU: for tests
 
 
+FUSED = ("cudnn", "splash")  # the paths of attention that are such a kernel
 NO_KERNEL = FusedKernel()
 
 # Its table of block sizes ends at 512 tokens (nn/kernels/splash.py): a row of two blocks is

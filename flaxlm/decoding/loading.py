@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flaxlm.checkpoint.manifest import damage
 from flaxlm.checkpoint.store import CheckpointStore
-from flaxlm.config import ResolvedConfig
+from flaxlm.config import FUSED, ResolvedConfig
 from flaxlm.decoding.sampling import is_number
 from flaxlm.decoding.speculative import DRAFT_TOKENS, Draft
 from flaxlm.decoding.weights import KINDS, prepare_params
@@ -23,7 +23,7 @@ from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.lora import abstract_adapters, abstract_frozen, freeze, merged
 from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
 from flaxlm.origin import COMPARES, Origin, checkpoint_of, located
-from flaxlm.platform import kernel_head_dim
+from flaxlm.platform import fused_kernel
 from flaxlm.runs import (
   CHECKPOINTS,
   CONFIG,
@@ -86,9 +86,9 @@ def load_run(
   if needs_text or (path / TOKENIZER).exists():
     tokenizer = load_tokenizer(path / TOKENIZER)
   training = cfg.training
-  if training.attention == "cudnn":  # these need not be the devices that it was trained on
+  if training.attention in FUSED:  # these need not be the devices that it was trained on
     training = dataclasses.replace(training, attention="auto")
-  model = build_model(cfg.model, training, kernel_head_dim())
+  model = build_model(cfg.model, training, fused_kernel())
   try:
     of = checkpoint_of(path, step)
     params = load_params(of, abstract_params(model, mesh), mesh)

@@ -138,6 +138,12 @@ class Attention(nn.Module):
         out_BTNH = attend_cached(q_BTNH, k, v, *mixing, sinks_N)
       case "cudnn":
         out_BTNH = attend_cudnn(q_BTNH, k, v, *mixing)
+      case "splash":
+        # Imported where it runs: Pallas takes 0.4 s, at every start on a machine without.
+        from flaxlm.nn.kernels.splash import attend_splash
+
+        interpreted = self.execution.kernel.interpreted
+        out_BTNH = attend_splash(q_BTNH, k, v, *mixing, sinks_N, interpreted)
       case "outline":
         out_BTNH = attend_outline(q_BTNH, k, v)
       case "blocked":

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxlm.config import TrainingConfig
+from flaxlm.config import NO_KERNEL, FusedKernel, TrainingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,21 +31,19 @@ class Execution:
   repeats: int = 1  # rounds of a pipeline
   sequence_parallel: bool = False
   attention: str = "auto"  # the path over whole rows: see nn.kernels.paths
-  # The largest head dim that cuDNN's attention takes on the devices at hand; 0: it cannot
-  # run there. Nothing in nn asks the devices.
-  kernel_head_dim: int = 0
+  kernel: FusedKernel = NO_KERNEL  # of the devices, which nothing in nn asks
 
   @classmethod
   def of(
-    cls, training: TrainingConfig | None = None, kernel_head_dim: int = 0
+    cls, training: TrainingConfig | None = None, kernel: FusedKernel = NO_KERNEL
   ) -> "Execution":
     """What a config says of it; None: all in float32, with every layer unrolled.
 
-    `kernel_head_dim` is the value of `platform.kernel_head_dim` on the devices that will
-    run the model. The default, 0, suits one that is only traced: it uses no fused kernel.
+    `kernel` is the value of `platform.fused_kernel` on the devices that will run the model.
+    The default suits one that is only traced.
     """
     if training is None:
-      return cls(kernel_head_dim=kernel_head_dim)
+      return cls(kernel=kernel)
     return cls(
       dtype=jnp.dtype(training.dtype),
       param_dtype=jnp.dtype(training.param_dtype),
@@ -55,7 +53,7 @@ class Execution:
       repeats=training.pipeline_repeats,
       sequence_parallel=training.sequence_parallel,
       attention=training.attention,
-      kernel_head_dim=kernel_head_dim,
+      kernel=kernel,
     )
 
   @property

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from flaxlm.config import ModelConfig, TrainingConfig
+from flaxlm.config import NO_KERNEL, FusedKernel, ModelConfig, TrainingConfig
 from flaxlm.nn.base import LanguageModel, Output, Source, dense
 from flaxlm.nn.cache import KVCache, empty_cache
 from flaxlm.nn.execution import Execution
@@ -24,10 +24,12 @@ from flaxlm.sharding import with_shardings
 
 
 def build_model(
-  cfg: ModelConfig, training: TrainingConfig | None = None, kernel_head_dim: int = 0
+  cfg: ModelConfig,
+  training: TrainingConfig | None = None,
+  kernel: FusedKernel = NO_KERNEL,
 ) -> LanguageModel:
-  """The model of a config, run as `Execution.of(training, kernel_head_dim)` says."""
-  execution = Execution.of(training, kernel_head_dim)
+  """The model of a config, run as `Execution.of(training, kernel)` says."""
+  execution = Execution.of(training, kernel)
   return FAMILIES[cfg.family](cfg.resolve(), execution)
 
 

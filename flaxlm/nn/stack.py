@@ -31,7 +31,7 @@ from flaxlm.nn.execution import (
   with_remat,
 )
 from flaxlm.nn.layers import Embedding, build_norm
-from flaxlm.nn.masks import Placement, Reach, Sight, visible
+from flaxlm.nn.masks import Pattern, Placement, Reach, Sight, visible
 from flaxlm.nn.pipeline import AXIS, Visit, run_pipeline
 from flaxlm.nn.positions import alibi_bias, relative_buckets, rotation, sinusoids
 from flaxlm.sharding import RULES, Schedule, axis_sizes_in_use, make_schedule
@@ -169,10 +169,11 @@ class Stack(nn.Module):
       cos_sin = None
       if cfg.positions == "rope":
         cos_sin = rotation(positions_BT, cfg.head_dim, cfg.rope, kind == "L")
-      # Queries over a cache do not begin where its keys do.
-      reach = None if cache is not None else self.reach(where, window)
+      reach = pattern = None
+      if cache is None:  # over a cache queries do not begin where its keys do
+        reach, pattern = self.reach(where, window), self.pattern(where, window)
       contexts[kind] = LayerContext(
-        sight=Sight(mask_BTS, bias_XNTS, cos_sin, reach),
+        sight=Sight(mask_BTS, bias_XNTS, cos_sin, reach, pattern),
         cache_slots=cache_slots,
         source_BSD=source_BSD,
         source_sight=source_sight,
@@ -187,6 +188,12 @@ class Stack(nn.Module):
     sinks = self.cfg.sink_tokens  # visible although they are before the window
     is_all = where.query_segments_BT is None and not sinks
     return Reach(window=None if sinks else window, is_all=is_all)
+
+  def pattern(self, where: Placement, window: int | None) -> Pattern | None:
+    """The mask for kernels that compute it; None if it depends on positions, too."""
+    if window is not None and self.cfg.sink_tokens:
+      return None
+    return Pattern(self.causal, window, segments_of(where))
 
   # -- Running the layers
 
@@ -336,9 +343,18 @@ def see_source(
     assert cache is not None and cache.source is not None, "start() caches the source"
     source_BSD, segments_BS = None, cache.source.segments_BS
   if segments_BS is None:
-    return source_BSD, Sight(None)
+    return source_BSD, Sight(None, pattern=Pattern())
   queries_BT = where.query_segments_BT
   if queries_BT is None:  # one document per row
     queries_BT = jnp.ones_like(where.query_slots_BT)
   placed = Placement(where.query_slots_BT, queries_BT, segments_BS)
-  return source_BSD, Sight(visible(placed, segments_BS.shape[1], causal=False))
+  mask_BTS = visible(placed, segments_BS.shape[1], causal=False)
+  pattern = Pattern(segments=segments_of(placed)) if cache is None else None
+  return source_BSD, Sight(mask_BTS, pattern=pattern)
+
+
+def segments_of(where: Placement) -> tuple[jax.Array, jax.Array] | None:
+  """The segments of queries and of keys; None if every row is one document."""
+  if where.query_segments_BT is None or where.key_segments_BS is None:
+    return None
+  return where.query_segments_BT, where.key_segments_BS

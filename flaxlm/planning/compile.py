@@ -25,7 +25,15 @@ import jax
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
-from flaxlm.config import MESH_AXES, ResolvedConfig, from_json, slow_axes, to_json
+from flaxlm.config import (
+  MESH_AXES,
+  NO_KERNEL,
+  FusedKernel,
+  ResolvedConfig,
+  from_json,
+  slow_axes,
+  to_json,
+)
 from flaxlm.errors import ConfigError, FlaxLMError
 from flaxlm.nn.models import build_model
 from flaxlm.planning.collectives import Collective, find_collectives
@@ -161,7 +169,7 @@ def tpu_options() -> dict[str, Any]:
 def compile_here(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledStep:
   """`compile_step` in this process, whose environment must be right for the compiler."""
   target, mesh = make_target_mesh(sizes, device, slow_axes(cfg.mesh))
-  model = build_model(cfg.model, cfg.training)
+  model = build_model(cfg.model, cfg.training, compiled_kernel(device))
   optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
   dpo = cfg.active_dpo
   state = abstract_state(model, optimizer, mesh, cfg.lora, dpo is not None)
@@ -188,6 +196,11 @@ def compile_here(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledS
     alias_bytes=memory.alias_size_in_bytes,
     collectives=find_collectives(compiled.as_text(), sizes),
   )
+
+
+def compiled_kernel(device: Device) -> FusedKernel:
+  """The attention kernel of a step compiled elsewhere: cuDNN's compiles on its GPU only."""
+  return device.kernel if device.kind == "tpu" else NO_KERNEL
 
 
 def explain(message: str) -> str:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from flaxlm.config import NO_KERNEL, SPLASH, FusedKernel, cudnn
 from flaxlm.errors import ConfigError
 
 GB, TERA = 1e9, 1e12
@@ -36,7 +37,7 @@ class Device:
   domain: int = 1  # devices that the links join: a slice, an NVLink domain, a PCIe host
   network_bandwidth: float | None = None  # out of one device, beyond its domain
   devices_per_chip: int = 1
-  kernel_head_dim: int = 0  # the largest in cuDNN's attention, in training; 0: has no cuDNN
+  kernel: FusedKernel = NO_KERNEL
   # Best published measurement / peak, of a large bfloat16 product and of a copy.
   matmul_fraction: float | None = None
   bandwidth_fraction: float | None = None
@@ -108,7 +109,8 @@ rtx4090   gpu  165.2    -       82.6    660.6  330.3  -      NVIDIA Ada architec
 # on an A100, 2.9 on an H100, 4.3 on an H200); of the links; of the network. `usable` is
 # what libtpu 0.0.41 offers (of v5e's 16 GiB it keeps 0.5 for itself, and the same is
 # assumed of the other TPUs), or what a GPU's driver shows, where that is known. The last
-# columns are `Device.torus_axes`, `devices_per_chip` and `kernel_head_dim`.
+# columns are `Device.torus_axes`, `devices_per_chip` and the largest head
+# dim of cuDNN's attention.
 MEMORY = """
 name      memory  usable    bandwidth copy link domain network axes chip head_dim
 v4        32GiB   31.5GiB   1228      -    90   4096   -       3    1    0
@@ -164,7 +166,7 @@ def _device(row: Mapping[str, str]) -> Device:
     domain=int(row["domain"]),
     network_bandwidth=known("network", GB),
     devices_per_chip=int(row["chip"]),
-    kernel_head_dim=int(row["head_dim"]),
+    kernel=SPLASH if row["kind"] == "tpu" else cudnn(int(row["head_dim"])),
     matmul_fraction=known("matmul"),
     bandwidth_fraction=known("copy"),
     source=row["source"],

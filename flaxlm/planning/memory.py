@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from flaxlm.config import (
+  FUSED,
   LoraConfig,
   OptimizerConfig,
   Remat,
@@ -298,7 +299,7 @@ class Kept(NamedTuple):
 def kept_bytes(cfg: ResolvedConfig, parts: int, remat: Remat) -> Kept:
   """What one of the `parts` members of a `tensor` axis keeps, besides the parameters."""
   remat = "full" if remat == "offload" else remat  # the rest is in the host's memory
-  fused = cfg.training.attention == "cudnn"
+  fused = cfg.training.attention in FUSED
   path: Any = OUTLINE if fused else "blocked"
   run = dataclasses.replace(
     _precision(cfg.training), remat=remat, scanned=True, attention=path

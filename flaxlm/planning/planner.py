@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from flaxlm.config import Config, MeshConfig, ResolvedConfig, mesh_shape
 from flaxlm.errors import ConfigError
-from flaxlm.planning.compile import compile_step
+from flaxlm.planning.compile import compile_step, compiled_kernel
 from flaxlm.planning.decoding import AS_COMPUTED, Stored, plan_decoding
 from flaxlm.planning.devices import ANY, find_device
 from flaxlm.planning.report import Report
@@ -38,8 +38,8 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
   device = ANY if asked.device is None else find_device(asked.device)
   if asked.network is not None:
     device = dataclasses.replace(device, network_bandwidth=asked.network)
-  if asked.compiled:  # cuDNN's attention compiles on its GPU only
-    device = dataclasses.replace(device, kernel_head_dim=0)
+  if asked.compiled:
+    device = dataclasses.replace(device, kernel=compiled_kernel(device))
   cfg = dataclasses.replace(resolve(cfg), mesh=dict(asked.mesh))
   number = asked.num_devices
   if number is None and dict(asked.mesh) == {"data": -1}:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from flaxlm.config import ResolvedConfig, ResolvedModel
+from flaxlm.config import FUSED, ResolvedConfig, ResolvedModel
 from flaxlm.nn.models import boxed_shapes, build_model
 from flaxlm.planning.cost import computed_blocks
 from flaxlm.training.optimizer import matrix_dims
@@ -75,7 +75,7 @@ def training_products(cfg: ResolvedConfig) -> Products:
   B, T = cfg.data.batch_size, cfg.data.seq_len
   K, H, G = model.num_kv_heads, model.head_dim, model.num_heads // model.num_kv_heads
   forward = weight_products(model, B * T)
-  blocked = cfg.training.attention != "cudnn"
+  blocked = cfg.training.attention not in FUSED
   for kind in model.layer_kinds() if blocked else "":
     for queries, seen in computed_blocks(T, model.window_of(kind)):
       forward[Product(G * queries, H, seen, B * K)] += 1

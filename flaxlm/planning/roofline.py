@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from flaxlm.config import ResolvedConfig, slow_axes
+from flaxlm.config import FUSED, ResolvedConfig, slow_axes
 from flaxlm.nn.kernels.paths import Path, training_path
 from flaxlm.nn.models import build_model
 from flaxlm.planning.cost import (
@@ -165,7 +165,7 @@ def with_path(
   cfg: ResolvedConfig, sizes: Sizes, device: Device
 ) -> tuple[ResolvedConfig, Path | None]:
   """The config with the attention path that such a mesh takes, and the path's reason."""
-  model = build_model(cfg.model, cfg.training, device.kernel_head_dim)
+  model = build_model(cfg.model, cfg.training, device.kernel)
   execution, lengths = model.execution, (cfg.data.seq_len, cfg.source_length)
   path = training_path(model.cfg, execution, sizes, *lengths)
   if path is None:
@@ -185,7 +185,7 @@ def compute_seconds(
   """Seconds of arithmetic: each product at its measured rate where rates were measured,
   else all FLOPs at the attainable rate."""
   num_devices = math.prod(sizes.values())
-  fused, rate = cfg.training.attention == "cudnn", device.attention_rate
+  fused, rate = cfg.training.attention in FUSED, device.attention_rate
   executed, kernel = cost.executed_flops, 0.0
   if fused and rate:
     work = forward_work(cfg.model, cfg.data.batch_size, cfg.data.seq_len, cfg.source_length)

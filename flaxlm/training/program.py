@@ -26,7 +26,7 @@ from flaxlm.nn.kernels.paths import training_path
 from flaxlm.nn.lora import boxed_adapters, freeze, init_adapters
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.origin import COMPARES, HAS_ADAPTERS, Origin, located
-from flaxlm.platform import host_memory, kernel_head_dim
+from flaxlm.platform import fused_kernel, host_memory
 from flaxlm.runs import CHECKPOINTS
 from flaxlm.sharding import check_replication
 from flaxlm.tokenizers import expected_vocab_size
@@ -86,7 +86,7 @@ def build_program(
   model_cfg: ResolvedModel, cfg: Config, mesh: Mesh, fresh: bool
 ) -> Program:
   """Compiles the training step of a config; `fresh` makes the state of step 0, too."""
-  model = build_model(model_cfg, cfg.training, kernel_head_dim())
+  model = build_model(model_cfg, cfg.training, fused_kernel())
   optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
   abstract = abstract_state_of(cfg, model, optimizer, mesh)
   base = abstract.frozen or abstract.params
@@ -257,6 +257,6 @@ def choose_attention(cfg: Config, mesh: Mesh) -> AttentionPath | None:
   Raises `ConfigError` for a path that is asked for but cannot compute this model here.
   """
   model_cfg = expected_model(cfg)
-  execution = Execution.of(cfg.training, kernel_head_dim())
+  execution = Execution.of(cfg.training, fused_kernel())
   lengths = (cfg.data.seq_len, cfg.source_length)
   return training_path(model_cfg, execution, mesh.shape, *lengths)

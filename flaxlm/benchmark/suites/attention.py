@@ -19,9 +19,9 @@ from flaxlm.benchmark.report import Demand, Result, with_ratio
 from flaxlm.nn.attention import attend
 from flaxlm.nn.kernels.blocked import attend_blocked
 from flaxlm.nn.kernels.cudnn import attend_cudnn
-from flaxlm.nn.masks import Placement, Reach, Scoring, Sight, visible
+from flaxlm.nn.masks import Pattern, Placement, Reach, Scoring, Sight, visible
 from flaxlm.planning.cost import visible_keys
-from flaxlm.platform import kernel_head_dim
+from flaxlm.platform import fused_kernel
 
 AttentionPath = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -104,9 +104,15 @@ def paths(shape: AttentionShape, dtype: str) -> dict[str, AttentionPath]:
     "blocked": lambda q, k, v: attend_blocked(q, k, v, sight, scoring),
     "jax.nn xla": functools.partial(library, implementation="xla"),
   }
-  if dtype == "bfloat16" and kernel_head_dim() >= shape.H:
+  kernel = fused_kernel()
+  if kernel.name == "cudnn" and dtype == "bfloat16" and kernel.head_dim >= shape.H:
     found["cudnn"] = lambda q, k, v: attend_cudnn(q, k, v, sight, scoring)
     found["cudnn masked"] = lambda q, k, v: attend_cudnn(q, k, v, masked, scoring)
+  if kernel.name == "splash" and shape.T % 128 == 0:
+    from flaxlm.nn.kernels.splash import attend_splash
+
+    causal = sight._replace(pattern=Pattern(causal=True))
+    found["splash"] = lambda q, k, v: attend_splash(q, k, v, causal, scoring)
   return found
 
 

@@ -20,7 +20,7 @@ from flaxlm.benchmark.report import Result, summarise
 from flaxlm.config import DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from flaxlm.data.objectives import Windows, next_token
 from flaxlm.nn.models import build_model
-from flaxlm.platform import kernel_head_dim, start_jax
+from flaxlm.platform import fused_kernel, start_jax
 from flaxlm.sharding import make_mesh
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
@@ -72,7 +72,7 @@ def main() -> None:
   )
   data, training = DataConfig(seq_len=64, batch_size=8), TrainingConfig()
   mesh = make_mesh({"data": -1})
-  model = build_model(model_cfg, training, kernel_head_dim())
+  model = build_model(model_cfg, training, fused_kernel())
   optimizer = build_optimizer(OptimizerConfig(), training.num_steps)
   step = jit_train_step(model, optimizer, training, mesh)
   started = time.perf_counter()

@@ -42,7 +42,7 @@ from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import build_model, init_params
 from flaxlm.planning.cost import forward_work
 from flaxlm.planning.decoding import decode_work, read_parameters
-from flaxlm.platform import kernel_head_dim
+from flaxlm.platform import fused_kernel
 
 CHECKED_TOKENS = 8
 # How far a token's logit may be below the highest to count as the likeliest, / their range.
@@ -193,7 +193,7 @@ def whole_answer(blocks: Iterable[Any]) -> np.ndarray:
 
 
 def random_model(cfg: ResolvedConfig) -> tuple[LanguageModel, Any]:
-  model = build_model(cfg.model, cfg.training, kernel_head_dim())
+  model = build_model(cfg.model, cfg.training, fused_kernel())
   init = jax.jit(lambda seed: nn.unbox(init_params(model, seed)))
   return model, init(jnp.uint32(0))
 

@@ -27,7 +27,7 @@ from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.planning.cost import step_cost
 from flaxlm.planning.devices import ANY
 from flaxlm.planning.roofline import traffic_parts, with_path
-from flaxlm.platform import kernel_head_dim, start_jax
+from flaxlm.platform import fused_kernel, start_jax
 from flaxlm.sharding import make_mesh
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import init_state, jit_train_step, put_batch
@@ -154,7 +154,7 @@ def flaxlm_side(case: Case, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
   start_jax()
   mesh = make_mesh({"data": -1})
   training = TrainingConfig(dtype=case.dtype)
-  model = build_model(case.model, training, kernel_head_dim())
+  model = build_model(case.model, training, fused_kernel())
   optimizer = build_optimizer(OPTIMIZER, num_steps=1)
   state = init_state(model, optimizer, mesh, seed=0)
   given = lambda path, x: jax.device_put(inputs[name_of(path)], x.sharding)

@@ -7,18 +7,19 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from flaxlm.config import ResolvedModel
+from flaxlm.config import FUSED, ResolvedModel
 from flaxlm.errors import ConfigError
 from flaxlm.nn.execution import Execution
 from flaxlm.sharding import axis_sizes_in_use
 
 SHORTEST_PROMPT = 32  # new tokens; fewer are not worth a fused kernel
+LANES = 128  # of a TPU's registers, which hold a block's keys
 
 
 class Path(NamedTuple):
-  """The kernel that computes attention and, if it is not cuDNN's, why not."""
+  """The kernel that computes attention, and why it is this one."""
 
-  name: Any  # "blocked", "cudnn" or "cached"
+  name: Any  # "blocked", "cached", or one of `config.FUSED`
   why: str = ""
 
 
@@ -30,33 +31,85 @@ def choose_path(
 ) -> Path:
   """The path over whole rows of these `lengths`, on a mesh of these axis `sizes`.
 
-  `run.kernel_head_dim` says what the devices can do. Raises `ConfigError` if the config
-  asks for cudnn and cuDNN cannot run the model.
+  `execution.kernel` says what the devices can do. Raises `ConfigError` if the config asks
+  for a kernel that cannot run the model.
   """
-  largest = execution.kernel_head_dim
-  wanted = execution.attention
+  wanted, kernel = execution.attention, execution.kernel
   if wanted == "blocked":
     return Path("blocked", "as training.attention says")
-  biased = cfg.positions in {"alibi", "relative"}
+  if wanted == "auto" and not kernel.name:
+    return Path("blocked", "the devices have no fused kernel")
+  name = kernel.name if wanted == "auto" else wanted
+  found = OBSTACLES[name](cfg, execution, sizes, lengths)
+  if wanted != "auto":
+    if found:
+      cure = "training.attention=auto takes another path where it must"
+      raise ConfigError(f"training.attention={name} is not possible: {found[0]}", cure)
+    return Path(name, "as training.attention says")
+  if found:
+    return Path("blocked", f"{name} is not possible: {found[0]}")
+  if max(lengths, default=0) < kernel.shortest:
+    return Path("blocked", f"{name} is for rows of {kernel.shortest:,} tokens or more")
+  return Path(name, "the devices' fused kernel, which supports the model")
+
+
+def cudnn_obstacles(
+  cfg: ResolvedModel,
+  execution: Execution,
+  sizes: Mapping[str, int],
+  lengths: Sequence[int],
+) -> list[str]:
+  """Why cuDNN's kernel cannot run a model; empty if it can."""
+  largest = execution.kernel.head_dim
   obstacles = {
-    "it runs on NVIDIA GPUs from Ampere on": not largest,
+    "it runs on NVIDIA GPUs from Ampere on": execution.kernel.name != "cudnn",
     "it does not support float32": jnp.dtype(execution.dtype).itemsize != 2,
     f"head_dim={cfg.head_dim} is above {largest}": cfg.head_dim > largest,
     f"head_dim={cfg.head_dim} is not a multiple of 8": cfg.head_dim % 8 != 0,
     "it does not support attention_softcap": cfg.attention_softcap is not None,
     "it does not support learned_sinks": cfg.learned_sinks,
-    f"it does not support positions={cfg.positions}": biased,
+    **biases(cfg),
     "it does not support masks for rows of odd length": any(n % 2 for n in lengths),
     "it cannot be split over mesh axis context": sizes.get("context", 1) > 1,
-    "it does not run in the stages of a pipeline": sizes.get("stage", 1) > 1,
+    **stages(sizes),
   }
-  found = [reason for reason, holds in obstacles.items() if holds]
-  if not found:
-    return Path("cudnn")
-  if wanted == "cudnn":
-    cure = "training.attention=auto takes another path where it must"
-    raise ConfigError(f"training.attention=cudnn is not possible: {found[0]}", cure)
-  return Path("blocked", f"cudnn is not possible: {found[0]}")
+  return [reason for reason, holds in obstacles.items() if holds]
+
+
+def splash_obstacles(
+  cfg: ResolvedModel,
+  execution: Execution,
+  sizes: Mapping[str, int],
+  lengths: Sequence[int],
+) -> list[str]:
+  """Why jax's kernel for TPUs cannot run a model; empty if it can."""
+  largest, context = execution.kernel.head_dim, sizes.get("context", 1)
+  # Each member of context has two pieces of every row.
+  unit = LANES if context == 1 else 2 * context * LANES
+  length = f"rows have to be a multiple of {unit} tokens long"
+  if context > 1:
+    length += f" with mesh axis context={context}"
+  obstacles = {
+    "it runs on TPUs": execution.kernel.name != "splash",
+    f"head_dim={cfg.head_dim} is above {largest}": cfg.head_dim > largest,
+    "it does not support sink_tokens": cfg.sink_tokens > 0,
+    **biases(cfg),
+    length: any(n % unit for n in lengths),
+    **stages(sizes),
+  }
+  return [reason for reason, holds in obstacles.items() if holds]
+
+
+def biases(cfg: ResolvedModel) -> dict[str, bool]:
+  biased = cfg.positions in {"alibi", "relative"}
+  return {f"it does not support positions={cfg.positions}": biased}
+
+
+def stages(sizes: Mapping[str, int]) -> dict[str, bool]:
+  return {"it does not run in the stages of a pipeline": sizes.get("stage", 1) > 1}
+
+
+OBSTACLES = {"cudnn": cudnn_obstacles, "splash": splash_obstacles}
 
 
 def training_path(
@@ -80,8 +133,9 @@ def prompt_path(
 ) -> Path:
   """The path of new tokens over a cache.
 
-  Prompts use cuDNN's kernel where it can run the model. `training.attention=cudnn` demands
-  nothing here, because a run may decode on other devices than it was trained on.
+  Prompts use the fused kernel where it can run the model. A kernel that is named by
+  `training.attention` is no demand here, because a run may decode on other devices than it
+  was trained on.
   """
   if execution.attention == "blocked":
     return Path("cached", "as training.attention says")
@@ -89,4 +143,4 @@ def prompt_path(
     return Path("cached", "too few queries for a fused kernel")
   execution = dataclasses.replace(execution, attention="auto")
   chosen = choose_path(cfg, execution, axis_sizes_in_use(), (num_queries, num_keys))
-  return chosen if chosen.name == "cudnn" else Path("cached", chosen.why)
+  return chosen if chosen.name in FUSED else Path("cached", chosen.why)
