@@ -394,6 +394,7 @@ BAD_INPUTS = {
   "mesh axis": (["train", "--mesh=foo=2"], 2, "data, fsdp, context"),
   "mesh size": (["train", "--mesh=data=2,fsdp=2"], 2, "1 present"),
   "attention": (["train", "--training.attention=cudnn"], 2, "on NVIDIA GPUs"),
+  "attention on TPUs": (["train", "--training.attention=splash"], 2, "it runs on TPUs"),
   "idle devices": (["train", "--mesh=data=2", "--simulated_devices=8"], 2, "8 present"),
   "batch": (["train", "--data.batch_size=15"], 2, "nearest: 16"),
   "no files": (["train", "--data.corpus=files:nowhere/*.txt"], 3, "no documents matched"),

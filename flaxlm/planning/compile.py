@@ -78,7 +78,7 @@ class CompiledStep:
   """What the compiler says of one training step; bytes are per device.
 
   `error` is why it refused, for example because memory does not suffice; then the bytes
-  are None.
+  are None, but for a peak that it names.
   """
 
   target: str
@@ -90,6 +90,11 @@ class CompiledStep:
   alias_bytes: int | None = None  # of outputs that reuse the memory of arguments
   collectives: Sequence[Collective] = ()
   error: str | None = None
+
+  def fits(self, usable_bytes: int) -> bool:
+    """Whether the compiler accepted the step, and found memory enough for it."""
+    assert self.error is not None or self.peak_bytes is not None
+    return self.error is None and (self.peak_bytes or 0) <= usable_bytes
 
   def difference(self, analytic_bytes: int) -> float | None:
     """Analytic memory / the compiler's peak - 1."""
@@ -179,7 +184,7 @@ def compile_here(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledS
     lowered = step.lower(state, abstract_batch(cfg.data, mesh))
     compiled: Any = lowered.compile(tpu_options() if device.kind == "tpu" else None)
   except jax.errors.JaxRuntimeError as e:
-    return CompiledStep(target=target, error=explain(str(e)))
+    return CompiledStep(target=target, error=explain(str(e)), peak_bytes=needed(str(e)))
   seconds = time.perf_counter() - started
   memory = compiled.memory_analysis()
   arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -203,9 +208,20 @@ def compiled_kernel(device: Device) -> FusedKernel:
   return device.kernel if device.kind == "tpu" else NO_KERNEL
 
 
+OUT_OF_MEMORY = re.compile(r"Used ([\d.]+\w) of ([\d.]+\w) hbm")
+
+
+def needed(message: str) -> int | None:
+  """The bytes that a step would take, by the error of a compiler that has too few."""
+  used = OUT_OF_MEMORY.search(message)
+  if used is None or used[1][-1] not in "KMG":
+    return None
+  return round(float(used[1][:-1]) * 1024 ** (1 + "KMG".index(used[1][-1])))
+
+
 def explain(message: str) -> str:
   """A compiler's error in one line; when memory does not suffice, by how much."""
-  used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
+  used = OUT_OF_MEMORY.search(message)
   if used:
     return f"out of memory: {used[1]} needed, {used[2]} available"
   return message.splitlines()[0][:200]

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from flaxlm.config import Config, MeshConfig, ResolvedConfig, mesh_shape
 from flaxlm.errors import ConfigError
-from flaxlm.planning.compile import compile_step, compiled_kernel
+from flaxlm.planning.compile import CompiledStep, compile_step, compiled_kernel
 from flaxlm.planning.decoding import AS_COMPUTED, Stored, plan_decoding
 from flaxlm.planning.devices import ANY, find_device
 from flaxlm.planning.report import Report
-from flaxlm.planning.roofline import plan_training
+from flaxlm.planning.roofline import Plan, plan_training
 from flaxlm.planning.search import cheapest_fit, search
 from flaxlm.tokenizers import expected_vocab_size
 
@@ -58,6 +58,7 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
     padded = dataclasses.replace(cfg, model=cfg.model.padded(sizes["tensor"]))
     found = plan_training(padded, sizes, device)
   cfg, context = found.cfg, cfg.model.context
+  compiled = compile_step(cfg, found.sizes, device) if asked.compiled else None
   drawing = None
   if cfg.data.objective == "reward":
     rows, length = cfg.data.batch_size, cfg.data.seq_len
@@ -67,7 +68,7 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
     plan=found,
     tokens=asked.tokens,
     price=asked.price,
-    cure=cheapest_fit(cfg, found.sizes, device) if found.fits is False else None,
+    cure=find_cure(found, compiled),
     choices=choices,
     drawing=drawing,
     decoding=[
@@ -75,8 +76,26 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
       for batch in asked.batches
       for length in asked.contexts or sorted(three)
     ],
-    compiled=compile_step(cfg, found.sizes, device) if asked.compiled else None,
+    compiled=compiled,
   )
+
+
+def find_cure(found: Plan, compiled: CompiledStep | None) -> Plan | None:
+  """The cheapest change that fits; None if none is needed, or none helps.
+
+  Where a compiler found more memory needed than was planned, the same share more is
+  expected of every change.
+  """
+  device, usable = found.device, found.device.usable_bytes
+  if compiled is None or usable is None:
+    fits = found.fits
+  else:
+    fits = compiled.fits(usable)
+    if compiled.peak_bytes is None:  # it refused for another reason
+      return None
+    share = min(1.0, found.memory.total / compiled.peak_bytes)
+    device = dataclasses.replace(device, usable_bytes=int(usable * share))
+  return cheapest_fit(found.cfg, found.sizes, device) if fits is False else None
 
 
 def resolve(cfg: Config) -> ResolvedConfig:

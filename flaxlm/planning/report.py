@@ -32,6 +32,14 @@ class Report:
   drawing: DecodePoint | None = None  # a token of each completion to learn from
 
   @property
+  def fits(self) -> bool | None:
+    """The verdict: the compiler's where it was asked, else the plan's."""
+    usable = self.plan.device.usable_bytes
+    if self.compiled is None or usable is None:
+      return self.plan.fits
+    return self.compiled.fits(usable)
+
+  @property
   def drawing_seconds(self) -> float | None:
     """The time to draw the completions of a step, if all are as long as may be."""
     point = self.drawing
@@ -72,7 +80,7 @@ def to_json(report: Report) -> dict[str, Any]:
     "peak_moment": plan.memory.peak,
     "bytes_by_moment": {name: dict(parts) for name, parts in plan.memory.moments.items()},
     "usable_bytes": plan.device.usable_bytes,
-    "fits": plan.fits,
+    "fits": report.fits,
     "flops_per_step": {
       "strict": plan.cost.strict_flops,
       "loose": plan.cost.loose_flops,
@@ -206,14 +214,20 @@ def _unknown(plan: Plan) -> str:
 
 def verdict(report: Report) -> str:
   """FITS or DOES NOT FIT, by how much, and the cheapest change that would fit."""
-  plan = report.plan
+  plan, compiled = report.plan, report.compiled
   usable, total = plan.device.usable_bytes, plan.memory.total
+  if compiled is not None and usable is not None:
+    if compiled.peak_bytes is None:
+      return f"DOES NOT COMPILE: {compiled.error}"
+    total = compiled.peak_bytes
   if usable is None:
     return f"{size(total)} per device; {_unknown(plan)}"
   times = total / usable
   share = f"{times:.0%}" if times < 10 else f"{times:,.0f} times as much"
   share = f"{size(total)} of {size(usable)} per device ({share})"
-  if plan.fits:
+  if compiled is not None:
+    share += ", says the compiler"
+  if report.fits:
     text = f"FITS: {share}"
     if plan.device.kind == "gpu" and total > 0.75 * usable:
       text += "\n  JAX takes 75% of a GPU: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from meshes import mesh_of
 from parameters import random_params
 
-from flaxlm.config import ModelConfig, TrainingConfig
+from flaxlm.config import ModelConfig, TrainingConfig, cudnn
 from flaxlm.decoding.prefill import Request, prefill_prompts
 from flaxlm.errors import ConfigError
 from flaxlm.nn.attention import attend
@@ -148,7 +148,7 @@ def test_prompts_are_read_by_cudnn_where_it_can(window, asked, monkeypatch):
   found = []
   for on_gpu, wanted in ((True, "blocked"), (True, "auto"), (False, "cudnn")):
     run = TrainingConfig(dtype="bfloat16", attention=wanted)
-    model = build_model(cfg, run, kernel_head_dim=256 * on_gpu)
+    model = build_model(cfg, run, cudnn(256 * on_gpu))
     asked.clear()
     logits_BV, _ = prefill_prompts(model, params, request, mesh=None)
     assert len(asked) == (2 if on_gpu and wanted == "auto" else 0)
@@ -162,13 +162,12 @@ def test_the_path_is_one_that_can():
     wanted="auto", dtype="bfloat16", kernel=256, sizes=None, lengths=(64, 0), **model
   ):
     cfg = ModelConfig(vocab_size=64, **model).resolve()
-    run = Execution(jnp.dtype(dtype), attention=wanted, kernel_head_dim=kernel)
+    run = Execution(jnp.dtype(dtype), attention=wanted, kernel=cudnn(kernel))
     return choose_path(cfg, run, sizes or {}, lengths)
 
   assert chosen().name == "cudnn" and chosen("cudnn").name == "cudnn"
   assert chosen("blocked").name == "blocked"
   for cause, case in {
-    "GPUs": dict(kernel=0),
     "float32": dict(dtype="float32"),
     "above 128": dict(kernel=128, width=256, num_heads=1),
     "multiple of 8": dict(width=48, num_heads=4),
@@ -183,6 +182,9 @@ def test_the_path_is_one_that_can():
     assert path.name == "blocked" and cause in path.why
     with pytest.raises(ConfigError, match=cause):
       chosen("cudnn", **case)
+  assert chosen(kernel=0) == ("blocked", "the devices have no fused kernel")
+  with pytest.raises(ConfigError, match="it runs on NVIDIA GPUs"):
+    chosen("cudnn", kernel=0)
 
 
 @pytest.mark.parametrize("num_queries", [1, 63, 64, 130, 256, 1000])
