@@ -23,6 +23,7 @@ from flaxlm.planning.compile import compile_step
 from flaxlm.planning.devices import find_device
 from flaxlm.planning.memory import training_memory
 from flaxlm.planning.network import network_bytes
+from flaxlm.planning.roofline import with_path
 
 pytestmark = [
   pytest.mark.slow,
@@ -32,7 +33,7 @@ pytestmark = [
 
 GPT2 = dict(positions="learned", norm="layernorm", gated=False, activation="gelu_tanh")
 GPT2 |= dict(biased=True, vocab_size=50_304, context=1024)
-LLAMA = dict(tied_embeddings=False, context=4096)
+LLAMA = dict(tied_embeddings=False, context=32_768)
 MODELS = {
   "gpt2_124m": GPT2 | dict(depth=12, width=768, num_heads=12),
   "gpt2_1558m": GPT2 | dict(depth=48, width=1600, num_heads=25),
@@ -61,6 +62,8 @@ class Point:
   def __str__(self) -> str:
     mesh = ",".join(f"{axis}={size}" for axis, size in self.mesh)
     text = f"{self.model}-{self.device}-{mesh}-{self.remat}"
+    if self.seq_len > 4096:
+      text += f"-{self.seq_len}"
     return f"{text}-{self.accumulation_steps}-{self.optimizer}"
 
   @property
@@ -105,6 +108,10 @@ GRID = [
   *points("llama_7b", "v5p", dict(fsdp=8), 8, 1024),
   *points("llama3_8b", "v5p", dict(fsdp=16), 16, 2048),
   *points("llama3_8b", "v5p", dict(fsdp=16), 64, 2048, "full", accumulation_steps=4),
+  *points("llama3_8b", "v5p", dict(fsdp=16), 16, 8192, "full"),
+  *points("llama3_8b", "v5p", dict(fsdp=16), 16, 16_384, "full"),
+  *points("llama3_8b", "v5p", dict(fsdp=16), 16, 32_768, "full"),
+  *points("llama3_8b", "v5p", dict(fsdp=8, context=2), 8, 32_768, "full"),
 ]
 
 
@@ -140,8 +147,9 @@ def test_the_grid_is_large_enough():
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("point", GRID, ids=str)
 def test_memory_is_within_ten_percent(point: Point, record_property):
-  cfg, sizes = point.cfg, mesh_shape(dict(point.mesh))
-  device = find_device(point.device)
+  sizes, device = mesh_shape(dict(point.mesh)), find_device(point.device)
+  cfg, path = with_path(point.cfg, sizes, device)
+  assert path is not None and path.name == "splash"
   compiled = compile_step(cfg, sizes, device)
   memory = training_memory(cfg, sizes, device.lanes)
   difference = compiled.difference(memory.total)
