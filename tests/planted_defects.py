@@ -127,6 +127,27 @@ NN = [
     "nn/kernels/test_attention_kernels.py::test_windows_reach_over_blocks",
   ),
   Defect(
+    "splash's window is one key too wide",
+    "flaxlm/nn/kernels/splash.py",
+    "else pattern.window - 1",
+    "else pattern.window",
+    "nn/kernels/test_splash.py",
+  ),
+  Defect(
+    "a member of context masks its two pieces of a row as each other",
+    "flaxlm/nn/kernels/splash.py",
+    "(owner(n, parts), n % 2)",
+    "(owner(n, parts), n)",
+    "nn/kernels/test_splash.py",
+  ),
+  Defect(
+    "a step that the compiler refused fits",
+    "flaxlm/planning/compile.py",
+    "return self.error is None and (self.peak_bytes or 0) <= usable_bytes",
+    "return (self.peak_bytes or 0) <= usable_bytes * 2",
+    "planning/test_verdict.py",
+  ),
+  Defect(
     "keys are not normalised where queries are",
     "flaxlm/nn/attention.py",
     "k_BSKH = self.k_norm(k_BSKH)",
@@ -275,8 +296,8 @@ NN = [
   Defect(
     "targets read the padding of their sources",
     "flaxlm/nn/stack.py",
-    "return source_BSD, Sight(visible(placed, segments_BS.shape[1], causal=False))",
-    "return source_BSD, Sight(None)",
+    "mask_BTS = visible(placed, segments_BS.shape[1], causal=False)",
+    "mask_BTS = None",
     "laws/test_family_laws.py",
   ),
   Defect(

@@ -260,6 +260,8 @@ FORBIDDEN = {
   "nn": {"os", "pathlib", "io", "optax", "orbax", "grain", "numpy"},
   "sharding": {"optax", "orbax", "grain"},
 }
+# The library makes the tables of splash's blocks on the host, out of answers in numpy.
+ALLOWED = {("nn.kernels.splash", "numpy")}
 
 
 def test_what_a_part_must_not_load():
@@ -269,6 +271,7 @@ def test_what_a_part_must_not_load():
     for module, path in MODULES.items()
     for name, node in imports(TREES[path])
     if name.split(".")[0] in FORBIDDEN.get(folder(module), ())
+    and (module, name) not in ALLOWED
   ]
   assert not wrong
 

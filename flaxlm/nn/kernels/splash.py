@@ -125,7 +125,7 @@ def attend_masked(arrays: dict[str, jax.Array], **options: Any) -> jax.Array:
     # Of queries that see nothing the kernel makes 0 / 0.
     return jnp.where(mask_TS.any(-1)[:, None], out_NTH, 0)
 
-  return jax.lax.map(attend_row, tuple(arrays[name] for name in ("q", "k", "v", "mask")))
+  return jax.lax.map(attend_row, (arrays["q"], arrays["k"], arrays["v"], arrays["mask"]))
 
 
 # -- Masks that the kernel computes ------------------------------------------------------
