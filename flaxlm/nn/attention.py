@@ -19,7 +19,7 @@ from flaxlm.nn.kernels.blocked import attend_blocked
 from flaxlm.nn.kernels.cached import attend_cached
 from flaxlm.nn.kernels.cudnn import attend_cudnn
 from flaxlm.nn.kernels.outline import OUTLINE, attend_outline
-from flaxlm.nn.kernels.paths import choose_path, prompt_path
+from flaxlm.nn.kernels.paths import prompt_path, rows_path
 from flaxlm.nn.layers import Einsum, residual_scale
 from flaxlm.nn.masks import LOWEST, CosSin, Scoring, Sight
 from flaxlm.nn.positions import rotate
@@ -161,7 +161,7 @@ class Attention(nn.Module):
     if self.is_initializing():
       return "blocked"
     lengths = (q_BTNH.shape[1], k.shape[1])
-    return choose_path(self.cfg, self.execution, axis_sizes_in_use(), lengths).name
+    return rows_path(self.cfg, self.execution, axis_sizes_in_use(), lengths).name
 
 
 class HeadNorm(nn.Module):

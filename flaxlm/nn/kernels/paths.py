@@ -128,6 +128,25 @@ def training_path(
   return choose_path(cfg, execution, sizes, (seq_len, source_len))
 
 
+def rows_path(
+  cfg: ResolvedModel,
+  execution: Execution,
+  sizes: Mapping[str, int],
+  lengths: Sequence[int],
+) -> Path:
+  """The path of one call over whole rows, in training and outside of it.
+
+  A kernel that is named by `training.attention` demands nothing of the lengths here: those
+  of a training step were checked by `training_path`, and an encoder reads prompts of any.
+  """
+  name = execution.attention
+  if name in FUSED:
+    choose_path(cfg, execution, sizes)  # raises what holds for every length
+    if found := OBSTACLES[name](cfg, execution, sizes, lengths):
+      return Path("blocked", f"{name} is not possible: {found[0]}")
+  return choose_path(cfg, execution, sizes, lengths)
+
+
 def prompt_path(
   cfg: ResolvedModel, execution: Execution, num_queries: int, num_keys: int
 ) -> Path:

@@ -30,7 +30,7 @@ from flaxlm.errors import ConfigError
 from flaxlm.nn.attention import attend
 from flaxlm.nn.base import Source
 from flaxlm.nn.execution import Execution
-from flaxlm.nn.kernels.paths import choose_path
+from flaxlm.nn.kernels.paths import choose_path, rows_path, training_path
 from flaxlm.nn.kernels.splash import (
   Band,
   attend_masked,
@@ -253,6 +253,18 @@ def test_prompts_are_read_by_splash(window, monkeypatch):
     found.append(np.asarray(logits_BV[:3]))
   assert masks
   np.testing.assert_allclose(found[1], found[0], atol=1e-4 * np.abs(found[0]).max())
+
+
+def test_other_rows_than_those_of_training_have_any_length():
+  """Training refuses its own before it starts; a prompt for an encoder comes as it is."""
+  cfg = ModelConfig(vocab_size=64, context=512).resolve()
+  run = Execution(attention="splash", kernel=SPLASH)
+  with pytest.raises(ConfigError, match="multiple of 128"):
+    training_path(cfg, run, {}, 100, 0)
+  assert rows_path(cfg, run, {}, (100, 100)).name == "blocked"
+  assert rows_path(cfg, run, {}, (512, 512)).name == "splash"
+  with pytest.raises(ConfigError, match="pipeline"):
+    rows_path(cfg, run, {"stage": 2}, (100, 100))
 
 
 # -- What it cannot do -------------------------------------------------------------------
