@@ -16,6 +16,7 @@ class FusedKernel:
   name: Literal["", "cudnn", "splash"] = ""
   head_dim: int = 0  # the largest that it takes in training
   shortest: int = 0  # `auto` leaves shorter rows to XLA's operations
+  lanes: int = 1  # it keeps heads padded to a multiple of these, and takes such lengths
   interpreted: bool = False  # by Pallas's interpreter, which needs no TPU: for tests
 
 
@@ -24,7 +25,7 @@ NO_KERNEL = FusedKernel()
 
 # Its table of block sizes ends at 512 tokens (nn/kernels/splash.py): a row of two blocks is
 # the first of which causal attention skips a part.
-SPLASH = FusedKernel("splash", head_dim=256, shortest=1024)
+SPLASH = FusedKernel("splash", head_dim=256, shortest=1024, lanes=128)
 
 
 def cudnn(head_dim: int) -> FusedKernel:

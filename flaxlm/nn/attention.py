@@ -145,7 +145,7 @@ class Attention(nn.Module):
         interpreted = self.execution.kernel.interpreted
         out_BTNH = attend_splash(q_BTNH, k, v, *mixing, sinks_N, interpreted)
       case "outline":
-        out_BTNH = attend_outline(q_BTNH, k, v)
+        out_BTNH = attend_outline(q_BTNH, k, v, self.execution.kernel.lanes)
       case "blocked":
         out_BTNH = attend_blocked(q_BTNH, k, v, *mixing, sinks_N)
     return self.o(out_BTNH), weights_BNTS

@@ -21,6 +21,9 @@ from jax.sharding import AbstractMesh, AxisType
 
 from flaxlm.config import (
   FUSED,
+  NO_KERNEL,
+  SPLASH,
+  FusedKernel,
   LoraConfig,
   OptimizerConfig,
   Remat,
@@ -103,7 +106,7 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
     training.attention == "splash"
   ):  # its float32 number for each row of scores, in 128 lanes
     queries = together * T // sizes["context"]
-    one_layer += queries * (model_cfg.num_heads // sizes["tensor"]) * 4 * 128
+    one_layer += queries * (model_cfg.num_heads // sizes["tensor"]) * 4 * SPLASH.lanes
 
   copied = cfg.reference_passes and not cfg.lora.rank
   num_arrays, of_sources = 5 + (cfg.data.objective == "reward"), 3 * cfg.source_length
@@ -310,7 +313,8 @@ def kept_bytes(cfg: ResolvedConfig, parts: int, remat: Remat) -> Kept:
     _precision(cfg.training), remat=remat, scanned=True, attention=path
   )
   model = _local_model(cfg.model, parts)
-  return _kept_bytes(model, run, cfg.data.seq_len, cfg.source_length, cfg.lora)
+  kernel = SPLASH if cfg.training.attention == "splash" else NO_KERNEL
+  return _kept_bytes(model, run, kernel, cfg.data.seq_len, cfg.source_length, cfg.lora)
 
 
 def _local_model(cfg: ResolvedModel, parts: int) -> ResolvedModel:
@@ -326,10 +330,15 @@ def _local_model(cfg: ResolvedModel, parts: int) -> ResolvedModel:
 
 @functools.lru_cache(maxsize=64)
 def _kept_bytes(
-  cfg: ResolvedModel, run: TrainingConfig, seq_len: int, source_len: int, lora: LoraConfig
+  cfg: ResolvedModel,
+  run: TrainingConfig,
+  kernel: FusedKernel,
+  seq_len: int,
+  source_len: int,
+  lora: LoraConfig,
 ) -> Kept:
   """What the traced model keeps for one row and for two tells what grows with the rows."""
-  model = build_model(cfg, run)
+  model = build_model(cfg, run, kernel)
   learning, frozen = nn.unbox(boxed_shapes(model)), None
   if lora.rank:
     learning = nn.unbox(boxed_adapters(model, lora))

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from flaxlm.config import FUSED, ResolvedModel
+from flaxlm.config import FUSED, SPLASH, ResolvedModel
 from flaxlm.errors import ConfigError
 from flaxlm.nn.execution import Execution
 from flaxlm.sharding import axis_sizes_in_use
 
 SHORTEST_PROMPT = 32  # new tokens; fewer are not worth a fused kernel
-LANES = 128  # of a TPU's registers, which hold a block's keys
 
 
 class Path(NamedTuple):
@@ -85,7 +84,7 @@ def splash_obstacles(
   """Why jax's kernel for TPUs cannot run a model; empty if it can."""
   largest, context = execution.kernel.head_dim, sizes.get("context", 1)
   # Each member of context has two pieces of every row.
-  unit = LANES if context == 1 else 2 * context * LANES
+  unit = SPLASH.lanes * (1 if context == 1 else 2 * context)
   length = f"rows have to be a multiple of {unit} tokens long"
   if context > 1:
     length += f" with mesh axis context={context}"

@@ -42,7 +42,7 @@ from flaxlm.nn.masks import Pattern, Placement, Scoring, Sight, visible
 from flaxlm.nn.models import build_model
 from flaxlm.planning.compile import TPU_ENVIRONMENT
 
-INTERPRETED = FusedKernel("splash", 256, interpreted=True)
+INTERPRETED = dataclasses.replace(SPLASH, shortest=0, interpreted=True)
 WAYS = {
   "causal": dict(),
   "window": dict(window=140),
