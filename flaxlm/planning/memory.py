@@ -102,9 +102,7 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   together = rows * schedule.stages // schedule.microbatches  # rows in a layer at once
   one_layer = together * kept_bytes(cfg, sizes["tensor"], "none").per_row // depth
   one_layer = one_layer // sizes["context"] + keys
-  if (
-    training.attention == "splash"
-  ):  # its float32 number for each row of scores, in 128 lanes
+  if training.attention == "splash":  # a float32 per row of scores, in 128 lanes
     queries = together * T // sizes["context"]
     one_layer += queries * (model_cfg.num_heads // sizes["tensor"]) * 4 * SPLASH.lanes
 
