@@ -22,6 +22,7 @@ from flaxlm.serving.bodies import (
 from flaxlm.serving.errors import refuse
 from flaxlm.serving.generation import Generation, Piece
 from flaxlm.serving.service import Service
+from flaxlm.serving.tool_calls import CallFinder, Part, writes_calls
 
 Chunks = AsyncGenerator[dict[str, Any], None]
 
@@ -224,11 +225,15 @@ class _ChatWriter:
     self.service, self.body, self.request = service, body, request
     self.generation, self.clock = generation, clock
     self.own_id = shapes.new_id("chatcmpl")
+    self.finders: list[CallFinder] = []  # of each answer; none if there is nothing to call
+    if body.tools is not None and service.chat is not None and writes_calls(service.chat):
+      self.finders = [CallFinder() for _ in range(body.n)]
 
   def _usage(self) -> dict[str, int]:
     return shapes.usage_of(num_read(self.request), self.generation.num_tokens)
 
-  async def _parts(self) -> AsyncGenerator[tuple[Piece, dict | None], None]:
+  async def _parts(self) -> AsyncGenerator[tuple[int, Part, dict | None, str | None], None]:
+    """(index, text and calls, logprobs, finish_reason) of each part of an answer."""
     tokenizer, num_top = self.service.run.tokenizer, self.body.num_top
     ends = {*tokenizer.eos_ids}
     async with contextlib.aclosing(self.generation.pieces()) as pieces:
@@ -237,7 +242,12 @@ class _ChatWriter:
         logprobs = None
         if num_top is not None:
           logprobs = shapes.chat_logprobs(tokenizer, piece, num_top, ends)
-        yield piece, logprobs
+        part, reason = Part(piece.text, []), piece.finish_reason
+        if self.finders:
+          finder = self.finders[piece.index]
+          part = finder.push(piece.text, is_last=reason is not None)
+          reason = "tool_calls" if reason == "stop" and finder.count else reason
+        yield piece.index, part, logprobs, reason
 
   async def chunks(self) -> Chunks:
     more = {"usage": None} if self.body.include_usage else {}
@@ -246,29 +256,33 @@ class _ChatWriter:
       first = {"role": "assistant", "content": "", "refusal": None}
       yield {**head(), "choices": [shapes.delta_choice(index, first, None, None)], **more}
     async with contextlib.aclosing(self._parts()) as parts:
-      async for piece, logprobs in parts:
+      async for index, (text, calls), logprobs, reason in parts:
         has_logprobs = bool(logprobs and logprobs["content"])
-        if piece.text or has_logprobs or piece.finish_reason:
-          delta = {"content": piece.text} if piece.text or has_logprobs else {}
-          choice = shapes.delta_choice(piece.index, delta, logprobs, piece.finish_reason)
+        delta: dict[str, Any] = {"content": text} if text or has_logprobs else {}
+        delta |= {"tool_calls": calls} if calls else {}
+        if delta or reason:
+          choice = shapes.delta_choice(index, delta, logprobs, reason)
           yield {**head(), "choices": [choice], **more}
     if self.body.include_usage:
       yield {**head(), "choices": [], "usage": self._usage()}
 
   async def whole(self) -> dict[str, Any]:
     texts: list[list[str]] = [[] for _ in range(self.body.n)]
+    calls: list[list[dict]] = [[] for _ in range(self.body.n)]
     logprobs: list[list[dict]] = [[] for _ in range(self.body.n)]
     reasons: list[str | None] = [None] * self.body.n
     async with contextlib.aclosing(self._parts()) as parts:
-      async for piece, of_piece in parts:
-        texts[piece.index].append(piece.text)
-        logprobs[piece.index] += of_piece["content"] if of_piece else []
-        reasons[piece.index] = piece.finish_reason
+      async for index, part, of_part, reason in parts:
+        texts[index].append(part.text)
+        calls[index] += part.calls
+        logprobs[index] += of_part["content"] if of_part else []
+        reasons[index] = reason
     scored = self.body.num_top is not None
     choices = [
       shapes.message_choice(
         index,
         "".join(texts[index]),
+        calls[index],
         {"content": logprobs[index], "refusal": None} if scored else None,
         reasons[index],
       )

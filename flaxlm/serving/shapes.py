@@ -2,6 +2,7 @@
 """Answers in the shapes of OpenAI's API, whole and in pieces."""
 
 import base64
+import json
 import secrets
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from flaxlm.serving.generation import Piece
 from flaxlm.tokenizers import AnyTokenizer
 
 LEAST_LOGPROB = -9999.0  # for what is as good as impossible, as in OpenAI's API
-REASONS = {"stop": "stop", "length": "length", "time": "length"}
+REASONS = {"stop": "stop", "length": "length", "time": "length", "tool_calls": "tool_calls"}
 
 
 def new_id(prefix: str) -> str:
@@ -135,10 +136,28 @@ def chat_logprobs(
   }
 
 
+def tool_call(number: int, call: dict[str, Any]) -> dict[str, Any]:
+  """A call by its name and arguments; `number` is its place among those of the answer."""
+  arguments = call.get("arguments", {})
+  if not isinstance(arguments, str):
+    arguments = json.dumps(arguments, ensure_ascii=False)
+  function = {"name": call["name"], "arguments": arguments}
+  return {"index": number, "id": new_id("call"), "type": "function", "function": function}
+
+
 def message_choice(
-  index: int, text: str, logprobs: dict | None, finish_reason: str | None
+  index: int,
+  text: str,
+  calls: list[dict[str, Any]],
+  logprobs: dict | None,
+  finish_reason: str | None,
 ) -> dict[str, Any]:
-  message = {"role": "assistant", "content": text, "refusal": None}
+  message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+  if calls:
+    message["content"] = text or None
+    message["tool_calls"] = [
+      {key: value for key, value in call.items() if key != "index"} for call in calls
+    ]
   return {"index": index, "message": message, "logprobs": logprobs} | ending(finish_reason)
 
 

@@ -121,7 +121,7 @@ def attend_masked(arrays: dict[str, jax.Array], **options: Any) -> jax.Array:
     kernel = library.make_splash_mha(
       mask_TS[None], block_sizes=blocks, head_shards=1, q_seq_shards=1, **options
     )
-    # Its tables come from a jitted function, which makes an array of this; jax 0.11 asks it.
+    # Its tables come from a jitted function, which makes an array of what jax 0.11 asks.
     kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
     out_NTH = kernel(*qkv, None, arrays.get("sinks"))
     # Of queries that see nothing the kernel makes 0 / 0.
