@@ -26,6 +26,7 @@ ASSISTANT = "assistant"
 # Templates of others have left the sandboxes of earlier versions.
 OLDEST_JINJA = (3, 1, 6)
 
+ROLES = ("system", "user", ASSISTANT, "tool")  # that `PLAIN` knows
 # For tokenizers that come without one. A prompt ends with the end of a line, which few
 # tokenizers join with the first word of an answer.
 PLAIN = """{{ bos_token }}
@@ -137,6 +138,10 @@ class Chat(NamedTuple):
 
   def failure(self, where: str, cause: str, cure: str) -> DataError:
     at = where and f"{where}: "
+    if self.templates == {DEFAULT: PLAIN}:  # it came with no one
+      knows = f"it knows the roles {', '.join(ROLES)}, and contents that are texts"
+      cure = f"{knows}; or {cure}" if cure else knows
+      return DataError(f"{at}flaxlm's own chat template fails: {cause}", cure)
     return DataError(f"{at}the chat template of {self.path} fails: {cause}", cure)
 
   def values(self, talk: Talk, asks: bool) -> dict[str, Any]:

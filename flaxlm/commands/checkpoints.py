@@ -139,7 +139,9 @@ def run_export(args: argparse.Namespace, _: list[str]) -> int:
   if args.adapter:
     if args.format == "gguf":
       raise ConfigError("--adapter writes safetensors", "leave out --format")
-    family = export_adapter(run, Path(args.folder), args.dtype)
+    family, notes = export_adapter(run, Path(args.folder), args.dtype)
+    for note in notes:
+      print(note, file=sys.stderr)
     print(f"{args.folder}: adapter of a {family.model_type}")
     return 0
   if args.format == "gguf":

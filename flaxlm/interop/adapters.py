@@ -115,8 +115,9 @@ def modules_of(cfg: ResolvedConfig, params: Any, family: Family) -> dict[str, Mo
 # -- To PEFT -------------------------------------------------------------------------------
 
 
-def export_adapter(run: Run, folder: Path, dtype: str | None) -> Family:
-  """Writes a run's adapters as PEFT loads them; returns the family of their base.
+def export_adapter(run: Run, folder: Path, dtype: str | None) -> tuple[Family, list[str]]:
+  """Writes a run's adapters as PEFT loads them; returns the family of their base, and
+  notes for the user.
 
   Raises `ConfigError` for a run without adapters, and `CheckpointError` if no Hugging Face
   family can express its model.
@@ -163,12 +164,12 @@ def export_adapter(run: Run, folder: Path, dtype: str | None) -> Family:
       },
     )
     origin = located(run.path)
-    if not load_config_of(
-      origin.path
-    ).lora.rank:  # merging rounds, in its own way each time
-      base = load_params(origin, abstract_params(model, run.mesh), run.mesh)
-      write_json(partial / BASE, {"sha256": digest_of(run.cfg.model, base, family)})
-  return family
+    if load_config_of(origin.path).lora.rank:  # merging rounds, in its own way each time
+      said = f"{origin.path}, with the adapters of that run merged into it"
+      return family, [f"{folder} has no digest of its base, which is {said}"]
+    base = load_params(origin, abstract_params(model, run.mesh), run.mesh)
+    write_json(partial / BASE, {"sha256": digest_of(run.cfg.model, base, family)})
+  return family, []
 
 
 def digest_of(cfg: ResolvedModel, params: Any, family: Family) -> str:

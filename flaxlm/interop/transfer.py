@@ -56,7 +56,11 @@ from flaxlm.tokenizers.own import MAX_FILE_BYTES, load_backend
 from flaxlm.tokenizers.sentencepiece import read_sentencepiece
 
 GENERATION, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
-SENTENCEPIECE = "tokenizer.model"  # of Llama, Mistral and Gemma, with their ids
+# SentencePiece models whose ids are the checkpoint's: of Llama, Mistral and Gemma; of T5.
+SENTENCEPIECE = ("tokenizer.model", "spiece.model")
+# Fairseq's models have another order of ids than this file, and no family here is of them.
+MOVED_IDS = "sentencepiece.bpe.model"
+NUM_SENTINELS = 100  # `<extra_id_0>` and so on, which T5's file does not have
 UNREAD = "text cannot be encoded (docs/interop.md)"
 # Files that are copied unchanged, by name or pattern.
 COPIED = (
@@ -70,9 +74,8 @@ COPIED = (
   "vocab.json",
   "merges.txt",
   "vocab.txt",
-  SENTENCEPIECE,
-  "spiece.model",
-  "sentencepiece.bpe.model",
+  *SENTENCEPIECE,
+  MOVED_IDS,
 )
 START = "decoder_start_token_id"
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", START)
@@ -96,8 +99,10 @@ def import_run(
     config = read_json(folder / CONFIG)
     if has_file(folder / TOKENIZER):
       import_tokenizer(folder, partial, config)
-    elif has_file(folder / SENTENCEPIECE):
-      notes += import_sentencepiece(folder, partial, config)
+    elif models := [folder / name for name in SENTENCEPIECE if has_file(folder / name)]:
+      notes += import_sentencepiece(models[0], partial, config)
+    elif has_file(folder / MOVED_IDS):
+      notes.append(f"{folder / MOVED_IDS} has other ids than the model: {UNREAD}")
     else:
       notes.append(f"{source} has no {TOKENIZER}: {UNREAD}")
     if (partial / TOKENIZER).exists():
@@ -189,24 +194,30 @@ def numbers(folder: Path, config: dict[str, Any]) -> Values:
   )
 
 
-def import_sentencepiece(folder: Path, run_dir: Path, config: dict[str, Any]) -> list[str]:
+def import_sentencepiece(path: Path, run_dir: Path, config: dict[str, Any]) -> list[str]:
   """Writes a SentencePiece model as tokenizer.json, with the tokens that the settings add,
   and the special ids beside it; returns notes, if it cannot be read why not.
 
   As transformers' slow tokenizers do, `bos` is put before a text unless the settings say
-  otherwise.
+  otherwise, and T5's has `eos` after it instead.
   """
+  folder = path.parent
+  named = optional(folder, TOKENIZER_CONFIG)
+  kind = named.values.get("tokenizer_class") or config.get("tokenizer_class")
+  is_t5 = str(kind or config.get("model_type")).lower().startswith("t5")
   try:
-    backend, own = read_sentencepiece(folder / SENTENCEPIECE)
-    named = optional(folder, TOKENIZER_CONFIG)
+    backend, own = read_sentencepiece(path)
     add_tokens(backend, named)
+    if is_t5 and not named.values.get("added_tokens_decoder"):
+      add_sentinels(backend, named)
   except DataError as e:  # Llama 3's is a file of tiktoken
     return [f"{e.cause}: {UNREAD}"]
   # What nothing else says, the model's own names do.
   said = {
     f"{role}_token": backend.id_to_token(n) for role, n in own.items() if n is not None
   }
-  said |= {"add_bos_token": True} | {k: v for k, v in named.values.items() if v is not None}
+  said |= {"add_bos_token": not is_t5, "add_eos_token": is_t5}
+  said |= {k: v for k, v in named.values.items() if v is not None}
   names = Values(said, named.origin)
   specials = read_specials(backend, names, numbers(folder, config))
   if names.get(bool, "add_eos_token", False):
@@ -229,6 +240,15 @@ def add_tokens(backend: tokenizers.Tokenizer, settings: Values) -> None:
     (backend.add_special_tokens if about.get("special") else backend.add_tokens)([token])
     if backend.token_to_id(content) != id_:
       raise DataError(f"{settings.origin}: the added token {id_} leaves a gap of ids")
+
+
+def add_sentinels(backend: tokenizers.Tokenizer, settings: Values) -> None:
+  """Adds the tokens that stand for gaps in a text of T5, the first one last."""
+  count = settings.get(int, "extra_ids", NUM_SENTINELS)
+  if not 0 <= count <= 100 * NUM_SENTINELS:
+    raise settings.refused("extra_ids", f"as in {NUM_SENTINELS}")
+  names = [f"<extra_id_{number}>" for number in reversed(range(count))]
+  backend.add_special_tokens([tokenizers.AddedToken(x, normalized=False) for x in names])
 
 
 def read_specials(backend: tokenizers.Tokenizer, names: Values, ids: Values) -> Specials:

@@ -191,8 +191,10 @@ def test_what_a_template_does_not_know(tmp_path: Path):
   train_tokenizer("byte", [], 0).save(tmp_path / "tokenizer.json")
   cfg = TokenizerConfig(path=str(tmp_path / "tokenizer.json"))
   write(path, {"messages": [HI, YES]}, {"messages": [HI, critic, YES]})
-  with pytest.raises(DataError, match=r"line 2: .* there is no role critic"):
+  with pytest.raises(DataError, match=r"line 2: .* there is no role critic") as caught:
     prepare_chat(path, cfg)
+  assert "flaxlm's own chat template" in caught.value.cause
+  assert "the roles system, user, assistant, tool" in caught.value.cure
   parts = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
   for other in (parts, {**YES, "tool_calls": [{"name": "f"}]}):
     write(path, {"messages": [HI, YES]}, {"messages": [HI, other, YES]})

@@ -95,7 +95,9 @@ def test_what_goes_out_comes_in_again(variant: str, targets: str, tmp_path: Path
   import_run(tmp_path / "hub", tmp_path / "base", mesh())
   run_dir = adapt(tmp_path / "base", tmp_path / "run", targets)
   assert files_damage(run_dir) == []
-  family = export_adapter(load_run(run_dir, mesh(), None, False), tmp_path / "out", None)
+  run = load_run(run_dir, mesh(), None, False)
+  family, notes = export_adapter(run, tmp_path / "out", None)
+  assert notes == []
   assert {path.name for path in (tmp_path / "out").iterdir()} == {ADAPTER, WEIGHTS, BASE}
   kept = json.loads((tmp_path / "hub/config.json").read_text())["model_type"]
   assert family.model_type == kept
@@ -254,6 +256,19 @@ def test_another_base_of_the_same_shapes_is_refused(
   assert import_adapter(exported, tmp_path / "e", other, mesh())[1] == []
   with pytest.raises(CheckpointError, match="an adapter for another base"):
     import_adapter(exported, tmp_path / "in", base, mesh())
+
+
+def test_of_an_adapter_over_another_one_no_digest_tells_the_base(
+  base: Path, tmp_path: Path
+):
+  """Merging rounds, so that it would not be the same each time; a line says so."""
+  first = adapt(base, tmp_path / "first")
+  run = load_run(adapt(first, tmp_path / "second"), mesh(), None, False)
+  _, (note,) = export_adapter(run, tmp_path / "out", None)
+  assert f"no digest of its base, which is {first}, with the adapters" in note
+  assert not (tmp_path / "out" / BASE).exists()
+  (note,) = import_adapter(tmp_path / "out", tmp_path / "in", first, mesh())[1]
+  assert f"nothing tells whether {first} is the base" in note
 
 
 def test_what_is_missing_is_named(base: Path, exported: Path, tmp_path: Path):

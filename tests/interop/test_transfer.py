@@ -157,6 +157,34 @@ def test_a_sentencepiece_model_becomes_the_tokenizer(mesh: Any, tmp_path: Path):
     assert note in notes[0] and "text cannot be encoded" in notes[0]
 
 
+def test_a_sentencepiece_model_of_t5(mesh: Any, tmp_path: Path):
+  """It has another name, another frame, and tokens for gaps that the file has not."""
+  hub = tmp_path / "hub"
+  hub.mkdir()
+  save(hub, "t5")
+  (hub / "spiece.model").write_bytes(TINY)
+  size = len(START) + len(BYTES) + len(LETTERS) + len(MERGED)
+  import_run(hub, tmp_path / "run", mesh)
+  tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer.json")
+  assert tokenizer.framed([7], "source") == [7, tokenizer.eos_id]
+  assert list(tokenizer.encode("<extra_id_0>"))[-1] == size + 99
+  assert list(tokenizer.encode("<extra_id_99>"))[-1] == size
+  assert tokenizer.vocab_size == size + 100
+
+  said = {"extra_ids": 0, "add_bos_token": None}
+  (hub / "tokenizer_config.json").write_text(json.dumps(said))
+  import_run(hub, tmp_path / "none", mesh)
+  tokenizer = load_tokenizer(tmp_path / "none" / "tokenizer.json")
+  assert tokenizer.vocab_size == size
+  (hub / "tokenizer_config.json").write_text('{"extra_ids": -1}')
+  with pytest.raises(CheckpointError, match="extra_ids is -1"):
+    import_run(hub, tmp_path / "refused", mesh)
+
+  (hub / "spiece.model").rename(hub / "sentencepiece.bpe.model")
+  _, notes = import_run(hub, tmp_path / "moved", mesh)
+  assert "sentencepiece.bpe.model has other ids than the model" in notes[0]
+
+
 @pytest.mark.slow
 def test_an_imported_encoder_fills_masks_and_embeds(mesh: Any, tmp_path: Path):
   source = checkpoint(tmp_path / "hub", "bert", "bert", mask_token="[MASK]")
