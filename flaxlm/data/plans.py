@@ -5,6 +5,7 @@ A result is found again by the fingerprints of the corpus and of the tokenizer, 
 only the time to hash the corpus.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -22,12 +23,14 @@ from flaxlm.data.duplicates import Chosen, kept_texts
 from flaxlm.data.preferences import Preferences
 from flaxlm.data.sources import read_documents, read_pairs
 from flaxlm.data.storage import new_folder
+from flaxlm.strict_json import to_json
 from flaxlm.tokenizers import AnyTokenizer
 
 # A part of the keys of everything that is stored: raise it when something else is stored,
 # or when `train_tokenizer` makes another tokenizer from the same texts.
 FORMAT = 1
 SIDES = ("source", "target")  # of a pair
+LEFT_OUT = "left_out.json"  # how many texts are no part of what is kept
 
 
 @dataclass(frozen=True)
@@ -90,21 +93,35 @@ class Plan:
     self, texts: Mapping[str, Mapping[str, Sequence[str]]], log: Log
   ) -> dict[str, np.ndarray]:
     """The numbers of the texts of each split that are no duplicates; found once."""
-    folder = self.root / "kept" / key(*self.chosen, *self.kind)
+    folder = self._kept_folder
     if not folder.is_dir():
       joined = {s: map("\0".join, zip(*texts[s].values(), strict=True)) for s in texts}
       kept = kept_texts(joined, near=self.deduplicate == "near")
       with new_folder(folder) as partial:
         for split in kept:
           np.save(partial / f"{split}.npy", kept[split], allow_pickle=False)
-    kept = {split: np.load(folder / f"{split}.npy") for split in texts}
-    total = sum(len(next(iter(sides.values()))) for sides in texts.values())
-    gone = total - sum(map(len, kept.values()))
-    log(
-      f"{self.corpus.name}: {gone:,} of {total:,} documents are left out, as "
-      f"{'nearly ' if self.deduplicate == 'near' else ''}the same text is there already"
-    )
-    return kept
+        total = sum(len(next(iter(sides.values()))) for sides in texts.values())
+        gone = total - sum(map(len, kept.values()))
+        (partial / LEFT_OUT).write_text(to_json({"count": gone, "total": total}), "utf-8")
+    self.tell_left_out(log)
+    return {split: np.load(folder / f"{split}.npy") for split in texts}
+
+  def tell_left_out(self, log: Log) -> None:
+    """Says how many texts are left out, once that is known."""
+    if self.deduplicate == "none":
+      return
+    # An earlier release wrote no file. One that is damaged costs a line of the log alone.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+      values = json.loads((self._kept_folder / LEFT_OUT).read_text("utf-8"))
+      nearly = "nearly " if self.deduplicate == "near" else ""
+      log(
+        f"{self.corpus.name}: {values['count']:,} of {values['total']:,} documents are "
+        f"left out, as {nearly}the same text is there already"
+      )
+
+  @property
+  def _kept_folder(self) -> Path:
+    return self.root / "kept" / key(*self.chosen, *self.kind)
 
   def talks(self) -> Talks:
     """The conversations of the corpus."""

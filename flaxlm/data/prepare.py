@@ -201,6 +201,7 @@ def _find_or_build(
 ) -> Found:
   found = find_stored(plan)
   if found is not None:
+    plan.tell_left_out(log)
     return found
   _import_tfds()
   meanwhile()

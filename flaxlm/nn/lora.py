@@ -172,6 +172,13 @@ def combined(frozen: Any, adapters: Any) -> Any:
   return unflatten_dict(flatten_dict(frozen) | flatten_dict(adapters))
 
 
+def num_frozen(frozen: Any) -> int:
+  """How many parameters of the base there are in a frozen tree, whose other leaves belong
+  to adapters and to the form that kernels are stored in."""
+  is_own = lambda name: name.startswith("lora_") or name == "kernel_scale"
+  return sum(x.size for path, x in flatten_dict(frozen).items() if not is_own(path[-1]))
+
+
 def has_dropout(frozen: Any) -> bool:
   return frozen is not None and any(
     path[-1] == "lora_dropout" for path in flatten_dict(frozen)

@@ -36,7 +36,7 @@ from flaxlm.distributed.start import joined
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.kernels.paths import Path as AttentionPath
-from flaxlm.nn.lora import merged, unadaptable
+from flaxlm.nn.lora import merged, num_frozen, unadaptable
 from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
 from flaxlm.origin import adopt, read_origin
 from flaxlm.platform import Flag, start_jax
@@ -350,7 +350,7 @@ def describe(
   size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
   learns = f"{size(state.params):,} parameters"
   if state.frozen is not None:
-    learns += f" of adapters, over {size(state.frozen):,} that are frozen"
+    learns += f" of adapters, over {num_frozen(state.frozen):,} that are frozen"
   if state.reference is not None:
     learns += ", and as many of the reference"
   axes = describe_mesh(mesh.shape, slow_axes(cfg.mesh))

@@ -97,13 +97,12 @@ def test_a_corpus_without_duplicates(corpus: str, tmp_path: Path):
   exact = prepare(corpus, BYTE, lines.append, deduplicate="exact")
   assert texts_of(exact.validation) == [f"text {n}" for n in (10, 11, 8, 9)]
   assert texts_of(exact.train) == [f"text {n}" for n in range(5)], "8 and 9 are held out"
-  assert f"{corpus}: 19 of 28 documents are left out, as the same text is there al" in (
-    "\n".join(lines)
-  )
+  told = f"{corpus}: 19 of 28 documents are left out, as the same text is there already"
+  assert lines.count(told) == 1
   assert len({plain.fingerprint, exact.fingerprint}) == 2
   lines.clear()
   again = prepare(corpus, BYTE, lines.append, deduplicate="exact")
-  assert lines == [] and again.fingerprint == exact.fingerprint
+  assert lines == [told] and again.fingerprint == exact.fingerprint
   near = prepare(corpus, BYTE, lines.append, deduplicate="near")
   assert any("as nearly the same text" in line for line in lines)
   assert texts_of(near.train) == texts_of(exact.train)

@@ -34,6 +34,7 @@ from flaxlm.nn.lora import (
   freeze,
   init_adapters,
   merged,
+  num_frozen,
   unadaptable,
 )
 from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
@@ -131,6 +132,7 @@ def test_int8_is_within_half_a_step_of_its_scale():
   flat, narrow = flatten_dict(params), flatten_dict(frozen)
   found = [path for path in narrow if path[-1] == "kernel_scale"]
   assert len(found) == 7
+  assert num_frozen(frozen) == sum(x.size for x in jax.tree.leaves(params))
   for path in found:
     kernel = (*path[:-1], "kernel")
     axes = tuple(range(1, 1 + PROJECTIONS[path[-2]]))
