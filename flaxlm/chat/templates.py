@@ -138,11 +138,24 @@ class Chat(NamedTuple):
 
   def failure(self, where: str, cause: str, cure: str) -> DataError:
     at = where and f"{where}: "
-    if self.templates == {DEFAULT: PLAIN}:  # it came with no one
+    if self.is_plain:
       knows = f"it knows the roles {', '.join(ROLES)}, and contents that are texts"
       cure = f"{knows}; or {cure}" if cure else knows
-      return DataError(f"{at}flaxlm's own chat template fails: {cause}", cure)
-    return DataError(f"{at}the chat template of {self.path} fails: {cause}", cure)
+    return DataError(f"{at}{self.said} fails: {cause}", cure)
+
+  @property
+  def is_plain(self) -> bool:
+    """Whether it came with no tokenizer: see `plain_chat`."""
+    return self.templates == {DEFAULT: PLAIN}
+
+  @property
+  def said(self) -> str:
+    """Which template it is, for errors."""
+    return (
+      "flaxlm's own chat template"
+      if self.is_plain
+      else (f"the chat template of {self.path}")
+    )
 
   def values(self, talk: Talk, asks: bool) -> dict[str, Any]:
     """What the template can read; it `asks` for an answer, or has them all."""
@@ -163,10 +176,10 @@ class Chat(NamedTuple):
       has = f"it has {', '.join(self.templates)}"
       raise self.failure(talk.where, "there is no default", has)
     if talk.tools is not None and "tools" not in self.templates[name]:
-      at = talk.where and f"{talk.where}: "
-      raise ConfigError(
-        f"{at}the chat template of {self.path} has no place for tools", "leave them out"
-      )
+      said = f"{self.said} has no place for tools"
+      if talk.where:
+        raise DataError(f"{talk.where}: {said}", "leave them out")
+      raise ConfigError(said, "leave them out")
     return name
 
   @property

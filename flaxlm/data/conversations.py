@@ -52,7 +52,7 @@ def read_talks(path: Path) -> Iterator[Talk]:
   """The conversations of a file. Raises `DataError`, with file and line, for a record that
   is none."""
   for record in read_records(path):
-    yield to_talk(record, one_line(f"{path}, {record.unit} {record.number}"))
+    yield to_talk(record, record.at(path))
 
 
 def to_talk(record: Record, where: str) -> Talk:

@@ -29,7 +29,7 @@ def read_preferences(path: Path) -> Iterator[Talk]:
   """The conversations of a file: of each record the chosen one, then the rejected one.
   Raises `DataError`, with file and line, for a record that has no two."""
   for record in read_records(path):
-    yield from to_pair(record, one_line(f"{path}, {record.unit} {record.number}"))
+    yield from to_pair(record, record.at(path))
 
 
 def to_pair(record: Record, where: str) -> tuple[Talk, Talk]:

@@ -134,8 +134,7 @@ def read_questions(corpus: Corpus, needs_answer: bool) -> tuple[list[Question], 
   questions, hashes, given = [], array("Q"), array("b")
   for file in corpus.record_files:
     for record in read_records(file.path):
-      where = one_line(f"{file.path}, {record.unit} {record.number}")
-      question = to_question(record, where, needs_answer)
+      question = to_question(record, record.at(file.path), needs_answer)
       questions.append(question)
       hashes.append(hash_of(question.talk))
       given.append(UNNAMED if file.split is None else CODES[file.split])

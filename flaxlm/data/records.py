@@ -35,6 +35,10 @@ class Record(NamedTuple):
   fields: dict[str, Any]
   unit: str = "line"  # or "row"
 
+  def at(self, path: Path) -> str:
+    """Where it is, for errors: the file and the line."""
+    return one_line(f"{path}, {self.unit} {self.number}")
+
 
 @dataclasses.dataclass
 class Skipped:
@@ -151,7 +155,7 @@ def _object(line: bytes) -> dict[str, Any] | str:
   try:
     # Given bytes, `json.loads` would guess at UTF-16 too.
     values = json.loads(
-      line.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_refuse
+      line.decode("utf-8").rstrip(), object_pairs_hook=unique_keys, parse_constant=_refuse
     )
     if b"\\u" in line:
       json.dumps(values, ensure_ascii=False).encode("utf-8")
@@ -161,6 +165,8 @@ def _object(line: bytes) -> dict[str, Any] | str:
     return "not Unicode: a text has half of a surrogate pair"
   except RecursionError:
     return "nested too deeply"
+  except json.JSONDecodeError as e:  # its own words count lines from 1 on in this one
+    return f"not JSON: {e.msg} at character {e.pos + 1}"
   except ValueError as e:
     return f"not JSON: {first_line(e)}"
   return values if isinstance(values, dict) else "not a JSON object"

@@ -84,14 +84,16 @@ def _copy(corpus: Corpus, folder: Path, log: Log) -> None:
       ends.append(ends[-1] + len(raw))
       hashes.append(int.from_bytes(hashlib.sha256(raw).digest()[:8], "big"))
       given.append(UNNAMED if split is None else CODES[split])
-  if skipped.count:
-    log(f"{corpus.name}: {skipped}")
   is_record = np.arange(len(hashes)) >= len(corpus.documents)
   codes = split_codes(np.array(given), np.array(hashes), is_record, corpus.splits)
   for split in corpus.splits:
     if CODES[split] not in codes:
-      about = f" ({skipped})" if skipped.count else ""
-      raise DataError(f"{corpus.name} is too small: no {split} text{about}", "add text")
+      about, cure = (f" ({skipped})", "mend these, or ") if skipped.count else ("", "")
+      raise DataError(
+        f"{corpus.name} is too small: no {split} text{about}", f"{cure}add text"
+      )
+  if skipped.count:
+    log(f"{corpus.name}: {skipped}")
   np.save(folder / "bounds.npy", np.array(ends), allow_pickle=False)
   np.save(folder / "splits.npy", codes, allow_pickle=False)
   # Not where the file lies now: the same files may lie elsewhere when this is told again.
@@ -131,7 +133,7 @@ def _read(corpus: Corpus, skipped: Skipped) -> Iterator[tuple[str | None, str]]:
 def _text(record: Record, file: RecordFile, skipped: Skipped) -> str:
   """The text of a record; none, and counted, if it is empty. Raises `DataError` if the
   record has no such field, or something else in it."""
-  where, name = f"{file.path}, {record.unit} {record.number}", file.text_field
+  where, name = record.at(file.path), file.text_field
   if name not in record.fields:
     others = ", ".join(map(repr, record.fields)) or "nothing"
     raise DataError(

@@ -342,7 +342,11 @@ def read_pairs(
     else:
       unexpected.append(given)
   if unexpected or not found:
-    what = f"it has no {some(unexpected)}" if unexpected else "nothing in it is of a module"
+    what = (
+      f"the base has no {some(unexpected)}"
+      if unexpected
+      else "nothing in it is of a module"
+    )
     raise CheckpointError(f"{folder} is an adapter for another base: {what}", cure)
   for name, both in found.items():
     if len(both) != 2:

@@ -213,7 +213,7 @@ def import_sentencepiece(path: Path, run_dir: Path, config: dict[str, Any]) -> l
   except DataError as e:  # Llama 3's is a file of tiktoken
     return [f"{e.cause}: {UNREAD}"]
   # What nothing else says, the model's own names do.
-  said = {
+  said: dict[str, Any] = {
     f"{role}_token": backend.id_to_token(n) for role, n in own.items() if n is not None
   }
   said |= {"add_bos_token": not is_t5, "add_eos_token": is_t5}

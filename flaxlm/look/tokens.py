@@ -19,7 +19,7 @@ from flaxlm.data.preferences import to_pair
 from flaxlm.data.records import read_records
 from flaxlm.decoding.encoding import check_has_head
 from flaxlm.decoding.loading import Run
-from flaxlm.errors import ConfigError, one_line
+from flaxlm.errors import ConfigError
 from flaxlm.look.pieces import Reading, apply_to_row, complete_reading, describe
 from flaxlm.look.view import View
 from flaxlm.nn.base import LanguageModel
@@ -119,7 +119,7 @@ def read_talk(file: Path, number: int, rejected: bool) -> Talk:
 def read_either(file: Path) -> Iterator[Sequence[Talk]]:
   """The conversation of each record, or both of those that are preferences."""
   for record in read_records(file):
-    where = one_line(f"{file}, {record.unit} {record.number}")
+    where = record.at(file)
     is_pair = "rejected" in record.fields
     yield to_pair(record, where) if is_pair else [to_talk(record, where)]
 

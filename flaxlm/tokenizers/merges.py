@@ -13,7 +13,7 @@ from typing import NamedTuple
 import tokenizers
 from tokenizers import models
 
-from flaxlm.errors import DataError
+from flaxlm.errors import ConfigError, DataError
 from flaxlm.tokenizers.own import Vocabulary, rust_errors
 
 
@@ -37,8 +37,10 @@ class Word(NamedTuple):
 def trace_merges(tokenizer: Vocabulary, text: str) -> list[Word]:
   """How each word of a text is merged; the last pieces are its tokens.
 
-  Raises `DataError` for a tokenizer that does not merge.
+  Raises `DataError` for a tokenizer that does not merge, `ConfigError` for no text.
   """
+  if not text:
+    raise ConfigError("there is no word", "as in ' unbelievable', with its blank")
   spec = tokenizer.to_json()
   model = json.loads(spec)["model"]
   if model["type"] != "BPE" or model.get("continuing_subword_prefix"):

@@ -12,7 +12,7 @@ from tiny_tokenizers import llama
 
 from flaxlm.chat import process
 from flaxlm.chat.templates import Chat, Talk, plain_chat
-from flaxlm.errors import ConfigError, DataError
+from flaxlm.errors import DataError
 from flaxlm.tokenizers import train_tokenizer
 from flaxlm.tokenizers.imported import ImportedTokenizer, Specials
 
@@ -163,5 +163,5 @@ def test_tools_that_a_template_does_not_read_are_refused_in_their_turn():
   talks = [Talk([USER, ANSWER]), Talk([USER, ANSWER], tools, "line 2")]
   texts = chat_of(TEMPLATES["zephyr"]).learn(talks)
   assert next(texts)
-  with pytest.raises(ConfigError, match=r"line 2: .* no place for tools"):
+  with pytest.raises(DataError, match=r"line 2: .* no place for tools"):
     next(texts)

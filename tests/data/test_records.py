@@ -64,8 +64,9 @@ def test_only_columns_that_are_asked_for(tmp_path: Path):
 NO_RECORDS = {
   "not UTF-8 at byte 4": b'{"a\xff": 1}',
   "not Unicode: a text has half of a surrogate pair": rb'{"a": ["x\ud83d"]}',
-  "not JSON: Expecting": b"{'a': 1}",
-  "not JSON: Extra data": b'{"a": 1} {"a": 2}',
+  "not JSON: Expecting property name enclosed in double quotes at character 2": b"{'a': 1}",
+  "not JSON: Expecting value at character 6": b'{"a": ',
+  "not JSON: Extra data at character 10": b'{"a": 1} {"a": 2}',
   "not JSON: NaN is not a number of JSON": b'{"a": NaN}',
   "not JSON: 'a' appears twice": b'{"a": 1, "a": 1}',
   "not a JSON object": b'["a"]',

@@ -188,6 +188,7 @@ def test_too_few_records(tmp_path: Path, own_data_dir: Path):
     with pytest.raises(DataError, match="is too small: no ") as error:
       read(write(tmp_path / name, {"a.jsonl": content}), own_data_dir)
     assert ("a.jsonl, line 1: not JSON" in error.value.cause) == (name == "none")
+    assert ("mend these" in error.value.cure) == (name == "none")
     assert not [*own_data_dir.rglob("*.bin")], "nothing unfinished is left"
 
 

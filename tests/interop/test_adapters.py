@@ -218,7 +218,7 @@ def test_an_adapter_for_another_base_is_refused(
   with pytest.raises(CheckpointError, match="an adapter for another base") as caught:
     import_adapter(exported, tmp_path / "in", tmp_path / "other", mesh())
   assert (
-    "it has no " if variant == "gpt2" else "q_proj it has [3, 32]"
+    "the base has no " if variant == "gpt2" else "q_proj it has [3, 32]"
   ) in caught.value.cause
 
 

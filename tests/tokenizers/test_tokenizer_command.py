@@ -179,6 +179,7 @@ def test_encoded(corpus, capsys):
       "has no bits per byte",
     ),
     (["compare", "text.model"], 3, "text.model is not a SentencePiece model"),
+    (["merges", ""], 2, "there is no word"),
     (["merges", "cat", "--tokenizer=unigram"], 3, "does not merge: its model is Unigram"),
     (["train", "--corpus=files:records.jsonl", "--text-field=words"], 3, "words"),
     (["encode", "train.txt", "--text=a"], 3, "not a tokenizer.json"),
