@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole directories: import makes a run that generates, export one that others open."""
 
+import io
 import json
 import math
 import subprocess
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_tokenizers
-from conftest import ROOT, tiny
+from conftest import ROOT, tiny, with_transformers
 from flax.traverse_util import flatten_dict, unflatten_dict
 from test_huggingface import random_params, rewrite, save
 
@@ -183,6 +184,33 @@ def test_a_sentencepiece_model_of_t5(mesh: Any, tmp_path: Path):
   (hub / "spiece.model").rename(hub / "sentencepiece.bpe.model")
   _, notes = import_run(hub, tmp_path / "moved", mesh)
   assert "sentencepiece.bpe.model has other ids than the model" in notes[0]
+
+
+@with_transformers
+def test_a_folder_of_t5_has_the_ids_of_transformers(mesh: Any, tmp_path: Path):
+  """With what its tokenizer adds to the file: the end of a text, and tokens for gaps."""
+  sentencepiece = pytest.importorskip("sentencepiece")
+  from transformers import AutoTokenizer
+
+  written, hub = io.BytesIO(), tmp_path / "hub"
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(["the cat sat on a mat", "a hat: the theatre, the bees"] * 30),
+    model_writer=written,
+    vocab_size=60,
+    hard_vocab_limit=False,
+    minloglevel=3,
+    **dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1),
+  )
+  hub.mkdir()
+  save(hub, "t5")
+  (hub / "spiece.model").write_bytes(written.getvalue())
+  (hub / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+  import_run(hub, tmp_path / "run", mesh)
+  ours = load_tokenizer(tmp_path / "run" / "tokenizer.json")
+  theirs = AutoTokenizer.from_pretrained(str(hub))
+  assert ours.vocab_size == len(theirs)
+  for text in ("the cat, a hat", "  two  bees!", "a <extra_id_0> sat <extra_id_99>."):
+    assert ours.framed(ours.encode(text), "source") == theirs(text).input_ids
 
 
 @pytest.mark.slow
