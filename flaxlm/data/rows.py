@@ -148,7 +148,8 @@ class ChatRows:
     if not self.num_rows:
       raise DataError(
         f"no conversation has an answer in its first {width} tokens",
-        f"set --data.seq-len to more than {cfg.seq_len}",
+        f"shorten them, or where the model's context allows it set --data.seq-len to more "
+        f"than {cfg.seq_len}",
       )
 
   def batch(self, rows_B: np.ndarray, places_B: np.ndarray) -> Batch:
@@ -204,6 +205,7 @@ class PreferenceRows(ChatRows):
     if not self.num_rows:
       raise DataError(
         f"no pair of chosen and rejected has at most {width} tokens together",
+        f"shorten them, or where the model's context allows it "
         f"--data.seq-len={np.diff(starts_P).max() - 1} takes them all",
       )
 
