@@ -37,10 +37,10 @@ from flaxlm.decoding.completions import (
 )
 from flaxlm.decoding.constraint import check_expressions
 from flaxlm.decoding.encoding import embed_texts
-from flaxlm.decoding.generate import PrefixCache
 from flaxlm.decoding.jobs import check_count
 from flaxlm.decoding.loading import Run, equip_for_decoding, load_run
 from flaxlm.decoding.prefill import MOST_NEW_TOKENS
+from flaxlm.decoding.prefix_store import RowStore
 from flaxlm.decoding.sampling import (
   MOST_SAMPLES,
   SamplingSettings,
@@ -154,7 +154,7 @@ class Model:
 
   def __init__(self, run: Run):
     self.run = run
-    self._read = PrefixCache()  # by the last chat: the next turn reads only what is new
+    self._past = RowStore(run.model.cfg)  # of chats: the next turn reads only what is new
 
   def __repr__(self) -> str:
     run = self.run
@@ -243,7 +243,7 @@ class Model:
       self.run, text, asked.max_new_tokens, asked.num_top, has_specials=True
     )
     (completion,) = complete_request(
-      self.run, request, text, [asked.settings], asked.stop, prefix_cache=self._read
+      self.run, request, text, [asked.settings], asked.stop, past=self._past
     )
     return Answer(self._shown(completion))
 

@@ -281,7 +281,7 @@ def answer_in_chat(
   from flaxlm.chat.templates import load_chat
   from flaxlm.decoding.chat import Conversation
   from flaxlm.decoding.completions import complete_request, make_request
-  from flaxlm.decoding.generate import PrefixCache
+  from flaxlm.decoding.prefix_store import RowStore
 
   chat = None if args.no_chat else load_chat(run.path)
   if chat is None:
@@ -294,7 +294,7 @@ def answer_in_chat(
   if unread := [flag_of(name) for name, value in given.items() if value]:
     raise ConfigError(f"a chat has no {unread[0]}", "leave it out, or give --no-chat")
   conversation = Conversation(chat, run, args.system, args.tools)
-  prefix_cache = PrefixCache()
+  past = RowStore(run.model.cfg)
 
   def answer(line: str) -> None:
     pieces: list[str] = []
@@ -313,7 +313,7 @@ def answer_in_chat(
     text = [prompt.text]
     request = make_request(run, text, args.max_new_tokens, has_specials=True)
     try:
-      complete_request(run, request, text, [settings], stop, show, prefix_cache)
+      complete_request(run, request, text, [settings], stop, show, past)
     finally:
       print(file=out, flush=True)
       conversation.answer("".join(pieces))

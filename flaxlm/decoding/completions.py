@@ -9,9 +9,9 @@ from typing import Any, cast
 
 from flaxlm.decoding.beams import beam_search
 from flaxlm.decoding.engine import Engine
-from flaxlm.decoding.generate import PrefixCache, generate
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import Request
+from flaxlm.decoding.prefix_store import RowStore
 from flaxlm.decoding.requests import EngineOptions, EngineRequest
 from flaxlm.decoding.sampling import (
   SamplingSettings,
@@ -167,13 +167,13 @@ def complete_request(
   settings: Sequence[SamplingSettings],
   stop: str | Sequence[str] | Stopping | Sequence[Stopping] = (),
   on_text: Callable[[int, str], None] | None = None,
-  prefix_cache: PrefixCache | None = None,
+  past: RowStore | None = None,
 ) -> list[Completion]:
   """`complete` for ids that are known already; `prompts` are what the results are for.
 
-  A `prefix_cache` keeps what this call reads for a next one, as in a conversation.
+  In a conversation its `past` keeps what is read and written for the next turn.
   """
-  growing = grow_completions(run, request, prompts, settings, stop, prefix_cache)
+  growing = grow_completions(run, request, prompts, settings, stop, past)
   while True:
     try:
       row, piece = next(growing)
@@ -189,7 +189,7 @@ def grow_completions(
   prompts: Sequence[str],
   settings: Sequence[SamplingSettings],
   stop: str | Sequence[str] | Stopping | Sequence[Stopping] = (),
-  prefix_cache: PrefixCache | None = None,
+  past: RowStore | None = None,
 ) -> Generator[tuple[int, str], None, list[Completion]]:
   """`complete_request` a piece at a time: yields (row, new text) as soon as no later token
   can change it, and returns the completions. Whoever asks for no more stops it."""
@@ -201,24 +201,25 @@ def grow_completions(
     GrowingCompletion(Completion(prompt), run.tokenizer, row_stop)
     for prompt, row_stop in zip(prompts, stops, strict=True)
   ]
-  if run.draft is None and prefix_cache is None:
+  if run.draft is None:
     asked = [
       (row.request(request, of_row, number), row)
       for number, (row, of_row) in enumerate(zip(rows, settings, strict=True))
     ]
-    for number, piece in answer_all(engine_for(run, len(rows)), asked, started):
+    for number, piece in answer_all(engine_for(run, len(rows), past), asked, started):
       if piece:
         yield number, piece
   else:
-    yield from _grow_together(run, request, rows, settings, started, prefix_cache)
+    yield from _grow_together(run, request, rows, settings, started)
   return [row.result for row in rows]
 
 
-def engine_for(run: Run, count: int) -> Engine:
+def engine_for(run: Run, count: int, past: RowStore | None = None) -> Engine:
   """An engine for so many answers, all of which are known at the start."""
   rows = min(count, MOST_ROWS)
   options = EngineOptions(rows=rows, most_read=None, whole_rows=True)
-  return Engine(run.model, run.params, run.num_ids, run.mesh, run.tokenizer, options)
+  same = run.model, run.params, run.num_ids, run.mesh, run.tokenizer
+  return Engine(*same, options, past)
 
 
 def _grow_together(
@@ -227,15 +228,12 @@ def _grow_together(
   rows: Sequence["GrowingCompletion"],
   settings: Sequence[SamplingSettings],
   started: float,
-  prefix_cache: PrefixCache | None,
 ) -> Iterator[tuple[int, str]]:
-  """`grow_completions` with a draft or a prefix cache: rows begin and end together."""
-  same = run.model, run.params, request, stack_settings(settings, run.tokenizer)
-  if run.draft is None:
-    blocks = generate(*same, run.mesh, prefix_cache)
-  else:
-    blocks = speculate(*same, run.draft, run.mesh)
-  for block in blocks:
+  """`grow_completions` with a draft: rows begin and end together."""
+  assert run.draft is not None
+  sampling = stack_settings(settings, run.tokenizer)
+  same = run.model, run.params, request, sampling, run.draft, run.mesh
+  for block in speculate(*same):
     seconds = time.monotonic() - started
     for i, row in enumerate(rows):
       piece = row.extend(*(x_BT[i].tolist() for x_BT in block[:-1]))

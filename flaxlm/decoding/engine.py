@@ -13,7 +13,7 @@ One thread drives it: `submit`, `cancel` and `step`, which returns what has happ
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +37,8 @@ from flaxlm.decoding.prefill import take_rows as take_read
 from flaxlm.decoding.prefix_store import (
   PIECE,
   PrefixStore,
+  RowStore,
+  copy_rows,
   cut_piece,
   has_pieces,
   put_piece,
@@ -82,6 +84,7 @@ class _Job:
   is_queued: bool = True
   row: int | None = None
   in_cache: int = 0  # tokens, at most, after all blocks that were started
+  slots_read: int = 0  # of the cache that its prompt was read into
   tokens: list[int] = dataclasses.field(default_factory=list)  # drawn, and told
   is_done: bool = False
 
@@ -141,6 +144,8 @@ class Engine:
     num_ids: how many ids can be written.
     mesh: where `params` live; None for a single device.
     tokenizer: for requests with a regex.
+    past: for a conversation, what engines before this one have read, and where this one
+      keeps what it reads; an encoder-decoder has no use for it.
   """
 
   def __init__(
@@ -151,6 +156,7 @@ class Engine:
     mesh: Mesh | None = None,
     tokenizer: AnyTokenizer | None = None,
     options: EngineOptions | None = None,
+    past: RowStore | None = None,
   ):
     self.model, self.mesh, self.tokenizer = model, mesh, tokenizer
     self.options = options or EngineOptions()
@@ -174,6 +180,7 @@ class Engine:
     self._store: PrefixStore | None = None
     if self.options.prefix_bytes and has_pieces(model.cfg):
       self._store = PrefixStore(self.options.prefix_bytes)
+    self._past = None if model.cfg.family == "encoder_decoder" else past
     self._owes_block = False  # the rows that decode have waited for prompts already
     # Of the rows as they are; None when they have changed.
     self._batch_sampling: RowSampling | None = None
@@ -299,7 +306,9 @@ class Engine:
     found = [self._store.find(prompt) if self._store else [] for prompt, _ in texts]
     shared = min(map(len, found))  # all begin at once: nothing is written past the end
     found = [pieces[:shared] for pieces in found]
-    starts = [len(pieces) * PIECE for pieces in found]
+    starts, kept = [len(pieces) * PIECE for pieces in found], None
+    if self._past is not None and len(texts) == 1:
+      starts[0], kept = self._past.find(next(iter(texts))[0])
     lengths = [len(text[0]) - at for text, at in zip(texts, starts, strict=True)]
     slots = self.sizes.bucket_of_reading(starts[0] + max(lengths) + MOST_PADDING)
     if self.options.whole_rows:  # no other size is needed afterwards
@@ -313,6 +322,9 @@ class Engine:
       self.counters.read_tokens += sum(map(len, sources))
       args = (self.model, self.params, source_BS, lengths_B, slots)
       cache = init_cache_with_source(*args)
+    elif kept is not None:
+      rows_R = np.zeros(batch, np.int32)
+      cache = copy_rows(self.model.cfg, kept, rows_R, np.int32(starts[0]), slots)
     else:
       cache = init_cache(self.model, batch, slots)
     for row, pieces in enumerate(found):
@@ -350,20 +362,34 @@ class Engine:
     self.counters.read_tokens += sum(map(len, chunk))
     if not any(reading.rest):
       reading.logits_RV = logits_of_hidden(self.model, self.params, reading.last_RD)
-      if self._store is not None:
-        for row, (prompt, _) in enumerate(reading.texts):
-          self._store.add(prompt, self._cutter(reading.cache, row))
+      for row, (prompt, _) in enumerate(reading.texts):
+        self._keep(prompt, reading.cache, row, reading.slots[0], is_end=True)
     return size * len(reading.texts)
 
-  def _cutter(self, cache: Any, row: int) -> Callable[[int], Any]:
-    return lambda start: cut_piece(cache, np.int32(row), np.int32(start))
+  def _keep(
+    self, tokens: Sequence[int], cache: Any, row: int, slots: int, is_end: bool
+  ) -> None:
+    """Keeps what a row of a cache has read, for a prompt that goes on from it.
 
-  def _keep_answer(self, job: _Job) -> None:
-    """Keeps what a row has written, for a prompt that goes on from it."""
-    if self._store is not None and job.row is not None:
+    If it is kept whole, as a row of so many slots; `is_end`: these are all of its tokens.
+    """
+    if self._store is not None:
+      cut = lambda start: cut_piece(cache, np.int32(row), np.int32(start))
+      self._store.add(tokens, cut)
+    if self._past is not None:
+      rows_R, length = np.full(self.shards, row, np.int32), np.int32(len(tokens))
+      copy = lambda: copy_rows(self.model.cfg, cache, rows_R, length, slots)
+      self._past.add(tokens, is_end, copy)
+
+  def _keep_answer(self, job: _Job, has_ended: bool = False) -> None:
+    """Keeps what a row has written; if it `has_ended`, it has written no more."""
+    if job.row is not None:
       assert self._state is not None
       tokens = [*job.request.prompt, *job.tokens[:-1]]
-      self._store.add(tokens, self._cutter(self._state.cache, job.row))
+      if len(tokens) == self._slots:  # idle steps may have written over the last one
+        return
+      is_end = has_ended or job.in_cache == len(tokens)
+      self._keep(tokens, self._state.cache, job.row, job.slots_read, is_end)
 
   # -- Rows
 
@@ -397,7 +423,7 @@ class Engine:
     batch = reading.last_RD.shape[0]
     texts, jobs = zip(*now, strict=True)
     for job in jobs:
-      job.in_cache = len(job.request.prompt)
+      job.in_cache, job.slots_read = len(job.request.prompt), reading.slots[0]
     requests = [job.request for job in jobs]
     moved_X = self._settings.admit(requests, self._active_requests)
     if moved_X is not None and self._has_history:
@@ -583,7 +609,9 @@ class Engine:
       if event.finish_reason is not None:
         broken = job.row if event.error else None
         if event.error is None:
-          self._keep_answer(job)
+          self._keep_answer(job, has_ended=True)
+        elif self._past is not None:
+          self._past.clear()  # NaN behind a text would reach what begins alike
         self._release(job)
         if broken is not None:
           self._clear(broken)

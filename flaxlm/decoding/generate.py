@@ -5,7 +5,6 @@ The loop runs in blocks of a fixed number of steps. An early exit would make an 
 wait for the host at every token, so the host looks at the tokens only between blocks.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxlm.decoding.prefill import BLOCK_STEPS, CachedPrefix, Request, prefill_prompts
+from flaxlm.decoding.prefill import BLOCK_STEPS, Request, prefill_prompts
 from flaxlm.decoding.sampling import (
   HISTORY_RULES,
   Sampling,
@@ -58,16 +57,6 @@ class TokenBlock(NamedTuple):
     return changed._replace(finite_B=self.finite_B)
 
 
-@dataclasses.dataclass
-class PrefixCache:
-  """Holds what the last call of `generate` has read, for a prompt that begins the same way.
-
-  Only the first row is kept. A call that is interrupted inside a block leaves it empty.
-  """
-
-  prefix: CachedPrefix | None = None
-
-
 class StaticSampling(NamedTuple):
   """The part of sampling that is compiled in; its other settings are traced arrays."""
 
@@ -81,7 +70,6 @@ def generate(
   request: Request,
   sampling: Sampling,
   mesh: Mesh | None = None,
-  prefix_cache: PrefixCache | None = None,
 ) -> Iterator[TokenBlock]:
   """Yields the rows' next tokens, a block at a time, as host arrays.
 
@@ -92,7 +80,6 @@ def generate(
     request: the prompts; every row gets `max_new_tokens` tokens in all.
     sampling: settings for as many rows as there are prompts.
     mesh: where `params` live; None for a single device.
-    prefix_cache: filled by an earlier call, and updated by this one.
 
   The caller stops by asking for no more blocks. Raises `ConfigError` when a row would
   outgrow the model's context or may draw no token, `NonFiniteError` when logits are NaN or
@@ -104,8 +91,7 @@ def generate(
   static = StaticSampling(rules_in_use(sampling), request.num_top)
   with use_mesh(mesh):
     params = prepare_params(params, model.cfg)
-    prefix = None if prefix_cache is None else prefix_cache.prefix
-    logits_BV, cache = prefill_prompts(model, params, request, mesh, prefix)
+    logits_BV, cache = prefill_prompts(model, params, request, mesh)
     batch = logits_BV.shape[0]
     sampling = repeat_to_batch(sampling, batch)
     history = None
@@ -117,35 +103,20 @@ def generate(
 
   def decode() -> TokenBlock:
     nonlocal state
-    if prefix_cache is not None:
-      prefix_cache.prefix = None  # the block donates its cache
     with use_mesh(mesh):
       state, sampled = decode_block(model, params, state, sampling, num_ids, static)
     return sampled
 
-  tokens, ahead = [*request.prompts[0]], runs_ahead(model, prefix_cache)
+  # A CPU would compute a block in vain for a caller who stops.
+  ahead = jax.default_backend() != "cpu"
   for number in range(request.num_blocks + 1):
     is_last = number == request.num_blocks
     following = decode() if ahead and not is_last else None
     block = block_on_host(sampled, num_rows)
-    if prefix_cache is not None:
-      tokens += block.tokens_BT[0].tolist()
-      # The cache does not hold the newest token yet.
-      prefix_cache.prefix = CachedPrefix(tuple(tokens[:-1]), state.cache)
     num_before = 1 + (number - 1) * BLOCK_STEPS if number else 0
     yield first_steps(block, request.max_new_tokens - num_before)
     if not is_last:
       sampled = decode() if following is None else following
-
-
-def runs_ahead(model: LanguageModel, prefix_cache: PrefixCache | None) -> bool:
-  """Whether the device starts a block before the host has read the one before.
-
-  Not on a CPU, which would compute a block in vain for a caller who stops. Not for an RNN
-  with a prefix cache either: its state cannot go back from the block that nobody read.
-  """
-  keeps_rnn_state = prefix_cache is not None and model.cfg.family == "rnn"
-  return jax.default_backend() != "cpu" and not keeps_rnn_state
 
 
 @functools.partial(jax.jit, static_argnames=("model", "static"), donate_argnames="state")

@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefill: a request's prompts are read into a cache.
 
-Nothing is read twice: equal prompts are read once (several samples of one prompt), and so
-is a prefix that all prompts share or that an earlier call has read. Lengths, cache size
-and batch are rounded up to buckets, so that requests of all lengths share a few compiled
-programs.
+Equal prompts are read once (several samples of one prompt). Lengths, cache size and batch
+are rounded up to buckets, so that requests of all lengths share a few compiled programs.
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +25,6 @@ BLOCK_STEPS = 16
 SMALLEST_BUCKET = 32
 MOST_NEW_TOKENS = 2**20  # of an RNN, which no context limits
 CHUNK = MAX_NEW_IN_RING  # tokens of a prompt that one pass reads
-SMALLEST_PREFIX = 64  # tokens that all prompts share, worth a pass of their own
 
 
 def check_ids(rows: Sequence[Sequence[int]], num_ids: int) -> None:
@@ -90,16 +87,16 @@ class Request:
     """Blocks of decode steps that follow the first token, which the prefill gives."""
     return -(-(self.max_new_tokens - 1) // BLOCK_STEPS)
 
-  def slots(self, shared: int) -> int:
+  @property
+  def slots(self) -> int:
     """Slots of a cache for this request, rounded up to a bucket.
 
-    They depend on the request, not on the model's context. There is room for padding,
-    which the prefill writes behind a `shared` prefix and at the end of a prompt.
+    They depend on the request, not on the model's context. There is room for the padding
+    that the prefill writes at the end of a prompt.
     """
     longest = max(map(len, self.prompts))
     decoded = longest + self.num_blocks * BLOCK_STEPS
-    prefilled = shared + padded_length(longest - shared)
-    return bucket(max(decoded, prefilled, padded_length(shared)), fine=True)
+    return bucket(max(decoded, padded_length(longest)), fine=True)
 
 
 def bucket(size: int, smallest: int = SMALLEST_BUCKET, fine: bool = False) -> int:
@@ -112,19 +109,11 @@ def bucket(size: int, smallest: int = SMALLEST_BUCKET, fine: bool = False) -> in
   return between if fine and smallest < between and size <= between else power
 
 
-class CachedPrefix(NamedTuple):
-  """The tokens of one row that an earlier call has read, and its cache."""
-
-  tokens: tuple[int, ...]
-  cache: Any
-
-
 def prefill_prompts(
   model: LanguageModel,
   params: Any,
   request: Request,
   mesh: Mesh | None,
-  prefix: CachedPrefix | None = None,
 ) -> tuple[jax.Array, Any]:
   """The logits (B, V) that follow each prompt, and the cache.
 
@@ -137,60 +126,18 @@ def prefill_prompts(
   unique = {row: number for number, row in enumerate(dict.fromkeys(rows))}
   prompts, sources = ([*column] for column in zip(*unique, strict=True))
   batch = batch_of(len(prompts))
-  shared, is_cached = 0, False
-  if request.sources is None:
-    shared, is_cached = shared_prefix(model.cfg, prompts, prefix)
-  slots = request.slots(shared)
   if request.sources is not None:
     source_BS, source_lengths_B = pad_rows(sources, batch)
-    cache = init_cache_with_source(model, params, source_BS, source_lengths_B, slots)
-  elif shared:
-    if is_cached:
-      assert prefix is not None
-      cache = prefix.cache
-    else:
-      cache = init_cache(model, shards, slots)
-      _, cache = prefill_rows(model, params, [prompts[0][:shared]], cache)
-    rows_B = np.zeros(batch, np.int32)
-    cache = repeat_prefix(model.cfg, cache, rows_B, np.int32(shared), slots)
+    sources_of_rows = source_BS, source_lengths_B
+    cache = init_cache_with_source(model, params, *sources_of_rows, request.slots)
   else:
-    cache = init_cache(model, batch, slots)
-  rest = [prompt[shared:] for prompt in prompts]
-  logits_BV, cache = prefill_rows(model, params, rest, cache)
+    cache = init_cache(model, batch, request.slots)
+  logits_BV, cache = prefill_rows(model, params, prompts, cache)
   if len(unique) < len(rows):
     rows_B = np.zeros(batch_of(len(rows)), np.int32)
     rows_B[: len(rows)] = [unique[row] for row in rows]
     logits_BV, cache = take_rows(logits_BV, cache, rows_B)
   return logits_BV, cache
-
-
-def shared_prefix(
-  cfg: ResolvedModel, prompts: Sequence[Sequence[int]], prefix: CachedPrefix | None
-) -> tuple[int, bool]:
-  """How many first tokens all rows can get from one cache, and whether `prefix` has them.
-
-  At least one token of each prompt is always read. A prefix that all prompts share is
-  read in a pass of its own only if it is long enough, and longer than the cached one.
-  """
-  # Of all prompts, the first and the last in order have the least in common.
-  first, last = min(map(tuple, prompts)), max(map(tuple, prompts))
-  shared_by_all = common_length(first, last, min(map(len, prompts)) - 1)
-  cached = 0
-  if prefix is not None:
-    num_common = common_length(prefix.tokens, first, shared_by_all)
-    # A KV cache can be cut back to them, but an RNN keeps only its last state.
-    if prefix.cache.can_rewind(cfg, len(prefix.tokens) - num_common):
-      cached = num_common
-  if len(prompts) == 1 or shared_by_all < SMALLEST_PREFIX or cached == shared_by_all:
-    return cached, True
-  return shared_by_all, False
-
-
-def common_length(first: Sequence[int], second: Sequence[int], most: int) -> int:
-  """The length of the common prefix of two sequences, at most `most`."""
-  pairs = zip(first[:most], second, strict=False)
-  differ = (n for n, (a, b) in enumerate(pairs) if a != b)
-  return next(differ, min(most, len(first), len(second)))
 
 
 def prefill_rows(
@@ -285,13 +232,3 @@ def init_cache_with_source(
 @jax.jit
 def take_rows(logits_BV: jax.Array, cache: Any, rows_B: jax.Array) -> tuple[jax.Array, Any]:
   return logits_BV[rows_B], cache.take(rows_B)
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "slots"))
-def repeat_prefix(
-  cfg: ResolvedModel, cache: Any, rows_B: jax.Array, length: jax.Array, slots: int
-) -> Any:
-  """A cache with the first `length` tokens of the rows `rows_B`, resized to `slots`."""
-  cache = cache.take(rows_B)
-  lengths_B = jnp.full_like(cache.lengths_B, length)
-  return cache._replace(lengths_B=lengths_B).resized(cfg, slots)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys and values of past texts, in pieces of `PIECE` tokens, for texts that begin alike.
+"""What was read of past texts, for texts that begin as they did.
 
-A piece is found by its tokens and by the piece before it, so that a text shares what it
-has in common with any earlier one. There is a limit of bytes: what was not used for longest
-goes first, and of a text its end before its beginning.
+Many texts are kept in pieces of `PIECE` tokens, each of which is found by its tokens and by
+the piece before it, so that a text shares what it has in common with any earlier one. There
+is a limit of bytes: what was not used for longest goes first, and of a text its end before
+its beginning. Of a conversation the last rows are kept whole: to their last token, and also
+what cannot be cut in pieces.
 """
 
 import collections
@@ -13,11 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from flaxlm.config import ResolvedModel
+from flaxlm.config import MAX_NEW_IN_RING, ResolvedModel
 
 PIECE = 64  # tokens
+MOST_KEPT = 2  # whole rows: that of a prompt, and that of its answer
 
 
 class PrefixStore:
@@ -61,8 +65,11 @@ class PrefixStore:
 def has_pieces(cfg: ResolvedModel) -> bool:
   """Whether a model's past can be cut: not the state of an RNN, nor rings, in which later
   tokens take the place of earlier ones, nor what was written for another source."""
-  has_rings = "L" in cfg.period and cfg.ring_slots is not None
-  return cfg.family == "decoder" and not has_rings
+  return cfg.family == "decoder" and not has_rings(cfg)
+
+
+def has_rings(cfg: ResolvedModel) -> bool:
+  return "L" in cfg.period and cfg.ring_slots is not None
 
 
 def keys_of(tokens: Sequence[int]) -> Iterator[bytes]:
@@ -96,3 +103,69 @@ def put_piece(cache: Any, piece: Any, row: jax.Array, start: jax.Array) -> Any:
   end = start + jax.tree.leaves(piece)[0].shape[2]
   lengths_B = cache.lengths_B.at[row].set(end)
   return cache._replace(layers=layers, lengths_B=lengths_B).constrained()
+
+
+# -- Whole rows ----------------------------------------------------------------------------
+
+
+class RowStore:
+  """The rows of the last texts, at most `MOST_KEPT` of them.
+
+  Keys and values serve any text that begins alike: a smaller length takes the rest back.
+  The state of an RNN, and rings in which tokens may have taken the place of earlier ones,
+  serve only texts that go on from their last token.
+  """
+
+  def __init__(self, cfg: ResolvedModel):
+    self.cfg = cfg
+    self._rows: list[tuple[Sequence[int], Any]] = []  # (tokens, cache), the oldest first
+
+  def find(self, tokens: Sequence[int]) -> tuple[int, Any]:
+    """The most tokens that a row has of a text, less than all, and the row's cache, which
+    may hold others behind them."""
+    found = [(self._shared(kept, tokens[:-1]), cache) for kept, cache in self._rows]
+    return max(found, key=lambda row: row[0], default=(0, None))
+
+  def add(self, tokens: Sequence[int], is_end: bool, copy: Callable[[], Any]) -> None:
+    """Keeps the copy of a row, which ends with these tokens or may hold more."""
+    can_rewind = self._can_rewind(tokens)
+    is_known = any(self._shared(kept, tokens) == len(tokens) for kept, _ in self._rows)
+    if is_known or not (is_end or can_rewind):
+      return
+    if can_rewind:  # rows that it goes on from are of no more use
+      goes_on = lambda kept: common_length(kept, tokens) == len(kept)
+      self._rows = [row for row in self._rows if not goes_on(row[0])]
+    del self._rows[: 1 - MOST_KEPT]  # before there is one more, for the sake of memory
+    self._rows.append((tuple(tokens), copy()))
+
+  def clear(self) -> None:
+    self._rows.clear()
+
+  def _shared(self, kept: Sequence[int], tokens: Sequence[int]) -> int:
+    """How many tokens of a text are to be had of the row of another one."""
+    length = common_length(kept, tokens)
+    return length if length == len(kept) or self._can_rewind(kept) else 0
+
+  def _can_rewind(self, kept: Sequence[int]) -> bool:
+    """Whether a smaller length alone gives a row of fewer tokens."""
+    if not has_rings(self.cfg):
+      return self.cfg.family != "rnn"
+    # Padding, or steps ahead of the host, may lie behind the tokens.
+    most = (self.cfg.ring_slots or 0) - self.cfg.sink_tokens - MAX_NEW_IN_RING
+    return len(kept) <= most
+
+
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+  """How many tokens two texts begin with in common."""
+  differ = (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+  return next(differ, min(len(first), len(second)))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "slots"))
+def copy_rows(
+  cfg: ResolvedModel, cache: Any, rows_R: jax.Array, length: jax.Array, slots: int
+) -> Any:
+  """A cache of the first `length` tokens of the rows `rows_R`, with room for `slots`."""
+  cache = cache.take(rows_R)
+  lengths_R = jnp.full_like(cache.lengths_B, length)
+  return cache._replace(lengths_B=lengths_R).resized(cfg, slots).constrained()

@@ -179,7 +179,7 @@ def take_rows(rows: Rows, rows_B: jax.Array, kept_B: jax.Array) -> Rows:
 @functools.partial(jax.jit, static_argnames=("cfg", "slots", "source_slots"))
 def resize_cache(cfg: ResolvedModel, cache: Any, slots: int, source_slots: int) -> Any:
   """The cache with room for `slots` tokens of a row, and for as many of its source."""
-  cache = cache.resized(cfg, slots, never_turned=True)
+  cache = cache.resized(cfg, slots)
   if source_slots:
     cache = cache._replace(source=cache.source.resized(source_slots))
   return cache.constrained()

@@ -161,7 +161,7 @@ def init_speculation(
   batch = first.token_B.shape[0]
   lengths_B = np.ones(batch, np.int32)
   lengths_B[: len(request.prompts)] = [*map(len, request.prompts)]
-  texts_BS = np.zeros((batch, request.slots(0) + 2 * MAX_DRAFT_TOKENS), np.int32)
+  texts_BS = np.zeros((batch, request.slots + 2 * MAX_DRAFT_TOKENS), np.int32)
   for row, prompt in enumerate(request.prompts):
     texts_BS[row, : len(prompt)] = prompt
   texts = jnp.asarray(texts_BS).at[jnp.arange(batch), lengths_B].set(first.token_B)

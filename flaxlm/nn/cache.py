@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flaxlm.config import MAX_NEW_IN_RING, MAX_TAKEN_BACK, ResolvedModel
+from flaxlm.config import MAX_NEW_IN_RING, ResolvedModel
 from flaxlm.nn.masks import Placement
 from flaxlm.sharding import constrain
 
@@ -75,32 +75,22 @@ class KVCache(NamedTuple):
     lengths_B = constrain(self.lengths_B, "batch")
     return jax.tree.map(pin, self)._replace(lengths_B=lengths_B)
 
-  def resized(
-    self, cfg: ResolvedModel, slots: int, never_turned: bool = False
-  ) -> "KVCache":
+  def resized(self, cfg: ResolvedModel, slots: int) -> "KVCache":
     """The same tokens with room for `slots` of them; `slots` must be enough for all.
 
-    A ring is cut only if it has `never_turned`: then token number s is in slot s, too.
+    A ring that is cut or grows has not turned: token number s is in slot s there, too.
     """
 
     def resize(kind: str, x_BKSH: jax.Array) -> jax.Array:
-      size, is_ring = cfg.cache_slots(kind, slots), kind == "L" and cfg.ring_slots
+      size = cfg.cache_slots(kind, slots)
       missing = max(0, size - x_BKSH.shape[2])
-      x_BKSH = jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, missing), (0, 0)))
-      return x_BKSH if is_ring and not never_turned else x_BKSH[:, :, :size]
+      return jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, missing), (0, 0)))[:, :, :size]
 
     layers = tuple(
       jax.tree.map(functools.partial(resize, kind), kv)
       for kind, kv in zip(cfg.layer_kinds(), self.layers, strict=True)
     )
     return self._replace(layers=layers)
-
-  def can_rewind(self, cfg: ResolvedModel, num_tokens: int) -> bool:
-    """Whether smaller lengths alone restore the cache of `num_tokens` tokens ago."""
-    ring = cfg.ring_slots
-    if num_tokens <= MAX_TAKEN_BACK or ring is None or "L" not in cfg.period:
-      return True
-    return int(self.lengths_B.max()) + MAX_NEW_IN_RING <= ring - cfg.sink_tokens
 
 
 class SourceCache(NamedTuple):

@@ -54,9 +54,6 @@ class RNNCache(NamedTuple):
   def resized(self, *_: Any, **__: Any) -> "RNNCache":
     return self
 
-  def can_rewind(self, _: ResolvedModel, num_tokens: int) -> bool:
-    return num_tokens == 0
-
 
 def init_rnn_cache(cfg: ResolvedModel, batch: int) -> RNNCache:
   """The state of `batch` rows that have read nothing."""

@@ -441,7 +441,7 @@ def drawing_memory(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, int]:
   made of), the cache of all rows, and their logits."""
   longest = cfg.data.seq_len - cfg.reward.max_new_tokens  # of a prompt
   request = Request([range(longest)], cfg.reward.max_new_tokens, cfg.model.num_ids)
-  parts = decoding_memory(cfg, sizes, cfg.data.batch_size, request.slots(0))
+  parts = decoding_memory(cfg, sizes, cfg.data.batch_size, request.slots)
   plain = dataclasses.replace(cfg, lora=LoraConfig())
   copies = 2 if cfg.lora.rank else 1
   copy = state_bytes(plain, sizes).parameters

@@ -252,7 +252,7 @@ def test_drawing_is_counted(rank: int):
   moments = training_memory(cfg, sizes).moments
   model = build_model(MODEL, CFG.training)
   request = Request([range(40)], 24, MODEL.num_ids)  # 40 + 24 = data.seq_len
-  cache = jax.eval_shape(lambda: init_cache(model, 16, request.slots(0)))
+  cache = jax.eval_shape(lambda: init_cache(model, 16, request.slots))
   params = abstract_params(model, mesh_of())
   laid_out = jax.eval_shape(lambda params: prepare_params(params, MODEL), params)
   size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
