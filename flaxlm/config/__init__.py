@@ -19,7 +19,6 @@ from flaxlm.config.mesh import (
 )
 from flaxlm.config.model import (
   MAX_NEW_IN_RING,
-  MAX_TAKEN_BACK,
   OBJECTIVES,
   TALKS,
   ModelConfig,

@@ -118,7 +118,7 @@ class RowStore:
 
   def __init__(self, cfg: ResolvedModel):
     self.cfg = cfg
-    self._rows: list[tuple[Sequence[int], Any]] = []  # (tokens, cache), the oldest first
+    self._rows: list[tuple[Sequence[int], Any]] = []  # (tokens, cache), the newest last
 
   def find(self, tokens: Sequence[int]) -> tuple[int, Any]:
     """The most tokens that a row has of a text, less than all, and the row's cache, which
@@ -129,8 +129,9 @@ class RowStore:
   def add(self, tokens: Sequence[int], is_end: bool, copy: Callable[[], Any]) -> None:
     """Keeps the copy of a row, which ends with these tokens or may hold more."""
     can_rewind = self._can_rewind(tokens)
-    is_known = any(self._shared(kept, tokens) == len(tokens) for kept, _ in self._rows)
-    if is_known or not (is_end or can_rewind):
+    has_all = lambda row: self._shared(row[0], tokens) == len(tokens)
+    self._rows.sort(key=has_all)  # what is of use again is the newest
+    if any(map(has_all, self._rows)) or not (is_end or can_rewind):
       return
     if can_rewind:  # rows that it goes on from are of no more use
       goes_on = lambda kept: common_length(kept, tokens) == len(kept)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill: in chunks, once for shared prompts, and continuing from an earlier call."""
+"""Prefill: in chunks, and once for equal prompts."""
 
 import gc
 import os
@@ -9,31 +9,21 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import slow
 from hypothesis import given
 from hypothesis import strategies as st
-from parameters import random_params
 from test_generate import model_of
 
-from flaxlm.config import ModelConfig
-from flaxlm.decoding import generate as generate_module
 from flaxlm.decoding import prefill
-from flaxlm.decoding.generate import PrefixCache, decode_block, generate
+from flaxlm.decoding.generate import decode_block, generate
 from flaxlm.decoding.prefill import (
   CHUNK,
-  SMALLEST_PREFIX,
-  CachedPrefix,
   Request,
   bucket,
-  common_length,
   padded_length,
   prefill_prompts,
-  shared_prefix,
 )
 from flaxlm.decoding.sampling import SamplingSettings, make_sampling, stack_settings
 from flaxlm.decoding.weights import prepare_params
-from flaxlm.nn.cache import KVCache
-from flaxlm.nn.models import build_model
 
 NUM_NEW = 20
 
@@ -69,12 +59,11 @@ def test_chunks_read_what_one_pass_reads(monkeypatch):
   assert counts == [3 + 16 + 16 + 16, 16 + 16, 9]
 
 
-@given(st.integers(1, 3000), st.integers(0, 3000), st.integers(1, 300))
-def test_what_is_written_fits(length: int, shared: int, new: int):
-  """The padding of the last chunk too, behind whatever prefix."""
-  shared = min(shared, length - 1)
-  slots = Request([[1] * length], new, 2).slots(shared)
-  assert slots >= max(length + new - 1, shared + padded_length(length - shared))
+@given(st.integers(1, 3000), st.integers(1, 300))
+def test_what_is_written_fits(length: int, new: int):
+  """The padding of the last chunk too."""
+  slots = Request([[1] * length], new, 2).slots
+  assert slots >= max(length + new - 1, padded_length(length))
   assert padded_length(length) >= length
   assert padded_length(length) - length < CHUNK
   assert slots == bucket(slots, fine=True), "few sizes"
@@ -92,108 +81,6 @@ def test_samples_of_a_prompt_are_read_once(monkeypatch):
   for row, prompt in enumerate(prompts):
     one = stack_settings([SamplingSettings(seed=3, row=row)])
     assert tokens_of(model, params, Request([prompt], NUM_NEW, 64), one) == [together[row]]
-
-
-@pytest.mark.parametrize("name", ["gqa", slow("gpt2")])
-def test_a_shared_prefix_is_read_once(name, monkeypatch):
-  model, params = model_of(name)
-  monkeypatch.setattr(prefill, "SMALLEST_PREFIX", 8)
-  prefix, ends = [*range(20, 31)], [[1], [2, 3, 4], [5, 6]]
-  prompts = [prefix + end for end in ends]
-  greedy = make_sampling(3, 0.0)
-  counts = read_count(monkeypatch)
-  together = tokens_of(model, params, Request(prompts, NUM_NEW, 64), greedy)
-  assert counts == [11, 6 + 1], "a row that fills up the batch reads one token"
-  monkeypatch.setattr(prefill, "SMALLEST_PREFIX", SMALLEST_PREFIX)
-  assert tokens_of(model, params, Request(prompts, NUM_NEW, 64), greedy) == together
-  assert len({tuple(row) for row in together}) > 1
-
-
-def test_a_shared_prefix_is_not_taken_from_a_cache_that_has_its_beginning_only():
-  """The cache of an earlier call is longer than what the prompts share, but other text."""
-  model, params = model_of("gqa")
-  params = prepare_params(params, model.cfg)
-  start, rest = [*range(1, 20)], [7] * SMALLEST_PREFIX
-  earlier = Request([[*start, *([9] * 2 * SMALLEST_PREFIX)]], 2, 64)
-  _, cache = prefill_prompts(model, params, earlier, None)
-  prefix = CachedPrefix(tuple(earlier.prompts[0]), cache)
-  request = Request([[*start, *rest, end] for end in (1, 2)], 2, 64)
-  shared, is_cached = shared_prefix(model.cfg, request.prompts, prefix)
-  assert shared == len(start) + len(rest) < len(prefix.tokens) and not is_cached
-  plain, _ = prefill_prompts(model, params, request, None)
-  helped, _ = prefill_prompts(model, params, request, None, prefix)
-  np.testing.assert_allclose(helped, plain, atol=1e-6)
-
-
-def test_a_token_of_each_prompt_is_always_read():
-  """Where one is the beginning of another, and where one was read before to its end: its
-  logits are those of its last token."""
-  cfg = model_of("gqa")[0].cfg
-  prompt = [*range(SMALLEST_PREFIX + 6)]
-  assert shared_prefix(cfg, [prompt, [*prompt, 1]], None)[0] == len(prompt) - 1
-  earlier = CachedPrefix(tuple(prompt), KVCache((), np.array([len(prompt)])))
-  assert shared_prefix(cfg, [prompt], earlier) == (len(prompt) - 1, True)
-  assert shared_prefix(cfg, [[*prompt, 1]], earlier) == (len(prompt), True)
-
-
-@pytest.mark.parametrize(("name", "ahead"), [("gqa", False), slow("gpt2", True)])
-def test_a_conversation_reads_only_what_is_new(name, ahead, monkeypatch):
-  """A turn ends in the middle of a block, the next goes on from there or takes it back.
-
-  Also where the device is a block ahead of the host, as it is not by itself on a CPU.
-  """
-  model, params = model_of(name)
-  assert not generate_module.runs_ahead(model, None)
-  monkeypatch.setattr(generate_module, "runs_ahead", lambda *_: ahead)
-  greedy, prefix_cache = make_sampling(1, 0.0), PrefixCache()
-  prompt = [3, 1, 4]
-  answer = tokens_of(
-    model, params, Request([prompt], 6, 64), greedy, prefix_cache=prefix_cache
-  )[0]
-  counts = read_count(monkeypatch)
-  for cut, more in ((6, [9, 2]), (4, [8])):
-    turn = [*prompt, *answer[:cut], *more]
-    with_cache = tokens_of(
-      model, params, Request([turn], 7, 64), greedy, prefix_cache=prefix_cache
-    )
-    assert counts == [len(more)]
-    assert with_cache == tokens_of(model, params, Request([turn], 7, 64), greedy)
-    counts.clear()
-  other = Request([[7, 7, 7]], 7, 64)
-  assert tokens_of(model, params, other, greedy, prefix_cache=prefix_cache) == tokens_of(
-    model, params, other, greedy
-  )
-
-
-def test_an_rnn_remembers_its_end_alone():
-  model = build_model(ModelConfig(family="rnn", depth=2, width=16, vocab_size=64))
-  params = random_params(model, spread=0.7)
-  greedy, prefix_cache = make_sampling(1, 0.0), PrefixCache()
-  (answer,) = tokens_of(
-    model, params, Request([[3, 1]], 6, 64), greedy, prefix_cache=prefix_cache
-  )
-  for turn in ([3, 1, *answer[:2], 5], [3, 1, *answer, 5]):
-    request = Request([turn], 5, 64)
-    plain = tokens_of(model, params, request, greedy)
-    assert tokens_of(model, params, request, greedy, prefix_cache=prefix_cache) == plain
-
-
-def test_a_call_that_is_broken_off_forgets():
-  model, params = model_of("gqa")
-  prefix_cache = PrefixCache()
-  blocks = generate(
-    model,
-    params,
-    Request([[1, 2]], 40, 64),
-    make_sampling(1, 0.0),
-    prefix_cache=prefix_cache,
-  )
-  next(blocks)
-  assert prefix_cache.prefix is not None
-  assert prefix_cache.prefix.tokens == (1, 2)
-  next(blocks)
-  assert len(prefix_cache.prefix.tokens) == 2 + 16
-  assert prefix_cache.prefix.cache.lengths_B.tolist() == [2 + 16]
 
 
 @pytest.mark.slow
@@ -255,7 +142,7 @@ def test_random_requests_compile_once_a_bucket(count: int):
     sampling = make_sampling(rows, float(rng.uniform(0, 2)), seed=number)
     next(blocks := generate(model, params, request, sampling))
     next(blocks, None)
-    key = (bucket(rows, smallest=1), request.slots(0))
+    key = (bucket(rows, smallest=1), request.slots)
     buckets[0].add((*key, padded_length(max(map(len, request.prompts)))))
     if request.num_blocks:
       buckets[1].add(key)
@@ -268,13 +155,6 @@ def test_random_requests_compile_once_a_bucket(count: int):
   assert arrays_after <= arrays_before
   if count > 1000:  # before, the programs themselves are being added
     assert bytes_after - bytes_before < 2**24
-
-
-def test_common_length():
-  assert common_length([1, 2, 3], [1, 2, 4], 9) == 2
-  assert common_length([1, 2, 3], [1, 2, 3, 4], 9) == 3
-  assert common_length([1, 2, 3], [1, 2, 3], 2) == 2
-  assert common_length([], [1], 2) == 0
 
 
 def test_beams_of_a_long_prompt():
