@@ -16,8 +16,14 @@ from tiny_tokenizers import llama
 from flaxlm.chat import process
 from flaxlm.chat.templates import Chat, Talk, load_chat, load_special_tokens
 from flaxlm.commands import infer
+from flaxlm.decoding import engine
 from flaxlm.decoding.chat import Conversation
-from flaxlm.decoding.completions import Stopping, complete_request, make_request
+from flaxlm.decoding.completions import (
+  Stopping,
+  complete_request,
+  grow_completions,
+  make_request,
+)
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.sampling import GREEDY
 from flaxlm.errors import ConfigError, DataError
@@ -311,6 +317,29 @@ def test_a_long_conversation_goes_on(
   request = make_request(run, prompt, 20, has_specials=True)
   [last] = complete_request(run, request, prompt, [GREEDY])
   assert whole == f"{first}{last.completion}\n"
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(
+  run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+  """What was told of it stays, and the next turn is what it would be anyway."""
+  store(tmp_path, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+  decode_rows, blocks = engine.decode_rows, []
+
+  def interrupted(*arguments: Any) -> Any:
+    blocks.append(decode_rows(*arguments))
+    if len(blocks) == 2:
+      raise KeyboardInterrupt
+    return blocks[-1]
+
+  with monkeypatch.context() as patch:
+    patch.setattr(engine, "decode_rows", interrupted)
+    whole = said_by(run, tmp_path, ["a", "b"], monkeypatch, max_new_tokens=40)
+  asked = lambda text: (run, make_request(run, [text], 40, has_specials=True), [text])
+  growing = grow_completions(*asked("a"), [GREEDY])
+  _, told = next(growing)  # of the first block; the first token alone is no letter
+  [following] = complete_request(*asked(f"a{told}b"), [GREEDY])
+  assert whole == f"{told}\n{following.completion}\n"
 
 
 def test_tools_and_a_system_need_a_template(
