@@ -1063,6 +1063,20 @@ DECODING = [
     "decoding/test_prefix_store.py",
   ),
   Defect(
+    "a conversation begins with the state of another text",
+    "flaxlm/decoding/prefix_store.py",
+    "return max([(0, None), *found], key=lambda row: row[0])",
+    "return max([*found, (0, None)], key=lambda row: row[0])",
+    "decoding/test_prefix_store.py",
+  ),
+  Defect(
+    "an answer is kept whose last key was written over",
+    "flaxlm/decoding/engine.py",
+    "if len(tokens) == self._slots:",
+    "if False:",
+    "decoding/test_prefix_store.py",
+  ),
+  Defect(
     "the state of an RNN is taken back",
     "flaxlm/decoding/prefix_store.py",
     'return self.cfg.family != "rnn"',

@@ -177,10 +177,10 @@ class Engine:
     self._state: Rows | None = None
     self._slots = self._source_slots = 0
     self._blocks: collections.deque[_Block] = collections.deque()
-    self._store: PrefixStore | None = None
-    if self.options.prefix_bytes and has_pieces(model.cfg):
-      self._store = PrefixStore(self.options.prefix_bytes)
     self._past = None if model.cfg.family == "encoder_decoder" else past
+    self._store: PrefixStore | None = None
+    if past is None and self.options.prefix_bytes and has_pieces(model.cfg):
+      self._store = PrefixStore(self.options.prefix_bytes)
     self._owes_block = False  # the rows that decode have waited for prompts already
     # Of the rows as they are; None when they have changed.
     self._batch_sampling: RowSampling | None = None

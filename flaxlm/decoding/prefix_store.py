@@ -122,9 +122,9 @@ class RowStore:
 
   def find(self, tokens: Sequence[int]) -> tuple[int, Any]:
     """The most tokens that a row has of a text, less than all, and the row's cache, which
-    may hold others behind them."""
+    may hold others behind them; (0, None) if none has any."""
     found = [(self._shared(kept, tokens[:-1]), cache) for kept, cache in self._rows]
-    return max(found, key=lambda row: row[0], default=(0, None))
+    return max([(0, None), *found], key=lambda row: row[0])
 
   def add(self, tokens: Sequence[int], is_end: bool, copy: Callable[[], Any]) -> None:
     """Keeps the copy of a row, which ends with these tokens or may hold more."""

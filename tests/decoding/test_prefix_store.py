@@ -85,6 +85,8 @@ def test_an_rnn_goes_on_from_a_prompt_and_from_an_answer(ahead: bool):
     expected = alone(model, params, request(turn, 5))
     assert talk.answer(turn, 5) == expected
     assert talk.num_read == num_read, "the state has no middle"
+  other = [7, 7, 7]
+  assert talk.answer(other, 7) == alone(model, params, request(other, 7))
 
 
 @pytest.mark.slow
@@ -173,6 +175,7 @@ def test_a_row_that_is_found_has_the_text(cfg: Any, added: list):
     store.add(text, is_end, lambda text=text: [*text])
     assert len(store._rows) <= MOST_KEPT
     count, cache = store.find([*text, 1])
+    assert bool(count) == (cache is not None)
     if is_end or cfg is KEYS:
       assert count == len(text), "the newest is there"
     if count:
@@ -194,7 +197,7 @@ def test_an_answer_that_fills_its_row_is_not_kept():
   model, params = small_model("long")
   options = EngineOptions(rows=2, most_steps=16, prefix_bytes=2**20)
   engine = Engine(model, params, 64, options=options)
-  full = request([*range(64)], PIECE + 1, 1)
+  full = request([*range(60)], 2 * PIECE - 60 + 1, 1)  # it ends within a block
   number = engine.submit(full)
   engine.submit(request([9], 100, 2))
   following = [*full.prompt, *tokens_of(finish(engine)[number]), 9]
