@@ -110,10 +110,7 @@ def bucket(size: int, smallest: int = SMALLEST_BUCKET, fine: bool = False) -> in
 
 
 def prefill_prompts(
-  model: LanguageModel,
-  params: Any,
-  request: Request,
-  mesh: Mesh | None,
+  model: LanguageModel, params: Any, request: Request, mesh: Mesh | None
 ) -> tuple[jax.Array, Any]:
   """The logits (B, V) that follow each prompt, and the cache.
 
