@@ -1072,8 +1072,8 @@ DECODING = [
   Defect(
     "an answer is kept whose last key was written over",
     "flaxlm/decoding/engine.py",
-    "if len(tokens) == self._slots:",
-    "if False:",
+    "was_idle = len(event.tokens) < num_steps",
+    "was_idle = False",
     "decoding/test_prefix_store.py",
   ),
   Defect(

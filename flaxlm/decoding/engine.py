@@ -386,8 +386,6 @@ class Engine:
     if job.row is not None:
       assert self._state is not None
       tokens = [*job.request.prompt, *job.tokens[:-1]]
-      if len(tokens) == self._slots:  # idle steps may have written over the last one
-        return
       is_end = has_ended or job.in_cache == len(tokens)
       self._keep(tokens, self._state.cache, job.row, job.slots_read, is_end)
 
@@ -608,9 +606,11 @@ class Engine:
         job.in_cache = len(job.request.prompt) + len(job.tokens) - 1
       if event.finish_reason is not None:
         broken = job.row if event.error else None
-        if event.error is None:
+        # Idle steps write behind a row's last token; over it, where there is no more room.
+        was_idle = len(event.tokens) < num_steps
+        if broken is None and not (was_idle and job.in_cache == self._slots):
           self._keep_answer(job, has_ended=True)
-        elif self._past is not None:
+        if event.error is not None and self._past is not None:
           self._past.clear()  # NaN behind a text would reach what begins alike
         self._release(job)
         if broken is not None:
