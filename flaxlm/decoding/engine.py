@@ -21,30 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxlm.decoding.prefill import (
-  CHUNK,
-  SMALLEST_BUCKET,
-  Request,
-  bucket,
-  init_cache_with_source,
-  logits_of_hidden,
-  no_hidden,
-  pad_rows,
-  padded_length,
-  prefill_chunk,
-)
+from flaxlm.decoding.prefill import SMALLEST_BUCKET, Request
 from flaxlm.decoding.prefill import take_rows as take_read
-from flaxlm.decoding.prefix_store import (
-  PIECE,
-  PrefixStore,
-  RowStore,
-  copy_rows,
-  cut_piece,
-  has_pieces,
-  put_piece,
-)
+from flaxlm.decoding.prefix_store import RowStore
+from flaxlm.decoding.reader import Reader, Reading, Text
 from flaxlm.decoding.requests import (
-  MOST_PADDING,
   Counters,
   EngineOptions,
   EngineRequest,
@@ -55,7 +36,7 @@ from flaxlm.decoding.row_settings import (
   RowSettings,
   empty_history,
 )
-from flaxlm.decoding.row_sizes import RowSizes, chunk_size
+from flaxlm.decoding.row_sizes import RowSizes
 from flaxlm.decoding.rows import (
   Rows,
   Steps,
@@ -69,7 +50,6 @@ from flaxlm.decoding.rows import (
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import ConfigError, NonFiniteError
 from flaxlm.nn.base import LanguageModel
-from flaxlm.nn.models import init_cache
 from flaxlm.sharding import batch_shards, on_host, use_mesh, wait_on_cpu
 from flaxlm.tokenizers import AnyTokenizer
 
@@ -89,33 +69,13 @@ class _Job:
   is_done: bool = False
 
   @property
-  def text(self) -> tuple:
+  def text(self) -> Text:
     """What is read: equal for samples of one prompt."""
     return tuple(self.request.prompt), tuple(self.request.source or ())
 
   @property
   def left(self) -> int:
     return self.request.max_new_tokens - len(self.tokens)
-
-
-@dataclasses.dataclass
-class _Reading:
-  """Some prompts that are read together into a cache of their own, and who waits."""
-
-  texts: list[tuple]
-  waiting: list[list[_Job]]  # for each text
-  cache: Any
-  last_RD: Any
-  slots: tuple[int, int]  # of a row of the cache, and of its source
-  starts: list[int]  # tokens of each prompt that the cache had already
-  position: int = 0  # tokens of each prompt, from there on, that were read
-  logits_RV: Any = None  # after the last token of each
-
-  @property
-  def rest(self) -> list[Sequence[int]]:
-    """What is still to be read of each prompt."""
-    starts = [start + self.position for start in self.starts]
-    return [prompt[at:] for (prompt, _), at in zip(self.texts, starts, strict=True)]
 
 
 class _Block(NamedTuple):
@@ -172,15 +132,13 @@ class Engine:
     self._numbers = itertools.count()
     self._queue: collections.deque[_Job] = collections.deque()
     self._jobs: dict[int, _Job] = {}  # those that are not done
-    self._reading: _Reading | None = None
+    self.reader = Reader(model, self.params, self.options, self.sizes, self.counters, past)
+    self._reading: Reading | None = None
+    self._waiting: list[list[_Job]] = []  # for each text of the reading
     self._rows: list[_Job | None] = []
     self._state: Rows | None = None
     self._slots = self._source_slots = 0
     self._blocks: collections.deque[_Block] = collections.deque()
-    self._past = None if model.cfg.family == "encoder_decoder" else past
-    self._store: PrefixStore | None = None
-    if past is None and self.options.prefix_bytes and has_pieces(model.cfg):
-      self._store = PrefixStore(self.options.prefix_bytes)
     self._owes_block = False  # the rows that decode have waited for prompts already
     # Of the rows as they are; None when they have changed.
     self._batch_sampling: RowSampling | None = None
@@ -228,8 +186,7 @@ class Engine:
   @property
   def num_waiting(self) -> int:
     """Requests that no row has taken yet."""
-    being_read = [] if self._reading is None else self._reading.waiting
-    return len(self._queue) + sum(map(len, being_read))
+    return len(self._queue) + sum(map(len, self._waiting))
 
   @property
   def num_active(self) -> int:
@@ -280,21 +237,20 @@ class Engine:
         limit = most if is_urgent else left
         if limit is not None and limit < SMALLEST_BUCKET:
           return
-        num_read = self._read_chunk(self._reading, limit)
+        num_read = self.reader.read(self._reading, limit)
         left = None if left is None else left - num_read
-        wait_on_cpu(self._reading.last_RD)
       if self._reading.logits_RV is not None and not self._insert(self._reading):
         return
 
-  def _begin_reading(self) -> _Reading | None:
+  def _begin_reading(self) -> Reading | None:
     """The next prompts to be read, if there are rows for them."""
     active = self._active_requests
-    texts: dict[tuple, list[_Job]] = {}
+    texts: dict[Text, list[_Job]] = {}
     while self._queue:
       job = self._queue[0]
       if job.text not in texts:
         is_full = len(active) >= self.options.rows
-        is_full = is_full or not self._may_read_together([*texts, job.text])
+        is_full = is_full or not self.reader.may_read_together([*texts, job.text])
         if is_full or not self.sizes.fits([*active, job.request]):
           break
         active.append(job.request)
@@ -302,84 +258,9 @@ class Engine:
       job.is_queued = False
     if not texts:
       return None
-    batch = self.shards * bucket(-(-len(texts) // self.shards), smallest=1)
-    found = [self._store.find(prompt) if self._store else [] for prompt, _ in texts]
-    shared = min(map(len, found))  # all begin at once: nothing is written past the end
-    found = [pieces[:shared] for pieces in found]
-    starts, kept = [len(pieces) * PIECE for pieces in found], None
-    if self._past is not None and len(texts) == 1:
-      starts[0], kept = self._past.find(next(iter(texts))[0])
-    lengths = [len(text[0]) - at for text, at in zip(texts, starts, strict=True)]
-    slots = self.sizes.bucket_of_reading(starts[0] + max(lengths) + MOST_PADDING)
-    if self.options.whole_rows:  # no other size is needed afterwards
-      ends = [job.request.final_length for jobs in texts.values() for job in jobs]
-      ends.append(starts[0] + padded_length(max(lengths)))
-      slots = max(slots, self.sizes.bucket_of_slots(max(ends)))
-    sources, source_slots = [source for _, source in texts], 0
-    if any(sources):
-      source_slots = self.sizes.bucket_of_source(max(map(len, sources)))
-      source_BS, lengths_B = pad_rows(sources, batch, source_slots)
-      self.counters.read_tokens += sum(map(len, sources))
-      args = (self.model, self.params, source_BS, lengths_B, slots)
-      cache = init_cache_with_source(*args)
-    elif kept is not None:
-      rows_R = np.zeros(batch, np.int32)
-      cache = copy_rows(self.model.cfg, kept, rows_R, np.int32(starts[0]), slots)
-    else:
-      cache = init_cache(self.model, batch, slots)
-    for row, pieces in enumerate(found):
-      for n, piece in enumerate(pieces):
-        cache = put_piece(cache, piece, np.int32(row), np.int32(n * PIECE))
-    self.counters.cached_tokens += sum(starts)
-    last_RD = no_hidden(self.model, batch)
-    sizes = slots, source_slots
-    return _Reading([*texts], [*texts.values()], cache, last_RD, sizes, starts)
-
-  def _may_read_together(self, texts: Sequence[tuple]) -> bool:
-    """Whether one pass reads so many prompts. Short ones gain by it on a CPU, too."""
-    longest = max(len(prompt) for prompt, _ in texts)
-    is_short = self.options.whole_rows and len(texts) * bucket(longest) <= CHUNK
-    return is_short or len(texts) <= self.read_together
-
-  @property
-  def read_together(self) -> int:
-    """Prompts of one pass. A CPU gains nothing by more than it must take."""
-    return self.shards if jax.default_backend() == "cpu" else 8 * self.shards
-
-  def _read_chunk(self, reading: _Reading, limit: int | None) -> int:
-    """Reads at most `limit` more tokens of each prompt; returns how many, with padding."""
-    rest, most = reading.rest, CHUNK if limit is None else limit
-    longest = max(map(len, rest))
-    size = chunk_size(longest, most)
-    if self.options.whole_rows:
-      size = bucket(min(longest, most))
-    chunk = [tokens[:size] for tokens in rest]
-    tokens_RT, num_new_R = pad_rows(chunk, reading.last_RD.shape[0], size)
-    reading.last_RD, reading.cache = prefill_chunk(
-      self.model, self.params, tokens_RT, num_new_R, reading.cache, reading.last_RD
-    )
-    reading.position += size
-    self.counters.read_tokens += sum(map(len, chunk))
-    if not any(reading.rest):
-      reading.logits_RV = logits_of_hidden(self.model, self.params, reading.last_RD)
-      for row, (prompt, _) in enumerate(reading.texts):
-        self._keep(prompt, reading.cache, row, reading.slots[0], is_end=True)
-    return size * len(reading.texts)
-
-  def _keep(
-    self, tokens: Sequence[int], cache: Any, row: int, slots: int, is_end: bool
-  ) -> None:
-    """Keeps what a row of a cache has read, for a prompt that goes on from it.
-
-    If it is kept whole, as a row of so many slots; `is_end`: these are all of its tokens.
-    """
-    if self._store is not None:
-      cut = lambda start: cut_piece(cache, np.int32(row), np.int32(start))
-      self._store.add(tokens, cut)
-    if self._past is not None:
-      rows_R, length = np.full(self.shards, row, np.int32), np.int32(len(tokens))
-      copy = lambda: copy_rows(self.model.cfg, cache, rows_R, length, slots)
-      self._past.add(tokens, is_end, copy)
+    self._waiting = [*texts.values()]
+    ends = [job.request.final_length for jobs in self._waiting for job in jobs]
+    return self.reader.begin([*texts], max(ends))
 
   def _keep_answer(self, job: _Job, has_ended: bool = False) -> None:
     """Keeps what a row has written; if it `has_ended`, it has written no more."""
@@ -387,18 +268,17 @@ class Engine:
       assert self._state is not None
       tokens = [*job.request.prompt, *job.tokens[:-1]]
       is_end = has_ended or job.in_cache == len(tokens)
-      self._keep(tokens, self._state.cache, job.row, job.slots_read, is_end)
+      self.reader.keep(tokens, self._state.cache, job.row, job.slots_read, is_end)
 
   # -- Rows
 
-  def _insert(self, reading: _Reading) -> bool:
+  def _insert(self, reading: Reading) -> bool:
     """Gives free rows to requests whose prompts were read; False if some still wait."""
-    batch = reading.last_RD.shape[0]
-    while any(reading.waiting):
+    while any(self._waiting):
       active = self._active_requests
-      most = min(batch, self.options.rows - len(active))
+      most = min(reading.num_rows, self.options.rows - len(active))
       now: list[tuple[int, _Job]] = []
-      for n, job in ((n, job) for n, jobs in enumerate(reading.waiting) for job in jobs):
+      for n, job in ((n, job) for n, jobs in enumerate(self._waiting) for job in jobs):
         active.append(job.request)
         if len(now) == most or not self.sizes.fits(active):
           break
@@ -406,19 +286,19 @@ class Engine:
       if not now:
         return False
       for n, job in now:
-        reading.waiting[n].remove(job)
+        self._waiting[n].remove(job)
       self._insert_together(reading, now)
       wait_on_cpu(self._state)
     self._reading = None
     return True
 
-  def _insert_together(self, reading: _Reading, now: Sequence[tuple[int, _Job]]) -> None:
+  def _insert_together(self, reading: Reading, now: Sequence[tuple[int, _Job]]) -> None:
     """Draws the first token of some requests, and puts their caches into free rows.
 
     Each comes with the number of its text. A pass has as many rows as the reading, so the
     first request is repeated.
     """
-    batch = reading.last_RD.shape[0]
+    batch = reading.num_rows
     texts, jobs = zip(*now, strict=True)
     for job in jobs:
       job.in_cache, job.slots_read = len(job.request.prompt), reading.slots[0]
@@ -427,7 +307,7 @@ class Engine:
     if moved_X is not None and self._has_history:
       assert self._state is not None
       self._state = renumber(self._state, moved_X)
-    is_all = len(jobs) == batch and not any(reading.waiting)
+    is_all = len(jobs) == batch and not any(self._waiting)
     self._make_room(jobs, reading.cache, is_all)
     free = [row for row, job in enumerate(self._rows) if job is None]
     for row, job in zip(free, jobs, strict=False):
@@ -540,11 +420,11 @@ class Engine:
       self._batch_sampling = None
     elif job.is_queued:
       self._queue.remove(job)
-    elif self._reading is not None:
-      for jobs in self._reading.waiting:
+    else:
+      for jobs in self._waiting:
         if job in jobs:
           jobs.remove(job)
-      if not any(self._reading.waiting):
+      if not any(self._waiting):
         self._reading = None
 
   # -- Decoding
@@ -610,8 +490,8 @@ class Engine:
         was_idle = len(event.tokens) < num_steps
         if broken is None and not (was_idle and job.in_cache == self._slots):
           self._keep_answer(job, has_ended=True)
-        if event.error is not None and self._past is not None:
-          self._past.clear()  # NaN behind a text would reach what begins alike
+        if event.error is not None:
+          self.reader.forget()
         self._release(job)
         if broken is not None:
           self._clear(broken)

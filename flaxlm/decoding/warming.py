@@ -108,7 +108,7 @@ def _warm_reading(engine: Engine, slots: int, source: int) -> list[Rows]:
   model, params = engine.model, engine.params
   read: list[Rows] = []
   together = engine.shards
-  while together <= engine.read_together:
+  while together <= engine.reader.together:
     if source:
       source_BS, lengths_B = pad_rows([[0]] * together, together, source)
       cache = init_cache_with_source(model, params, source_BS, lengths_B, slots)

@@ -22,6 +22,7 @@ from test_generate import model_of
 
 from flaxlm.config import ModelConfig, MoEConfig
 from flaxlm.decoding import engine as engine_module
+from flaxlm.decoding import reader
 from flaxlm.decoding.compile_counter import count_compilations
 from flaxlm.decoding.engine import Engine
 from flaxlm.decoding.generate import generate
@@ -282,17 +283,17 @@ def test_a_long_prompt_does_not_stall_the_others(monkeypatch):
   """At most `most_read` of its tokens are read between two blocks of steps."""
   done: list[int] = []  # tokens read, or 0 for a block
 
-  def logged(name: str, what: Any) -> None:
-    function = getattr(engine_module, name)
+  def logged(module: Any, name: str, what: Any) -> None:
+    function = getattr(module, name)
 
     def logging(*arguments: Any) -> Any:
       done.append(what(*arguments))
       return function(*arguments)
 
-    monkeypatch.setattr(engine_module, name, logging)
+    monkeypatch.setattr(module, name, logging)
 
-  logged("prefill_chunk", lambda model, params, tokens_RT, *_: tokens_RT.size)
-  logged("decode_rows", lambda *_: 0)
+  logged(reader, "prefill_chunk", lambda model, params, tokens_RT, *_: tokens_RT.size)
+  logged(engine_module, "decode_rows", lambda *_: 0)
   engine = engine_of("gqa")
   engine.submit(request([50], 25, 1))
   engine.step()

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads an engine's prompts, a chunk at a time, into caches of their own.
+
+What was read is kept, as the engine's options or a conversation want it, and prompts that
+begin alike are read from there on.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxlm.decoding.prefill import (
+  CHUNK,
+  bucket,
+  init_cache_with_source,
+  logits_of_hidden,
+  no_hidden,
+  pad_rows,
+  padded_length,
+  prefill_chunk,
+)
+from flaxlm.decoding.prefix_store import (
+  PIECE,
+  PrefixStore,
+  RowStore,
+  copy_rows,
+  cut_piece,
+  has_pieces,
+  put_piece,
+)
+from flaxlm.decoding.requests import MOST_PADDING, Counters, EngineOptions
+from flaxlm.decoding.row_sizes import RowSizes, chunk_size
+from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.models import init_cache
+from flaxlm.sharding import wait_on_cpu
+
+# What is read for a request: its prompt, and its source or ().
+Text = tuple[Sequence[int], Sequence[int]]
+
+
+@dataclasses.dataclass
+class Reading:
+  """Some prompts that are read together into a cache of their own."""
+
+  texts: Sequence[Text]
+  cache: Any
+  last_RD: Any  # the hidden vector of each row's last token so far
+  slots: tuple[int, int]  # of a row of the cache, and of its source
+  starts: list[int]  # tokens of each prompt that the cache had already
+  position: int = 0  # tokens of each prompt, from there on, that were read
+  logits_RV: Any = None  # after the last token of each; None until all were read
+
+  @property
+  def num_rows(self) -> int:
+    """Rows of the cache; more than texts, perhaps."""
+    return self.last_RD.shape[0]
+
+  @property
+  def rest(self) -> list[Sequence[int]]:
+    """What is still to be read of each prompt."""
+    starts = [start + self.position for start in self.starts]
+    return [prompt[at:] for (prompt, _), at in zip(self.texts, starts, strict=True)]
+
+
+class Reader:
+  """Begins readings, and goes on with them; counts what it reads.
+
+  `past` is that of `Engine`.
+  """
+
+  def __init__(
+    self,
+    model: LanguageModel,
+    params: Any,
+    options: EngineOptions,
+    sizes: RowSizes,
+    counters: Counters,
+    past: RowStore | None = None,
+  ):
+    self.model, self.params, self.options = model, params, options
+    self.sizes, self.shards, self.counters = sizes, sizes.shards, counters
+    self._past = None if model.cfg.family == "encoder_decoder" else past
+    self._store: PrefixStore | None = None
+    if past is None and options.prefix_bytes and has_pieces(model.cfg):
+      self._store = PrefixStore(options.prefix_bytes)
+
+  @property
+  def together(self) -> int:
+    """Prompts of one pass. A CPU gains nothing by more than it must take."""
+    return self.shards if jax.default_backend() == "cpu" else 8 * self.shards
+
+  def may_read_together(self, texts: Sequence[Text]) -> bool:
+    """Whether one pass reads so many prompts. Short ones gain by it on a CPU, too."""
+    longest = max(len(prompt) for prompt, _ in texts)
+    is_short = self.options.whole_rows and len(texts) * bucket(longest) <= CHUNK
+    return is_short or len(texts) <= self.together
+
+  def begin(self, texts: Sequence[Text], final_length: int) -> Reading:
+    """A reading of these texts, of which the longest answer ends at `final_length`."""
+    batch = self.shards * bucket(-(-len(texts) // self.shards), smallest=1)
+    found = [self._store.find(prompt) if self._store else [] for prompt, _ in texts]
+    shared = min(map(len, found))  # all begin at once: nothing is written past the end
+    found = [pieces[:shared] for pieces in found]
+    starts, kept = [len(pieces) * PIECE for pieces in found], None
+    if self._past is not None and len(texts) == 1:
+      starts[0], kept = self._past.find(texts[0][0])
+    lengths = [len(prompt) - at for (prompt, _), at in zip(texts, starts, strict=True)]
+    slots = self.sizes.bucket_of_reading(starts[0] + max(lengths) + MOST_PADDING)
+    if self.options.whole_rows:  # no other size is needed afterwards
+      end = max(final_length, starts[0] + padded_length(max(lengths)))
+      slots = max(slots, self.sizes.bucket_of_slots(end))
+    sources, source_slots = [source for _, source in texts], 0
+    if any(sources):
+      source_slots = self.sizes.bucket_of_source(max(map(len, sources)))
+      source_BS, lengths_B = pad_rows(sources, batch, source_slots)
+      self.counters.read_tokens += sum(map(len, sources))
+      args = (self.model, self.params, source_BS, lengths_B, slots)
+      cache = init_cache_with_source(*args)
+    elif kept is not None:
+      rows_R = np.zeros(batch, np.int32)
+      cache = copy_rows(self.model.cfg, kept, rows_R, np.int32(starts[0]), slots)
+    else:
+      cache = init_cache(self.model, batch, slots)
+    for row, pieces in enumerate(found):
+      for n, piece in enumerate(pieces):
+        cache = put_piece(cache, piece, np.int32(row), np.int32(n * PIECE))
+    self.counters.cached_tokens += sum(starts)
+    last_RD = no_hidden(self.model, batch)
+    return Reading(texts, cache, last_RD, (slots, source_slots), starts)
+
+  def read(self, reading: Reading, limit: int | None) -> int:
+    """Reads at most `limit` more tokens of each prompt; returns how many, with padding."""
+    rest, most = reading.rest, CHUNK if limit is None else limit
+    longest = max(map(len, rest))
+    size = chunk_size(longest, most)
+    if self.options.whole_rows:
+      size = bucket(min(longest, most))
+    chunk = [tokens[:size] for tokens in rest]
+    tokens_RT, num_new_R = pad_rows(chunk, reading.num_rows, size)
+    reading.last_RD, reading.cache = prefill_chunk(
+      self.model, self.params, tokens_RT, num_new_R, reading.cache, reading.last_RD
+    )
+    wait_on_cpu(reading.last_RD)
+    reading.position += size
+    self.counters.read_tokens += sum(map(len, chunk))
+    if not any(reading.rest):
+      reading.logits_RV = logits_of_hidden(self.model, self.params, reading.last_RD)
+      for row, (prompt, _) in enumerate(reading.texts):
+        self.keep(prompt, reading.cache, row, reading.slots[0], is_end=True)
+    return size * len(reading.texts)
+
+  # -- What was read before
+
+  def keep(
+    self, tokens: Sequence[int], cache: Any, row: int, slots: int, is_end: bool
+  ) -> None:
+    """Keeps what a row of a cache has read, for a prompt that goes on from it.
+
+    If it is kept whole, as a row of so many slots; `is_end`: these are all of its tokens.
+    """
+    if self._store is not None:
+      cut = lambda start: cut_piece(cache, np.int32(row), np.int32(start))
+      self._store.add(tokens, cut)
+    if self._past is not None:
+      rows_R, length = np.full(self.shards, row, np.int32), np.int32(len(tokens))
+      copy = lambda: copy_rows(self.model.cfg, cache, rows_R, length, slots)
+      self._past.add(tokens, is_end, copy)
+
+  def forget(self) -> None:
+    """Drops a conversation's rows: NaN behind a text would reach what begins alike."""
+    if self._past is not None:
+      self._past.clear()
