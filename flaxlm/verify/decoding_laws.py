@@ -11,7 +11,7 @@ import numpy as np
 
 from flaxlm.decoding.engine import Engine
 from flaxlm.decoding.generate import PrefixCache, generate
-from flaxlm.decoding.prefill import Request, prefill_prompts
+from flaxlm.decoding.prefill import BLOCK_STEPS, Request, prefill_prompts
 from flaxlm.decoding.prefix_store import PIECE, has_pieces
 from flaxlm.decoding.requests import EngineOptions, EngineRequest
 from flaxlm.decoding.sampling import SamplingSettings, stack_settings
@@ -158,7 +158,7 @@ def prefixes(case: Case) -> Finding:
   """Prompts that begin, or go on, like earlier ones: what is kept of these is only used
   where all tokens up to there are the same."""
   if case.family not in ("decoder", "rnn"):
-    return does_not_apply(f"a {case.family} keeps no prefixes")
+    return does_not_apply("only decoders and RNNs keep prefixes")
   least = 2 * PIECE + 24
   if case.model_cfg.context < least:
     return does_not_apply(f"model.context is below {least}")
@@ -175,9 +175,11 @@ def prefixes(case: Case) -> Finding:
       rows += answers(engine, [request])
     if not engine.counters.cached_tokens:
       return Finding(0.0, details=["no prefix is ever found"])
-  kept, text = PrefixCache(), first[:15]
+  kept, text = PrefixCache(), first[:48]
   for number, end in enumerate(ends):  # a chat: each turn goes on from what was written
-    rows += draw(case, case.params, Request([text + end], 3, ids), kept)
+    # The first answer is as long as what was decoded: its last token is in no cache yet.
+    count = BLOCK_STEPS + 1 if number == 0 else 3
+    rows += draw(case, case.params, Request([text + end], count, ids), kept)
     text = [*rows[-1][0], *rows[-1][1]]
     if number == 1:  # the second question is asked again, with other words
       text = text[:-6]
@@ -231,8 +233,8 @@ def texts_read(case: Case, count: int) -> list[list[int]] | None:
   return [random_tokens(3 + 2 * n, seed=60 + n).tolist() for n in range(count)]
 
 
-Row = tuple[Sequence[int], list[int], list[float], Any]  # prompt, tokens, their logprobs,
-# and what was read
+# A prompt, the tokens drawn after it, their log-probabilities, and what was read beside it.
+Row = tuple[Sequence[int], list[int], list[float], Any]
 
 
 def continued(case: Case, params: Any, num_ids: int) -> list[Row]:

@@ -50,6 +50,9 @@ def causal(case: Case) -> Finding:
   error = float(change_BT[~is_later_BT].max())
   if case.family != "rnn":
     seen = sight(case, "G", "decoder")
+    maps = shown(case)[1]
+    if not all(np.all(own_diagonal(x) > 0) for name, x in maps.items() if "self" in name):
+      details.append("a query does not see its own key")
     later_TS = np.triu(np.ones_like(seen.documents_TS), 1) > 0
     unseen_TS = seen.documents_TS & ~later_TS & ~seen.sees_TS
     details += described(unseen_TS, "a global layer's query does not see an earlier key")
@@ -295,7 +298,7 @@ def rope(case: Case) -> Finding:
   frequency; dims beyond the first R stay."""
   cfg = case.model_cfg
   if cfg.positions != "rope" or case.family == "rnn":
-    return does_not_apply(f"model.positions is {cfg.positions}, or there are none")
+    return does_not_apply("there is no RoPE")
   x_BTNH = np.random.default_rng(4).normal(size=(1, SEQ_LEN, 2, cfg.head_dim))
   x_BTNH, positions_BT = x_BTNH.astype(np.float32), np.arange(SEQ_LEN)[None] + 3
   errors = []
@@ -386,15 +389,26 @@ def paths(case: Case) -> Finding:
   if case.family == "rnn":
     return does_not_apply("an RNN has no attention")
   tokens_BT, source = random_tokens(8, SEQ_LEN), case.source_of(8)
-  shown, maps = jax.device_get(_shown(case.model, case.params, tokens_BT, source))
+  expected, maps = shown(case)
   sums = [weights.sum(-1) for weights in maps.values()]
   details = []
   highest = max(float(x.max()) for x in sums)
   lowest = min(float(x.min()) for x in sums)
   if highest > 1 + 1e-5 or (lowest < 1 - 1e-5 and not case.model_cfg.learned_sinks):
     details.append(f"attention weights add up to {lowest:.6f} to {highest:.6f}")
-  shown = shown[..., : case.model_cfg.num_ids]
-  return Finding(distance(case.logits(tokens_BT, source=source), shown), details=details)
+  return Finding(distance(case.logits(tokens_BT, source=source), expected), details=details)
+
+
+@functools.lru_cache(maxsize=2)
+def shown(case: Case) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """(logits, attention maps (L, B, N, T, S) by name) of the reference."""
+  tokens_BT, source = random_tokens(8, SEQ_LEN), case.source_of(8)
+  logits_BTV, maps = jax.device_get(_shown(case.model, case.params, tokens_BT, source))
+  return logits_BTV[..., : case.model_cfg.num_ids], maps
+
+
+def own_diagonal(maps: np.ndarray) -> np.ndarray:
+  return np.diagonal(maps, axis1=-2, axis2=-1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -40,7 +40,7 @@ from flaxlm.verify.model_laws import ROUNDING, one_layer
 # width of every matrix over fsdp, and the other dim of these over tensor or expert.
 BY_TENSOR = re.compile(
   r"(attention/(q|k|v|o)/kernel|ffn/(gate|up|down)/kernel|experts/\w+/kernel"
-  r"|shared/\w+/kernel|(^|/)(embedding/table|head/kernel)|cell/\w+/kernel)$"
+  r"|shared/\w+/kernel|(^|/)(embedding/table|head/kernel)|relative_bias/table|cell/\w+/kernel)$"
 )
 BY_EXPERT = re.compile(r"experts/\w+/kernel$")
 MATRIX = re.compile(r"(kernel|table)$")
