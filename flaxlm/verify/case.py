@@ -19,6 +19,7 @@ from flaxlm.nn.models import boxed_shapes, build_model
 from flaxlm.sharding import batch_shards
 from flaxlm.verify.shrink import SEQ_LEN, shrink_mesh, shrink_model, shrink_training
 
+ROUNDING = "float32 adds up in another order"  # why laws tolerate an error
 END_ID = 0  # no document has it inside
 DOCUMENTS = (  # lengths of those in a row of SEQ_LEN tokens and one that is only a target
   (9, 7, 9),
@@ -214,6 +215,11 @@ def windows_of(rows: Sequence[Sequence[np.ndarray]]) -> Windows:
     begins_BX[number, starts] = True
   lengths_B = np.array([sum(map(len, documents)) for documents in rows])
   return Windows(tokens_BX, begins_BX, lengths_B)
+
+
+def one_layer(cfg: ResolvedModel, kind: str) -> ResolvedModel:
+  """The model with a single layer, local (L) or global (G)."""
+  return dataclasses.replace(cfg, depth=1, encoder_depth=1, layer_pattern=kind)
 
 
 def mesh_of(sizes: Mapping[str, int]) -> Mesh:

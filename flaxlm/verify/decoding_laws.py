@@ -18,6 +18,7 @@ from flaxlm.decoding.sampling import SamplingSettings, stack_settings
 from flaxlm.nn.base import LanguageModel, Source
 from flaxlm.nn.models import init_cache
 from flaxlm.verify.case import (
+  ROUNDING,
   Case,
   Finding,
   Law,
@@ -25,7 +26,6 @@ from flaxlm.verify.case import (
   does_not_apply,
   random_tokens,
 )
-from flaxlm.verify.model_laws import ROUNDING
 
 NO_TEXT = "an encoder writes no text"
 # All laws draw alike, so that they share their programs; what was drawn does not matter,

@@ -10,11 +10,20 @@ from flaxlm.config import ResolvedConfig
 from flaxlm.errors import ConfigError, first_line
 from flaxlm.planning.report import print_table, wide_console
 from flaxlm.sharding import describe_mesh
-from flaxlm.verify import decoding_laws, model_laws, training_laws
+from flaxlm.verify import (
+  attention_laws,
+  data_laws,
+  decoding_laws,
+  model_laws,
+  training_laws,
+)
 from flaxlm.verify.case import Case, Finding, Law
 from flaxlm.verify.shrink import RULE, describe
 
-LAWS: tuple[Law, ...] = (*model_laws.LAWS, *decoding_laws.LAWS, *training_laws.LAWS)
+LAWS: tuple[Law, ...] = (
+  *(*model_laws.LAWS, *attention_laws.LAWS),
+  *(*decoding_laws.LAWS, *training_laws.LAWS, *data_laws.LAWS),
+)
 
 HOLDS, FAILS, DOES_NOT_APPLY = "holds", "fails", "does not apply"
 

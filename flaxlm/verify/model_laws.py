@@ -9,24 +9,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxlm.config import ResolvedModel
 from flaxlm.nn.base import Source
 from flaxlm.nn.models import build_model
-from flaxlm.nn.positions import rotate, rotation
 from flaxlm.verify.case import (
   END_ID,
+  ROUNDING,
   Case,
   Finding,
   Law,
   distance,
   does_not_apply,
+  one_layer,
   random_params,
   random_tokens,
 )
 from flaxlm.verify.shrink import SEQ_LEN
 
 LEAST_CHANGE = 1e-6  # of logits, for what must not be seen to count as seen
-ROUNDING = "float32 adds up in another order"
 SAME_PROGRAM = "one program on numbers that may not matter"
 
 
@@ -187,11 +186,6 @@ def sight(case: Case, kind: str, family: str) -> Sight:
   return Sight(change_ST.T, documents_TS, sinks_TS)
 
 
-def one_layer(cfg: ResolvedModel, kind: str) -> ResolvedModel:
-  """The model with a single layer, local (L) or global (G)."""
-  return dataclasses.replace(cfg, depth=1, encoder_depth=1, layer_pattern=kind)
-
-
 def described(pairs_TS: np.ndarray, what: str) -> list[str]:
   """The first pair that is wrong, and how many there are."""
   wrong = np.argwhere(pairs_TS)
@@ -293,69 +287,6 @@ def padding(case: Case) -> Finding:
   return Finding(distance(logits(11), logits(12)))
 
 
-def rope(case: Case) -> Finding:
-  """Each pair of dims (i, i + R/2) is a complex number that turns by position times
-  frequency; dims beyond the first R stay."""
-  cfg = case.model_cfg
-  if cfg.positions != "rope" or case.family == "rnn":
-    return does_not_apply("there is no RoPE")
-  x_BTNH = np.random.default_rng(4).normal(size=(1, SEQ_LEN, 2, cfg.head_dim))
-  x_BTNH, positions_BT = x_BTNH.astype(np.float32), np.arange(SEQ_LEN)[None] + 3
-  errors = []
-  for kind in sorted(set(cfg.period)):
-    turn = lambda x, at, local=kind == "L": rotate(
-      x, rotation(at, cfg.head_dim, cfg.rope, local)
-    )
-    turned = np.asarray(jax.jit(turn)(x_BTNH, positions_BT))
-    expected = turned_by_hand(x_BTNH, positions_BT, cfg, kind)
-    errors.append(distance(turned, expected))
-  return Finding(max(errors))
-
-
-def turned_by_hand(
-  x_BTNH: np.ndarray, positions_BT: np.ndarray, cfg: ResolvedModel, kind: str
-) -> np.ndarray:
-  num_pairs = int(cfg.head_dim * cfg.rope.fraction / 2)
-  factors, frequencies = frequencies_by_hand(cfg, kind, num_pairs)
-  pairs = x_BTNH[..., :num_pairs] + 1j * x_BTNH[..., num_pairs : 2 * num_pairs]
-  pairs = pairs * factors * np.exp(1j * positions_BT[..., None, None] * frequencies)
-  rest = x_BTNH[..., 2 * num_pairs :]
-  return np.concatenate([pairs.real, pairs.imag, rest], -1)
-
-
-def frequencies_by_hand(
-  cfg: ResolvedModel, kind: str, num_pairs: int
-) -> tuple[float, np.ndarray]:
-  """(factor of every pair, radians per position of each): Su et al. (2021), section 3.2.2,
-  stretched as Chen et al. (2023), Peng et al. (2023) or Llama 3.1's authors do."""
-  rope, pair = cfg.rope, np.arange(num_pairs)
-  local_theta = rope.local_theta if kind == "L" else None
-  theta = float(local_theta or rope.theta)
-  plain = theta ** (-pair / num_pairs)
-  if local_theta is not None or rope.scaling == "none":
-    return 1.0, plain
-  context = rope.original_context
-  if rope.scaling == "linear":
-    return 1.0, plain / rope.factor
-  if rope.scaling == "ntk":
-    more = rope.factor ** (2 * num_pairs / max(1, 2 * num_pairs - 2))
-    return 1.0, (theta * more) ** (-pair / num_pairs)
-  if rope.scaling == "llama3":
-    turns = context * plain / (2 * np.pi)
-    kept = (turns - rope.slow_turns) / (rope.fast_turns - rope.slow_turns)
-    kept = np.clip(kept, 0, 1)
-    return 1.0, plain * kept + plain / rope.factor * (1 - kept)
-  # yarn: the pair that turns n times over the context, rounded outwards
-  at = lambda n: num_pairs * np.log(context / (2 * np.pi * max(n, 1e-9))) / np.log(theta)
-  low = max(0, np.floor(max(0.0, at(rope.fast_turns))))
-  high = np.ceil(min(2 * num_pairs - 1, at(rope.slow_turns)))
-  kept = 1 - np.clip((pair - low) / ((high - low) or 0.001), 0, 1)
-  size = rope.attention_factor
-  if size is None:
-    size = 0.1 * np.log(rope.factor) + 1 if rope.factor > 1 else 1.0
-  return float(size), plain * kept + plain / rope.factor * (1 - kept)
-
-
 # -- Heads ---------------------------------------------------------------------------------
 
 
@@ -431,7 +362,6 @@ LAWS = (
   Law("sinks", "sinks stay visible, and take weight", sinks, 1e-4, ROUNDING),
   Law("packed", "a packed document is the document alone", packed, 1e-4, ROUNDING),
   Law("padding", "padding of rows never matters", padding, 1e-6, SAME_PROGRAM),
-  Law("rope", "RoPE turns complex numbers", rope, 1e-4, "float32 angles of some radians"),
   Law("kv heads", "neighbouring query heads share a kv head", kv_heads, 1e-4, ROUNDING),
   Law("attention paths", "each path gives the reference's values", paths, 1e-4, ROUNDING),
 )

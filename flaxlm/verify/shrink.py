@@ -16,6 +16,7 @@ from flaxlm.config import (
   mesh_sizes,
 )
 
+WIDTH = 32
 SEQ_LEN = 24  # tokens in a row of a batch
 MOST_DEVICES = 8  # a mesh of more is cut to 2 along each of its axes
 VOCAB_SIZE, NUM_IDS = 64, 61  # the last three rows are padding
@@ -26,7 +27,7 @@ RING_CONTEXT = 704
 RULE = (
   "one period of the layer pattern, without more than two of a kind in a row, and at least "
   "2 layers; 2 kv heads (or 1) with at most 2 query heads each, or 4 heads that have their "
-  "own, of at most 16 dims; width 32, feed-forward 48; "
+  f"own, of at most 16 dims; width {WIDTH} (48 for 6 heads), feed-forward 48 or 4 x width; "
   f"{NUM_IDS} ids in {VOCAB_SIZE} rows; context {MOST_CONTEXT}, or {RING_CONTEXT} with a "
   "window; window 5, 2 sink tokens, 8 buckets; 4 experts of width 24 without a capacity; "
   "float32; no adapters; everything else as the config says"
@@ -50,7 +51,17 @@ def shrink_model(
   if own and model.positions == "alibi" and model.num_heads & (model.num_heads - 1):
     kv_heads = min(model.num_kv_heads, 6)  # no power of two either: it has other slopes
   heads = kv_heads * min(2, model.num_heads // model.num_kv_heads)
-  head_dim = min(model.head_dim, 16)
+  # Published families demand that some of these numbers fit each other, to the last bit.
+  width, head_dim = min(model.width, WIDTH if WIDTH % heads == 0 else 8 * heads), 16
+  if model.num_heads * model.head_dim == model.width and width % heads == 0:
+    head_dim = width // heads
+  head_dim = min(model.head_dim, head_dim)
+  ffn_width = 4 * width if model.ffn_width == 4 * model.width else min(model.ffn_width, 48)
+  attention_scale, logit_scale = model.attention_scale, model.logit_scale
+  if attention_scale == model.head_dim**-0.5:
+    attention_scale = head_dim**-0.5
+  if logit_scale == model.width**-0.5:  # T5's
+    logit_scale = width**-0.5
   moe = dataclasses.replace(
     model.moe,
     num_experts=min(model.moe.num_experts, 4),
@@ -65,13 +76,13 @@ def shrink_model(
     depth=depth,
     layer_pattern=pattern,
     encoder_depth=min(model.encoder_depth, 2) if sizes["stage"] == 1 else depth,
-    width=min(model.width, 32),
+    width=width,
     num_heads=heads,
     num_kv_heads=kv_heads,
     head_dim=head_dim,
-    # As large beside 1 / sqrt(head_dim) as it was.
-    attention_scale=model.attention_scale * math.sqrt(model.head_dim / head_dim),
-    ffn_width=min(model.ffn_width, 48),
+    attention_scale=attention_scale,
+    logit_scale=logit_scale,
+    ffn_width=ffn_width,
     vocab_size=VOCAB_SIZE,
     num_ids=NUM_IDS,
     window=window,

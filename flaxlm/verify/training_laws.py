@@ -33,8 +33,16 @@ from flaxlm.training.step import (
   put_batch,
   shardings_of,
 )
-from flaxlm.verify.case import Case, Finding, Law, distance, does_not_apply, random_params
-from flaxlm.verify.model_laws import ROUNDING, one_layer
+from flaxlm.verify.case import (
+  ROUNDING,
+  Case,
+  Finding,
+  Law,
+  distance,
+  does_not_apply,
+  one_layer,
+  random_params,
+)
 
 # What a mesh must cut, by name, whatever the table of rules says (docs/sharding.md): the
 # width of every matrix over fsdp, and the other dim of these over tensor or expert.

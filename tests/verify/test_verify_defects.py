@@ -52,7 +52,7 @@ DEFECTS = {
     "flaxlm/nn/masks.py",
     "near = key > query - window",
     "near = key >= query - window",
-    ["window"],
+    ["window", "attention"],
   ),
   "a rule left replicated": (
     "flaxlm/sharding/rules.py",
@@ -92,20 +92,26 @@ DEFECTS = {
     "first, second, rest = jnp.split(x_BTNH, (half, 2 * half), -1)",
     "rest, first, second = jnp.split(x_BTNH, (x_BTNH.shape[-1] - 2 * half, "
     "x_BTNH.shape[-1] - half), -1)",
-    ["rope"],
+    ["rope", "attention"],
   ),
   "RoPE turns neighbouring dims": (
     "flaxlm/nn/positions.py",
     "first, second, rest = jnp.split(x_BTNH, (half, 2 * half), -1)",
     "first, second, rest = x_BTNH[..., : 2 * half : 2], x_BTNH[..., 1 : 2 * half : 2], "
     "x_BTNH[..., 2 * half :]",
-    ["rope"],
+    ["rope", "attention"],
+  ),
+  "keys are not turned": (
+    "flaxlm/nn/attention.py",
+    "k_BSKH = rotate(k_BSKH, cos_sin)",
+    "k_BSKH = k_BSKH + 0",
+    ["attention"],
   ),
   "sinks forgotten": (
     "flaxlm/nn/masks.py",
     "    if sink_tokens:\n",
     "    if False:\n",
-    ["sinks"],
+    ["sinks", "attention"],
   ),
   "learned sinks forgotten while decoding": (
     "flaxlm/nn/kernels/cached.py",
@@ -141,7 +147,7 @@ DEFECTS = {
     "flaxlm/nn/kernels/blocked.py",
     ".reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)",
     ".reshape(B, T, N // K, K, H).transpose(0, 3, 2, 1, 4)",
-    ["kv heads"],
+    ["kv heads", "attention"],
   ),
 }
 
