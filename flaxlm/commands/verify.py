@@ -29,12 +29,10 @@ def add_verify(commands: Any) -> None:
 
 
 def run_verify(args: argparse.Namespace, arguments: list[str]) -> int:
-  import jax
-
   from flaxlm.config import parse_mesh
   from flaxlm.data.storage import data_dir
   from flaxlm.planning.planner import resolve
-  from flaxlm.platform import start_jax
+  from flaxlm.platform import compile_quickly, start_jax
   from flaxlm.verify.laws import FAILS, check_laws, choose_laws, print_results
   from flaxlm.verify.shrink import MOST_DEVICES, shrink_mesh
 
@@ -44,8 +42,7 @@ def run_verify(args: argparse.Namespace, arguments: list[str]) -> int:
     cfg = dataclasses.replace(cfg, mesh=parse_mesh(args.mesh))
   devices = math.prod(shrink_mesh(cfg.mesh, cfg.model).values())
   start_jax(max(devices, MOST_DEVICES), data_dir() / "xla")
-  # Numbers are compared, once and on tiny arrays: compiling takes nearly all of the time.
-  jax.config.update("jax_disable_most_optimizations", True)
+  compile_quickly()
   results = check_laws(cfg, lambda line: print(line, file=sys.stderr), laws)
   values = [dataclasses.asdict(result) for result in results]
   write_result(args, values, lambda out: print_results(results, out))
