@@ -115,8 +115,8 @@ def shrink_mesh(mesh: MeshConfig, model: ModelConfig) -> dict[str, int]:
   """Every mesh axis with its size: those of `mesh`, or 2 where it names more than
   `MOST_DEVICES` devices. A mesh that names no axis but `data=-1` becomes one that cuts
   whatever can be cut."""
-  named = {axis: size for axis, size in mesh_sizes(mesh).items() if size != 1}
-  if named in ({}, {"data": -1}):
+  named = mesh_sizes(mesh)
+  if named == {"data": -1}:
     named = {"fsdp": 2, "data": 2}
     if model.moe.num_experts:
       named = {"fsdp": 2, "expert": 2}
@@ -125,7 +125,7 @@ def shrink_mesh(mesh: MeshConfig, model: ModelConfig) -> dict[str, int]:
       named["tensor"] = 2
   named = {axis: 2 if size == -1 else size for axis, size in named.items()}
   if math.prod(named.values()) > MOST_DEVICES:
-    named = dict.fromkeys(named, 2)
+    named = {axis: min(size, 2) for axis, size in named.items()}
   return dict.fromkeys(MESH_AXES, 1) | named
 
 

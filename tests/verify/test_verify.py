@@ -105,3 +105,4 @@ def test_a_mesh_of_many_devices_is_cut_to_two_along_each_axis():
   sizes = shrink_mesh({"fsdp": 4, "tensor": 2}, model)
   assert (sizes["fsdp"], sizes["tensor"]) == (4, 2)
   assert sizes["fsdp"] * sizes["tensor"] <= MOST_DEVICES
+  assert set(shrink_mesh({"data": 1}, model).values()) == {1}
