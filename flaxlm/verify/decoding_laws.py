@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.decoding.engine import Engine
-from flaxlm.decoding.generate import PrefixCache, generate
+from flaxlm.decoding.generate import generate
 from flaxlm.decoding.prefill import BLOCK_STEPS, Request, prefill_prompts
-from flaxlm.decoding.prefix_store import PIECE, has_pieces
+from flaxlm.decoding.prefix_store import PIECE, RowStore, has_pieces
 from flaxlm.decoding.requests import EngineOptions, EngineRequest
 from flaxlm.decoding.sampling import SamplingSettings, stack_settings
 from flaxlm.nn.base import LanguageModel, Source
@@ -175,14 +175,20 @@ def prefixes(case: Case) -> Finding:
       rows += answers(engine, [request])
     if not engine.counters.cached_tokens:
       return Finding(0.0, details=["no prefix is ever found"])
-  kept, text = PrefixCache(), first[:48]
+  past, text, num_cached = RowStore(case.model_cfg), first[:48], 0
+  options = EngineOptions(rows=1, most_read=None, whole_rows=True)
   for number, end in enumerate(ends):  # a chat: each turn goes on from what was written
+    engine = Engine(case.model, case.params, ids, options=options, past=past)
     # The first answer is as long as what was decoded: its last token is in no cache yet.
     count = BLOCK_STEPS + 1 if number == 0 else 3
-    rows += draw(case, case.params, Request([text + end], count, ids), kept)
+    request = EngineRequest(prompt=text + end, max_new_tokens=count, settings=DRAWN)
+    rows += answers(engine, [request])
+    num_cached += engine.counters.cached_tokens
     text = [*rows[-1][0], *rows[-1][1]]
     if number == 1:  # the second question is asked again, with other words
       text = text[:-6]
+  if not num_cached:
+    return Finding(0.0, details=["no turn of a chat goes on from the one before"])
   return Finding(largest_surprise(case, rows))
 
 
@@ -243,11 +249,9 @@ def continued(case: Case, params: Any, num_ids: int) -> list[Row]:
   return draw(case, params, Request(prompts, 20, num_ids, texts_read(case, len(prompts))))
 
 
-def draw(
-  case: Case, params: Any, request: Request, kept: PrefixCache | None = None
-) -> list[Row]:
+def draw(case: Case, params: Any, request: Request) -> list[Row]:
   sampling = stack_settings([DRAWN] * len(request.prompts))
-  blocks = [*generate(case.model, params, request, sampling, None, kept)]
+  blocks = [*generate(case.model, params, request, sampling)]
   tokens_BT = np.concatenate([block.tokens_BT for block in blocks], 1)
   logprobs_BT = np.concatenate([block.logprobs_BT for block in blocks], 1)
   rows = zip(request.prompts, tokens_BT.tolist(), logprobs_BT.tolist(), strict=True)

@@ -138,9 +138,9 @@ DEFECTS = {
     ["prefixes"],
   ),
   "stale prefix of a chat": (
-    "flaxlm/decoding/generate.py",
-    "CachedPrefix(tuple(tokens[:-1]), state.cache)",
-    "CachedPrefix(tuple(tokens), state.cache)",
+    "flaxlm/decoding/engine.py",
+    "tokens = [*job.request.prompt, *job.tokens[:-1]]",
+    "tokens = [*job.request.prompt, *job.tokens]",
     ["prefixes"],
   ),
   "wrong kv-head mapping": (
