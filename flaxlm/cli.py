@@ -140,6 +140,7 @@ def build_parser() -> Any:
   from flaxlm.commands.serve import add_serve
   from flaxlm.commands.tokenizer import add_tokenizer
   from flaxlm.commands.train import add_train
+  from flaxlm.commands.verify import add_verify
 
   parser = Parser(prog="flaxlm", description="Language models in JAX and Flax.")
   parser.add_argument("--version", action="version", version=f"flaxlm {__version__}")
@@ -148,7 +149,16 @@ def build_parser() -> Any:
   )
   for add in (
     *(add_train, add_launch, add_infer, add_embed, add_eval, add_look, add_tokenizer),
-    *(add_plan, add_shard, add_ckpt, add_bench, add_import, add_export, add_serve),
+    *(
+      add_plan,
+      add_shard,
+      add_verify,
+      add_ckpt,
+      add_bench,
+      add_import,
+      add_export,
+      add_serve,
+    ),
   ):
     add(commands)
   return parser

@@ -102,6 +102,12 @@ def start_jax(
   return flags
 
 
+def compile_quickly() -> None:
+  """From now on programs compile faster and run slower: for a process that runs each of
+  them once, on tiny arrays."""
+  jax.config.update("jax_disable_most_optimizations", True)
+
+
 def keep_programs(folder: Path) -> bool:
   """Keeps compiled programs in a folder, for other processes; returns whether it does.
 

@@ -451,7 +451,7 @@ def test_help_names_every_knob(in_process):
 
 
 @pytest.mark.parametrize(
-  "command", [["train"], ["plan"], ["shard"], ["launch"], ["look", "positions"]]
+  "command", [["train"], ["plan"], ["shard"], ["verify"], ["launch"], ["look", "positions"]]
 )
 def test_help_says_that_a_config_is_executed(in_process, command):
   assert "flaxlm executes it" in " ".join(in_process(*command, "--help").stdout.split())

@@ -44,7 +44,7 @@ ROWS = [
   ["interop", "training"],
   ["planning"],
   ["look"],
-  ["api", "benchmark", "serving"],
+  ["api", "benchmark", "serving", "verify"],
   ["commands"],
   ["", "cli"],  # "" is flaxlm/__init__.py, which offers names of `api`
 ]
