@@ -133,21 +133,23 @@ def _read(corpus: Corpus, skipped: Skipped) -> Iterator[tuple[str | None, str]]:
 def _text(record: Record, file: RecordFile, skipped: Skipped) -> str:
   """The text of a record; none, and counted, if it is empty. Raises `DataError` if the
   record has no such field, or something else in it."""
-  where, name = record.at(file.path), file.text_field
+  name = file.text_field
   if name not in record.fields:
     others = ", ".join(map(repr, record.fields)) or "nothing"
     raise DataError(
-      one_line(f"{where} has no field {name!r}, but {others}"),
+      one_line(f"{record.at(file.path)} has no field {name!r}, but {others}"),
       NAME_IT,
     )
   text = record.fields[name]
   if not (text is None or isinstance(text, str)):
     raise DataError(
-      one_line(f"{where}: {name!r} is {reprlib.repr(text)}, which is no text"),
+      one_line(
+        f"{record.at(file.path)}: {name!r} is {reprlib.repr(text)}, which is no text"
+      ),
       NAME_IT,
     )
   if not text:
-    skipped.add(where, f"{name!r} is empty")
+    skipped.add(record.at(file.path), f"{name!r} is empty")
   return text or ""
 
 
