@@ -12,7 +12,7 @@ import numpy as np
 from flaxlm.decoding.engine import Engine
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.prefill import BLOCK_STEPS, Request, prefill_prompts
-from flaxlm.decoding.prefix_store import PIECE, RowStore, has_pieces
+from flaxlm.decoding.prefix_store import PIECE, RowStore, has_pieces, has_rings
 from flaxlm.decoding.requests import EngineOptions, EngineRequest
 from flaxlm.decoding.sampling import SamplingSettings, stack_settings
 from flaxlm.nn.base import LanguageModel, Source
@@ -80,8 +80,7 @@ def long_prompts(case: Case) -> Finding:
   """A prompt of several chunks, after which local layers' caches have overwritten their
   first tokens."""
   cfg = case.model_cfg
-  is_ring = "L" in cfg.period and cfg.ring_slots is not None
-  if case.family not in ("decoder", "encoder_decoder") or not is_ring:
+  if case.family not in ("decoder", "encoder_decoder") or not has_rings(cfg):
     return does_not_apply("no layer keeps a window only")
   if cfg.context < LONG + 24:
     return does_not_apply(f"model.context is below {LONG + 24}")

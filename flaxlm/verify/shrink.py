@@ -15,6 +15,7 @@ from flaxlm.config import (
   TrainingConfig,
   mesh_sizes,
 )
+from flaxlm.decoding.prefix_store import has_rings
 
 WIDTH = 32
 SEQ_LEN = 24  # tokens in a row of a batch
@@ -91,8 +92,7 @@ def shrink_model(
     relative_distance=min(model.relative_distance, 16),
     moe=moe,
   )
-  has_rings = "L" in small.period and small.ring_slots is not None
-  context = RING_CONTEXT if has_rings else MOST_CONTEXT
+  context = RING_CONTEXT if has_rings(small) else MOST_CONTEXT
   return dataclasses.replace(small, context=min(model.context, context))
 
 
