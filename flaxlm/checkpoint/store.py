@@ -11,6 +11,7 @@ import shutil
 import sys
 import threading
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import orbax.checkpoint as ocp
 from flaxlm.checkpoint import manifest
 from flaxlm.errors import CheckpointError, first_line, writing
 
-# Orbax logs every save, and warns of restores that we intend.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
+# Orbax logs every save, warns of restores that we intend, and logs the stack of an error
+# that it also raises. No level would do: TensorFlow Datasets sets it again.
+logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.CRITICAL)
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
@@ -38,8 +40,10 @@ logging.getLogger("asyncio").addFilter(_is_ours)
 
 
 def _hide_closed_loops() -> None:
-  """Where one write of a save fails, TensorStore's threads report the others to a loop that
-  is closed by then, and print each with its stack through `sys.unraisablehook`."""
+  """Where one write of a save fails, Orbax closes the loop that all share. TensorStore's
+  threads then report the others to it, and print each with its stack through
+  `sys.unraisablehook`; Python warns of those that had not begun."""
+  warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
   shown = sys.unraisablehook
   if getattr(shown, "hides_closed_loops", False):
     return

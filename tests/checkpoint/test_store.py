@@ -449,8 +449,9 @@ def test_saving_copies_before_it_returns(tmp_path: Path, fsdp: Mesh):
 
 # In a process of its own: Orbax leaves threads behind when a write fails.
 FAILING = """
-import shutil, sys
+import gc, shutil, sys
 from pathlib import Path
+import absl.logging
 import jax.numpy as jnp
 import numpy as np
 from flaxlm.checkpoint.manifest import saved_steps
@@ -459,7 +460,9 @@ from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.errors import CheckpointError
 
 directory = Path(sys.argv[1])
-state = dict(params={"a": jnp.asarray(np.random.default_rng(0).normal(size=(512, 512)))},
+absl.logging.set_verbosity("info")  # as a library may
+arrays = np.random.default_rng(0).normal(size=(40, 80, 80))
+state = dict(params={f"a{i}": jnp.asarray(array) for i, array in enumerate(arrays)},
              opt_state={"n": jnp.int32(3)}, progress={})
 store = CheckpointStore(directory, keep=1)
 store.save(1, **state)
@@ -472,6 +475,7 @@ except CheckpointError as e:
   print("refused", e.cause)
 WHILE_BROKEN
 store.close()
+gc.collect()
 print("closed")
 """
 
