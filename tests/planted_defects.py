@@ -967,9 +967,17 @@ DECODING = [
   Defect(
     "log-probabilities are those after the rules",
     "flaxlm/decoding/sampling.py",
-    "total_B = jax.nn.logsumexp(model_BV, -1)",
-    "total_B = jax.nn.logsumexp(logits_BV, -1)",
+    "  return SampledTokens(token_B, *logprobs_of(logits_BV, token_B, num_top))",
+    "  logits_BV = apply_rules(rules, logits_BV, sampling, history)\n"
+    "  return SampledTokens(token_B, *logprobs_of(logits_BV, token_B, num_top))",
     "decoding/test_sampling.py",
+  ),
+  Defect(
+    "a level's tokens are not in the history",
+    "flaxlm/decoding/rows.py",
+    "    if HISTORY_RULES & {*rules}:",
+    "    if not rules:",
+    "decoding/test_row_settings.py",
   ),
   Defect(
     "a row's draws do not depend on its length",

@@ -86,7 +86,7 @@ def served(
   run: Run, limits: Limits = LIMITS, warm: bool = False, **options: Any
 ) -> Iterator[Service]:
   """A service that has started; a `warm` one compiles before that."""
-  service = Service(run, limits, **{"is_warm": warm} | options)
+  service = Service(run, limits, **options)
   with contextlib.closing(service):
     if warm:
       service.warm()

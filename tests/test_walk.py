@@ -69,6 +69,7 @@ TO_THE_TOKEN = [
   ("decoding.rows", "decode_rows"),
   ("decoding.rows", "draw_step"),
   ("decoding.sampling", "sample"),
+  ("decoding.sampling", "next_token"),
   ("decoding.sampling", "draw"),
   ("decoding.sampling", "inverse_cdf"),
 ]

@@ -53,6 +53,10 @@ from flaxlm.nn.base import LanguageModel
 from flaxlm.sharding import batch_shards, on_host, use_mesh, wait_on_cpu
 from flaxlm.tokenizers import AnyTokenizer
 
+# Between two chunks of prompts. More rows cost a step little more, so that the free ones
+# are filled first; but those that are decoded do not stand still.
+STEPS_WHILE_READING = 1
+
 
 @dataclasses.dataclass(eq=False)
 class _Job:
@@ -142,8 +146,7 @@ class Engine:
     self._owes_block = False  # the rows that decode have waited for prompts already
     # Of the rows as they are; None when they have changed.
     self._batch_sampling: RowSampling | None = None
-    self._num_ids = jnp.int32(num_ids)
-    self._settings = RowSettings(model.cfg, self.options.shapes, tokenizer)
+    self.settings = RowSettings(model.cfg, num_ids, self.options.shapes, tokenizer)
 
   # -- What a client calls
 
@@ -158,8 +161,8 @@ class Engine:
       [request.prompt], request.max_new_tokens, self.num_ids, sources, request.num_top
     )
     whole.check(self.model.cfg)
-    self._settings.check(request, self.num_ids)
-    job = _Job(next(self._numbers), request, self._settings.needs_history(request))
+    self.settings.check(request)
+    job = _Job(next(self._numbers), request, self.settings.needs_history(request))
     if not self.sizes.fits([request]):
       raise ConfigError(
         f"a request of {job.request.final_length + 1} tokens needs a cache of more than "
@@ -303,12 +306,12 @@ class Engine:
     for job in jobs:
       job.in_cache, job.slots_read = len(job.request.prompt), reading.slots[0]
     requests = [job.request for job in jobs]
-    moved_X = self._settings.admit(requests, self._active_requests)
+    moved_X = self.settings.admit(requests, self._active_requests)
     if moved_X is not None and self._has_history:
       assert self._state is not None
       self._state = renumber(self._state, moved_X)
     is_all = len(jobs) == batch and not any(self._waiting)
-    self._make_room(jobs, reading.cache, is_all)
+    self._make_room(jobs, reading, is_all)
     free = [row for row, job in enumerate(self._rows) if job is None]
     for row, job in zip(free, jobs, strict=False):
       self._rows[row], job.row = job, row
@@ -321,15 +324,11 @@ class Engine:
     has_history = self._has_history
     if self._state is None:  # these rows are the batch
       has_history = any(job.needs_history for job in jobs)
-    history = self._settings.history_of(padded) if has_history else None
+    history = self.settings.history_of(padded) if has_history else None
     left_R = np.array([request.max_new_tokens for request in padded], np.int32)
-    sampling, static, stops_RE = self._settings.sampling_of(padded, has_history)
-    new, step = draw_first(
-      *(logits_RV, cache.lengths_B, left_R, history),
-      *(sampling, stops_RE, self._num_ids, static),
-    )
-    if reading.slots != (self._slots, self._source_slots):
-      cache = self._resized(cache)
+    drawing, static = self.settings.sampling_of(padded)
+    new, step = draw_first(logits_RV, cache.lengths_B, left_R, history, drawing, static)
+    cache = self._resized(cache, reading.slots)
     new = new._replace(cache=cache)
     into = [job.row for job in jobs]
     rows_R = np.array([*into, *[into[0]] * (batch - len(into))], np.int32)
@@ -337,10 +336,13 @@ class Engine:
     self._blocks.append(_Block([*enumerate(jobs)], step, 1, False))
     self._free_spent_rows()
 
-  def _resized(self, cache: Any) -> Any:
-    return resize_cache(self.model.cfg, cache, self._slots, self._source_slots)
+  def _resized(self, cache: Any, size: tuple[int, int]) -> Any:
+    """A cache of this size (slots, source slots) as one of the batch's size."""
+    for to in self.sizes.steps(size, (self._slots, self._source_slots)):
+      cache = resize_cache(self.model.cfg, cache, *to)
+    return cache
 
-  def _make_room(self, jobs: Sequence[_Job], cache: Any, is_all: bool) -> None:
+  def _make_room(self, jobs: Sequence[_Job], reading: Reading, is_all: bool) -> None:
     """Makes the batch large enough for some requests more, which have been read.
 
     If `is_all` that was read, and the batch would consist of it, there is no other state.
@@ -359,9 +361,9 @@ class Engine:
       self._rows = [None] * batch
       if is_all and batch == len(jobs):
         return
-      idle = jnp.zeros(cache.lengths_B.shape[0], jnp.int32)
+      idle = jnp.zeros(reading.num_rows, jnp.int32)
       rows_B = np.zeros(batch, np.int32)
-      same = Rows(self._resized(cache), idle, idle)
+      same = Rows(self._resized(reading.cache, reading.slots), idle, idle)
       self._state = take_rows(same, rows_B, rows_B > 0)
     else:
       self._resize(slots, source_slots)
@@ -382,11 +384,12 @@ class Engine:
     return min(self.options.rows, len(self._jobs))
 
   def _resize(self, slots: int, source_slots: int) -> None:
-    if (slots, source_slots) == (self._slots, self._source_slots):
+    before = self._slots, self._source_slots
+    if (slots, source_slots) == before:
       return
     assert self._state is not None
     self._slots, self._source_slots = slots, source_slots
-    self._state = self._state._replace(cache=self._resized(self._state.cache))
+    self._state = self._state._replace(cache=self._resized(self._state.cache, before))
 
   def _rearrange(self, count: int) -> None:
     """Gives the batch room for `count` rows, and not for many more."""
@@ -436,6 +439,8 @@ class Engine:
     num_steps = self.options.most_steps
     if not self.runs_ahead:
       num_steps = min(num_steps, max(job.left for job in active))
+      if self._reading is not None and self._reading.logits_RV is None:
+        num_steps = STEPS_WHILE_READING
     lengths = [min(job.request.final_length, job.in_cache + num_steps) for job in active]
     slots = self.sizes.bucket_of_slots(max(self._room_of(j, num_steps) for j in active))
     may_shrink = not self.options.whole_rows
@@ -448,16 +453,14 @@ class Engine:
       self._batch_sampling = None
     if self._batch_sampling is None:
       requests = [None if job is None else job.request for job in self._rows]
-      self._batch_sampling = self._settings.sampling_of(requests, self._has_history)
-    sampling, static, stops_BE = self._batch_sampling
+      self._batch_sampling = self.settings.sampling_of(requests)
+    drawing, static = self._batch_sampling
     self._state, steps, num_steps_run = decode_rows(
       self.model,
       self.params,
       self._state,
       np.array([job is not None for job in self._rows]),
-      sampling,
-      stops_BE,
-      self._num_ids,
+      drawing,
       np.int32(num_steps),
       np.bool_(self.num_waiting > 0),
       self.options.most_steps,

@@ -62,6 +62,7 @@ class StaticSampling(NamedTuple):
 
   rules: tuple[str, ...] = ()  # in use, see `rules_in_use`
   num_top: int = 0  # likeliest tokens to report at each step
+  levels: tuple[tuple[str, ...], ...] = ()  # sets of rules, one of which it then takes
 
 
 def generate(

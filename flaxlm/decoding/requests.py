@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from flaxlm.config import ResolvedModel
-from flaxlm.decoding.prefill import BLOCK_STEPS, CHUNK
+from flaxlm.decoding.prefill import BLOCK_STEPS, CHUNK, bucket
 from flaxlm.decoding.sampling import GREEDY, HISTORY_RULES, RULES, SamplingSettings
 from flaxlm.errors import FlaxLMError
 
@@ -63,7 +63,13 @@ class Shapes:
   rows: Sequence[int]  # of the batch
   slots: Sequence[int]  # of a row, and for an encoder-decoder of its source
   rules: Sequence[tuple[str, ...]]  # each set has all rules of those before it
-  num_tops: Sequence[int]
+  num_top: int  # the most likeliest tokens that a request may want
+
+  @property
+  def slots_of_reading(self) -> Sequence[int]:
+    """Of a cache that prompts are read into: every second size, as each is a program for
+    each length of a chunk, and a longer row costs a chunk little."""
+    return [*self.slots][::-2][::-1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,13 +92,15 @@ class EngineOptions:
 def few_shapes(cfg: ResolvedModel, rows: int, most_top: int = 20) -> Shapes:
   """Shapes for a server: few programs, for requests of all kinds."""
   last = -(-(cfg.context + MOST_PADDING) // SMALLEST_CACHE) * SMALLEST_CACHE
-  slots = [n for n in (256, 1024, 4096, 16_384) if 2 * n <= last] + [last]
+  slots = [2 * SMALLEST_CACHE]
+  while slots[-1] < last:
+    slots.append(bucket(slots[-1] + 1, 2 * SMALLEST_CACHE, fine=256 <= slots[-1] < 1024))
   without_history = tuple(name for name in RULES if name not in HISTORY_RULES)
   return Shapes(
-    rows=sorted({1, -(-rows // 4), rows}),
-    slots=slots,
-    rules=[("temperature",), without_history, tuple(RULES)],
-    num_tops=sorted({0, min(most_top, cfg.num_ids)}),
+    rows=sorted({1, -(-rows // 4) if rows > 8 else 1, rows}),
+    slots=[*(n for n in slots if 5 * n <= 4 * last), last],
+    rules=[(), ("temperature",), without_history, tuple(RULES)],
+    num_top=min(most_top, cfg.num_ids),
   )
 
 

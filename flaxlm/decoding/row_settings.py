@@ -25,10 +25,10 @@ from flaxlm.decoding.constraint import (
 from flaxlm.decoding.generate import StaticSampling
 from flaxlm.decoding.prefill import bucket
 from flaxlm.decoding.requests import IDLE, EngineRequest, Shapes
-from flaxlm.decoding.row_sizes import least
+from flaxlm.decoding.rows import Drawing
 from flaxlm.decoding.sampling import (
   HISTORY_RULES,
-  Sampling,
+  SamplingSettings,
   TokenHistory,
   check_rows,
   history_of_prompts,
@@ -41,21 +41,26 @@ from flaxlm.tokenizers import AnyTokenizer
 # Where shapes are given: biases and stops of a row; expressions, states, kinds of tokens.
 LEAST_BIASES, LEAST_STOPS, LEAST_AUTOMATON = 512, 8, (4, 256, 64)
 
-# The arrays of some rows, the part that is compiled in, and their stop tokens (B, E).
-RowSampling = tuple[Sampling, StaticSampling, np.ndarray]
+# How some rows draw, and the part of it that is compiled in.
+RowSampling = tuple[Drawing, StaticSampling]
 
 
 class RowSettings:
   """The sampling of rows, and the automaton that they share."""
 
   def __init__(
-    self, cfg: ResolvedModel, shapes: Shapes | None, tokenizer: AnyTokenizer | None
+    self,
+    cfg: ResolvedModel,
+    num_ids: int,
+    shapes: Shapes | None,
+    tokenizer: AnyTokenizer | None,
   ):
-    self.cfg, self.shapes, self.tokenizer = cfg, shapes, tokenizer
+    self.cfg, self.num_ids = cfg, np.int32(num_ids)
+    self.shapes, self.tokenizer = shapes, tokenizer
     self._starts: dict[str, int] = {}  # the first state of each expression
     self._build([])
 
-  def check(self, request: EngineRequest, num_ids: int) -> None:
+  def check(self, request: EngineRequest) -> None:
     """Raises `ConfigError` for settings that are wrong."""
     settings = request.settings
     settings.check()
@@ -64,36 +69,43 @@ class RowSettings:
         raise ConfigError("a regex needs the tokenizer")
       build_part(settings.regex, self.tokenizer)
     states = {None: FREE, settings.regex: FREE}
-    check_rows(stack_rows([settings], NO_AUTOMATON, states), 1, num_ids)
-    if self.shapes is not None and request.num_top > self.shapes.num_tops[-1]:
+    check_rows(stack_rows([settings], NO_AUTOMATON, states), 1, int(self.num_ids))
+    if self.shapes is not None and request.num_top > self.shapes.num_top:
       raise ConfigError(
-        f"top-logprobs is {request.num_top}", f"it can be 0 to {self.shapes.num_tops[-1]}"
+        f"top-logprobs is {request.num_top}", f"it can be 0 to {self.shapes.num_top}"
       )
 
-  def sampling_of(
-    self, requests: Sequence[EngineRequest | None], with_history: bool
-  ) -> RowSampling:
+  def sampling_of(self, requests: Sequence[EngineRequest | None]) -> RowSampling:
     """The sampling of some rows; None is an idle one."""
     settings = [IDLE if request is None else request.settings for request in requests]
     given = [request for request in requests if request is not None]
-    sampling = stack_rows(settings, self.automaton, self._states)
-    rules = rules_in_use(sampling)
     num_top = max((request.num_top for request in given), default=0)
     stops = max((len(request.stop_tokens) for request in given), default=0)
     width = bucket(max(1, stops), smallest=4)
+    least_biases, level, has_top = 0, None, None
     if self.shapes is not None:
-      needed = {*rules, *(HISTORY_RULES if with_history else ())}
-      rules = next(names for names in self.shapes.rules if needed <= {*names})
-      if "bias" in rules:
-        sampling = stack_rows(settings, self.automaton, self._states, LEAST_BIASES)
-      num_top, width = least(self.shapes.num_tops, num_top), max(width, LEAST_STOPS)
-    elif num_top:
-      num_top = min(bucket(num_top, smallest=1), self.cfg.num_ids)
+      level, has_top = np.int32(self._level_of(settings)), np.bool_(num_top > 0)
+      width, least_biases = max(width, LEAST_STOPS), LEAST_BIASES
+    sampling = stack_rows(settings, self.automaton, self._states, least_biases)
     stops_BE = np.full((len(requests), width), -1, np.int32)
     for row, request in enumerate(requests):
       if request is not None:
         stops_BE[row, : len(request.stop_tokens)] = [*request.stop_tokens]
-    return jax.device_put(sampling), StaticSampling(rules, num_top), stops_BE
+    drawing = Drawing(sampling, stops_BE, self.num_ids, level, has_top)
+    if self.shapes is not None:
+      static = StaticSampling((), self.shapes.num_top, tuple(self.shapes.rules))
+    else:
+      if num_top:
+        num_top = min(bucket(num_top, smallest=1), self.cfg.num_ids)
+      static = StaticSampling(rules_in_use(sampling), num_top)
+    return jax.device_put(drawing), static
+
+  def _level_of(self, settings: Sequence[SamplingSettings]) -> int:
+    """The first of the shapes' sets of rules that has all that some row uses."""
+    states: dict[str | None, int] = {one.regex: FREE + 1 for one in settings}
+    needed = {*rules_in_use(stack_rows(settings, NO_AUTOMATON, states | {None: FREE}))}
+    assert self.shapes is not None
+    return next(n for n, names in enumerate(self.shapes.rules) if needed <= {*names})
 
   # -- Regular expressions
 
@@ -141,9 +153,7 @@ class RowSettings:
     """Whether a rule that is compiled in for the request must know its tokens so far."""
     states = {request.settings.regex: FREE + 1, None: FREE}
     rules = {*rules_in_use(stack_rows([request.settings], NO_AUTOMATON, states))}
-    if self.shapes is not None:
-      rules = {*next(names for names in self.shapes.rules if rules <= {*names})}
-    return bool(rules & HISTORY_RULES)
+    return self.shapes is not None or bool(rules & HISTORY_RULES)
 
   def history_of(self, requests: Sequence[EngineRequest]) -> TokenHistory:
     """The history of requests that have drawn nothing yet."""

@@ -3,7 +3,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +37,31 @@ class RowSizes:
 
   def bucket_of_reading(self, length: int) -> int:
     """The slots of a cache that prompts are read into."""
-    if self.options.shapes is not None or self.model.cfg.family == "rnn":
+    if self.model.cfg.family == "rnn":
       return self.bucket_of_slots(length)
+    if self.options.shapes is not None:
+      return least(self.options.shapes.slots_of_reading, length)
     return bucket(length, SMALLEST_CACHE)
+
+  def steps(
+    self, before: tuple[int, int], after: tuple[int, int]
+  ) -> Iterator[tuple[int, int]]:
+    """The sizes (slots, source slots) that a cache takes one after another.
+
+    With few shapes a size only becomes its neighbour: so many fewer programs, while the
+    copies on the way are less than twice the last one's size together.
+    """
+    for slots in self._path(before[0], after[0]):
+      yield slots, before[1]
+    for source_slots in self._path(before[1], after[1]):
+      yield after[0], source_slots
+
+  def _path(self, before: int, after: int) -> list[int]:
+    if before == after or self.options.shapes is None:
+      return [after] * (before != after)
+    low, high = sorted((before, after))
+    between = [size for size in self.options.shapes.slots if low < size < high]
+    return [*(between if before == low else between[::-1]), after]
 
   def bucket_of_source(self, length: int) -> int:
     if self.options.shapes is not None:

@@ -14,7 +14,15 @@ import jax.numpy as jnp
 
 from flaxlm.config import ResolvedModel
 from flaxlm.decoding.generate import StaticSampling
-from flaxlm.decoding.sampling import Sampling, TokenHistory, sample
+from flaxlm.decoding.sampling import (
+  HISTORY_RULES,
+  SampledTokens,
+  Sampling,
+  TokenHistory,
+  logprobs_of,
+  next_token,
+  sample,
+)
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.cache import put_rows
 from flaxlm.nn.vocabulary import mask_padding_ids
@@ -43,28 +51,73 @@ class Steps(NamedTuple):
   finite_TB: Any
 
 
+class Drawing(NamedTuple):
+  """How each row draws; the part that is compiled in is `StaticSampling`.
+
+  Where that has `levels`, `level` is the one that is in use, and `has_top` tells whether a
+  row wants the likeliest tokens.
+  """
+
+  sampling: Sampling
+  stops_BE: Any  # tokens that end a row; -1 where it has fewer
+  num_ids: Any  # ids that can be drawn
+  level: Any = None
+  has_top: Any = None
+
+
 def draw_step(
-  logits_BV: jax.Array,
-  rows: Rows,
-  sampling: Sampling,
-  stops_BE: jax.Array,
-  num_ids: jax.Array,
-  static: StaticSampling,
+  logits_BV: jax.Array, rows: Rows, drawing: Drawing, static: StaticSampling
 ) -> tuple[Rows, Steps]:
   """Draws each row's next token from the logits of its last one; T is absent.
 
   A row ends with a token of `stops_BE`, or where its logits are not finite.
   """
-  logits_BV = mask_padding_ids(logits_BV, num_ids)
+  logits_BV = mask_padding_ids(logits_BV, drawing.num_ids)
   history, lengths_B = rows.history, rows.cache.lengths_B
-  sampled = sample(logits_BV, lengths_B, sampling, static.rules, history, static.num_top)
+  if static.levels:
+    assert history is not None
+    sampled, history = sample_at_level(logits_BV, lengths_B, history, drawing, static)
+  else:
+    args = (logits_BV, lengths_B, drawing.sampling)
+    sampled = sample(*args, static.rules, history, static.num_top)
+    if history is not None:
+      history = history.add(sampled.token_B, drawing.sampling)
   finite_B = jnp.isfinite(sampled.logprob_B)
-  if history is not None:
-    history = history.add(sampled.token_B, sampling)
   token_B = jnp.where(rows.left_B > 0, sampled.token_B, rows.token_B)
-  goes_on_B = finite_B & ~(token_B[:, None] == stops_BE).any(1)
+  goes_on_B = finite_B & ~(token_B[:, None] == drawing.stops_BE).any(1)
   left_B = jnp.where(goes_on_B, jnp.maximum(rows.left_B - 1, 0), 0)
   return Rows(rows.cache, token_B, left_B, history), Steps(*sampled, finite_B)
+
+
+def sample_at_level(
+  logits_BV: jax.Array,
+  lengths_B: jax.Array,
+  history: TokenHistory,
+  drawing: Drawing,
+  static: StaticSampling,
+) -> tuple[SampledTokens, TokenHistory]:
+  """`sample` by the rules of the level that is in use; the others cost nothing.
+
+  The history knows of tokens that were drawn by rules which read it, and of no others.
+  """
+  logits_BV, sampling = logits_BV.astype(jnp.float32), drawing.sampling
+
+  def draw(rules: tuple[str, ...], history: TokenHistory) -> tuple:
+    token_B = next_token(logits_BV, lengths_B, sampling, rules, history)
+    if HISTORY_RULES & {*rules}:
+      history = history.add(token_B, sampling)
+    return token_B, history
+
+  draws = [functools.partial(draw, rules) for rules in static.levels]
+  token_B, history = jax.lax.switch(drawing.level, draws, history)
+
+  def logprobs(num_top: int) -> tuple[jax.Array, ...]:
+    chosen_B, *tops = logprobs_of(logits_BV, token_B, num_top)
+    more = static.num_top - num_top
+    return chosen_B, *[jnp.pad(x_BX, ((0, 0), (0, more))) for x_BX in tops]
+
+  tops = [functools.partial(logprobs, n) for n in (static.num_top, 0)]
+  return SampledTokens(token_B, *jax.lax.cond(drawing.has_top, *tops)), history
 
 
 @functools.partial(
@@ -77,9 +130,7 @@ def decode_rows(
   params: Any,
   rows: Rows,
   kept_B: jax.Array,
-  sampling: Sampling,
-  stops_BE: jax.Array,
-  num_ids: jax.Array,
+  drawing: Drawing,
   num_steps: jax.Array,
   until_one_ends: jax.Array,
   most_steps: int,
@@ -99,7 +150,7 @@ def decode_rows(
       {"params": params}, rows.token_B[:, None], cache=rows.cache, num_new_B=is_active_B
     )
     rows = rows._replace(cache=output.cache)
-    return draw_step(output.value[:, -1], rows, sampling, stops_BE, num_ids, static)
+    return draw_step(output.value[:, -1], rows, drawing, static)
 
   if not can_end_early:
     rows, steps = jax.lax.scan(lambda rows, _: step(rows), rows, length=most_steps)
@@ -129,16 +180,14 @@ def draw_first(
   lengths_R: jax.Array,
   left_R: jax.Array,
   history: TokenHistory | None,
-  sampling: Sampling,
-  stops_RE: jax.Array,
-  num_ids: jax.Array,
+  drawing: Drawing,
   static: StaticSampling,
 ) -> tuple[Rows, Steps]:
   """The first token of each prompt that was read: rows without their cache, and the step
   (T = 1)."""
   read = _Lengths(lengths_R)
   rows = Rows(read, jnp.zeros_like(left_R), left_R, history)
-  rows, step = draw_step(logits_RV, rows, sampling, stops_RE, num_ids, static)
+  rows, step = draw_step(logits_RV, rows, drawing, static)
   return pinned(rows._replace(cache=None)), jax.tree.map(lambda x: x[None], step)
 
 

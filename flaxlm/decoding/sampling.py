@@ -480,21 +480,37 @@ def sample(
 
   A row's draw depends on its logits, key and length so far: on no other row.
   """
-  model_BV = logits_BV = logits_BV.astype(jnp.float32)
+  logits_BV = logits_BV.astype(jnp.float32)
+  token_B = next_token(logits_BV, lengths_B, sampling, rules, history)
+  return SampledTokens(token_B, *logprobs_of(logits_BV, token_B, num_top))
+
+
+def next_token(
+  logits_BV: jax.Array,
+  lengths_B: jax.Array,
+  sampling: Sampling,
+  rules: tuple[str, ...],
+  history: TokenHistory | None,
+) -> jax.Array:
   sampling = jax.tree.map(jnp.asarray, sampling)
   greedy_rules = [name for name in rules if name in GREEDY_RULES]
   logits_BV = apply_rules(greedy_rules, logits_BV, sampling, history)
-  token_B = first_highest(logits_BV)
+  token_B = first_highest(logits_BV).astype(jnp.int32)
   if "temperature" in rules:
     logits_BV = apply_rules(rules[len(greedy_rules) :], logits_BV, sampling, history)
     drawn_B = draw(jnp.exp(logits_BV), uniforms(sampling.keys_B2, lengths_B))
     token_B = jnp.where(is_greedy(sampling), token_B, drawn_B).astype(jnp.int32)
-  total_B = jax.nn.logsumexp(model_BV, -1)
-  chosen_B = jnp.take_along_axis(model_BV, token_B[:, None], -1)[:, 0]
-  top_BX, top_tokens_BX = jax.lax.top_k(model_BV, num_top)
-  return SampledTokens(
-    token_B, chosen_B - total_B, top_tokens_BX, top_BX - total_B[:, None]
-  )
+  return token_B
+
+
+def logprobs_of(
+  logits_BV: jax.Array, token_B: jax.Array, num_top: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Log-probabilities of tokens; the likeliest ones (B, X), and theirs."""
+  total_B = jax.nn.logsumexp(logits_BV, -1)
+  chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], -1)[:, 0]
+  top_BX, top_tokens_BX = jax.lax.top_k(logits_BV, num_top)
+  return chosen_B - total_B, top_tokens_BX, top_BX - total_B[:, None]
 
 
 def uniforms(keys_B2: jax.Array, lengths_B: jax.Array) -> jax.Array:

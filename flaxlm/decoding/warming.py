@@ -7,17 +7,13 @@ What a request needs then is there, unless it has more biases or stop tokens tha
 """
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.decoding.compile_counter import count_compilations
-from flaxlm.decoding.constraint import FREE
 from flaxlm.decoding.engine import Engine
-from flaxlm.decoding.generate import StaticSampling
 from flaxlm.decoding.prefill import (
   CHUNK,
   init_cache_with_source,
@@ -28,13 +24,8 @@ from flaxlm.decoding.prefill import (
 )
 from flaxlm.decoding.prefill import take_rows as take_read
 from flaxlm.decoding.prefix_store import cut_piece, has_pieces, put_piece
-from flaxlm.decoding.requests import IDLE, EngineRequest
-from flaxlm.decoding.row_settings import (
-  LEAST_BIASES,
-  LEAST_STOPS,
-  RowSettings,
-  empty_history,
-)
+from flaxlm.decoding.requests import EngineRequest
+from flaxlm.decoding.row_settings import empty_history
 from flaxlm.decoding.row_sizes import CHUNK_SIZES
 from flaxlm.decoding.rows import (
   Rows,
@@ -45,7 +36,6 @@ from flaxlm.decoding.rows import (
   resize_cache,
   take_rows,
 )
-from flaxlm.decoding.sampling import HISTORY_RULES, stack_rows
 from flaxlm.nn.models import init_cache
 from flaxlm.sharding import use_mesh
 
@@ -57,14 +47,18 @@ def warm(engine: Engine) -> int:
   """Compiles the programs of the options' `shapes`; returns how many there were."""
   assert engine.options.shapes is not None and engine.is_idle
   with count_compilations() as counter, use_mesh(engine.mesh):
-    for slots, source in _sizes(engine):
+    read = _warm_reading(engine)
+    for size in _sizes(engine):
       for count in _counts(engine):
-        _warm_batch(engine, count, slots, source, _warm_reading(engine, slots, source))
+        _warm_batch(engine, count, size, [rows_of[size] for rows_of in read])
   return counter.programs
 
 
-def _sizes(engine: Engine) -> list[tuple[int, int]]:
-  """The slots that a row may have, and its source."""
+Size = tuple[int, int]  # slots of a row, and of its source
+
+
+def _sizes(engine: Engine) -> list[Size]:
+  """The sizes that a cache may have."""
   assert engine.options.shapes is not None
   slots = [*dict.fromkeys(map(engine.sizes.bucket_of_slots, engine.options.shapes.slots))]
   is_pair = engine.model.cfg.family == "encoder_decoder"
@@ -78,111 +72,92 @@ def _counts(engine: Engine) -> list[int]:
   return sorted({engine.sizes.bucket_of_rows(n) for n in engine.options.shapes.rows})
 
 
-def _settings(engine: Engine) -> RowSettings:
-  """Those of an engine that has no requests: its automaton is the smallest."""
-  return RowSettings(engine.model.cfg, engine.options.shapes, engine.tokenizer)
+def _resize_to_neighbours(engine: Engine, cache: Any, size: Size) -> dict[Size, Any]:
+  """The cache in all sizes that one step leads to."""
+  steps = {next(engine.sizes.steps(size, to)) for to in _sizes(engine) if to != size}
+  return {to: resize_cache(engine.model.cfg, cache, *to) for to in steps}
 
 
-def _ways(engine: Engine, count: int) -> Iterator[tuple[Any, StaticSampling, Any, Any]]:
-  """All ways to sample: arrays of so many rows, what is compiled in, stops, history."""
+def _warm_reading(engine: Engine) -> list[dict[Size, Rows]]:
+  """Reads prompts, as many together as the engine does, into caches of all sizes that it
+  reads into; for each number of prompts, what was read in all sizes of a batch."""
   assert engine.options.shapes is not None
-  automaton = _settings(engine).automaton
-  for rules, num_top in itertools.product(
-    engine.options.shapes.rules, engine.options.shapes.num_tops
-  ):
-    biases = LEAST_BIASES if "bias" in rules else 0
-    sampling = stack_rows([IDLE] * count, automaton, {None: FREE}, biases)
-    stops_BE = np.full((count, LEAST_STOPS), -1, np.int32)
-    history = None
-    if HISTORY_RULES & {*rules}:
-      history = empty_history(count, engine.model.cfg.vocab_size)
-    arrays = jax.device_put(sampling)
-    yield arrays, StaticSampling(rules, num_top), stops_BE, history
-
-
-def _warm_reading(engine: Engine, slots: int, source: int) -> list[Rows]:
-  """Reads prompts into caches of these sizes, as many together as the engine does.
-
-  Returns what is read, with a history and without.
-  """
-  model, params = engine.model, engine.params
-  read: list[Rows] = []
+  read: list[dict[Size, Rows]] = []
+  slots = {*map(engine.sizes.bucket_of_reading, engine.options.shapes.slots)}
   together = engine.shards
   while together <= engine.reader.together:
-    if source:
-      source_BS, lengths_B = pad_rows([[0]] * together, together, source)
-      cache = init_cache_with_source(model, params, source_BS, lengths_B, slots)
-    else:
-      cache = init_cache(model, together, slots)
-    last_RD = no_hidden(model, together)
-    most = min(engine.options.most_read or CHUNK, slots)
-    if model.cfg.family == "rnn":
-      most = engine.options.most_read or CHUNK
-    for size in [size for size in CHUNK_SIZES if size <= most]:
-      tokens_RT, num_new_R = pad_rows([[0]] * together, together, size)
-      last_RD, cache = prefill_chunk(model, params, tokens_RT, num_new_R, cache, last_RD)
-    logits_RV = logits_of_hidden(model, params, last_RD)
-    logits_RV, cache = take_read(logits_RV, cache, np.zeros(together, np.int32))
-    if engine.options.prefix_bytes and has_pieces(model.cfg):
-      cache = put_piece(
-        cache, cut_piece(cache, np.int32(0), np.int32(0)), np.int32(0), np.int32(0)
-      )
-    left_R = np.zeros(together, np.int32)
-    found = {}
-    for sampling, static, stops_RE, history in _ways(engine, together):
-      if history is not None:  # made as that of requests that have drawn nothing yet
-        history = _settings(engine).history_of([FIRST_REQUEST] * together)
-      new, _ = draw_first(
-        *(logits_RV, cache.lengths_B, left_R, history),
-        *(sampling, stops_RE, jnp.int32(engine.num_ids), static),
-      )
-      found[history is None] = new._replace(cache=cache)
-    read += found.values()
+    rows_of: dict[Size, Rows] = {}
+    for size in [size for size in _sizes(engine) if size[0] in slots]:
+      rows_of[size] = _warm_chunks(engine, together, size)
+    unseen = [*rows_of]
+    while unseen:
+      size = unseen.pop()
+      rows = rows_of[size]
+      for to, cache in _resize_to_neighbours(engine, rows.cache, size).items():
+        if to not in rows_of:
+          rows_of[to] = rows._replace(cache=cache)
+          unseen.append(to)
+    read.append(rows_of)
     together *= 2
   return read
 
 
-def _warm_batch(
-  engine: Engine, count: int, slots: int, source: int, read: list[Rows]
-) -> None:
-  """All that happens to a batch of this size."""
+def _warm_chunks(engine: Engine, together: int, size: Size) -> Rows:
+  """Reads chunks of all lengths into a cache of this size, and draws first tokens."""
+  model, params, (slots, source) = engine.model, engine.params, size
+  if source:
+    source_BS, lengths_B = pad_rows([[0]] * together, together, source)
+    cache = init_cache_with_source(model, params, source_BS, lengths_B, slots)
+  else:
+    cache = init_cache(model, together, slots)
+  last_RD = no_hidden(model, together)
+  most = min(engine.options.most_read or CHUNK, slots)
+  if model.cfg.family == "rnn":
+    most = engine.options.most_read or CHUNK
+  for length in [length for length in CHUNK_SIZES if length <= most]:
+    tokens_RT, num_new_R = pad_rows([[0]] * together, together, length)
+    last_RD, cache = prefill_chunk(model, params, tokens_RT, num_new_R, cache, last_RD)
+  logits_RV = logits_of_hidden(model, params, last_RD)
+  logits_RV, cache = take_read(logits_RV, cache, np.zeros(together, np.int32))
+  if engine.options.prefix_bytes and has_pieces(model.cfg):
+    cache = put_piece(cache, cut_piece(cache, *FIRST), *FIRST)
+  requests = [FIRST_REQUEST] * together
+  history = engine.settings.history_of(requests)
+  drawing, static = engine.settings.sampling_of(requests)
+  left_R = np.zeros(together, np.int32)
+  new, _ = draw_first(logits_RV, cache.lengths_B, left_R, history, drawing, static)
+  return new._replace(cache=cache)
+
+
+def _warm_batch(engine: Engine, count: int, size: Size, read: list[Rows]) -> None:
+  """All that happens to a batch of this size, into which these rows are put."""
   cfg, batch = engine.model.cfg, None
   rows_B = np.zeros(count, np.int32)
   for new in read:
-    for size in _sizes(engine):
-      resized = resize_cache(cfg, new.cache, *size)
-      if size != (slots, source):
-        continue
-      rows_R = np.zeros(new.left_B.shape[0], np.int32)
-      idle = jnp.zeros(rows_R.shape, jnp.int32)
-      batch = take_rows(Rows(resized, idle, idle), rows_B, rows_B > 0)
-      if new.history is not None:
-        batch = batch._replace(history=empty_history(count, cfg.vocab_size))
-      batch = insert_rows(batch, new._replace(cache=resized), rows_R)
+    rows_R = np.zeros(new.left_B.shape[0], np.int32)
+    idle = jnp.zeros(rows_R.shape, jnp.int32)
+    batch = take_rows(Rows(new.cache, idle, idle), rows_B, rows_B > 0)
+    batch = batch._replace(history=empty_history(count, cfg.vocab_size))
+    batch = insert_rows(batch, new, rows_R)
   assert batch is not None
-  for sampling, static, stops_BE, history in _ways(engine, count):
-    batch, *_ = decode_rows(
-      engine.model,
-      engine.params,
-      batch._replace(history=history),
-      rows_B > 0,
-      sampling,
-      stops_BE,
-      jnp.int32(engine.num_ids),
-      np.int32(0),
-      np.bool_(False),
-      engine.options.most_steps,
-      not engine.runs_ahead,
-      static,
-    )
+  drawing, static = engine.settings.sampling_of([None] * count)
+  batch, *_ = decode_rows(
+    engine.model,
+    engine.params,
+    batch,
+    rows_B > 0,
+    drawing,
+    np.int32(0),
+    np.bool_(False),
+    engine.options.most_steps,
+    not engine.runs_ahead,
+    static,
+  )
   if engine.options.prefix_bytes and has_pieces(cfg):
     cut_piece(batch.cache, *FIRST)
-  for size in _sizes(engine):
-    resize_cache(cfg, batch.cache, *size)
-  with_history = batch._replace(history=empty_history(count, cfg.vocab_size))
-  num_states = _settings(engine).automaton.next_XY.shape[0]
-  with_history = renumber(with_history, np.zeros(num_states, np.int32))
-  for rows in (with_history, with_history._replace(history=None)):
-    for other in {*_counts(engine), engine.shards}:
-      others_B = np.zeros(other, np.int32)
-      take_rows(rows, others_B, others_B > 0)
+  _resize_to_neighbours(engine, batch.cache, size)
+  num_states = engine.settings.automaton.next_XY.shape[0]
+  batch = renumber(batch, np.zeros(num_states, np.int32))
+  for other in {*_counts(engine), engine.shards}:
+    others_B = np.zeros(other, np.int32)
+    take_rows(batch, others_B, others_B > 0)

@@ -153,7 +153,7 @@ def serve(
     def broke(_: BaseException) -> None:
       loop.call_soon_threadsafe(ending.set)
 
-    service = Service(run, limits, broke, is_warm)
+    service = Service(run, limits, broke)
     with contextlib.closing(service), count_compilations() as service.compiled:
       if is_warm:
         service.warm()

@@ -39,8 +39,7 @@ PREFIX_BYTES = 2**28  # of what past prompts begin with
 class Service:
   """A run that answers. Start it before it is asked, and close it in the end.
 
-  `on_error` is called, in the engine's thread, when that has broken down. One that
-  `is_warm` uses few shapes, all of which `warm` compiles.
+  `on_error` is called, in the engine's thread, when that has broken down.
   """
 
   def __init__(
@@ -48,7 +47,6 @@ class Service:
     run: Run,
     limits: Limits,
     on_error: Callable[[BaseException], None] = lambda _: None,
-    is_warm: bool = False,
   ):
     self.run, self.limits, self.metrics = run, limits, Metrics()
     self.name, self.started = run.path.name or "model", int(time.time())
@@ -59,7 +57,7 @@ class Service:
     self.is_draining = False
     self.num_open = 0  # answers that are written or wait
     self.mean_seconds = 1.0  # of the last requests
-    self.engine = None if self.is_encoder else build_engine(run, limits, is_warm)
+    self.engine = None if self.is_encoder else build_engine(run, limits)
     self.worker = Worker(self.engine, on_error)
     self._renderer = self.chat.renderer() if self.chat else None
     pool = concurrent.futures.ThreadPoolExecutor
@@ -236,8 +234,9 @@ class Service:
     )
 
 
-def build_engine(run: Run, limits: Limits, is_warm: bool) -> Engine:
-  shapes = few_shapes(run.model.cfg, limits.slots, MOST_TOP) if is_warm else None
+def build_engine(run: Run, limits: Limits) -> Engine:
+  # Settings come in all combinations: few shapes, or something would be compiled all day.
+  shapes = few_shapes(run.model.cfg, limits.slots, MOST_TOP)
   options = EngineOptions(rows=limits.slots, prefix_bytes=PREFIX_BYTES, shapes=shapes)
   # Within its mesh, as all that the engine does: arrays made without are of another type,
   # for which programs would be compiled again.

@@ -238,8 +238,8 @@ def serving(name: str = "gqa", **more: Any) -> Engine:
   """An engine with few shapes, which is warm; on a mesh, as the server's."""
   model, params = small_model(name)
   mesh = mesh_of()
-  rules = few_shapes(model.cfg, 3).rules[::2]
-  shapes = Shapes(rows=[1, 3], slots=[64, 96], rules=rules, num_tops=[4])
+  rules = few_shapes(model.cfg, 3).rules[1::2]
+  shapes = Shapes(rows=[1, 3], slots=[64, 96], rules=rules, num_top=4)
   options = EngineOptions(rows=3, most_read=64, most_steps=4, shapes=shapes, **more)
   with use_mesh(mesh):
     engine = Engine(model, placed_on(mesh, model, params), 64, mesh, options=options)

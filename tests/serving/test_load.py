@@ -124,7 +124,7 @@ def test_many_requests_leave_nothing_behind(
       part = bodies[start : start + 50]
       await all_at_once(url, part, [0 if n % 9 == 8 else None for n in range(len(part))])
 
-  with served(run, limits, is_warm=True) as service, listening(build_app(service)) as url:
+  with served(run, limits) as service, listening(build_app(service)) as url:
     for count in (1, 2, 100):
       asyncio.run(some(url, 0, count))
       assert is_free(service)
@@ -254,8 +254,7 @@ def test_no_body_is_a_failure_of_the_server(tmp_path: Path, count: int, seed: in
   pytest.importorskip("outlines_core")
   run = random_run(tmp_path / "letters", letters=JSON_LETTERS)
   limits = Limits(slots=4, max_queue=200, max_tokens=16, max_body=5000)
-  # Compiled shapes are not what this is about: a few serve all.
-  with served(run, limits, is_warm=True) as service:
+  with served(run, limits) as service:
     with listening(build_app(service)) as url:
       statuses = asyncio.run(send_strange(url, count, seed))
     assert is_free(service, 60)
