@@ -234,16 +234,22 @@ def new_files(run_dir: Path) -> Iterator[Path]:
 def metrics_until(run_dir: Path, last_step: int) -> bytes:
   """The lines of the run's metrics up to a step: a resumed run writes the later ones again.
   A line that a kill has cut short is left out."""
+  lines = metrics_lines(run_dir)
+  return b"".join(line for line, values in lines if values["step"] <= last_step)
+
+
+def metrics_lines(run_dir: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+  """Each whole line of the run's metrics, and what it says; its step is a number."""
   try:
     lines = (run_dir / METRICS).read_bytes().splitlines(keepends=True)
   except FileNotFoundError:
-    return b""
-  kept = []
+    return
   for line in lines:
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-      if line.endswith(b"\n") and json.loads(line)["step"] <= last_step:
-        kept.append(line)
-  return b"".join(kept)
+    with contextlib.suppress(ValueError):
+      values = json.loads(line)
+      is_whole = line.endswith(b"\n") and isinstance(values, dict)
+      if is_whole and type(values.get("step")) in (int, float):
+        yield line, values
 
 
 # -- Training into a run directory ---------------------------------------------------------

@@ -13,7 +13,7 @@ from flaxlm.benchmark.ceilings import this_device
 from flaxlm.benchmark.measure import Side, Timing
 from flaxlm.benchmark.report import Result, summarise
 from flaxlm.config import MESH_AXES
-from flaxlm.planning.devices import ANY, Device
+from flaxlm.devices import ANY, Device
 from flaxlm.platform import fused_kernel
 
 

@@ -19,11 +19,11 @@ from flaxlm.benchmark.measure import BenchOptions, Side, measure
 from flaxlm.benchmark.report import Result
 from flaxlm.benchmark.suites.decode import answer_sides, random_model, random_request
 from flaxlm.config import ResolvedConfig, ResolvedModel, mesh_shape
+from flaxlm.devices import Device
 from flaxlm.nn.kernels.cached import attend_cached
 from flaxlm.nn.kernels.products import matrix_dot
 from flaxlm.nn.masks import Scoring, Sight
 from flaxlm.planning.decoding import plan_decoding, read_parameters
-from flaxlm.planning.devices import Device
 from flaxlm.planning.memory import kv_cache_bytes
 from flaxlm.planning.products import weight_products
 

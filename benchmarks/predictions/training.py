@@ -29,14 +29,14 @@ from flaxlm.config import (
   ResolvedModel,
   mesh_shape,
 )
+from flaxlm.cost import forward_work
 from flaxlm.data.objectives import Windows, next_token
+from flaxlm.devices import Device
 from flaxlm.nn.kernels.cudnn import attend_cudnn
 from flaxlm.nn.kernels.fusion import activate
 from flaxlm.nn.layers import build_norm
 from flaxlm.nn.masks import Placement, Reach, Scoring, Sight, visible
 from flaxlm.nn.models import build_model
-from flaxlm.planning.cost import forward_work
-from flaxlm.planning.devices import Device
 from flaxlm.planning.memory import residual_bytes
 from flaxlm.planning.products import Product, training_products
 from flaxlm.planning.roofline import (

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from flaxlm.benchmark.report import Demand, Result
+from flaxlm.devices import Device, device_of
 from flaxlm.errors import FlaxLMError
-from flaxlm.planning.devices import Device, device_of
 
 # A ceiling is the best of a few rounds; a later round may be a little better.
 NOISE = 0.05

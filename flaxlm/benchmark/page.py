@@ -9,8 +9,8 @@ from typing import Any
 
 from flaxlm.benchmark.ceilings import Ceilings
 from flaxlm.benchmark.report import COLUMNS, Result, number, origin, table_row
+from flaxlm.devices import Device
 from flaxlm.look.view import View, line_chart
-from flaxlm.planning.devices import Device
 
 COMPUTING = ("matmul", "attention", "loss", "optimizer", "train", "decode")
 EXPLAINED = (

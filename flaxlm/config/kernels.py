@@ -10,7 +10,7 @@ class FusedKernel:
   """The fused attention kernel of a device: `training.attention` calls it by its name.
 
   Whoever knows the device says which it has (`platform.fused_kernel` of the device at hand,
-  `planning.devices.Device.kernel` of a planned one), because nothing in `nn` asks devices.
+  `devices.Device.kernel` of a planned one), because nothing in `nn` asks devices.
   """
 
   name: Literal["", "cudnn", "splash"] = ""

@@ -23,9 +23,20 @@ CHARTS = [
   ("Reward", "", {"train/reward": "drawn", "eval/reward": "held out, likeliest answer"}),
   ("Learning rate", "", {"train/learning_rate": "learning rate"}),
   ("Speed", "tokens per second", {"perf/tokens_per_sec": "tokens/s"}),
+  ("MFU, strict", "share of the devices' peak", {"perf/mfu": "MFU"}),
+  (
+    "Time",
+    "share",
+    {
+      "perf/goodput": "in steps, of all since the start",
+      "perf/data_wait_fraction": "waiting for data, of the steps'",
+      "perf/drawing_fraction": "drawing completions, of the steps'",
+    },
+  ),
+  ("Memory", "GB", {"perf/memory_gb": "most in use, of the fullest device"}),
   ("Gradient norm", "", {"train/gradient_norm": "gradient norm"}),
 ]
-UNDRAWN = {"train/tokens"}
+UNDRAWN = {"train/tokens", "perf/elapsed_seconds"}
 MOST_LINES = 40
 
 

@@ -34,10 +34,10 @@ from flaxlm.config import (
   slow_axes,
   to_json,
 )
+from flaxlm.devices import Device, find_device
 from flaxlm.errors import ConfigError, FlaxLMError
 from flaxlm.nn.models import build_model
 from flaxlm.planning.collectives import Collective, find_collectives
-from flaxlm.planning.devices import Device, find_device
 from flaxlm.planning.memory import Sizes
 from flaxlm.platform import start_jax
 from flaxlm.sharding.mesh import consecutive_grid, hybrid_grid, networks

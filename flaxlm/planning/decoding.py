@@ -5,14 +5,14 @@ import dataclasses
 import math
 
 from flaxlm.config import ResolvedConfig, slow_axes
-from flaxlm.planning.cost import (
+from flaxlm.cost import (
   active_parameters,
   forward_work,
   kv_cache_bytes,
   parameters,
   weight_bytes,
 )
-from flaxlm.planning.devices import Device
+from flaxlm.devices import Device
 from flaxlm.planning.memory import Sizes, decoding_memory
 from flaxlm.planning.network import axis_bandwidth
 from flaxlm.planning.roofline import memory_seconds, seconds_of

@@ -31,12 +31,12 @@ from flaxlm.config import (
   ResolvedModel,
   TrainingConfig,
 )
+from flaxlm.cost import kv_cache_bytes, stacks, weight_bytes
 from flaxlm.data.objectives import Batch
 from flaxlm.decoding.prefill import Request
 from flaxlm.nn.kernels.outline import OUTLINE
 from flaxlm.nn.lora import boxed_adapters, boxed_frozen, combined, has_dropout
 from flaxlm.nn.models import boxed_shapes, build_model
-from flaxlm.planning.cost import kv_cache_bytes, stacks, weight_bytes
 from flaxlm.sharding import (
   axes_of,
   batch_shards,

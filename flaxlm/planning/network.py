@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from flaxlm.config import MESH_AXES, ResolvedConfig
-from flaxlm.planning.cost import parameters, stacks
-from flaxlm.planning.devices import Device
+from flaxlm.cost import parameters, stacks
+from flaxlm.devices import Device
 from flaxlm.planning.memory import Sizes, gathered_keys, local_rows, state_bytes
 from flaxlm.sharding import training_schedule
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 
 from flaxlm.config import Config, MeshConfig, ResolvedConfig, mesh_shape
+from flaxlm.devices import ANY, find_device
 from flaxlm.errors import ConfigError
 from flaxlm.planning.compile import CompiledStep, compile_step, compiled_kernel
 from flaxlm.planning.decoding import AS_COMPUTED, Stored, plan_decoding
-from flaxlm.planning.devices import ANY, find_device
 from flaxlm.planning.report import Report
 from flaxlm.planning.roofline import Plan, plan_training
 from flaxlm.planning.search import cheapest_fit, search

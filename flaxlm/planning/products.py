@@ -15,8 +15,8 @@ import flax.linen as nn
 import jax
 
 from flaxlm.config import FUSED, ResolvedConfig, ResolvedModel
+from flaxlm.cost import computed_blocks
 from flaxlm.nn.models import boxed_shapes, build_model
-from flaxlm.planning.cost import computed_blocks
 from flaxlm.training.optimizer import matrix_dims
 
 NEWTON_SCHULZ_STEPS = 5  # optax's muon

@@ -9,8 +9,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
+from flaxlm.cost import active_parameters, adapter_parameters
 from flaxlm.planning.compile import CompiledStep
-from flaxlm.planning.cost import active_parameters, adapter_parameters
 from flaxlm.planning.decoding import DecodePoint
 from flaxlm.planning.roofline import Plan
 

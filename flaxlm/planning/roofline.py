@@ -12,9 +12,7 @@ import math
 from collections.abc import Mapping
 
 from flaxlm.config import FUSED, ResolvedConfig, slow_axes
-from flaxlm.nn.kernels.paths import Path, training_path
-from flaxlm.nn.models import build_model
-from flaxlm.planning.cost import (
+from flaxlm.cost import (
   TOKENS_PER_PARAMETER,
   StepCost,
   attention_passes,
@@ -22,7 +20,9 @@ from flaxlm.planning.cost import (
   parameters,
   step_cost,
 )
-from flaxlm.planning.devices import Device
+from flaxlm.devices import Device
+from flaxlm.nn.kernels.paths import Path, training_path
+from flaxlm.nn.models import build_model
 from flaxlm.planning.memory import (
   PeakMemory,
   Sizes,

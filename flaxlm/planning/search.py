@@ -14,8 +14,8 @@ from flaxlm.config import (
   mesh_sizes,
   slow_axes,
 )
+from flaxlm.devices import Device
 from flaxlm.errors import ConfigError
-from flaxlm.planning.devices import Device
 from flaxlm.planning.memory import Sizes, state_bytes
 from flaxlm.planning.roofline import Plan, plan_training
 from flaxlm.sharding import least_rows

@@ -10,10 +10,10 @@ import flax.linen as nn
 import jax
 
 from flaxlm.config import MeshConfig, ResolvedConfig, mesh_shape, slow_axes
+from flaxlm.devices import ANY, Device, find_device
 from flaxlm.nn.models import boxed_shapes, build_model
 from flaxlm.planning.collectives import Collective
 from flaxlm.planning.compile import compile_step
-from flaxlm.planning.devices import ANY, Device, find_device
 from flaxlm.planning.memory import (
   Sizes,
   abstract_mesh,

@@ -8,6 +8,7 @@ mistakes show within seconds.
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -48,6 +49,7 @@ from flaxlm.runs import (
 )
 from flaxlm.sharding import check_batch, describe_mesh, make_mesh
 from flaxlm.tokenizers import expected_vocab_size
+from flaxlm.training.clock import MFU, Clock, seconds_at_peak, spent_before
 from flaxlm.training.closing import show_sample
 from flaxlm.training.directory import find_start, tokenizer_to_use, write_files
 from flaxlm.training.evaluation import Evaluator, batches_by_source, split_batches
@@ -74,6 +76,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
 
   `arguments` are those of the command line that named the config, for the hints at the end.
   """
+  begun = time.perf_counter()
   cfg = adopt(cfg)
   check_config(cfg)
   check_base(cfg)
@@ -125,6 +128,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     if peers.num_processes == 1:
       stop_at = stack.enter_context(stop_signals(peers))
     compiler.start(cfg.model)
+    clock = Clock(begun, spent_before(cfg.run_dir, first_step), seconds_at_peak(cfg, mesh))
     if peers.process == 0:
       write_files(cfg, prepared, start)
     reporter = Reporter(
@@ -142,6 +146,8 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     report_start(reporter, cfg, before, first_step, flags, attention)
     reporter.log(describe(cfg, state, prepared, mesh))
     evaluator, rollouts = judges(cfg, prepared, judge, program.model, mesh)
+    if clock.seconds_at_peak is None:
+      reporter.log(describe_no_mfu(cfg))
     for note in notes_of(batches, evaluator):
       reporter.log(note)
 
@@ -157,6 +163,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
         reporter,
         watchdog,
         rollouts,
+        clock,
       )
       state, exit_code = trainer.steps(state, first_step, batches, stop_at)
 
@@ -341,6 +348,12 @@ def unadapted(cfg: ResolvedConfig) -> Iterator[str]:
   if cfg.lora.rank:
     boxes = flatten_dict(boxed_shapes(build_model(cfg.model, cfg.training)))
     yield f"no adapters change {', '.join(unadaptable(boxes))}"
+
+
+def describe_no_mfu(cfg: ResolvedConfig) -> str:
+  """Why a run has no MFU: a peak that nobody has published is not guessed."""
+  device, dtype = jax.devices()[0].device_kind, cfg.training.dtype
+  return f"no {MFU}: the peak of this device ({device}) in {dtype} is not known"
 
 
 def describe(

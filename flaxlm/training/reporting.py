@@ -119,6 +119,8 @@ class Reporter:
     text, rate = f"{name} {values[f'train/{name}']:.3f}", values.get("perf/tokens_per_sec")
     if rate:
       text += f"  {rate:,.0f} tokens/s"
+    if "perf/mfu" in values:
+      text += f"  MFU {values['perf/mfu']:.1%}"
     if self._bar is not None:
       self._bar.update(self._task, completed=step, description=text)
       return

@@ -8,8 +8,8 @@ step before. On a CPU, which is both, a step is waited for.
 import contextlib
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from flaxlm.data.questions import QuestionBatches
 from flaxlm.errors import INTERRUPTED, PREEMPTED, NonFiniteError
 from flaxlm.nn.lora import combined
 from flaxlm.sharding import wait_on_cpu
+from flaxlm.training.clock import MFU, Clock
 from flaxlm.training.evaluation import Evaluator, describe_evaluation
 from flaxlm.training.reporting import Reporter
 from flaxlm.training.rollouts import AnswerEvaluator, Rollouts
@@ -53,9 +54,10 @@ class Trainer:
   reporter: Reporter
   watchdog: Watchdog
   rollouts: Rollouts | None = None  # what makes a batch of questions; None: it is one
+  clock: Clock = field(default_factory=Clock)
 
   def __post_init__(self) -> None:
-    self.clock = Clock()
+    self.clock.restart()
     self.all_finite = jit_all_finite(self.mesh)
     self.skipped = 0  # steps in a row that were not finite
     self.evaluated = False
@@ -74,8 +76,8 @@ class Trainer:
     training, seed = self.cfg.training, np.uint32(self.cfg.seed)
     step, saved, pending, stopped = first_step, first_step, None, 0
     if self.rollouts is not None and not first_step:
-      self.evaluate(0, state)  # what the run begins from was not judged by this reward
-      self.clock.restart()
+      with self.clock.stopped():
+        self.evaluate(0, state)  # what the run begins from was not judged by this reward
     with batches.iterate(first_step) as rows:
       while step < training.num_steps:
         stopped = stop_at(step)
@@ -97,14 +99,14 @@ class Trainer:
         if evaluate or save:
           self.report(pending)
           pending = None
-          if evaluate:
-            self.evaluate(step, state)
-          if save and self.skipped:
-            self.reporter.log(f"step {step} is not saved: it was skipped")
-          elif save:
-            self.save(step, state)
-            saved = step
-          self.clock.restart()
+          with self.clock.stopped():
+            if evaluate:
+              self.evaluate(step, state)
+            if save and self.skipped:
+              self.reporter.log(f"step {step} is not saved: it was skipped")
+            elif save:
+              self.save(step, state)
+              saved = step
     self.report(pending)
     stopped = stopped or stop_at(step)
     if not stopped and step > first_step and step % training.eval_every_steps:
@@ -155,7 +157,19 @@ class Trainer:
         )
     if step % self.cfg.training.log_every_steps == 0:
       named = {f"train/{name}": value for name, value in values.items()}
-      self.reporter.metrics(step, named | self.clock.rates())
+      self.reporter.metrics(step, named | self.rates())
+
+  def rates(self) -> dict[str, float]:
+    """Those of the clock, without an MFU that cannot be."""
+    rates = self.clock.rates()
+    if rates.get(MFU, 0.0) > 1:
+      mfu = rates.pop(MFU)
+      self.clock.seconds_at_peak = None
+      self.reporter.log(
+        f"no {MFU} from here on: {mfu:.2f} is faster than the peak of the device's data "
+        "sheet, so this is another device, or its clock is wrong"
+      )
+    return rates
 
   def evaluate(self, step: int, state: TrainState) -> None:
     # The first evaluation compiles.
@@ -193,48 +207,3 @@ def describe_stop(number: int, step: int, last: int, saves: bool) -> str:
   if step == last:
     return f"{name}: stopping after step {step}, which is saved"
   return f"{name}: stopping after step {step}, which was skipped; step {last} is saved"
-
-
-class Clock:
-  """Rates over blocks of steps. A block ends when the host has read its last result."""
-
-  def __init__(self):
-    self.first_step_done = False
-    self.restart()
-
-  def restart(self) -> None:
-    """Begins a block, which leaves out the evaluation, saving or compiling before it."""
-    self.started = time.perf_counter()
-    self.tokens = self.data_seconds = self.drawing_seconds = 0.0
-
-  @contextlib.contextmanager
-  def waiting_for_data(self) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    self.data_seconds += time.perf_counter() - started
-
-  @contextlib.contextmanager
-  def drawing(self) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    self.drawing_seconds += time.perf_counter() - started
-
-  def step_done(self, tokens: float) -> None:
-    if self.first_step_done:
-      self.tokens += tokens
-    else:  # the first step includes compiling
-      self.first_step_done = True
-      self.restart()
-
-  def rates(self) -> dict[str, float]:
-    """This block's tokens per second, and its shares of time spent waiting for data, and
-    drawing completions."""
-    seconds = time.perf_counter() - self.started
-    rates = {}
-    if self.tokens:
-      rates["perf/tokens_per_sec"] = self.tokens / seconds
-      rates["perf/data_wait_fraction"] = self.data_seconds / seconds
-      if self.drawing_seconds:
-        rates["perf/drawing_fraction"] = self.drawing_seconds / seconds
-    self.restart()
-    return rates

@@ -6,8 +6,8 @@ import pytest
 from flaxlm.benchmark.ceilings import Ceilings, ceilings_of, judge
 from flaxlm.benchmark.report import Demand, Result
 from flaxlm.benchmark.suites.collectives import bus_bytes
+from flaxlm.devices import find_device
 from flaxlm.errors import FlaxLMError
-from flaxlm.planning.devices import find_device
 
 CEILINGS = Ceilings({"float32": 200e9}, {1e6: 80e9, 1e9: 20e9})
 

@@ -6,8 +6,8 @@ import pytest
 from flaxlm.benchmark.ceilings import Ceilings
 from flaxlm.benchmark.page import bench_view, computing_points, roof, roofline
 from flaxlm.benchmark.report import Result
+from flaxlm.devices import find_device
 from flaxlm.look.page import to_html
-from flaxlm.planning.devices import find_device
 
 CEILINGS = Ceilings({"float32": 100e9, "bfloat16": 80e9}, {1e6: 40e9, 1e9: 10e9})
 

@@ -19,8 +19,8 @@ from flaxlm.config import (
   TrainingConfig,
   mesh_shape,
 )
+from flaxlm.devices import find_device
 from flaxlm.planning.compile import compile_step
-from flaxlm.planning.devices import find_device
 from flaxlm.planning.memory import training_memory
 from flaxlm.planning.network import network_bytes
 from flaxlm.planning.roofline import with_path

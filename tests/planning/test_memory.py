@@ -18,14 +18,14 @@ from flaxlm.config import (
   TrainingConfig,
   mesh_shape,
 )
+from flaxlm.cost import adapter_parameters, forward_work, parameters, step_cost
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.weights import prepare_params
+from flaxlm.devices import find_device
 from flaxlm.errors import ConfigError
 from flaxlm.nn.execution import REMAT_POLICIES
 from flaxlm.nn.models import abstract_params, build_model, init_cache
 from flaxlm.planning.compile import compile_here
-from flaxlm.planning.cost import adapter_parameters, forward_work, parameters, step_cost
-from flaxlm.planning.devices import find_device
 from flaxlm.planning.memory import (
   decoding_memory,
   kept_bytes,

@@ -10,8 +10,8 @@ import json
 import pytest
 
 from flaxlm.config import load_config, mesh_shape, override
+from flaxlm.devices import find_device
 from flaxlm.planning.compile import compile_step
-from flaxlm.planning.devices import find_device
 from flaxlm.planning.memory import training_memory
 from flaxlm.planning.planner import resolve
 from flaxlm.planning.sharding_report import report_sharding

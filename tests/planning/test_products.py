@@ -13,8 +13,8 @@ from flaxlm.config import (
   TrainingConfig,
   mesh_shape,
 )
-from flaxlm.planning.cost import forward_work, step_cost
-from flaxlm.planning.devices import ANY
+from flaxlm.cost import forward_work, step_cost
+from flaxlm.devices import ANY
 from flaxlm.planning.products import (
   Product,
   is_listed,

@@ -18,7 +18,8 @@ from flaxlm.config import (
   load_config,
   mesh_shape,
 )
-from flaxlm.planning.cost import attention_passes, forward_work, kv_cache_bytes
+from flaxlm.cost import attention_passes, forward_work, kv_cache_bytes
+from flaxlm.devices import ANY, Device, find_device
 from flaxlm.planning.decoding import (
   AS_COMPUTED,
   OPERATIONS,
@@ -27,7 +28,6 @@ from flaxlm.planning.decoding import (
   plan_decoding,
   read_parameters,
 )
-from flaxlm.planning.devices import ANY, Device, find_device
 from flaxlm.planning.network import axis_bandwidth, network_bytes
 from flaxlm.planning.planner import resolve
 from flaxlm.planning.report import Report, print_report

@@ -15,7 +15,7 @@ from flaxlm.config import (
   TrainingConfig,
   mesh_shape,
 )
-from flaxlm.planning.devices import find_device
+from flaxlm.devices import find_device
 from flaxlm.planning.report import MOST_CHOICES, Report, print_report
 from flaxlm.planning.roofline import plan_training
 from flaxlm.planning.search import cheapest_fit, meshes, search

@@ -9,10 +9,10 @@ import pytest
 
 from flaxlm.cli import main
 from flaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, mesh_shape
+from flaxlm.devices import ANY
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import build_model
 from flaxlm.planning.compile import compile_step
-from flaxlm.planning.devices import ANY
 from flaxlm.planning.network import network_bytes
 from flaxlm.planning.planner import resolve
 from flaxlm.planning.sharding_report import explain, report_sharding

@@ -6,8 +6,8 @@ import dataclasses
 import pytest
 
 from flaxlm.config import load_config, mesh_shape
+from flaxlm.devices import find_device
 from flaxlm.planning.compile import CompiledStep, explain, needed
-from flaxlm.planning.devices import find_device
 from flaxlm.planning.planner import find_cure, resolve
 from flaxlm.planning.report import Report, to_json, verdict
 from flaxlm.planning.roofline import Plan, plan_training

@@ -13,6 +13,7 @@ import pytest
 from flaxlm.config import CheckpointConfig, Config, TrainingConfig
 from flaxlm.errors import INTERRUPTED, PREEMPTED, NonFiniteError
 from flaxlm.sharding import make_mesh
+from flaxlm.training.clock import Clock
 from flaxlm.training.step import TrainState
 from flaxlm.training.trainer import Trainer
 
@@ -57,7 +58,11 @@ class Fakes:
 
 
 def train(
-  fates: str, stop: dict[int, int] | None = None, every: int = 1, rollouts: Any = None
+  fates: str,
+  stop: dict[int, int] | None = None,
+  every: int = 1,
+  rollouts: Any = None,
+  seconds_at_peak: float | None = None,
 ) -> Fakes:
   """Runs a step for each letter; `stop` has signals by the step after which they arrive."""
   training = TrainingConfig(num_steps=len(fates), eval_every_steps=1_000)
@@ -68,7 +73,8 @@ def train(
   }
   mesh = make_mesh({"data": 8})
   around = (fakes, evaluator, fakes, fakes, fakes)
-  trainer = Trainer(cfg, "text", mesh, *around, rollouts)
+  clock = Clock(seconds_at_peak=seconds_at_peak)
+  trainer = Trainer(cfg, "text", mesh, *around, rollouts, clock)
   state = TrainState(jnp.int32(0), {"w": jnp.zeros(2)}, None)
   stop_at = lambda step: (stop or {}).get(step, 0)
   try:
@@ -142,3 +148,11 @@ def test_a_batch_is_drawn_before_its_step():
   assert run.kept[10]["train/reward"] == 4.5
   assert 0 < run.kept[10]["perf/drawing_fraction"] < 1
   assert 0 not in train("..").kept
+
+
+def test_an_mfu_that_cannot_be_is_told_once_and_left_out():
+  run = train("." * 30, every=99, seconds_at_peak=1e6)
+  assert len([line for line in run.lines if line.startswith("no perf/mfu")]) == 1
+  assert all("perf/mfu" not in values for values in run.kept.values())
+  slow = train("." * 30, every=99, seconds_at_peak=1e-9)
+  assert 0 < slow.kept[20]["perf/mfu"] < slow.kept[20]["perf/goodput"] < 1

@@ -16,11 +16,11 @@ import numpy as np
 
 from flaxlm.benchmark.measure import BenchOptions, Side, agree, measure, timed
 from flaxlm.benchmark.report import Demand, Result, with_ratio
+from flaxlm.cost import visible_keys
 from flaxlm.nn.attention import attend
 from flaxlm.nn.kernels.blocked import attend_blocked
 from flaxlm.nn.kernels.cudnn import attend_cudnn
 from flaxlm.nn.masks import Pattern, Placement, Reach, Scoring, Sight, visible
-from flaxlm.planning.cost import visible_keys
 from flaxlm.platform import fused_kernel
 
 AttentionPath = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]

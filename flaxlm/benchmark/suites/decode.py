@@ -34,13 +34,13 @@ from flaxlm.config import (
   TrainingConfig,
   load_config,
 )
+from flaxlm.cost import forward_work
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import build_model, init_params
-from flaxlm.planning.cost import forward_work
 from flaxlm.planning.decoding import decode_work, read_parameters
 from flaxlm.platform import fused_kernel
 

@@ -3,7 +3,7 @@
 
 Each side runs in a fresh process of its own, one round of each side in turn. All start from
 the same parameters, see the same batches and update with the same AdamW; the losses of
-their first steps must agree before a speed counts. FLOPs are strict (see `planning.cost`),
+their first steps must agree before a speed counts. FLOPs are strict (see `cost`),
 so that the fraction of the published peak is the MFU.
 """
 
@@ -22,10 +22,10 @@ from flaxlm.benchmark.measure import BenchOptions, run_python, within, wrong_res
 from flaxlm.benchmark.report import Demand, Result, summarise, with_ratio
 from flaxlm.benchmark.training_case import CASES, OPTIMIZER, Case, find_case, time_steps
 from flaxlm.config import DataConfig, ResolvedConfig, TrainingConfig, mesh_shape
+from flaxlm.cost import step_cost
 from flaxlm.data.objectives import Windows, next_token
+from flaxlm.devices import ANY
 from flaxlm.nn.models import abstract_params, build_model
-from flaxlm.planning.cost import step_cost
-from flaxlm.planning.devices import ANY
 from flaxlm.planning.roofline import traffic_parts, with_path
 from flaxlm.platform import fused_kernel, start_jax
 from flaxlm.sharding import make_mesh

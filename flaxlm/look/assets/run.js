@@ -3,7 +3,8 @@ async function drawView(view, page) {
   const figures = el("div", { class: "figures" }, figure(`${step.toLocaleString("en")} / ${steps.toLocaleString("en")}`, "steps"));
   const known = [["train/loss", "training loss, nats per token"], ["eval/loss", "held-out loss"],
     ["eval/bits_per_byte", "held-out bits per byte"], ["eval/gzip_bits_per_byte", "gzip -9, bits per byte"],
-    ["eval/accuracy", "masks filled rightly"], ["perf/tokens_per_sec", "tokens per second"]];
+    ["eval/accuracy", "masks filled rightly"], ["perf/tokens_per_sec", "tokens per second"],
+    ["perf/mfu", "MFU, strict"], ["perf/memory_gb", "GB, most in use on a device"], ["perf/goodput", "of all time in steps"]];
   for (const [name, title] of known) {
     if (!(name in last)) continue;
     const lowest = name in best && best[name] !== last[name] ? `; lowest ${show(best[name])}` : "";

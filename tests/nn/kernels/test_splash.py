@@ -319,7 +319,7 @@ from flaxlm.config import mesh_shape
 from flaxlm.nn.kernels.splash import attend_splash
 from flaxlm.nn.masks import Pattern, Scoring, Sight
 from flaxlm.planning.compile import make_target_mesh, tpu_options
-from flaxlm.planning.devices import find_device
+from flaxlm.devices import find_device
 
 def gradients(q, k, v, segments):
   sight = Sight(None, pattern=Pattern(True, None, (segments, segments)))

@@ -3,8 +3,8 @@
 
 import pytest
 
+from flaxlm.devices import DEVICES, device_of, find_device
 from flaxlm.errors import ConfigError
-from flaxlm.planning.devices import DEVICES, device_of, find_device
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,7 @@ from flaxlm.config import (
   TrainingConfig,
   load_config,
 )
-from flaxlm.decoding.weights import prepare_params
-from flaxlm.nn.base import Source
-from flaxlm.nn.cache import empty_cache
-from flaxlm.nn.masks import Placement, visible
-from flaxlm.nn.models import build_model, init_cache, init_params
-from flaxlm.planning.cost import (
+from flaxlm.cost import (
   active_parameters,
   forward_work,
   kv_cache_bytes,
@@ -37,6 +32,11 @@ from flaxlm.planning.cost import (
   visible_keys,
   weight_bytes,
 )
+from flaxlm.decoding.weights import prepare_params
+from flaxlm.nn.base import Source
+from flaxlm.nn.cache import empty_cache
+from flaxlm.nn.masks import Placement, visible
+from flaxlm.nn.models import build_model, init_cache, init_params
 from flaxlm.planning.planner import resolve
 
 SMALL = dict(depth=3, width=48, num_heads=4, vocab_size=96, context=32)
