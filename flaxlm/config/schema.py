@@ -248,6 +248,12 @@ class Config:
   name: str | None = knob(None, "run name; none = the config file's name")
   seed: int = knob(0, "of parameters, data order and dropout", 0, 2**31 - 1)
   runs_dir: str = knob("runs", "where run directories go")
+  track: Literal["none", "wandb", "trackio", "mlflow"] = knob(
+    "none", "where metrics are sent besides the run's own files and TensorBoard"
+  )
+  track_project: str | None = knob(
+    None, "track: project (mlflow: experiment); none = its own variable's, or flaxlm"
+  )
   init: str | None = knob(
     None, "a run to begin from: its parameters, architecture and tokenizer"
   )

@@ -67,6 +67,8 @@ from flaxlm.training.rewards import Judge
 from flaxlm.training.rollouts import AnswerEvaluator, Rollouts, Writer
 from flaxlm.training.signals import stop_signals
 from flaxlm.training.step import TrainState
+from flaxlm.training.trackers import check_tracker
+from flaxlm.training.tracking import start_tracking
 from flaxlm.training.trainer import Trainer
 from flaxlm.training.watchdog import Watchdog
 
@@ -80,6 +82,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
   cfg = adopt(cfg)
   check_config(cfg)
   check_base(cfg)
+  check_tracker(cfg)
   judge = find_judge(cfg)
   flags = start_jax(cfg.simulated_devices, data_dir() / "xla")
   with joined(cfg) as peers, contextlib.ExitStack() as stack:
@@ -135,6 +138,8 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
       cfg.run_dir, first_step, cfg.training.num_steps, writes=peers.process == 0
     )
     stack.callback(reporter.close)
+    if peers.process == 0:
+      reporter.tracker = start_tracking(cfg, first_step, reporter.log)
 
     # -- State: born sharded, or restored as it was.
     program = compiler.program(cfg.model)
@@ -166,6 +171,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
         clock,
       )
       state, exit_code = trainer.steps(state, first_step, batches, stop_at)
+      reporter.exit_code = exit_code
 
     # -- A word at the end.
     if exit_code == 0:
@@ -337,6 +343,7 @@ def unread(cfg: Config) -> Iterator[str]:
     ("data.mask_fraction", objective == "masked", because),
     ("tokenizer.kind", is_trained, "with tokenizer.path"),
     ("tokenizer.vocab_size", is_trained, "with tokenizer.path"),
+    ("track_project", cfg.track != "none", "with track=none"),
   ):
     names = [name for name in difference(Config(), cfg) if name.startswith(prefix)]
     if names and not is_read:

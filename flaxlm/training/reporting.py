@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run reports: a progress bar or lines, metrics.jsonl, TensorBoard, log.txt."""
+"""What a run reports: a progress bar or lines, metrics.jsonl, TensorBoard, log.txt, and a
+tracker if one is asked for."""
 
 import contextlib
 import hashlib
@@ -15,6 +16,7 @@ from flaxlm.errors import writing
 from flaxlm.runs import LOG, METRICS
 from flaxlm.strict_json import to_json
 from flaxlm.training.events import EventFile
+from flaxlm.training.tracking import Tracker
 
 
 class Reporter:
@@ -24,6 +26,8 @@ class Reporter:
     """`runs.new_files` has put the metrics up to `first_step` there, and a manifest."""
     self.num_steps, self.writes = num_steps, writes
     self.console = Console(stderr=True, highlight=False)
+    self.tracker: Tracker | None = None
+    self.exit_code = 1  # that the run ends with, as long as nothing says otherwise
     self._stack = contextlib.ExitStack()
     self._bar: Progress | None = None
     self._is_mute = False
@@ -82,8 +86,8 @@ class Reporter:
       self._is_mute = True
 
   def metrics(self, step: int, values: dict[str, float]) -> None:
-    """Writes a line of metrics.jsonl and a TensorBoard point of each value, and shows the
-    progress."""
+    """Writes a line of metrics.jsonl and a TensorBoard point of each value, sends both to
+    the tracker, and shows the progress."""
     if not self.writes:
       return
     line = to_json({"step": step, **values}) + "\n"
@@ -93,6 +97,8 @@ class Reporter:
       self._events.add(step, values)
     self._size += len(line)  # JSON is written in ASCII
     self._sha256.update(line.encode())
+    if self.tracker is not None:
+      self.tracker.log(step, values)
     if "train/loss" in values:
       self._progress(step, values)
 
@@ -130,6 +136,10 @@ class Reporter:
     self.log(f"step {step:>6}/{self.num_steps}  {text}")
 
   def close(self) -> None:
-    if self.writes:
-      with self._writing():  # what could not be written is tried once more
-        self._stack.close()
+    try:
+      if self.tracker is not None:
+        self.tracker.finish(self.exit_code)
+    finally:
+      if self.writes:
+        with self._writing():  # what could not be written is tried once more
+          self._stack.close()
