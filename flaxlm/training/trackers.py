@@ -8,6 +8,7 @@ is. They are the user's, and nothing here reads or keeps a key.
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import sys
 import time
@@ -57,7 +58,8 @@ class Wandb:
     # Its own steps may only grow, and steps that were lost are done again.
     self._run.define_metric("*", step_metric="step")
     self.id = self._run.id
-    self.place = self._run.url or str(self._run.dir).removesuffix("/files")
+    folder = str(self._run.dir).removesuffix("/files")
+    self.place = folder if self._run.offline else self._run.url
 
   def log(self, step: int, values: Mapping[str, float]) -> None:
     self._run.log({"step": step, **values})
@@ -100,6 +102,8 @@ class Mlflow:
     import mlflow
     from mlflow.entities import Metric, Param
 
+    # What fails is told, once: not each time that something tries again.
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
     self._metric, self._client = Metric, mlflow.MlflowClient()
     name = cfg.track_project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
     if id is None:

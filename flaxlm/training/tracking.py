@@ -15,6 +15,7 @@ from flaxlm.checkpoint.manifest import write_atomically
 from flaxlm.config import ResolvedConfig
 from flaxlm.errors import ConfigError, first_line, one_line, writing
 from flaxlm.runs import METRICS
+from flaxlm.strict_json import to_json
 from flaxlm.training.trackers import SINKS, Sink
 
 IDS = ".tracked"  # in the run's folder: by which ids the trackers know the run
@@ -103,7 +104,7 @@ def start_tracking(
     say(f"{problem}; training goes on")
     return None
   with writing(cfg.run_dir):
-    write_atomically(cfg.run_dir / IDS, json.dumps({**ids, cfg.track: sink.id}))
+    write_atomically(cfg.run_dir / IDS, to_json({**ids, cfg.track: sink.id}))
   say(f"tracked by {cfg.track}: {without_secrets(sink.place)}")
   return Tracker(cfg.track, sink, say)
 

@@ -42,7 +42,7 @@ def fake_wandb(calls: Calls) -> dict[str, ModuleType]:
   def init(**kwargs: Any) -> Any:
     calls.append(("init", kwargs))
     run = recorder(calls, define_metric=None, log=None, finish=None, mark_preempting=None)
-    run.id, run.url, run.dir = kwargs["id"] or "id-1", None, "runs/t/wandb/offline-1/files"
+    run.id, run.offline, run.dir = kwargs["id"] or "id-1", True, "runs/t/wandb/run-1/files"
     return run
 
   module.init, module.Settings = init, lambda **kwargs: kwargs
