@@ -121,13 +121,18 @@ def add_export(commands: Any) -> None:
   parser.add_flag("--adapter", bool, "write a run's adapters alone, for PEFT")
   text = "largest size of a file (default: 5GB)"
   parser.add_flag("--shard-size", str, text, default="5GB")
+  text = "licence that the model card names, as the hub calls it: apache-2.0, mit, other"
+  parser.add_flag("--license", str, f"{text} (default: unknown, or an import's own)")
   parser.add_flag("--runs-dir", default="runs")
   parser.add_devices()
   parser.set_defaults(run=run_export)
 
 
 def run_export(args: argparse.Namespace, _: list[str]) -> int:
+  from flaxlm.interop.card import check_license
+
   most = parse_size(args.shard_size)
+  check_license(args.license)
   run = open_run(args, needs_text=args.format == "gguf")
 
   from flaxlm.interop.adapters import export_adapter
@@ -139,16 +144,17 @@ def run_export(args: argparse.Namespace, _: list[str]) -> int:
   if args.adapter:
     if args.format == "gguf":
       raise ConfigError("--adapter writes safetensors", "leave out --format")
-    family, notes = export_adapter(run, Path(args.folder), args.dtype)
+    family, notes = export_adapter(run, Path(args.folder), args.dtype, args.license)
     for note in notes:
       print(note, file=sys.stderr)
     print(f"{args.folder}: adapter of a {family.model_type}")
     return 0
   if args.format == "gguf":
-    print(f"{args.folder}: {export_gguf(run, Path(args.folder), args.dtype)}")
+    name = export_gguf(run, Path(args.folder), args.dtype, args.license)
+    print(f"{args.folder}: {name}")
     return 0
 
-  family = export_run(run, Path(args.folder), args.dtype, most)
+  family = export_run(run, Path(args.folder), args.dtype, most, args.license)
   (architecture,) = read_json(Path(args.folder, CONFIG))["architectures"]
   print(f"{args.folder}: {family.model_type} ({architecture})")
   return 0

@@ -26,6 +26,7 @@ from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import Config, LoraConfig, ResolvedConfig, ResolvedModel, to_json
 from flaxlm.decoding.loading import Run, load_params, restore_params
 from flaxlm.errors import CheckpointError, ConfigError, FlaxLMError
+from flaxlm.interop.card import ADAPTER_DOCUMENTS, Exported, keep_documents, write_card
 from flaxlm.interop.family import Family
 from flaxlm.interop.files import ADAPTER, has_file
 from flaxlm.interop.hub import find_source
@@ -43,7 +44,14 @@ from flaxlm.interop.values import Values, read_json
 from flaxlm.nn.lora import abstract_adapters, adaptable
 from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
 from flaxlm.origin import Origin, checkpoint_of, find_origin, located, write_origin
-from flaxlm.runs import CHECKPOINTS, CONFIG, TOKENIZER, load_config_of, new_files
+from flaxlm.runs import (
+  CHECKPOINTS,
+  CONFIG,
+  IMPORTED_FILES,
+  TOKENIZER,
+  load_config_of,
+  new_files,
+)
 from flaxlm.tokenizers.imported import SPECIALS
 
 WEIGHTS = "adapter_model.safetensors"
@@ -115,9 +123,11 @@ def modules_of(cfg: ResolvedConfig, params: Any, family: Family) -> dict[str, Mo
 # -- To PEFT -------------------------------------------------------------------------------
 
 
-def export_adapter(run: Run, folder: Path, dtype: str | None) -> tuple[Family, list[str]]:
-  """Writes a run's adapters as PEFT loads them; returns the family of their base, and
-  notes for the user.
+def export_adapter(
+  run: Run, folder: Path, dtype: str | None, license: str | None = None
+) -> tuple[Family, list[str]]:
+  """Writes a run's adapters as PEFT loads them, and a model card that names the `license`;
+  returns the family of their base, and notes for the user.
 
   Raises `ConfigError` for a run without adapters, and `CheckpointError` if no Hugging Face
   family can express its model.
@@ -163,6 +173,11 @@ def export_adapter(run: Run, folder: Path, dtype: str | None) -> tuple[Family, l
         "inference_mode": True,
       },
     )
+    headless = run.cfg.model.family == "encoder" and not run.cfg.model.head_transform
+    count = sum(tensor.size for tensor in tensors.values())
+    architecture = family.architectures[headless]
+    exported = Exported(family.model_type, architecture, count, is_adapter=True)
+    write_card(partial, run, exported, license)
     origin = located(run.path)
     if load_config_of(origin.path).lora.rank:  # merging rounds, in its own way each time
       said = f"{origin.path}, with the adapters of that run merged into it"
@@ -248,7 +263,8 @@ def import_adapter(
   target = abstract_adapters(model, cfg, mesh)
   place = lambda x, leaf: jax.device_put(np.asarray(x, leaf.dtype), leaf.sharding)
   adapters = jax.tree.map(place, adapters, target)
-  return save_adapters(run_dir, origin, cfg, adapters), notes
+  said = save_adapters(run_dir, origin, cfg, adapters)
+  return said, notes + keep_documents(folder, run_dir / IMPORTED_FILES / ADAPTER_DOCUMENTS)
 
 
 def check_base(folder: Path, settings: Values, run: Run, family: Family) -> list[str]:

@@ -13,6 +13,9 @@ from flaxlm.errors import CheckpointError, first_line
 
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"  # of PEFT, beside an adapter's weights
+# What a checkpoint says of itself to people, by name or pattern.
+CARD, ABOUT_GGUF = "README.md", "gguf_about.json"
+DOCUMENTS = (CARD, "README_BASE*.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*", ABOUT_GGUF)
 SOURCES = "give a folder with config.json and safetensors, or a GGUF file"
 MOST_FILES = 8  # in an error's list
 GGUF_MAGIC = b"GGUF"

@@ -18,6 +18,7 @@ from flaxlm.chat.templates import load_special_tokens, load_templates
 from flaxlm.config import ResolvedModel
 from flaxlm.decoding.loading import Run
 from flaxlm.errors import CheckpointError, ConfigError, first_line
+from flaxlm.interop.card import license_of
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.gguf_cuts import NO_MERGE, find_pre_tokenizer
 from flaxlm.interop.huggingface import describe
@@ -47,12 +48,13 @@ ARCHITECTURES = {
 MAX_ENDS = 3  # ids that end an answer, for which llama.cpp has names
 
 
-def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
+def export_gguf(run: Run, path: Path, dtype: str | None, license: str | None = None) -> str:
   """Writes the file, and returns the architecture's name in llama.cpp.
 
   Matrices are written in `dtype`, float32 or bfloat16 (None: that of the run's
-  parameters), vectors in float32. Raises `CheckpointError` if llama.cpp cannot express the
-  model or its tokenizer, `ConfigError` without the gguf package.
+  parameters), vectors in float32. The file names the `license`, or that of an import.
+  Raises `CheckpointError` if llama.cpp cannot express the model or its tokenizer,
+  `ConfigError` without the gguf package.
   """
   try:
     import gguf
@@ -87,6 +89,8 @@ def export_gguf(run: Run, path: Path, dtype: str | None) -> str:
   partial = path.with_name(f".{path.name}.partial")
   writer = gguf.GGUFWriter(partial, architecture.name)
   add_settings(writer, cfg, run.cfg.name or path.stem)
+  if (license := license or license_of(run)) is not None:
+    writer.add_license(license)
   add_tokenizer(writer, run)
 
   def is_narrow(shape: Shape) -> bool:

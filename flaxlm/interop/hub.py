@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxlm.errors import CheckpointError, ConfigError, first_line
-from flaxlm.interop.files import CONFIG, MOST_FILES
+from flaxlm.interop.files import CONFIG, DOCUMENTS, MOST_FILES
 from flaxlm.interop.values import shortened
 
 # org/name, or org/name/FILE.gguf for one of several files.
@@ -89,7 +89,12 @@ def _download(repository: str, file: str | None, revision: str | None) -> Path:
     top = [name for name in names if "/" not in name]
     weights = [name for name in top if name.endswith(".safetensors")]
     if CONFIG in top and weights:
-      patterns = [*SMALL_FILES, "*.safetensors", "additional_chat_templates/*.jinja"]
+      patterns = [
+        *SMALL_FILES,
+        *DOCUMENTS,
+        "*.safetensors",
+        "additional_chat_templates/*.jinja",
+      ]
       return Path(
         _asked(
           repository,

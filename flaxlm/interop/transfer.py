@@ -9,6 +9,7 @@ Hugging Face's libraries read, unchanged in its folder `huggingface/`.
 import contextlib
 import functools
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -31,10 +32,11 @@ from flaxlm.config import (
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.pooling import FILES as POOLING_FILES
 from flaxlm.errors import CheckpointError, DataError, first_line
+from flaxlm.interop.card import Exported, keep_documents, write_card
 from flaxlm.interop.families import FAMILIES
 from flaxlm.interop.family import Family
-from flaxlm.interop.files import check_source, find_gguf, has_file
-from flaxlm.interop.gguf_file import read_gguf
+from flaxlm.interop.files import ABOUT_GGUF, check_source, find_gguf, has_file
+from flaxlm.interop.gguf_file import GGUF, read_gguf
 from flaxlm.interop.gguf_models import read_model
 from flaxlm.interop.gguf_tokenizer import read_tokenizer
 from flaxlm.interop.huggingface import (
@@ -44,6 +46,7 @@ from flaxlm.interop.huggingface import (
   load_tensors,
   save_checkpoint,
 )
+from flaxlm.interop.safetensors import open_checkpoint
 from flaxlm.interop.values import Values, read_json
 from flaxlm.runs import CHECKPOINTS, CONFIG, IMPORTED_FILES, TOKENIZER, new_files
 from flaxlm.tokenizers import Role, load_tokenizer
@@ -123,6 +126,7 @@ def import_run(
       store.close()
     (partial / IMPORTED_FILES).mkdir()
     notes += copy_files((CONFIG, *COPIED), folder, partial / IMPORTED_FILES)
+    notes += keep_documents(folder, partial / IMPORTED_FILES)
     with new_files(partial) as written:
       (written / CONFIG).write_text(to_json(run_config(loaded, run_dir)), "utf-8")
   return loaded, notes
@@ -146,6 +150,7 @@ def opened(source: Path) -> Iterator[tuple[Path, Load]]:
     folder, words = Path(name), read_tokenizer(file)
     keys = model.keys | (words.ids if words is not None else {})
     write_json(folder / CONFIG, keys)
+    write_json(folder / ABOUT_GGUF, about(file))
     if words is not None:
       write_json(folder / GENERATION, words.ids)
       words.backend.save(str(folder / TOKENIZER))
@@ -154,6 +159,15 @@ def opened(source: Path) -> Iterator[tuple[Path, Load]]:
         (folder / place).parent.mkdir(exist_ok=True)
         (folder / place).write_text(text, "utf-8")
     yield folder, functools.partial(load_tensors, keys, str(path), model.tensors)
+
+
+def about(file: GGUF) -> dict[str, Any]:
+  """What a GGUF file says of itself to people: its name, its authors, its licence."""
+  return {
+    key: value
+    for key, value in file.values.items()
+    if key.startswith("general.") and isinstance(value, str | int)
+  }
 
 
 def run_config(loaded: Loaded, run_dir: Path) -> ResolvedConfig:
@@ -305,11 +319,14 @@ def leave_out_unknown(path: Path, num_ids: int) -> list[str]:
 # -- Export --------------------------------------------------------------------------------
 
 
-def export_run(run: Run, folder: Path, dtype: str | None, most: int) -> Family:
+def export_run(
+  run: Run, folder: Path, dtype: str | None, most: int, license: str | None = None
+) -> Family:
   """Writes a run so that `from_pretrained(folder)` opens it; returns its family.
 
-  `dtype` None is that of the parameters; a file has at most `most` bytes. Raises
-  `CheckpointError` if no Hugging Face family can express the model.
+  `dtype` None is that of the parameters; a file has at most `most` bytes; the model card
+  names the `license`. Raises `CheckpointError` if no Hugging Face family can express the
+  model.
   """
   kept, origin = run.path / IMPORTED_FILES, imported_config(run)
   family = family_of(run)
@@ -330,6 +347,10 @@ def export_run(run: Run, folder: Path, dtype: str | None, most: int) -> Family:
     write_json(partial / CONFIG, dict.fromkeys(TOKEN_KEYS[:3]) | ids | keys)
     if not (partial / GENERATION).exists() and cfg.family != "encoder":
       write_json(partial / GENERATION, ids)
+    tensors = open_checkpoint(partial).values()
+    count = sum(math.prod(tensor.shape) for tensor in tensors)
+    exported = Exported(family.model_type, keys["architectures"][0], count)
+    write_card(partial, run, exported, license)
   return family
 
 

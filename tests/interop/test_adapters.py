@@ -30,6 +30,7 @@ from flaxlm.interop.adapters import (
   save_adapters,
 )
 from flaxlm.interop.families import FAMILIES
+from flaxlm.interop.files import CARD
 from flaxlm.interop.huggingface import Loaded
 from flaxlm.interop.safetensors import read_header
 from flaxlm.interop.transfer import import_run
@@ -98,7 +99,12 @@ def test_what_goes_out_comes_in_again(variant: str, targets: str, tmp_path: Path
   run = load_run(run_dir, mesh(), None, False)
   family, notes = export_adapter(run, tmp_path / "out", None)
   assert notes == []
-  assert {path.name for path in (tmp_path / "out").iterdir()} == {ADAPTER, WEIGHTS, BASE}
+  assert {path.name for path in (tmp_path / "out").iterdir()} == {
+    ADAPTER,
+    WEIGHTS,
+    BASE,
+    CARD,
+  }
   kept = json.loads((tmp_path / "hub/config.json").read_text())["model_type"]
   assert family.model_type == kept
   cfg, _ = import_adapter(tmp_path / "out", tmp_path / "again", tmp_path / "base", mesh())
@@ -173,7 +179,7 @@ def test_what_is_written_is_what_peft_reads(exported: Path):
     5,
     "CAUSAL_LM",
   )
-  assert {path.name for path in exported.iterdir()} == {ADAPTER, WEIGHTS, BASE}
+  assert {path.name for path in exported.iterdir()} == {ADAPTER, WEIGHTS, BASE, CARD}
   names = read_header(exported / WEIGHTS)
   first = "base_model.model.model.layers.0.self_attn.q_proj"
   assert names[f"{first}.lora_A.weight"].shape == (3, 32)

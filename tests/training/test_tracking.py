@@ -251,6 +251,7 @@ def test_an_absent_tracker_is_named_with_its_extra(
   check_tracker(Config())
 
 
+@pytest.mark.slow
 def test_a_run_is_tracked_and_resumed_and_its_files_have_no_secret(
   in_process: Any, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
