@@ -22,6 +22,12 @@ from flaxlm.config import Config, ResolvedConfig, to_json
 from flaxlm.errors import INTERRUPTED, PREEMPTED, ConfigError
 
 PROJECT = "flaxlm"  # unless something names another
+# No telemetry; and a server that is gone is known to be within a minute or two, not ten.
+MLFLOW_DEFAULTS = {
+  "MLFLOW_DISABLE_TELEMETRY": "true",
+  "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+  "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
 
 
 class Sink(Protocol):
@@ -98,7 +104,8 @@ class Mlflow:
   """MLflow: a server, or a database on this machine."""
 
   def __init__(self, cfg: ResolvedConfig, id: str | None):
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # of its makers
+    for name, value in MLFLOW_DEFAULTS.items():
+      os.environ.setdefault(name, value)
     import mlflow
     from mlflow.entities import Metric, Param
 

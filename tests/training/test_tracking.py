@@ -16,7 +16,7 @@ from conftest import tiny
 from flaxlm.config import Config, ResolvedConfig
 from flaxlm.devices import Device
 from flaxlm.errors import PREEMPTED, ConfigError
-from flaxlm.training.trackers import SINKS, check_tracker
+from flaxlm.training.trackers import MLFLOW_DEFAULTS, SINKS, check_tracker
 from flaxlm.training.tracking import IDS, Tracker, start_tracking, without_secrets
 
 KEY = "0123456789abcdef-the-key"
@@ -88,7 +88,7 @@ def install(name: str, monkeypatch: pytest.MonkeyPatch) -> Calls:
   for module_name, module in FAKES[name](calls).items():
     monkeypatch.setitem(sys.modules, module_name, module)
   # What the sinks set themselves is put back, too.
-  for variable in ("WANDB_ERROR_REPORTING", "MLFLOW_DISABLE_TELEMETRY"):
+  for variable in ("WANDB_ERROR_REPORTING", *MLFLOW_DEFAULTS):
     monkeypatch.setenv(variable, "as set")
   for variable in ("WANDB_PROJECT", "WANDB_DIR", "MLFLOW_EXPERIMENT_NAME"):
     monkeypatch.delenv(variable, raising=False)
