@@ -184,9 +184,12 @@ def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 def test_what_an_import_reads_is_downloaded(hub: type[Hub], cache: Path):
   hub.files |= {"pytorch_model.bin": b"pickle", "consolidated.safetensors": b"again"}
   hub.files |= {"tokenizer.json": b"{}", "original/a.safetensors": b"again"}
+  hub.files |= {"README.md": b"# A card", "LICENSE": b"terms", "picture.png": b"png"}
   folder = find_source("org/name", download=True)
   assert folder.is_relative_to(cache)
   assert sorted(path.name for path in folder.iterdir()) == [
+    "LICENSE",
+    "README.md",
     "config.json",
     "model.safetensors",
     "tokenizer.json",

@@ -228,6 +228,8 @@ def test_a_runs_curves_are_its_metrics(tmp_path: Path):
   lines = [{"step": n, "train/loss": 4.0 - n, "perf/other": n} for n in (1, 2, 3)]
   lines[1]["train/loss"] = float("nan")  # as older runs have it
   lines[2]["train/gradient_norm"] = None
+  lines[0] |= {"perf/mfu": 0.4, "perf/goodput": 0.9, "perf/elapsed_seconds": 60.0}
+  lines[0] |= {"perf/data_wait_fraction": 0.1, "perf/memory_gb": 70.5}
   lines.append({"step": 3, "eval/loss": 2.5, "eval/bits_per_byte": 1.5})
   text = "".join(f"{json.dumps(line)}\n" for line in lines)
   (tmp_path / "metrics.jsonl").write_text(text + '{"step": 4, "train/lo')
@@ -239,6 +241,9 @@ def test_a_runs_curves_are_its_metrics(tmp_path: Path):
   assert (training["x"], training["y"]) == ([1, 2, 3], [3, None, 1])
   assert (held_out["x"], held_out["y"]) == ([3], [2.5])
   assert charts["perf/other"][0]["y"] == [1, 2, 3], "nothing is left out"
+  drawn = {name: [x["y"][0] for x in charts[name]] for name in ("MFU, strict", "Time")}
+  assert drawn == {"MFU, strict": [0.4], "Time": [0.9, 0.1]}
+  assert charts["Memory"][0]["y"] == [70.5] and "perf/elapsed_seconds" not in charts
   assert charts["Gradient norm"][0]["y"] == [None]
   assert page["figures"]["last"]["eval/bits_per_byte"] == 1.5
   assert page["figures"]["best"]["train/loss"] == 1
