@@ -86,7 +86,7 @@ class Reporter:
       self._is_mute = True
 
   def metrics(self, step: int, values: dict[str, float]) -> None:
-    """Writes a line of metrics.jsonl and a TensorBoard point of each value, sends both to
+    """Writes a line of metrics.jsonl and a TensorBoard point of each value, sends all to
     the tracker, and shows the progress."""
     if not self.writes:
       return
