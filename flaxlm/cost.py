@@ -178,6 +178,7 @@ class ForwardFlops:
   attention: float  # strict: over the keys that queries see
   attention_loose: float  # over all keys
   attention_executed: float  # over the blocks that are computed
+  idle_places: float = 0.0  # products with the places of experts that no token has taken
 
   @property
   def strict(self) -> float:
@@ -195,15 +196,22 @@ class ForwardFlops:
     because the backward pass needs the weights.
     """
     again = self.head * (training.loss_chunks > 1)
+    products = self.matmul + self.idle_places
     if training.remat not in ("none", "dots"):
-      again += self.matmul
+      again += products
     attention = attention_passes(training) * self.attention_executed
-    return 3 * (self.matmul + self.head) + attention + again
+    return 3 * (products + self.head) + attention + again
 
 
-def attention_passes(training: TrainingConfig) -> int:
-  """How often a step computes attention: once forward, twice backward, once if remat."""
-  return 3 + (training.remat != "none")
+# The backward pass / the forward pass of attention, two products: XLA's operations keep the
+# weights; cuDNN's kernel computes the scores again; splash has two kernels, and each does.
+BACKWARD = {"cudnn": 2.5, "splash": 3.5}
+
+
+def attention_passes(training: TrainingConfig) -> float:
+  """How often a step computes attention: once forward, and backward as above; under remat
+  once more."""
+  return 1 + BACKWARD.get(training.attention, 2) + (training.remat != "none")
 
 
 def forward_work(
@@ -235,7 +243,18 @@ def forward_work(
       cross = unit * depth * S
       seen, loose, executed = seen + cross, loose + cross, executed + cross
   head = 2.0 * rows * seq_len * (V * D + cfg.head_transform * D * D)
-  return ForwardFlops(matmul, head, seen, loose, executed)
+  idle = 2.0 * rows * seq_len * cfg.depth * _idle_weights(cfg)
+  return ForwardFlops(matmul, head, seen, loose, executed, idle)
+
+
+def _idle_weights(cfg: ResolvedModel) -> float:
+  """Weights of a layer that multiply places without a token, per token; negative where
+  experts drop tokens. They compute all their places (`nn.moe.with_capacity`)."""
+  moe = cfg.moe
+  if not moe.num_experts or moe.capacity_factor is None:
+    return 0.0
+  expert = (3 if cfg.gated else 2) * cfg.width * moe.expert_width
+  return (moe.capacity_factor - 1) * moe.experts_per_token * expert
 
 
 def _layer_weights(cfg: ResolvedModel, queries: int, source: int, cross: bool) -> float:

@@ -38,14 +38,20 @@ class Device:
   network_bandwidth: float | None = None  # out of one device, beyond its domain
   devices_per_chip: int = 1
   kernel: FusedKernel = NO_KERNEL
-  # Best published measurement / peak, of a large bfloat16 product and of a copy.
+  # Attainable / peak: of large bfloat16 products, of a copy, and of the links and network.
   matmul_fraction: float | None = None
   bandwidth_fraction: float | None = None
+  link_fraction: float = 1.0
+  # The share of its products' rate that a device loses while an exchange runs beside them.
+  contention: float = 0.0
+  collective_seconds: float = 0.0  # no exchange is faster, however small
+  watts: float | None = None  # at which the peaks hold
   # Measured on the device at hand, at the shapes at hand (`benchmarks/predictions`): FLOP/s
   # of each `products.Product`; bytes per second of each part of a step's traffic, which on
   # a CPU is limited by arithmetic; seconds of an operation that does almost nothing.
   product_rates: Mapping[Any, float] = dataclasses.field(default_factory=dict)
-  attention_rate: float | None = None  # strict FLOP/s of a kernel, forward and backward
+  attention_rate: float | None = None  # of a kernel for very long rows, in FLOP/s
+  attention_ramp: float = 0.0  # tokens in a row at which it reaches half of that
   pass_bandwidths: Mapping[str, float] = dataclasses.field(default_factory=dict)
   operation_seconds: float = 0.0
   source: str = ""
@@ -75,6 +81,29 @@ class Device:
     rate = self.memory_bandwidth
     return rate and rate * (self.bandwidth_fraction or 1.0)
 
+  def attention_flops(self, seq_len: int) -> float | None:
+    """FLOP/s of a fused kernel on rows of `seq_len` tokens, forward and backward, where it
+    was measured: the blocks that a causal mask cuts, and the start, weigh more in short
+    ones."""
+    rate = self.attention_rate
+    return rate and rate / (1 + self.attention_ramp / seq_len)
+
+  def at_power(self, watts: float) -> "Device":
+    """The device held at fewer watts. A product costs the same energy at any clock, so its
+    rate falls with the power; the memory's does not. Raises `ConfigError`."""
+    if self.watts is None:
+      raise ConfigError(f"the power of {self.name} is not known", "leave --power out")
+    if watts > self.watts:
+      cure = f"its peaks are those at {self.watts:g} W"
+      raise ConfigError(f"{self.name} has no {watts:g} W", cure)
+    share = watts / self.watts
+    return dataclasses.replace(
+      self,
+      matmul_fraction=(self.matmul_fraction or 1.0) * share,
+      attention_rate=self.attention_rate and self.attention_rate * share,
+      watts=watts,
+    )
+
 
 # Where the figures are from. SB: scaling-book (jax-ml.github.io/scaling-book), chapters
 # "TPUs" and "GPUs". ME: stas00/ml-engineering, compute/accelerator and network pages
@@ -87,14 +116,15 @@ class Device:
 # are half of its sparse figures; the RTX 4090's accumulate in float32.
 PEAKS = """
 name      kind bfloat16 float16 float32 int8   float8 matmul source
-v4        tpu  275      -       275     275    -      -      GC v4; SB
-v5e       tpu  197      -       197     394    -      -      GC v5e; SB
-v5p       tpu  459      -       459     918    -      -      GC v5p
-v6e       tpu  918      -       918     1836   918    -      GC v6e
+v4        tpu  275      -       275     275    -      0.77   GC v4; SB
+v5e       tpu  197      -       197     394    -      0.86   GC v5e; SB
+v5p       tpu  459      -       459     918    -      0.88   GC v5p
+v6e       tpu  918      -       918     1836   918    0.62   GC v6e
 7x        tpu  1153.5   -       1153.5  -      2307   -      GC tpu7x, halved
 a100-40   gpu  312      -       156     624    -      0.87   DS A100; ME
 a100-80   gpu  312      -       156     624    -      0.87   DS A100; ME; gpt-fast
 h100      gpu  989.4    -       494.7   1978.9 1978.9 0.80   DS H100 SXM; ME
+h100-96   gpu  989.4    -       494.7   1978.9 1978.9 0.80   as the H100; torchtitan benchmarks (HBM2e)
 h100-pcie gpu  756      -       378     1513   1513   -      DS H100 PCIe
 h200      gpu  989.4    -       494.7   1978.9 1978.9 0.80   DS H200; ME
 b200      gpu  2250     -       1100    4500   4500   0.78   DS HGX B200; ME
@@ -109,32 +139,59 @@ rtx4090   gpu  165.2    -       82.6    660.6  330.3  -      NVIDIA Ada architec
 # on an A100, 2.9 on an H100, 4.3 on an H200); of the links; of the network. `usable` is
 # what libtpu 0.0.41 offers (of v5e's 16 GiB it keeps 0.5 for itself, and the same is
 # assumed of the other TPUs), or what a GPU's driver shows, where that is known. The last
-# columns are `Device.torus_axes`, `devices_per_chip` and the largest head
-# dim of cuDNN's attention.
+# columns are `Device.torus_axes`, `devices_per_chip`, the largest head dim of cuDNN's
+# attention and `watts`.
 MEMORY = """
-name      memory  usable    bandwidth copy link domain network axes chip head_dim
-v4        32GiB   31.5GiB   1228      -    90   4096   -       3    1    0
-v5e       16GiB   15.5GiB   819       -    90   256    3.125   2    1    0
-v5p       96GiB   95.5GiB   2765      -    180  8960   6.25    3    1    0
-v6e       31.5GiB 31GiB     1640      -    180  256    12.5    2    1    0
-7x        95GiB   94.5GiB   3690      -    100  18432  -       3    2    0
-a100-40   40GB    40536MiB  1555      -    300  8      25      0    1    128
-a100-80   80GB    81920MiB  2039      0.83 300  8      25      0    1    128
-h100      80GB    81559MiB  3350      0.87 450  8      50      0    1    256
-h100-pcie 80GB    81559MiB  2000      -    64   8      50      0    1    256
-h200      141GB   143771MiB 4800      0.90 450  8      50      0    1    256
-b200      180GB   180GB     8000      -    900  8      50      0    1    256
-gb200     186GB   186GB     8000      -    900  72     50      0    1    256
-mi300x    192GB   192GB     5300      -    448  8      50      0    1    0
-l4        24GB    23034MiB  300       -    32   8      -       0    1    128
-t4        16GB    15360MiB  320       -    16   4      -       0    1    0
-rtx4090   24GB    24564MiB  1008      -    32   4      -       0    1    128
+name      memory  usable    bandwidth copy link domain network axes chip head_dim watts
+v4        32GiB   31.5GiB   1228      -    90   4096   -       3    1    0        -
+v5e       16GiB   15.5GiB   819       -    90   256    3.125   2    1    0        -
+v5p       96GiB   95.5GiB   2765      -    180  8960   6.25    3    1    0        -
+v6e       31.5GiB 31GiB     1640      -    180  256    12.5    2    1    0        -
+7x        95GiB   94.5GiB   3690      -    100  18432  -       3    2    0        -
+a100-40   40GB    40536MiB  1555      -    300  8      25      0    1    128      400
+a100-80   80GB    81920MiB  2039      0.83 300  8      25      0    1    128      400
+h100      80GB    81559MiB  3350      0.87 450  8      50      0    1    256      700
+h100-96   96GB    95830MiB  2400      0.87 450  8      50      0    1    256      700
+h100-pcie 80GB    81559MiB  2000      -    64   8      50      0    1    256      350
+h200      141GB   143771MiB 4800      0.90 450  8      50      0    1    256      700
+b200      180GB   180GB     8000      -    900  8      50      0    1    256      1000
+gb200     186GB   186GB     8000      -    900  72     50      0    1    256      -
+mi300x    192GB   192GB     5300      -    448  8      50      0    1    0        750
+l4        24GB    23034MiB  300       -    32   8      -       0    1    128      72
+t4        16GB    15360MiB  320       -    16   4      -       0    1    0        70
+rtx4090   24GB    24564MiB  1008      -    32   4      -       0    1    128      450
 """
 
+# Of a loop on an H100 whose kernel does nothing (docs/benchmarks); a driver's, so the same
+# is expected of NVIDIA's other GPUs.
+KERNEL_SECONDS = 1.45e-6
+
 # Measured by this package on an H100 (docs/benchmarks): packed rows of 1,024 and 2,048
-# tokens through cuDNN at 111 and 153 TFLOP/s, and a kernel in a loop that does nothing.
-HOPPER: dict[str, Any] = dict(attention_rate=130 * TERA, operation_seconds=1.45e-6)
-MEASURED = {"h100": HOPPER, "h200": HOPPER}
+# tokens through cuDNN at 130 and 179 TFLOP/s, five products backward for two forward, which
+# gives the rate of long rows and the ramp. The A100's
+# rate is FlashAttention-2's (Dao, 2023, abstract: up to 73 % of the peak), with that ramp.
+RAMP = 1246
+HOPPER: dict[str, Any] = dict(attention_rate=287 * TERA, attention_ramp=RAMP)
+AMPERE: dict[str, Any] = dict(attention_rate=228 * TERA, attention_ramp=RAMP)
+MEASURED = {
+  "a100-40": AMPERE,
+  "a100-80": AMPERE,
+  "h100": HOPPER,
+  "h100-96": HOPPER,
+  "h200": HOPPER,
+}
+
+# How devices exchange, by kind. A TPU's links are listed at what they reach, engines of
+# their own copy, and 1 us is the least (SB). Of a GPU's, 366 of 450 GB/s are reached
+# (all-reduce on 4 H100: waynehacking8.github.io/blog/nccl-nvlink-bandwidth); a kernel on 20
+# of 132 processors copies (DeepSeek-V3 report, section 3.2.2); the least is a fit: of 2, 4
+# and 8 A100 that decode (benchmarks/published.toml).
+EXCHANGES: Mapping[str, dict[str, float]] = {
+  "tpu": dict(collective_seconds=1e-6),
+  "gpu": dict(
+    link_fraction=366 / 450, contention=20 / 132, collective_seconds=21e-6
+  ),
+}
 
 
 def _read(table: str) -> Iterator[dict[str, str]]:
@@ -166,10 +223,13 @@ def _device(row: Mapping[str, str]) -> Device:
     domain=int(row["domain"]),
     network_bandwidth=known("network", GB),
     devices_per_chip=int(row["chip"]),
+    watts=known("watts"),
     kernel=SPLASH if row["kind"] == "tpu" else cudnn(int(row["head_dim"])),
     matmul_fraction=known("matmul"),
     bandwidth_fraction=known("copy"),
+    operation_seconds=KERNEL_SECONDS * (int(row["head_dim"]) > 0),
     source=row["source"],
+    **EXCHANGES[row["kind"]],
     **MEASURED.get(row["name"], {}),
   )
 

@@ -29,7 +29,7 @@ from flaxlm.config import (
   ResolvedModel,
   mesh_shape,
 )
-from flaxlm.cost import forward_work
+from flaxlm.cost import attention_passes, forward_work
 from flaxlm.data.objectives import Windows, next_token
 from flaxlm.devices import Device
 from flaxlm.nn.kernels.cudnn import attend_cudnn
@@ -107,7 +107,8 @@ def measured_device(
   attention_rate = None
   if "attention" in seconds:
     work = forward_work(cfg.model, cfg.data.batch_size, cfg.data.seq_len)
-    attention_rate = 3 * work.attention / (cfg.model.depth * seconds["attention"])
+    work_seconds = cfg.model.depth * seconds["attention"]
+    attention_rate = attention_passes(cfg.training) * work.attention / work_seconds
   return dataclasses.replace(
     unmeasured_device(),
     peak_flops={cfg.training.dtype: max(rates.values())},

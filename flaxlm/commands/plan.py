@@ -25,6 +25,8 @@ def add_plan(commands: Any) -> None:
   flag("--devices", int, "the number of devices", metavar="N")
   text = "bandwidth of a device between slices or hosts; default: the device table's"
   flag("--network", float, text, metavar="GB/s")
+  text = "watts at which each device is held; default: those of its peaks"
+  flag("--power", float, text, metavar="W")
   flag("--compile", bool, "also compile the step, for its real memory")
   flag("--search", bool, "rank every choice of mesh, remat and accumulation")
   flag("--decode", bool, "also the speed of decoding")
@@ -47,7 +49,7 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
 
   leave_out_absent_tpu(os.environ)
   cfg = read_config(arguments)
-  for name in ("devices", "network", "tokens", "price", "batch", "context"):
+  for name in ("devices", "network", "power", "tokens", "price", "batch", "context"):
     given = getattr(args, name)
     for value in given if isinstance(given, list) else [given]:
       if value is not None and not 0 < value < math.inf:
@@ -66,6 +68,7 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
     tokens=args.tokens,
     price=args.price,
     network=None if args.network is None else args.network * 1e9,
+    power=args.power,
   )
   report = plan(cfg, questions)
   write_result(args, to_json(report), lambda out: print_report(report, out))

@@ -18,7 +18,6 @@ from flaxlm.planning.network import axis_bandwidth
 from flaxlm.planning.roofline import memory_seconds, seconds_of
 from flaxlm.sharding import batch_shards
 
-COLLECTIVE_SECONDS = 1e-6  # no exchange is faster, however small (scaling book)
 # Kernels of a greedy decoding step, by kind of device: in each layer, and outside the
 # layers (counted in HLO for LLaMA and GPT shapes: 22 and 29, 24 and 37 on a CPU; 14 and 9,
 # 15 and 9 on an H100). On a CPU products with weights are not among them: their measured
@@ -115,7 +114,7 @@ def _decode_times(
     if sizes[axis] > 1 and network is not None:
       sent = whole * (1 - 1 / sizes[axis])
       time = seconds_of(sent, axis_bandwidth(device, sizes, axis, slow_axes(cfg.mesh)))
-      network = None if time is None else network + max(time, count * COLLECTIVE_SECONDS)
+      network = None if time is None else network + max(time, count * device.collective_seconds)
   of_layer, of_step = OPERATIONS.get(device.kind, (0, 0))
   operations = of_layer * model.depth + of_step
   return {

@@ -92,6 +92,13 @@ def axis_bandwidth(
   each of its members is in a slice or host of its own, and has the network card of one
   device.
   """
+  rate = _published_bandwidth(device, sizes, axis, slow)
+  return rate and rate * device.link_fraction
+
+
+def _published_bandwidth(
+  device: Device, sizes: Sizes, axis: str, slow: Sequence[str]
+) -> float | None:
   if axis in slow:
     return device.network_bandwidth
   if device.link_bandwidth is None:
@@ -108,3 +115,14 @@ def axis_bandwidth(
     return None
   local = max(1, device.domain // inner)
   return min(rate, local * device.network_bandwidth)
+
+
+def far_axes(device: Device, sizes: Sizes, slow: Sequence[str] = ()) -> tuple[str, ...]:
+  """The axes in use whose members are in several domains."""
+  reach, far = 1, []
+  for axis in reversed(MESH_AXES):
+    if axis not in slow:
+      reach *= sizes[axis]
+    if sizes[axis] > 1 and (axis in slow or reach > device.domain):
+      far.append(axis)
+  return tuple(far)

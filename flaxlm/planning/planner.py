@@ -31,6 +31,7 @@ class Questions:
   tokens: float | None = None  # to train on
   price: float | None = None  # per device and hour
   network: float | None = None  # bytes per second out of a device, beyond its domain
+  power: float | None = None  # watts at which each device is held
 
 
 def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
@@ -38,6 +39,8 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
   device = ANY if asked.device is None else find_device(asked.device)
   if asked.network is not None:
     device = dataclasses.replace(device, network_bandwidth=asked.network)
+  if asked.power is not None:
+    device = device.at_power(asked.power)
   if asked.compiled:
     device = dataclasses.replace(device, kernel=compiled_kernel(device))
   cfg = dataclasses.replace(resolve(cfg), mesh=dict(asked.mesh))

@@ -98,6 +98,7 @@ def to_json(report: Report) -> dict[str, Any]:
     "tokens_per_second": plan.tokens_per_second,
     "tokens_per_day": plan.tokens_per_second and 86_400 * plan.tokens_per_second,
     "mfu": plan.mfu,
+    "loose_mfu": plan.loose_mfu,
     "limited_by": times.limited_by,
     "chinchilla_tokens": plan.optimal_tokens,
     "budget": {
@@ -302,6 +303,7 @@ def _time(report: Report) -> Rows:
   if rate is not None:
     yield "limited by", times.limited_by or "?"
     yield "MFU, strict", known(plan.mfu, "{:.1%}")
+    yield "  loose", known(plan.loose_mfu, "{:.1%}")
     yield "tokens/s", f"{rate:,.0f}"
     yield "tokens/day", f"{rate * 86_400:.3g}"
   title = "tokens, 20 per parameter" if report.tokens is None else "tokens asked for"

@@ -2,9 +2,11 @@
 """Time on paper: what a step costs in arithmetic, in memory traffic, and on each mesh axis.
 
 What overlaps is an assumption. Ours: on one device, matrix products and passes over memory
-take turns; the exchanges over `data` and `fsdp` (weights and gradients) overlap with them;
-the exchanges over the other axes do not, because their results are needed at once; and in
-a pipeline a stage waits for the first microbatch to arrive and for the last one to leave.
+take turns; the exchanges over `data` and `fsdp` (weights and gradients) overlap with them,
+and on a GPU they take processors from them (`Device.contention`); the exchanges over the
+other axes do not, because their results are needed at once, nor does the sum of gradients
+between slices or hosts, which comes after the last of them; and in a pipeline a stage waits
+for the first microbatch to arrive and for the last one to leave.
 """
 
 import dataclasses
@@ -31,7 +33,7 @@ from flaxlm.planning.memory import (
   state_bytes,
   training_memory,
 )
-from flaxlm.planning.network import axis_bandwidth, network_bytes
+from flaxlm.planning.network import axis_bandwidth, far_axes, network_bytes
 from flaxlm.planning.products import Products, is_listed, training_products
 from flaxlm.sharding import describe_mesh, training_schedule
 
@@ -43,6 +45,10 @@ PASSES, PASSES_AGAIN = 4, 5
 LOGIT_PASSES = 6
 # Those of a forward pass alone.
 FORWARD_PASSES, FORWARD_LOGIT_PASSES = 2, 3
+
+
+# Axes whose exchanges nothing hides.
+EXPOSED = ("stage", "context", "tensor", "expert")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +101,11 @@ class Plan:
     return self.times.seconds and self.cost.tokens / self.times.seconds
 
   @property
+  def loose_mfu(self) -> float | None:
+    """MFU with attention over all keys, as many publish it."""
+    return self.mfu and self.mfu * self.cost.loose_flops / self.cost.strict_flops
+
+  @property
   def optimal_tokens(self) -> int:
     return TOKENS_PER_PARAMETER * sum(self.parameters.values())
 
@@ -111,6 +122,8 @@ class StepTimes:
   memory: float | None
   network: Mapping[str, float | None]  # by mesh axis
   bubble: float = 0.0  # share of the ticks of a pipeline in which a stage waits
+  exposed: tuple[str, ...] = EXPOSED  # axes whose exchanges nothing hides
+  contention: float = 0.0  # what the others cost, of the time that they take
 
   @property
   def seconds(self) -> float | None:
@@ -119,10 +132,10 @@ class StepTimes:
     if any(time is None for time in times):
       return None
     assert self.compute is not None and self.memory is not None
-    wait = lambda *axes: sum(self.network.get(axis) or 0.0 for axis in axes)
-    at_once = wait("stage", "tensor", "context", "expert")
-    busy = self.compute + self.memory + (self.waiting or 0.0)
-    return max(busy, wait("data", "fsdp")) + at_once
+    hidden = sum(t or 0.0 for axis, t in self.network.items() if axis not in self.exposed)
+    at_once = sum(t or 0.0 for axis, t in self.network.items() if axis in self.exposed)
+    busy = self.compute + self.memory + (self.waiting or 0.0) + self.contention * hidden
+    return max(busy, hidden) + at_once
 
   @property
   def waiting(self) -> float | None:
@@ -147,12 +160,15 @@ def plan_training(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Plan:
   cfg, path = with_path(cfg, sizes, device)
   memory = training_memory(cfg, sizes, device.lanes)
   cost = step_cost(cfg)
-  speed = lambda axis: axis_bandwidth(device, sizes, axis, slow_axes(cfg.mesh))
+  slow = slow_axes(cfg.mesh)
+  speed = lambda axis: axis_bandwidth(device, sizes, axis, slow)
   times = StepTimes(
     compute_seconds(cfg, sizes, device, cost),
     memory_seconds(traffic_parts(cfg, sizes), device),
     {axis: seconds_of(b, speed(axis)) for axis, b in network_bytes(cfg, sizes).items()},
     training_schedule(cfg.training, sizes).bubble,
+    (*EXPOSED, "data") if "data" in far_axes(device, sizes, slow) else EXPOSED,
+    device.contention,
   )
   peak, mfu = device.flops(cfg.training.dtype), None
   if peak and times.seconds:
@@ -185,7 +201,8 @@ def compute_seconds(
   """Seconds of arithmetic: each product at its measured rate where rates were measured,
   else all FLOPs at the attainable rate."""
   num_devices = math.prod(sizes.values())
-  fused, rate = cfg.training.attention in FUSED, device.attention_rate
+  fused = cfg.training.attention in FUSED
+  rate = device.attention_flops(cfg.data.seq_len)
   executed, kernel = cost.executed_flops, 0.0
   if fused and rate:
     work = forward_work(cfg.model, cfg.data.batch_size, cfg.data.seq_len, cfg.source_length)
