@@ -96,7 +96,8 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   keys = gathered_keys(cfg, sizes) * rows
   schedule = training_schedule(training, sizes)
   kept_keys = keys * (depth if training.remat == "none" else 1)
-  activations = rows * kept.per_row // sizes["context"] + kept_keys
+  activations = rows * (kept.per_row - elsewhere(cfg, sizes)) // sizes["context"]
+  activations += kept_keys
   activations = activations * schedule.ticks // schedule.visits  # a stage keeps all ticks
   # One layer's activations, computed again, or their gradients.
   together = rows * schedule.stages // schedule.microbatches  # rows in a layer at once
@@ -293,6 +294,18 @@ def gathered_keys(cfg: ResolvedConfig, sizes: Sizes) -> int:
   width = 2 * model.num_kv_heads // sizes["tensor"] * model.head_dim
   per_row = cfg.data.seq_len * width * cfg.training.item_size
   return per_row * others // sizes["context"]
+
+
+def elsewhere(cfg: ResolvedConfig, sizes: Sizes) -> int:
+  """Bytes of the residual stream of one row that other members of `tensor` keep, with
+  `sequence_parallel`: the input of each block and, if norms are not computed again, that of
+  its second norm."""
+  if not cfg.training.sequence_parallel:
+    return 0
+  times = 2 if cfg.training.remat in ("none", "dots") else 1
+  depth = sum(depth for depth, _ in stacks(cfg.model))
+  stream = cfg.data.seq_len * cfg.model.width * cfg.training.item_size
+  return times * depth * stream * (sizes["tensor"] - 1) // sizes["tensor"]
 
 
 class Kept(NamedTuple):

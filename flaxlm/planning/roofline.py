@@ -78,9 +78,10 @@ class Plan:
   def flags(self) -> str:
     """The command-line flags that choose this way to run the config."""
     training = self.cfg.training
+    shared = " --training.sequence-parallel=true" if training.sequence_parallel else ""
     return (
       f"--mesh {self.mesh} --training.remat={training.remat} "
-      f"--training.accumulation-steps={training.accumulation_steps}"
+      f"--training.accumulation-steps={training.accumulation_steps}{shared}"
     )
 
   @property

@@ -86,7 +86,8 @@ def _rank(plan: Plan) -> tuple:
 
 def cheapest_fit(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Plan | None:
   """The smallest change that makes a config fit: of remat and accumulation, else of the
-  mesh, else of the number of devices. None if nothing up to `MOST_DEVICES` fits.
+  mesh, else with norms on shares of a row as well, else of the number of devices. None if
+  nothing up to `MOST_DEVICES` fits.
   """
   same_mesh = [_best_accumulation(cfg, device, sizes, remat) for remat in REMATS]
   fitting = [plan for plan in same_mesh if plan and plan.fits]
@@ -98,8 +99,15 @@ def cheapest_fit(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Plan | No
     possible = (least.parameters + least.optimizer_state) / number < (
       device.usable_bytes or math.inf
     )
-    found = search(cfg, device, number) if possible else []
-    if found and found[0].fits:
-      return found[0]
+    for shared in (cfg, sharing_rows(cfg)) if possible else ():
+      found = search(shared, device, number)
+      if found and found[0].fits:
+        return found[0]
     number *= 2
   return None
+
+
+def sharing_rows(cfg: ResolvedConfig) -> ResolvedConfig:
+  """The config with `sequence_parallel`, so that `tensor` also divides what is kept."""
+  training = dataclasses.replace(cfg.training, sequence_parallel=True)
+  return dataclasses.replace(cfg, training=training)
