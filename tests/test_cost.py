@@ -25,6 +25,7 @@ from flaxlm.config import (
 )
 from flaxlm.cost import (
   active_parameters,
+  attention_passes,
   forward_work,
   kv_cache_bytes,
   parameters,
@@ -416,3 +417,25 @@ def test_attention_of_every_card_is_that_of_its_masks(name: str):
 def test_parameters_of_every_card(name: str):
   cfg = resolve(load_config(name)).model
   assert sum(parameters(cfg).values()) == real_parameters(cfg)
+
+
+def test_experts_compute_the_places_that_nobody_takes():
+  """Three products of 2 DF for each place, and 1.5 times as many places as choices."""
+  moe = MoEConfig(num_experts=4, experts_per_token=2, expert_width=24, capacity_factor=1.5)
+  model = ModelConfig(depth=3, width=32, num_heads=2, vocab_size=64, context=64, moe=moe)
+  cfg = Config(model=model.resolve(), data=DataConfig(seq_len=64, batch_size=2))
+  unlimited = dataclasses.replace(moe, capacity_factor=None)
+  whole = dataclasses.replace(model, moe=unlimited).resolve()
+  more, fewer = step_cost(cfg), step_cost(dataclasses.replace(cfg, model=whole))
+  idle = 3 * 2 * 64 * 3 * 0.5 * 2 * (2 * 3 * 32 * 24)
+  assert more.executed_flops - fewer.executed_flops == pytest.approx(idle)
+  assert more.strict_flops == fewer.strict_flops
+
+
+@pytest.mark.parametrize(
+  ("path", "passes"), [("blocked", 3), ("cudnn", 3.5), ("splash", 4.5)]
+)
+def test_a_kernel_that_keeps_no_weights_computes_scores_again(path: Any, passes: float):
+  """Two products forward; backward four, five in one kernel, or seven in two."""
+  assert attention_passes(TrainingConfig(attention=path)) == passes
+  assert attention_passes(TrainingConfig(attention=path, remat="full")) == passes + 1

@@ -121,6 +121,18 @@ def test_tensor_members_keep_less():
   assert whole / 4 < part < whole
 
 
+@pytest.mark.parametrize(("remat", "times"), [("full", 1), ("dots", 2), ("none", 2)])
+def test_rows_that_are_shared_are_kept_once(remat: str, times: int):
+  """Of 3 blocks' inputs (and second norms'), three of four members keep nothing."""
+  sizes = mesh_shape(dict(fsdp=2, tensor=4))
+  whole, shared = (
+    training_memory(changed(remat=remat, sequence_parallel=on), sizes).moments["loss"]
+    for on in (False, True)
+  )
+  saved = 8 * times * 3 * 64 * 64 * 2 * 3 // 4
+  assert whole["activations"] - shared["activations"] == saved
+
+
 def test_parts_add_up_and_shrink_as_they_should():
   one, eight = (training_memory(CFG, mesh_shape(mesh)) for mesh in ({}, dict(data=8)))
   assert one.total == sum(one.parts.values()) == sum(one.moments[one.peak].values())

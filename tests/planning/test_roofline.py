@@ -18,8 +18,9 @@ from flaxlm.config import (
   load_config,
   mesh_shape,
 )
-from flaxlm.cost import attention_passes, forward_work, kv_cache_bytes
+from flaxlm.cost import forward_work, kv_cache_bytes
 from flaxlm.devices import ANY, Device, find_device
+from flaxlm.errors import ConfigError
 from flaxlm.planning.decoding import (
   AS_COMPUTED,
   OPERATIONS,
@@ -28,10 +29,10 @@ from flaxlm.planning.decoding import (
   plan_decoding,
   read_parameters,
 )
-from flaxlm.planning.network import axis_bandwidth, network_bytes
+from flaxlm.planning.network import axis_bandwidth, far_axes, network_bytes
 from flaxlm.planning.planner import resolve
 from flaxlm.planning.report import Report, print_report
-from flaxlm.planning.roofline import StepTimes, plan_training
+from flaxlm.planning.roofline import EXPOSED, StepTimes, plan_training
 
 ROOT = Path(__file__).parents[2]
 LLAMA3_8B = ModelConfig(
@@ -103,11 +104,13 @@ def test_a_pipeline_hands_on_a_microbatch_at_every_tick():
 def test_bandwidth_of_an_axis():
   h100 = find_device("h100")
   inside, across = mesh_shape(dict(fsdp=8)), mesh_shape(dict(data=4, fsdp=8))
-  assert axis_bandwidth(h100, inside, "fsdp") == 450e9
+  reached = 366 / 450  # of what is published; a TPU's links are listed at what they reach
+  assert axis_bandwidth(h100, inside, "fsdp") == pytest.approx(reached * 450e9)
   # Four nodes: eight GPUs each, so eight network cards side by side for `fsdp`'s 64, but
   # one alone for each `data` group, whose members all sit in other nodes.
-  assert axis_bandwidth(h100, mesh_shape(dict(fsdp=64)), "fsdp") == 400e9
-  assert axis_bandwidth(h100, across, "data") == 50e9
+  outside = axis_bandwidth(h100, mesh_shape(dict(fsdp=64)), "fsdp")
+  assert outside == pytest.approx(reached * 400e9)
+  assert axis_bandwidth(h100, across, "data") == pytest.approx(reached * 50e9)
   v5p = find_device("v5p")
   assert axis_bandwidth(v5p, mesh_shape(dict(fsdp=64)), "fsdp") == 3 * 180e9
   assert axis_bandwidth(v5p, mesh_shape(dict(data=8, fsdp=8)), "fsdp") == 180e9
@@ -121,8 +124,9 @@ def test_a_slow_axis_moves_at_the_rate_of_the_network():
   # It takes no axis of the torus from the others, nor any of their neighbours.
   assert axis_bandwidth(v5e, sizes, "fsdp", ["data"]) == 2 * 90e9
   last = mesh_shape({"fsdp": 8, "tensor": "2@dcn"})
-  assert axis_bandwidth(find_device("h200"), last, "fsdp") == 4 * 50e9
-  assert axis_bandwidth(find_device("h200"), last, "fsdp", ["tensor"]) == 450e9
+  h200 = dataclasses.replace(find_device("h200"), link_fraction=1.0)
+  assert axis_bandwidth(h200, last, "fsdp") == 4 * 50e9
+  assert axis_bandwidth(h200, last, "fsdp", ["tensor"]) == 450e9
   assert axis_bandwidth(find_device("v4"), sizes, "data", ["data"]) is None
 
 
@@ -147,6 +151,10 @@ def test_overlap_is_as_documented():
   hidden = StepTimes(2.0, 1.0, {"fsdp": 2.5, "data": 0.4})
   assert hidden.seconds == 3.0
   assert hidden.limited_by == "network:fsdp"
+  beside = StepTimes(2.0, 1.0, {"fsdp": 2.0, "data": 0.4}, contention=0.15)
+  assert beside.seconds == pytest.approx(3.0 + 0.15 * 2.4)
+  after = StepTimes(2.0, 1.0, {"fsdp": 2.0, "data": 0.4}, exposed=(*EXPOSED, "data"))
+  assert after.seconds == pytest.approx(3.4)
   assert StepTimes(2.0, 1.0, {"fsdp": None}).seconds is None
   assert StepTimes(None, 1.0, {}).limited_by is None
 
@@ -203,26 +211,59 @@ def test_attention_in_a_kernel_runs_at_its_own_rate():
   slow = dataclasses.replace(device, attention_rate=1e12)
   times = [plan_training(CFG, mesh_shape({}), d).times.compute for d in (device, slow)]
   work = forward_work(CFG.model, CFG.data.batch_size, CFG.data.seq_len)
-  passes = attention_passes(CFG.training)
-  by_hand = passes * work.attention * (1 / 1e12 - 1 / device.attention_rate)
+  # Forward, five products backward for two, and forward again; slower in short rows.
+  passes, ramp = 1 + 2.5 + 1, 1 + device.attention_ramp / CFG.data.seq_len
+  by_hand = passes * work.attention * ramp * (1 / 1e12 - 1 / device.attention_rate)
   assert times[1] - times[0] == pytest.approx(by_hand)
 
 
-# GPT-2's products of width 768 reach 575 TFLOP/s on the H200, of the 791 of large ones.
-OFF_BY = {("h200", "gpt2 12x768"): 0.16}
+def test_attention_reaches_what_was_measured_in_rows_of_two_lengths():
+  """111 and 153 TFLOP/s, counted as three passes where the kernel computes three and a
+  half."""
+  h100 = find_device("h100")
+  assert h100.attention_flops(1024) == pytest.approx(111e12 * 3.5 / 3, rel=5e-3)
+  assert h100.attention_flops(2048) == pytest.approx(153e12 * 3.5 / 3, rel=5e-3)
+  assert find_device("v5e").attention_flops(1024) is None
+
+
+def test_fewer_watts_slow_products_but_not_memory():
+  h100 = find_device("h100")
+  held = h100.at_power(350)
+  assert held.attainable_flops("bfloat16") == pytest.approx(0.5 * 0.8 * 989.4e12)
+  assert held.attention_flops(4096) == pytest.approx(0.5 * h100.attention_flops(4096))
+  assert held.attainable_bandwidth == h100.attainable_bandwidth
+  assert held.flops("bfloat16") == h100.flops("bfloat16"), "MFU is of the published peak"
+  with pytest.raises(ConfigError, match="no 800 W"):
+    h100.at_power(800)
+  with pytest.raises(ConfigError, match="power of v5e is not known"):
+    find_device("v5e").at_power(100)
+
+
+def test_gradients_between_hosts_are_summed_after_everything_else():
+  h100, v5e = find_device("h100"), find_device("v5e")
+  inside, across = mesh_shape(dict(fsdp=8)), mesh_shape(dict(data=2, fsdp=8))
+  assert far_axes(h100, inside) == ()
+  assert far_axes(h100, across) == ("data",)
+  assert far_axes(v5e, across) == ()
+  assert far_axes(v5e, across, ["data"]) == ("data",)
+  assert far_axes(h100, mesh_shape(dict(fsdp=16))) == ("fsdp",)
+  one, two = (plan_training(CFG, sizes, h100).times for sizes in (inside, across))
+  assert "data" not in one.exposed and "data" in two.exposed
+  assert two.seconds == pytest.approx(
+    two.compute + two.memory + 20 / 132 * two.network["fsdp"] + two.network["data"]
+  )
 
 
 @pytest.mark.parametrize("name", ["h100", "h200"])
 def test_the_data_sheet_and_a_gpu_agree(name):
-  """Within 15 % of what `benchmarks.predictions` timed on one, training and decoding."""
+  """Within 13 % of what `benchmarks.predictions` timed on one training, 15 % decoding."""
   path = ROOT / f"docs/benchmarks/2026-11-27-predictions-{name}.jsonl"
   lines = map(json.loads, path.read_text().splitlines())
   seconds = {line["case"]: line["seconds"] for line in lines}
   device, sizes = find_device(name), mesh_shape({})
   for case, cfg in models("large").items():
     predicted = plan_training(cfg, sizes, device).times.seconds
-    off = OFF_BY.get((name, case), 0.15)
-    assert predicted == pytest.approx(seconds[f"train {case}"], rel=off)
+    assert predicted == pytest.approx(seconds[f"train {case}"], rel=0.13)
     cfg = for_decoding(cfg)
     predicted = plan_decoding(cfg, sizes, device, 1, 128).seconds
     assert predicted == pytest.approx(seconds[f"decode {case}"], rel=0.15)
