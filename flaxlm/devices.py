@@ -42,6 +42,9 @@ class Device:
   matmul_fraction: float | None = None
   bandwidth_fraction: float | None = None
   link_fraction: float = 1.0
+  narrow_fraction: float = (
+    1.0  # bandwidth of int8 weights / of bfloat16's: they are widened
+  )
   # The share of its products' rate that a device loses while an exchange runs beside them.
   contention: float = 0.0
   collective_seconds: float = 0.0  # no exchange is faster, however small
@@ -111,9 +114,12 @@ class Device:
 # data sheet. In the tables "-" is not published, or not there.
 
 # TFLOP/s of products by dtype, and the best measured share of bfloat16's (788 TFLOP/s on an
-# H200). Turing's tensor cores (T4) do not multiply bfloat16. JAX shows the two chiplets of
-# a 7x as two devices: half of 2,307 and 4,614 here, half of 192 GiB below. The L4's peaks
-# are half of its sparse figures; the RTX 4090's accumulate in float32.
+# H200); of TPUs, where nobody publishes one, a fit: the median of a TPU's published training
+# runs comes out right (benchmarks/published.toml; held-out rows are not among them).
+# Turing's tensor cores (T4) do not multiply bfloat16. JAX shows the two chiplets of a 7x as
+# two devices: half of 2,307 and 4,614 here, half of 192 GiB below. The L4's peaks are half
+# of its sparse figures; the RTX 4090's accumulate in float32. The H100 with HBM2e is an
+# H100 otherwise (torchtitan, benchmarks/llama3_h100_202412_torchtitan.md).
 PEAKS = """
 name      kind bfloat16 float16 float32 int8   float8 matmul source
 v4        tpu  275      -       275     275    -      0.77   GC v4; SB
@@ -124,7 +130,7 @@ v6e       tpu  918      -       918     1836   918    0.65   GC v6e
 a100-40   gpu  312      -       156     624    -      0.87   DS A100; ME
 a100-80   gpu  312      -       156     624    -      0.87   DS A100; ME; gpt-fast
 h100      gpu  989.4    -       494.7   1978.9 1978.9 0.80   DS H100 SXM; ME
-h100-96   gpu  989.4    -       494.7   1978.9 1978.9 0.80   as the H100; torchtitan benchmarks (HBM2e)
+h100-96   gpu  989.4    -       494.7   1978.9 1978.9 0.80   DS H100 SXM; ME; torchtitan
 h100-pcie gpu  756      -       378     1513   1513   -      DS H100 PCIe
 h200      gpu  989.4    -       494.7   1978.9 1978.9 0.80   DS H200; ME
 b200      gpu  2250     -       1100    4500   4500   0.78   DS HGX B200; ME
@@ -162,35 +168,34 @@ t4        16GB    15360MiB  320       -    16   4      -       0    1    0      
 rtx4090   24GB    24564MiB  1008      -    32   4      -       0    1    128      450
 """
 
-# Of a loop on an H100 whose kernel does nothing (docs/benchmarks); a driver's, so the same
-# is expected of NVIDIA's other GPUs.
-KERNEL_SECONDS = 1.45e-6
+# What all devices of a kind have in common. A TPU's links are listed at what they reach,
+# engines of their own copy, and no exchange takes less than 1 us (SB). Of a GPU's links 366
+# of 450 GB/s are reached (all-reduce on 4 H100,
+# waynehacking8.github.io/blog/nccl-nvlink-bandwidth, 2026-05); a kernel on 20 of 132
+# processors copies (DeepSeek-V3's report, section 3.2.2); the least time of an exchange is
+# a fit: of 2, 4 and 8 A100 that decode (benchmarks/published.toml).
+KINDS: Mapping[str, dict[str, Any]] = {
+  "tpu": dict(collective_seconds=1e-6),
+  "gpu": dict(link_fraction=366 / 450, contention=20 / 132, collective_seconds=21e-6),
+}
 
-# Measured by this package on an H100 (docs/benchmarks): packed rows of 1,024 and 2,048
-# tokens through cuDNN at 130 and 179 TFLOP/s, five products backward for two forward, which
-# gives the rate of long rows and the ramp. The A100's
-# rate is FlashAttention-2's (Dao, 2023, abstract: up to 73 % of the peak), with that ramp.
-RAMP = 1246
-HOPPER: dict[str, Any] = dict(attention_rate=287 * TERA, attention_ramp=RAMP)
-AMPERE: dict[str, Any] = dict(attention_rate=228 * TERA, attention_ramp=RAMP)
+# Measured by this package on an H100 (docs/LOG.md), and expected of all NVIDIA GPUs: the
+# time of a kernel in a loop that does nothing, and one row's products with int8 weights at
+# 1.57 TB/s, with bfloat16 ones at 2.44.
+NVIDIA: dict[str, Any] = dict(operation_seconds=1.45e-6, narrow_fraction=1.57 / 2.44)
+
+# Attention in cuDNN's kernel, on packed rows of 1,024 and 2,048 tokens: 130 and 179 TFLOP/s
+# on an H100 (measured, docs/LOG.md), with five products backward for two forward. The rate
+# of long rows and the ramp follow. The A100's rate is FlashAttention-2's (Dao, 2023, in the
+# abstract: up to 73 % of the peak), with the same ramp.
+HOPPER: dict[str, Any] = dict(attention_rate=287 * TERA, attention_ramp=1246)
+AMPERE: dict[str, Any] = dict(attention_rate=228 * TERA, attention_ramp=1246)
 MEASURED = {
   "a100-40": AMPERE,
   "a100-80": AMPERE,
   "h100": HOPPER,
   "h100-96": HOPPER,
   "h200": HOPPER,
-}
-
-# How devices exchange, by kind. A TPU's links are listed at what they reach, engines of
-# their own copy, and 1 us is the least (SB). Of a GPU's, 366 of 450 GB/s are reached
-# (all-reduce on 4 H100: waynehacking8.github.io/blog/nccl-nvlink-bandwidth); a kernel on 20
-# of 132 processors copies (DeepSeek-V3 report, section 3.2.2); the least is a fit: of 2, 4
-# and 8 A100 that decode (benchmarks/published.toml).
-EXCHANGES: Mapping[str, dict[str, float]] = {
-  "tpu": dict(collective_seconds=1e-6),
-  "gpu": dict(
-    link_fraction=366 / 450, contention=20 / 132, collective_seconds=21e-6
-  ),
 }
 
 
@@ -227,9 +232,9 @@ def _device(row: Mapping[str, str]) -> Device:
     kernel=SPLASH if row["kind"] == "tpu" else cudnn(int(row["head_dim"])),
     matmul_fraction=known("matmul"),
     bandwidth_fraction=known("copy"),
-    operation_seconds=KERNEL_SECONDS * (int(row["head_dim"]) > 0),
     source=row["source"],
-    **EXCHANGES[row["kind"]],
+    **KINDS[row["kind"]],
+    **(NVIDIA if int(row["head_dim"]) else {}),
     **MEASURED.get(row["name"], {}),
   )
 

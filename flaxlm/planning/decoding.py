@@ -9,6 +9,7 @@ from flaxlm.cost import (
   active_parameters,
   forward_work,
   kv_cache_bytes,
+  narrow_parameters,
   parameters,
   weight_bytes,
 )
@@ -102,6 +103,8 @@ def _decode_times(
   model, tensor = cfg.model, sizes["tensor"]
   rows = math.ceil(batch / batch_shards(sizes))
   flops, weights, cache = decode_work(cfg, rows, context, stored)
+  if stored.weights == "int8":  # as if more were read: widening limits it
+    weights += narrow_parameters(model)[0] * (1 / device.narrow_fraction - 1)
   weights, cache = weights / tensor / sizes["expert"], cache / tensor
   vectors = rows * model.width * cfg.training.item_size * model.depth
   exchanges = {  # bytes in all, and the number of exchanges
@@ -114,7 +117,9 @@ def _decode_times(
     if sizes[axis] > 1 and network is not None:
       sent = whole * (1 - 1 / sizes[axis])
       time = seconds_of(sent, axis_bandwidth(device, sizes, axis, slow_axes(cfg.mesh)))
-      network = None if time is None else network + max(time, count * device.collective_seconds)
+      network = (
+        None if time is None else network + max(time, count * device.collective_seconds)
+      )
   of_layer, of_step = OPERATIONS.get(device.kind, (0, 0))
   operations = of_layer * model.depth + of_step
   return {
