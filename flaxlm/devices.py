@@ -114,7 +114,7 @@ class Device:
 # data sheet. In the tables "-" is not published, or not there.
 
 # TFLOP/s of products by dtype, and the best measured share of bfloat16's (788 TFLOP/s on an
-# H200); of TPUs, where nobody publishes one, a fit: the median of a TPU's published training
+# H200); of TPUs, where nobody publishes it, a fit: the median of a TPU's published training
 # runs comes out right (benchmarks/published.toml; held-out rows are not among them).
 # Turing's tensor cores (T4) do not multiply bfloat16. JAX shows the two chiplets of a 7x as
 # two devices: half of 2,307 and 4,614 here, half of 192 GiB below. The L4's peaks are half

@@ -30,6 +30,7 @@ def add_plan(commands: Any) -> None:
   flag("--compile", bool, "also compile the step, for its real memory")
   flag("--search", bool, "rank every choice of mesh, remat and accumulation")
   flag("--decode", bool, "also the speed of decoding")
+  flag("--no-training", bool, "decode: leave out what is about training")
   flag("--batch", list[int], "decode: rows")
   flag("--context", list[int], "decode: tokens")
   flag("--weights", ("float32", "bfloat16", "int8"), "decode: dtype of the matrices")
@@ -43,7 +44,8 @@ def add_plan(commands: Any) -> None:
 def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
   from flaxlm.config import parse_mesh
   from flaxlm.planning.decoding import Stored
-  from flaxlm.planning.planner import Questions, plan
+  from flaxlm.planning.decoding_report import decoding_json, print_decoding
+  from flaxlm.planning.planner import Questions, plan, plan_serving
   from flaxlm.planning.report import print_report, to_json
   from flaxlm.platform import leave_out_absent_tpu
 
@@ -56,6 +58,8 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
         raise ConfigError(f"{name} is {value}", "it must be a number, more than 0")
   if not args.decode and (args.weights or args.cache):
     raise ConfigError("--weights and --cache are about decoding", "add --decode")
+  if args.no_training:
+    check_decoding_alone(args)
   questions = Questions(
     mesh=cfg.mesh if args.mesh is None else parse_mesh(args.mesh),
     device=args.device,
@@ -70,9 +74,22 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
     network=None if args.network is None else args.network * 1e9,
     power=args.power,
   )
+  if args.no_training:
+    decoding = plan_serving(cfg, questions)
+    write_result(args, decoding_json(decoding), lambda out: print_decoding(decoding, out))
+    return 0
   report = plan(cfg, questions)
   write_result(args, to_json(report), lambda out: print_report(report, out))
   return 0
+
+
+def check_decoding_alone(args: argparse.Namespace) -> None:
+  """Raises `ConfigError` if --no-training leaves nothing, or something else asks of it."""
+  if not args.decode:
+    raise ConfigError("--no-training leaves nothing to plan", "add --decode")
+  for name in ("compile", "search", "tokens", "price"):
+    if getattr(args, name):
+      raise ConfigError(f"--no-training and --{name}", f"--{name} is about training")
 
 
 # -- shard -------------------------------------------------------------------------------

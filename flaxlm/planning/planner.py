@@ -6,13 +6,15 @@ import math
 from collections.abc import Sequence
 
 from flaxlm.config import Config, MeshConfig, ResolvedConfig, mesh_shape
-from flaxlm.devices import ANY, find_device
+from flaxlm.devices import ANY, Device, find_device
 from flaxlm.errors import ConfigError
 from flaxlm.planning.compile import CompiledStep, compile_step, compiled_kernel
-from flaxlm.planning.decoding import AS_COMPUTED, Stored, plan_decoding
+from flaxlm.planning.decoding import AS_COMPUTED, DecodePoint, Stored, plan_decoding
+from flaxlm.planning.decoding_report import DecodingReport
+from flaxlm.planning.memory import Sizes
 from flaxlm.planning.report import Report
 from flaxlm.planning.roofline import Plan, plan_training
-from flaxlm.planning.search import cheapest_fit, search
+from flaxlm.planning.search import cheapest_fit, nearest, search
 from flaxlm.tokenizers import expected_vocab_size
 
 
@@ -36,11 +38,7 @@ class Questions:
 
 def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
   """Answers the questions. Raises `ConfigError` for an impossible mesh or device."""
-  device = ANY if asked.device is None else find_device(asked.device)
-  if asked.network is not None:
-    device = dataclasses.replace(device, network_bandwidth=asked.network)
-  if asked.power is not None:
-    device = device.at_power(asked.power)
+  device = device_asked(asked)
   if asked.compiled:
     device = dataclasses.replace(device, kernel=compiled_kernel(device))
   cfg = dataclasses.replace(resolve(cfg), mesh=dict(asked.mesh))
@@ -49,12 +47,10 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
     number = 1  # neither a mesh nor a number of devices was given
   choices = []
   if asked.searched:
-    choices = search(cfg, device, number or math.prod(mesh_shape(asked.mesh).values()))
+    number = number or math.prod(mesh_shape(asked.mesh).values())
+    choices = search(cfg, device, number)
     if not choices:
-      raise ConfigError(
-        f"no mesh of {number} devices divides this config and its batch",
-        f"data.batch_size={cfg.data.batch_size} has to be a multiple of the devices",
-      )
+      raise nothing_found(cfg, device, number)
     found = choices[0]
   else:
     sizes = mesh_shape(asked.mesh, number)
@@ -66,7 +62,6 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
   if cfg.data.objective == "reward":
     rows, length = cfg.data.batch_size, cfg.data.seq_len
     drawing = plan_decoding(cfg, found.sizes, device, rows, length)
-  three = {max(1, context // 16), max(1, context // 4), context}
   return Report(
     plan=found,
     tokens=asked.tokens,
@@ -74,13 +69,58 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
     cure=find_cure(found, compiled),
     choices=choices,
     drawing=drawing,
-    decoding=[
-      plan_decoding(cfg, found.sizes, device, batch, length, asked.stored)
-      for batch in asked.batches
-      for length in asked.contexts or sorted(three)
-    ],
+    decoding=points_asked(cfg, found.sizes, device, asked, context),
     compiled=compiled,
   )
+
+
+def plan_serving(cfg: Config, asked: Questions) -> DecodingReport:
+  """Answers what is asked about decoding alone: no batch of training has to fit or divide.
+  Raises `ConfigError` for an impossible mesh or device."""
+  device = device_asked(asked)
+  resolved = dataclasses.replace(resolve(cfg), mesh=dict(asked.mesh))
+  number = asked.num_devices
+  if number is None and dict(asked.mesh) == {"data": -1}:
+    number = 1
+  sizes = mesh_shape(asked.mesh, number)
+  padded = dataclasses.replace(resolved, model=resolved.model.padded(sizes["tensor"]))
+  points = points_asked(padded, sizes, device, asked, resolved.model.context)
+  return DecodingReport(cfg=padded, device=device, sizes=sizes, points=points)
+
+
+def device_asked(asked: Questions) -> Device:
+  """The device of the questions, with their network and power."""
+  device = ANY if asked.device is None else find_device(asked.device)
+  if asked.network is not None:
+    device = dataclasses.replace(device, network_bandwidth=asked.network)
+  return device if asked.power is None else device.at_power(asked.power)
+
+
+def points_asked(
+  cfg: ResolvedConfig, sizes: Sizes, device: Device, asked: Questions, context: int
+) -> list[DecodePoint]:
+  """A point of decoding for each batch and each context; by default three, up to the
+  model's."""
+  three = {max(1, context // 16), max(1, context // 4), context}
+  return [
+    plan_decoding(cfg, sizes, device, batch, length, asked.stored)
+    for batch in asked.batches
+    for length in asked.contexts or sorted(three)
+  ]
+
+
+def nothing_found(cfg: ResolvedConfig, device: Device, number: int) -> ConfigError:
+  """The error of a search that has found no layout, with the nearest that there is."""
+  cause = f"no mesh of {number} devices divides this config and its batch"
+  near = nearest(cfg, device, number)
+  if near is None:
+    batch = cfg.data.batch_size
+    return ConfigError(
+      cause, f"data.batch_size={batch} has to be a multiple of the devices"
+    )
+  apart = near.num_devices - number
+  far = f"{abs(apart)} {'more' if apart > 0 else 'fewer'}"
+  return ConfigError(cause, f"the nearest has {near.num_devices}, {far}: {near.flags}")
 
 
 def find_cure(found: Plan, compiled: CompiledStep | None) -> Plan | None:

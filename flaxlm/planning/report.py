@@ -2,19 +2,25 @@
 """A plan as tables for people and as JSON for scripts."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
-
-from rich.console import Console
-from rich.table import Table
 
 from flaxlm.cost import active_parameters, adapter_parameters
 from flaxlm.planning.compile import CompiledStep
 from flaxlm.planning.decoding import DecodePoint
-from flaxlm.planning.roofline import Plan
+from flaxlm.planning.decoding_report import decoding_verdict, no_verdict, print_points
+from flaxlm.planning.roofline import Plan, StepTimes
+from flaxlm.planning.tables import (
+  FITS,
+  Rows,
+  duration,
+  known,
+  named_axis,
+  print_table,
+  size,
+  wide_console,
+)
 
-WIDEST = 10_000  # columns of a table
 MOST_CHOICES = 20  # of a search that the tables show; JSON has all
 
 
@@ -95,6 +101,8 @@ def to_json(report: Report) -> dict[str, Any]:
     },
     "bubble": times.bubble,
     "step_seconds": times.seconds,
+    "least_step_seconds": times.least,
+    "not_published": list(times.missing),
     "tokens_per_second": plan.tokens_per_second,
     "tokens_per_day": plan.tokens_per_second and 86_400 * plan.tokens_per_second,
     "mfu": plan.mfu,
@@ -161,8 +169,7 @@ def print_report(report: Report, out: TextIO) -> None:
   print_table(console, "Memory per device, at each moment (* most)", titles, _memory(plan))
   print_table(console, "A step", ("", ""), _time(report))
   if report.decoding:
-    points = ([cell(point) for cell in DECODING.values()] for point in report.decoding)
-    print_table(console, "Decoding, from the bandwidth roofline", [*DECODING], points)
+    print_points(console, report.decoding)
   if report.choices:
     best = report.choices[:MOST_CHOICES]
     title = f"Best {len(best)} of {len(report.choices)} ways to run it"
@@ -173,44 +180,10 @@ def print_report(report: Report, out: TextIO) -> None:
     print_table(console, title, ("", ""), _compiled(report.compiled, plan))
   # Not by rich, which would break lines in the middle of the flags.
   if report.decoding:
-    print(f"training: {verdict(report)}\ndecoding: {decoding_verdict(report)}", file=out)
+    decoding = decoding_verdict(report.decoding, plan.device)
+    print(f"training: {verdict(report)}\ndecoding: {decoding}", file=out)
   else:
     print(verdict(report), file=out)
-
-
-def wide_console(out: TextIO) -> Console:
-  """As wide as its tables: a mesh that is cut at column 80 cannot be copied. A bracket in a
-  name is no markup."""
-  return Console(file=out, highlight=False, markup=False, width=WIDEST)
-
-
-def decoding_verdict(report: Report) -> str:
-  """Whether everything that was asked about decoding fits, by the largest that does not
-  or, if all does, by the largest."""
-  usable, points = report.plan.device.usable_bytes, report.decoding
-  most = max(points, key=lambda point: point.bytes_per_device)
-  needs = f"{size(most.bytes_per_device)} per device"
-  rows = f"for {most.batch} x {most.context:,} tokens"
-  if usable is None:
-    return f"{needs} {rows}; {_unknown(report.plan)}"
-  share = f"{size(most.bytes_per_device)} of {size(usable)} per device {rows}"
-  fitting = [point for point in points if point.fits]
-  if len(fitting) == len(points):
-    return f"FITS: {share}"
-  text = f"DOES NOT FIT: {share}; it takes at least {most.min_devices} devices"
-  if fitting:
-    best = max(fitting, key=lambda point: point.bytes_per_device)
-    text += f"\n  it fits up to {best.batch} x {best.context:,} tokens"
-    text += f" ({size(best.bytes_per_device)})"
-  if None in (most.stored.weights, most.stored.cache):
-    text += "\n  smaller: --weights int8 --cache int8"
-  return text
-
-
-def _unknown(plan: Plan) -> str:
-  if plan.device.is_any:
-    return "name a --device to learn whether it fits"
-  return f"the memory of a {plan.device.name} is not known"
 
 
 def verdict(report: Report) -> str:
@@ -222,7 +195,7 @@ def verdict(report: Report) -> str:
       return f"DOES NOT COMPILE: {compiled.error}"
     total = compiled.peak_bytes
   if usable is None:
-    return f"{size(total)} per device; {_unknown(plan)}"
+    return f"{size(total)} per device; {no_verdict(plan.device)}"
   times = total / usable
   share = f"{times:.0%}" if times < 10 else f"{times:,.0f} times as much"
   share = f"{size(total)} of {size(usable)} per device ({share})"
@@ -230,6 +203,8 @@ def verdict(report: Report) -> str:
     share += ", says the compiler"
   if report.fits:
     text = f"FITS: {share}"
+    if report.choices:
+      text += f"\n  fastest: {plan.flags}"
     if plan.device.kind == "gpu" and total > 0.75 * usable:
       text += "\n  JAX takes 75% of a GPU: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
     return text
@@ -241,25 +216,6 @@ def verdict(report: Report) -> str:
     f"DOES NOT FIT: {share}\n  cheapest change that fits{devices}: {report.cure.flags} "
     f"({size(report.cure.memory.total)})"
   )
-
-
-def print_table(
-  console: Console,
-  title: str,
-  columns: Sequence[str],
-  rows: Iterable[Sequence[str]],
-  left: int = 1,
-) -> None:
-  """A table and an empty line; all columns but the first `left` are aligned right."""
-  table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-  for number, column in enumerate(columns):
-    table.add_column(column, justify="left" if number < left else "right", overflow="fold")
-  for row in rows:
-    table.add_row(*row)
-  console.print(table, "")
-
-
-Rows = Iterator[tuple[str, ...]]
 
 
 def _parameters(plan: Plan) -> Rows:
@@ -295,7 +251,7 @@ def _time(report: Report) -> Rows:
     yield f"network, {named_axis(axis, plan.slow)}", duration(time)
   if times.bubble:
     yield f"waiting in the pipeline, {times.bubble:.0%}", duration(times.waiting)
-  yield "step", duration(times.seconds)
+  yield "step", step_time(times)
   if report.drawing is not None:
     most = plan.cfg.reward.max_new_tokens
     yield f"drawing before it, up to {most:,} tokens", duration(report.drawing_seconds)
@@ -315,6 +271,13 @@ def _time(report: Report) -> Rows:
     yield f"cost at {report.price:g} per device-hour", f"{report.cost:,.0f}"
 
 
+def step_time(times: StepTimes) -> str:
+  """The time of a step; where something is not known, the least, and what is missing."""
+  if times.seconds is not None or times.least is None:
+    return duration(times.seconds)
+  return f"{duration(times.least)} and more: {', '.join(times.missing)} not published"
+
+
 def _compiled(compiled: CompiledStep, plan: Plan) -> Rows:
   if compiled.error is not None:
     yield "refused", compiled.error
@@ -331,45 +294,7 @@ def _compiled(compiled: CompiledStep, plan: Plan) -> Rows:
     yield f"{one.count} x {one.kind} over {one.axes}", size(one.bytes)
 
 
-def named_axis(axis: str, slow: Sequence[str]) -> str:
-  return f"{axis} (data-centre network)" if axis in slow else axis
-
-
-def known(value: float | None, form: str) -> str:
-  """A value in a form such as `{:,.0f}`, or a question mark if it is not known."""
-  return "?" if value is None else form.format(value)
-
-
-def size(number: int | None) -> str:
-  """Bytes for people, in powers of 1024."""
-  if number is None:
-    return "?"
-  units = ("B", "KiB", "MiB", "GiB", "TiB")
-  power = min(len(units) - 1, int(math.log(max(number, 1), 1024)))
-  return f"{number / 1024**power:,.{0 if power == 0 else 2}f} {units[power]}"
-
-
-def duration(seconds: float | None) -> str:
-  if seconds is None:
-    return "?"
-  if seconds < 1e-3:
-    return f"{seconds * 1e6:,.0f} us"
-  return f"{seconds * 1e3:,.1f} ms" if seconds < 1 else f"{seconds:,.2f} s"
-
-
-FITS = {True: "yes", False: "no", None: "?"}
-
-# The columns of two tables: the title, and the cell of a row.
-DECODING: Mapping[str, Callable[[DecodePoint], str]] = {
-  "batch": lambda point: str(point.batch),
-  "context": lambda point: f"{point.context:,}",
-  "per device": lambda point: size(point.bytes_per_device),
-  "fits": lambda point: FITS[point.fits],
-  "needs": lambda point: known(point.min_devices, "{} devices"),
-  "per token": lambda point: duration(point.seconds),
-  "tokens/s": lambda point: known(point.tokens_per_second, "{:,.0f}"),
-  "limit": lambda point: point.limited_by or "?",
-}
+# The columns of a search: the title, and the cell of a choice.
 CHOICES: Mapping[str, Callable[[Plan], str]] = {
   "mesh": lambda plan: plan.mesh,
   "remat": lambda plan: plan.cfg.training.remat,

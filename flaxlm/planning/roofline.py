@@ -139,6 +139,22 @@ class StepTimes:
     return max(busy, hidden) + at_once
 
   @property
+  def missing(self) -> tuple[str, ...]:
+    """What is not known of the device: compute, memory or network:AXIS."""
+    named = {"compute": self.compute, "memory": self.memory}
+    named |= {f"network:{axis}": time for axis, time in self.network.items()}
+    return tuple(name for name, time in named.items() if time is None)
+
+  @property
+  def least(self) -> float | None:
+    """Seconds of a step if what is not known took no time; None where nothing is known."""
+    if len(self.missing) == 2 + len(self.network):
+      return None
+    known = {axis: time or 0.0 for axis, time in self.network.items()}
+    compute, memory = self.compute or 0.0, self.memory or 0.0
+    return dataclasses.replace(self, compute=compute, memory=memory, network=known).seconds
+
+  @property
   def waiting(self) -> float | None:
     """Seconds in which a stage has no microbatch; the head counts as part of the stages."""
     if self.compute is None or self.memory is None:

@@ -107,6 +107,17 @@ def cheapest_fit(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Plan | No
   return None
 
 
+def nearest(cfg: ResolvedConfig, device: Device, number: int) -> Plan | None:
+  """The best plan on the number of devices next to `number` that has any; fewer before
+  more. None up to twice as many."""
+  for apart in range(1, number + 1):
+    for other in (number - apart, number + apart):
+      found = search(cfg, device, other) if other else []
+      if found:
+        return found[0]
+  return None
+
+
 def sharing_rows(cfg: ResolvedConfig) -> ResolvedConfig:
   """The config with `sequence_parallel`, so that `tensor` also divides what is kept."""
   training = dataclasses.replace(cfg.training, sequence_parallel=True)

@@ -21,7 +21,7 @@ from flaxlm.planning.memory import (
   state_bytes,
 )
 from flaxlm.planning.network import axis_bandwidth, network_bytes
-from flaxlm.planning.report import duration, named_axis, print_table, size, wide_console
+from flaxlm.planning.tables import duration, named_axis, print_table, size, wide_console
 from flaxlm.sharding import (
   RULES,
   axes_of,

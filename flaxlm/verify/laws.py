@@ -8,7 +8,7 @@ from typing import TextIO
 
 from flaxlm.config import ResolvedConfig
 from flaxlm.errors import ConfigError, first_line
-from flaxlm.planning.report import print_table, wide_console
+from flaxlm.planning.tables import print_table, wide_console
 from flaxlm.sharding import describe_mesh
 from flaxlm.verify import (
   attention_laws,
