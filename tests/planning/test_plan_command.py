@@ -55,7 +55,7 @@ def test_the_contract_of_json(plan):
   assert result["fits"] is True
   assert result["step_seconds"] > 0
   assert result["tokens_per_second"] == pytest.approx(16 * 2048 / result["step_seconds"])
-  assert 0 < result["mfu"] < 1
+  assert 0 < result["mfu"] < result["loose_mfu"] < 1
   assert result["limited_by"] == "compute"
   assert result["chinchilla_tokens"] == 20 * result["parameters"]
   assert "compiled" not in result and "search" not in result
@@ -116,11 +116,42 @@ def test_narrow_weights_and_cache_are_for_decoding(plan, config, capsys):
   assert "add --decode" in capsys.readouterr().err
 
 
+def test_decoding_alone_asks_nothing_of_training(plan, config, capsys):
+  """Three devices do not divide the batch of training; a row for each fits."""
+  asked = ("--mesh", "data=3", "--device", "h200", "--decode", "--batch=3")
+  asked += ("--context=100", "--no-training")
+  result = plan(*asked)
+  assert result["fits"] is True and result["mesh"] == {"data": 3}
+  assert result["parameters"] == 8_030_261_248
+  assert "bytes_per_device" not in result and "step_seconds" not in result
+  [point] = result["decode"]
+  assert (point["batch"], point["context"]) == (3, 100)
+  assert main(["plan", config, *asked[:-1]]) == 2
+  assert "data.batch_size=16" in capsys.readouterr().err
+  assert main(["plan", config, *asked]) == 0
+  text = capsys.readouterr().out
+  assert text.splitlines()[-1].startswith("FITS: ") and "gradients" not in text
+  assert main(["plan", config, "--no-training"]) == 2
+  assert "add --decode" in capsys.readouterr().err
+  assert main(["plan", config, *asked, "--search"]) == 2
+  assert "--search is about training" in capsys.readouterr().err
+
+
+def test_fewer_watts_make_a_longer_step(plan):
+  asked = ("--mesh", "fsdp=8", "--device", "h200", "--training.remat=full")
+  full, held = plan(*asked)["seconds_by_part"], plan(*asked, "--power=350")
+  assert held["seconds_by_part"]["compute"] == pytest.approx(2 * full["compute"])
+  assert held["seconds_by_part"]["memory"] == full["memory"]
+
+
 def test_an_axis_over_the_slow_network(plan, config, capsys):
   asked = ("--device", "v4", "--training.remat=full")
   near, far = (plan("--mesh", mesh, *asked) for mesh in ("data=2,fsdp=8", MESH))
   assert far["mesh"] == near["mesh"] and far["slow_axes"] == ["data"]
   assert near["slow_axes"] == [] and far["step_seconds"] is None  # v4's is not published
+  assert near["not_published"] == [] and far["not_published"] == ["network:data"]
+  assert near["least_step_seconds"] == near["step_seconds"]
+  assert 0 < far["least_step_seconds"] <= near["step_seconds"]
   known = plan("--mesh", MESH, *asked, "--network", "6.25")
   times = [result["seconds_by_part"]["network:data"] for result in (near, known)]
   assert times[1] == pytest.approx(times[0] * 90 / 6.25)
@@ -128,6 +159,7 @@ def test_an_axis_over_the_slow_network(plan, config, capsys):
   assert main(["plan", config, "--mesh", MESH, *asked]) == 0
   text = capsys.readouterr().out
   assert f"mesh {MESH}" in text and "network, data (data-centre network)" in text
+  assert "and more: network:data not published" in text
 
 
 @pytest.mark.slow
@@ -172,7 +204,9 @@ def test_the_text_has_a_verdict(config, capsys, tmp_path):
     (["--mesh", "pipe=2"], "unknown mesh axis"),
     (["--devices", "0"], "more than 0"),
     (["--model.dept=3"], "model.depth"),
-    (["--device", "h200", "--devices", "7", "--search"], "no mesh of 7 devices"),
+    (["--device", "h200", "--devices", "7", "--search"], "the nearest has 8, 1 more: --"),
+    (["--device", "h200", "--power", "800"], "has no 800 W"),
+    (["--device", "v5e", "--power", "100"], "not known"),
     (["--device", "l4", "--compile"], "use --compile with"),
   ],
 )

@@ -18,7 +18,7 @@ from flaxlm.config import (
 from flaxlm.devices import find_device
 from flaxlm.planning.report import MOST_CHOICES, Report, print_report
 from flaxlm.planning.roofline import plan_training
-from flaxlm.planning.search import cheapest_fit, meshes, search
+from flaxlm.planning.search import cheapest_fit, meshes, nearest, search, sharing_rows
 
 CFG = Config(
   model=ModelConfig(
@@ -100,6 +100,20 @@ def test_the_cheapest_change_keeps_what_it_can():
   assert more.fits
 
 
+def test_a_cure_may_share_the_rows_of_norms():
+  """Each member of `tensor` then keeps a part of a block's input, and as many devices do."""
+  cfg = dataclasses.replace(CFG, data=DataConfig(seq_len=256, batch_size=8))
+  none = small(1)  # every layout has its least memory
+  whole, shared = (
+    min(plan.memory.total for plan in search(one, none, 4))
+    for one in (cfg, sharing_rows(cfg))
+  )
+  assert shared < whole
+  found = cheapest_fit(cfg, mesh_shape(dict(fsdp=4)), small(whole - 1))
+  assert found is not None and found.fits and found.num_devices == 4
+  assert "--training.sequence-parallel=true" in found.flags
+
+
 def test_nothing_may_fit():
   assert cheapest_fit(CFG, mesh_shape({}), small(1e5)) is None
 
@@ -107,3 +121,10 @@ def test_nothing_may_fit():
 @pytest.mark.parametrize("number", [3, 5])
 def test_a_batch_that_no_mesh_divides_leaves_nothing(number: int):
   assert search(CFG, H200, number) == []
+  near = nearest(CFG, H200, number)
+  assert near is not None and near.num_devices == number - 1
+
+
+def test_no_number_may_be_near():
+  alone = dataclasses.replace(CFG, data=DataConfig(seq_len=128, batch_size=0))
+  assert nearest(alone, H200, 2) is None
