@@ -101,7 +101,7 @@ def test_the_cheapest_change_keeps_what_it_can():
 
 
 def test_a_cure_may_share_the_rows_of_norms():
-  """Each member of `tensor` then keeps a part of a block's input, and as many devices do."""
+  """Each member of `tensor` then keeps a part of a block's input, on as many devices."""
   cfg = dataclasses.replace(CFG, data=DataConfig(seq_len=256, batch_size=8))
   none = small(1)  # every layout has its least memory
   whole, shared = (
