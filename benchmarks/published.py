@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from flaxlm.config import ResolvedConfig, load_config, mesh_shape, override, parse_mesh
-from flaxlm.planning.decoding import Stored, plan_decoding
 from flaxlm.devices import Device, find_device
+from flaxlm.planning.decoding import Stored, plan_decoding
 from flaxlm.planning.planner import resolve
 from flaxlm.planning.roofline import Plan, plan_training
 

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from flaxlm.config import ResolvedConfig, slow_axes
 from flaxlm.cost import parameters
-from flaxlm.planning.decoding import DecodePoint
 from flaxlm.devices import Device
+from flaxlm.planning.decoding import DecodePoint
 from flaxlm.planning.memory import Sizes
 from flaxlm.planning.tables import FITS, duration, known, print_table, size, wide_console
 from flaxlm.sharding import describe_mesh
