@@ -68,6 +68,7 @@ class _Job:
   is_queued: bool = True
   row: int | None = None
   in_cache: int = 0  # tokens, at most, after all blocks that were started
+  cached: int = 0  # tokens of its prompt that had been read before
   slots_read: int = 0  # of the cache that its prompt was read into
   tokens: list[int] = dataclasses.field(default_factory=list)  # drawn, and told
   is_done: bool = False
@@ -303,8 +304,9 @@ class Engine:
     """
     batch = reading.num_rows
     texts, jobs = zip(*now, strict=True)
-    for job in jobs:
+    for n, job in now:
       job.in_cache, job.slots_read = len(job.request.prompt), reading.slots[0]
+      job.cached = reading.starts[n]
     requests = [job.request for job in jobs]
     moved_X = self.settings.admit(requests, self._active_requests)
     if moved_X is not None and self._has_history:
@@ -528,6 +530,7 @@ class Engine:
       top_logprobs_TX[:count, :top].tolist(),
       reason,
       error,
+      job.cached,
     )
 
   def _clear(self, row: int) -> None:

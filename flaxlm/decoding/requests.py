@@ -51,6 +51,7 @@ class Event(NamedTuple):
   top_logprobs: list[list[float]]
   finish_reason: str | None = None
   error: FlaxLMError | None = None
+  cached: int = 0  # tokens of its prompt that had been read before
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

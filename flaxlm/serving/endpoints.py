@@ -76,6 +76,11 @@ def num_read(request: Request) -> int:
   return sum(map(len, request.sources or request.prompts))
 
 
+def usage_of(request: Request, generation: Generation) -> dict[str, Any]:
+  num_read_before = generation.num_cached
+  return shapes.usage_of(num_read(request), generation.num_tokens, num_read_before)
+
+
 # -- Completions ---------------------------------------------------------------------------
 
 
@@ -139,8 +144,8 @@ class _TextWriter:
   def _head(self) -> dict[str, Any]:
     return shapes.head("text_completion", self.own_id, self.service.name)
 
-  def _usage(self) -> dict[str, int]:
-    return shapes.usage_of(num_read(self.request), self.generation.num_tokens)
+  def _usage(self) -> dict[str, Any]:
+    return usage_of(self.request, self.generation)
 
   def _echoed(self, index: int) -> tuple[str, dict | None]:
     of = self.echo[index // self.body.n]
@@ -229,8 +234,8 @@ class _ChatWriter:
     if body.tools is not None and service.chat is not None and writes_calls(service.chat):
       self.finders = [CallFinder() for _ in range(body.n)]
 
-  def _usage(self) -> dict[str, int]:
-    return shapes.usage_of(num_read(self.request), self.generation.num_tokens)
+  def _usage(self) -> dict[str, Any]:
+    return usage_of(self.request, self.generation)
 
   async def _parts(self) -> AsyncGenerator[tuple[int, Part, dict | None, str | None], None]:
     """(index, text and calls, logprobs, finish_reason) of each part of an answer."""

@@ -31,6 +31,7 @@ class Piece:
 class _Answer:
   index: int
   grows: GrowingCompletion
+  cached: int = 0  # tokens of its prompt that had been read before
   ticket: Ticket | None = None
 
 
@@ -51,7 +52,7 @@ class Generation:
     n: int,
     deadline: float,  # of the loop's clock
   ):
-    self._worker, self._deadline = worker, deadline
+    self._worker, self._deadline, self._n = worker, deadline, n
     self._events: asyncio.Queue[tuple[_Answer, object]] = asyncio.Queue()
     self._early: collections.deque[tuple[_Answer, object]] = collections.deque()
     self._answers: list[_Answer] = []
@@ -66,6 +67,12 @@ class Generation:
   def num_tokens(self) -> int:
     """Tokens that were written so far."""
     return sum(len(answer.grows.result.tokens) for answer in self._answers)
+
+  @property
+  def num_cached(self) -> int:
+    """Tokens of the prompts that had been read for earlier requests, so far as is known."""
+    first = self._answers[:: self._n]  # the samples of a prompt read it together
+    return sum(answer.cached for answer in first)
 
   async def start(self) -> None:
     """Waits until the engine has taken all of them. Raises `ApiError` if it does not."""
@@ -125,6 +132,7 @@ class Generation:
         return found
 
   def _grown(self, answer: _Answer, event: Event) -> Piece:
+    answer.cached = event.cached
     result, before = answer.grows.result, len(answer.grows.result.tokens)
     text = answer.grows.extend(*event[1:5])
     if event.finish_reason == "length":

@@ -26,11 +26,12 @@ def head(kind: str, own_id: str, model: str) -> dict[str, Any]:
   return {"id": own_id, "object": kind, "created": int(time.time()), "model": model}
 
 
-def usage_of(num_prompt: int, num_written: int) -> dict[str, int]:
+def usage_of(num_prompt: int, num_written: int, num_cached: int) -> dict[str, Any]:
   return {
     "prompt_tokens": num_prompt,
     "completion_tokens": num_written,
     "total_tokens": num_prompt + num_written,
+    "prompt_tokens_details": {"cached_tokens": num_cached},
   }
 
 

@@ -370,10 +370,12 @@ def test_what_was_read_before_is_not_read_again():
   for n, end in enumerate(([1], [2, 3], [])):
     of = request([*beginning, *end], 4, n)
     number, before = engine.submit(of), dataclasses.replace(engine.counters)
-    assert tokens_of(finish(engine)[number]) == alone(model, params, of)
+    events = finish(engine)[number]
+    assert tokens_of(events) == alone(model, params, of)
     cached = engine.counters.cached_tokens - before.cached_tokens
     read = engine.counters.read_tokens - before.read_tokens
     assert cached + read == len(of.prompt)
+    assert {event.cached for event in events} == {cached}
     assert cached == [0, 2 * PIECE, PIECE][n], "a token of a prompt is always read"
   first = request([*beginning, 5], PIECE, 7)
   number = engine.submit(first)

@@ -98,7 +98,17 @@ def test_a_completion_is_what_the_decoder_writes(client: TestClient, run: Run):
     "prompt_tokens": 3,
     "completion_tokens": num,
     "total_tokens": 3 + num,
+    "prompt_tokens_details": {"cached_tokens": 0},
   }
+
+
+def test_usage_tells_what_was_read_for_earlier_prompts(client: TestClient):
+  prompt = "hjkq" * 20  # in pieces of 64 tokens
+  ask = lambda **more: post(
+    client, "completions", prompt=[prompt, "ab"], max_tokens=1, **more
+  )["usage"]["prompt_tokens_details"]
+  assert ask() == {"cached_tokens": 0}
+  assert ask() == ask(n=3) == {"cached_tokens": 64}
 
 
 def test_prompts_and_samples_have_draws_of_their_own(client: TestClient, run: Run):
