@@ -29,6 +29,7 @@ from flaxlm.config import LoraConfig, ResolvedConfig, ResolvedModel, TrainingCon
 from flaxlm.nn.kernels.blocked import query_blocks
 from flaxlm.nn.lora import boxed_adapters
 from flaxlm.nn.models import build_model
+from flaxlm.sharding import kv_parts
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al., 2022)
@@ -332,7 +333,8 @@ def kv_cache_bytes(
     vectors = rows * cfg.depth * (2 if cfg.cell == "lstm" else 1)
     return lengths + vectors * 4 * cfg.width // parts
   segments = 4 * rows * source_len  # int32: which tokens of the source are real
-  vectors, wide = 2 * cfg.num_kv_heads // parts, cfg.head_dim * item_size
+  vectors = 2 * cfg.num_kv_heads // kv_parts(cfg, parts)
+  wide = cfg.head_dim * item_size
   per_slot = vectors * (cfg.head_dim + 4 if narrow else wide)
   of_source = cfg.depth * source_len * vectors * wide
   return lengths + segments + rows * (cfg.all_cache_slots(context) * per_slot + of_source)

@@ -16,7 +16,7 @@ from flaxlm.devices import Device
 from flaxlm.planning.memory import Sizes, decoding_memory
 from flaxlm.planning.network import axis_bandwidth
 from flaxlm.planning.roofline import memory_seconds, seconds_of
-from flaxlm.sharding import batch_shards
+from flaxlm.sharding import batch_shards, kv_parts
 
 COLLECTIVE_SECONDS = 1e-6  # no exchange is faster, however small (scaling book)
 # Kernels of a greedy decoding step, by kind of device: in each layer, and outside the
@@ -103,7 +103,7 @@ def _decode_times(
   model, tensor = cfg.model, sizes["tensor"]
   rows = math.ceil(batch / batch_shards(sizes))
   flops, weights, cache = decode_work(cfg, rows, context, stored)
-  weights, cache = weights / tensor / sizes["expert"], cache / tensor
+  weights, cache = weights / tensor / sizes["expert"], cache / kv_parts(model, tensor)
   vectors = rows * model.width * cfg.training.item_size * model.depth
   exchanges = {  # bytes in all, and the number of exchanges
     "fsdp": (weights, model.depth),

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from flaxlm.config import MESH_AXES, ResolvedConfig
+from flaxlm.config import MESH_AXES, ResolvedConfig, ResolvedModel
 from flaxlm.cost import parameters, stacks
 from flaxlm.devices import Device
 from flaxlm.planning.memory import Sizes, gathered_keys, local_rows, state_bytes
-from flaxlm.sharding import training_schedule
+from flaxlm.sharding import kv_parts, training_schedule
 
 
 def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
@@ -69,7 +69,8 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
     * sizes["fsdp"]
     * item
     * share("fsdp"),
-    "tensor": 2 * vectors * sums * share("tensor"),
+    "tensor": 2 * vectors * sums * share("tensor")
+    + kv_copy_bytes(model, sizes["tensor"], stretch * vectors),
     # Keys and values, gathered in each layer; their gradients, reduce-scattered; and the
     # gradients of the parameters, as along `data`.
     "context": (2 + again) * parts * rows * num_layers * gathered_keys(cfg, sizes)
@@ -78,6 +79,22 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
     "expert": (moved + 2 * gradients) * share("expert"),
   }
   return {axis: sent[axis] for axis in MESH_AXES if sizes[axis] > 1}
+
+
+def kv_copy_bytes(model: ResolvedModel, tensor: int, vectors: float) -> float:
+  """Bytes that one device sends in a backward pass because kv heads lie on several members
+  of a `tensor` axis; `vectors` are the bytes of the residual stream.
+
+  The gradients of keys and values are summed over the copies of their head. What they add
+  to the gradient of the layer's input is summed over one copy of each head, apart from what
+  the queries add, which is summed over all members.
+  """
+  parts = kv_parts(model, tensor)
+  if parts == tensor:
+    return 0.0
+  local = 2 * (model.num_kv_heads // parts) * model.head_dim / model.width
+  sums = local * (1 - parts / tensor) + (1 - 1 / parts)
+  return 2 * vectors * sums * sum(depth * (1 + reads) for depth, reads in stacks(model))
 
 
 def axis_bandwidth(
