@@ -87,6 +87,16 @@ def _projections(cfg: ResolvedModel) -> tuple[int, int, int]:
   return D * N * H, 2 * D * K * H, N * H * D
 
 
+def copied_weights(cfg: ResolvedModel, tensor: int) -> int:
+  """Weights that are on several members of a `tensor` axis, of keys and values, without the
+  first of each: how many more weights all members together hold and multiply with."""
+  if cfg.family == "rnn":
+    return 0
+  attentions = sum(depth * (1 + reads) for depth, reads in stacks(cfg))
+  copies = tensor // kv_parts(cfg, tensor)
+  return (copies - 1) * attentions * _projections(cfg)[1]
+
+
 def _attention(cfg: ResolvedModel) -> int:
   D, N, K, H = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
   count = sum(_projections(cfg))

@@ -7,6 +7,7 @@ import math
 from flaxlm.config import ResolvedConfig, slow_axes
 from flaxlm.cost import (
   active_parameters,
+  copied_weights,
   forward_work,
   kv_cache_bytes,
   parameters,
@@ -103,6 +104,7 @@ def _decode_times(
   model, tensor = cfg.model, sizes["tensor"]
   rows = math.ceil(batch / batch_shards(sizes))
   flops, weights, cache = decode_work(cfg, rows, context, stored)
+  weights *= 1 + copied_weights(model, tensor) / sum(parameters(model).values())
   weights, cache = weights / tensor / sizes["expert"], cache / kv_parts(model, tensor)
   vectors = rows * model.width * cfg.training.item_size * model.depth
   exchanges = {  # bytes in all, and the number of exchanges

@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from flaxlm.config import FUSED, ResolvedConfig, slow_axes
 from flaxlm.cost import (
   TOKENS_PER_PARAMETER,
+  ForwardFlops,
   StepCost,
   attention_passes,
+  copied_weights,
   forward_work,
   parameters,
   step_cost,
@@ -186,7 +188,9 @@ def compute_seconds(
   else all FLOPs at the attainable rate."""
   num_devices = math.prod(sizes.values())
   fused, rate = cfg.training.attention in FUSED, device.attention_rate
-  executed, kernel = cost.executed_flops, 0.0
+  copied = copied_weights(cfg.model, sizes["tensor"])
+  again = ForwardFlops(2.0 * cost.tokens * copied, 0, 0, 0, 0).step(cfg.training)
+  executed, kernel = cost.executed_flops + again, 0.0
   if fused and rate:
     work = forward_work(cfg.model, cfg.data.batch_size, cfg.data.seq_len, cfg.source_length)
     passes = attention_passes(cfg.training) + cfg.reference_passes

@@ -11,7 +11,14 @@ from flaxlm.sharding.batches import (
   on_host,
   wait_on_cpu,
 )
-from flaxlm.sharding.heads import KV_COPIES, kv_parts, mesh_for, split_sizes, whole_sizes
+from flaxlm.sharding.heads import (
+  KV_COPIES,
+  describe_copies,
+  kv_parts,
+  mesh_for,
+  split_sizes,
+  whole_sizes,
+)
 from flaxlm.sharding.mesh import (
   describe_mesh,
   hybrid_grid,
@@ -48,6 +55,7 @@ __all__ = [
   "check_batch",
   "check_replication",
   "constrain",
+  "describe_copies",
   "describe_mesh",
   "find_replication",
   "hybrid_grid",

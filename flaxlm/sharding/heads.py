@@ -41,6 +41,17 @@ def kv_parts(model: ModelConfig | ResolvedModel, tensor: int) -> int:
   return min(tensor, num_kv_heads)
 
 
+def describe_copies(model: ModelConfig | ResolvedModel, tensor: int) -> str:
+  """A line about the copies of kv heads on a `tensor` axis; "" if there are none."""
+  parts = kv_parts(model, tensor)
+  if parts == tensor:
+    return ""
+  return (
+    f"kv heads: {parts} on mesh tensor={tensor}, each on {tensor // parts} devices, which "
+    "all hold its weights and cache"
+  )
+
+
 def split_sizes(
   sizes: Mapping[str, int], model: ModelConfig | ResolvedModel
 ) -> dict[str, int]:

@@ -47,7 +47,14 @@ from flaxlm.runs import (
   locked,
   make_room_after,
 )
-from flaxlm.sharding import check_batch, describe_mesh, make_mesh, mesh_for, whole_sizes
+from flaxlm.sharding import (
+  KV_COPIES,
+  check_batch,
+  describe_mesh,
+  make_mesh,
+  mesh_for,
+  whole_sizes,
+)
 from flaxlm.tokenizers import expected_vocab_size
 from flaxlm.training.clock import MFU, Clock, seconds_at_peak, spent_before
 from flaxlm.training.closing import show_sample
@@ -374,6 +381,8 @@ def describe(
   if state.reference is not None:
     learns += ", and as many of the reference"
   axes = describe_mesh(whole_sizes(mesh.shape), slow_axes(cfg.mesh))
+  if copies := mesh.shape.get(KV_COPIES):
+    axes += f" with each kv head on {copies} devices"
   device = jax.devices()[0].device_kind
   return (
     f"{cfg.run_dir}: {learns}; {cfg.data.corpus}: {prepared.sizes}; "
