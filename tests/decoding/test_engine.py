@@ -436,7 +436,7 @@ def test_a_request_that_is_not_finite_ends_alone():
     fuzz("rnn", 2),
     fuzz("encoder_decoder", 2),
     slow("int8", 4),  # of 2 kv heads, each is on two devices
-    slow("window, mqa, untied", 4),
+    fuzz("window, mqa, untied", 4),
   ],
 )
 def test_a_mesh_changes_no_token(name: str, tensor: int):

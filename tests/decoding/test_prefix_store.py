@@ -117,10 +117,9 @@ def test_following_turns_compile_nothing_new():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tensor", [2, 4])
-def test_a_conversation_on_a_mesh(tensor: int):
+def test_a_conversation_on_a_mesh():
   model, params = small_model("gqa")
-  mesh = mesh_for(mesh_of(fsdp=2, tensor=tensor), model.cfg)
+  mesh = mesh_for(mesh_of(fsdp=2, tensor=4), model.cfg)  # each kv head on 2 devices
   talk = Talk(model, placed_on(mesh, model, params), mesh)
   turn = [3, 1, 4]
   for length in (3, 6, 6):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import slow
+from conftest import fuzz, slow
 from meshes import mesh_of
 from parameters import random_params, random_state
 
@@ -147,10 +147,10 @@ SINGLE = dict(num_heads=8, num_kv_heads=1, head_dim=8, parallel="one_norm")  # P
   ("changes", "sizes"),
   [
     (GROUPED, dict(fsdp=2, tensor=4)),
-    slow(GROUPED, dict(tensor=8)),
-    slow(SINGLE, dict(tensor=8)),
+    fuzz(GROUPED, dict(tensor=8)),
+    fuzz(SINGLE, dict(tensor=8)),
     slow(GROUPED | dict(window=5, learned_sinks=True, qk_norm="width"), dict(tensor=8)),
-    slow(GROUPED, dict(context=2, tensor=4)),
+    fuzz(GROUPED, dict(context=2, tensor=4)),
     slow(GROUPED, dict(stage=2, tensor=4)),
     slow(
       SINGLE | dict(moe=MoEConfig(num_experts=4, expert_width=32)), dict(expert=2, tensor=4)
