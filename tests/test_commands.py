@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -376,7 +375,13 @@ def test_fewer_kv_heads_than_members_of_tensor(in_process, corpus, tmp_path):
   assert settings["num_key_value_heads"] == 2
   done = in_process("import", "exported", "runs/again", "--mesh=tensor=8")
   assert done.returncode == 0, done.stderr
-  words = ("--prompt=1 t", "--max-new-tokens=9", "--temperature=0", "--cache=int8", "--json")
+  words = (
+    "--prompt=1 t",
+    "--max-new-tokens=9",
+    "--temperature=0",
+    "--cache=int8",
+    "--json",
+  )
   answers = []
   for run in (("copies", "--mesh=data=8"), ("again", "--mesh=fsdp=2,tensor=4")):
     done = in_process("infer", *run, *words)

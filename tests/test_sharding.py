@@ -19,6 +19,7 @@ from flaxlm.config import (
   Config,
   DataConfig,
   ModelConfig,
+  MoEConfig,
   OptimizerConfig,
   TrainingConfig,
   knobs,
@@ -516,7 +517,39 @@ def test_a_batch_is_a_multiple_of_its_shards_and_micro_batches():
   check(24, 3)
   with pytest.raises(ConfigError, match=r"of data=8 .* accumulation_steps=2") as caught:
     check(24, 2)
-  assert caught.value.cure == "nearest: 32"
+  assert caught.value.cure == "nearest: 32; or --mesh: data can be 1, 2, 3, 4, 6 or 12"
+
+
+# What each axis has to divide, of a config that all others suit.
+FITTING = {
+  "data": (
+    6,
+    dict(),
+    "data.batch_size=16",
+    "nearest: 18; or --mesh: data can be 1, 2, 4 or 8",
+  ),
+  "fsdp": (3, dict(data=2), "data.batch_size=16", "; or --mesh: fsdp can be 1, 2 or 4"),
+  "context": (3, dict(), "data.seq_len=64", "63; or --mesh: context can be 1, 2 or 4"),
+  "stage": (3, dict(), "model.depth=4", "nearest: 3; or --mesh: stage can be 1, 2 or 4"),
+  "expert": (3, dict(), "model.moe.num_experts = 8", "expert can be 1, 2 or 4"),
+  "tensor": (3, dict(), "model.num_heads=8 and model.num_kv_heads=2", "1, 2, 4 or 8"),
+}
+
+
+@pytest.mark.parametrize("axis", MESH_AXES)
+def test_an_axis_that_divides_nothing_tells_which_sizes_would(axis: str):
+  size, others, cause, cure = FITTING[axis]
+  batch = 48 if axis in ("stage", "expert") else 16
+  cfg = Config(
+    model=heads(8, 2, depth=4, vocab_size=192, moe=MoEConfig(num_experts=8)),
+    data=DataConfig(batch_size=batch, seq_len=64),
+  )
+  sizes = mesh_shape({axis: size, **others})
+  with pytest.raises(ConfigError) as caught:
+    check_batch(cfg.resolve(), sizes)
+    for name, dim in (("embed", 64), ("experts", 8)):
+      partition_spec([name], [dim], split_sizes(sizes, cfg.model))
+  assert cause in caught.value.cause and caught.value.cure.endswith(cure)
 
 
 def test_one_process_needs_everything(mesh: Mesh):

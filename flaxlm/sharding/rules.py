@@ -91,7 +91,7 @@ def partition_spec(
       sizes = whole_sizes({axis: axis_sizes[axis] for axis in axes})
       split = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
       cure = f"make it a multiple of {parts}, or change --mesh"
-      if fitting := sizes_for(dim, sizes):
+      if fitting := sizes_for(dim, sizes, parts):
         cure += f": {fitting}"
       if name in ("vocab", "act_vocab"):  # a stored run's: training and importing pad
         cure += "; a new run, or a new import, on this mesh pads it by itself"
@@ -106,15 +106,17 @@ def partition_spec(
   return PartitionSpec(*entries)
 
 
-def sizes_for(dim: int, sizes: Mapping[str, int]) -> str:
-  """Which sizes of each axis, up to twice the one that it has, would split a dim over all
-  of these axes."""
+def sizes_for(dim: int, sizes: Mapping[str, int], parts: int) -> str:
+  """Which sizes of each axis in use, up to twice the one that it has, would split a dim.
+
+  It is to be cut into `parts`, by these axes and perhaps by more. "" if no size would.
+  """
   texts = []
   for axis, size in sizes.items():
-    others = math.prod(sizes.values()) // size
+    others = parts // size
     fitting = [n for n in range(1, 2 * size + 1) if dim % (n * others) == 0]
-    texts += [one_of(axis, fitting)] if fitting else []
-  return "; ".join(texts)
+    texts += [one_of(axis, fitting)] if fitting and size > 1 else []
+  return "; or ".join(texts)
 
 
 def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
