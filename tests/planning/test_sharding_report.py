@@ -169,6 +169,19 @@ def test_what_travels_is_what_the_formula_says(mesh: dict, extra: float, kv_head
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  "mesh", [{"data": 4}, pytest.param({"stage": 2}, marks=pytest.mark.fuzz)], ids=str
+)
+def test_gradients_are_summed_in_every_micro_batch_and_chunk_of_the_loss(mesh: dict):
+  training = dataclasses.replace(TINY.training, accumulation_steps=2, loss_chunks=4)
+  cfg, sizes = dataclasses.replace(TINY, training=training), mesh_shape(mesh)
+  found = sum(one.bytes for one in compile_step(cfg, sizes, ANY).collectives)
+  axis = next(iter(mesh))
+  assert found == pytest.approx(network_bytes(cfg, sizes)[axis], rel=0.02)
+  assert found > 2 * network_bytes(TINY, sizes)[axis]
+
+
+@pytest.mark.slow
 def test_norms_cut_over_tensor_keep_a_share_of_each_layers_input():
   depth, T, D = 4, 256, 64
   model = dataclasses.replace(TINY.model, depth=depth, context=T, width=D, ffn_width=D)
