@@ -16,6 +16,7 @@ from flaxlm.config import ModelConfig, ResolvedModel
 from flaxlm.errors import ConfigError
 
 KV_COPIES = "kv_copies"
+MOST_MEMBERS = 4096  # of an axis, that an error names as a size that would do
 
 
 def kv_parts(model: ModelConfig | ResolvedModel, tensor: int) -> int:
@@ -34,7 +35,7 @@ def kv_parts(model: ModelConfig | ResolvedModel, tensor: int) -> int:
     heads = f"model.num_heads={num_heads}"
     if num_kv_heads != num_heads:
       heads += f" and model.num_kv_heads={num_kv_heads}"
-    fitting = [n for n in range(1, num_heads + 1) if fits(n)]
+    fitting = [n for n in range(1, min(num_heads, MOST_MEMBERS) + 1) if fits(n)]
     raise ConfigError(
       f"{heads} cannot be split over mesh tensor={tensor}", one_of("tensor", fitting)
     )

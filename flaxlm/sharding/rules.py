@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flaxlm.errors import ConfigError
-from flaxlm.sharding.heads import KV_COPIES, one_of, whole_sizes
+from flaxlm.sharding.heads import KV_COPIES, MOST_MEMBERS, one_of, whole_sizes
 
 # All members of the axis that a user calls tensor: sharding/heads.py has the reason.
 TENSOR = ("tensor", KV_COPIES)
@@ -114,7 +114,8 @@ def sizes_for(dim: int, sizes: Mapping[str, int], parts: int) -> str:
   texts = []
   for axis, size in sizes.items():
     others = parts // size
-    fitting = [n for n in range(1, 2 * size + 1) if dim % (n * others) == 0]
+    most = min(2 * size, MOST_MEMBERS)
+    fitting = [n for n in range(1, most + 1) if dim % (n * others) == 0]
     texts += [one_of(axis, fitting)] if fitting and size > 1 else []
   return "; or ".join(texts)
 
