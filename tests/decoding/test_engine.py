@@ -432,7 +432,7 @@ def test_a_request_that_is_not_finite_ends_alone():
 @pytest.mark.parametrize(
   ("name", "tensor"),
   [
-    slow("gqa", 2),
+    fuzz("gqa", 2),
     fuzz("rnn", 2),
     fuzz("encoder_decoder", 2),
     slow("int8", 4),  # of 2 kv heads, each is on two devices

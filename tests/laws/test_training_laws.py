@@ -146,15 +146,13 @@ SINGLE = dict(num_heads=8, num_kv_heads=1, head_dim=8, parallel="one_norm")  # P
 @pytest.mark.parametrize(
   ("changes", "sizes"),
   [
-    (GROUPED, dict(fsdp=2, tensor=4)),
+    slow(GROUPED, dict(fsdp=2, tensor=4)),
     fuzz(GROUPED, dict(tensor=8)),
     fuzz(SINGLE, dict(tensor=8)),
     slow(GROUPED | dict(window=5, learned_sinks=True, qk_norm="width"), dict(tensor=8)),
     fuzz(GROUPED, dict(context=2, tensor=4)),
     slow(GROUPED, dict(stage=2, tensor=4)),
-    slow(
-      SINGLE | dict(moe=MoEConfig(num_experts=4, expert_width=32)), dict(expert=2, tensor=4)
-    ),
+    fuzz(SINGLE | dict(moe=EXPERTS), dict(expert=2, tensor=4)),
   ],
   ids=str,
 )
