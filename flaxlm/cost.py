@@ -29,6 +29,7 @@ from flaxlm.config import LoraConfig, ResolvedConfig, ResolvedModel, TrainingCon
 from flaxlm.nn.kernels.blocked import query_blocks
 from flaxlm.nn.lora import boxed_adapters
 from flaxlm.nn.models import build_model
+from flaxlm.sharding import kv_parts
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 TOKENS_PER_PARAMETER = 20  # compute-optimal (Hoffmann et al., 2022)
@@ -84,6 +85,16 @@ def _projections(cfg: ResolvedModel) -> tuple[int, int, int]:
   """Weights of one attention layer: of queries, of keys and values, and of the output."""
   D, N, K, H = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
   return D * N * H, 2 * D * K * H, N * H * D
+
+
+def copied_weights(cfg: ResolvedModel, tensor: int) -> int:
+  """Weights that are on several members of a `tensor` axis, of keys and values, without the
+  first of each: how many more weights all members together hold and multiply with."""
+  if cfg.family == "rnn":
+    return 0
+  attentions = sum(depth * (1 + reads) for depth, reads in stacks(cfg))
+  copies = tensor // kv_parts(cfg, tensor)
+  return (copies - 1) * attentions * _projections(cfg)[1]
 
 
 def _attention(cfg: ResolvedModel) -> int:
@@ -351,7 +362,8 @@ def kv_cache_bytes(
     vectors = rows * cfg.depth * (2 if cfg.cell == "lstm" else 1)
     return lengths + vectors * 4 * cfg.width // parts
   segments = 4 * rows * source_len  # int32: which tokens of the source are real
-  vectors, wide = 2 * cfg.num_kv_heads // parts, cfg.head_dim * item_size
+  vectors = 2 * cfg.num_kv_heads // kv_parts(cfg, parts)
+  wide = cfg.head_dim * item_size
   per_slot = vectors * (cfg.head_dim + 4 if narrow else wide)
   of_source = cfg.depth * source_len * vectors * wide
   return lengths + segments + rows * (cfg.all_cache_slots(context) * per_slot + of_source)

@@ -362,6 +362,35 @@ def test_sharded_over_simulated_devices(flaxlm, corpus, tmp_path):
 
 
 @pytest.mark.slow
+def test_fewer_kv_heads_than_members_of_tensor(in_process, corpus, tmp_path):
+  """They are on several devices, of which no file knows."""
+  heads = {"model__num_heads": 8, "model__num_kv_heads": 2, "model__head_dim": 4}
+  knobs = heads | {"training__num_steps": 2, "training__sample_prompt": ""}
+  done = in_process("train", *tiny(corpus, name="copies", mesh="tensor=8", **knobs))
+  assert done.returncode == 0, done.stderr
+  assert "mesh tensor=8 with each kv head on 4 devices" in done.stderr
+  done = in_process("export", "runs/copies", "exported")
+  assert done.returncode == 0, done.stderr
+  settings = json.loads((tmp_path / "exported/config.json").read_text())
+  assert settings["num_key_value_heads"] == 2
+  done = in_process("import", "exported", "runs/again", "--mesh=tensor=8")
+  assert done.returncode == 0, done.stderr
+  words = (
+    "--prompt=1 t",
+    "--max-new-tokens=9",
+    "--temperature=0",
+    "--cache=int8",
+    "--json",
+  )
+  answers = []
+  for run in (("copies", "--mesh=data=8"), ("again", "--mesh=fsdp=2,tensor=4")):
+    done = in_process("infer", *run, *words)
+    assert done.returncode == 0, done.stderr
+    answers.append(json.loads(done.stdout)["tokens"])
+  assert answers[0] == answers[1]
+
+
+@pytest.mark.slow
 def test_a_vocabulary_is_padded_for_a_mesh_and_stays_so(flaxlm, corpus, tmp_path):
   """A run begun on tensor=2 continues without it; an export has only the real ids."""
   knobs = {"name": "p", "model__vocab_size": 259, "simulated_devices": 2}

@@ -12,15 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from meshes import mesh_of
 
 from flaxlm.config import (
   MESH_AXES,
   Config,
   DataConfig,
   ModelConfig,
+  MoEConfig,
   OptimizerConfig,
   TrainingConfig,
   knobs,
+  mesh_shape,
   mesh_sizes,
   parse_mesh,
   slow_axes,
@@ -29,23 +32,29 @@ from flaxlm.errors import ConfigError
 from flaxlm.nn.models import build_model
 from flaxlm.sharding import (
   FIELDS,
+  KV_COPIES,
   RULES,
   batch_parts,
   batch_sharding,
   check_batch,
   constrain,
   describe_mesh,
+  find_replication,
   hybrid_grid,
+  kv_parts,
   make_mesh,
   merged,
+  mesh_for,
   partition_spec,
+  split_sizes,
+  whole_sizes,
 )
 from flaxlm.sharding.rules import cut_further
 from flaxlm.training.optimizer import build_optimizer
-from flaxlm.training.step import TrainState, abstract_state
+from flaxlm.training.step import TrainState, abstract_params, abstract_state
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2, "expert": 1}
-SPLIT = dict.fromkeys(MESH_AXES, 2)  # no mesh of this size is made
+SPLIT = dict.fromkeys((*MESH_AXES, KV_COPIES), 2)  # no mesh of this size is made
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +78,21 @@ def test_a_dim_that_does_not_divide_names_the_field_to_change(name: str):
   with pytest.raises(ConfigError) as caught:
     partition_spec([name], [3 * parts + 1], SPLIT)
   assert f"{FIELDS[name]} = {3 * parts + 1} cannot be split" in caught.value.cause
-  for axis in RULES[name]:
-    assert f"{axis}={SPLIT[axis]}" in caught.value.cause
+  whole = whole_sizes({axis: SPLIT[axis] for axis in RULES[name]})
+  for axis, size in whole.items():
+    assert f"{axis}={size}" in caught.value.cause
   assert f"multiple of {parts}" in caught.value.cure
   fields = {field for field, _, _ in knobs(Config)}
   assert set(FIELDS[name].split(" / ")) <= fields
+
+
+def test_a_dim_that_does_not_divide_tells_which_sizes_would():
+  with pytest.raises(ConfigError) as caught:
+    partition_spec(["ffn"], [40], {"tensor": 6})
+  assert caught.value.cure.endswith("--mesh: tensor can be 1, 2, 4, 5, 8 or 10")
+  with pytest.raises(ConfigError) as caught:
+    partition_spec(["vocab"], [7], {"tensor": 4})
+  assert "--mesh: tensor can be 1 or 7; a new run" in caught.value.cure
 
 
 def test_axes_that_the_mesh_does_not_have_cut_nothing():
@@ -226,6 +245,79 @@ def test_a_hybrid_mesh_of_simulated_devices():
   assert numbers == [[0, 4], [1, 5], [2, 6], [3, 7]]
   with pytest.raises(ConfigError, match=r"mesh data=3@dcn needs 3 devices, 8 present"):
     make_mesh({"data": "3@dcn"})
+
+
+# -- Kv heads on more devices than there are kv heads --------------------------------------
+
+
+def heads(num_heads: int, num_kv_heads: int | None = None, **more) -> ModelConfig:
+  return ModelConfig(width=64, num_heads=num_heads, num_kv_heads=num_kv_heads, **more)
+
+
+@pytest.mark.parametrize(
+  ("model", "tensor", "parts"),
+  [
+    (heads(8, 2), 1, 1),
+    (heads(8, 2), 2, 2),
+    (heads(8, 2), 4, 2),
+    (heads(8, 2), 8, 2),
+    (heads(48, 1), 12, 1),
+    (heads(64, 8), 16, 8),
+    (heads(8), 8, 8),
+    (heads(4, family="rnn"), 8, 8),
+  ],
+)
+def test_each_kv_head_is_on_the_devices_of_its_query_heads(model, tensor: int, parts: int):
+  assert kv_parts(model, tensor) == kv_parts(model.resolve(64), tensor) == parts
+  sizes = mesh_shape({"fsdp": 2, "tensor": tensor, "expert": 3})
+  split = split_sizes(sizes, model)
+  assert split["tensor"] * split.get(KV_COPIES, 1) == tensor
+  assert split["tensor"] == parts and whole_sizes(split) == sizes
+  assert split_sizes(split, model) == split
+
+
+@pytest.mark.parametrize(
+  ("model", "tensor", "cause", "cure"),
+  [
+    (
+      heads(32, 4),
+      6,
+      "model.num_heads=32 and model.num_kv_heads=4 cannot be split over mesh tensor=6",
+      "tensor can be 1, 2, 4, 8, 16 or 32",
+    ),
+    # 12 divides the query heads, and some would read half of the kv heads of a device.
+    (heads(24, 8), 12, "mesh tensor=12", "tensor can be 1, 2, 4, 8 or 24"),
+    (heads(6), 4, "model.num_heads=6 cannot", "tensor can be 1, 2, 3 or 6"),
+  ],
+)
+def test_heads_that_do_not_divide_tell_the_sizes_that_would(model, tensor, cause, cure):
+  with pytest.raises(ConfigError) as caught:
+    kv_parts(model, tensor)
+  assert cause in caught.value.cause and caught.value.cure == cure
+
+
+def test_a_device_has_its_query_heads_and_the_kv_head_that_they_read():
+  whole, model = make_mesh({"tensor": 8}), heads(8, 2)
+  mesh = mesh_for(whole, model)
+  assert mesh.devices.flatten().tolist() == whole.devices.flatten().tolist()
+  assert mesh_for(mesh, model) is mesh and mesh_for(whole, heads(8)) is whole
+  assert mesh_for(mesh, heads(8)) == whole
+  place = lambda name, dim: NamedSharding(
+    mesh, partition_spec([name], [dim], dict(mesh.shape))
+  ).devices_indices_map((dim,))
+  queries, keys = place("heads", 8), place("kv_heads", 2)
+  for number, device in enumerate(whole.devices.flat):
+    assert range(8)[queries[device][0]] == range(number, number + 1)
+    assert range(2)[keys[device][0]] == range(number // 4, number // 4 + 1)
+
+
+def test_copies_of_a_kv_head_are_no_accident():
+  model = build_model(dataclasses.replace(TINY, num_kv_heads=1))
+  mesh = mesh_for(mesh_of(tensor=4), model.cfg)
+  params = abstract_params(model, mesh)
+  found = find_replication(params, mesh.shape)
+  total = sum(leaf.size for leaf in jax.tree.leaves(params))
+  assert found.fraction == (2 * 2 + 1) * 16 / total, "norms alone"
 
 
 # -- The optimizer's state -----------------------------------------------------------------
@@ -425,7 +517,39 @@ def test_a_batch_is_a_multiple_of_its_shards_and_micro_batches():
   check(24, 3)
   with pytest.raises(ConfigError, match=r"of data=8 .* accumulation_steps=2") as caught:
     check(24, 2)
-  assert caught.value.cure == "nearest: 32"
+  assert caught.value.cure == "nearest: 32; or --mesh: data can be 1, 2, 3, 4, 6 or 12"
+
+
+# What each axis has to divide, of a config that all others suit.
+FITTING = {
+  "data": (
+    6,
+    dict(),
+    "data.batch_size=16",
+    "nearest: 18; or --mesh: data can be 1, 2, 4 or 8",
+  ),
+  "fsdp": (3, dict(data=2), "data.batch_size=16", "; or --mesh: fsdp can be 1, 2 or 4"),
+  "context": (3, dict(), "data.seq_len=64", "63; or --mesh: context can be 1, 2 or 4"),
+  "stage": (3, dict(), "model.depth=4", "nearest: 3; or --mesh: stage can be 1, 2 or 4"),
+  "expert": (3, dict(), "model.moe.num_experts = 8", "expert can be 1, 2 or 4"),
+  "tensor": (3, dict(), "model.num_heads=8 and model.num_kv_heads=2", "1, 2, 4 or 8"),
+}
+
+
+@pytest.mark.parametrize("axis", MESH_AXES)
+def test_an_axis_that_divides_nothing_tells_which_sizes_would(axis: str):
+  size, others, cause, cure = FITTING[axis]
+  batch = 48 if axis in ("stage", "expert") else 16
+  cfg = Config(
+    model=heads(8, 2, depth=4, vocab_size=192, moe=MoEConfig(num_experts=8)),
+    data=DataConfig(batch_size=batch, seq_len=64),
+  )
+  sizes = mesh_shape({axis: size, **others})
+  with pytest.raises(ConfigError) as caught:
+    check_batch(cfg.resolve(), sizes)
+    for name, dim in (("embed", 64), ("experts", 8)):
+      partition_spec([name], [dim], split_sizes(sizes, cfg.model))
+  assert cause in caught.value.cause and caught.value.cure.endswith(cure)
 
 
 def test_one_process_needs_everything(mesh: Mesh):

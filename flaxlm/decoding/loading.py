@@ -34,7 +34,7 @@ from flaxlm.runs import (
   load_config_of,
   newest_whole_step,
 )
-from flaxlm.sharding import use_mesh
+from flaxlm.sharding import mesh_for, use_mesh
 from flaxlm.tokenizers import AnyTokenizer, load_tokenizer
 from flaxlm.tokenizers.imported import SPECIALS
 
@@ -69,8 +69,10 @@ def load_run(
   mesh: Mesh,
   warn: Callable[[str], None] | None = None,
   needs_text: bool = True,
+  has_own_mesh: bool = True,
 ) -> Run:
-  """The newest whole checkpoint of a run, its parameters sharded over `mesh`.
+  """The newest whole checkpoint of a run, its parameters sharded over the devices of
+  `mesh`: over `mesh_for` them, or over `mesh` itself if that is another run's.
 
   `warn` gets a line for each damaged checkpoint that is skipped. Without `needs_text`
   the run may lack a tokenizer, as an imported one may; `Run.tokenizer` is then None.
@@ -78,6 +80,8 @@ def load_run(
   config or tokenizer are not as they were written.
   """
   cfg = load_config_of(path)
+  if has_own_mesh:
+    mesh = mesh_for(mesh, cfg.model)
   step = newest_whole_step(path / CHECKPOINTS, warn)
   if step is None:
     raise CheckpointError(f"{path} has no checkpoint yet", "train it first")
@@ -96,7 +100,7 @@ def load_run(
     if not damage(path / CHECKPOINTS / str(step)):
       raise
     # Training goes on meanwhile, and has deleted the step: there is a newer one.
-    return load_run(path, mesh, warn, needs_text)
+    return load_run(path, mesh, warn, needs_text, has_own_mesh)
   return Run(path, cfg, tokenizer, step, model, params, mesh)
 
 
@@ -215,7 +219,8 @@ def equip_for_decoding(
     raise ConfigError(f"draft_tokens is {num_tokens!r}", "use at least 1")
   if draft == "ngram":
     return run._replace(draft=Draft(num_tokens=num_tokens))
-  small = prepare_for_decoding(load_run(find_run(draft, runs_dir), run.mesh))
+  guesser = load_run(find_run(draft, runs_dir), run.mesh, has_own_mesh=False)
+  small = prepare_for_decoding(guesser)
   if small.tokenizer.fingerprint != run.tokenizer.fingerprint:
     raise ConfigError(
       f"{draft} has another tokenizer", "use a draft with the run's tokenizer"

@@ -52,6 +52,7 @@ from flaxlm.runs import (
   load_config_of,
   new_files,
 )
+from flaxlm.sharding import mesh_for
 from flaxlm.tokenizers.imported import SPECIALS
 
 WEIGHTS = "adapter_model.safetensors"
@@ -251,7 +252,7 @@ def import_adapter(
     raise CheckpointError(f"{folder} has no {WEIGHTS}", "save it with safetensors")
   origin = find_origin(Config(name=run_dir.name, init=str(base)))
   before = load_config_of(origin.path)
-  model = build_model(before.model, before.training)
+  model, mesh = build_model(before.model, before.training), mesh_for(mesh, before.model)
   params = abstract_params(model, mesh)
   # Its family decides the names, for which shapes are enough.
   tokenizer: Any = None

@@ -34,6 +34,7 @@ from flaxlm.interop.safetensors import (
 )
 from flaxlm.interop.values import Values, read_json, shortened
 from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
+from flaxlm.sharding import mesh_for, whole_sizes
 
 CONFIG = "config.json"
 MAX_LISTED = 8  # names in an error's list
@@ -88,7 +89,8 @@ def load_tensors(
   family = find_family(values.get("model_type"), origin)
   cfg = read_config(family, Values(values, origin, tensors))
   check_sizes(cfg, tensors, origin)
-  cfg = cfg.padded(mesh.shape["tensor"])
+  mesh = mesh_for(mesh, cfg)
+  cfg = cfg.padded(whole_sizes(mesh.shape)["tensor"])
   abstract = flat_params(cfg, mesh, dtype or "bfloat16")
   shapes = real_shapes(cfg, abstract)
   expected = family.expected(cfg, shapes)

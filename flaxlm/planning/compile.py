@@ -40,6 +40,7 @@ from flaxlm.nn.models import build_model
 from flaxlm.planning.collectives import Collective, find_collectives
 from flaxlm.planning.memory import Sizes
 from flaxlm.platform import start_jax
+from flaxlm.sharding import mesh_for
 from flaxlm.sharding.mesh import consecutive_grid, hybrid_grid, networks
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import abstract_batch, abstract_state, jit_train_step
@@ -174,6 +175,7 @@ def tpu_options() -> dict[str, Any]:
 def compile_here(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledStep:
   """`compile_step` in this process, whose environment must be right for the compiler."""
   target, mesh = make_target_mesh(sizes, device, slow_axes(cfg.mesh))
+  mesh = mesh_for(mesh, cfg.model)
   model = build_model(cfg.model, cfg.training, compiled_kernel(device))
   optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
   dpo = cfg.active_dpo

@@ -7,6 +7,7 @@ import math
 from flaxlm.config import ResolvedConfig, slow_axes
 from flaxlm.cost import (
   active_parameters,
+  copied_weights,
   forward_work,
   kv_cache_bytes,
   narrow_parameters,
@@ -17,7 +18,7 @@ from flaxlm.devices import Device
 from flaxlm.planning.memory import Sizes, decoding_memory
 from flaxlm.planning.network import axis_bandwidth
 from flaxlm.planning.roofline import memory_seconds, seconds_of
-from flaxlm.sharding import batch_shards
+from flaxlm.sharding import batch_shards, kv_parts
 
 # Kernels of a greedy decoding step, by kind of device: in each layer, and outside the
 # layers (counted in HLO for LLaMA and GPT shapes: 22 and 29, 24 and 37 on a CPU; 14 and 9,
@@ -105,7 +106,8 @@ def _decode_times(
   flops, weights, cache = decode_work(cfg, rows, context, stored)
   if stored.weights == "int8":  # as if more were read: widening limits it
     weights += narrow_parameters(model)[0] * (1 / device.narrow_fraction - 1)
-  weights, cache = weights / tensor / sizes["expert"], cache / tensor
+  weights *= 1 + copied_weights(model, tensor) / sum(parameters(model).values())
+  weights, cache = weights / tensor / sizes["expert"], cache / kv_parts(model, tensor)
   vectors = rows * model.width * cfg.training.item_size * model.depth
   exchanges = {  # bytes in all, and the number of exchanges
     "fsdp": (weights, model.depth),

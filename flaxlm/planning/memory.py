@@ -41,7 +41,9 @@ from flaxlm.sharding import (
   axes_of,
   batch_shards,
   check_batch,
+  kv_parts,
   like_parameters,
+  split_sizes,
   training_schedule,
   with_shardings,
 )
@@ -174,7 +176,7 @@ class StateBytes:
 def state_bytes(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> StateBytes:
   """The training state on one device, sharded by the rules that training uses."""
   run = _precision(cfg.training)
-  mesh = abstract_mesh(sizes)
+  mesh = abstract_mesh(sizes, cfg.model)
   return _state_bytes(cfg.model, run, cfg.optimizer, mesh, lanes, cfg.lora)
 
 
@@ -232,8 +234,9 @@ def _update_temporaries(params: Any, blocks: Sequence[Any], width: int, kind: st
   return tree_bytes(params) + most
 
 
-def abstract_mesh(sizes: Sizes) -> Any:
-  """A mesh without devices, which is all that the sharding rules need."""
+def abstract_mesh(sizes: Sizes, model: ResolvedModel) -> Any:
+  """A mesh for a model without devices, which is all that the sharding rules need."""
+  sizes = split_sizes(sizes, model)
   types = (AxisType.Auto,) * len(sizes)
   return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
 
@@ -291,7 +294,8 @@ def gathered_keys(cfg: ResolvedConfig, sizes: Sizes) -> int:
   """Bytes of one row's keys and values in one layer that a device gathers from the other
   members of `context`."""
   model, others = cfg.model, sizes["context"] - 1
-  width = 2 * model.num_kv_heads // sizes["tensor"] * model.head_dim
+  local_heads = model.num_kv_heads // kv_parts(model, sizes["tensor"])
+  width = 2 * local_heads * model.head_dim
   per_row = cfg.data.seq_len * width * cfg.training.item_size
   return per_row * others // sizes["context"]
 
@@ -333,7 +337,7 @@ def _local_model(cfg: ResolvedModel, parts: int) -> ResolvedModel:
   return dataclasses.replace(
     cfg,
     num_heads=cfg.num_heads // parts,
-    num_kv_heads=cfg.num_kv_heads // parts,
+    num_kv_heads=cfg.num_kv_heads // kv_parts(cfg, parts),
     ffn_width=cfg.ffn_width // parts,
     moe=dataclasses.replace(cfg.moe, expert_width=cfg.moe.expert_width // parts),
   )

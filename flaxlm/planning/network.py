@@ -11,11 +11,17 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from flaxlm.config import MESH_AXES, ResolvedConfig
-from flaxlm.cost import parameters, stacks
+from flaxlm.config import MESH_AXES, ResolvedConfig, ResolvedModel
+from flaxlm.cost import stacks
 from flaxlm.devices import Device
-from flaxlm.planning.memory import Sizes, gathered_keys, local_rows, state_bytes
-from flaxlm.sharding import training_schedule
+from flaxlm.planning.memory import (
+  Sizes,
+  StateBytes,
+  gathered_keys,
+  local_rows,
+  state_bytes,
+)
+from flaxlm.sharding import kv_parts, training_schedule
 
 
 def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
@@ -34,17 +40,15 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   stretch = schedule.ticks / schedule.visits
   # Two branches count as a layer; one that reads a source has three.
   num_layers = stretch * sum(depth * (2 + reads) for depth, reads in stacks(model)) / 2
-  # A tied embedding has two gradients, of the lookup and of the logits, and each is summed.
-  table = parameters(model)["embedding"] * jnp.dtype(training.param_dtype).itemsize
-  twice = table * model.tied_embeddings // (sizes["tensor"] * sizes["fsdp"])
-  gradients = state.learning + (0 if cfg.lora.rank else twice)
+  summed = parts * gradient_bytes(cfg, sizes, state)
   # In a pipeline each tick has the weights and the gradients of the layers of one visit.
   visit = state.stored_in_blocks / schedule.repeats
   at_ticks = 0.0
   if schedule.stages > 1:
-    at_ticks = parts * schedule.ticks * visit * item - state.blocks
+    at_ticks = schedule.ticks * visit * item - state.blocks
     at_ticks *= not cfg.lora.rank  # what is frozen has no gradient
   gathered = state.elements + schedule.ticks * visit - state.stored_in_blocks
+  gathered += (training.loss_chunks - 1) * head_elements(model, sizes)
   # Two all-reduces per layer, forward and backward (Shoeybi et al., 2019), and those of
   # embedding and head. With sequence_parallel they are reduce-scatters and all-gathers,
   # which cost the same, but the inputs are gathered once more in the backward pass.
@@ -58,9 +62,9 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
     "stage": passes * vectors * sizes["stage"] * schedule.ticks / schedule.microbatches
     + 2 * passes * vectors * (sizes["stage"] - 1)
     + 2 * parts * state.blocks * (schedule.repeats > 1) * share("stage")
-    + 2 * max(0, gradients - state.blocks) * share("stage"),
-    # An all-reduce of the gradients; in a pipeline at every tick.
-    "data": 2 * (gradients + at_ticks) * share("data"),
+    + 2 * max(0, summed - parts * state.blocks) * share("stage"),
+    # An all-reduce of each micro-batch's gradients; in a pipeline at every tick.
+    "data": 2 * (summed + parts * at_ticks) * share("data"),
     # Weights gathered forward and backward, gradients reduce-scattered; a pipeline does so
     # at every tick, for the layers of one visit.
     "fsdp": (1 + passes - (cfg.lora.rank > 0))
@@ -69,15 +73,51 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
     * sizes["fsdp"]
     * item
     * share("fsdp"),
-    "tensor": 2 * vectors * sums * share("tensor"),
+    "tensor": 2 * vectors * sums * share("tensor")
+    + kv_copy_bytes(model, sizes["tensor"], stretch * vectors),
     # Keys and values, gathered in each layer; their gradients, reduce-scattered; and the
     # gradients of the parameters, as along `data`.
     "context": (2 + again) * parts * rows * num_layers * gathered_keys(cfg, sizes)
-    + 2 * gradients * share("context"),
+    + 2 * summed * share("context"),
     # The gradients of all parameters but the experts' are summed, too.
-    "expert": (moved + 2 * gradients) * share("expert"),
+    "expert": (moved + 2 * summed) * share("expert"),
   }
   return {axis: sent[axis] for axis in MESH_AXES if sizes[axis] > 1}
+
+
+def head_elements(model: ResolvedModel, sizes: Sizes) -> int:
+  """Weights of the head, or of the tied embedding, on one device."""
+  return model.vocab_size * model.width // (sizes["tensor"] * sizes["fsdp"])
+
+
+def gradient_bytes(cfg: ResolvedConfig, sizes: Sizes, state: StateBytes) -> int:
+  """Bytes of the gradients on one device that are summed over copies, for one micro-batch:
+  each as soon as it is there.
+
+  Every chunk of the loss has a gradient of the head, and a tied embedding one more, of the
+  lookup.
+  """
+  if cfg.lora.rank:
+    return state.learning
+  again = cfg.training.loss_chunks - 1 + cfg.model.tied_embeddings
+  item = jnp.dtype(cfg.training.param_dtype).itemsize
+  return state.learning + again * head_elements(cfg.model, sizes) * item
+
+
+def kv_copy_bytes(model: ResolvedModel, tensor: int, vectors: float) -> float:
+  """Bytes that one device sends in a backward pass because kv heads lie on several members
+  of a `tensor` axis; `vectors` are the bytes of the residual stream.
+
+  The gradients of keys and values are summed over the copies of their head. What they add
+  to the gradient of the layer's input is summed over one copy of each head, apart from what
+  the queries add, which is summed over all members.
+  """
+  parts = kv_parts(model, tensor)
+  if parts == tensor:
+    return 0.0
+  local = 2 * (model.num_kv_heads // parts) * model.head_dim / model.width
+  sums = local * (1 - parts / tensor) + (1 - 1 / parts)
+  return 2 * vectors * sums * sum(depth * (1 + reads) for depth, reads in stacks(model))
 
 
 def axis_bandwidth(

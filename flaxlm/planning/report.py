@@ -20,6 +20,7 @@ from flaxlm.planning.tables import (
   size,
   wide_console,
 )
+from flaxlm.sharding import describe_copies
 
 MOST_CHOICES = 20  # of a search that the tables show; JSON has all
 
@@ -161,8 +162,8 @@ def print_report(report: Report, out: TextIO) -> None:
   name = plan.cfg.name or "config"
   count = "" if plan.num_devices == 1 else f"{plan.num_devices} x "
   console.print(f"{name} on {count}{plan.device.name}, mesh {plan.mesh}")
-  padding = plan.cfg.model.padding
-  console.print(f"{padding}\n" if padding else "")
+  copies = describe_copies(plan.cfg.model, plan.sizes["tensor"])
+  console.print("".join(f"{note}\n" for note in (plan.cfg.model.padding, copies) if note))
   print_table(console, "Parameters", ("part", "number", "share"), _parameters(plan))
   peak, moments = plan.memory.peak, plan.memory.moments
   titles = ("part", *(f"{name}*" if name == peak else name for name in moments))

@@ -16,8 +16,10 @@ from collections.abc import Mapping
 from flaxlm.config import FUSED, ResolvedConfig, slow_axes
 from flaxlm.cost import (
   TOKENS_PER_PARAMETER,
+  ForwardFlops,
   StepCost,
   attention_passes,
+  copied_weights,
   forward_work,
   parameters,
   step_cost,
@@ -220,7 +222,9 @@ def compute_seconds(
   num_devices = math.prod(sizes.values())
   fused = cfg.training.attention in FUSED
   rate = device.attention_flops(cfg.data.seq_len)
-  executed, kernel = cost.executed_flops, 0.0
+  copied = copied_weights(cfg.model, sizes["tensor"])
+  again = ForwardFlops(2.0 * cost.tokens * copied, 0, 0, 0, 0).step(cfg.training)
+  executed, kernel = cost.executed_flops + again, 0.0
   if fused and rate:
     work = forward_work(cfg.model, cfg.data.batch_size, cfg.data.seq_len, cfg.source_length)
     passes = attention_passes(cfg.training) + cfg.reference_passes

@@ -28,6 +28,8 @@ from flaxlm.sharding import (
   describe_mesh,
   find_replication,
   name_of,
+  split_sizes,
+  whole_sizes,
   with_shardings,
 )
 
@@ -98,11 +100,12 @@ def report_sharding(
   cfg = dataclasses.replace(cfg, mesh=dict(mesh), model=model)
   target: Device = ANY if device is None else find_device(device)
   boxed = boxed_shapes(build_model(model, cfg.training))
-  params = with_shardings(boxed, abstract_mesh(sizes))
+  params = with_shardings(boxed, abstract_mesh(sizes, model))
   is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
   boxes = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)
+  split = split_sizes(sizes, model)
   parameters = [
-    describe_parameter(path, box.names, leaf, sizes)
+    describe_parameter(path, box.names, leaf, split)
     for (path, box), leaf in zip(boxes, jax.tree.leaves(params), strict=True)
   ]
   state = state_bytes(cfg, sizes)
@@ -137,22 +140,28 @@ def describe_parameter(
     shape=leaf.shape,
     dtype=str(leaf.dtype),
     logical=names,
-    spec=tuple(
-      tuple(axis for axis in axes_of(entry) if sizes[axis] > 1) or None
-      for entry in leaf.sharding.spec
-    ),
+    spec=tuple(axes_in_use(entry, sizes) or None for entry in leaf.sharding.spec),
     bytes_per_device=local_size(leaf) * leaf.dtype.itemsize,
     reason=explain(names, sizes),
   )
 
 
+def axes_in_use(entry: str | tuple[str, ...] | None, sizes: Sizes) -> tuple[str, ...]:
+  """The axes of a spec's entry that cut something, as a user names them."""
+  return tuple(whole_sizes({axis: 1 for axis in axes_of(entry) if sizes[axis] > 1}))
+
+
 def explain(names: Sequence[str], sizes: Sizes) -> str:
-  """Why an array with these logical names is cut as it is, or is not cut."""
-  cuts, idle = [], []
+  """Why an array with these logical names is cut as it is, or is not cut, on a mesh whose
+  axes are those of `split_sizes`."""
+  cuts, idle, whole = [], [], whole_sizes(sizes)
   for name in names:
-    for axis in RULES[name]:
-      if sizes[axis] > 1:
-        cuts.append(f"{name} over {axis}={sizes[axis]}: {REASONS[name]}")
+    by_axis = whole_sizes({axis: sizes.get(axis, 1) for axis in RULES[name]})
+    for axis, parts in by_axis.items():
+      if whole[axis] > 1:
+        cuts.append(f"{name} over {axis}={whole[axis]}: {REASONS[name]}")
+        if parts < whole[axis]:
+          cuts[-1] += f", each on {whole[axis] // parts} devices"
       elif name != "layers":  # a pipeline is more than a way to cut parameters
         idle.append(f"{axis} would cut {name}")
   if cuts:

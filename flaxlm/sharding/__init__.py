@@ -11,6 +11,14 @@ from flaxlm.sharding.batches import (
   on_host,
   wait_on_cpu,
 )
+from flaxlm.sharding.heads import (
+  KV_COPIES,
+  describe_copies,
+  kv_parts,
+  mesh_for,
+  split_sizes,
+  whole_sizes,
+)
 from flaxlm.sharding.mesh import (
   describe_mesh,
   hybrid_grid,
@@ -36,6 +44,7 @@ from flaxlm.sharding.schedule import Schedule, make_schedule, training_schedule
 
 __all__ = [
   "FIELDS",
+  "KV_COPIES",
   "RULES",
   "Schedule",
   "axes_of",
@@ -46,21 +55,26 @@ __all__ = [
   "check_batch",
   "check_replication",
   "constrain",
+  "describe_copies",
   "describe_mesh",
   "find_replication",
   "hybrid_grid",
   "is_cut",
+  "kv_parts",
   "least_rows",
   "like_parameters",
   "make_mesh",
   "make_schedule",
   "merged",
+  "mesh_for",
   "name_of",
   "networks",
   "on_host",
   "partition_spec",
+  "split_sizes",
   "training_schedule",
   "use_mesh",
   "wait_on_cpu",
+  "whole_sizes",
   "with_shardings",
 ]

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flaxlm.config import Config, TrainingConfig
 from flaxlm.errors import ConfigError
-from flaxlm.sharding.rules import RULES
+from flaxlm.sharding.rules import RULES, sizes_for
 from flaxlm.sharding.schedule import training_schedule
 
 
@@ -97,21 +97,27 @@ def check_batch(cfg: Config, sizes: Mapping[str, int]) -> None:
   elif cfg.training.pipeline_microbatches is not None:
     factors[0] = f"pipeline_microbatches={cfg.training.pipeline_microbatches}"
   factors.append(f"accumulation_steps={accumulation}")
-  check_multiple("data.batch_size", size, shards, " x ".join(factors))
+  # As many rows as microbatches for each stage, if these are given: whatever the stages.
+  fixed = cfg.training.pipeline_microbatches is not None
+  axes = {axis: sizes[axis] for axis in RULES["batch"] if axis != "stage" or not fixed}
+  check_multiple("data.batch_size", size, shards, " x ".join(factors), axes)
   parts = sizes["context"]
-  check_multiple("data.seq_len", cfg.data.seq_len, parts, f"mesh context={parts}")
+  context = (parts, f"mesh context={parts}", {"context": parts})
+  check_multiple("data.seq_len", cfg.data.seq_len, *context)
   if cfg.data.source_len is not None:
-    check_multiple("data.source_len", cfg.data.source_len, parts, f"mesh context={parts}")
+    check_multiple("data.source_len", cfg.data.source_len, *context)
 
 
-def check_multiple(name: str, number: int, factor: int, factors: str) -> None:
+def check_multiple(
+  name: str, number: int, factor: int, factors: str, sizes: Mapping[str, int]
+) -> None:
   """Raises `ConfigError` for a field that is not a multiple of `factor`, which is `factors`
-  in words."""
+  in words; `sizes` are those of the mesh axes among them."""
   if number % factor:
-    raise ConfigError(
-      f"{name}={number} is not a multiple of {factors}",
-      f"nearest: {max(1, round(number / factor)) * factor}",
-    )
+    cure = f"nearest: {max(1, round(number / factor)) * factor}"
+    if fitting := sizes_for(number, sizes, factor):
+      cure += f"; or --mesh: {fitting}"
+    raise ConfigError(f"{name}={number} is not a multiple of {factors}", cure)
 
 
 def check_stages(cfg: Config, sizes: Mapping[str, int]) -> None:
@@ -127,7 +133,7 @@ def check_stages(cfg: Config, sizes: Mapping[str, int]) -> None:
   if model.family == "encoder_decoder":
     depths["encoder_depth"] = model.encoder_depth or model.depth
   for name, depth in depths.items():
-    check_multiple(f"model.{name}", depth, stages * repeats, rounds)
+    check_multiple(f"model.{name}", depth, stages * repeats, rounds, {"stage": stages})
     visit = depth // (stages * repeats)
     kinds = model.layer_kinds(depth)
     if kinds != kinds[:visit] * stages * repeats:
@@ -138,7 +144,8 @@ def check_stages(cfg: Config, sizes: Mapping[str, int]) -> None:
       )
   if microbatches is not None:
     name = "training.pipeline_microbatches"
-    check_multiple(name, microbatches, stages, f"mesh stage={stages}")
+    stage = {"stage": stages}
+    check_multiple(name, microbatches, stages, f"mesh stage={stages}", stage)
   if repeats > 1 and training.remat == "none":
     raise ConfigError(
       f"training.pipeline_repeats={repeats} with training.remat=none would keep the "

@@ -15,21 +15,25 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flaxlm.errors import ConfigError
+from flaxlm.sharding.heads import KV_COPIES, MOST_MEMBERS, one_of, whole_sizes
+
+# All members of the axis that a user calls tensor: sharding/heads.py has the reason.
+TENSOR = ("tensor", KV_COPIES)
 
 # Logical name -> mesh axes. Parameters: `embed` over fsdp is ZeRO-3 (Rajbhandari et al.,
 # 2020), `heads`, `ffn` and `vocab` over tensor are Megatron's cuts (Shoeybi et al., 2019).
 RULES: Mapping[str, tuple[str, ...]] = {
   # parameters
   "layers": ("stage",),  # each stage of a pipeline has its own
-  "vocab": ("tensor",),
+  "vocab": TENSOR,
   "embed": ("fsdp",),
-  "heads": ("tensor",),
+  "heads": TENSOR,
   "kv_heads": ("tensor",),
   "head_dim": (),
-  "ffn": ("tensor",),
-  "hidden": ("tensor",),  # of a recurrent cell
+  "ffn": TENSOR,
+  "hidden": TENSOR,  # of a recurrent cell
   "experts": ("expert",),
-  "expert_ffn": ("tensor",),
+  "expert_ffn": TENSOR,
   "router": (),
   "slots": (),  # learned positions
   "norm": (),
@@ -37,13 +41,13 @@ RULES: Mapping[str, tuple[str, ...]] = {
   # Tokens are sent to the experts and back; outside the pipeline its stages share the rows.
   "batch": ("stage", "data", "fsdp", "expert"),
   "length": ("context",),  # each device has its share of every row
-  "norm_length": ("context", "tensor"),  # in norms, with training.sequence_parallel
+  "norm_length": ("context", *TENSOR),  # in norms, with training.sequence_parallel
   "key_length": (),  # whole: a query may see every key
   "act_embed": (),
-  "act_heads": ("tensor",),
+  "act_heads": TENSOR,
   "act_kv_heads": ("tensor",),
-  "act_ffn": ("tensor",),
-  "act_vocab": ("tensor",),
+  "act_ffn": TENSOR,
+  "act_vocab": TENSOR,
 }
 
 # The config field behind a logical name: what a user changes when a dim does not divide.
@@ -84,8 +88,11 @@ def partition_spec(
     axes = tuple(axis for axis in RULES[name] if axis in axis_sizes) if name else ()
     parts = math.prod(axis_sizes[axis] for axis in axes)
     if dim % parts:
-      split = " x ".join(f"{axis}={axis_sizes[axis]}" for axis in axes)
+      sizes = whole_sizes({axis: axis_sizes[axis] for axis in axes})
+      split = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
       cure = f"make it a multiple of {parts}, or change --mesh"
+      if fitting := sizes_for(dim, sizes, parts):
+        cure += f": {fitting}"
       if name in ("vocab", "act_vocab"):  # a stored run's: training and importing pad
         cure += "; a new run, or a new import, on this mesh pads it by itself"
       raise ConfigError(
@@ -97,6 +104,20 @@ def partition_spec(
   if len(used) != len(set(used)):
     raise ValueError(f"{tuple(names)} puts two dims on one mesh axis: {used}")
   return PartitionSpec(*entries)
+
+
+def sizes_for(dim: int, sizes: Mapping[str, int], parts: int) -> str:
+  """Which sizes of each axis in use, up to twice the one that it has, would split a dim.
+
+  It is to be cut into `parts`, by these axes and perhaps by more. "" if no size would.
+  """
+  texts = []
+  for axis, size in sizes.items():
+    others = parts // size
+    most = min(2 * size, MOST_MEMBERS)
+    fitting = [n for n in range(1, most + 1) if dim % (n * others) == 0]
+    texts += [one_of(axis, fitting)] if fitting and size > 1 else []
+  return "; or ".join(texts)
 
 
 def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -203,12 +224,13 @@ class Replication(NamedTuple):
 def find_replication(params: Any, sizes: Mapping[str, int]) -> Replication:
   """The parameters, of an abstract tree, that a mesh with `fsdp`, `tensor` or `expert`
   leaves whole on every device."""
-  whole, total = {}, 0
+  # Copies of a kv head are there for their query heads, and not by accident.
+  sizes, whole, total = whole_sizes(sizes), {}, 0
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     size = leaf.size * leaf.dtype.itemsize
     total += size
     cut = {axis for entry in leaf.sharding.spec for axis in axes_of(entry)}
-    if not any(sizes[axis] > 1 for axis in cut):
+    if not any(sizes.get(axis, 1) > 1 for axis in cut):
       whole[name_of(path)] = size
   if all(sizes[axis] == 1 for axis in ("fsdp", "tensor", "expert")):
     whole = {}

@@ -47,7 +47,14 @@ from flaxlm.runs import (
   locked,
   make_room_after,
 )
-from flaxlm.sharding import check_batch, describe_mesh, make_mesh
+from flaxlm.sharding import (
+  KV_COPIES,
+  check_batch,
+  describe_mesh,
+  make_mesh,
+  mesh_for,
+  whole_sizes,
+)
 from flaxlm.tokenizers import expected_vocab_size
 from flaxlm.training.clock import MFU, Clock, seconds_at_peak, spent_before
 from flaxlm.training.closing import show_sample
@@ -91,7 +98,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
       stop_at = stack.enter_context(stop_signals(peers))
     check_alone(cfg, peers.num_processes)
     # -- Devices.
-    mesh = make_mesh(cfg.mesh)
+    mesh = mesh_for(make_mesh(cfg.mesh), cfg.model)
     check_batch(cfg, mesh.shape)
     attention = choose_attention(cfg, mesh)
 
@@ -373,7 +380,9 @@ def describe(
     learns += f" of adapters, over {num_frozen(state.frozen):,} that are frozen"
   if state.reference is not None:
     learns += ", and as many of the reference"
-  axes = describe_mesh(mesh.shape, slow_axes(cfg.mesh))
+  axes = describe_mesh(whole_sizes(mesh.shape), slow_axes(cfg.mesh))
+  if copies := mesh.shape.get(KV_COPIES):
+    axes += f" with each kv head on {copies} devices"
   device = jax.devices()[0].device_kind
   return (
     f"{cfg.run_dir}: {learns}; {cfg.data.corpus}: {prepared.sizes}; "

@@ -28,7 +28,7 @@ from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.origin import COMPARES, HAS_ADAPTERS, Origin, located
 from flaxlm.platform import fused_kernel, host_memory
 from flaxlm.runs import CHECKPOINTS
-from flaxlm.sharding import check_replication
+from flaxlm.sharding import check_replication, whole_sizes
 from flaxlm.tokenizers import expected_vocab_size
 from flaxlm.training.optimizer import Optimizer, build_optimizer
 from flaxlm.training.rewards import Judge, load_judge
@@ -208,7 +208,7 @@ def resolve_model(
   model = cfg.model.resolve(num_ids)
   if before is not None and before.model.num_ids == model.num_ids:
     return dataclasses.replace(model, vocab_size=before.model.vocab_size)
-  return model.padded(mesh.shape["tensor"])
+  return model.padded(whole_sizes(mesh.shape)["tensor"])
 
 
 def check_base(cfg: Config) -> None:

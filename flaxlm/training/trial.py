@@ -18,7 +18,7 @@ from flaxlm.data.prepare import prepare_data
 from flaxlm.data.storage import data_dir
 from flaxlm.errors import NonFiniteError
 from flaxlm.platform import start_jax
-from flaxlm.sharding import check_batch, make_mesh
+from flaxlm.sharding import check_batch, make_mesh, mesh_for
 from flaxlm.training.evaluation import Evaluator, batches_by_source, split_batches
 from flaxlm.training.program import build_program, resolve_model
 from flaxlm.training.step import put_batch
@@ -43,7 +43,7 @@ def train_for(cfg: Config, seconds: float, log: Log) -> Trial:
   constant = dataclasses.replace(cfg.optimizer, schedule="constant")
   cfg = dataclasses.replace(cfg, optimizer=constant)
   start_jax(cfg.simulated_devices, data_dir() / "xla")
-  mesh = make_mesh(cfg.mesh)
+  mesh = mesh_for(make_mesh(cfg.mesh), cfg.model)
   check_batch(cfg, mesh.shape)
   prepared = prepare_data(cfg.data, cfg.tokenizer, log)
   num_ids = prepared.tokenizer.vocab_size

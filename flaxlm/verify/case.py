@@ -12,11 +12,17 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from flaxlm.config import MESH_AXES, ResolvedConfig, ResolvedModel, TrainingConfig
+from flaxlm.config import (
+  MESH_AXES,
+  ResolvedConfig,
+  ResolvedModel,
+  TrainingConfig,
+  mesh_sizes,
+)
 from flaxlm.data.objectives import Batch, Windows, next_token, seq2seq
 from flaxlm.nn.base import LanguageModel, Source
 from flaxlm.nn.models import boxed_shapes, build_model
-from flaxlm.sharding import batch_shards
+from flaxlm.sharding import batch_shards, mesh_for
 from flaxlm.verify.shrink import SEQ_LEN, shrink_mesh, shrink_model, shrink_training
 
 ROUNDING = "float32 adds up in another order"  # why laws tolerate an error
@@ -73,7 +79,8 @@ class Case:
   @classmethod
   def of(cls, cfg: ResolvedConfig) -> "Case":
     sizes = shrink_mesh(cfg.mesh, cfg.model)
-    model = shrink_model(cfg.model, cfg.training, sizes)
+    copied = mesh_sizes(cfg.mesh).get("tensor", 1) > cfg.model.num_kv_heads
+    model = shrink_model(cfg.model, cfg.training, sizes, copied)
     return cls(cfg, sizes, model, shrink_training(cfg.training, sizes))
 
   @property
@@ -95,7 +102,7 @@ class Case:
 
   @functools.cached_property
   def mesh(self) -> Mesh:
-    return mesh_of(self.sizes)
+    return mesh_for(mesh_of(self.sizes), self.model_cfg)
 
   # -- Rows
 

@@ -28,7 +28,8 @@ RING_CONTEXT = 704
 RULE = (
   "one period of the layer pattern, without more than two of a kind in a row, and at least "
   "2 layers; 2 kv heads (or 1) with at most 2 query heads each, or 4 heads that have their "
-  f"own, of at most 16 dims; width {WIDTH} (48 for 6 heads), feed-forward 48 or 4 x width; "
+  "own, of at most 16 dims, or more for a larger mesh axis tensor; "
+  f"width {WIDTH} (48 for 6 heads), feed-forward 48 or 4 x width; "
   f"{NUM_IDS} ids in {VOCAB_SIZE} rows; context {MOST_CONTEXT}, or {RING_CONTEXT} with a "
   "window; window 5, 2 sink tokens, 8 buckets; 4 experts of width 24 without a capacity; "
   "float32; no adapters; everything else as the config says"
@@ -36,9 +37,13 @@ RULE = (
 
 
 def shrink_model(
-  model: ResolvedModel, training: TrainingConfig, sizes: Mapping[str, int]
+  model: ResolvedModel,
+  training: TrainingConfig,
+  sizes: Mapping[str, int],
+  copied: bool = False,
 ) -> ResolvedModel:
-  """The model after `RULE`. Numbers that are smaller already stay."""
+  """The model after `RULE`, for a mesh of these sizes. Numbers that are smaller already
+  stay. `copied` says that the config's own mesh has each kv head on several devices."""
   pattern = model.layer_pattern
   if pattern is not None:  # no more than two of one kind in a row
     pattern = re.sub(r"(.)\1+", r"\1\1", pattern)
@@ -51,9 +56,15 @@ def shrink_model(
   kv_heads = min(model.num_kv_heads, 4 if own else 2)
   if own and model.positions == "alibi" and model.num_heads & (model.num_heads - 1):
     kv_heads = min(model.num_kv_heads, 6)  # no power of two either: it has other slopes
-  heads = kv_heads * min(2, model.num_heads // model.num_kv_heads)
+  group = min(2, model.num_heads // model.num_kv_heads)
+  tensor = sizes["tensor"]
+  if copied and kv_heads >= tensor > 1:
+    kv_heads = tensor // 2
+  elif kv_heads < tensor <= model.num_kv_heads:
+    kv_heads = tensor
+  heads = kv_heads * max(group, tensor // kv_heads)
   # Published families demand that some of these numbers fit each other, to the last bit.
-  width, head_dim = min(model.width, WIDTH if WIDTH % heads == 0 else 8 * heads), 16
+  width, head_dim = min(model.width, WIDTH if heads in (1, 2, 4) else 8 * heads), 16
   if model.num_heads * model.head_dim == model.width and width % heads == 0:
     head_dim = width // heads
   head_dim = min(model.head_dim, head_dim)
@@ -117,12 +128,7 @@ def shrink_mesh(mesh: MeshConfig, model: ModelConfig) -> dict[str, int]:
   whatever can be cut."""
   named = mesh_sizes(mesh)
   if named == {"data": -1}:
-    named = {"fsdp": 2, "data": 2}
-    if model.moe.num_experts:
-      named = {"fsdp": 2, "expert": 2}
-    # A single kv head cannot be cut.
-    if model.num_kv_heads != 1 or model.family == "rnn":
-      named["tensor"] = 2
+    named = {"fsdp": 2, "tensor": 2, "expert" if model.moe.num_experts else "data": 2}
   named = {axis: 2 if size == -1 else size for axis, size in named.items()}
   if math.prod(named.values()) > MOST_DEVICES:
     named = {axis: min(size, 2) for axis, size in named.items()}

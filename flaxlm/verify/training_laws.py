@@ -18,7 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 from flaxlm.checkpoint.store import CheckpointStore
-from flaxlm.config import OptimizerConfig, TrainingConfig
+from flaxlm.config import OptimizerConfig, ResolvedModel, TrainingConfig
 from flaxlm.data.objectives import Batch
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.sharding import name_of, use_mesh
@@ -50,6 +50,7 @@ BY_TENSOR = re.compile(
   r"(attention/(q|k|v|o)/kernel|ffn/(gate|up|down)/kernel|experts/\w+/kernel"
   r"|shared/\w+/kernel|(^|/)(embedding/table|head/kernel)|relative_bias/table|cell/\w+/kernel)$"
 )
+OF_KV_HEADS = re.compile(r"attention/(k|v)/kernel$")
 BY_EXPERT = re.compile(r"experts/\w+/kernel$")
 MATRIX = re.compile(r"(kernel|table)$")
 NO_WIDTH = re.compile(r"(relative_bias/table|shared_gate/kernel)$")
@@ -188,7 +189,7 @@ def layout(case: Case) -> Finding:
     name, found = name_of(path), pieces(leaf)
     if not MATRIX.search(name):
       continue  # vectors may be whole
-    expected = expected_pieces(name, sizes)
+    expected = expected_pieces(name, sizes, case.model_cfg)
     if found != expected:
       details.append(f"{name} is cut into {found} pieces, not {expected}")
   for leaf in jax.tree.leaves(state.opt_state):
@@ -201,10 +202,12 @@ def pieces(leaf: Any) -> int:
   return math.prod(leaf.shape) // math.prod(leaf.sharding.shard_shape(leaf.shape))
 
 
-def expected_pieces(name: str, sizes: Any) -> int:
+def expected_pieces(name: str, sizes: Any, model: ResolvedModel) -> int:
   number = sizes["fsdp"] if not NO_WIDTH.search(name) else 1
   if BY_TENSOR.search(name):
-    number *= sizes["tensor"]
+    # There are as many pieces of keys and values as kv heads, at most.
+    few = OF_KV_HEADS.search(name) and sizes["tensor"] > model.num_kv_heads
+    number *= model.num_kv_heads if few else sizes["tensor"]
   if BY_EXPERT.search(name):
     number *= sizes["expert"]
   return number

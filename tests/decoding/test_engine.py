@@ -40,7 +40,7 @@ from flaxlm.decoding.sampling import SamplingSettings, stack_settings
 from flaxlm.decoding.warming import warm
 from flaxlm.errors import ConfigError, NonFiniteError
 from flaxlm.nn.models import abstract_params, build_model
-from flaxlm.sharding import use_mesh
+from flaxlm.sharding import mesh_for, use_mesh
 
 
 def request(
@@ -431,10 +431,19 @@ def test_a_request_that_is_not_finite_ends_alone():
 # -- Everything together -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [slow("gqa"), fuzz("rnn"), fuzz("encoder_decoder")])
-def test_a_mesh_changes_no_token(name: str):
+@pytest.mark.parametrize(
+  ("name", "tensor"),
+  [
+    fuzz("gqa", 2),
+    fuzz("rnn", 2),
+    fuzz("encoder_decoder", 2),
+    slow("int8", 4),  # of 2 kv heads, each is on two devices
+    fuzz("window, mqa, untied", 4),
+  ],
+)
+def test_a_mesh_changes_no_token(name: str, tensor: int):
   model, params = small_model(name)
-  mesh = mesh_of(fsdp=2, tensor=2)
+  mesh = mesh_for(mesh_of(fsdp=2, tensor=tensor), model.cfg)
   options = EngineOptions(rows=4, most_read=32, most_steps=4, prefix_bytes=2**20)
   engine = Engine(model, placed_on(mesh, model, params), 64, mesh, options=options)
   numbers = [engine.submit(of) for of in requests_of(name)]

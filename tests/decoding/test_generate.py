@@ -32,7 +32,7 @@ from flaxlm.decoding.sampling import Sampling, make_sampling
 from flaxlm.errors import ConfigError, NonFiniteError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import abstract_params, build_model, init_cache
-from flaxlm.sharding import make_mesh
+from flaxlm.sharding import make_mesh, mesh_for
 
 SIZES = dict(depth=2, width=16, num_heads=4, vocab_size=64, context=64)
 ARCHITECTURES = {
@@ -197,15 +197,17 @@ def test_rows_that_fill_up_a_batch_are_not_seen():
   assert three_BT.tolist() == four_BT[:3].tolist()
 
 
-@pytest.fixture(scope="module")
-def mesh() -> Mesh:
-  return make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("rules", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 9}])
-def test_on_a_mesh_as_on_one_device(mesh: Mesh, rules: dict[str, Any]):
+@pytest.mark.parametrize(
+  ("rules", "sizes"),
+  [
+    ({"temperature": 0.0}, dict(data=2, fsdp=2, tensor=2)),
+    ({"temperature": 1.0, "seed": 9}, dict(fsdp=2, tensor=4)),  # more than kv heads
+  ],
+)
+def test_on_a_mesh_as_on_one_device(rules: dict[str, Any], sizes: dict[str, int]):
   model, params = model_of("gqa")
+  mesh = mesh_for(make_mesh(sizes), model.cfg)
   shardings = jax.tree.map(lambda x: x.sharding, abstract_params(model, mesh))
   sharded = jax.device_put(params, shardings)
   sampling = make_sampling(3, **rules)

@@ -21,6 +21,7 @@ from flaxlm.decoding.prefix_store import MOST_KEPT, PIECE, RowStore, common_leng
 from flaxlm.decoding.requests import EngineOptions
 from flaxlm.errors import NonFiniteError
 from flaxlm.nn.models import build_model
+from flaxlm.sharding import mesh_for
 
 SIZES = dict(depth=1, width=16, vocab_size=64)
 KEYS = ModelConfig(**SIZES, num_heads=2, context=64).resolve()
@@ -118,7 +119,7 @@ def test_following_turns_compile_nothing_new():
 @pytest.mark.slow
 def test_a_conversation_on_a_mesh():
   model, params = small_model("gqa")
-  mesh = mesh_of(fsdp=2, tensor=2)
+  mesh = mesh_for(mesh_of(fsdp=2, tensor=4), model.cfg)  # each kv head on 2 devices
   talk = Talk(model, placed_on(mesh, model, params), mesh)
   turn = [3, 1, 4]
   for length in (3, 6, 6):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import slow
+from conftest import fuzz, slow
 from meshes import mesh_of
 from parameters import random_params, random_state
 
@@ -20,7 +20,7 @@ from flaxlm.config import (
 )
 from flaxlm.data.objectives import Windows, next_token
 from flaxlm.nn.models import abstract_params, build_model
-from flaxlm.sharding import batch_shards, make_mesh, use_mesh
+from flaxlm.sharding import KV_COPIES, batch_shards, make_mesh, mesh_for, use_mesh
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
   abstract_state,
@@ -138,6 +138,32 @@ def test_sharded_equals_one_device_however_it_runs(name, sizes):
     assert_same(loss_and_gradient_on(mesh, cfg, run), on_one(cfg, run))
 
 
+EXPERTS = MoEConfig(num_experts=4, expert_width=32)
+GROUPED = dict(num_heads=8, num_kv_heads=2)
+SINGLE = dict(num_heads=8, num_kv_heads=1, head_dim=8, parallel="one_norm")  # PaLM's
+
+
+@pytest.mark.parametrize(
+  ("changes", "sizes"),
+  [
+    slow(GROUPED, dict(fsdp=2, tensor=4)),
+    fuzz(GROUPED, dict(tensor=8)),
+    fuzz(SINGLE, dict(tensor=8)),
+    slow(GROUPED | dict(window=5, learned_sinks=True, qk_norm="width"), dict(tensor=8)),
+    fuzz(GROUPED, dict(context=2, tensor=4)),
+    slow(GROUPED, dict(stage=2, tensor=4)),
+    fuzz(SINGLE | dict(moe=EXPERTS), dict(expert=2, tensor=4)),
+  ],
+  ids=str,
+)
+def test_kv_heads_on_several_devices_equal_one_device(changes, sizes):
+  cfg = dataclasses.replace(CFG, **changes)
+  run = dataclasses.replace(FAST, sequence_parallel=sizes == dict(tensor=8))
+  mesh = mesh_for(mesh_of(**sizes), cfg)
+  assert KV_COPIES in mesh.shape
+  assert_same(loss_and_gradient_on(mesh, cfg, run), on_one(cfg, FAST))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("smoothing", [slow(0.0), 0.1])
 def test_a_loss_in_chunks_equals_the_loss(on_one_device, smoothing):
@@ -178,7 +204,7 @@ OTHERS = {
   "dense": dict(),
   "windows": dict(window=5, layer_pattern="LG", qk_norm="head", attention_softcap=20.0),
   "capacity": dict(moe=MoEConfig(num_experts=4, expert_width=32, capacity_factor=1.0)),
-  "experts": dict(moe=MoEConfig(num_experts=4, expert_width=32)),
+  "experts": dict(moe=EXPERTS),
   "encoder": dict(
     family="encoder",
     positions="learned",

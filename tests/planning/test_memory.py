@@ -33,7 +33,7 @@ from flaxlm.planning.memory import (
   training_memory,
 )
 from flaxlm.planning.network import network_bytes
-from flaxlm.sharding import make_mesh
+from flaxlm.sharding import make_mesh, mesh_for, use_mesh
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import abstract_batch, abstract_state
 
@@ -49,6 +49,7 @@ MESHES = [
   dict(data=8),
   dict(fsdp=8),
   dict(fsdp=2, tensor=4),
+  dict(tensor=8),  # each kv head is on two devices
   dict(data=2, fsdp=2, tensor=2),
 ]
 
@@ -64,7 +65,9 @@ def test_the_state_is_that_of_training(kind: str, mesh: dict[str, int]):
   optimizer = OptimizerConfig(kind=kind)
   state = state_bytes(dataclasses.replace(CFG, optimizer=optimizer), mesh_shape(mesh))
   real = abstract_state(
-    build_model(MODEL, CFG.training), build_optimizer(optimizer, 10), make_mesh(mesh)
+    build_model(MODEL, CFG.training),
+    build_optimizer(optimizer, 10),
+    mesh_for(make_mesh(mesh), MODEL),
   )
   local = lambda tree: sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
@@ -167,7 +170,7 @@ def test_arguments_are_those_of_the_compiled_step(mesh: dict[str, int]):
 @pytest.mark.parametrize(
   ("mesh", "field"),
   [
-    (dict(tensor=8), "model.num_kv_heads = 4"),
+    (dict(tensor=16), "model.num_heads=8 and model.num_kv_heads=4"),
     (dict(fsdp=128), "model.width = 64"),
     (dict(data=32), "data.batch_size=16"),
   ],
@@ -252,6 +255,28 @@ def test_a_reference_costs_a_forward_pass():
         assert sum(moments[0][name].values()) == sum(parts.values()) + more
       sent = [network_bytes(one, sizes) for one in (cfg, plain)]
       assert all(sent[0][axis] > sent[1][axis] for axis in sizes if sizes[axis] > 1)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4, 8])
+@pytest.mark.parametrize("cache", [None, "int8"])
+def test_the_cache_of_a_device_has_the_kv_heads_of_its_query_heads(kv_heads, cache):
+  """As large for 1 and 4 kv heads as for 8, and as decoding makes it."""
+  model = dataclasses.replace(MODEL, num_kv_heads=kv_heads)
+  cfg, sizes = dataclasses.replace(CFG, model=model), mesh_shape(dict(tensor=8))
+  execution = dataclasses.replace(
+    build_model(model, CFG.training).execution, narrow_cache=cache == "int8"
+  )
+  decoder = build_model(model, CFG.training).clone(execution=execution)
+  mesh = mesh_for(make_mesh(dict(tensor=8)), model)
+  with use_mesh(mesh):
+    made = jax.jit(lambda: init_cache(decoder, 2, 64).constrained())()
+  local = sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(made)
+  )
+  planned = decoding_memory(cfg, sizes, 2, 64, cache=cache)["kv_cache"]
+  per_slot = 8 + 4 if cache else 8 * 2
+  assert planned == local == 2 * 64 * MODEL.depth * 2 * per_slot + 2 * 4
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -199,7 +199,7 @@ def test_the_text_has_a_verdict(config, capsys, tmp_path):
     (["--device", "h20"], "did you mean h200"),
     (["--mesh", "fsdp=-1", "--device", "h200"], "--devices"),
     (["--mesh", "fsdp=4", "--devices", "8"], "needs 4 devices, 8 present"),
-    (["--mesh", "tensor=16"], "model.num_kv_heads = 8"),
+    (["--mesh", "tensor=24"], "tensor can be 1, 2, 4, 8, 16 or 32"),
     (["--mesh", "data=32"], "data.batch_size=16"),
     (["--mesh", "pipe=2"], "unknown mesh axis"),
     (["--devices", "0"], "more than 0"),
@@ -247,3 +247,19 @@ def test_compile_on_simulated_devices(flaxlm, device: tuple[str, ...]):
   for name in ("argument_bytes", "output_bytes", "temp_bytes", "peak_bytes"):
     assert compiled[name] > 0
   assert {one["axes"] for one in compiled["collectives"]} & {"data", "fsdp"}
+
+
+def test_a_card_with_fewer_kv_heads_than_members_of_tensor(capsys: pytest.CaptureFixture):
+  command = ["plan", "llama3_70b", "--device", "v5p", "--training.remat=full", "--mesh"]
+  assert main([*command, "fsdp=4,tensor=16"]) == 0
+  assert "kv heads: 8 on mesh tensor=16, each on 2 devices" in capsys.readouterr().out
+  found = {}
+  for mesh in ("fsdp=4,tensor=16", "fsdp=8,tensor=8"):
+    assert main([*command, mesh, "--json"]) == 0
+    found[mesh] = json.loads(capsys.readouterr().out)
+  parameters = [one["bytes_per_device"]["parameters"] for one in found.values()]
+  # Keys and values of 80 layers, in float32: 2/64 on each device and not 1/64.
+  kv_bytes = 4 * 2 * 80 * 8192 * 8 * 128
+  assert parameters[0] - parameters[1] == kv_bytes // 64
+  assert main([*command, "fsdp=4,tensor=6"]) == 2
+  assert "tensor can be 1, 2, 4, 8, 16, 32 or 64" in capsys.readouterr().err

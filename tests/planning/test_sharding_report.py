@@ -6,9 +6,17 @@ import json
 
 import jax
 import pytest
+from conftest import fuzz
 
 from flaxlm.cli import main
-from flaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, mesh_shape
+from flaxlm.config import (
+  Config,
+  DataConfig,
+  ModelConfig,
+  OptimizerConfig,
+  ResolvedConfig,
+  mesh_shape,
+)
 from flaxlm.devices import ANY
 from flaxlm.errors import ConfigError
 from flaxlm.nn.models import build_model
@@ -16,7 +24,15 @@ from flaxlm.planning.compile import compile_step
 from flaxlm.planning.network import network_bytes
 from flaxlm.planning.planner import resolve
 from flaxlm.planning.sharding_report import explain, report_sharding
-from flaxlm.sharding import axes_of, check_replication, find_replication, make_mesh
+from flaxlm.sharding import (
+  axes_of,
+  check_replication,
+  find_replication,
+  make_mesh,
+  mesh_for,
+  split_sizes,
+  whole_sizes,
+)
 from flaxlm.training.step import abstract_params
 
 TINY = resolve(
@@ -29,16 +45,31 @@ TINY = resolve(
 )
 
 
-def test_it_is_the_sharding_that_training_has():
-  sizes = {"data": 2, "fsdp": 2, "tensor": 2}
-  params = abstract_params(build_model(TINY.model, TINY.training), make_mesh(sizes))
+def with_kv_heads(number: int) -> ResolvedConfig:
+  return dataclasses.replace(
+    TINY, model=dataclasses.replace(TINY.model, num_kv_heads=number)
+  )
+
+
+@pytest.mark.parametrize(
+  ("cfg", "sizes"),
+  [
+    (TINY, {"data": 2, "fsdp": 2, "tensor": 2}),
+    (with_kv_heads(2), {"fsdp": 2, "tensor": 4}),
+    (with_kv_heads(1), {"fsdp": 2, "tensor": 4}),
+  ],
+)
+def test_it_is_the_sharding_that_training_has(cfg: ResolvedConfig, sizes: dict[str, int]):
+  mesh = mesh_for(make_mesh(sizes), cfg.model)
+  params = abstract_params(build_model(cfg.model, cfg.training), mesh)
   leaves = jax.tree_util.tree_leaves_with_path(params)
-  report = report_sharding(TINY, sizes, None, compiled=False)
+  report = report_sharding(cfg, sizes, None, compiled=False)
   assert len(leaves) == len(report.parameters)
   for one, (path, leaf) in zip(report.parameters, leaves, strict=True):
     assert one.name == "/".join(key.key for key in path)
     in_use = [
-      tuple(a for a in axes_of(e) if sizes.get(a, 1) > 1) for e in leaf.sharding.spec
+      tuple(whole_sizes({a: 1 for a in axes_of(e) if mesh.shape[a] > 1}))
+      for e in leaf.sharding.spec
     ]
     assert [entry or () for entry in one.spec] == in_use
     shard = leaf.sharding.shard_shape(leaf.shape)
@@ -68,6 +99,9 @@ def test_people_read_why(capsys: pytest.CaptureFixture):
   sizes = mesh_shape({"tensor": 4})
   assert explain(("layers", "norm"), sizes).startswith("whole: norm")
   assert "fsdp would cut embed" in explain(("slots", "embed"), sizes)
+  split = split_sizes(sizes, with_kv_heads(2).model)
+  assert explain(("kv_heads",), split).endswith("that read them, each on 2 devices")
+  assert explain(("heads",), split).startswith("heads over tensor=4: whole query heads")
 
 
 @pytest.mark.parametrize("command", [["plan"], ["shard", "--no-compile"]])
@@ -94,32 +128,38 @@ def test_the_slow_network_is_shown(capsys: pytest.CaptureFixture):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "mesh, extra",
+  "mesh, extra, kv_heads",
   [
-    ({"data": 4}, 0),
-    ({"fsdp": 4}, 0),
+    ({"data": 4}, 0, 4),
+    ({"fsdp": 4}, 0, 4),
     # Of q, k and v, and of up and gate, XLA's CPU compiler sums each gradient on its own,
     # where the TPU's adds them up first: 3 vectors more in each of 2 layers.
-    ({"tensor": 2}, 6),
+    ({"tensor": 2}, 6, 4),
+    # Each kv head on 4 devices, or on 2: what k and v add is summed over one copy of each
+    # head, which is over none, or over 2 devices: 2/3 of a vector for each layer.
+    fuzz({"tensor": 4}, 2, 1),
+    ({"tensor": 4}, 2 + 2 * 2 / 3, 2),
     # The gradients of k and v are summed whole, not scattered: twice, in each of 2 layers.
-    ({"context": 2}, 2),
-    ({"stage": 2}, 0),
+    ({"context": 2}, 2, 4),
+    ({"stage": 2}, 0, 4),
   ],
   ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_travels_is_what_the_formula_says(mesh: dict, extra: int):
-  sizes = mesh_shape(mesh)
+def test_what_travels_is_what_the_formula_says(mesh: dict, extra: float, kv_heads: int):
+  sizes, cfg = mesh_shape(mesh), with_kv_heads(kv_heads)
   axis = next(iter(mesh))
-  compiled = compile_step(TINY, sizes, ANY)
+  compiled = compile_step(cfg, sizes, ANY)
   assert compiled.error is None
-  formula = network_bytes(TINY, sizes)[axis]
+  formula = network_bytes(cfg, sizes)[axis]
   vector = 2 * (8 * 64 * 32 * 4) * (1 - 1 / sizes[axis])
   # Not in the formula: looked-up rows of the table that change places (all-to-all).
   found = sum(one.bytes for one in compiled.collectives if one.kind != "all-to-all")
   assert found == pytest.approx(formula + extra * vector, rel=0.02)
   assert all(one.axes == axis for one in compiled.collectives)
   counts = {one.kind: one.count for one in compiled.collectives}
-  if axis == "tensor":  # two a layer, forward and backward; embedding, head, softmax
+  if axis == "tensor":
+    assert set(counts) == {"all-reduce"}
+  if mesh == {"tensor": 2}:  # two a layer, forward and backward; embedding, head, softmax
     assert counts == {"all-reduce": 4 * 2 + 5}
   if axis == "fsdp":  # on a TPU: gathered twice, and the gradients reduce-scattered
     assert set(counts) == {"all-gather", "all-reduce", "all-to-all"}
@@ -127,6 +167,17 @@ def test_what_travels_is_what_the_formula_says(mesh: dict, extra: int):
     assert counts["collective-permute"] > 2 * 3
   if axis == "data":  # all gradients in one
     assert set(counts) == {"all-reduce"} and counts["all-reduce"] <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"data": 4}, fuzz({"stage": 2})], ids=str)
+def test_gradients_are_summed_in_every_micro_batch_and_chunk_of_the_loss(mesh: dict):
+  training = dataclasses.replace(TINY.training, accumulation_steps=2, loss_chunks=4)
+  cfg, sizes = dataclasses.replace(TINY, training=training), mesh_shape(mesh)
+  found = sum(one.bytes for one in compile_step(cfg, sizes, ANY).collectives)
+  axis = next(iter(mesh))
+  assert found == pytest.approx(network_bytes(cfg, sizes)[axis], rel=0.02)
+  assert found > 2 * network_bytes(TINY, sizes)[axis]
 
 
 @pytest.mark.slow

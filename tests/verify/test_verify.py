@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`flaxlm verify`: laws hold for good configs, and one that fails is named; exit codes."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from flaxlm.config import load_config
 from flaxlm.planning.planner import resolve
-from flaxlm.sharding import RULES
+from flaxlm.sharding import KV_COPIES, RULES
 from flaxlm.verify.case import Case
 from flaxlm.verify.laws import HOLDS, LAWS
 from flaxlm.verify.shrink import MOST_DEVICES, shrink_mesh
@@ -106,3 +107,18 @@ def test_a_mesh_of_many_devices_is_cut_to_two_along_each_axis():
   assert (sizes["fsdp"], sizes["tensor"]) == (4, 2)
   assert sizes["fsdp"] * sizes["tensor"] <= MOST_DEVICES
   assert set(shrink_mesh({"data": 1}, model).values()) == {1}
+
+
+@pytest.mark.parametrize(
+  ("name", "mesh", "heads", "copies"),
+  [
+    ("llama3_70b", {"fsdp": 4, "tensor": 16}, (2, 1), 2),
+    ("llama3_70b", {"tensor": 8}, (16, 8), None),
+    ("palm_540b", {"tensor": 8}, (8, 1), 8),
+    ("palm_540b", {"data": -1}, (2, 1), 2),
+  ],
+)
+def test_kv_heads_are_on_several_devices_as_in_the_config(name, mesh, heads, copies):
+  case = Case.of(resolve(dataclasses.replace(load_config(name), mesh=mesh)))
+  assert (case.model_cfg.num_heads, case.model_cfg.num_kv_heads) == heads
+  assert case.mesh.shape.get(KV_COPIES) == copies

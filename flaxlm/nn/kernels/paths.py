@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flaxlm.config import FUSED, SPLASH, ResolvedModel
 from flaxlm.errors import ConfigError
 from flaxlm.nn.execution import Execution
-from flaxlm.sharding import axis_sizes_in_use
+from flaxlm.sharding import axis_sizes_in_use, whole_sizes
 
 SHORTEST_PROMPT = 32  # new tokens; fewer are not worth a fused kernel
 
@@ -70,6 +70,9 @@ def cudnn_obstacles(
     **biases(cfg),
     "it does not support masks for rows of odd length": any(n % 2 for n in lengths),
     "it cannot be split over mesh axis context": sizes.get("context", 1) > 1,
+    "mesh axis tensor has more members than there are kv heads": (
+      whole_sizes(sizes).get("tensor", 1) > cfg.num_kv_heads
+    ),
     **stages(sizes),
   }
   return [reason for reason, holds in obstacles.items() if holds]

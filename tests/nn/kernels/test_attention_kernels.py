@@ -20,7 +20,7 @@ from flaxlm.nn.kernels.cudnn import attend_cudnn
 from flaxlm.nn.kernels.paths import choose_path
 from flaxlm.nn.masks import Placement, Reach, Scoring, Sight, visible
 from flaxlm.nn.models import build_model
-from flaxlm.sharding import make_mesh
+from flaxlm.sharding import KV_COPIES, make_mesh
 
 WAYS = {
   "causal": dict(),
@@ -176,6 +176,8 @@ def test_the_path_is_one_that_can():
     "alibi": dict(positions="alibi"),
     "odd length": dict(lengths=(63,)),
     "context": dict(sizes={"context": 2}),
+    "tensor": dict(sizes={"tensor": 4}, num_heads=4, num_kv_heads=2, width=256),
+    "kv heads": dict(sizes={"tensor": 2, KV_COPIES: 2}, num_heads=4, num_kv_heads=2),
     "pipeline": dict(sizes={"stage": 2}),
   }.items():
     path = chosen(**case)

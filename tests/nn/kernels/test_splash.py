@@ -41,6 +41,7 @@ from flaxlm.nn.kernels.splash import (
 from flaxlm.nn.masks import Pattern, Placement, Scoring, Sight, visible
 from flaxlm.nn.models import build_model
 from flaxlm.planning.compile import TPU_ENVIRONMENT
+from flaxlm.sharding import mesh_for
 
 INTERPRETED = dataclasses.replace(SPLASH, shortest=0, interpreted=True)
 WAYS = {
@@ -144,6 +145,15 @@ def test_members_of_a_mesh_share_rows_heads_and_queries(way):
   segments = [put(x, "data", "context") for x in segments]
   with jax.set_mesh(mesh):
     actual = jax.jit(case.splash)(*rows, sinks, cotangent, *segments)
+  compare(jax.device_get(actual), jax.jit(case.reference)(*case.arguments))
+
+
+@pytest.mark.slow
+def test_kv_heads_are_on_the_devices_of_their_query_heads():
+  case = Case(**WAYS["all"], rows=2, kv_heads=2)
+  mesh = mesh_for(mesh_of(data=2, tensor=4), ModelConfig(num_heads=4, num_kv_heads=2))
+  with jax.set_mesh(mesh):
+    actual = jax.jit(case.splash)(*case.arguments)
   compare(jax.device_get(actual), jax.jit(case.reference)(*case.arguments))
 
 

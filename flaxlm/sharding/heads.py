@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Key/value heads on a `tensor` axis that has more members than there are kv heads.
+
+Every device then holds the one kv head that its query heads read, so each kv head is on
+several devices. For them the mesh has the axis `tensor` as two: `tensor`, which cuts kv
+heads as well, and `kv_copies`, which cuts all that `tensor` cuts, but not kv heads. A user
+names `tensor` alone, the product of the two, and everything that a user reads does so too.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from flaxlm.config import ModelConfig, ResolvedModel
+from flaxlm.errors import ConfigError
+
+KV_COPIES = "kv_copies"
+MOST_MEMBERS = 4096  # of an axis, that an error names as a size that would do
+
+
+def kv_parts(model: ModelConfig | ResolvedModel, tensor: int) -> int:
+  """Into how many parts a `tensor` axis of this size cuts the kv heads of a model: as many
+  as it has members, or K of them, with copies of each on `tensor` / K devices.
+
+  Raises `ConfigError`, which names the sizes that would do, unless whole query heads come
+  to every device together with the kv heads that they read.
+  """
+  if model.family == "rnn":
+    return tensor
+  num_heads = model.num_heads
+  num_kv_heads = model.num_kv_heads or num_heads
+  fits = lambda n: num_heads % n == 0 and (num_kv_heads % n == 0 or n % num_kv_heads == 0)
+  if not fits(tensor):
+    heads = f"model.num_heads={num_heads}"
+    if num_kv_heads != num_heads:
+      heads += f" and model.num_kv_heads={num_kv_heads}"
+    fitting = [n for n in range(1, min(num_heads, MOST_MEMBERS) + 1) if fits(n)]
+    raise ConfigError(
+      f"{heads} cannot be split over mesh tensor={tensor}", one_of("tensor", fitting)
+    )
+  return min(tensor, num_kv_heads)
+
+
+def describe_copies(model: ModelConfig | ResolvedModel, tensor: int) -> str:
+  """A line about the copies of kv heads on a `tensor` axis; "" if there are none."""
+  parts = kv_parts(model, tensor)
+  if parts == tensor:
+    return ""
+  return (
+    f"kv heads: {parts} on mesh tensor={tensor}, each on {tensor // parts} devices, which "
+    "all hold its weights and cache"
+  )
+
+
+def split_sizes(
+  sizes: Mapping[str, int], model: ModelConfig | ResolvedModel
+) -> dict[str, int]:
+  """The axes of a mesh for a model, `tensor` as two where it has to be; errors as in
+  `kv_parts`."""
+  split = dict[str, int]()
+  for axis, size in whole_sizes(sizes).items():
+    parts = kv_parts(model, size) if axis == "tensor" else size
+    split[axis] = parts
+    if parts != size:
+      split[KV_COPIES] = size // parts
+  return split
+
+
+def whole_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
+  """The axes as a user names them: the opposite of `split_sizes`."""
+  whole = {axis: size for axis, size in sizes.items() if axis != KV_COPIES}
+  if KV_COPIES in sizes:
+    whole["tensor"] = whole.get("tensor", 1) * sizes[KV_COPIES]
+  return whole
+
+
+def mesh_for(mesh: Mesh, model: ModelConfig | ResolvedModel) -> Mesh:
+  """The same devices in the same order, as a mesh on which each has the kv heads that its
+  query heads read; errors as in `kv_parts`."""
+  sizes: Any = split_sizes(mesh.shape, model)
+  if sizes == dict(mesh.shape):
+    return mesh
+  grid = mesh.devices.reshape(list(sizes.values()))
+  return Mesh(grid, tuple(sizes), axis_types=(mesh.axis_types[0],) * len(sizes))
+
+
+def one_of(axis: str, sizes: Sequence[int]) -> str:
+  """Which sizes an axis can have, in words."""
+  *others, last = map(str, sizes)
+  return f"{axis} can be {' or '.join([', '.join(others)] * bool(others) + [last])}"
