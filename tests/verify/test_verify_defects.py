@@ -127,7 +127,7 @@ DEFECTS = {
   ),
   "padding drawn by the engine": (
     "flaxlm/decoding/rows.py",
-    "  logits_BV = mask_padding_ids(logits_BV, num_ids)\n",
+    "  logits_BV = mask_padding_ids(logits_BV, drawing.num_ids)\n",
     "",
     ["never drawn"],
   ),
