@@ -19,6 +19,8 @@ from flaxlm.config import is_file
 from flaxlm.errors import ConfigError
 from flaxlm.strict_json import to_json
 
+LARGE = ("gpt3_175b", "bloom_176b")  # the cards that a story compares a run with
+
 
 def add_look(commands: Any) -> None:
   parser = commands.add_parser("look", help="pictures of a model's parts, as pages or PNGs")
@@ -60,6 +62,15 @@ def add_look(commands: Any) -> None:
   tokens.add_flag("--record", int, "which conversation of the file", default=1)
   tokens.add_flag("--rejected", bool, "of a preference the answer that was rejected")
 
+  text = "how the model reads a text and goes on, on one page, in its own numbers"
+  story = add_subject(subjects, "story", text, run_story)
+  story.add_run()
+  add_text(story, 256)
+  story.add_flag("--layer", int, "the layer to open, from 0 (default: the middle one)")
+  text = "of the completion; default: 0, which is greedy"
+  story.add_flag("--temperature", float, text, default=0.0)
+  story.add_flag("--seed", int, "the same seed draws the same tokens", default=0)
+
   add_subject(subjects, "run", "a run's curves and config", run_run).add_run(devices=False)
 
 
@@ -96,6 +107,21 @@ def run_tokens(args: argparse.Namespace, _: list[str]) -> int:
   open_ = open_text if args.chat_file is None else open_chat
   path, reading = open_(args)
   return finish(args, look_tokens(open_run(args), reading, args.max_tokens), path)
+
+
+def run_story(args: argparse.Namespace, _: list[str]) -> int:
+  from flaxlm.decoding.sampling import SamplingSettings
+  from flaxlm.look.story import check_story, look_story
+  from flaxlm.planning.planner import resolve
+
+  if args.output is not None and args.output.endswith(".png"):
+    raise ConfigError("a story is a page, and no picture", "as in --output story.html")
+  settings = SamplingSettings(temperature=args.temperature, seed=args.seed)
+  settings.check()
+  path, reading = open_text(args, lambda cfg: check_story(cfg, args.layer))
+  cards = {name: resolve(read_config([name])) for name in LARGE}
+  view = look_story(open_run(args), reading, args.layer, settings, cards)
+  return finish(args, view, path)
 
 
 def run_embeddings(args: argparse.Namespace, _: list[str]) -> int:

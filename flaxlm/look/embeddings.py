@@ -65,24 +65,28 @@ def principal(table_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return np.pad(points_NC, ((0, 0), (0, missing))), np.pad(shares_C, (0, missing))
 
 
-def nearest(table_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """The rows nearest to each row by cosine, without itself, and the cosines; best first."""
+def nearest(
+  table_ND: np.ndarray, rows_R: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+  """The rows nearest to each of `rows_R` (default: to all) by cosine, without itself, and
+  the cosines; best first."""
   N = len(table_ND)
+  rows_R = np.arange(N) if rows_R is None else rows_R
   count = min(NUM_NEAREST, N - 1)
   norms_N1 = np.linalg.norm(table_ND, axis=1, keepdims=True)
-  units_ND = table_ND / np.maximum(norms_N1, 1e-300)
-  ids_NC, cosines_NC = np.zeros((N, count), np.int64), np.zeros((N, count))
-  for start in range(0, N, ROWS_AT_A_TIME):
+  units_ND = table_ND / np.maximum(norms_N1, 1e-30)
+  ids_RC = np.zeros((len(rows_R), count), np.int64)
+  cosines_RC = np.zeros((len(rows_R), count))
+  for start in range(0, len(rows_R), ROWS_AT_A_TIME):
     rows = slice(start, start + ROWS_AT_A_TIME)
-    cosines_RN = units_ND[rows] @ units_ND.T
-    own = np.arange(len(cosines_RN))
-    cosines_RN[own, start + own] = -np.inf
-    some_RC = np.argpartition(-cosines_RN, count - 1, -1)[:, :count]
-    of_some_RC = np.take_along_axis(cosines_RN, some_RC, -1)
-    order_RC = np.argsort(-of_some_RC, -1)
-    ids_NC[rows] = np.take_along_axis(some_RC, order_RC, -1)
-    cosines_NC[rows] = np.clip(np.take_along_axis(of_some_RC, order_RC, -1), -1, 1)
-  return ids_NC, cosines_NC
+    cosines_XN = units_ND[rows_R[rows]] @ units_ND.T
+    cosines_XN[np.arange(len(cosines_XN)), rows_R[rows]] = -np.inf
+    some_XC = np.argpartition(-cosines_XN, count - 1, -1)[:, :count]
+    of_some_XC = np.take_along_axis(cosines_XN, some_XC, -1)
+    order_XC = np.argsort(-of_some_XC, -1)
+    ids_RC[rows] = np.take_along_axis(some_XC, order_XC, -1)
+    cosines_RC[rows] = np.clip(np.take_along_axis(of_some_XC, order_XC, -1), -1, 1)
+  return ids_RC, cosines_RC
 
 
 def sort_of(tokenizer: AnyTokenizer, id_: int) -> str:

@@ -58,7 +58,8 @@ def save_view(view: View, path: Path) -> int:
 def to_html(view: View) -> str:
   """The whole page."""
   read = lambda name: (ASSETS / name).read_text("utf-8")
-  style = read("page.css")
+  own_style = f"{view.kind}.css"
+  style = read("page.css") + (read(own_style) if (ASSETS / own_style).exists() else "")
   script = "\n".join(map(read, ("common.js", "charts.js", f"{view.kind}.js", "start.js")))
   policy = (
     f"default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "

@@ -81,6 +81,7 @@ class Reading(NamedTuple):
   source_ids: list[int] | None
   cuts: list[str]
   weights: list[int] | None = None  # of a conversation: what each token counts in the loss
+  texts: Sequence[str] = ()  # of which it was made, before any cut
 
 
 def make_reading(
@@ -129,7 +130,8 @@ def make_reading(
     masked = cfg.family == "encoder" and MASK in text and tokenizer.mask_id is not None
     encode = tokenizer.encode_masked if masked else tokenizer.encode
     ids = frame(encode(text), "text" if cfg.family == "encoder" else "prompt", "text")
-  return Reading(ids, source_ids, cuts)
+  texts = [given for given in (text, source) if given is not None]
+  return Reading(ids, source_ids, cuts, texts=texts)
 
 
 def complete_reading(run: Run, reading: Reading, most: int) -> tuple[list[int], list[str]]:
