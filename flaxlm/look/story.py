@@ -59,7 +59,9 @@ def look_story(
   cfg = run.model.cfg
   check_has_head(run)
   settings.check()
-  told = mask_one(run, reading) if cfg.family == "encoder" else go_on(run, reading, settings)
+  told = (
+    mask_one(run, reading) if cfg.family == "encoder" else go_on(run, reading, settings)
+  )
   layer = cfg.depth // 2 if layer is None else layer
   plain = run._replace(model=unrolled(run.model))
   asked = (layer, np.int32(run.num_ids))
@@ -91,7 +93,9 @@ def go_on(run: Run, reading: Reading, settings: SamplingSettings) -> Told:
   cfg, cuts = run.model.cfg, [*reading.cuts]
   room = NUM_NEW if cfg.family == "rnn" else min(NUM_NEW, cfg.context - len(start))
   if room < NUM_NEW:
-    cuts.append(f"The text leaves room for {room} more tokens: model.context={cfg.context}.")
+    cuts.append(
+      f"The text leaves room for {room} more tokens: model.context={cfg.context}."
+    )
   at = len(start) - 1
   if room < 1:
     return Told(start, at, [], None, cuts)

@@ -192,7 +192,9 @@ def tell_block(scene: Scene) -> dict[str, Any]:
     "gives much weight, and so much of that token's value is mixed in.",
   ]
   if cfg.family in ("decoder", "encoder_decoder"):
-    says.append("A token sees only itself and what is before it: the rest is to be guessed.")
+    says.append(
+      "A token sees only itself and what is before it: the rest is to be guessed."
+    )
   # The dot products of the last query, before a bias of positions, a cap and the mask.
   K = seen["keys"].shape[1]
   q_KGH = seen["queries"][scene.at].reshape(K, cfg.num_heads // K, -1)
@@ -237,9 +239,7 @@ def strongest_neurons(h_TF: np.ndarray) -> list[list[dict[str, Any]]]:
   best_TX = np.argsort(-np.abs(h_TF), -1, kind="stable")[:, :NUM_NEURONS]
   peaks_F = np.abs(h_TF).argmax(0)
   return [
-    [
-      {"neuron": int(n), "value": float(h_F[n]), "peak": int(peaks_F[n])} for n in best_X
-    ]
+    [{"neuron": int(n), "value": float(h_F[n]), "peak": int(peaks_F[n])} for n in best_X]
     for h_F, best_X in zip(h_TF, best_TX, strict=True)
   ]
 
@@ -350,7 +350,7 @@ def tell_cost(scene: Scene, cards: Mapping[str, ResolvedConfig]) -> dict[str, An
   others = [{"name": name, **costs(card)} for name, card in cards.items()]
   says = [
     f"This model has {own['parameters']:,} trained numbers, {size(own['weight_bytes'])}. "
-    f"A token costs about {own['flops_per_token']:,.3g} floating-point operations to read "
+    f"A token costs about {own['flops_per_token']:,.0f} floating-point operations to read "
     f"and three times that to learn from; a training step of this run needs "
     f"{size(own['training_bytes'])}. While it writes, it keeps "
     + (

@@ -39,7 +39,7 @@ def test_hostile_text_everywhere_leaves_the_page_whole():
   assert page.scripts[1] == plain.scripts[1]
 
 
-KINDS = ("attention", "embeddings", "positions", "tokens", "run", "bench")
+KINDS = ("attention", "embeddings", "positions", "tokens", "run", "bench", "story")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,6 +17,8 @@ async function drawView(view, page) {
         el("span", { class: "note", textContent: state.rank === null ? "letters" : `merge ${state.rank.toLocaleString("en")}` }),
         el("span", {}, ...state.pieces.map((piece) => el("span", { class: "token mono", textContent: piece }))),
       ])));
+      const longest = chapter.words.reduce((a, word, n) => (word.length > chapter.words[a].length ? n : a), 0);
+      pick.value = String(longest);
       box.append(el("label", { class: "bar" }, "How a word was merged:", pick), list);
       tell();
     },
@@ -71,7 +73,7 @@ async function drawView(view, page) {
       const inner = el("div");
       const strip_ = walk(tokens, "tokens of the text", at, (t) => { state.token = t; tell(); });
       box.append(note("Choose a token that asks:"), strip_, el("div", { class: "two" },
-        el("div", {}, canvas, note("One head's map. Down: the token that asks; across: the tokens that it looks at; darker is more weight. The outlined row is the chosen one.")),
+        el("div", {}, canvas, note("One head's map. Down: the token that asks; across: the tokens that it looks at; the stronger the colour, the more weight. The outlined row is the chosen one.")),
         el("div", { class: "panel", "aria-live": "polite" }, seen, mix, inner)));
       function paintMap() {
         const map = maps[state.map];
@@ -168,7 +170,7 @@ async function drawView(view, page) {
         topK.out.textContent = cut ? String(k) : "all";
         topP.out.textContent = Number(topP.range.value).toFixed(2);
         const few = chapter.labels.slice(0, 12);
-        const list = bars(few.map((label, n) => [label, chances[n], `${percent(chances[n])} · logit ${show(values[order[n]])}`]));
+        const list = bars(few.map((label, n) => [label, chances[n] / fullBar(chances[0]), `${percent(chances[n])} · logit ${show(values[order[n]])}`]));
         few.forEach((_, n) => { for (let i = 0; i < 3; i++) list.children[3 * n + i].classList.toggle("out", n >= kept); });
         body.replaceChildren(list);
         const bits = chances.reduce((a, p) => a - (p > 0 ? p * Math.log2(p) : 0), 0);
@@ -202,7 +204,7 @@ async function drawView(view, page) {
         on.setAttribute("aria-disabled", String(now === steps.length));
         const next = steps[now];
         list.replaceChildren(note(next ? "What the model thinks comes here:" : "That is all it was asked for."), ...(next ? [
-          bars(next.best.map((one) => [one.id === next.id ? `${one.label} ✓` : one.label, one.chance, percent(one.chance)])),
+          bars(next.best.map((one) => [one.id === next.id ? `${one.label} ✓` : one.label, one.chance / fullBar(next.best[0].chance), percent(one.chance)])),
           note(`Taken: ${next.label}, probability ${percent(next.chance)}.`)] : []));
       }
       box.addEventListener("keydown", (event) => {
@@ -222,9 +224,10 @@ async function drawView(view, page) {
       const big = (x, unit, base) => {
         if (x === null || x === undefined) return "–";
         const power = x >= 1 ? Math.min(5, Math.floor(Math.log(x) / Math.log(base) + 1e-9)) : 0;
-        return `${show(x / base ** power)} ${["", "k", "M", "G", "T", "P"][power]}${unit}`.trim();
+        const letter = ["", "k", "M", "G", "T", "P"][power];
+        return `${show(x / base ** power)} ${base === 1024 && power ? `${letter.toUpperCase()}i` : letter}${unit}`.trim();
       };
-      const bytes = (x) => big(x, "B", 1000);
+      const bytes = (x) => big(x, "B", 1024); // as flaxlm plan writes them
       const rows = [["parameters", (c) => big(c.parameters, "", 1000)], ["used by a token", (c) => big(c.active, "", 1000)],
         ["weights", (c) => bytes(c.weight_bytes)], ["FLOPs to read a token", (c) => big(c.flops_per_token, "", 1000)],
         ["FLOPs to learn from it", (c) => big(3 * c.flops_per_token, "", 1000)], ["FLOPs to write one, context full", (c) => big(c.flops_to_write, "", 1000)],
@@ -234,6 +237,7 @@ async function drawView(view, page) {
     },
   };
 
+  function fullBar(best) { return Math.max(0.25, best); } // what a bar of full width is
   function note(text) { return el("p", { class: "note", textContent: text }); }
   function pieces(some, name) { // tokens, of which the chosen one is told about
     const says = el("p", { class: "note mono", "aria-live": "polite" });
