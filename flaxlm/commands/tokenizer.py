@@ -151,16 +151,12 @@ def run_encode(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def run_merges(args: argparse.Namespace, _: list[str]) -> int:
-  from flaxlm.look.pieces import legible
+  from flaxlm.look.pieces import spelled
   from flaxlm.tokenizers.merges import trace_merges
 
   tokenizer = Finder(args).find(args.tokenizer)
   words = trace_merges(tokenizer, args.word)
-
-  def shown(piece: str) -> str:
-    id_ = tokenizer.id_of(piece)
-    data = b"" if id_ in (None, tokenizer.unknown_id) else tokenizer.bytes_of(id_)
-    return legible(data) or piece
+  shown = functools.partial(spelled, tokenizer)
 
   def show(out: TextIO) -> None:
     for word in words:

@@ -71,6 +71,13 @@ def legible(data: bytes, drawn: Mapping[str, str] = DRAWN) -> str:
   return "".join(map(shown, data.decode("utf-8", "backslashreplace")))
 
 
+def spelled(tokenizer: AnyTokenizer, name: str) -> str:
+  """A piece as the vocabulary calls it, in legible form."""
+  id_ = tokenizer.id_of(name)
+  data = b"" if id_ in (None, tokenizer.unknown_id) else tokenizer.bytes_of(id_)
+  return legible(data) or name
+
+
 class Reading(NamedTuple):
   """What a model is to read: the ids of a row and, for an encoder-decoder, of a source.
 

@@ -86,7 +86,8 @@ def probe(
     routes = [route(model.cfg, block["router"], everyone) for block in blocks]
     result["shares"] = jnp.stack([weights_BTA[0] for weights_BTA, _ in routes])
     result["experts"] = jnp.stack([experts_BTA[0] for _, experts_BTA in routes])
-  return result
+  is_narrow = lambda x: jnp.issubdtype(x.dtype, jnp.floating)  # NumPy has no bfloat16
+  return {n: x.astype(jnp.float32) if is_narrow(x) else x for n, x in result.items()}
 
 
 def watch(

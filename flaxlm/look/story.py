@@ -5,6 +5,7 @@ A `Scene` is what the model did with the text; look/story_chapters.py tells it, 
 chapter. `probe` and the functions of decoding and planning give every number.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import GREEDY, SamplingSettings
 from flaxlm.errors import ConfigError
 from flaxlm.look import story_chapters
-from flaxlm.look.pieces import Piece, Reading, apply_to_row, describe
+from flaxlm.look.pieces import Reading, apply_to_row, describe
 from flaxlm.look.probe import probe, unrolled
 from flaxlm.look.story_chapters import Scene
 from flaxlm.look.view import View
@@ -129,33 +130,31 @@ def mask_one(run: Run, reading: Reading) -> Told:
 
 def rounds(run: Run, told: Told, logits_TV: np.ndarray) -> list[dict[str, Any]]:
   """Each drawn token, its probability and what else was likely; or each filled mask."""
-  rounds_ = []
-  if told.completion is not None:
-    done = told.completion
-    drawn = zip(done.tokens, done.logprobs, done.top_logprobs or [], strict=True)
-    for token, logprob, best in drawn:
-      ids, logprobs = zip(*best, strict=True)
-      rounds_.append(entry(run, token, np.exp(logprob), ids, np.exp(logprobs)))
+  done, rounds_ = told.completion, []
+  if done is not None:
+    for token, logprob, best in zip(
+      done.tokens, done.logprobs, done.top_logprobs or [], strict=True
+    ):
+      likely = [(id_, math.exp(share)) for id_, share in best]
+      rounds_.append(entry(run, token, math.exp(logprob), likely))
   for at in told.masked:
     chances_V = softmax(logits_TV[at, : run.num_ids])
-    best = np.argsort(-chances_V, kind="stable")[:NUM_BEST]
-    filled = entry(run, best[0], chances_V[best[0]], best, chances_V[best])
-    rounds_.append(filled | {"at": at})
+    best_X = np.argsort(-chances_V, kind="stable")[:NUM_BEST].tolist()
+    likely = [(id_, float(chances_V[id_])) for id_ in best_X]
+    rounds_.append(entry(run, *likely[0], likely) | {"at": at})
   return rounds_
 
 
 def entry(
-  run: Run, token: int, chance: float, ids: Sequence[int], chances: Sequence[float]
+  run: Run, token: int, chance: float, likely: Sequence[tuple[int, float]]
 ) -> dict[str, Any]:
-  best: list[Piece] = describe(run.tokenizer, ids)
-  return {
-    **describe(run.tokenizer, [token])[0]._asdict(),
-    "chance": float(chance),
-    "best": [
-      {"id": piece.id, "label": piece.label, "chance": float(share)}
-      for piece, share in zip(best, chances, strict=True)
-    ],
-  }
+  names = describe(run.tokenizer, [id_ for id_, _ in likely])
+  best = [
+    {"id": id_, "label": name.label, "chance": share}
+    for (id_, share), name in zip(likely, names, strict=True)
+  ]
+  own = describe(run.tokenizer, [token])[0]
+  return {**own._asdict(), "chance": chance, "best": best}
 
 
 def softmax(logits_V: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from flaxlm.decoding.loading import Run
 from flaxlm.decoding.sampling import SamplingSettings
 from flaxlm.errors import DataError
 from flaxlm.look.embeddings import nearest
-from flaxlm.look.pieces import Piece, describe, legible
+from flaxlm.look.pieces import Piece, describe, spelled
 from flaxlm.look.positions import SAYS, look_positions
 from flaxlm.look.view import Shares, heat_map
 from flaxlm.planning.cost import (
@@ -104,12 +104,7 @@ def merges_of(scene: Scene) -> list[list[dict[str, Any]]]:
   """How each word came about that took a merge, once for each spelling: its pieces before
   the first merge and after each."""
   tokenizer = scene.run.tokenizer
-
-  def shown(name: str) -> str:
-    id_ = tokenizer.id_of(name)
-    data = b"" if id_ in (None, tokenizer.unknown_id) else tokenizer.bytes_of(id_)
-    return legible(data) or name
-
+  shown = lambda names: [spelled(tokenizer, name) for name in names]
   found: dict[str, list[dict[str, Any]]] = {}
   for text in scene.texts:
     try:
@@ -119,8 +114,8 @@ def merges_of(scene: Scene) -> list[list[dict[str, Any]]]:
     for word in traced:
       if not word.steps:
         continue
-      states = [{"rank": None, "pieces": [*map(shown, word.pieces)]}]
-      states += [{"rank": s.rank, "pieces": [*map(shown, s.pieces)]} for s in word.steps]
+      states: list[dict[str, Any]] = [{"rank": None, "pieces": shown(word.pieces)}]
+      states += [{"rank": s.rank, "pieces": shown(s.pieces)} for s in word.steps]
       found.setdefault("".join(word.pieces), states)
   return list(found.values())[:MOST_WORDS]
 
@@ -186,16 +181,18 @@ def tell_positions(scene: Scene) -> dict[str, Any]:
 def tell_block(scene: Scene) -> dict[str, Any]:
   cfg, seen = scene.run.model.cfg, scene.seen
   says = [
-    f"The vectors now pass {cfg.depth} layers; this is layer {scene.layer}, counted from 0. "
-    f"In each of its {cfg.num_heads} heads every token asks with a query, offers a key, and "
-    "carries a value. Where a query and a key point the same way (a large q·k), the softmax "
-    "gives much weight, and so much of that token's value is mixed in.",
+    f"The vectors now pass {cfg.depth} layers; this is layer {scene.layer}, counted from "
+    f"0. In each of its {cfg.num_heads} heads every token asks with a query, offers a key, "
+    "and carries a value. Where a query and a key point the same way (a large q·k), the "
+    "softmax gives much weight, and so much of that token's value is mixed in.",
   ]
   if cfg.family in ("decoder", "encoder_decoder"):
     says.append(
       "A token sees only itself and what is before it: the rest is to be guessed."
     )
-  # The dot products of the last query, before a bias of positions, a cap and the mask.
+  if scene.source:
+    says.append("It also asks the source: there the keys and values are the encoder's.")
+  # The dot products of the asked query, before a bias of positions, a cap and the mask.
   K = seen["keys"].shape[1]
   q_KGH = seen["queries"][scene.at].reshape(K, cfg.num_heads // K, -1)
   scores_NS = np.einsum("KGH,SKH->KGS", q_KGH, seen["keys"]).reshape(cfg.num_heads, -1)
@@ -219,6 +216,8 @@ def tell_block(scene: Scene) -> dict[str, Any]:
       f"Then a router sends each token to {cfg.moe.experts_per_token} of "
       f"{cfg.moe.num_experts} experts: small networks, of which only these are computed."
     )
+    if cfg.moe.capacity_factor is not None:
+      says.append("An expert has limited room: what comes late may be chosen and dropped.")
     chapter["experts"] = {
       "ids": seen["experts"].tolist(),
       "shares": Shares(seen["shares"]),
@@ -226,8 +225,8 @@ def tell_block(scene: Scene) -> dict[str, Any]:
     }
   else:
     says.append(
-      f"Then each token by itself goes through {cfg.ffn_width} neurons. A neuron that fires "
-      "strongly has found a pattern, and adds what it has learnt to say about it."
+      f"Then each token by itself goes through {cfg.ffn_width} neurons. A neuron that "
+      "fires strongly has found a pattern, and adds what it has learnt to say about it."
     )
     chapter["neurons"] = strongest_neurons(seen["neurons"].astype(np.float32))
   return chapter
@@ -294,7 +293,7 @@ def tell_lens(scene: Scene) -> dict[str, Any]:
   }
 
 
-# -- To the next token -----------------------------------------------------------------------
+# -- To the next token ---------------------------------------------------------------------
 
 
 def tell_softmax(scene: Scene) -> dict[str, Any]:

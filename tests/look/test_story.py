@@ -19,7 +19,7 @@ from look_runs import HOSTILE, log_softmax, make_run, page_of, save_run
 from flaxlm.cli import main
 from flaxlm.config import MoEConfig
 from flaxlm.decoding.completions import complete
-from flaxlm.decoding.loading import Run
+from flaxlm.decoding.loading import Run, load_run
 from flaxlm.decoding.sampling import GREEDY, SamplingSettings
 from flaxlm.errors import ConfigError
 from flaxlm.look.page import digest, save_view, to_html
@@ -30,6 +30,7 @@ from flaxlm.nn.base import Source
 from flaxlm.nn.models import build_model
 from flaxlm.nn.rnn import init_rnn_cache
 from flaxlm.planning.planner import resolve
+from flaxlm.sharding import make_mesh
 from flaxlm.tokenizers import train_tokenizer
 
 TEXT = "ab, a ba"
@@ -202,6 +203,7 @@ def test_an_encoder_fills_its_masks():
     story(run._replace(tokenizer=train_tokenizer("byte", [], 0)), "abc")
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_reads_a_source():
   run = make_run("encoder_decoder", depth=1, encoder_depth=2, positions="relative")
   _, chapters, ids_BT = story(run, "ba", "abc")
@@ -218,6 +220,7 @@ def test_an_encoder_decoder_reads_a_source():
   assert chapters["softmax"]["best"][0] == done.tokens[0]
 
 
+@pytest.mark.slow
 def test_experts_that_no_token_chose_change_nothing():
   moe = MoEConfig(num_experts=8, experts_per_token=1)
   run = make_run("decoder", moe=moe, depth=1)
@@ -226,7 +229,7 @@ def test_experts_that_no_token_chose_change_nothing():
   np.testing.assert_allclose(chapters["block"]["experts"]["shares"].sum(-1), 1, atol=1e-4)
   assert len(chosen) < 8 and chapters["block"]["neurons"] is None
   logits = np.asarray(apply(run, ids_BT).value)
-  for expert in range(8):
+  for expert in (min(chosen), min({*range(8)} - chosen)):
     experts = run.params["blocks"]["ffn"]["experts"]
     down = np.array(experts["down"]["kernel"])
     down[0, expert] = 0
@@ -293,6 +296,17 @@ def test_a_text_as_long_as_the_context_is_told():
 
 
 @pytest.mark.slow
+def test_on_a_mesh_as_on_one_device(decoder: Any, tmp_path: Path):
+  run, (old, chapters, _) = decoder
+  folder = save_run(run, tmp_path / "run")
+  sharded = load_run(folder, make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+  new, found, _ = story(sharded, layer=0)
+  assert [s["id"] for s in new.figures["steps"]] == [s["id"] for s in old.figures["steps"]]
+  for key, name in (("softmax", "logits"), ("block", "heads"), ("block", "scores")):
+    np.testing.assert_allclose(found[key][name], chapters[key][name], atol=1e-4)
+
+
+@pytest.mark.slow
 def test_a_page_of_a_large_model_is_below_3_mb(tmp_path: Path):
   run = make_run(depth=12, width=96, num_heads=12, context=300, positions="learned")
   text = "".join(np.random.default_rng(0).choice([*"abcdefgh ,.\n"], 255))
@@ -302,7 +316,7 @@ def test_a_page_of_a_large_model_is_below_3_mb(tmp_path: Path):
   assert size + logits_of_gpt2 < 3e6
 
 
-# -- The command, and browsers ---------------------------------------------------------------
+# -- The command, and browsers -------------------------------------------------------------
 
 
 def test_the_command_writes_the_page(in_process: Any, tmp_path: Path):
@@ -356,7 +370,10 @@ const wait = setInterval(() => {
   clearInterval(wait);
   const body = document.getElementById("softmax");
   const [heat, k, p] = document.querySelectorAll("input[type=range]");
-  const set = (range, value) => { range.value = value; range.dispatchEvent(new Event("input")); };
+  const set = (range, value) => {
+    range.value = value;
+    range.dispatchEvent(new Event("input"));
+  };
   const found = {};
   set(heat, 0.5); found.cold = body.dataset.best;
   set(heat, 2); found.hot = body.dataset.best;
@@ -367,9 +384,13 @@ const wait = setInterval(() => {
   for (let i = 0; i < 20; i++) press("ArrowRight");
   press("ArrowLeft");
   found.written = [...rounds.querySelectorAll("mark")].map((one) => one.textContent);
-  const names = [...document.querySelectorAll("section button, section select, section input")];
-  found.unnamed = names.filter((one) => !one.textContent && !one.ariaLabel && !one.labels.length).length;
-  found.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+  const kinds = "section button, section select, section input";
+  const controls = document.querySelectorAll(kinds);
+  const named = (one) => one.textContent || one.ariaLabel || one.labels.length;
+  found.unnamed = [...controls].filter((one) => !named(one)).length;
+  const whole = document.documentElement;
+  found.inner = innerWidth;
+  found.wide = whole.scrollWidth - whole.clientWidth;
   document.body.append("FOUND" + JSON.stringify(found) + "END");
 }, 20);
 """
@@ -395,6 +416,7 @@ def test_a_browser_tells_it_and_computes_the_softmax(
   path.write_text(html.replace("</body>", f"<script>{DRIVER}</script></body>"), "utf-8")
   options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000")
   options += ("--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}")
+  options += ("--window-size=380,900",)
   command = [str(CHROMIUM), *options, "--dump-dom", path.as_uri()]
   shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
   assert 'data-ready="true"' in shown.stdout, shown.stderr
@@ -411,4 +433,5 @@ def test_a_browser_tells_it_and_computes_the_softmax(
   labels = [step["label"] for step in view.figures["steps"]]
   if family != "encoder":
     assert found["written"] == labels[:-1]
+  print(found["inner"])
   assert found["unnamed"] == 0 and found["wide"] == 0
