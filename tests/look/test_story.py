@@ -388,9 +388,8 @@ const wait = setInterval(() => {
   const controls = document.querySelectorAll(kinds);
   const named = (one) => one.textContent || one.ariaLabel || one.labels.length;
   found.unnamed = [...controls].filter((one) => !named(one)).length;
-  const whole = document.documentElement;
-  found.inner = innerWidth;
-  found.wide = whole.scrollWidth - whole.clientWidth;
+  document.body.style.width = "380px"; // a window of Chromium has 500 at least
+  found.wide = document.body.scrollWidth - 380;
   document.body.append("FOUND" + JSON.stringify(found) + "END");
 }, 20);
 """
@@ -416,7 +415,6 @@ def test_a_browser_tells_it_and_computes_the_softmax(
   path.write_text(html.replace("</body>", f"<script>{DRIVER}</script></body>"), "utf-8")
   options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000")
   options += ("--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}")
-  options += ("--window-size=380,900",)
   command = [str(CHROMIUM), *options, "--dump-dom", path.as_uri()]
   shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
   assert 'data-ready="true"' in shown.stdout, shown.stderr
@@ -433,5 +431,4 @@ def test_a_browser_tells_it_and_computes_the_softmax(
   labels = [step["label"] for step in view.figures["steps"]]
   if family != "encoder":
     assert found["written"] == labels[:-1]
-  print(found["inner"])
-  assert found["unnamed"] == 0 and found["wide"] == 0
+  assert found["unnamed"] == 0 and found["wide"] <= 0
