@@ -378,7 +378,8 @@ const wait = setInterval(() => {
   set(heat, 0.5); found.cold = body.dataset.best;
   set(heat, 2); found.hot = body.dataset.best;
   set(k, 7); found.k = body.dataset.kept;
-  set(k, k.max); set(heat, 1); set(p, 0.5); found.p = body.dataset.kept;
+  set(heat, 1); set(p, 0.5); found.both = body.dataset.kept;
+  set(k, k.max); found.p = body.dataset.kept;
   const rounds = document.getElementById("chapter-rounds");
   const press = (key) => rounds.dispatchEvent(new KeyboardEvent("keydown", { key }));
   for (let i = 0; i < 20; i++) press("ArrowRight");
@@ -428,6 +429,8 @@ def test_a_browser_tells_it_and_computes_the_softmax(
   chances_V = np.sort(np.exp(log_softmax(logits_V)))[::-1]
   fewest = int(np.searchsorted(np.cumsum(chances_V), 0.5)) + 1
   assert found["k"] == "7" and found["p"] == str(fewest)
+  seven = np.cumsum(chances_V[:7]) / chances_V[:7].sum()  # top-p of what top-k has left
+  assert found["both"] == str(int(np.searchsorted(seven, 0.5)) + 1)
   labels = [step["label"] for step in view.figures["steps"]]
   if family != "encoder":
     assert found["written"] == labels[:-1]
