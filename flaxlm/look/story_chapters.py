@@ -6,6 +6,7 @@ are its text, and the rest is its data.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from flaxlm.planning.decoding import decode_work
 from flaxlm.planning.memory import training_memory
 from flaxlm.planning.planner import resolve
 from flaxlm.planning.report import size
+from flaxlm.tokenizers import MASK
 from flaxlm.tokenizers.merges import trace_merges
 
 MOST_WORDS = 40  # whose merges are shown
@@ -106,7 +108,9 @@ def merges_of(scene: Scene) -> list[list[dict[str, Any]]]:
   tokenizer = scene.run.tokenizer
   shown = lambda names: [spelled(tokenizer, name) for name in names]
   found: dict[str, list[dict[str, Any]]] = {}
-  for text in scene.texts:
+  has_mask = tokenizer.mask_id is not None  # whose name in a text is no word
+  parts = [text.split(MASK) if has_mask else [text] for text in scene.texts]
+  for text in filter(None, itertools.chain(*parts)):
     try:
       traced = trace_merges(tokenizer, text)
     except DataError:  # this tokenizer does not merge

@@ -25,7 +25,7 @@ from flaxlm.errors import ConfigError
 from flaxlm.look.page import digest, save_view, to_html
 from flaxlm.look.pieces import make_reading
 from flaxlm.look.story import go_on, look_story
-from flaxlm.look.story_chapters import Scene, costs, tell_positions
+from flaxlm.look.story_chapters import Scene, costs, merges_of, tell_positions
 from flaxlm.nn.base import Source
 from flaxlm.nn.models import build_model
 from flaxlm.nn.rnn import init_rnn_cache
@@ -43,6 +43,11 @@ def story(run: Run, text: str | None = TEXT, source: str | None = None, **asked:
   data = page_of(view).view["data"]
   chapters = {chapter["key"]: chapter for chapter in data["chapters"]}
   ids = [token["id"] for token in view.figures["tokens"]]
+  # Behind the last layer the lens says what the model says, in every family.
+  lens, softmax, at = chapters["lens"], chapters["softmax"], view.figures["at"]
+  assert lens["ids"][-1][at] == softmax["best"][:3]
+  chances_X = np.sort(np.exp(log_softmax(softmax["logits"])))[::-1][:3]
+  np.testing.assert_allclose(lens["chances"][-1, at], chances_X, atol=1e-4)
   return view, chapters, np.array([ids], np.int32)
 
 
@@ -248,6 +253,11 @@ def test_merges_end_in_the_tokens_of_the_word():
   words = [word[-1]["pieces"] for word in chapters["ids"]["words"]]
   labels = [token["label"] for token in view.figures["tokens"]][1:]
   assert [piece for word in words for piece in word] == labels and len(ids_BT[0]) > 1
+  masked = train_tokenizer("bpe", ["abab abab ba MASK MASK"] * 20, 270, masked=True)
+  scene = Scene(
+    run._replace(tokenizer=masked), [], [], 0, 0, {}, ["abab[MASK]"], [], GREEDY
+  )
+  assert [word[-1]["pieces"] for word in merges_of(scene)] == [["abab"]]
   assert all(word[0]["rank"] is None for word in chapters["ids"]["words"])
 
 
