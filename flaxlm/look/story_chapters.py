@@ -14,6 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flaxlm.config import ResolvedConfig, mesh_shape
+from flaxlm.cost import (
+  active_parameters,
+  forward_work,
+  kv_cache_bytes,
+  parameters,
+  weight_bytes,
+)
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.sampling import SamplingSettings
 from flaxlm.errors import DataError
@@ -21,17 +28,10 @@ from flaxlm.look.embeddings import nearest
 from flaxlm.look.pieces import Piece, describe, spelled
 from flaxlm.look.positions import SAYS, look_positions
 from flaxlm.look.view import Shares, heat_map
-from flaxlm.planning.cost import (
-  active_parameters,
-  forward_work,
-  kv_cache_bytes,
-  parameters,
-  weight_bytes,
-)
 from flaxlm.planning.decoding import decode_work
 from flaxlm.planning.memory import training_memory
 from flaxlm.planning.planner import resolve
-from flaxlm.planning.report import size
+from flaxlm.planning.tables import size
 from flaxlm.tokenizers import MASK
 from flaxlm.tokenizers.merges import trace_merges
 
