@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -182,6 +182,22 @@ def keep_freed_memory() -> None:
   mmap_threshold, trim_threshold = -3, -1  # malloc.h
   libc.mallopt(mmap_threshold, 2**31 - 1)
   libc.mallopt(trim_threshold, -1)  # never
+
+
+def release_freed_memory() -> None:
+  """Gives back what `keep_freed_memory` has kept, where it was much and came once."""
+  libc = ctypes.CDLL(None)
+  if hasattr(libc, "malloc_trim"):
+    libc.malloc_trim(0)
+
+
+def free_memory(devices: Sequence[jax.Device]) -> int:
+  """The bytes that devices have left, together; of those that do not tell, which share the
+  host's memory as a CPU does, all that the host has."""
+  stats = [device.memory_stats() or {} for device in devices]
+  if all("bytes_limit" in found and "bytes_in_use" in found for found in stats):
+    return sum(found["bytes_limit"] - found["bytes_in_use"] for found in stats)
+  return host_memory()
 
 
 def host_memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:

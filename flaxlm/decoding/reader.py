@@ -96,11 +96,21 @@ class Reader:
     """Whether one pass reads so many prompts. Short ones gain by it on a CPU, too."""
     longest = max(len(prompt) for prompt, _ in texts)
     is_short = self.options.whole_rows and len(texts) * bucket(longest) <= CHUNK
-    return is_short or len(texts) <= self.together
+    if len(texts) > self.together and not is_short:
+      return False
+    sources = max(len(source) for _, source in texts)
+    slots = self.sizes.bucket_of_reading(longest + MOST_PADDING)
+    source_slots = self.sizes.bucket_of_source(sources) if sources else 0
+    batch = self._batch_of(len(texts))
+    return len(texts) == 1 or self.sizes.has_room(batch, slots, source_slots)
+
+  def _batch_of(self, count: int) -> int:
+    """The rows of a cache for so many texts."""
+    return self.shards * bucket(-(-count // self.shards), smallest=1)
 
   def begin(self, texts: Sequence[Text], final_length: int) -> Reading:
     """A reading of these texts, of which the longest answer ends at `final_length`."""
-    batch = self.shards * bucket(-(-len(texts) // self.shards), smallest=1)
+    batch = self._batch_of(len(texts))
     found = [self._store.find(prompt) if self._store else [] for prompt, _ in texts]
     shared = min(map(len, found))  # all begin at once: nothing is written past the end
     found = [pieces[:shared] for pieces in found]

@@ -79,14 +79,16 @@ class RowSizes:
 
   def fits(self, requests: Sequence[EngineRequest]) -> bool:
     """Whether the batch's cache is not too large when these requests reach their ends."""
-    most = self.options.most_bytes
-    if most is None:
-      return True
     batch = self.bucket_of_rows(len(requests))
     slots = self.bucket_of_slots(max(request.final_length for request in requests))
     source = max(len(request.source or ()) for request in requests)
     source_slots = self.bucket_of_source(source) if source else 0
-    return cache_bytes(self.model, batch, slots, source_slots) <= most
+    return self.has_room(batch, slots, source_slots)
+
+  def has_room(self, batch: int, slots: int, source_slots: int) -> bool:
+    """Whether a cache of this size is not too large."""
+    most = self.options.most_bytes
+    return most is None or cache_bytes(self.model, batch, slots, source_slots) <= most
 
 
 def least(sizes: Sequence[int], number: int) -> int:

@@ -47,10 +47,12 @@ def warm(engine: Engine) -> int:
   """Compiles the programs of the options' `shapes`; returns how many there were."""
   assert engine.options.shapes is not None and engine.is_idle
   with count_compilations() as counter, use_mesh(engine.mesh):
-    read = _warm_reading(engine)
-    for size in _sizes(engine):
-      for count in _counts(engine):
-        _warm_batch(engine, count, size, [rows_of[size] for rows_of in read])
+    # The largest come first, and the memory that they have had is enough for the others.
+    for size in _sizes(engine)[::-1]:
+      read = [_warm_reading(engine, num, size) for num in _together(engine, size)]
+      for count in _counts(engine)[::-1]:
+        if _may_be(engine, count, size):
+          _warm_batch(engine, count, size, read)
   return counter.programs
 
 
@@ -72,38 +74,30 @@ def _counts(engine: Engine) -> list[int]:
   return sorted({engine.sizes.bucket_of_rows(n) for n in engine.options.shapes.rows})
 
 
-def _resize_to_neighbours(engine: Engine, cache: Any, size: Size) -> dict[Size, Any]:
-  """The cache in all sizes that one step leads to."""
-  steps = {next(engine.sizes.steps(size, to)) for to in _sizes(engine) if to != size}
-  return {to: resize_cache(engine.model.cfg, cache, *to) for to in steps}
+def _may_be(engine: Engine, count: int, size: Size) -> bool:
+  """Whether the batch may be so large; one request always may, or it is refused."""
+  return count == min(_counts(engine)) or engine.sizes.has_room(count, *size)
 
 
-def _warm_reading(engine: Engine) -> list[dict[Size, Rows]]:
-  """Reads prompts, as many together as the engine does, into caches of all sizes that it
-  reads into; for each number of prompts, what was read in all sizes of a batch."""
-  assert engine.options.shapes is not None
-  read: list[dict[Size, Rows]] = []
-  slots = {*map(engine.sizes.bucket_of_reading, engine.options.shapes.slots)}
-  together = engine.shards
-  while together <= engine.reader.together:
-    rows_of: dict[Size, Rows] = {}
-    for size in [size for size in _sizes(engine) if size[0] in slots]:
-      rows_of[size] = _warm_chunks(engine, together, size)
-    unseen = [*rows_of]
-    while unseen:
-      size = unseen.pop()
-      rows = rows_of[size]
-      for to, cache in _resize_to_neighbours(engine, rows.cache, size).items():
-        if to not in rows_of:
-          rows_of[to] = rows._replace(cache=cache)
-          unseen.append(to)
-    read.append(rows_of)
-    together *= 2
-  return read
+def _together(engine: Engine, size: Size) -> list[int]:
+  """The prompts that may be read together into rows of this size."""
+  counts = [engine.shards]
+  while (more := 2 * counts[-1]) <= engine.reader.together:
+    if not engine.sizes.has_room(more, *size):
+      break
+    counts.append(more)
+  return counts
 
 
-def _warm_chunks(engine: Engine, together: int, size: Size) -> Rows:
-  """Reads chunks of all lengths into a cache of this size, and draws first tokens."""
+def _resize_to_neighbours(engine: Engine, cache: Any, size: Size) -> None:
+  """To all sizes that one step leads to."""
+  for to in {next(engine.sizes.steps(size, to)) for to in _sizes(engine) if to != size}:
+    resize_cache(engine.model.cfg, cache, *to)
+
+
+def _warm_reading(engine: Engine, together: int, size: Size) -> Rows:
+  """Reads prompts into a cache of this size, in chunks of all lengths, and draws their
+  first tokens."""
   model, params, (slots, source) = engine.model, engine.params, size
   if source:
     source_BS, lengths_B = pad_rows([[0]] * together, together, source)
@@ -111,16 +105,18 @@ def _warm_chunks(engine: Engine, together: int, size: Size) -> Rows:
   else:
     cache = init_cache(model, together, slots)
   last_RD = no_hidden(model, together)
-  most = min(engine.options.most_read or CHUNK, slots)
-  if model.cfg.family == "rnn":
+  if slots == engine.sizes.bucket_of_reading(slots):
     most = engine.options.most_read or CHUNK
-  for length in [length for length in CHUNK_SIZES if length <= most]:
-    tokens_RT, num_new_R = pad_rows([[0]] * together, together, length)
-    last_RD, cache = prefill_chunk(model, params, tokens_RT, num_new_R, cache, last_RD)
+    if model.cfg.family != "rnn":
+      most = min(most, slots)
+    for length in [length for length in CHUNK_SIZES if length <= most]:
+      tokens_RT, num_new_R = pad_rows([[0]] * together, together, length)
+      last_RD, cache = prefill_chunk(model, params, tokens_RT, num_new_R, cache, last_RD)
   logits_RV = logits_of_hidden(model, params, last_RD)
   logits_RV, cache = take_read(logits_RV, cache, np.zeros(together, np.int32))
   if engine.options.prefix_bytes and has_pieces(model.cfg):
     cache = put_piece(cache, cut_piece(cache, *FIRST), *FIRST)
+  _resize_to_neighbours(engine, cache, size)
   requests = [FIRST_REQUEST] * together
   history = engine.settings.history_of(requests)
   drawing, static = engine.settings.sampling_of(requests)
@@ -159,5 +155,7 @@ def _warm_batch(engine: Engine, count: int, size: Size, read: list[Rows]) -> Non
   num_states = engine.settings.automaton.next_XY.shape[0]
   batch = renumber(batch, np.zeros(num_states, np.int32))
   for other in {*_counts(engine), engine.shards}:
+    if not _may_be(engine, other, size):
+      continue
     others_B = np.zeros(other, np.int32)
     take_rows(batch, others_B, others_B > 0)

@@ -25,6 +25,7 @@ class Limits:
   max_tokens: int = 4096  # new tokens of an answer
   max_body: int = 4 * 2**20  # bytes
   time_limit: float = 600.0  # seconds of a request
+  cache_bytes: int | None = None  # of the batch's keys and values; None: a share of memory
   grace: float = 30.0  # seconds for running requests, after SIGTERM
 
   @property

@@ -24,6 +24,7 @@ from flaxlm.decoding.prompt_scores import score_prompt
 from flaxlm.decoding.requests import EngineOptions, few_shapes
 from flaxlm.decoding.warming import warm
 from flaxlm.errors import ConfigError
+from flaxlm.platform import free_memory, release_freed_memory
 from flaxlm.serving.bodies import Answering, ChatBody, CompletionBody, EmbeddingBody, Tokens
 from flaxlm.serving.errors import OVERLOADED, ApiError, api_error, refuse
 from flaxlm.serving.generation import Generation
@@ -34,6 +35,7 @@ from flaxlm.sharding import use_mesh
 
 T = TypeVar("T")
 PREFIX_BYTES = 2**28  # of what past prompts begin with
+CACHE_SHARE = 4  # of memory, of which the batch has one: moved, it is there twice
 
 
 class Service:
@@ -69,6 +71,10 @@ class Service:
 
   def warm(self) -> None:
     """Compiles what requests need, before the start."""
+    self._compile()
+    release_freed_memory()
+
+  def _compile(self) -> None:
     lengths = [SMALLEST_BUCKET]
     while self.run.model.cfg.family != "rnn" and lengths[-1] < self.run.model.cfg.context:
       lengths.append(min(2 * lengths[-1], self.run.model.cfg.context))
@@ -237,7 +243,12 @@ class Service:
 def build_engine(run: Run, limits: Limits) -> Engine:
   # Settings come in all combinations: few shapes, or something would be compiled all day.
   shapes = few_shapes(run.model.cfg, limits.slots, MOST_TOP)
-  options = EngineOptions(rows=limits.slots, prefix_bytes=PREFIX_BYTES, shapes=shapes)
+  options = EngineOptions(
+    rows=limits.slots,
+    most_bytes=limits.cache_bytes or free_memory([*run.mesh.devices.flat]) // CACHE_SHARE,
+    prefix_bytes=PREFIX_BYTES,
+    shapes=shapes,
+  )
   # Within its mesh, as all that the engine does: arrays made without are of another type,
   # for which programs would be compiled again.
   with use_mesh(run.mesh):

@@ -34,6 +34,7 @@ from flaxlm.config import ModelConfig
 from flaxlm.decoding.completions import complete
 from flaxlm.decoding.encoding import embed_texts
 from flaxlm.decoding.loading import Run, prepare_for_decoding
+from flaxlm.decoding.row_sizes import cache_bytes
 from flaxlm.decoding.sampling import SamplingSettings
 from flaxlm.decoding.scoring import TokenPair, score_tokens
 from flaxlm.errors import ConfigError, NonFiniteError
@@ -100,6 +101,16 @@ def test_a_completion_is_what_the_decoder_writes(client: TestClient, run: Run):
     "total_tokens": 3 + num,
     "prompt_tokens_details": {"cached_tokens": 0},
   }
+
+
+def test_an_answer_that_alone_is_too_large_for_the_cache_is_refused(tmp_path: Path):
+  run = random_run(tmp_path / "letters")
+  one = cache_bytes(run.model, 1, 128, 0)
+  with served(run, Limits(cache_bytes=one)) as service:
+    client = TestClient(build_app(service), HOST)
+    post(client, "completions", prompt=["ab", "cd"], max_tokens=20)  # one waits
+    error = post(client, "completions", 400, prompt="ab", max_tokens=150)["error"]
+    assert f"a cache of more than {one} bytes" in error["message"]
 
 
 def test_usage_tells_what_was_read_for_earlier_prompts(client: TestClient):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model that the machine cannot hold is refused before it takes what there is."""
 
+import types
+
 import jax
 import pytest
 from meshes import mesh_of
@@ -8,7 +10,7 @@ from meshes import mesh_of
 from flaxlm.config import Config, ModelConfig, OptimizerConfig
 from flaxlm.errors import OutOfMemoryError
 from flaxlm.nn.models import build_model
-from flaxlm.platform import host_memory
+from flaxlm.platform import free_memory, host_memory
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.program import build_program, check_memory
 from flaxlm.training.step import abstract_state
@@ -42,3 +44,10 @@ def test_the_memory_is_that_of_the_container(tmp_path):
   for text, size in (("max\n", whole), ("1000000\n", 10**6), (f"{2**62}\n", whole)):
     limit.write_text(text)
     assert host_memory(limit) == size
+
+
+def test_free_memory_is_what_devices_tell():
+  tells = types.SimpleNamespace(memory_stats=lambda: dict(bytes_limit=90, bytes_in_use=20))
+  silent = types.SimpleNamespace(memory_stats=lambda: None)
+  assert free_memory([tells, tells]) == 140
+  assert free_memory([silent, silent]) == host_memory()
