@@ -28,6 +28,7 @@ EVERY_FILE = [
   *sorted((ROOT / "configs").rglob("*.py")),
   *sorted((ROOT / "benchmarks").rglob("*.py")),
   *sorted((ROOT / "tests").rglob("*.py")),
+  *sorted((ROOT / "docs").rglob("*.py")),
 ]
 
 # Who may import whom, wherever in a file the import stands: a folder, or a file beside

@@ -4,6 +4,7 @@
 import argparse
 import dataclasses
 import typing
+from collections.abc import Iterator
 from types import UnionType
 from typing import Any, Literal
 
@@ -34,6 +35,13 @@ def run_train(_: argparse.Namespace, arguments: list[str]) -> int:
 def describe_knobs() -> str:
   """Every config field: its flag, meaning, type and default."""
   lines = ["config fields (--section.field=value):"]
+  for name, about, kind, default in described_knobs():
+    lines.append(f"  {flag(name)}  {about}  [{kind}, {default}]")
+  return "\n".join(lines).replace("%", "%%")
+
+
+def described_knobs() -> Iterator[tuple[str, str, str, str]]:
+  """(dotted name, meaning, type, default) of every config field, as users read them."""
   for name, kind, field in knobs(Config):
     default = field.default
     if default is dataclasses.MISSING:
@@ -46,5 +54,4 @@ def describe_knobs() -> str:
     else:
       kind_text = getattr(kind, "__name__", str(kind))
     text = str(default).lower() if default is None else str(default)
-    lines.append(f"  {flag(name)}  {field.metadata['help']}  [{kind_text}, {text}]")
-  return "\n".join(lines).replace("%", "%%")
+    yield name, field.metadata["help"], kind_text, text
