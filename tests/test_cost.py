@@ -4,7 +4,6 @@
 import dataclasses
 import functools
 import math
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import slow_but
+from conftest import ROOT, slow_but
 
 from flaxlm.config import (
   Config,
@@ -308,7 +307,7 @@ def test_the_cache_of_mistral_7b(context: int):
 CARDS = slow_but(
   # One of each kind of layer; the sizes of a family differ in numbers alone.
   ("gpt2_124m", "gemma3_27b", "mixtral_8x7b", "bert_base", "flan_t5_small", "rnn_lstm"),
-  sorted(path.stem for path in Path(__file__).parents[2].glob("configs/*.py")),
+  sorted(path.stem for path in (ROOT / "configs").glob("*.py")),
 )
 
 
