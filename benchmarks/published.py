@@ -24,10 +24,8 @@ from flaxlm.planning.roofline import Plan, plan_training
 
 ROOT = Path(__file__).parents[1]
 ROWS, PAGE = ROOT / "benchmarks/published.toml", ROOT / "docs/planning.md"
-BEGIN, END = (
-  "<!-- published: written by `python -m benchmarks.published --write` -->",
-  ("<!-- published: end -->"),
-)
+BEGIN = "<!-- published: written by `python -m benchmarks.published --write` -->"
+END = "<!-- published: end -->"
 NEAR = (0.87, 1.15)  # predicted / published time that counts as agreement
 
 # Without a compiler each operation between products reads and writes memory: their traffic

@@ -58,7 +58,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     there = os.path.relpath(there, Path(place).parent) + mark + anchor
     return f'src="{there}"' if picture else f"[{text}]({there})"
 
-  return LINK.sub(link, markdown).replace(FIELDS, table_of_fields())
+  markdown = LINK.sub(link, markdown)
+  return markdown.replace(FIELDS, table_of_fields()) if FIELDS in markdown else markdown
 
 
 def table_of_fields() -> str:

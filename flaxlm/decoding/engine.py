@@ -354,9 +354,8 @@ class Engine:
       self._state, self._rows, self._slots, self._source_slots = None, [], 0, 0
     longest = max(self._room_of(job) for job in jobs)
     slots = max(self._slots, self.sizes.bucket_of_slots(longest))
-    source_slots = self._source_slots
-    if any(sources):
-      source_slots = max(source_slots, self.sizes.bucket_of_source(max(sources)))
+    needed = self.sizes.bucket_of_source(max(sources))
+    source_slots = max(self._source_slots, needed)
     if self._state is None:
       batch = self.sizes.bucket_of_rows(self._wanted_rows(len(jobs)))
       self._slots, self._source_slots = slots, source_slots

@@ -94,15 +94,15 @@ class Reader:
 
   def may_read_together(self, texts: Sequence[Text]) -> bool:
     """Whether one pass reads so many prompts. Short ones gain by it on a CPU, too."""
+    if len(texts) == 1:
+      return True
     longest = max(len(prompt) for prompt, _ in texts)
     is_short = self.options.whole_rows and len(texts) * bucket(longest) <= CHUNK
     if len(texts) > self.together and not is_short:
       return False
-    sources = max(len(source) for _, source in texts)
     slots = self.sizes.bucket_of_reading(longest + MOST_PADDING)
-    source_slots = self.sizes.bucket_of_source(sources) if sources else 0
-    batch = self._batch_of(len(texts))
-    return len(texts) == 1 or self.sizes.has_room(batch, slots, source_slots)
+    source_slots = self.sizes.bucket_of_source(max(len(source) for _, source in texts))
+    return self.sizes.has_room(self._batch_of(len(texts)), slots, source_slots)
 
   def _batch_of(self, count: int) -> int:
     """The rows of a cache for so many texts."""
@@ -122,9 +122,9 @@ class Reader:
     if self.options.whole_rows:  # no other size is needed afterwards
       end = max(final_length, starts[0] + padded_length(max(lengths)))
       slots = max(slots, self.sizes.bucket_of_slots(end))
-    sources, source_slots = [source for _, source in texts], 0
-    if any(sources):
-      source_slots = self.sizes.bucket_of_source(max(map(len, sources)))
+    sources = [source for _, source in texts]
+    source_slots = self.sizes.bucket_of_source(max(map(len, sources)))
+    if source_slots:
       source_BS, lengths_B = pad_rows(sources, batch, source_slots)
       self.counters.read_tokens += sum(map(len, sources))
       args = (self.model, self.params, source_BS, lengths_B, slots)

@@ -82,30 +82,27 @@ class RowSettings:
     num_top = max((request.num_top for request in given), default=0)
     stops = max((len(request.stop_tokens) for request in given), default=0)
     width = bucket(max(1, stops), smallest=4)
-    least_biases, level, has_top = 0, None, None
-    if self.shapes is not None:
-      level, has_top = np.int32(self._level_of(settings)), np.bool_(num_top > 0)
-      width, least_biases = max(width, LEAST_STOPS), LEAST_BIASES
-    sampling = stack_rows(settings, self.automaton, self._states, least_biases)
+    if self.shapes is None:
+      sampling = stack_rows(settings, self.automaton, self._states)
+      level, has_top = None, None
+      num_top = min(bucket(num_top, smallest=1), self.cfg.num_ids) if num_top else 0
+      static = StaticSampling(rules_in_use(sampling), num_top)
+    else:
+      sampling = stack_rows(settings, self.automaton, self._states, LEAST_BIASES)
+      level = np.int32(self._level_of(settings, self.shapes))
+      has_top, width = np.bool_(num_top > 0), max(width, LEAST_STOPS)
+      static = StaticSampling((), self.shapes.num_top, tuple(self.shapes.rules))
     stops_BE = np.full((len(requests), width), -1, np.int32)
     for row, request in enumerate(requests):
       if request is not None:
         stops_BE[row, : len(request.stop_tokens)] = [*request.stop_tokens]
     drawing = Drawing(sampling, stops_BE, self.num_ids, level, has_top)
-    if self.shapes is not None:
-      static = StaticSampling((), self.shapes.num_top, tuple(self.shapes.rules))
-    else:
-      if num_top:
-        num_top = min(bucket(num_top, smallest=1), self.cfg.num_ids)
-      static = StaticSampling(rules_in_use(sampling), num_top)
     return jax.device_put(drawing), static
 
-  def _level_of(self, settings: Sequence[SamplingSettings]) -> int:
+  def _level_of(self, settings: Sequence[SamplingSettings], shapes: Shapes) -> int:
     """The first of the shapes' sets of rules that has all that some row uses."""
-    states: dict[str | None, int] = {one.regex: FREE + 1 for one in settings}
-    needed = {*rules_in_use(stack_rows(settings, NO_AUTOMATON, states | {None: FREE}))}
-    assert self.shapes is not None
-    return next(n for n, names in enumerate(self.shapes.rules) if needed <= {*names})
+    needed = rules_of(settings)
+    return next(n for n, names in enumerate(shapes.rules) if needed <= {*names})
 
   # -- Regular expressions
 
@@ -151,15 +148,19 @@ class RowSettings:
 
   def needs_history(self, request: EngineRequest) -> bool:
     """Whether a rule that is compiled in for the request must know its tokens so far."""
-    states = {request.settings.regex: FREE + 1, None: FREE}
-    rules = {*rules_in_use(stack_rows([request.settings], NO_AUTOMATON, states))}
-    return self.shapes is not None or bool(rules & HISTORY_RULES)
+    return self.shapes is not None or bool(rules_of([request.settings]) & HISTORY_RULES)
 
   def history_of(self, requests: Sequence[EngineRequest]) -> TokenHistory:
     """The history of requests that have drawn nothing yet."""
     states = [self._states[request.settings.regex] for request in requests]
     prompts, states_B = [request.prompt for request in requests], np.array(states, np.int32)
     return history_of_prompts(prompts, states_B, self.cfg.vocab_size)
+
+
+def rules_of(settings: Sequence[SamplingSettings]) -> set[str]:
+  """The rules that some row uses; no automaton need be built to know."""
+  states: dict[str | None, int] = {one.regex: FREE + 1 for one in settings}
+  return {*rules_in_use(stack_rows(settings, NO_AUTOMATON, states | {None: FREE}))}
 
 
 @functools.partial(jax.jit, static_argnames=("batch", "num_tokens"))

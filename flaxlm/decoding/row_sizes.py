@@ -64,6 +64,9 @@ class RowSizes:
     return [*(between if before == low else between[::-1]), after]
 
   def bucket_of_source(self, length: int) -> int:
+    """The slots of a source of this length; none of no source."""
+    if not length:
+      return 0
     if self.options.shapes is not None:
       return least(self.options.shapes.slots, length)
     return bucket(length)
@@ -82,7 +85,7 @@ class RowSizes:
     batch = self.bucket_of_rows(len(requests))
     slots = self.bucket_of_slots(max(request.final_length for request in requests))
     source = max(len(request.source or ()) for request in requests)
-    source_slots = self.bucket_of_source(source) if source else 0
+    source_slots = self.bucket_of_source(source)
     return self.has_room(batch, slots, source_slots)
 
   def has_room(self, batch: int, slots: int, source_slots: int) -> bool:

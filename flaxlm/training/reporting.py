@@ -15,6 +15,7 @@ from flaxlm.checkpoint.manifest import Entry, read_entries, write_entries
 from flaxlm.errors import writing
 from flaxlm.runs import LOG, METRICS
 from flaxlm.strict_json import to_json
+from flaxlm.training.clock import MFU
 from flaxlm.training.events import EventFile
 from flaxlm.training.tracking import Tracker
 
@@ -125,8 +126,8 @@ class Reporter:
     text, rate = f"{name} {values[f'train/{name}']:.3f}", values.get("perf/tokens_per_sec")
     if rate:
       text += f"  {rate:,.0f} tokens/s"
-    if "perf/mfu" in values:
-      text += f"  MFU {values['perf/mfu']:.1%}"
+    if MFU in values:
+      text += f"  MFU {values[MFU]:.1%}"
     if self._bar is not None:
       self._bar.update(self._task, completed=step, description=text)
       return

@@ -3,13 +3,13 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from browser import drawn_page, with_chromium
 from look_runs import HOSTILE, Page, make_run, page_of, save_run
 
 from flaxlm.chat.templates import plain_chat
@@ -219,10 +219,7 @@ def test_without_matplotlib_a_png_names_the_extra(
   assert "flaxlm[look]" in capsys.readouterr().err
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@with_chromium
 @pytest.mark.parametrize(
   "kind", ["attention", "embeddings", "positions", "tokens", "chat", "run"]
 )
@@ -232,10 +229,4 @@ def test_a_browser_draws_the_page_without_a_word(
   page_of(views[kind])
   path = tmp_path / f"{kind}.html"
   save_view(views[kind], path)
-  options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000")
-  options += ("--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}")
-  command = [str(CHROMIUM), *options, "--dump-dom", path.as_uri()]
-  shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
-  assert 'data-ready="true"' in shown.stdout, shown.stderr
-  assert "CONSOLE" not in shown.stderr, shown.stderr
-  assert "<title>broken" not in shown.stdout
+  drawn_page(path)

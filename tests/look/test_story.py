@@ -5,7 +5,6 @@ import functools
 import json
 import re
 import shutil
-import subprocess
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from browser import drawn_page, with_chromium
 from look_runs import HOSTILE, log_softmax, make_run, page_of, save_run
 
 from flaxlm.cli import main
@@ -372,7 +372,6 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path, capsys: Any):
   assert "has no checkpoint yet" in capsys.readouterr().err
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # Moves the sliders and walks as the keyboard does, and keeps what the page then shows.
 DRIVER = """
 const wait = setInterval(() => {
@@ -406,7 +405,7 @@ const wait = setInterval(() => {
 """
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@with_chromium
 @pytest.mark.parametrize(
   ("family", "text", "source"),
   [
@@ -424,14 +423,8 @@ def test_a_browser_tells_it_and_computes_the_softmax(
   html = to_html(view).replace("script-src '", f"script-src '{digest(DRIVER)}' '")
   path = tmp_path / "story.html"
   path.write_text(html.replace("</body>", f"<script>{DRIVER}</script></body>"), "utf-8")
-  options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000")
-  options += ("--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}")
-  command = [str(CHROMIUM), *options, "--dump-dom", path.as_uri()]
-  shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
-  assert 'data-ready="true"' in shown.stdout, shown.stderr
-  assert "CONSOLE" not in shown.stderr, shown.stderr
-  assert "<title>broken" not in shown.stdout
-  found = json.loads(unescape(re.findall("FOUND(.*?)END", shown.stdout)[-1]))
+  shown = drawn_page(path)
+  found = json.loads(unescape(re.findall("FOUND(.*?)END", shown)[-1]))
   logits_V = chapters["softmax"]["logits"]
   best = lambda T: np.exp(log_softmax(logits_V / T)).max()
   assert float(found["cold"]) == pytest.approx(best(0.5), rel=1e-5)

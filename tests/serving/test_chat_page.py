@@ -4,7 +4,6 @@
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import CHROMIUM, with_chromium
 from serving_runs import is_free, listening, random_run, served
 
 from flaxlm.serving.app import build_app
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
   pytest.mark.slow,
-  pytest.mark.skipif(not CHROMIUM, reason="needs chromium"),
+  with_chromium,
 ]
 
 
