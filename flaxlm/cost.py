@@ -215,8 +215,9 @@ class ForwardFlops:
 
 
 # The backward pass / the forward pass of attention, two products: XLA's operations keep the
-# weights; cuDNN's kernel computes the scores again; splash has two kernels, and each does.
-BACKWARD = {"cudnn": 2.5, "splash": 3.5}
+# weights; cuDNN's kernel and tiles compute the scores again; splash has two kernels, and
+# each does.
+BACKWARD = {"cudnn": 2.5, "splash": 3.5, "tiled": 2.5}
 
 
 def attention_passes(training: TrainingConfig) -> float:

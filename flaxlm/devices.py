@@ -6,11 +6,12 @@ A row is one JAX device: what a mesh counts. What is not published is None, neve
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from flaxlm.config import NO_KERNEL, SPLASH, FusedKernel, cudnn
+from flaxlm.config import NO_KERNEL, SPLASH, TILED, FusedKernel, cudnn
 from flaxlm.errors import ConfigError
 
 GB, TERA = 1e9, 1e12
@@ -243,7 +244,9 @@ _MEMORY = {row["name"]: row for row in _read(MEMORY)}
 
 DEVICES = (
   *(_device(row | _MEMORY[row["name"]]) for row in _read(PEAKS)),
-  Device(name="cpu", kind="cpu"),  # no data sheet says what JAX gets out of one: measure it
+  Device(
+    name="cpu", kind="cpu", kernel=TILED
+  ),  # no data sheet says what JAX gets out of one: measure it
 )
 
 # The device of a plan for which none was named: it has bytes and FLOPs, but no times.
@@ -308,3 +311,10 @@ def device_of(device_kind: str) -> Device | None:
     if re.search(pattern, device_kind):
       return find_device(name)
   return None
+
+
+def num_processors() -> int:
+  """How many this process may use."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1

@@ -6,7 +6,7 @@ Standard library only: importing this is instant.
 
 from flaxlm.config.checks import check_config, check_model, check_types
 from flaxlm.config.fields import MOST_DEVICES, knob, knobs
-from flaxlm.config.kernels import FUSED, NO_KERNEL, SPLASH, FusedKernel, cudnn
+from flaxlm.config.kernels import FUSED, NO_KERNEL, SPLASH, TILED, FusedKernel, cudnn
 from flaxlm.config.mesh import (
   MESH_AXES,
   SLOW,

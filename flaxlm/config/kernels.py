@@ -13,19 +13,22 @@ class FusedKernel:
   `devices.Device.kernel` of a planned one), because nothing in `nn` asks devices.
   """
 
-  name: Literal["", "cudnn", "splash"] = ""
+  name: Literal["", "cudnn", "splash", "tiled"] = ""
   head_dim: int = 0  # the largest that it takes in training
   shortest: int = 0  # `auto` leaves shorter rows to XLA's operations
   lanes: int = 1  # it keeps heads padded to a multiple of these, and takes such lengths
   interpreted: bool = False  # by Pallas's interpreter, which needs no TPU: for tests
 
 
-FUSED = ("cudnn", "splash")  # the paths of attention that are such a kernel
+FUSED = ("cudnn", "splash", "tiled")  # the paths of attention that are such a kernel
 NO_KERNEL = FusedKernel()
 
 # Its table of block sizes ends at 512 tokens (nn/kernels/splash.py): a row of two blocks is
 # the first of which causal attention skips a part.
 SPLASH = FusedKernel("splash", head_dim=256, shortest=1024, lanes=128)
+
+# Up to 256 tokens it is no faster than whole rows (docs/LOG.md).
+TILED = FusedKernel("tiled", shortest=512)
 
 
 def cudnn(head_dim: int) -> FusedKernel:

@@ -106,7 +106,7 @@ class OptimizerConfig:
 
 Remat = Literal["none", "dots", "attention", "full", "offload"]
 
-AttentionPath = Literal["auto", "blocked", "cudnn", "splash"]
+AttentionPath = Literal["auto", "blocked", "cudnn", "splash", "tiled"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,8 +130,9 @@ class TrainingConfig:
   attention: AttentionPath = knob(  # noqa: RUF009 - as frozen as the others
     "auto",
     "kernel for whole rows; blocked: XLA's operations; cudnn: NVIDIA's fused kernel, in "
-    "bfloat16 on its GPUs; splash: jax's fused kernel for TPUs; auto: the device's fused "
-    "kernel where it supports the model, splash from 1,024 tokens a row on",
+    "bfloat16 on its GPUs; splash: jax's fused kernel for TPUs; tiled: head by head, on a "
+    "CPU; auto: the device's own where it supports the model, splash from 1,024 tokens a "
+    "row on, tiled from 512",
   )
   remat: Remat = knob(  # noqa: RUF009 - as frozen as the others
     "none",

@@ -23,7 +23,7 @@ from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.lora import abstract_adapters, abstract_frozen, freeze, merged
 from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
 from flaxlm.origin import COMPARES, Origin, checkpoint_of, located
-from flaxlm.platform import fused_kernel
+from flaxlm.platform import fused_kernel, head_groups
 from flaxlm.runs import (
   CHECKPOINTS,
   CONFIG,
@@ -177,7 +177,10 @@ def prepare_for_decoding(
   model = run.model
   if run.cfg.model.family == "rnn" and (weights or narrow_cache):
     raise ConfigError("an RNN has no narrow weights or cache", "leave the flags out")
-  execution = dataclasses.replace(model.execution, narrow_cache=narrow_cache)
+  groups = head_groups(model.cfg.num_kv_heads) if run.mesh.size == 1 else 1
+  execution = dataclasses.replace(
+    model.execution, narrow_cache=narrow_cache, head_groups=groups
+  )
   if weights == "bfloat16":
     execution = dataclasses.replace(execution, dtype=jnp.dtype("bfloat16"))
   with use_mesh(run.mesh):

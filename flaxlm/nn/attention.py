@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from flaxlm.config import ResolvedModel
-from flaxlm.nn.cache import widened
+from flaxlm.nn.cache import groups_of, widened
 from flaxlm.nn.execution import Execution
 from flaxlm.nn.kernels.blocked import attend_blocked
 from flaxlm.nn.kernels.cached import attend_cached
 from flaxlm.nn.kernels.cudnn import attend_cudnn
 from flaxlm.nn.kernels.outline import OUTLINE, attend_outline
 from flaxlm.nn.kernels.paths import prompt_path, rows_path
+from flaxlm.nn.kernels.tiled import attend_tiled
 from flaxlm.nn.layers import Einsum, residual_scale
 from flaxlm.nn.masks import LOWEST, CosSin, Scoring, Sight
 from flaxlm.nn.positions import rotate
@@ -125,15 +126,41 @@ class Attention(nn.Module):
     Keys and values are (B, S, K, H) or, `cached`, (B, K, S, H).
     """
     q_BTNH = self.queries(x_BTD, sight.cos_sin)
-    k, v = (widened(x, self.execution.dtype) for x in keys_values)
-    mixing = (sight, Scoring(self.cfg.attention_scale, self.cfg.attention_softcap))
     sinks_N = self.sinks if self.cfg.learned_sinks else None
-    path, weights_BNTS = self.path(q_BTNH, k, cached, capture), None
+    keys, values = map(groups_of, keys_values)
+    if len(keys) == 1:
+      mixed = self.mix(q_BTNH, *keys, *values, sight, sinks_N, cached, capture)
+      return self.o(mixed[0]), mixed[1]
+    cut = lambda x, dim: [None] * len(keys) if x is None else jnp.split(x, len(keys), dim)
+    queries, biases, sinks = cut(q_BTNH, 2), cut(sight.bias_XNTS, 1), cut(sinks_N, 0)
+    outs, maps = [], []
+    for q, k, v, bias, sink in zip(queries, keys, values, biases, sinks, strict=True):
+      seen = sight._replace(bias_XNTS=bias)
+      out_BTNH, weights_BNTS = self.mix(q, k, v, seen, sink, cached, capture)
+      outs.append(out_BTNH)
+      maps.append(weights_BNTS)
+    weights_BNTS = jnp.concatenate(maps, 1) if capture else None
+    return self.o(jnp.concatenate(outs, 2)), weights_BNTS
+
+  def mix(
+    self,
+    q_BTNH: jax.Array,
+    keys: Any,
+    values: Any,
+    sight: Sight,
+    sinks_N: jax.Array | None,
+    cached: bool,
+    capture: bool,
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """The values of these heads (B, T, N, H) and, if `capture`, the weights."""
+    k, v = (widened(x, self.execution.dtype) for x in (keys, values))
+    mixing = (sight, Scoring(self.cfg.attention_scale, self.cfg.attention_softcap))
+    path = self.path(q_BTNH, k, cached, capture)
     if cached and path != "cached":  # all other functions take (B, S, K, H)
       k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     match path:
       case "captured":
-        out_BTNH, weights_BNTS = attend(q_BTNH, k, v, *mixing, sinks_N)
+        return attend(q_BTNH, k, v, *mixing, sinks_N)
       case "cached":
         out_BTNH = attend_cached(q_BTNH, k, v, *mixing, sinks_N)
       case "cudnn":
@@ -144,11 +171,13 @@ class Attention(nn.Module):
 
         interpreted = self.execution.kernel.interpreted
         out_BTNH = attend_splash(q_BTNH, k, v, *mixing, sinks_N, interpreted)
+      case "tiled":
+        out_BTNH = attend_tiled(q_BTNH, k, v, *mixing)
       case "outline":
         out_BTNH = attend_outline(q_BTNH, k, v, self.execution.kernel.lanes)
       case "blocked":
         out_BTNH = attend_blocked(q_BTNH, k, v, *mixing, sinks_N)
-    return self.o(out_BTNH), weights_BNTS
+    return out_BTNH, None
 
   def path(self, q_BTNH: jax.Array, k: jax.Array, cached: bool, capture: bool) -> str:
     """Which of the functions above computes attention for these arguments."""

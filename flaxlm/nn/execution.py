@@ -27,6 +27,7 @@ class Execution:
   remat: str = "none"
   scanned: bool = False
   narrow_cache: bool = False  # keys and values in int8
+  head_groups: int = 1  # arrays that the kv heads of a cache are shared out to
   microbatches: int | None = None  # of a pipeline; None: one for each stage
   repeats: int = 1  # rounds of a pipeline
   sequence_parallel: bool = False
@@ -61,8 +62,10 @@ class Execution:
     return dict(dtype=self.dtype, param_dtype=self.param_dtype)
 
   @property
-  def cache_dtype(self) -> jnp.dtype:
-    return jnp.dtype(jnp.int8) if self.narrow_cache else self.dtype
+  def cache_form(self) -> tuple[jnp.dtype, int]:
+    """The dtype of a cache, and the groups of its kv heads."""
+    dtype = jnp.dtype(jnp.int8) if self.narrow_cache else self.dtype
+    return dtype, self.head_groups
 
 
 # What is kept of a block besides its input, by `training.remat`.

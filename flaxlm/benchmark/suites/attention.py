@@ -20,6 +20,7 @@ from flaxlm.cost import visible_keys
 from flaxlm.nn.attention import attend
 from flaxlm.nn.kernels.blocked import attend_blocked
 from flaxlm.nn.kernels.cudnn import attend_cudnn
+from flaxlm.nn.kernels.tiled import attend_tiled
 from flaxlm.nn.masks import Pattern, Placement, Reach, Scoring, Sight, visible
 from flaxlm.platform import fused_kernel
 
@@ -108,6 +109,8 @@ def paths(shape: AttentionShape, dtype: str) -> dict[str, AttentionPath]:
   if kernel.name == "cudnn" and dtype == "bfloat16" and kernel.head_dim >= shape.H:
     found["cudnn"] = lambda q, k, v: attend_cudnn(q, k, v, sight, scoring)
     found["cudnn masked"] = lambda q, k, v: attend_cudnn(q, k, v, masked, scoring)
+  if kernel.name == "tiled":
+    found["tiled"] = lambda q, k, v: attend_tiled(q, k, v, sight, scoring)
   if kernel.name == "splash" and shape.T % 128 == 0:
     from flaxlm.nn.kernels.splash import attend_splash
 

@@ -7,6 +7,7 @@ measurements are in docs/LOG.md). tests/nn/kernels/ compares each with its plain
 - paths.py: which kernel computes attention on the devices at hand, and why
 - blocked.py: attention over whole rows in XLA's operations
 - cudnn.py: attention by NVIDIA's fused kernel
+- tiled.py: attention over long rows on a CPU
 - cached.py: attention over a cache, where one token is decoded at a time
 - outline.py: what attention keeps for the backward pass, for the planner
 - products.py: products with weights, in training and in decoding

@@ -2,6 +2,7 @@
 """Which kernel computes attention over whole rows and over prompts: its name, and why."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -102,6 +103,23 @@ def splash_obstacles(
   return [reason for reason, holds in obstacles.items() if holds]
 
 
+def tiled_obstacles(
+  cfg: ResolvedModel,
+  execution: Execution,
+  sizes: Mapping[str, int],
+  lengths: Sequence[int],
+) -> list[str]:
+  """Why attention in tiles cannot run a model on a CPU; empty if it can."""
+  obstacles = {
+    "it is for CPUs": execution.kernel.name != "tiled",
+    "it runs on one device": math.prod(sizes.values()) > 1,
+    "it does not support attention_softcap": cfg.attention_softcap is not None,
+    "it does not support learned_sinks": cfg.learned_sinks,
+    **biases(cfg),
+  }
+  return [reason for reason, holds in obstacles.items() if holds]
+
+
 def biases(cfg: ResolvedModel) -> dict[str, bool]:
   biased = cfg.positions in {"alibi", "relative"}
   return {f"it does not support positions={cfg.positions}": biased}
@@ -111,7 +129,7 @@ def stages(sizes: Mapping[str, int]) -> dict[str, bool]:
   return {"it does not run in the stages of a pipeline": sizes.get("stage", 1) > 1}
 
 
-OBSTACLES = {"cudnn": cudnn_obstacles, "splash": splash_obstacles}
+OBSTACLES = {"cudnn": cudnn_obstacles, "splash": splash_obstacles, "tiled": tiled_obstacles}
 
 
 def training_path(

@@ -10,14 +10,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from meshes import mesh_of
 from parameters import random_params
 
-from flaxlm.config import ModelConfig, TrainingConfig, cudnn
+from flaxlm.config import SPLASH, TILED, ModelConfig, TrainingConfig, cudnn
 from flaxlm.decoding.prefill import Request, prefill_prompts
 from flaxlm.errors import ConfigError
 from flaxlm.nn.attention import attend
 from flaxlm.nn.execution import Execution
+from flaxlm.nn.kernels import tiled
 from flaxlm.nn.kernels.blocked import attend_blocked, query_blocks
 from flaxlm.nn.kernels.cudnn import attend_cudnn
 from flaxlm.nn.kernels.paths import choose_path
+from flaxlm.nn.kernels.tiled import attend_tiled, tiles
 from flaxlm.nn.masks import Placement, Reach, Scoring, Sight, visible
 from flaxlm.nn.models import build_model
 from flaxlm.sharding import KV_COPIES, make_mesh
@@ -36,18 +38,20 @@ WAYS = {
 }
 # It has everything; one thing each is for the slow tests.
 ONCE = ("all",)
+OUTSIDE_TILES = ("softcap", "bias", "bias_of_each_row", "learned_sinks", "all")
 OUTSIDE_CUDNN = ("softcap", "bias", "bias_of_each_row", "learned_sinks", "all")
 
 
 @pytest.mark.parametrize(
   ("way", "num_tokens", "kv_heads"),
   [
-    *(slow(way, 130, 2) for way in WAYS if way not in ONCE),
-    *((way, 130, 2) for way in ONCE),
+    *(slow(way, 130, 2) for way in WAYS if way not in (*ONCE, "window")),
+    *((way, 130, 2) for way in (*ONCE, "window")),
     *(("all", 9, 1), ("all", 9, 4), ("causal", 9, 2)),
   ],
 )
-def test_blocked_equals_reference_with_gradients(way, num_tokens, kv_heads):
+def test_kernels_equal_reference_with_gradients(way, num_tokens, kv_heads, monkeypatch):
+  monkeypatch.setattr(tiled, "QUERIES", 48)  # several tiles of 130 queries
   B, T, N, H = 2, num_tokens, 4, 8
   options = dict(causal=True, window=None, softcap=None, bias=0, sinks=False) | WAYS[way]
   sink_tokens = options.get("sink_tokens", 0)
@@ -73,12 +77,16 @@ def test_blocked_equals_reference_with_gradients(way, num_tokens, kv_heads):
   expected = jax.jit(output_and_gradients, static_argnums=0)(
     lambda q, k, v, bias, sinks: attend(q, k, v, Sight(mask, bias), scoring, sinks)[0]
   )
-  actual = jax.jit(output_and_gradients, static_argnums=0)(
-    lambda q, k, v, bias, sinks: attend_blocked(
-      q, k, v, Sight(mask, bias, reach=reach), scoring, sinks
-    )
-  )
-  jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, atol=3e-5), actual, expected)
+  sight = lambda bias: Sight(mask, bias, reach=reach)
+  kernels = [
+    lambda q, k, v, bias, sinks: attend_blocked(q, k, v, sight(bias), scoring, sinks)
+  ]
+  if way not in OUTSIDE_TILES:
+    kernels.append(lambda q, k, v, *_: attend_tiled(q, k, v, sight(None), scoring))
+  for kernel in kernels:
+    actual = jax.jit(output_and_gradients, static_argnums=0)(kernel)
+    close = lambda a, e: np.testing.assert_allclose(a, e, atol=3e-5)
+    jax.tree.map(close, actual, expected)
 
 
 def test_windows_reach_over_blocks():
@@ -187,6 +195,37 @@ def test_the_path_is_one_that_can():
   assert chosen(kernel=0) == ("blocked", "the devices have no fused kernel")
   with pytest.raises(ConfigError, match="it runs on NVIDIA GPUs"):
     chosen("cudnn", kernel=0)
+
+
+def test_tiles_are_for_long_rows_on_one_cpu():
+  def chosen(wanted="auto", kernel=TILED, sizes=None, length=512, **model):
+    cfg = ModelConfig(vocab_size=64, **model).resolve()
+    run = Execution(attention=wanted, kernel=kernel)
+    return choose_path(cfg, run, sizes or {}, (length, 0))
+
+  assert chosen().name == chosen("tiled", length=9).name == "tiled"
+  assert chosen(length=511) == ("blocked", "tiled is for rows of 512 tokens or more")
+  for cause, case in {
+    "one device": dict(sizes={"data": 2}),
+    "softcap": dict(attention_softcap=30.0),
+    "learned_sinks": dict(learned_sinks=True),
+    "alibi": dict(positions="alibi"),
+    "relative": dict(positions="relative"),
+    "CPUs": dict(kernel=SPLASH),
+  }.items():
+    with pytest.raises(ConfigError, match=f"attention=tiled is not possible: .*{cause}"):
+      chosen("tiled", **case)
+    assert chosen(**case).name == "blocked"
+
+
+@pytest.mark.parametrize(("num_queries", "window"), [(9, None), (600, None), (5000, 700)])
+def test_tiles_have_every_key_that_is_seen_once(num_queries, window):
+  seen = np.zeros((num_queries, num_queries), int)
+  for queries, keys in tiles(Reach(window), num_queries, num_queries):
+    seen[queries, keys] += 1
+  mask = visible(Placement(jnp.arange(num_queries)[None]), num_queries, window=window)
+  assert seen.max() == 1 and (seen >= mask[0]).all()
+  assert num_queries < 1000 or seen.mean() < 0.25  # most of the rest is skipped
 
 
 @pytest.mark.parametrize("num_queries", [1, 63, 64, 130, 256, 1000])
