@@ -128,19 +128,19 @@ class Attention(nn.Module):
     q_BTNH = self.queries(x_BTD, sight.cos_sin)
     sinks_N = self.sinks if self.cfg.learned_sinks else None
     keys, values = map(groups_of, keys_values)
-    if len(keys) == 1:
-      mixed = self.mix(q_BTNH, *keys, *values, sight, sinks_N, cached, capture)
-      return self.o(mixed[0]), mixed[1]
-    cut = lambda x, dim: [None] * len(keys) if x is None else jnp.split(x, len(keys), dim)
-    queries, biases, sinks = cut(q_BTNH, 2), cut(sight.bias_XNTS, 1), cut(sinks_N, 0)
+    one = len(keys) == 1
+    cut = lambda x, dim: (
+      [x] * len(keys) if one or x is None else jnp.split(x, len(keys), dim)
+    )
+    join = lambda parts, dim: parts[0] if one else jnp.concatenate(parts, dim)
     outs, maps = [], []
-    for q, k, v, bias, sink in zip(queries, keys, values, biases, sinks, strict=True):
-      seen = sight._replace(bias_XNTS=bias)
-      out_BTNH, weights_BNTS = self.mix(q, k, v, seen, sink, cached, capture)
+    groups = cut(q_BTNH, 2), keys, values, cut(sight.bias_XNTS, 1), cut(sinks_N, 0)
+    for q, k, v, bias_XNTS, sinks in zip(*groups, strict=True):
+      seen = sight._replace(bias_XNTS=bias_XNTS)
+      out_BTNH, weights_BNTS = self.mix(q, k, v, seen, sinks, cached, capture)
       outs.append(out_BTNH)
       maps.append(weights_BNTS)
-    weights_BNTS = jnp.concatenate(maps, 1) if capture else None
-    return self.o(jnp.concatenate(outs, 2)), weights_BNTS
+    return self.o(join(outs, 2)), join(maps, 1) if capture else None
 
   def mix(
     self,
