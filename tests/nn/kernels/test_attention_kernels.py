@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention paths agree, forward and backward, for every mask."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -216,6 +218,26 @@ def test_tiles_are_for_long_rows_on_one_cpu():
     with pytest.raises(ConfigError, match=f"attention=tiled is not possible: .*{cause}"):
       chosen("tiled", **case)
     assert chosen(**case).name == "blocked"
+
+
+def test_prompts_are_read_in_tiles(monkeypatch):
+  """Prompts of different lengths, into rings and groups of heads, by the mask alone."""
+  sizes = dict(depth=2, width=32, num_heads=4, num_kv_heads=2, vocab_size=64, context=256)
+  cfg = ModelConfig(**sizes, window=48, layer_pattern="LG").resolve()
+  request = Request([[*range(1, 60)] * 4, [*range(9, 50)], [7]], 3, num_ids=64)
+  calls, found = [], []
+  monkeypatch.setattr(
+    "flaxlm.nn.attention.attend_tiled",
+    lambda *arguments: calls.append(1) or attend_tiled(*arguments),
+  )
+  for path in ("blocked", "auto"):
+    kernel = dataclasses.replace(TILED, shortest=64)
+    model = build_model(cfg, TrainingConfig(attention=path), kernel)
+    model = model.clone(execution=dataclasses.replace(model.execution, head_groups=2))
+    logits_BV, _ = prefill_prompts(model, random_params(model), request, mesh=None)
+    found.append(np.asarray(logits_BV))
+  assert calls
+  np.testing.assert_allclose(found[1], found[0], atol=1e-4 * np.abs(found[0]).max())
 
 
 @pytest.mark.parametrize(("num_queries", "window"), [(9, None), (600, None), (5000, 700)])
