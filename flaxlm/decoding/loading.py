@@ -177,7 +177,9 @@ def prepare_for_decoding(
   model = run.model
   if run.cfg.model.family == "rnn" and (weights or narrow_cache):
     raise ConfigError("an RNN has no narrow weights or cache", "leave the flags out")
-  groups = head_groups(model.cfg.num_kv_heads) if run.mesh.size == 1 else 1
+  groups = 1
+  if run.mesh.size == 1:
+    groups = head_groups(model.cfg.num_kv_heads, model.cfg.head_dim)
   execution = dataclasses.replace(
     model.execution, narrow_cache=narrow_cache, head_groups=groups
   )
