@@ -19,7 +19,6 @@ from typing import NamedTuple
 import jax
 
 from flaxlm.config import MOST_DEVICES, NO_KERNEL, SPLASH, TILED, FusedKernel, cudnn
-from flaxlm.devices import num_processors
 from flaxlm.errors import ConfigError
 
 
@@ -33,9 +32,6 @@ class Flag(NamedTuple):
     """For the log of a run."""
     return f"XLA: --{self.name}={self.value}: {self.reason}"
 
-
-MOST_GROUPS = 8  # arrays that a cache's kv heads are shared out to
-NARROWEST = 256  # keys of a token; of fewer, several arrays only take longer to begin
 
 GPU = (
   Flag(
@@ -167,18 +163,6 @@ def fused_kernel() -> FusedKernel:
     return NO_KERNEL
   generation = int(device.compute_capability.split(".")[0])
   return cudnn(0 if generation < 8 else 128 if generation == 8 else 256)
-
-
-def head_groups(num_kv_heads: int, head_dim: int) -> int:
-  """How many arrays a cache's kv heads are shared out to on the device at hand.
-
-  One on accelerators. On a CPU at least as many as it has processors, or `MOST_GROUPS`:
-  see `nn.cache.HeadGroups`.
-  """
-  if jax.default_backend() != "cpu" or num_kv_heads * head_dim < NARROWEST:
-    return 1
-  wanted = min(num_processors(), MOST_GROUPS, num_kv_heads)
-  return next(n for n in range(wanted, num_kv_heads + 1) if num_kv_heads % n == 0)
 
 
 def keep_freed_memory() -> None:

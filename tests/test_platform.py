@@ -10,7 +10,6 @@ import jax
 import pytest
 from conftest import ROOT, slow
 
-from flaxlm import platform
 from flaxlm.platform import (
   GPU,
   TPU_SLICES,
@@ -138,21 +137,3 @@ def test_an_absent_tpu_is_not_looked_for(
     check=True,
   )
   assert run.stdout.strip() == expected
-
-
-@pytest.mark.parametrize(
-  ("processors", "num_kv_heads", "head_dim", "groups"),
-  [
-    (2, 12, 64, 2),
-    (2, 3, 128, 3),  # no two are equal
-    (16, 12, 64, 12),
-    (16, 32, 128, 8),  # more would not be noticed
-    (2, 1, 256, 1),
-    (2, 4, 32, 1),  # too little to read
-  ],
-)
-def test_on_a_cpu_the_heads_of_a_cache_are_shared_out(
-  processors, num_kv_heads, head_dim, groups, monkeypatch
-):
-  monkeypatch.setattr(platform, "num_processors", lambda: processors)
-  assert platform.head_groups(num_kv_heads, head_dim) == groups

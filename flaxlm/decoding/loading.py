@@ -18,12 +18,13 @@ from flaxlm.config import FUSED, ResolvedConfig
 from flaxlm.decoding.sampling import is_number
 from flaxlm.decoding.speculative import DRAFT_TOKENS, Draft
 from flaxlm.decoding.weights import KINDS, prepare_params
+from flaxlm.devices import num_processors
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.lora import abstract_adapters, abstract_frozen, freeze, merged
 from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
 from flaxlm.origin import COMPARES, Origin, checkpoint_of, located
-from flaxlm.platform import fused_kernel, head_groups
+from flaxlm.platform import fused_kernel
 from flaxlm.runs import (
   CHECKPOINTS,
   CONFIG,
@@ -37,6 +38,9 @@ from flaxlm.runs import (
 from flaxlm.sharding import mesh_for, use_mesh
 from flaxlm.tokenizers import AnyTokenizer, load_tokenizer
 from flaxlm.tokenizers.imported import SPECIALS
+
+MOST_GROUPS = 8  # arrays that a cache's kv heads are shared out to
+NARROWEST = 256  # keys of a token; of fewer, several arrays only take longer to begin
 
 
 class Run(NamedTuple):
@@ -188,6 +192,18 @@ def prepare_for_decoding(
   with use_mesh(run.mesh):
     params = prepare_params(run.params, model.cfg, weights)
   return run._replace(params=params, model=model.clone(execution=execution))
+
+
+def head_groups(num_kv_heads: int, head_dim: int) -> int:
+  """How many arrays a cache's kv heads are shared out to on the device at hand.
+
+  One on accelerators. On a CPU at least as many as it has processors, or `MOST_GROUPS`:
+  see `nn.cache.HeadGroups`.
+  """
+  if jax.default_backend() != "cpu" or num_kv_heads * head_dim < NARROWEST:
+    return 1
+  wanted = min(num_processors(), MOST_GROUPS, num_kv_heads)
+  return next(n for n in range(wanted, num_kv_heads + 1) if num_kv_heads % n == 0)
 
 
 def equip_for_decoding(
