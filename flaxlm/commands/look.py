@@ -226,11 +226,15 @@ def check_output(args: argparse.Namespace) -> None:
 
 def finish(args: argparse.Namespace, view: Any, path: Path | None, name: str = "") -> int:
   """Writes the picture, and prints its path; with --json, its figures."""
+  from flaxlm.look.links import FOLDER, link_pages
   from flaxlm.look.page import save_view
 
-  where = path / "look" / f"{args.subject}.html" if path is not None else Path(name)
-  where = Path(args.output) if args.output is not None else where
-  size = save_view(view, where)
+  own = path / FOLDER / f"{args.subject}.html" if path is not None else Path(name)
+  where = Path(args.output) if args.output is not None else own
+  save_view(view, where)
+  if path is not None and where == own:
+    link_pages(own.parent)
+  size = where.stat().st_size
   for cut in view.cuts:
     print(cut, file=sys.stderr)
   if args.json:

@@ -18,6 +18,7 @@ import numpy as np
 
 from flaxlm import strict_json
 from flaxlm.errors import DISK_ERRORS, ConfigError, first_line, write_error
+from flaxlm.look.links import CLOSES, OPENS
 from flaxlm.look.view import Shares, View
 
 ASSETS = Path(__file__).parent / "assets"
@@ -77,6 +78,7 @@ def to_html(view: View) -> str:
 <style>{style}</style>
 </head>
 <body>
+{OPENS}{CLOSES}
 <main id="page"><noscript>This page draws its data with JavaScript.</noscript></main>
 <script type="application/json" id="view">{to_json(view._asdict())}</script>
 <script>{script}</script>
