@@ -36,6 +36,7 @@ from flaxlm.errors import (
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
 METRICS, LOG, SAMPLE = "metrics.jsonl", "log.txt", "sample.txt"
+SAMPLES = "samples.jsonl"  # what the model wrote while it learnt
 IMPORTED_FILES = "huggingface"  # the files that came with an imported checkpoint
 ORIGIN = "origin.json"  # what a run began from: see origin.py
 NEW = ".new-"  # begins the name of a folder of files that are to take their places
@@ -231,17 +232,18 @@ def new_files(run_dir: Path) -> Iterator[Path]:
       (folder / name).replace(run_dir / name)
 
 
-def metrics_until(run_dir: Path, last_step: int) -> bytes:
-  """The lines of the run's metrics up to a step: a resumed run writes the later ones again.
-  A line that a kill has cut short is left out."""
-  lines = metrics_lines(run_dir)
+def lines_until(file: Path, last_step: int) -> bytes:
+  """The lines of the run's metrics, or of its samples, up to a step: a resumed run writes
+  the later ones again. A line that a kill has cut short is left out."""
+  lines = lines_of(file)
   return b"".join(line for line, values in lines if values["step"] <= last_step)
 
 
-def metrics_lines(run_dir: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-  """Each whole line of the run's metrics, and what it says; its step is a number."""
+def lines_of(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+  """Each whole line of the run's metrics, or of its samples, and what it says; its step is
+  a number."""
   try:
-    lines = (run_dir / METRICS).read_bytes().splitlines(keepends=True)
+    lines = file.read_bytes().splitlines(keepends=True)
   except FileNotFoundError:
     return
   for line in lines:

@@ -16,8 +16,8 @@ from flaxlm.runs import (
   TOKENIZER,
   check_unchanged,
   files_damage,
+  lines_until,
   load_config_of,
-  metrics_until,
   new_files,
 )
 
@@ -132,13 +132,13 @@ def test_what_others_have_damaged_is_not_vouched_for(run: Path):
 
 
 def test_a_resumed_run_keeps_the_metrics_of_its_steps(run: Path):
-  assert metrics_until(run, 4) == "".join(LINES[:4]).encode()
+  assert lines_until(run / METRICS, 4) == "".join(LINES[:4]).encode()
   (run / METRICS).write_bytes(
     b'{"step": 1, "a": "\xff"}\n[]\n' + "".join(LINES).encode() + b'{"step": 2}'
   )
-  assert metrics_until(run, 2) == "".join(LINES[:2]).encode()
+  assert lines_until(run / METRICS, 2) == "".join(LINES[:2]).encode()
   (run / METRICS).unlink()
-  assert metrics_until(run, 2) == b""
+  assert lines_until(run / METRICS, 2) == b""
 
 
 def test_a_part_of_a_file_has_a_digest_of_its_own(tmp_path: Path):

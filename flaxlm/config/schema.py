@@ -159,7 +159,15 @@ class TrainingConfig:
   replication_tolerance: float = knob(
     0.1, "largest share of the parameters' bytes that may be whole on every device", 0, 1
   )
+  log_layers: bool = knob(
+    False,
+    "log each layer's gradient norm and update size and, in evaluations, the load of each "
+    "expert",
+  )
   sample_prompt: str = knob("", "prompt that is completed when training ends")
+  sample_every_steps: int | None = knob(
+    None, "steps between samples before the end; none = only one, then", 1, MOST_STEPS
+  )
   hang_seconds: float | None = knob(
     600.0,
     "a step that takes longer ends the run, with a stack trace; none = never",

@@ -21,7 +21,7 @@ from flaxlm.decoding.loading import Run
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.interop.files import ABOUT_GGUF, CARD, DOCUMENTS, has_file
 from flaxlm.origin import Origin, read_origin
-from flaxlm.runs import IMPORTED_FILES, metrics_lines
+from flaxlm.runs import IMPORTED_FILES, METRICS, lines_of
 from flaxlm.tokenizers.own import MAX_FILE_BYTES
 from flaxlm.version import __version__
 
@@ -278,7 +278,7 @@ def evaluation(run: Run) -> Iterator[str]:
 
 def held_out(run: Run) -> tuple[int, dict[str, float]]:
   found: tuple[int, dict[str, float]] = 0, {}
-  for _, line in metrics_lines(run.path) if run.step else ():
+  for _, line in lines_of(run.path / METRICS) if run.step else ():
     figures = {
       name: float(x)
       for name, x in line.items()

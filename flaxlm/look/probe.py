@@ -5,7 +5,6 @@ The model runs as it always does. An interceptor of Linen's method calls keeps w
 into its modules and comes out of them, so that nothing is computed a second time here.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -22,13 +21,6 @@ from flaxlm.nn.stack import Stack
 from flaxlm.nn.vocabulary import mask_padding_ids
 
 NUM_LENS = 3  # tokens that the stream would say
-
-
-def unrolled(model: LanguageModel) -> LanguageModel:
-  """The same model without a loop over layers and without remat, whose values could not
-  leave them."""
-  plain = dataclasses.replace(model.execution, scanned=False, remat="none")
-  return model.clone(execution=plain)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "layer"))

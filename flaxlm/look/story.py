@@ -20,9 +20,10 @@ from flaxlm.decoding.sampling import GREEDY, SamplingSettings
 from flaxlm.errors import ConfigError
 from flaxlm.look import story_chapters
 from flaxlm.look.pieces import Reading, apply_to_row, describe
-from flaxlm.look.probe import probe, unrolled
+from flaxlm.look.probe import probe
 from flaxlm.look.story_chapters import Scene
 from flaxlm.look.view import View
+from flaxlm.nn.models import unrolled
 
 NUM_NEW = 12  # tokens of the completion
 NUM_BEST = 5  # candidates for each

@@ -33,6 +33,13 @@ def build_model(
   return FAMILIES[cfg.family](cfg.resolve(), execution)
 
 
+def unrolled(model: LanguageModel) -> LanguageModel:
+  """The same model without a loop over layers and without remat, whose values could not
+  leave them."""
+  plain = dataclasses.replace(model.execution, scanned=False, remat="none")
+  return model.clone(execution=plain)
+
+
 def init_params(model: LanguageModel, seed: jax.Array) -> Any:
   """Random parameters, boxed with their logical names."""
   tokens_BT = jnp.zeros((1, 1), jnp.int32)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from flaxlm.config import ResolvedConfig
 from flaxlm.cost import step_cost
 from flaxlm.devices import device_of
-from flaxlm.runs import metrics_lines
+from flaxlm.runs import METRICS, lines_of
 
 ELAPSED, GOODPUT, MFU = "perf/elapsed_seconds", "perf/goodput", "perf/mfu"
 
@@ -134,7 +134,7 @@ def spent_before(run_dir: Path, first_step: int) -> Spent:
   """What a run that resumes after `first_step` has spent, by its metrics. Steps that are
   done again count as elapsed, not as trained."""
   spent = Spent()
-  for _, line in metrics_lines(run_dir) if first_step else ():
+  for _, line in lines_of(run_dir / METRICS) if first_step else ():
     elapsed, goodput = _number(line, ELAPSED), _number(line, GOODPUT)
     if elapsed is not None and goodput is not None:
       trained = elapsed * goodput if line["step"] <= first_step else spent.trained

@@ -50,6 +50,8 @@ def show_sample(
       print(text, flush=True)
       with writing(run.path / SAMPLE):
         (run.path / SAMPLE).write_text(f"{text}\n", "utf-8")
+      if run.cfg.training.sample_every_steps is not None:
+        reporter.sample(run.step, text)
   commands = [*map(shlex.join, tries)]
   commands.append(longer(arguments, f"{run.cfg.name}_longer", 2 * run.step))
   show = shlex.join(["tensorboard", "--logdir", run.cfg.runs_dir])

@@ -22,14 +22,15 @@ from flaxlm.runs import (
   CHECKPOINTS,
   CONFIG,
   METRICS,
+  SAMPLES,
   TOKENIZER,
   check_is_ours,
   check_unchanged,
   files_damage,
   find_resume_step,
+  lines_until,
   load_config_of,
   make_room_after,
-  metrics_until,
   new_files,
 )
 from flaxlm.tokenizers.imported import SPECIALS
@@ -75,8 +76,9 @@ def find_start(cfg: Config, peers: Alone) -> Start:
 
 def write_files(cfg: ResolvedConfig, prepared: Prepared | Questions, start: Start) -> None:
   """Writes what the directory holds besides checkpoints: config, tokenizer, chat template,
-  origin, and the metrics up to the step that the run starts from."""
-  kept_metrics = metrics_until(cfg.run_dir, start.step) if start.step else b""
+  origin, and the metrics and samples up to the step that the run starts from."""
+  until = lambda name: lines_until(cfg.run_dir / name, start.step) if start.step else b""
+  kept_metrics, kept_samples = until(METRICS), until(SAMPLES)
   with new_files(cfg.run_dir) as folder:
     (folder / CONFIG).write_text(to_json(cfg), "utf-8")
     (folder / METRICS).write_bytes(kept_metrics)
@@ -85,6 +87,11 @@ def write_files(cfg: ResolvedConfig, prepared: Prepared | Questions, start: Star
       (folder / CHAT).write_text(prepared.chat.to_json(), "utf-8")
     if start.origin is not None:
       write_origin(folder, start.origin)
+  if kept_samples:
+    with writing(cfg.run_dir):
+      write_atomically(cfg.run_dir / SAMPLES, kept_samples.decode())
+  else:
+    (cfg.run_dir / SAMPLES).unlink(missing_ok=True)
 
 
 def tokenizer_to_use(cfg: Config, origin: Origin | None) -> TokenizerConfig:

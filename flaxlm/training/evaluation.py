@@ -29,6 +29,7 @@ from flaxlm.nn.base import LanguageModel
 from flaxlm.runs import TOKENIZER
 from flaxlm.sharding import batch_parts
 from flaxlm.tokenizers import AnyTokenizer
+from flaxlm.training.layers import LOADS, named_loads
 from flaxlm.training.preference import preference_figures
 from flaxlm.training.rewards import load_judge
 from flaxlm.training.rollouts import AnswerEvaluator, Writer
@@ -50,11 +51,13 @@ class Evaluator:
     num_batches: int | None,
     mesh: Mesh,
     dpo: DpoConfig | None = None,
+    counts_loads: bool = False,
   ):
     """`batches` are those of the split or, of a mixture, of each source by its name.
 
     `num_batches` limits the evaluation of each; None takes the whole split. With `dpo`
-    they are of preferences, which are compared with a reference.
+    they are of preferences, which are compared with a reference. `counts_loads` also tells
+    the load of each expert.
     """
     self.sources = {"": batches} if isinstance(batches, Batches) else batches
     self.mesh, self.tokenizer = mesh, tokenizer
@@ -63,7 +66,8 @@ class Evaluator:
       for name, one in self.sources.items()
     }
     self.num_batches = sum(self._limits.values())
-    self.eval_step = jit_eval_step(model, mesh, dpo)
+    self.model_cfg = model.cfg
+    self.eval_step = jit_eval_step(model, mesh, dpo, counts_loads)
     self.fills = OBJECTIVES[model.cfg.family] == "masked"
     self.answers = any(one.objective == "chat" for one in self.sources.values())
 
@@ -75,19 +79,20 @@ class Evaluator:
 
   def sums(
     self, params: Any, progress: Callable[[], None] = lambda: None, reference: Any = None
-  ) -> dict[str, dict[str, float]]:
-    """The sums of `eval_step` over the batches of each source."""
-    sums: dict[str, dict[str, float]] = {}
+  ) -> dict[str, dict[str, Any]]:
+    """The sums of `eval_step` over the batches of each source: numbers, or arrays."""
+    sums: dict[str, dict[str, Any]] = {}
     for source, limit in self._limits.items():
       of_source = sums.setdefault(source, {})
       for n in range(limit):
         batch = put_batch(self.sources[source][n], self.mesh)
         for name, value in self.eval_step(params, batch, reference).items():
-          of_source[name] = of_source.get(name, 0.0) + float(value)
+          number = float(value) if value.ndim == 0 else np.asarray(value, float)
+          of_source[name] = of_source.get(name, 0.0) + number
         progress()
     return sums
 
-  def figures(self, sums: Mapping[str, dict[str, float]]) -> dict[str, float]:
+  def figures(self, sums: Mapping[str, dict[str, Any]]) -> dict[str, float]:
     """Averages over the split's tokens, end-of-text tokens included; bytes are the text's.
 
     Of a mixture, all tokens count alike, whatever its weights; `eval/loss/SOURCE` and its
@@ -107,9 +112,11 @@ class Evaluator:
       for name in names:
         of_source = self._figures(sums[name], [name])
         values |= {f"{key}/{name}": value for key, value in of_source.items()}
+    if LOADS in together:
+      values |= named_loads(self.model_cfg, together[LOADS])
     return values
 
-  def _figures(self, sums: dict[str, float], names: Sequence[str]) -> dict[str, float]:
+  def _figures(self, sums: dict[str, Any], names: Sequence[str]) -> dict[str, float]:
     if "pairs" in sums:
       return preference_figures(sums)
     loss = sums["nats"] / sums["tokens"]

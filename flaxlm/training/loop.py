@@ -8,6 +8,7 @@ mistakes show within seconds.
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ from flaxlm.sharding import (
 )
 from flaxlm.tokenizers import expected_vocab_size
 from flaxlm.training.clock import MFU, Clock, seconds_at_peak, spent_before
-from flaxlm.training.closing import show_sample
+from flaxlm.training.closing import sample, show_sample
 from flaxlm.training.directory import find_start, tokenizer_to_use, write_files
 from flaxlm.training.evaluation import Evaluator, batches_by_source, split_batches
 from flaxlm.training.program import (
@@ -164,6 +165,8 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
       reporter.log(note)
 
     # -- Steps.
+    asked = held_out_prompt(prepared)
+    as_run = functools.partial(run_of, cfg, prepared, program.model, mesh)
     with Watchdog(cfg.training.hang_seconds, peers.leave) as watchdog:
       trainer = Trainer(
         cfg,
@@ -176,18 +179,14 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
         watchdog,
         rollouts,
         clock,
+        sampler=lambda state: sample(as_run(state), asked)[0],
       )
       state, exit_code = trainer.steps(state, first_step, batches, stop_at)
       reporter.exit_code = exit_code
 
     # -- A word at the end.
     if exit_code == 0:
-      tokenizer, step = prepared.tokenizer, int(state.step)
-      params = state.params
-      if state.frozen is not None:
-        params = merged(state.frozen, params, abstract_params(program.model, mesh))
-      run = Run(cfg.run_dir, cfg, tokenizer, step, program.model, params, mesh)
-      show_sample(run, reporter, arguments, held_out_prompt(prepared))
+      show_sample(as_run(state), reporter, arguments, asked)
     return exit_code
 
 
@@ -239,8 +238,8 @@ def judges(
   most = cfg.training.eval_batches
   if isinstance(prepared, Prepared):
     validation = batches_by_source(cfg, prepared.validation, mesh)
-    evaluator = Evaluator(model, prepared.tokenizer, validation, most, mesh, cfg.active_dpo)
-    return evaluator, None
+    read = (model, prepared.tokenizer, validation, most, mesh)
+    return Evaluator(*read, cfg.active_dpo, counts_loads(cfg)), None
   assert judge is not None
   writer = Writer(Run(cfg.run_dir, cfg, prepared.tokenizer, 0, model, None, mesh))
   held_out = prepared.splits["validation"]
@@ -255,6 +254,27 @@ def notes_of(
     return [*batches.notes]
   splits = zip(SPLITS, (batches.notes, evaluator.notes), strict=True)
   return [f"{split}: {note}" for split, notes in splits for note in notes]
+
+
+def counts_loads(cfg: Config) -> bool:
+  """Whether evaluations count how often each expert is chosen. Stages of a pipeline keep to
+  themselves what they choose."""
+  has_experts = cfg.training.log_layers and cfg.model.moe.num_experts > 0
+  return has_experts and not any(axis.startswith("stage") for axis in cfg.mesh)
+
+
+def run_of(
+  cfg: ResolvedConfig,
+  prepared: Prepared | Questions,
+  model: LanguageModel,
+  mesh: Mesh,
+  state: TrainState,
+) -> Run:
+  """The run as it is by now, its adapters merged into what they adapt."""
+  params = state.params
+  if state.frozen is not None:
+    params = merged(state.frozen, params, abstract_params(model, mesh))
+  return Run(cfg.run_dir, cfg, prepared.tokenizer, int(state.step), model, params, mesh)
 
 
 def held_out_prompt(prepared: Prepared | Questions) -> list[int] | None:
@@ -297,6 +317,8 @@ def report_start(
     if (origin := read_origin(cfg.run_dir)) is not None:
       reporter.log(f"{cfg.run_dir} begins from {origin}")
     lines = (*changes(before or cfg, cfg), *unreached(cfg), *unread(cfg), *unadapted(cfg))
+    if cfg.training.log_layers and cfg.model.moe.num_experts and not counts_loads(cfg):
+      lines = (*lines, "training.log_layers: no load of experts, as a pipeline has stages")
     for line in lines:
       reporter.log(line)
   for flag in flags:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flaxlm.checkpoint.manifest import Entry, read_entries, write_entries
 from flaxlm.errors import writing
-from flaxlm.runs import LOG, METRICS
+from flaxlm.runs import LOG, METRICS, SAMPLES
 from flaxlm.strict_json import to_json
 from flaxlm.training.clock import MFU
 from flaxlm.training.events import EventFile
@@ -102,6 +102,12 @@ class Reporter:
       self.tracker.log(step, values)
     if "train/loss" in values:
       self._progress(step, values)
+
+  def sample(self, step: int, text: str) -> None:
+    """Writes what the model wrote after a step as a line of samples.jsonl."""
+    if self.writes:
+      with self._writing(), (self._run_dir / SAMPLES).open("a", encoding="utf-8") as file:
+        file.write(to_json({"step": step, "sample": text}) + "\n")
 
   def vouch(self) -> None:
     """Writes into the run's manifest what the metrics are now."""

@@ -19,13 +19,15 @@ from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.lora import abstract_adapters, abstract_frozen
 from flaxlm.nn.models import abstract_params, init_params
 from flaxlm.sharding import batch_parts, batch_sharding, like_parameters, use_mesh
+from flaxlm.training.layers import LOADS, forward_with_loads, layer_sizes
 from flaxlm.training.logprobs import cut_rows, forward, learning_pass
 from flaxlm.training.losses import cross_entropy
 from flaxlm.training.optimizer import Optimizer
 from flaxlm.training.policy import policy_weights
 from flaxlm.training.preference import eval_sums, num_pairs, preference_and_gradient
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]  # arrays, and dicts of arrays
+LAYERS = "layers"  # among the metrics of a step: those of each layer
 NO_LORA = LoraConfig()
 ABSTRACT_SEED = jax.ShapeDtypeStruct((), jnp.uint32)
 
@@ -102,6 +104,8 @@ def train_step(
     "tokens": tokens_read(batch),
     "finite": finite,
   }
+  if cfg.log_layers:
+    metrics[LAYERS] = layer_sizes(gradient, updates, state.params)
   return new_state, metrics
 
 
@@ -207,18 +211,27 @@ def eval_step(
   batch: Batch,
   reference: Any = None,
   dpo: DpoConfig | None = None,
+  counts_loads: bool = False,
 ) -> Metrics:
   """Sums over a batch: the loss in nats, the tokens; for an encoder also the hits, where
-  the likeliest token is the right one. With `dpo` those of `preference.eval_sums`."""
+  the likeliest token is the right one. With `dpo` those of `preference.eval_sums`.
+
+  With `counts_loads` also how often each expert of each layer was chosen, (L, E).
+  """
   if dpo is not None:
     return eval_sums(model, dpo, params, reference, batch)
-  logits_BTV = forward(model, params, batch).value
+  loads: Metrics = {}
+  if counts_loads:
+    output, loads[LOADS] = forward_with_loads(model, params, batch)
+  else:
+    output = forward(model, params, batch)
+  logits_BTV = output.value
   nats_BT = cross_entropy(logits_BTV, batch.targets_BT) * batch.weights_BT
   sums = {"nats": nats_BT.sum(), "tokens": batch.weights_BT.sum()}
   if model.cfg.family == "encoder":
     hits_BT = logits_BTV.argmax(-1) == batch.targets_BT
     sums["hits"] = (hits_BT * batch.weights_BT).sum()
-  return sums
+  return sums | loads
 
 
 # -- Under jit: the state is made sharded, and keeps its layout ----------------------------
@@ -325,10 +338,13 @@ def abstract_batch(cfg: DataConfig, mesh: Mesh) -> Batch:
 
 
 def jit_eval_step(
-  model: LanguageModel, mesh: Mesh, dpo: DpoConfig | None = None
+  model: LanguageModel,
+  mesh: Mesh,
+  dpo: DpoConfig | None = None,
+  counts_loads: bool = False,
 ) -> Callable[..., Metrics]:
   """`eval_step` under `jit`, of parameters, a batch and, with `dpo`, the reference."""
-  step = functools.partial(eval_step, model, dpo=dpo)
+  step = functools.partial(eval_step, model, dpo=dpo, counts_loads=counts_loads)
   # The sums are replicated: every process reads them.
   jitted = jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
   return use_mesh(mesh)(jitted)

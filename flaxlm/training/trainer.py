@@ -8,7 +8,7 @@ step before. On a CPU, which is both, a step is waited for.
 import contextlib
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,15 +21,17 @@ from flaxlm.config import Config
 from flaxlm.data.batches import Batches
 from flaxlm.data.objectives import Batch
 from flaxlm.data.questions import QuestionBatches
-from flaxlm.errors import INTERRUPTED, PREEMPTED, NonFiniteError
+from flaxlm.errors import INTERRUPTED, PREEMPTED, ConfigError, NonFiniteError
 from flaxlm.nn.lora import combined
 from flaxlm.sharding import wait_on_cpu
 from flaxlm.training.clock import MFU, Clock
 from flaxlm.training.evaluation import Evaluator, describe_evaluation
+from flaxlm.training.layers import named_sizes
 from flaxlm.training.reporting import Reporter
 from flaxlm.training.rollouts import AnswerEvaluator, Rollouts
 from flaxlm.training.signals import StopAt
 from flaxlm.training.step import (
+  LAYERS,
   TrainState,
   TrainStep,
   jit_all_finite,
@@ -55,6 +57,7 @@ class Trainer:
   watchdog: Watchdog
   rollouts: Rollouts | None = None  # what makes a batch of questions; None: it is one
   clock: Clock = field(default_factory=Clock)
+  sampler: Callable[[TrainState], str] | None = None  # what the model writes by now
 
   def __post_init__(self) -> None:
     self.clock.restart()
@@ -96,7 +99,8 @@ class Trainer:
         pending = (step, metrics | drawn)
         evaluate = step % training.eval_every_steps == 0
         save = step % self.cfg.checkpoint.every_steps == 0
-        if evaluate or save:
+        sample = self.is_sampled(step)
+        if evaluate or save or sample:
           self.report(pending)
           pending = None
           with self.clock.stopped():
@@ -107,6 +111,8 @@ class Trainer:
             elif save:
               self.save(step, state)
               saved = step
+            if sample:
+              self.sample(step, state)
     self.report(pending)
     stopped = stopped or stop_at(step)
     if not stopped and step > first_step and step % training.eval_every_steps:
@@ -138,7 +144,9 @@ class Trainer:
     if pending is None:
       return
     step, metrics = pending
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    metrics = jax.device_get({**metrics})
+    layers = metrics.pop(LAYERS, {})
+    values = {name: float(value) for name, value in metrics.items()}
     self.watchdog.progress()
     self.reporter.advance(step)
     if not self.clock.first_step_done:
@@ -156,6 +164,7 @@ class Trainer:
           LOWER_RATE,
         )
     if step % self.cfg.training.log_every_steps == 0:
+      values |= named_sizes(layers)
       named = {f"train/{name}": value for name, value in values.items()}
       self.reporter.metrics(step, named | self.rates())
 
@@ -182,6 +191,23 @@ class Trainer:
     self.evaluated = True
     self.reporter.metrics(step, values)
     self.reporter.log(f"step {step:>6}  held-out: {describe_evaluation(values)}")
+
+  def is_sampled(self, step: int) -> bool:
+    """Whether the model writes something after this step. At the end it does anyway."""
+    every = self.cfg.training.sample_every_steps
+    return every is not None and step % every == 0 and step < self.cfg.training.num_steps
+
+  def sample(self, step: int, state: TrainState) -> None:
+    if self.sampler is None:
+      return
+    try:
+      with self.watchdog.resting():  # the first one compiles
+        text = self.sampler(state)
+    except ConfigError as e:  # the prompt is too long, now and later
+      self.reporter.log(f"no samples of training.sample_prompt: {e.cause}")
+      self.sampler = None
+    else:
+      self.reporter.sample(step, text)
 
   def save(self, step: int, state: TrainState) -> None:
     """Raises `NonFiniteError` rather than to replace a good checkpoint by one of NaNs."""
