@@ -71,7 +71,11 @@ def add_look(commands: Any) -> None:
   story.add_flag("--temperature", float, text, default=0.0)
   story.add_flag("--seed", int, "the same seed draws the same tokens", default=0)
 
-  add_subject(subjects, "run", "a run's curves and config", run_run).add_run(devices=False)
+  text = "a run's curves, samples and config; of several runs also what differs"
+  run = add_subject(subjects, "run", text, run_run)
+  text = "default: the newest; several: together on one page"
+  run.add_argument("paths", nargs="*", metavar="RUN", help=text)
+  run.add_flag("--runs-dir", default="runs")
 
 
 def add_subject(subjects: Any, name: str, text: str, run: Any) -> Any:
@@ -160,10 +164,17 @@ def run_positions(args: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def run_run(args: argparse.Namespace, _: list[str]) -> int:
+  from flaxlm.look.compare import look_runs
   from flaxlm.look.runs import look_run
+  from flaxlm.runs import find_run
 
-  path = find(args)
-  return finish(args, look_run(path), path)
+  if len(args.paths) < 2:
+    args.path = next(iter(args.paths), None)
+    path = find(args)
+    return finish(args, look_run(path), path)
+  check_output(args)
+  paths = [find_run(path, args.runs_dir) for path in args.paths]
+  return finish(args, look_runs(paths), None, f"{paths[0].name}_and_others.html")
 
 
 def find(args: argparse.Namespace) -> Path:

@@ -36,6 +36,7 @@ CLASSES = {
   "ForCausalLM": "AutoModelForCausalLM",
   "LMHeadModel": "AutoModelForCausalLM",
 }
+LOADS = "eval/expert_load/"  # figures of each expert: too many for a card
 FIGURES = {
   "eval/loss": "loss, nats per token",
   "eval/perplexity": "perplexity, per token",
@@ -282,7 +283,8 @@ def held_out(run: Run) -> tuple[int, dict[str, float]]:
     figures = {
       name: float(x)
       for name, x in line.items()
-      if name.startswith("eval/") and type(x) in (int, float) and math.isfinite(x)
+      if name.startswith("eval/") and not name.startswith(LOADS)
+      if type(x) in (int, float) and math.isfinite(x)
     }
     if figures and found[0] <= line["step"] <= run.step:
       found = int(line["step"]), figures

@@ -14,6 +14,7 @@ MOST_NAMED = 40  # tokens whose names fit along a map
 MOST_HEADS = 16  # in a row, and three times as many rows, of small maps
 WRAP = 118  # characters of a line of tokens
 MOST_LETTERS = 40  # of a token
+CHARTED = ("positions", "run", "runs")  # whose axes spell powers of ten as formulas
 TEXT_FIGURES = ("num_tokens", "num_bytes", "bytes_per_token", "bits_per_byte", "perplexity")
 
 
@@ -23,7 +24,7 @@ def draw(view: View, path: Path) -> None:
   from matplotlib.figure import Figure
 
   # The user's matplotlibrc has no effect. A token may be $x$, which is no formula.
-  styles = ["default", {"text.parse_math": view.kind in ("positions", "run")}]
+  styles = ["default", {"text.parse_math": view.kind in CHARTED}]
   with matplotlib.style.context(styles), warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Glyph .* missing")  # a box is drawn instead
     figure = Figure(layout="constrained", dpi=120)
@@ -140,19 +141,18 @@ def draw_charts(figure: Any, view: View) -> None:
   if not charts:
     axes[0].text(0, 0.5, "\n".join(view.notes), wrap=True)
   for ax, chart in zip(axes, charts, strict=False):
-    ax.set_title(chart["title"], fontsize=10)
+    ax.set_title(plain(chart["title"]), fontsize=10)
     ax.set_xlabel(chart["x_label"])
     ax.set_ylabel(chart["y_label"])
     if chart["form"] == "map":
-      values, columns, rows = (chart[key] for key in ("values", "columns", "rows"))
-      most = max(float(np.abs(values).max()), 1e-12)
-      extent = (columns[0] - 0.5, columns[-1] + 0.5, rows[-1] + 0.5, rows[0] - 0.5)
-      options = dict(cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto", extent=extent)
-      figure.colorbar(ax.imshow(values, interpolation="nearest", **options))
+      draw_map(figure, ax, chart)
       continue
-    for one in chart["series"]:
+    for number, one in enumerate(chart["series"]):
       y = np.array(one["y"], float)  # None becomes NaN
-      ax.plot(one["x"], y, label=one["name"], marker="." if len(y) < 40 else None)
+      style = dict(
+        marker="." if len(y) < 40 else None, color=f"C{one.get('colour', number)}"
+      )
+      ax.plot(one["x"], y, label=plain(one["name"]), **style)
     for mark in chart["marks"]:
       line = ax.axvline if mark["axis"] == "x" else ax.axhline
       line(mark["at"], color="0.5", linestyle="--", linewidth=1, label=mark["name"])
@@ -160,8 +160,38 @@ def draw_charts(figure: Any, view: View) -> None:
       ax.set_xscale("symlog", linthresh=1)
     if chart["log_y"]:
       ax.set_yscale("log")
-    if 1 < len(chart["series"]) + len(chart["marks"]) <= 10:
-      ax.legend(fontsize=8)
+    if 1 < (count := len(chart["series"]) + len(chart["marks"])) <= 10:
+      ax.legend(fontsize=8 if count < 5 else 7, ncols=1 if count < 5 else 2)
+
+
+def plain(text: str) -> str:
+  """A name among formulas; a run may be called $x$."""
+  return text.replace("$", r"\$")
+
+
+def draw_map(figure: Any, ax: Any, chart: Any) -> None:
+  """A matrix, with a bar for its colours."""
+  values, columns, rows = (chart[key] for key in ("values", "columns", "rows"))
+  named = isinstance(rows[0], str)
+  ends = (-0.5, len(rows) - 0.5) if named else (rows[0] - 0.5, rows[-1] + 0.5)
+  extent = (columns[0] - 0.5, columns[-1] + 0.5, ends[1], ends[0])
+  most = max(float(np.nanmax(np.abs(values), initial=0)), 1e-12)
+  colours: dict[str, Any] = dict(cmap="RdBu_r", vmin=-most, vmax=most)
+  if not (values < 0).any():
+    colours = dict(cmap="Blues", vmin=0, vmax=most)
+  if chart["log"]:
+    colours = dict(cmap="Blues", norm="log")
+    values = np.where(values > 0, values, np.nan)
+  if not np.isfinite(values).any():
+    ax.text(0.5, 0.5, "nothing", transform=ax.transAxes)
+    return
+  image = ax.imshow(
+    values, interpolation="nearest", aspect="auto", extent=extent, **colours
+  )
+  figure.colorbar(image)
+  if named:
+    some = range(0, len(rows), math.ceil(len(rows) / 16))
+    ax.set_yticks([*some], [plain(rows[n]) for n in some], fontsize=7)
 
 
 DRAW = {
@@ -170,4 +200,5 @@ DRAW = {
   "tokens": draw_tokens,
   "positions": draw_charts,
   "run": draw_charts,
+  "runs": draw_charts,
 }

@@ -13,7 +13,7 @@ import numpy as np
 
 from flaxlm.config import ResolvedModel
 from flaxlm.errors import ConfigError
-from flaxlm.look.view import View, heat_map, line_chart
+from flaxlm.look.view import View, heat_map, line_chart, shown
 from flaxlm.nn.layers import Embedding
 from flaxlm.nn.positions import (
   alibi_bias,
@@ -97,11 +97,6 @@ def look_positions(
       table_TD = table_of(params, stack, "positions", (cfg.context, cfg.width))
       add(stack or "table", vectors_part(positions, table_TD[positions]), stack)
   return View("positions", f"Positions of {name}", [], notes, figures, {"charts": charts})
-
-
-def shown(count: int, most: int) -> np.ndarray:
-  """0, 1, ... below `count`; every second, third, ... of them if they exceed `most`."""
-  return np.arange(0, count, -(-count // most), dtype=np.int32)
 
 
 def spread(most: int) -> np.ndarray:

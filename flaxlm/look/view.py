@@ -66,10 +66,13 @@ def heat_map(
   title: str,
   values: np.ndarray,
   x: tuple[str, list[int]],
-  y: tuple[str, list[int]],
+  y: tuple[str, list[int] | list[str]],
   says: str = "",
+  log: bool = False,
 ) -> dict[str, Any]:
-  """A matrix; `x` and `y` are what its columns and its rows are, and their numbers."""
+  """A matrix; `x` and `y` are what its columns and its rows are, and their numbers or
+  names. NaN is an empty cell. `log` shades the order of magnitude of positive numbers.
+  """
   return {
     "form": "map",
     "title": title,
@@ -79,4 +82,10 @@ def heat_map(
     "columns": x[1],
     "y_label": y[0],
     "rows": y[1],
+    "log": log,
   }
+
+
+def shown(count: int, most: int) -> np.ndarray:
+  """0, 1, ... below `count`; every second, third, ... of them if they exceed `most`."""
+  return np.arange(0, count, -(-count // most), dtype=np.int32)

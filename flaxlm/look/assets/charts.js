@@ -32,11 +32,18 @@ function shortNumber(x) {
   return String(Number(x.toPrecision(4)));
 }
 
-function lineChart(chart) {
+// What charts of the same runs share: which are hidden, and what lies across.
+function sharedState(labels) {
+  return { hidden: new Set(), across: Object.keys(labels)[0], labels };
+}
+
+function lineChart(chart, shared = null) {
   const section = el("section", { class: "chart" }, el("h2", { textContent: chart.title }));
   if (chart.says) section.append(el("p", { class: "says", textContent: chart.says }));
   const positive = (key) => chart.series.some((s) => s[key].some((v) => v > 0));
-  const state = { log_x: chart.log_x, log_y: chart.log_y, hidden: new Set(), at: null };
+  const state = { log_x: chart.log_x, log_y: chart.log_y, hidden: shared ? shared.hidden : new Set(), at: null };
+  const acrossOf = (series) => (shared ? series[shared.across] : series.x);
+  const colourAt = (number) => chart.series[number].colour ?? number;
   const holder = el("div");
   const readout = el("p", { class: "note", "aria-live": "off" });
   const toggles = el("div", { class: "bar" });
@@ -47,28 +54,20 @@ function lineChart(chart) {
     toggles.append(el("label", { class: "note" }, box, name));
   }
   const legend = el("div", { class: "legend" });
-  chart.series.forEach((series, number) => {
-    const swatch = el("span", { class: "swatch" });
-    redraws.push(() => { swatch.style.background = colourOf(number); });
-    swatch.style.background = colourOf(number);
-    const button = el("button", { type: "button", "aria-pressed": "true",
-      onclick: () => {
-        const off = state.hidden.has(number);
-        if (off) state.hidden.delete(number); else state.hidden.add(number);
-        button.setAttribute("aria-pressed", String(off));
-        draw();
-      } }, swatch, series.name);
-    if (chart.series.length > 1) legend.append(button);
-  });
+  if (!shared && chart.series.length > 1) {
+    chart.series.forEach((series, number) => legend.append(legendButton(series.name, number, state.hidden, () => draw())));
+  }
   section.append(toggles, legend, holder, readout);
 
   function draw() {
     const W = Math.max(300, holder.clientWidth || 900);
     const H = Math.round(Math.max(220, Math.min(340, W * 0.4)));
     const box = { left: 58, right: W - 14, top: 10, bottom: H - 42 };
-    const shown = chart.series.map((s, n) => ({ ...s, n })).filter((s) => !state.hidden.has(s.n));
+    const shown = chart.series.map((s, n) => ({ ...s, x: acrossOf(s), n: colourAt(n) }))
+      .filter((s) => !state.hidden.has(s.n));
+    const xLabel = shared ? shared.labels[shared.across] : chart.x_label;
     const points = shown.flatMap((s) => s.x.map((x, i) => [x, s.y[i]]))
-      .filter(([x, y]) => y !== null && (!state.log_x || x > 0) && (!state.log_y || y > 0));
+      .filter(([x, y]) => x !== null && y !== null && (!state.log_x || x > 0) && (!state.log_y || y > 0));
     holder.replaceChildren();
     if (!points.length) {
       holder.append(el("p", { class: "note", textContent: "There is nothing to draw." }));
@@ -103,7 +102,7 @@ function lineChart(chart) {
       picture.append(svg("line", { class: "axis", x1: box.left, x2: box.right, y1: y(v), y2: y(v) }));
       picture.append(svg("text", { x: box.left - 6, y: y(v) + 4, "text-anchor": "end" }, shortNumber(v)));
     }
-    picture.append(svg("text", { x: (box.left + box.right) / 2, y: H - 8, "text-anchor": "middle" }, chart.x_label));
+    picture.append(svg("text", { x: (box.left + box.right) / 2, y: H - 8, "text-anchor": "middle" }, xLabel));
     picture.append(svg("text", { x: 0, y: 0, "text-anchor": "middle",
       transform: `translate(12 ${(box.top + box.bottom) / 2}) rotate(-90)` }, chart.y_label));
     for (const mark of chart.marks) {
@@ -121,7 +120,7 @@ function lineChart(chart) {
       let count = 0;
       series.x.forEach((v, i) => {
         const w = series.y[i];
-        const usable = w !== null && (!state.log_x || v > 0) && (!state.log_y || w > 0);
+        const usable = v !== null && w !== null && (!state.log_x || v > 0) && (!state.log_y || w > 0);
         if (!usable) { pen = "M"; return; }
         path += `${pen}${x(v).toFixed(2)} ${y(w).toFixed(2)}`;
         pen = "L";
@@ -147,8 +146,10 @@ function lineChart(chart) {
       cursor.setAttribute("x1", x(at));
       cursor.setAttribute("x2", x(at));
       cursor.setAttribute("visibility", "visible");
-      const parts = shown.map((s) => [s.name, s.y[s.x.indexOf(at)]]).filter((p) => p[1] !== undefined);
-      readout.textContent = `${chart.x_label} ${at.toLocaleString("en")}: `
+      // Runs share no places over time: each says what it said last.
+      const placeOf = (s) => (shared ? s.x.findLastIndex((v) => v !== null && v <= at) : s.x.indexOf(at));
+      const parts = shown.map((s) => [s.name, s.y[placeOf(s)]]).filter((p) => p[1] !== undefined);
+      readout.textContent = `${xLabel} ${at.toLocaleString("en")}: `
         + parts.map(([name, value]) => `${name} ${show(value, 4)}`).join(", ");
     };
     picture.addEventListener("pointermove", (event) => {
@@ -169,16 +170,37 @@ function lineChart(chart) {
   return { section, draw };
 }
 
+function legendButton(name, number, hidden, redraw) { // a series' colour and name, to hide it
+  const swatch = el("span", { class: "swatch" });
+  drawn(() => { swatch.style.background = colourOf(number); });
+  const button = el("button", { type: "button", "aria-pressed": "true",
+    onclick: () => {
+      const off = hidden.has(number);
+      if (off) hidden.delete(number); else hidden.add(number);
+      button.setAttribute("aria-pressed", String(off));
+      redraw();
+    } }, swatch, name);
+  return button;
+}
+
 async function heatMap(chart) {
   const { shape: [rows, columns], values } = await unpack(chart.values);
-  const most = values.reduce((a, b) => Math.max(a, Math.abs(b)), 0) || 1;
+  const known = values.filter((v) => !Number.isNaN(v) && (!chart.log || v > 0));
+  const most = known.reduce((a, b) => Math.max(a, Math.abs(b)), 0) || 1;
+  const least = known.reduce((a, b) => Math.min(a, b), most);
+  const span = Math.log(most / least) || 1;
+  const shadeOf = (v) => {
+    if (Number.isNaN(v) || (chart.log && v <= 0)) return 0;
+    return chart.log ? 0.06 + 0.94 * Math.log(v / least) / span : v / most;
+  };
   const canvas = el("canvas", { class: "wide", tabIndex: 0, role: "img",
     "aria-label": `${chart.title}, ${rows} by ${columns}` });
   const readout = el("p", { class: "note",
-    textContent: `Across: ${chart.x_label}; down: ${chart.y_label}. From -${show(most)} to ${show(most)}.` });
+    textContent: `Across: ${chart.x_label}; down: ${chart.y_label}. From ${show(least)} to ${show(most)}.` });
   const section = el("section", { class: "chart" }, el("h2", { textContent: chart.title }));
   if (chart.says) section.append(el("p", { class: "says", textContent: chart.says }));
-  section.append(canvas, readout);
+  section.append(el("div", { class: "map" }, mapLabels("rows", chart.rows), canvas,
+    el("span"), mapLabels("columns", chart.columns)), readout);
   canvas.style.imageRendering = "pixelated";
   function draw() {
     canvas.width = columns;
@@ -187,12 +209,15 @@ async function heatMap(chart) {
     const width = canvas.clientWidth;
     canvas.style.height = `${Math.max(120, Math.min(square ? width : 420, square ? 480 : 420))}px`;
     if (square) canvas.style.maxWidth = "480px";
-    shadePicture(canvas, (i) => values[i] / most);
+    shadePicture(canvas, (i) => shadeOf(values[i]));
   }
   const at = { row: 0, column: 0 };
   const tell = () => {
-    readout.textContent = `${chart.x_label} ${chart.columns[at.column]}, `
-      + `${chart.y_label} ${chart.rows[at.row]}: ${show(values[at.row * columns + at.column], 4)}`;
+    const value = values[at.row * columns + at.column];
+    const row = String(chart.rows[at.row]);
+    readout.textContent = `${chart.x_label} ${chart.columns[at.column].toLocaleString("en")}, `
+      + `${row.includes(chart.y_label) ? row : `${chart.y_label} ${row}`}: `
+      + (Number.isNaN(value) ? "nothing" : show(value, 4));
   };
   canvas.addEventListener("pointermove", (event) => {
     const frame = canvas.getBoundingClientRect();
@@ -212,12 +237,19 @@ async function heatMap(chart) {
   return { section, draw };
 }
 
-async function addCharts(charts, page) {
+function mapLabels(side, names) { // beside each row if there is room, else the ends
+  const all = side === "rows" && names.length <= 16;
+  const some = all || names.length < 3 ? names : [names[0], names.at(-1)];
+  return el("div", { class: `${side}${all ? " each" : ""}`, "aria-hidden": "true" },
+    ...some.map((name) => el("span", { textContent: name.toLocaleString("en") })));
+}
+
+async function addCharts(charts, page, shared = null) {
   const box = el("div", { class: "charts" });
   page.append(box);
   const made = [];
   for (const chart of charts) {
-    made.push(chart.form === "lines" ? lineChart(chart) : await heatMap(chart));
+    made.push(chart.form === "lines" ? lineChart(chart, shared) : await heatMap(chart));
     box.append(made.at(-1).section);
   }
   made.forEach((one) => drawn(one.draw)); // when all have their places, and so their widths
