@@ -118,8 +118,6 @@ def run_story(args: argparse.Namespace, _: list[str]) -> int:
   from flaxlm.look.story import check_story, look_story
   from flaxlm.planning.planner import resolve
 
-  if args.output is not None and args.output.endswith(".png"):
-    raise ConfigError("a story is a page, and no picture", "as in --output story.html")
   settings = SamplingSettings(temperature=args.temperature, seed=args.seed)
   settings.check()
   path, reading = open_text(args, lambda cfg: check_story(cfg, args.layer))

@@ -172,7 +172,10 @@ def lines(chart: Chart, curves: Curves, log: str = "") -> dict[str, Any]:
     for metric, name in chart.names.items()
     if metric in curves
   ]
-  return line_chart(chart.title, series, "step", chart.y_label, log, says=chart.says)
+  says = chart.says
+  if len(series) == 1 and not says and series[0]["name"].lower() not in chart.title.lower():
+    says = f"{series[0]['name'].capitalize()}."  # one curve has no legend
+  return line_chart(chart.title, series, "step", chart.y_label, log, says=says)
 
 
 def by_source(names: Iterable[str]) -> list[Chart]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxlm.look.png_story import draw_story
 from flaxlm.look.view import View
 
 MOST_NAMED = 40  # tokens whose names fit along a map
@@ -201,4 +202,5 @@ DRAW = {
   "positions": draw_charts,
   "run": draw_charts,
   "runs": draw_charts,
+  "story": draw_story,
 }

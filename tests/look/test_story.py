@@ -349,7 +349,6 @@ def test_the_command_writes_the_page(in_process: Any, tmp_path: Path):
     ([], "there is no text"),
     (["--text="], "the text is empty"),
     (["--text=a", "--layer=2"], "layers are 0 to 1"),
-    (["--text=a", "--output=a.png"], "a story is a page"),
     (["--text=a", "--temperature=-1"], "temperature is -1"),
     (["--text=a", "--source=b"], "leave --source out"),
   ],

@@ -241,15 +241,17 @@ def test_a_runs_curves_are_its_metrics(tmp_path: Path):
   assert (training["x"], training["y"]) == ([1, 2, 3], [3, None, 1])
   assert (held_out["x"], held_out["y"]) == ([3], [2.5])
   assert charts["perf/other"][0]["y"] == [1, 2, 3], "nothing is left out"
-  drawn = {name: [x["y"][0] for x in charts[name]] for name in ("MFU, strict", "Time")}
-  assert drawn == {"MFU, strict": [0.4], "Time": [0.9, 0.1]}
+  drawn = {
+    name: [x["y"][0] for x in charts[name]] for name in ("MFU, strict", "Share of time")
+  }
+  assert drawn == {"MFU, strict": [0.4], "Share of time": [0.9, 0.1]}
   assert charts["Memory"][0]["y"] == [70.5] and "perf/elapsed_seconds" not in charts
   assert charts["Gradient norm"][0]["y"] == [None]
   assert page["figures"]["last"]["eval/bits_per_byte"] == 1.5
   assert page["figures"]["best"]["train/loss"] == 1
   assert page["figures"]["last_step"] == 3
   fields = {row["name"]: row for row in page["data"]["config"]}
-  assert fields["seed"]["value"] == "5" and fields["seed"]["changed"]
-  assert fields["model.gated"]["value"] == "true" and not fields["model.gated"]["changed"]
+  assert fields["seed"]["value"] == "5" and fields["seed"]["chosen"]
+  assert fields["model.gated"]["value"] == "true" and not fields["model.gated"]["chosen"]
   assert page["data"]["sample"] == "def f():\n  pass"
   assert page["data"]["log"][-1] == "the last </script>"

@@ -69,6 +69,8 @@ function lineChart(chart, shared = null) {
     const points = shown.flatMap((s) => s.x.map((x, i) => [x, s.y[i]]))
       .filter(([x, y]) => x !== null && y !== null && (!state.log_x || x > 0) && (!state.log_y || y > 0));
     holder.replaceChildren();
+    state.at = null; // what stood there may be hidden now, or lie elsewhere
+    readout.textContent = "";
     if (!points.length) {
       holder.append(el("p", { class: "note", textContent: "There is nothing to draw." }));
       return;
