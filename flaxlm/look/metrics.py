@@ -173,8 +173,9 @@ def lines(chart: Chart, curves: Curves, log: str = "") -> dict[str, Any]:
     if metric in curves
   ]
   says = chart.says
-  if len(series) == 1 and not says and series[0]["name"].lower() not in chart.title.lower():
-    says = f"{series[0]['name'].capitalize()}."  # one curve has no legend
+  names = [chart.names[metric] for metric in chart.names if metric in curves]
+  if len(names) == 1 and not says and names[0].lower() not in chart.title.lower():
+    says = f"{names[0].capitalize()}."  # one curve has no legend
   return line_chart(chart.title, series, "step", chart.y_label, log, says=says)
 
 

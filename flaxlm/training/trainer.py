@@ -63,7 +63,7 @@ class Trainer:
     self.clock.restart()
     self.all_finite = jit_all_finite(self.mesh)
     self.skipped = 0  # steps in a row that were not finite
-    self.evaluated = False
+    self.evaluated = self.sampled = False
 
   def steps(
     self,
@@ -201,8 +201,11 @@ class Trainer:
     if self.sampler is None:
       return
     try:
-      with self.watchdog.resting():  # the first one compiles
+      # The first one compiles.
+      with contextlib.nullcontext() if self.sampled else self.watchdog.resting():
+        self.watchdog.progress()
         text = self.sampler(state)
+      self.sampled = True
     except ConfigError as e:  # the prompt is too long, now and later
       self.reporter.log(f"no samples of training.sample_prompt: {e.cause}")
       self.sampler = None

@@ -32,6 +32,9 @@ function shortNumber(x) {
   return String(Number(x.toPrecision(4)));
 }
 
+const CHOSEN = "In bold: what the config file or the command chose. The rest are defaults, "
+  + "and what follows from other fields.";
+
 // What charts of the same runs share: which are hidden, and what lies across.
 function sharedState(labels) {
   return { hidden: new Set(), across: Object.keys(labels)[0], labels };

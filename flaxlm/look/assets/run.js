@@ -26,18 +26,17 @@ function addSamples(samples, page) { // what the run wrote, as it learnt
 
 function addConfig(rows, page) {
   page.append(el("h2", { textContent: "Config" }),
-    el("p", { class: "note", textContent: "In bold: what the config file or the command chose. "
-      + "The rest are defaults, and what follows from them." }));
+    el("p", { class: "note", textContent: CHOSEN }));
   const chosenOnly = el("input", { type: "checkbox" });
   const search = el("input", { type: "search", placeholder: "find a field", "aria-label": "find a field" });
   const body = el("tbody");
   const fill = () => {
     const text = search.value.toLowerCase();
-    const bold = (row) => `text mono${row.chosen ? " chosen-value" : ""}`;
+    const bold = (row, own = "") => `text mono${own}${row.chosen ? " chosen-value" : ""}`;
     body.replaceChildren(...rows
       .filter((row) => (!chosenOnly.checked || row.chosen) && (row.name + row.help).toLowerCase().includes(text))
       .map((row) => el("tr", {},
-        el("td", { class: bold(row), textContent: row.name }),
+        el("td", { class: bold(row, " field"), textContent: row.name }),
         el("td", { class: bold(row), textContent: row.value }),
         el("td", { class: "text", textContent: row.help }))));
   };

@@ -10,7 +10,7 @@ function runsTable(first, rows, runs, cells) {
 }
 
 function numberOf(value) {
-  return Number.isInteger(value) ? value.toLocaleString("en") : show(value, 4);
+  return value >= 1000 ? Math.round(value).toLocaleString("en") : show(value, 4);
 }
 
 async function drawView(view, page) {
@@ -38,9 +38,9 @@ async function drawView(view, page) {
     return;
   }
   page.append(runsTable("field", config, runs, (row) => [
-    el("td", { class: "text" }, el("span", { class: "mono", textContent: row.name }),
+    el("td", { class: "text" }, el("span", { class: "mono field", textContent: row.name }),
       el("div", { class: "note", textContent: row.help })),
     ...row.values.map((value, number) => el("td", {
       class: `text mono${row.chosen[number] ? " chosen-value" : ""}`, textContent: value }))]),
-  el("p", { class: "note", textContent: "In bold: what the config file or the command chose." }));
+  el("p", { class: "note", textContent: CHOSEN }));
 }
