@@ -46,7 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, mesh: Any) -> Run:
   lines = [
     {"step": 5, "eval/loss": 3.0, "eval/bits_per_byte": 2.0},
     {"step": 7, "eval/loss": 2.5, "eval/perplexity": 12.18, "eval/bits_per_byte": 1.75},
-    {"step": 7, "train/loss": 2.25},
+    {"step": 7, "train/loss": 2.25, "eval/expert_load/layer_0/expert_0": 0.5},
     {"step": 9, "eval/loss": 1.0, "eval/bits_per_byte": 0.5},
   ]
   (folder / METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
