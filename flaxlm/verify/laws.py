@@ -14,6 +14,7 @@ from flaxlm.verify import (
   attention_laws,
   data_laws,
   decoding_laws,
+  layer_laws,
   model_laws,
   training_laws,
 )
@@ -21,7 +22,7 @@ from flaxlm.verify.case import Case, Finding, Law
 from flaxlm.verify.shrink import RULE, describe
 
 LAWS: tuple[Law, ...] = (
-  *(*model_laws.LAWS, *attention_laws.LAWS),
+  *(*model_laws.LAWS, *attention_laws.LAWS, *layer_laws.LAWS),
   *(*decoding_laws.LAWS, *training_laws.LAWS, *data_laws.LAWS),
 )
 
