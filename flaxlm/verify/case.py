@@ -96,6 +96,11 @@ class Case:
   def params(self) -> Any:
     return random_params(self.model)
 
+  def params_in(self, training: TrainingConfig) -> Any:
+    """The parameters in the dtype in which a run has them."""
+    shapes = nn.unbox(boxed_shapes(build_model(self.model_cfg, training)))
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), self.params, shapes)
+
   @functools.cached_property
   def one(self) -> Mesh:
     return mesh_of({})

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from flaxlm.config import ResolvedModel, TrainingConfig
+from flaxlm.config import ResolvedModel
 from flaxlm.nn.attention import Attention
 from flaxlm.nn.base import LanguageModel, Source
 from flaxlm.nn.block import Block
@@ -47,13 +47,11 @@ class Layer:
 
 
 @functools.lru_cache(maxsize=4)
-def layer_of(
-  case: Case, kind: str = "G", training: TrainingConfig | None = None, **changes: Any
-) -> Layer:
+def layer_of(case: Case, kind: str, **changes: Any) -> Layer:
   """A model of one layer, local (L) or global (G), run on random tokens; `changes` are of
   its config. The scores are small, so that every key has some weight."""
   cfg = dataclasses.replace(one_layer(case.model_cfg, kind), **changes)
-  model = build_model(cfg, training)
+  model = build_model(cfg)
   params = random_params(model, spread=0.1)
   index_T, index_S = np.arange(SEQ_LEN), np.arange(SOURCE_LEN)
   tokens_BT = random_tokens(2, SEQ_LEN)

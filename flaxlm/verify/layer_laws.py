@@ -8,7 +8,7 @@ Nothing of `flaxlm.nn` is used but the parameters and what goes in and out of ea
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from flaxlm.config import ResolvedModel
 from flaxlm.verify.attention_laws import attention_to_source, self_attention
 from flaxlm.verify.case import ROUNDING, Case, Finding, Law, distance, does_not_apply
-from flaxlm.verify.layer import Layer, layer_of
+from flaxlm.verify.layer import Call, Layer, layer_of
 
 Function = Callable[[np.ndarray], np.ndarray]
 
@@ -32,19 +32,20 @@ def kind_of(case: Case) -> str:
 def norms(case: Case) -> Finding:
   """Every norm of a model of one layer, but those of heads."""
   layer = layer_of(case, kind_of(case))
-  found = {path: call for path, call in layer.calls.items() if path.endswith("norm")}
-  assert found, "every model has a norm"
   errors = [
-    distance(y_BTD, norm_by_hand(layer.cfg, norm_params(layer, path), x_BTD))
-    for path, (x_BTD, y_BTD) in found.items()
+    distance(y_BTD, norm_by_hand(layer.cfg, params, x_BTD))
+    for (x_BTD, y_BTD), params in norms_of(layer)
   ]
   return Finding(max(errors))
 
 
-def norm_params(layer: Layer, path: str) -> Any:
-  names = [name for name in path.split("/") if name != "stack"]  # it shares its scope
-  tree = layer.params if names[0] in layer.params else layer.others
-  return functools.reduce(operator.getitem, names, tree)
+def norms_of(layer: Layer) -> Iterator[tuple[Call, Any]]:
+  """(input and output, parameters) of each norm."""
+  for path, call in layer.calls.items():
+    if path.endswith("norm"):
+      names = [name for name in path.split("/") if name != "stack"]  # it shares its scope
+      tree = layer.params if names[0] in layer.params else layer.others
+      yield call, functools.reduce(operator.getitem, names, tree)
 
 
 def norm_by_hand(cfg: ResolvedModel, params: Any, x_BTD: np.ndarray) -> np.ndarray:
