@@ -66,7 +66,9 @@ def lines(text: str) -> list[str]:
 
 def kinds(outputs: list[dict[str, Any]]) -> list[tuple]:
   """What outputs are, whatever they say: numbers differ from machine to machine."""
-  return [(out["output_type"], out.get("name"), *sorted(out.get("data", ()))) for out in outputs]
+  return [
+    (out["output_type"], out.get("name"), *sorted(out.get("data", ()))) for out in outputs
+  ]
 
 
 def store_outputs(path: Path) -> None:

@@ -32,8 +32,12 @@ def test_the_stored_notebook_has_what_it_promises():
   for name in ("train_tokenizer", "flaxlm.train", "load", "generate", "stream", "score"):
     assert f"{name}(" in text
   assert "gpt3_175b" in text
-  pages = ["".join(out["data"]["text/html"]) for cell in CODE for out in cell["outputs"]
-           if "text/html" in out.get("data", ())]
+  pages = [
+    "".join(out["data"]["text/html"])
+    for cell in CODE
+    for out in cell["outputs"]
+    if "text/html" in out.get("data", ())
+  ]
   assert any("srcdoc=" in page for page in pages)
   assert not any(re.search(r"(?:src|href)=[\"']?(?:https?:)?//", page) for page in pages)
   assert str(ROOT.parent) not in PATH.read_text("utf-8"), "a path of some machine"

@@ -48,7 +48,10 @@ from flaxlm.verify.training_laws import gradient_of, sharded, without_dropout
 
 TIGHT = 0.5  # a capacity that drops choices, whatever the router says
 BFLOAT16_HALF = 2.0**-8  # the largest share of a number that rounding it changes
-KERNEL_TOKENS, KERNEL_DOCUMENT = 256, 100  # two of splash's blocks; the first of two documents
+KERNEL_TOKENS, KERNEL_DOCUMENT = (
+  256,
+  100,
+)  # two of splash's blocks; the first of two documents
 
 
 # -- Capacity ------------------------------------------------------------------------------
@@ -69,7 +72,9 @@ def capacity(case: Case) -> Finding:
     most = max(1, math.ceil(one_factor * even_share))
     expected = experts_by_hand(layer.cfg, layer.params["ffn"], x_BTD, most)
     errors.append(distance(y_BTD, expected))
-  limited = dataclasses.replace(case, model_cfg=dataclasses.replace(case.model_cfg, moe=moe))
+  limited = dataclasses.replace(
+    case, model_cfg=dataclasses.replace(case.model_cfg, moe=moe)
+  )
   if math.prod(case.sizes.values()) > 1:
     errors.append(sharded(limited).error)
   if case.family != "encoder":
@@ -161,7 +166,9 @@ def adapters(case: Case) -> Finding:
     for path, x in flatten_dict(jax.device_get(state.frozen)).items()
     if not np.array_equal(x, flatten_dict(before)[path])
   ]
-  return Finding(max(errors), details=[f"the base's {name} has moved" for name in unlike[:3]])
+  return Finding(
+    max(errors), details=[f"the base's {name} has moved" for name in unlike[:3]]
+  )
 
 
 def descend(case: Case, model: Any, lora: LoraConfig, frozen: Any, some: Any) -> Any:
@@ -261,11 +268,11 @@ def cudnn(case: Case) -> Finding:
   )
 
 
-HALF = "numbers of 8 bits, through a layer and back"
+HALF = "numbers of 8 bits, and experts chosen by a hair"
 LAWS = (
   Law("capacity", "experts serve the first choices", capacity, 1e-4, ROUNDING),
-  Law("bfloat16", "16 bits round, and do no more", bfloat16, 0.1, HALF),
+  Law("bfloat16", "16 bits round, and do no more", bfloat16, 0.2, HALF),
   Law("adapters", "adapters are merged kernels", adapters, 1e-4, ROUNDING),
   Law("splash", "the TPU's kernel is attention", splash, 1e-4, ROUNDING),
-  Law("cudnn", "so is the NVIDIA GPU's", cudnn, 1e-2, HALF),
+  Law("cudnn", "so is the NVIDIA GPU's", cudnn, 1e-2, "numbers of 8 bits"),
 )

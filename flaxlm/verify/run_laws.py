@@ -31,6 +31,7 @@ from flaxlm.config import (
   TokenizerConfig,
   to_json,
 )
+from flaxlm.errors import INTERRUPTED, PREEMPTED
 from flaxlm.nn.models import build_model
 from flaxlm.runs import CHECKPOINTS, METRICS, load_config_of
 from flaxlm.sharding import batch_shards, make_mesh, mesh_for
@@ -141,6 +142,8 @@ def run(cfg: Config) -> Run:
   with tempfile.TemporaryFile("w+") as said:  # the watchdog writes to a descriptor
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
       code = train(cfg)
+    if code in (PREEMPTED, INTERRUPTED):  # it was this process that was told to stop
+      raise KeyboardInterrupt
     assert code == 0, f"exit code {code}"
     said.seek(0)
     return Run(losses_of(cfg), last_state_of(cfg), said.read())
@@ -189,7 +192,9 @@ def config_of(case: Case, folder: Path) -> tuple[Config, str]:
     sizes = dict.fromkeys(sizes, 1) | {"data": count}
   else:
     sizes["data"] *= count // rest
-  fields = {f.name: getattr(case.model_cfg, f.name) for f in dataclasses.fields(ModelConfig)}
+  fields = {
+    f.name: getattr(case.model_cfg, f.name) for f in dataclasses.fields(ModelConfig)
+  }
   parts = min(2, cfg.training.accumulation_steps)
   return Config(
     name="run",
