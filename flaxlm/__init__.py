@@ -32,14 +32,15 @@ def __getattr__(name: str) -> Any:
   os.environ.setdefault(QUIET, "3")
   try:
     if name == "train":
-      from flaxlm.training import loop as owner
-    else:
-      from flaxlm import api as owner
+      from flaxlm.training.loop import train
+
+      return train
+    from flaxlm import api
   finally:
     if is_unset:
       os.environ.pop(QUIET, None)
 
-  return getattr(owner, name)
+  return getattr(api, name)
 
 
 def __dir__() -> list[str]:

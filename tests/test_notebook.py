@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The notebook of the docs runs, shows what it is stored with, and its links lead somewhere.
+"""The notebook of the docs runs and shows what it is stored with; its links lead somewhere.
 
 It is stored with its outputs, so that it can be read where nothing runs: on a forge, and on
 the site. `python tests/notebooks.py docs/first_hour.ipynb` writes them anew. They may not

@@ -59,14 +59,14 @@ def attention_to_source(layer: Layer, x_BTD: np.ndarray) -> np.ndarray:
 
 def projected(
   cfg: ResolvedModel, params: Any, x_BTD: np.ndarray, source_BSD: np.ndarray
-) -> list[np.ndarray]:
-  """Queries, and the keys and values of what they look at, normalised if the config says."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Queries, and keys and values of what they look at, normalised if the config says."""
   sides = zip("qkv", (x_BTD, source_BSD, source_BSD), strict=True)
   q_BTNH, k_BSKH, v_BSKH = (project(params[name], x) for name, x in sides)
   if cfg.qk_norm != "none":
     q_BTNH = normed(cfg, params["q_norm"], q_BTNH)
     k_BSKH = normed(cfg, params["k_norm"], k_BSKH)
-  return [q_BTNH, k_BSKH, v_BSKH]
+  return q_BTNH, k_BSKH, v_BSKH
 
 
 def by_hand(

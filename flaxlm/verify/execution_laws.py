@@ -76,7 +76,7 @@ def capacity(case: Case) -> Finding:
     case, model_cfg=dataclasses.replace(case.model_cfg, moe=moe)
   )
   if math.prod(case.sizes.values()) > 1:
-    errors.append(sharded(limited).error)
+    errors.append(sharded(limited).error or 0.0)
   if case.family != "encoder":
     tokens_BT, source = random_tokens(2, SEQ_LEN), case.source_of(2)
     cache = empty(limited, 2, SEQ_LEN, source)
@@ -89,8 +89,8 @@ def capacity(case: Case) -> Finding:
 
 
 def bfloat16(case: Case) -> Finding:
-  """Loss and gradient in the config's own dtypes, and in float32; the gradient as the length
-  of the difference. Logits stay in float32, and a norm is rounded once."""
+  """Loss and gradient in the config's own dtypes, and in float32: of gradients the length
+  of their difference. Logits stay in float32, and a norm is rounded once."""
   run = case.cfg.training
   if {run.dtype, run.param_dtype} == {"float32"}:
     return does_not_apply("training.dtype and training.param_dtype are float32")
@@ -120,8 +120,10 @@ def in_wrong_dtype(case: Case, own: TrainingConfig, found: Any) -> Iterator[str]
 
 
 def norm_error(case: Case) -> float:
-  """The largest error of a norm of bfloat16 numbers, in halves of its last place. It is asked
-  for alone: in a larger program XLA may leave out the rounding of what goes in."""
+  """The largest error of a norm of bfloat16 numbers, as a share of what one rounding makes.
+
+  The norm is asked for alone: in a larger program XLA may leave out the rounding of what
+  goes in."""
   cfg, random = case.model_cfg, np.random.default_rng(6)
   x_BTD = jnp.asarray(3 + random.normal(size=(8, SEQ_LEN, cfg.width)), jnp.bfloat16)
   norm = build_norm(cfg)
@@ -138,8 +140,8 @@ def norm_error(case: Case) -> float:
 
 
 def adapters(case: Case) -> Finding:
-  """New adapters change nothing; then their logits are those of the merged parameters, and a
-  step of plain descent moves them by the chain rule's gradient, and nothing else."""
+  """New adapters change nothing. Others have the logits of merged parameters, and a step of
+  plain descent moves them by the chain rule's gradient, and nothing else."""
   if not case.cfg.lora.rank:
     return does_not_apply("lora.rank is 0")
   if case.family == "rnn":
@@ -216,8 +218,8 @@ def by_chain_rule(case: Case, model: Any, lora: LoraConfig, whole: Any, some: An
 
 
 def splash(case: Case) -> Finding:
-  """The TPU's kernel by Pallas's interpreter: logits and gradient of one layer of each kind,
-  over rows of two documents, with those of XLA's operations."""
+  """The TPU's kernel by Pallas's interpreter, and XLA's operations: logits and gradient of
+  one layer of each kind, over rows of two documents."""
   if case.family == "rnn":
     return does_not_apply("an RNN has no attention")
   kernel = dataclasses.replace(SPLASH, shortest=0, interpreted=True)
@@ -238,8 +240,9 @@ def splash(case: Case) -> Finding:
     context = max(case.model_cfg.context, KERNEL_TOKENS)
     cfg = dataclasses.replace(one_layer(case.model_cfg, kind), context=context)
     params, ways = random_params(build_model(cfg)), []
-    for path, device in (("splash", kernel), ("blocked", NO_KERNEL)):
-      run = dataclasses.replace(case.training, attention=path, remat="none")
+    plain = dataclasses.replace(case.training, attention="blocked", remat="none")
+    fused = dataclasses.replace(plain, attention="splash")
+    for run, device in ((fused, kernel), (plain, NO_KERNEL)):
       model = build_model(cfg, run, device)
       arrays = tokens_BT, positions_BT, 1 + is_second_BT
       ways.append(jax.device_get(_weighed(model, params, arrays, read)))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The other parts of a layer as the papers define them, in float64 numpy: norms, feed-forward,
-experts, recurrent cells, and how a layer is put together from them.
+"""The other parts of a layer as the papers define them, in float64 numpy: norms,
+feed-forward, experts, recurrent cells, and how a layer is put together from them.
 
 Nothing of `flaxlm.nn` is used but the parameters and what goes in and out of each part.
 """

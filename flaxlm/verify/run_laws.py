@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Laws of a whole run, as `flaxlm train` makes it: one that is killed and goes on, and one by
-several processes, are the run that nobody disturbed."""
+"""Laws of a whole run, as `flaxlm train` makes it: one that is killed and goes on, and one
+by several processes, are the run that nobody disturbed."""
 
 import contextlib
 import dataclasses
@@ -72,8 +72,8 @@ class Runs(NamedTuple):
 
 
 def resumed(case: Case) -> Finding:
-  """A run that is killed after its first checkpoint and goes on with nothing but what lies in
-  its directory: the bits of parameters and moments, and every loss."""
+  """A run that is killed after its first checkpoint and goes on with nothing but what lies
+  in its directory: the bits of parameters and moments, and every loss."""
   whole, rest, note = runs_of(case)
   details = []
   if f"at step {KILLED_AFTER}" not in rest.said:
@@ -179,7 +179,7 @@ def config_of(case: Case, folder: Path) -> tuple[Config, str]:
   """(a run of `STEPS` steps of the small model on made-up text in `folder`, how it differs
   from what the config does), with the config's optimizer, dtypes and dropout."""
   cfg, notes = case.cfg, []
-  objective = cfg.data.objective
+  objective: str = cfg.data.objective
   if objective not in OBJECTIVES.values():
     objective = OBJECTIVES[case.family]
     notes.append(f"it learns {objective}, as {cfg.data.objective} needs another run")
