@@ -115,6 +115,9 @@ def in_wrong_dtype(case: Case, own: TrainingConfig, found: Any) -> Iterator[str]
   for name, dtype in (("the loss", found[0].dtype), ("logits", logits.dtype)):
     if dtype != np.float32:
       yield f"{name} is in {dtype}"
+  # Whatever is in float32 afterwards: hardly a number of 24 bits ends after the 8th.
+  if (logits.astype(jnp.bfloat16).astype(np.float32) == logits).mean() > 0.5:
+    yield "logits are rounded to 16 bits"
   if own.dtype == "bfloat16" and norm_error(case) > 1:
     yield "a norm is rounded before its end"
 
