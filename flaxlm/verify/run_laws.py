@@ -198,7 +198,7 @@ def config_of(case: Case, folder: Path) -> tuple[Config, str]:
   parts = min(2, cfg.training.accumulation_steps)
   dtypes = dict(dtype=cfg.training.dtype, param_dtype=cfg.training.param_dtype)
   if sizes["stage"] > 1 and (parts > 1 or "bfloat16" in dtypes.values()):
-    # XLA's CPU client hangs in such a step, and aborts the process after 40 s (docs/LOG.md).
+    # XLA's CPU client hangs in such a step, and aborts after 40 s (docs/LOG.md).
     parts, dtypes = 1, dict.fromkeys(dtypes, "float32")
     notes.append("one micro-batch in float32, as simulated devices hang in other pipelines")
   return Config(
@@ -238,16 +238,15 @@ def config_of(case: Case, folder: Path) -> tuple[Config, str]:
 def work_folder() -> Iterator[Path]:
   """A folder for runs, where also prepared data go, and made-up catalogues are found."""
   with tempfile.TemporaryDirectory(prefix="flaxlm-verify-") as name:
-    folder = Path(name)
-    before = {key: os.environ.get(key) for key in (DATA_DIR,)}
+    folder, before = Path(name), os.environ.get(DATA_DIR)
     os.environ[DATA_DIR] = str(folder / "data")
     sys.path.append(str(folder / PACKAGES))
     try:
       yield folder
     finally:
       sys.path.remove(str(folder / PACKAGES))
-      for key, value in before.items():
-        os.environ.pop(key) if value is None else os.environ.update({key: value})
+      del os.environ[DATA_DIR]
+      os.environ |= {} if before is None else {DATA_DIR: before}
 
 
 DATA_DIR = "FLAXLM_DATA_DIR"
