@@ -5,9 +5,12 @@ Links are written as the repository has them. The site has its own names for a f
 and a link to what it does not have becomes its text.
 """
 
+import json
 import os.path
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -22,6 +25,7 @@ MOVED = {
   "README.md": "index.md",
   "docs/index.md": "pages.md",
   "CONTRIBUTING.md": "contributing.md",
+  "docs/first_hour.ipynb": "first_hour.md",
 }
 SOURCES = {there: here for here, there in MOVED.items()}
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
@@ -37,8 +41,25 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
   assert index is not None
   files.remove(index)
   for source, place in MOVED.items():
-    files.append(File.generated(config, place, abs_src_path=str(ROOT / source)))
+    path = ROOT / source
+    what: dict[str, Any] = {"abs_src_path": str(path)}
+    if path.suffix == ".ipynb":
+      what = {"content": "\n\n".join(parts_of(json.loads(path.read_text("utf-8"))))}
+    files.append(File.generated(config, place, **what))
   return files
+
+
+def parts_of(notebook: dict[str, Any]) -> Iterator[str]:
+  """A notebook as Markdown: its text, its code, and what the code has shown."""
+  for cell in notebook["cells"]:
+    source = "".join(cell["source"])
+    yield source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```"
+    for output in cell.get("outputs", ()):
+      data = output.get("data", {"text/plain": output.get("text")})
+      if "text/html" in data:
+        yield "".join(data["text/html"])
+      else:
+        yield f"```text\n{''.join(data['text/plain']).rstrip()}\n```"
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """flaxlm: a small, complete language-model package in JAX and Flax.
 
-    model = flaxlm.load("runs/stdlib_tiny")
+    flaxlm.train(Config(name="mine"))  # of flaxlm.config
+    model = flaxlm.load("runs/mine")
     print(model.generate("def ", max_new_tokens=40).completion)
 
 Importing the package itself loads neither jax nor any backend; its modules do, and so does
-the first use of a name of `api`.
+the first use of one of these names.
 """
 
 import os
@@ -16,8 +17,9 @@ from flaxlm.version import __version__
 if TYPE_CHECKING:
   from flaxlm.api import Model as Model
   from flaxlm.api import load as load
+  from flaxlm.training.loop import train as train
 
-__all__ = ["Model", "__version__", "load"]
+__all__ = ["Model", "__version__", "load", "train"]
 QUIET = "TF_CPP_MIN_LOG_LEVEL"
 
 
@@ -29,6 +31,10 @@ def __getattr__(name: str) -> Any:
   is_unset = QUIET not in os.environ
   os.environ.setdefault(QUIET, "3")
   try:
+    if name == "train":
+      from flaxlm.training.loop import train
+
+      return train
     from flaxlm import api
   finally:
     if is_unset:

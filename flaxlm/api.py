@@ -10,13 +10,14 @@ is returned.
 
 import difflib
 import functools
+import html
 import logging
 import os
 import reprlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import numpy as np
 
@@ -51,13 +52,20 @@ from flaxlm.decoding.scoring import encode_pairs, score_rolling, score_tokens
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.interop.hub import find_source
 from flaxlm.interop.imported import import_once
+from flaxlm.look.attention import check_attention, look_attention
+from flaxlm.look.embeddings import look_embeddings
+from flaxlm.look.page import check_output, save_view, to_html
+from flaxlm.look.pieces import make_reading
 from flaxlm.look.surprise import surprise_html
+from flaxlm.look.tokens import look_tokens
+from flaxlm.look.view import View
 from flaxlm.platform import start_jax
 from flaxlm.runs import CONFIG, find_run, is_a_hubs
 from flaxlm.sharding import make_mesh
 from flaxlm.tokenizers import AnyTokenizer
 
 Pair = tuple[str, str]  # a context, and how it goes on
+MOST_SEEN = {"attention": 256, "tokens": 1024}  # tokens of a text that a picture shows
 
 
 class Options(TypedDict, total=False):
@@ -300,6 +308,33 @@ class Model:
     vectors_BD = np.stack(embed_texts(self.run, rows, normalise, warn))
     return vectors_BD[0] if isinstance(texts, str) else vectors_BD
 
+  def look(
+    self,
+    subject: Literal["attention", "tokens", "embeddings"],
+    text: str | None = None,
+    *,
+    source: str | None = None,
+  ) -> "Picture":
+    """The page of `flaxlm look SUBJECT`, which a notebook shows in a frame.
+
+    `text` is what the model reads, and an encoder-decoder writes for its `source`; the
+    embeddings are those of the model, whatever it reads. Raises `ConfigError`.
+    """
+    run = self.run
+    if subject == "embeddings":
+      if text is not None or source is not None:
+        raise ConfigError("the embeddings are of no text", "leave it out")
+      return Picture(*look_embeddings(run))
+    if subject not in MOST_SEEN:
+      known = ", ".join((*MOST_SEEN, "embeddings"))
+      raise ConfigError(f"there is no picture of {subject!r}", f"there are {known}")
+    if subject == "attention":
+      check_attention(run.model.cfg, None, None)
+    most = MOST_SEEN[subject]
+    reading = make_reading(run.model.cfg, self.tokenizer, text, source, most)
+    views = {"attention": look_attention, "tokens": look_tokens}
+    return Picture(*views[subject](run, reading, most))
+
 
 # -- What is given back --------------------------------------------------------------------
 
@@ -339,6 +374,22 @@ class Score(NamedTuple):
 
   def _repr_html_(self) -> str:
     return surprise_html(self.tokenizer, self.tokens, self.logprobs, self.context)
+
+
+class Picture(View):
+  """A page of `flaxlm look`; its `figures` are numbers. Nothing in it leads out of it."""
+
+  def save(self, path: str | os.PathLike[str]) -> None:
+    """Writes a .html or .png file. Raises `ConfigError` if it cannot be written."""
+    check_output(Path(path))
+    save_view(self, Path(path))
+
+  def _repr_html_(self) -> str:
+    page = html.escape(to_html(self)).replace("\n", "&#10;")
+    return (
+      f'<iframe title="{html.escape(self.title)}" srcdoc="{page}" sandbox="allow-scripts" '
+      'style="width:100%;height:640px;border:0"></iframe>'
+    )
 
 
 # -- What is asked -------------------------------------------------------------------------

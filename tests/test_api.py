@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from conftest import commands_in_process, slow_but
@@ -20,12 +21,16 @@ from flaxlm.api import Answer, Completion, Model, Options, Score
 from flaxlm.data.storage import data_dir
 from flaxlm.decoding.loading import load_run
 from flaxlm.decoding.sampling import SamplingSettings
+from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import CheckpointError, ConfigError, FlaxLMError
 from flaxlm.interop.gguf import export_gguf
 from flaxlm.interop.transfer import export_run
+from flaxlm.look.embeddings import embedding_table
+from flaxlm.look.page import to_json
 from flaxlm.look.surprise import light_colours, surprise_html
 from flaxlm.runs import IMPORTED_FILES
 from flaxlm.sharding import make_mesh
+from flaxlm.training.loop import train
 
 FAMILIES = ("decoder", "rnn", "encoder_decoder")
 CHAT = (
@@ -403,3 +408,50 @@ def test_hostile_text_stays_text(decoder: Model):
   text = "".join(Spans(pieces["before"]).texts)
   assert text.startswith("</script><script>document.title='broken'</script><!-- & ")
   assert "\\u202e" in text and "↵\n" in text
+
+
+@pytest.mark.parametrize("subject", ["attention", "tokens", "embeddings"])
+def test_a_picture_is_the_page_that_its_command_writes(
+  decoder: Model, printed: Callable[..., Any], folder: Path, tmp_path: Path, subject: str
+):
+  """Though the model's parameters are laid out for decoding, and the command's are not."""
+  text = [] if subject == "embeddings" else ["a</iframe>\"'b"]
+  picture, flags = decoder.look(subject, *text), [f"--text={given}" for given in text]
+  (figures,) = printed("look", subject, "decoder", *flags, "--json")
+  numbers = lambda tree: [x for x in jax.tree.leaves(tree) if isinstance(x, float)]
+  found = json.loads(to_json(picture.figures))
+  expected = {key: figures[key] for key in found}
+  assert numbers(found) == pytest.approx(numbers(expected), rel=1e-3, abs=1e-5)
+  assert jax.tree.structure(found) == jax.tree.structure(expected)
+  picture.save(tmp_path / "page.html")
+  shown = Spans(picture._repr_html_())
+  assert shown.tags == ["iframe"] and shown.attributes[0]["sandbox"] == "allow-scripts"
+  assert shown.attributes[0]["srcdoc"] == (tmp_path / "page.html").read_text("utf-8")
+
+
+def test_a_picture_of_nothing_is_refused(decoder: Model, models: dict[str, Model]):
+  for arguments, said in (
+    (("embedding",), "there is no picture of 'embedding'"),
+    (("embeddings", "ab"), "the embeddings are of no text"),
+    (("attention",), "there is no text"),
+  ):
+    with pytest.raises(ConfigError, match=said):
+      decoder.look(*arguments)
+  with pytest.raises(ConfigError, match="has no attention"):
+    models["rnn"].look("attention", "ab")
+  with pytest.raises(ConfigError, match=r"neither \.html nor \.png"):
+    decoder.look("tokens", "ab").save("page.pdf")
+
+
+def test_a_table_of_int8_is_read_with_its_scales(folder: Path):
+  run = load_run(folder / "runs" / "decoder", make_mesh({"data": -1}))
+  table_VD = embedding_table(run.params)
+  narrow_VD = embedding_table(prepare_params(run.params, run.model.cfg, "int8"))
+  limit_V1 = np.abs(table_VD).max(1, keepdims=True) / 127
+  assert table_VD.shape == narrow_VD.shape
+  assert np.abs(table_VD - narrow_VD).max() > 0
+  assert (np.abs(table_VD - narrow_VD) <= 0.51 * limit_V1).all()
+
+
+def test_training_is_at_the_front_door():
+  assert flaxlm.train is train

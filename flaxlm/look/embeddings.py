@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedding table as a map: two principal directions, and each token's neighbours."""
 
+from typing import Any
+
 import numpy as np
 
 from flaxlm.decoding.loading import Run
@@ -20,7 +22,7 @@ def look_embeddings(run: Run, num_tokens: int | None = None) -> View:
   if num_tokens is not None and num_tokens > size:
     raise ConfigError(f"tokens is {num_tokens}", f"the tokenizer has {size}")
   count = min(num_tokens or MOST_TOKENS, size, run.model.cfg.num_ids)
-  table_ND = np.asarray(run.params["embedding"]["table"])[:count].astype(np.float64)
+  table_ND = embedding_table(run.params)[:count].astype(np.float64)
   points_NC, explained_C = principal(table_ND)
   nearest_NC, cosines_NC = nearest(table_ND)
   norms_N = np.linalg.norm(table_ND, axis=1)
@@ -52,6 +54,16 @@ def look_embeddings(run: Run, num_tokens: int | None = None) -> View:
   }
   title = f"The embedding table of {run.cfg.name}"
   return View("embeddings", title, cuts, notes, figures, data)
+
+
+def embedding_table(params: Any) -> np.ndarray:
+  """Each id's vector, (V, D) in float32, also of parameters that are laid out for decoding
+  (decoding/weights.py)."""
+  embedding = params["embedding"]
+  if "table" in embedding:
+    return np.asarray(embedding["table"]).astype(np.float32)
+  scales_V = np.asarray(embedding.get("scale", 1.0), np.float32)
+  return np.asarray(embedding["matrix"]).astype(np.float32) * scales_V[..., None]
 
 
 def principal(table_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,35 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Self-attention as the papers define it, in a page of float64 numpy, against the model's.
+"""Attention as the papers define it, in a page of float64 numpy, against the model's.
 
 Nothing of `flaxlm.nn` is used but the parameters and what goes in and out of the layer.
 """
 
-import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
 from flaxlm.config import ResolvedModel
-from flaxlm.nn.attention import Attention
-from flaxlm.nn.base import LanguageModel, Source
-from flaxlm.nn.models import build_model
 from flaxlm.nn.positions import rotate, rotation
-from flaxlm.verify.case import (
-  ROUNDING,
-  Case,
-  Finding,
-  Law,
-  distance,
-  does_not_apply,
-  one_layer,
-  random_params,
-  random_tokens,
-)
+from flaxlm.verify.case import ROUNDING, Case, Finding, Law, distance, does_not_apply
+from flaxlm.verify.layer import Layer, layer_of
 from flaxlm.verify.shrink import SEQ_LEN
-
-FIRST = 11  # tokens of the first of two documents in a row
 
 
 def attention(case: Case) -> Finding:
@@ -38,82 +22,74 @@ def attention(case: Case) -> Finding:
     return does_not_apply("an RNN has no attention")
   errors = []
   for kind in sorted(set(case.model_cfg.period)):
-    cfg = one_layer(case.model_cfg, kind)
-    model = build_model(cfg)
-    params = random_params(model, spread=0.1)
-    tokens_BT, index_T = random_tokens(2, SEQ_LEN), np.arange(SEQ_LEN)
-    is_second_T = index_T >= FIRST
-    positions_T = np.where(is_second_T, index_T - FIRST, index_T)
-    places = (np.broadcast_to(x, tokens_BT.shape) for x in (positions_T, 1 + is_second_T))
-    source = case.source_of(2)
-    if source is not None:
-      numbers_BS = 1 + (np.arange(9) >= 5) + 0 * source.tokens_BS
-      source = source._replace(segments_BS=numbers_BS)
-    x_BTD, y_BTD = jax.device_get(_in_and_out(model, params, tokens_BT, *places, source))
-    stack = params.get("decoder", params)
-    layer = jax.tree.map(
-      lambda x: np.asarray(x[0], np.float64), stack["blocks"]["attention"]
-    )
-    visible_TS = seen_by_hand(cfg, kind, positions_T, is_second_T)
-    bias_NTS = bias_by_hand(cfg, stack)
-    expected = by_hand(cfg, kind, layer, x_BTD, positions_T, visible_TS, bias_NTS)
-    errors.append(distance(y_BTD, expected))
+    layer = layer_of(case, kind)
+    x_BTD, y_BTD = layer.calls["attention"]
+    errors.append(distance(y_BTD, self_attention(layer, x_BTD)))
   return Finding(max(errors))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _in_and_out(
-  model: LanguageModel,
-  params: Any,
-  tokens_BT: jax.Array,
-  positions_BT: jax.Array,
-  segments_BT: jax.Array,
-  source: Source | None,
-) -> tuple[jax.Array, jax.Array]:
-  """The input and the output of the last self-attention that runs: the decoder's."""
-  found: list = []
+def cross_attention(case: Case) -> Finding:
+  """What a decoder's only layer reads from a source of two documents."""
+  if case.family != "encoder_decoder":
+    return does_not_apply("there is no source")
+  layer = layer_of(case, sorted(set(case.model_cfg.period))[0])
+  x_BTD, y_BTD = layer.calls["cross_attention"]
+  return Finding(distance(y_BTD, attention_to_source(layer, x_BTD)))
 
-  def record(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    output = next_fun(*args, **kwargs)
-    name, is_call = context.module.name, context.method_name == "__call__"
-    if isinstance(context.module, Attention) and is_call and name == "attention":
-      found.append((args[0], output[0]))  # and not of the one to a source
-    return output
 
-  read = {} if source is None else {"source": source}
-  with nn.intercept_methods(record):
-    model.apply({"params": params}, tokens_BT, positions_BT, segments_BT, **read)
-  return found[-1]
+def self_attention(layer: Layer, x_BTD: np.ndarray) -> np.ndarray:
+  cfg, params = layer.cfg, layer.params["attention"]
+  visible_TS = seen_by_hand(cfg, layer.kind, layer.positions_T, layer.documents_T)
+  bias_NTS = bias_by_hand(cfg, layer.others.get("decoder", layer.others))
+  q_BTNH, k_BTNH, v_BTNH = projected(cfg, params, x_BTD, x_BTD)
+  if cfg.positions == "rope":
+    q_BTNH = turned(cfg, layer.kind, q_BTNH, layer.positions_T)
+    k_BTNH = turned(cfg, layer.kind, k_BTNH, layer.positions_T)
+  return by_hand(cfg, params, q_BTNH, k_BTNH, v_BTNH, visible_TS, bias_NTS)
+
+
+def attention_to_source(layer: Layer, x_BTD: np.ndarray) -> np.ndarray:
+  """A token sees all of the document of the same number, and positions play no part."""
+  cfg, params = layer.cfg, layer.params["cross_attention"]
+  source_BSD, _ = layer.calls["source_keys_values"]
+  visible_TS = layer.documents_T[:, None] == layer.source_documents_S
+  qkv = projected(cfg, params, x_BTD, source_BSD)
+  return by_hand(cfg, params, *qkv, visible_TS, 0.0)
+
+
+def projected(
+  cfg: ResolvedModel, params: Any, x_BTD: np.ndarray, source_BSD: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Queries, and keys and values of what they look at, normalised if the config says."""
+  sides = zip("qkv", (x_BTD, source_BSD, source_BSD), strict=True)
+  q_BTNH, k_BSKH, v_BSKH = (project(params[name], x) for name, x in sides)
+  if cfg.qk_norm != "none":
+    q_BTNH = normed(cfg, params["q_norm"], q_BTNH)
+    k_BSKH = normed(cfg, params["k_norm"], k_BSKH)
+  return q_BTNH, k_BSKH, v_BSKH
 
 
 def by_hand(
   cfg: ResolvedModel,
-  kind: str,
   params: Any,
-  x_BTD: np.ndarray,
-  positions_T: np.ndarray,
+  q_BTNH: np.ndarray,
+  k_BSKH: np.ndarray,
+  v_BSKH: np.ndarray,
   visible_TS: np.ndarray,
   bias_NTS: np.ndarray | float,
 ) -> np.ndarray:
   """softmax(scale q k^T + bias) v for each head, with the other heads' kv where heads share
   it (Vaswani et al., 2017, section 3.2; Ainslie et al., 2023)."""
-  q_BTNH, k_BTNH, v_BTNH = (project(params[name], x_BTD) for name in "qkv")
-  if cfg.qk_norm != "none":
-    q_BTNH = normed(cfg, params["q_norm"], q_BTNH)
-    k_BTNH = normed(cfg, params["k_norm"], k_BTNH)
-  if cfg.positions == "rope":
-    q_BTNH = turned(cfg, kind, q_BTNH, positions_T)
-    k_BTNH = turned(cfg, kind, k_BTNH, positions_T)
   group = cfg.num_heads // cfg.num_kv_heads
-  k_BTNH, v_BTNH = (np.repeat(x, group, 2) for x in (k_BTNH, v_BTNH))
-  scores = cfg.attention_scale * np.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BTNH)
+  k_BSNH, v_BSNH = (np.repeat(x, group, 2) for x in (k_BSKH, v_BSKH))
+  scores = cfg.attention_scale * np.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH)
   if cfg.attention_softcap is not None:
     scores = cfg.attention_softcap * np.tanh(scores / cfg.attention_softcap)
   shares = np.where(visible_TS, np.exp(scores + bias_NTS), 0.0)
   total = shares.sum(-1, keepdims=True)
   if cfg.learned_sinks:
     total = total + np.exp(params["sinks"])[:, None, None]
-  mixed = np.einsum("BNTS,BSNH->BTNH", shares / total, v_BTNH)
+  mixed = np.einsum("BNTS,BSNH->BTNH", shares / total, v_BSNH)
   y_BTD = np.einsum("BTNH,NHD->BTD", mixed, params["o"]["kernel"])
   return y_BTD + params["o"].get("bias", 0.0)
 
@@ -236,5 +212,6 @@ def bias_by_hand(cfg: ResolvedModel, stack: Any) -> np.ndarray | float:
 
 LAWS = (
   Law("attention", "attention is the papers' formula", attention, 1e-4, ROUNDING),
+  Law("cross-attention", "so is attention to a source", cross_attention, 1e-5, ROUNDING),
   Law("rope", "RoPE turns complex numbers", rope, 1e-4, "float32 angles of some radians"),
 )

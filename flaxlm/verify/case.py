@@ -96,6 +96,11 @@ class Case:
   def params(self) -> Any:
     return random_params(self.model)
 
+  def params_in(self, training: TrainingConfig) -> Any:
+    """The parameters in the dtype in which a run has them."""
+    shapes = nn.unbox(boxed_shapes(build_model(self.model_cfg, training)))
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), self.params, shapes)
+
   @functools.cached_property
   def one(self) -> Mesh:
     return mesh_of({})
@@ -135,7 +140,11 @@ class Case:
       batch = batch._replace(weights_BT=batch.weights_BT * chosen)
     return batch
 
-  def logits(
+  def logits(self, tokens_BT: np.ndarray, *args: Any, **options: Any) -> np.ndarray:
+    """`all_logits` (B, T, V) without the vocabulary's padding."""
+    return self.all_logits(tokens_BT, *args, **options)[..., : self.model_cfg.num_ids]
+
+  def all_logits(
     self,
     tokens_BT: np.ndarray,
     positions_BT: np.ndarray | None = None,
@@ -144,8 +153,8 @@ class Case:
     model: LanguageModel | None = None,
     params: Any = None,
   ) -> np.ndarray:
-    """Logits (B, T, V) of whole rows, without the vocabulary's padding; by default of the
-    case's own model, and of rows that are one document each."""
+    """Logits (B, T, V) of whole rows; by default of the case's own model, and of rows that
+    are one document each."""
     model, params = model or self.model, self.params if params is None else params
     shape = tokens_BT.shape
     if positions_BT is None:
@@ -158,8 +167,7 @@ class Case:
       )
       source = source._replace(positions_BS=positions)
     places = (np.asarray(x, np.int32) for x in (tokens_BT, positions_BT, segments_BT))
-    logits_BTV = np.asarray(_logits(model, params, *places, source))
-    return logits_BTV[..., : self.model_cfg.num_ids]
+    return np.asarray(_logits(model, params, *places, source))
 
   def source_of(self, rows: int, seed: int = 5) -> Source | None:
     """A source for each of some rows, for models that read one."""

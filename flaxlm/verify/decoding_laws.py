@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.decoding.engine import Engine
@@ -199,10 +198,10 @@ def never_drawn(case: Case) -> Finding:
     functools.partial(with_garbage, cfg.num_ids, cfg.vocab_size), case.params
   )
   tokens_BT, source = random_tokens(8, 24), case.source_of(8)
-  shares_BTV = jax.nn.softmax(_all_logits(case.model, params, tokens_BT, source), -1)
-  error = float(jnp.max(shares_BTV[..., cfg.num_ids :].sum(-1)))
-  clean = case.logits(tokens_BT, source=source)
-  error = max(error, distance(case.logits(tokens_BT, source=source, params=params), clean))
+  logits_BTV = case.all_logits(tokens_BT, source=source, params=params)
+  error = float(jax.nn.softmax(logits_BTV, -1)[..., cfg.num_ids :].sum(-1).max())
+  clean_BTV = case.logits(tokens_BT, source=source)
+  error = max(error, distance(logits_BTV[..., : cfg.num_ids], clean_BTV))
   if case.family == "encoder":
     return Finding(error)
   rows = continued(case, params, FEWER_IDS) + served(case, params, FEWER_IDS)
@@ -221,14 +220,6 @@ def with_garbage(num_ids: int, size: int, path: Any, x: jax.Array) -> Any:
   is_padding = np.arange(size) >= num_ids
   shape = [size if n == dim else 1 for n in range(x.ndim)]
   return np.where(is_padding.reshape(shape), np.float32(50), x)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _all_logits(
-  model: LanguageModel, params: Any, tokens_BT: jax.Array, source: Any
-) -> Any:
-  read = {} if source is None else {"source": source}
-  return model.apply({"params": params}, tokens_BT, **read).value
 
 
 def texts_read(case: Case, count: int) -> list[list[int]] | None:

@@ -14,15 +14,19 @@ from flaxlm.verify import (
   attention_laws,
   data_laws,
   decoding_laws,
+  execution_laws,
+  layer_laws,
   model_laws,
+  run_laws,
   training_laws,
 )
 from flaxlm.verify.case import Case, Finding, Law
 from flaxlm.verify.shrink import RULE, describe
 
 LAWS: tuple[Law, ...] = (
-  *(*model_laws.LAWS, *attention_laws.LAWS),
-  *(*decoding_laws.LAWS, *training_laws.LAWS, *data_laws.LAWS),
+  *(*model_laws.LAWS, *attention_laws.LAWS, *layer_laws.LAWS),
+  *(*decoding_laws.LAWS, *training_laws.LAWS, *execution_laws.LAWS),
+  *(*data_laws.LAWS, *run_laws.LAWS),
 )
 
 HOLDS, FAILS, DOES_NOT_APPLY = "holds", "fails", "does not apply"

@@ -154,7 +154,7 @@ def gradient_of(
   run = training or case.training
   model = build_model(without_dropout(case), run)
   shardings = shardings_of(abstract_params(model, mesh))
-  params = jax.device_put(jax.device_get(case.params), shardings)
+  params = jax.device_put(jax.device_get(case.params_in(run)), shardings)
   step = use_mesh(mesh)(jax.jit(functools.partial(loss_and_gradient, model, run)))
   return jax.device_get(step(params, put_batch(case.batch, mesh), jax.random.key(0)))
 

@@ -2,6 +2,8 @@
 """`flaxlm verify`: laws hold for good configs, and one that fails is named; exit codes."""
 
 import dataclasses
+import gettext
+import io
 import json
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from flaxlm.planning.planner import resolve
 from flaxlm.sharding import KV_COPIES, RULES
 from flaxlm.verify.case import Case
 from flaxlm.verify.laws import HOLDS, LAWS
+from flaxlm.verify.run_laws import catalogue
 from flaxlm.verify.shrink import MOST_DEVICES, shrink_mesh
 
 CONFIGS = sorted(
@@ -26,8 +29,11 @@ RICH = (
 )
 QUICK = (
   *("causal", "window", "sinks", "packed", "padding", "kv heads", "attention", "rope"),
-  *("layout", "tokenizer", "every row"),
+  *("norms", "feed-forward", "layer", "layout", "tokenizer", "every row"),
 )
+# What the config that has everything is too plain for.
+MORE = ("cross-attention", "experts", "cell", "capacity", "bfloat16", "adapters", "cudnn")
+OWN_RUNS = ("resumed", "processes")  # these train
 
 
 def laws(*names: str) -> list[str]:
@@ -52,12 +58,62 @@ def test_the_quick_laws_hold_for_one_layer(in_process):
 
 @pytest.mark.slow
 def test_all_laws_hold_for_a_config_that_has_everything(in_process):
-  done = in_process("verify", "stdlib_tiny", *RICH, "--model.layer_pattern=LG", "--json")
+  names = [law.name for law in LAWS if law.name not in OWN_RUNS]
+  rich = (*RICH, "--model.layer_pattern=LG")
+  done = in_process("verify", "stdlib_tiny", *rich, *laws(*names), "--json")
   assert done.returncode == 0, done.stdout + done.stderr
   found = results_of(done)
   others = {name for name, result in found.items() if result["result"] != HOLDS}
-  assert others == {"both sides", "exported"}
+  assert others == {"both sides", "exported", "splash", *MORE}
   assert found["both sides"]["reason"] == "there is no encoder"
+  assert found["splash"]["reason"].endswith("does not support sink_tokens")
+  assert all(result["reason"] for result in found.values() if result["result"] != HOLDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("arguments", "names"),
+  [
+    (
+      ("moe_tiny", "--model.moe.capacity_factor=1.25", "--model.depth=1"),
+      ("experts", "layer", "capacity"),
+    ),
+    (
+      ("stdlib_tiny", "--lora.rank=2", "--model.depth=1", "--training.dtype=bfloat16"),
+      ("bfloat16", "adapters", "splash"),
+    ),
+    (("rnn_lstm", "--model.cell=gru"), ("norms", "cell")),
+    (("t5_small",), ("norms", "feed-forward", "cross-attention", "layer")),
+  ],
+)
+def test_laws_of_what_a_config_need_not_have(in_process, arguments, names):
+  done = in_process("verify", *arguments, *laws(*names), "--json")
+  assert done.returncode == 0, done.stdout + done.stderr
+  found = results_of(done)
+  assert {name: found[name]["result"] for name in names} == dict.fromkeys(names, HOLDS)
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_the_same_run(in_process):
+  small = ("--model.depth=1", "--mesh=data=2")
+  done = in_process("verify", "stdlib_tiny", *small, *laws("resumed"), "--json")
+  assert done.returncode == 0, done.stdout + done.stderr
+  (found,) = results_of(done).values()
+  assert (found["result"], found["largest_error"]) == (HOLDS, 0)
+
+
+@pytest.mark.fuzz
+def test_two_processes_are_one(in_process):
+  done = in_process("verify", "stdlib_tiny", *laws("processes"), "--json")
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert results_of(done)["processes"]["result"] == HOLDS
+
+
+def test_pairs_that_are_made_up_are_read_as_a_catalogue(tmp_path):
+  """The bytes of a .mo file, read by Python's own reader."""
+  messages = {"One": "enO", "Three": "eerhT", "Two": "owT"}
+  found = gettext.GNUTranslations(io.BytesIO(catalogue(messages)))
+  assert {source: found.gettext(source) for source in messages} == messages
 
 
 @pytest.mark.fuzz
