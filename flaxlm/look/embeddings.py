@@ -7,9 +7,8 @@ import numpy as np
 
 from flaxlm.decoding.loading import Run
 from flaxlm.errors import ConfigError
-from flaxlm.look.pieces import describe, is_special
+from flaxlm.look.pieces import describe, sort_of
 from flaxlm.look.view import View
-from flaxlm.tokenizers import AnyTokenizer
 
 MOST_TOKENS = 4096
 NUM_NEAREST = 10
@@ -99,21 +98,3 @@ def nearest(
     ids_RC[rows] = np.take_along_axis(some_XC, order_XC, -1)
     cosines_RC[rows] = np.clip(np.take_along_axis(of_some_XC, order_XC, -1), -1, 1)
   return ids_RC, cosines_RC
-
-
-def sort_of(tokenizer: AnyTokenizer, id_: int) -> str:
-  """The kind of a token by its spelling, which decides its colour."""
-  if is_special(tokenizer, id_):
-    return "special"
-  try:
-    text = tokenizer.bytes_of(id_).decode()
-  except UnicodeDecodeError:
-    return "part of a character"
-  word = text.strip()
-  if not word:
-    return "blank"
-  if word.isdecimal():
-    return "number"
-  if not any(character.isalpha() for character in word):
-    return "punctuation"
-  return "word after a blank" if text[0].isspace() else "word without a blank"

@@ -101,10 +101,12 @@ def to_json(values: Mapping[str, Any]) -> str:
 
 
 def pack(value: Any) -> dict[str, Any]:
-  """An array for the page: little-endian, deflated, base64."""
+  """An array for the page: little-endian float32, or `Shares`; deflated, base64."""
   if isinstance(value, Shares):
-    array = np.rint(value.values.astype(np.float64) * 65535).astype("<u2")
+    shape, data = value.values.shape, value.to_bytes()
+    how: dict[str, Any] = {"type": "uint16", "steps": value.steps}
   else:
     array = np.asarray(value).astype("<f4")
-  text = base64.b64encode(zlib.compress(array.tobytes(), 6)).decode()
-  return {"shape": array.shape, "type": array.dtype.name, "deflated": text}
+    shape, data, how = array.shape, array.tobytes(), {"type": "float32"}
+  text = base64.b64encode(zlib.compress(data, 6)).decode()
+  return {"shape": shape, **how, "deflated": text}

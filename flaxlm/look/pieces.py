@@ -53,6 +53,24 @@ def is_special(tokenizer: AnyTokenizer, id_: int) -> bool:
   return id_ in tokenizer.special_ids or id_ == tokenizer.mask_id
 
 
+def sort_of(tokenizer: AnyTokenizer, id_: int) -> str:
+  """The kind of a token by its spelling, such as punctuation."""
+  if is_special(tokenizer, id_):
+    return "special"
+  try:
+    text = tokenizer.bytes_of(id_).decode()
+  except UnicodeDecodeError:
+    return "part of a character"
+  word = text.strip()
+  if not word:
+    return "blank"
+  if word.isdecimal():
+    return "number"
+  if not any(character.isalpha() for character in word):
+    return "punctuation"
+  return "word after a blank" if text[0].isspace() else "word without a blank"
+
+
 def legible(data: bytes, drawn: Mapping[str, str] = DRAWN) -> str:
   """Bytes as text in which every character is visible; `\\xe6` for half a character.
 

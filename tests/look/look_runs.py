@@ -57,9 +57,10 @@ class Page(HTMLParser):
 def unpack(packed: dict[str, Any]) -> np.ndarray:
   """The numbers that were given to `pack`, as the page reads them."""
   data = zlib.decompress(base64.b64decode(packed["deflated"]))
-  array = np.frombuffer(data, np.dtype(packed["type"]).newbyteorder("<"))
-  values = array.astype(np.float64).reshape(packed["shape"])
-  return values / 65535 if packed["type"] == "uint16" else values
+  if packed["type"] == "float32":
+    return np.frombuffer(data, "<f4").astype(np.float64).reshape(packed["shape"])
+  low, high = np.frombuffer(data, np.uint8).reshape(2, -1).astype(np.float64)
+  return ((low + 256 * high) / packed["steps"]).reshape(packed["shape"])
 
 
 def arrays(value: Any) -> Any:

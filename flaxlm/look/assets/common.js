@@ -19,12 +19,15 @@ async function unpack(packed) {
   const bytes = Uint8Array.from(atob(packed.deflated), (c) => c.charCodeAt(0));
   const inflated = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   const buffer = await new Response(inflated).arrayBuffer();
-  const view = new DataView(buffer);
-  const wide = packed.type === "float32";
-  const values = new Float32Array(buffer.byteLength / (wide ? 4 : 2));
-  for (let i = 0; i < values.length; i++) {
-    values[i] = wide ? view.getFloat32(4 * i, true) : view.getUint16(2 * i, true) / 65535;
+  if (packed.type === "float32") {
+    const view = new DataView(buffer);
+    const values = new Float32Array(buffer.byteLength / 4);
+    for (let i = 0; i < values.length; i++) values[i] = view.getFloat32(4 * i, true);
+    return { shape: packed.shape, values };
   }
+  const bytes16 = new Uint8Array(buffer); // the lower bytes of all, then the upper ones
+  const values = new Float32Array(buffer.byteLength / 2);
+  for (let i = 0; i < values.length; i++) values[i] = (bytes16[i] + 256 * bytes16[values.length + i]) / packed.steps;
   return { shape: packed.shape, values };
 }
 
