@@ -187,7 +187,7 @@ def name_head(
   parts = [name for name in parts if name in lifted and shares[name].whole_N[n] >= PART]
   together = sum(float(shares[name].whole_N[n]) for name in parts)
   if len(parts) > 1 and MOSTLY <= together <= 1:  # above 1, they are the same places
-    return "mixture: " + ", ".join(NAMES[name] for name in parts), together / 2
+    return "mixture: " + " + ".join(NAMES[name] for name in parts), together / 2
   best = max(lifted, key=lambda name: lifted[name], default="")
   if lifted.get(best, 0.0) >= PARTLY:
     return f"partly {NAMES[best]}", lifted[best]

@@ -105,6 +105,20 @@ async function drawView(view, page) {
         textContent: "Left: who attends. Right: to whom. A line is as strong as the weight." }), lines.box)),
     el("p", { class: "note", textContent: "Point at a token, a line or a cell; a click stays. Arrow keys: up and down "
       + "another token that attends, left and right another that it attends to." }), readout, lists, sum);
+    // The text itself, in which a token shows to whom it attends.
+    const text = map.kind === "cross" ? null : strip(map.queries, "tokens of the text",
+      (query) => hover({ query, side: "query" }), (query) => stay({ query, side: "query" }));
+    function shadeText() {
+      const query = state.over?.query ?? state.query;
+      text?.tokens.forEach((token, i) => {
+        token.classList.toggle("chosen", i === query);
+        paint(token, Math.sqrt(Math.min(1, weight(query, i))));
+      });
+    }
+    if (text) {
+      text.box.addEventListener("pointerleave", () => hover(null));
+      body.append(el("h3", { textContent: "In the text" }), text.box);
+    }
     const table = headTable(map, state, (layer, head) => { Object.assign(state, { layer, head }); refresh(); });
     body.append(el("h2", { textContent: "What tells the heads apart" }), el("p", { class: "says",
       textContent: "Means over the tokens" + (map.causal ? ", the first one apart, which can only attend to itself" : "")
@@ -135,6 +149,7 @@ async function drawView(view, page) {
       state.over = over;
       lines.draw();
       picture.draw();
+      shadeText();
       if (over && event) showTip(event, tellPlace(over));
     }
     const name = (side, at) => `${map[side === "query" ? "queries" : "keys"][at].label} (${at})`;
@@ -150,6 +165,7 @@ async function drawView(view, page) {
     function redraw() {
       picture.draw();
       lines.draw();
+      shadeText();
       const { query, key } = state;
       readout.textContent = tellPair(query, key);
       const barsOf = (side, at, count, of) => bars(strongest(count, of).slice(0, 6)
@@ -341,7 +357,7 @@ function linePane(map, state, weight, stay, hover) {
           if (isOn(t, s) !== on || !(inSight(t) || inSight(s))) continue;
           const w = Math.min(1, weight(t, s));
           if (w < (on ? 0.002 : 0.02)) continue;
-          pen.globalAlpha = on ? 0.1 + 0.9 * Math.sqrt(w) : 0.16 * w;
+          pen.globalAlpha = on ? Math.min(1, 0.04 + w ** 0.7) : 0.16 * w;
           pen.lineWidth = 0.6 + (on ? 4.4 : 2) * w;
           pen.beginPath();
           pen.moveTo(frame.left, center(t) - top);
