@@ -56,6 +56,8 @@ def add_look(commands: Any) -> None:
     subjects, "tokens", "a text in tokens, and how likely each was", run_tokens
   )
   tokens.add_run()
+  text = "a second run: both side by side; each may also be a tokenizer.json or *.model"
+  tokens.add_argument("other", nargs="?", metavar="OTHER", help=text)
   add_text(tokens, 1024)
   text = "a conversation to learn from: a file of them, and what carries loss"
   tokens.add_flag("--chat-file", str, text, metavar="FILE")
@@ -108,9 +110,50 @@ def run_tokens(args: argparse.Namespace, _: list[str]) -> int:
 
   if args.rejected and args.chat_file is None:
     raise ConfigError("--rejected is of a file of preferences", "add --chat-file FILE")
+  if args.other is not None:
+    return run_beside(args)
   open_ = open_text if args.chat_file is None else open_chat
   path, reading = open_(args)
   return finish(args, look_tokens(open_run(args), reading, args.max_tokens), path)
+
+
+def run_beside(args: argparse.Namespace) -> int:
+  """Two runs, or tokenizers, on one text."""
+  from flaxlm.look.beside import look_beside
+
+  check_output(args)
+  check_least(args, 2, "max_tokens")
+  if args.chat_file is not None:
+    raise ConfigError("--chat-file is for one run", f"leave out {args.other}")
+  if args.output is not None and args.output.endswith(".png"):
+    raise ConfigError(
+      "two side by side are a page, and no picture", "as in --output a.html"
+    )
+  text = given_text(args)
+  if not text:
+    raise ConfigError("there is no text to set side by side", 'give --text "..."')
+  names = [args.path, args.other]
+  sides = [open_side(args, name) for name in names]
+  view = look_beside(sides, text, args.source, args.max_tokens)
+  return finish(args, view, None, "_and_".join(map(file_name, names)) + "_tokens.html")
+
+
+def open_side(args: argparse.Namespace, name: str) -> Any:
+  """A run, or the tokenizer of a file."""
+  from flaxlm.look.beside import Side
+  from flaxlm.tokenizers import load_tokenizer
+
+  if is_file(Path(name)):
+    return Side(name, load_tokenizer(Path(name)))
+  args.path = name
+  run = open_run(args)
+  return Side(name, run.tokenizer, run)
+
+
+def file_name(name: str) -> str:
+  """What a picture is called after a run, or after a file and its folder."""
+  path = Path(name)
+  return f"{path.resolve().parent.name}_{path.stem}" if is_file(path) else path.name
 
 
 def run_story(args: argparse.Namespace, _: list[str]) -> int:
@@ -215,15 +258,20 @@ def open_text(args: argparse.Namespace, check: Any = lambda cfg: None) -> tuple[
   from flaxlm.tokenizers import load_tokenizer
 
   check_least(args, 2, "max_tokens")
-  if args.text is not None and args.text_file is not None:
-    raise ConfigError("--text and --text-file", "give one of them")
+  text = given_text(args)
   path = find(args)
   cfg = load_config_of(path)
   check(cfg.model)
-  text = read_text(args.text_file) if args.text_file else args.text
   tokenizer = load_tokenizer(path / TOKENIZER)
   reading = make_reading(cfg.model, tokenizer, text, args.source, args.max_tokens)
   return path, reading
+
+
+def given_text(args: argparse.Namespace) -> str | None:
+  """The text of --text or --text-file, if there is one. Raises `ConfigError` for both."""
+  if args.text is not None and args.text_file is not None:
+    raise ConfigError("--text and --text-file", "give one of them")
+  return read_text(args.text_file) if args.text_file else args.text
 
 
 def check_output(args: argparse.Namespace) -> None:

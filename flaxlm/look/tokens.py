@@ -61,7 +61,9 @@ def look_tokens(run: Run, reading: Reading, most: int) -> View:
   after = scores.pop(len(ids), None)
   for at, score in scores.items():
     tokens[at] |= to_entry(run, score, known=ids[at] != tokenizer.mask_id)
-  figures = text_figures(tokens, bytes_of_text(run, reading, ids)) | {"tokens": tokens}
+  num_words = len(b"".join(map(tokenizer.bytes_of, ids)).split())
+  size = bytes_of_text(run, reading, ids)
+  figures = text_figures(tokens, size, num_words) | {"tokens": tokens}
   if reading.weights is not None:
     figures |= loss_figures(tokens, reading.weights)
   if after is not None:
@@ -143,14 +145,19 @@ def bytes_of_text(run: Run, reading: Reading, ids: Sequence[int]) -> int:
   return int(run.tokenizer.token_bytes()[list(ids[num_before:])].sum())
 
 
-def text_figures(tokens: Sequence[dict[str, Any]], num_bytes: int) -> dict[str, Any]:
-  """The size of the whole text, and its surprisal at the places that were scored."""
+def text_figures(
+  tokens: Sequence[dict[str, Any]], num_bytes: int, num_words: int
+) -> dict[str, Any]:
+  """The size of the whole text, and its surprisal at the places that were scored. A word is
+  what stands between blanks."""
   num_tokens = sum(not token["special"] for token in tokens)
   asked = [token["bits"] for token in tokens if "bits" in token]
   figures = {
     "num_tokens": num_tokens,
     "num_bytes": num_bytes,
+    "num_words": num_words,
     "bytes_per_token": num_bytes / num_tokens if num_tokens else None,
+    "tokens_per_word": num_tokens / num_words if num_words else None,
   }
   if asked:
     figures |= {"bits": sum(asked), "bits_per_token": sum(asked) / len(asked)}
