@@ -5,10 +5,13 @@ import base64
 import json
 import re
 import zlib
+from html import unescape
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from browser import drawn_page
 from random_runs import (  # noqa: F401 - for the tests of this folder
   BYTES,
   FAMILIES,
@@ -19,7 +22,7 @@ from random_runs import (  # noqa: F401 - for the tests of this folder
   save_run,
 )
 
-from flaxlm.look.page import to_html
+from flaxlm.look.page import digest, to_html
 from flaxlm.look.view import View
 
 
@@ -82,3 +85,36 @@ def log_softmax(logits: Any) -> np.ndarray:
   logits = np.asarray(logits, np.float64)
   logits = logits - logits.max(-1, keepdims=True)
   return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+# Runs when the page is drawn; `found` is what a test reads.
+DRIVER = """
+const wait = setInterval(() => {
+  if (!document.documentElement.dataset.ready) return;
+  clearInterval(wait);
+  const all = (query) => [...document.querySelectorAll(query)];
+  const event = (kind, x, y) => new PointerEvent(kind, { clientX: x, clientY: y, pointerId: 1 });
+  const press = (element, key) =>
+    element.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+  const button = (text) => all("button").find((one) => one.textContent.startsWith(text));
+  const found = {};
+  BODY
+  const named = (one) => one.textContent || one.ariaLabel || one.labels.length;
+  found.unnamed = all("button, select, input").filter((one) => !named(one)).length;
+  document.body.style.width = "380px"; // a window of Chromium has 500 at least
+  found.wide = document.body.scrollWidth - 380;
+  document.body.append("FOUND" + JSON.stringify(found) + "END");
+}, 20);
+"""
+
+
+def drive(view: View, path: Path, body: str) -> dict[str, Any]:
+  """What a script finds that uses the page as a person does; all pages name their controls,
+  and fit 380 pixels."""
+  script = DRIVER.replace("BODY", body)
+  # The page's own policy stands, and allows this one script more.
+  page = to_html(view).replace("script-src '", f"script-src '{digest(script)}' '")
+  path.write_text(page.replace("</body>", f"<script>{script}</script></body>"), "utf-8")
+  found = json.loads(unescape(re.findall("FOUND(.*?)END", drawn_page(path))[-1]))
+  assert found["unnamed"] == 0 and found["wide"] <= 0
+  return found

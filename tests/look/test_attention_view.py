@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page's maps are the model's own, and its figures agree with them."""
 
+import zlib
+
 import jax
 import numpy as np
 import pytest
 from conftest import slow
-from look_runs import HOSTILE, make_run, page_of
+from look_runs import HOSTILE, log_softmax, make_run, page_of
 
 from flaxlm.errors import ConfigError
+from flaxlm.look import attention
 from flaxlm.look.attention import (
+  STEPS,
   check_attention,
   check_size,
-  entropy_bits,
-  head_figures,
+  choose_heads,
+  find_repeated,
+  finest_steps,
   look_attention,
 )
+from flaxlm.look.page import to_html
 from flaxlm.look.pieces import make_reading
+from flaxlm.look.view import Shares
 from flaxlm.nn.base import Source
 
 HALF = 0.5000001 / 65535  # what the page's rounding costs
@@ -87,52 +94,100 @@ def test_without_a_text_an_encoder_decoder_answers():
   assert 2 <= len(own["queries"]) <= 12 and len(cross["keys"]) == len("to read") + 1
 
 
-# -- Figures -------------------------------------------------------------------------------
+# -- Queries and keys ----------------------------------------------------------------------
 
 
-def figures_of(weights_TS, causal=True, kind="self"):
-  shown = {"kind": kind, "layers": [0], "heads": [0], "causal": causal}
-  (entry,) = head_figures(np.array(weights_TS)[None, None], shown)
-  return entry
+def weights_of(one) -> np.ndarray:
+  """The weights (X, T, S) as the page's queries and keys make them."""
+  sides = []
+  for side in ("queries", "keys"):
+    most_X = np.array(one["vectors"][side]["most"])
+    sides.append((2 * one["vectors"][side]["values"] - 1) * most_X[:, None, None])
+  scores = np.einsum("XTH,XSH->XTS", *sides)
+  if one["causal"]:
+    scores = np.where(np.tri(scores.shape[1], dtype=bool), scores, -np.inf)
+  return np.exp(log_softmax(scores))
 
 
-def test_figures_of_heads_that_do_one_thing():
-  T = 8
-  own, first = np.eye(T), np.zeros((T, T))
-  first[:, 0] = 1
-  previous = np.eye(T, k=-1)
-  previous[0, 0] = 1
-  even = np.tril(np.ones((T, T))) / np.arange(1, T + 1)[:, None]
-  for weights, words, distance in (
-    (own, "itself", 0),
-    (first, "the first token", np.arange(1, T).mean()),
-    (previous, "the previous token", 1),
-    (even, "all evenly", np.mean([t / 2 for t in range(1, T)])),
-  ):
-    entry = figures_of(weights)
-    assert entry["looks_at"] == words
-    assert entry["distance"] == pytest.approx(distance)
-  assert entry["entropy"] == pytest.approx(np.mean(np.log2(np.arange(2, T + 1))))
-  assert figures_of(previous)["first"] == pytest.approx(1 / (T - 1)), "of token 1 alone"
-  assert figures_of(np.eye(T, k=1), causal=False)["next"] == pytest.approx(
-    (T - 1) / T, abs=0.2
-  )
-  mixed = 0.3 * first + 0.7 * np.tril(np.eye(T, k=-3))
-  mixed[:, 1] += 1 - mixed.sum(1)
-  assert figures_of(mixed)["looks_at"] in ("partly the first token", "a mixture")
+@pytest.mark.parametrize("family", ["decoder", "encoder", slow("encoder_decoder")])
+def test_the_products_make_the_weights(family: str):
+  run = make_run(family, num_kv_heads=2, depth=3)
+  source = "to read" if family == "encoder_decoder" else None
+  _, view = look(run, HOSTILE[:20], source)
+  for one in page_of(view).view["data"]["maps"]:
+    L, N, T, S = one["weights"].shape
+    assert one["vectors"]["heads"] == [*range(L * N)], "all of them fit"
+    expected = one["weights"].reshape(L * N, T, S)
+    np.testing.assert_allclose(weights_of(one), expected, atol=5e-4)
+    # A head's own weights, and no other's.
+    other = expected[np.r_[1 : L * N, 0]]
+    assert np.abs(weights_of(one) - other).max((1, 2)).min() > 0.005
 
 
-def test_figures_of_one_token_and_of_a_source():
-  entry = figures_of([[1.0]])
-  assert (entry["entropy"], entry["itself"], entry["previous"]) == (0, 1, 0)
-  cross = figures_of([[0.0, 0.1, 0.9], [0.0, 0.2, 0.8]], False, "cross")
-  assert cross["last"] == pytest.approx(0.85) and "distance" not in cross
-  assert cross["looks_at"] == "the last source token"
+def test_of_a_layer_and_a_head_they_are_their_own():
+  _, view = look(make_run(num_kv_heads=2), "a text", layer=1, head=2)
+  (one,) = page_of(view).view["data"]["maps"]
+  np.testing.assert_allclose(weights_of(one), one["weights"][0], atol=5e-4)
 
 
-def test_what_goes_to_sinks_counts_as_one_more_outcome():
-  np.testing.assert_allclose(entropy_bits(np.array([0.25, 0.25])), 1.5)
-  np.testing.assert_allclose(entropy_bits(np.array([0.5, 0.5])), 1.0)
+def test_the_clearest_heads_of_each_name_come_first(monkeypatch):
+  entry = lambda name, strength: {"looks_at": name, "strength": strength}
+  heads = [entry("a", 0.6), entry("a", 0.9), entry("b", 0.5), entry("a", 0.7)]
+  monkeypatch.setattr(attention, "MOST_NUMBERS", 25)
+  assert choose_heads([heads], [10]) == [[1, 2]]
+  assert choose_heads([heads], [30]) == [[]]
+  assert choose_heads([heads], [6]) == [[0, 1, 2, 3]]
+
+
+def test_induction_heads_are_sought_with_tokens_read_twice(monkeypatch):
+  run, read = make_run(), []
+  honest = attention.apply_to_row
+
+  def watched(run, function, ids, *args):
+    read.append(ids)
+    return honest(run, function, ids, *args)
+
+  monkeypatch.setattr(attention, "apply_to_row", watched)
+  found_LN = find_repeated(run, None, None)
+  (ids,) = read
+  length = (run.model.cfg.context - 1) // 2
+  assert ids[1 : 1 + length] == ids[1 + length :] and len(set(ids)) == length + 1
+  maps = run.model.apply({"params": run.params}, np.array([ids]), capture=True).attention
+  weights_LNTS = np.asarray(maps["self"])[:, 0]
+  places = [(1 + length + n, 2 + n) for n in range(length)]
+  expected = np.mean([weights_LNTS[:, :, t, s] for t, s in places], 0)
+  np.testing.assert_allclose(found_LN, expected, atol=1e-5)
+  assert find_repeated(make_run("encoder"), None, None) is None
+  assert find_repeated(make_run(context=8), None, None) is None, "too short to tell"
+
+
+# -- The size of a page --------------------------------------------------------------------
+
+
+def test_weights_are_as_fine_as_fits(monkeypatch):
+  weights = np.random.default_rng(0).dirichlet(np.ones(64), (2, 4, 64))
+  assert finest_steps([weights]) == 65535
+  sizes = {}
+  for steps in STEPS:
+    sizes[steps] = len(zlib.compress(Shares(weights, steps).to_bytes(), 6)) * 4 / 3
+  monkeypatch.setattr(attention, "SAMPLED", 1)
+  monkeypatch.setattr(attention, "MOST_PACKED", sizes[1023] + 1)
+  assert finest_steps([weights]) == 1023
+  monkeypatch.setattr(attention, "MOST_PACKED", 10)
+  assert finest_steps([weights]) == STEPS[-1], "no coarser, even if it is too large"
+
+
+@pytest.mark.slow
+def test_all_heads_of_a_gpt2_and_256_tokens_stay_below_3_mb():
+  run = make_run(depth=12, num_heads=12, head_dim=64, width=96, context=256)
+  text = "".join(map(chr, np.random.default_rng(0).integers(32, 127, 255)))
+  reading = make_reading(run.model.cfg, run.tokenizer, text, None, 256)
+  view = look_attention(run, reading, 256)
+  (one,) = view.data["maps"]
+  assert one["weights"].values.shape == (12, 12, 256, 256)
+  assert len(one["vectors"]["heads"]) == 8, "as many as there is room for"
+  assert len(to_html(view)) < 3_000_000
+  assert "to the nearest 1/" in view.notes[-1]
 
 
 # -- Refusals ------------------------------------------------------------------------------

@@ -3,17 +3,26 @@
 
 import dataclasses
 import json
+import shutil
 import typing
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from look_runs import BYTES, make_run, page_of
+from conftest import slow
+from look_runs import BYTES, make_run, page_of, save_run
 
 from flaxlm.config import ModelConfig, RopeConfig, to_json
 from flaxlm.errors import CheckpointError, ConfigError
-from flaxlm.look.embeddings import look_embeddings, nearest, principal, sort_of
+from flaxlm.look.embeddings import (
+  look_embeddings,
+  nearest,
+  principal,
+  table_before,
+  to_directions,
+)
+from flaxlm.look.pieces import sort_of
 from flaxlm.look.positions import SAYS, look_positions
 from flaxlm.look.runs import look_run
 from flaxlm.nn.positions import (
@@ -24,6 +33,9 @@ from flaxlm.nn.positions import (
   sinusoids,
   stretched_frequencies,
 )
+from flaxlm.origin import checkpoint_of, write_origin
+from flaxlm.training.optimizer import build_optimizer
+from flaxlm.training.step import init_state
 
 # -- Embeddings ----------------------------------------------------------------------------
 
@@ -50,21 +62,62 @@ def test_neighbours_are_by_cosine():
     np.testing.assert_allclose(cosines[n], [of[m] for m in best], atol=1e-12)
 
 
-@pytest.mark.parametrize("family", ["decoder", "encoder", "encoder_decoder", "rnn"])
+@pytest.mark.parametrize(
+  "family", ["decoder", slow("encoder"), slow("encoder_decoder"), slow("rnn")]
+)
 def test_the_embedding_of_every_family(family: str):
-  run = make_run(family)
+  run = make_run(family, depth=1)
   page = page_of(look_embeddings(run, 60)).view
   table = np.asarray(run.params["embedding"]["table"])[:60]
-  np.testing.assert_allclose(
-    page["data"]["norms"], np.linalg.norm(table, axis=1), rtol=1e-5
-  )
-  assert page["data"]["points"].shape == (60, 2)
+  after, before = page["data"]["moments"]
+  np.testing.assert_allclose(after["norms"], np.linalg.norm(table, axis=1), rtol=1e-5)
+  assert after["plane"].shape == (60, 2) and page["data"]["points"].shape == (60, 2)
+  np.testing.assert_array_equal(after["nearest"], nearest(table.astype(float))[0])
+  np.testing.assert_allclose(after["solid"].std(0), 1, rtol=1e-5)
+  correlations = np.corrcoef(after["solid"].T)
+  np.testing.assert_allclose(correlations, np.eye(3), atol=1e-5)
+  first = initial_table(run)[:60]
+  np.testing.assert_allclose(before["norms"], np.linalg.norm(first, axis=1), rtol=1e-5)
+  np.testing.assert_array_equal(before["nearest"], nearest(first.astype(float))[0])
   assert len(page["data"]["tokens"]) == 60 == page["figures"]["num_tokens"]
   assert "60 of" in page["cuts"][0]
   whole = look_embeddings(run)
   assert whole.figures["num_tokens"] == run.tokenizer.vocab_size and not whole.cuts
   with pytest.raises(ConfigError, match="the tokenizer has"):
     look_embeddings(run, 1000)
+
+
+def initial_table(run) -> np.ndarray:
+  """The table with which training begins, made by training's own function."""
+  optimizer = build_optimizer(run.cfg.optimizer, 10)
+  state = init_state(run.model, optimizer, run.mesh, run.cfg.seed)
+  return np.asarray(state.params["embedding"]["table"])
+
+
+def test_before_training_is_what_it_began_from(tmp_path: Path):
+  other = make_run(name="first")
+  folder = save_run(other, tmp_path / "first")
+  run = make_run(name="second")._replace(path=tmp_path / "second")
+  run.path.mkdir()
+  write_origin(run.path, checkpoint_of(folder, 7))
+  table, name = table_before(run)
+  np.testing.assert_array_equal(table, other.params["embedding"]["table"])
+  assert name == "before, as first had it at step 7"
+  shutil.rmtree(folder)
+  table, why = table_before(run)
+  assert table is None and "it is gone" in why
+  imported = make_run()._replace(step=0)
+  table, why = table_before(imported)
+  assert table is None and why in look_embeddings(imported, 20).notes
+
+
+def test_directions_have_no_mean_to_share_and_one_length():
+  table = np.random.default_rng(3).normal(size=(30, 5)) * np.arange(1, 31)[:, None] + 4
+  directions = to_directions(table)
+  np.testing.assert_allclose(np.linalg.norm(directions, axis=1), 1)
+  moved = to_directions(3 * table - 7)
+  np.testing.assert_allclose(moved, directions, atol=1e-12)
+  assert not to_directions(np.ones((3, 4))).any()
 
 
 def test_sorts_of_tokens():
