@@ -1236,4 +1236,42 @@ SHARDING = [
   ),
 ]
 
-DEFECTS = NN + TRAINING + DATA + DECODING + SHARDING
+LOOK = [
+  Defect(
+    "an induction head is one that looks at the earlier copy itself",
+    "flaxlm/look/heads.py",
+    "weights_LNTS, 1 - length, -2, -1)",
+    "weights_LNTS, -length, -2, -1)",
+    "look/test_heads.py",
+  ),
+  Defect(
+    "a head is named after words that stand at the place it looks at",
+    "flaxlm/look/heads.py",
+    "share.own_N[n] > share.rival_N[n]",
+    "share.own_N[n] > 0",
+    "look/test_heads.py",
+  ),
+  Defect(
+    "the page's queries lack the scale of the scores",
+    "flaxlm/look/attention.py",
+    "in_range(cfg.attention_scale * q_XTH)",
+    "in_range(q_XTH)",
+    "look/test_attention_view.py",
+  ),
+  Defect(
+    "t-SNE's gradient leaves out the distance in its weights",
+    "flaxlm/look/tsne.py",
+    "pull_NN = (shares_NN - near_NN / near_NN.sum()) * near_NN",
+    "pull_NN = shares_NN - near_NN / near_NN.sum()",
+    "look/test_tsne.py",
+  ),
+  Defect(
+    "a word's surprise is that of its last token",
+    "flaxlm/look/beside.py",
+    "append(sum(bits) if is_known else None)",
+    "append(bits[-1] if is_known else None)",
+    "look/test_beside.py",
+  ),
+]
+
+DEFECTS = NN + TRAINING + DATA + DECODING + SHARDING + LOOK

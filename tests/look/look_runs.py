@@ -93,7 +93,8 @@ const wait = setInterval(() => {
   if (!document.documentElement.dataset.ready) return;
   clearInterval(wait);
   const all = (query) => [...document.querySelectorAll(query)];
-  const event = (kind, x, y) => new PointerEvent(kind, { clientX: x, clientY: y, pointerId: 1 });
+  const event = (kind, x, y) =>
+    new PointerEvent(kind, { clientX: x, clientY: y, pointerId: 1 });
   const press = (element, key) =>
     element.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
   const button = (text) => all("button").find((one) => one.textContent.startsWith(text));

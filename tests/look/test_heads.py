@@ -87,9 +87,9 @@ def test_the_same_word_in_another_spelling():
 
 def test_a_place_comes_before_the_words_that_stand_there():
   previous = rows(8, lambda t: max(t - 1, 0))
-  entry = figures_of(previous, "aaaaaaaa")
+  entry = figures_of(previous, "aabbccdd")
   assert entry["same"] == 1 and entry["looks_at"] == "previous token"
-  first = figures_of(rows(8, lambda t: 0), "." * 8)
+  first = figures_of(rows(8, lambda t: 0), ".abcdefg")
   assert first["punctuation"] == 1 and first["looks_at"] == "first token"
 
 
