@@ -1247,8 +1247,8 @@ LOOK = [
   Defect(
     "a head is named after words that stand at the place it looks at",
     "flaxlm/look/heads.py",
-    "share.own_N[n] > share.rival_N[n]",
-    "share.own_N[n] > 0",
+    "share.own_N[n] >= LIFT * share.rival_N[n]",
+    "share.own_N[n] >= share.rival_N[n]",
     "look/test_heads.py",
   ),
   Defect(

@@ -20,10 +20,11 @@ EVENLY = 0.9  # of the largest possible entropy
 RULE = (
   f"A head is named after what has {MOSTLY:.0%} of its weight or more, in the mean over "
   f"the tokens for which there is such a thing, if that is {LIFT:g} times what an even "
-  f"spread would give it. What depends on the words needs {FEWEST} such tokens, and more "
-  "weight than any fixed place has there. Induction (Olsson et al., 2022) is what followed "
-  "an earlier copy of the token, in this text or in random tokens that the model reads "
-  f"twice; same word is earlier copies themselves. From {PARTLY:.0%} it is partly so. "
+  f"spread would give it. What depends on the words needs {FEWEST} such tokens, and "
+  f"{LIFT:g} times the weight that any fixed place has there. Induction (Olsson et al., "
+  "2022) is what followed an earlier copy of the token, in this text or in random tokens "
+  "that the model reads twice; same word is earlier copies themselves. "
+  f"From {PARTLY:.0%} it is partly so. "
   f"A mixture has {PART:.0%} or more on each part, and {MOSTLY:.0%} on all. "
   f"Evenly is {EVENLY:.0%} of the largest entropy. All others are told by how many tokens "
   "they look at, and how far away."
@@ -195,7 +196,7 @@ def name_head(
 
 
 def is_told_by_words(share: Share, n: int) -> bool:
-  return share.num_queries >= FEWEST and bool(share.own_N[n] > share.rival_N[n])
+  return share.num_queries >= FEWEST and bool(share.own_N[n] >= LIFT * share.rival_N[n])
 
 
 def describe_head(bits: float, distance: float | None, way: str) -> str:

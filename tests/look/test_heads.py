@@ -89,6 +89,9 @@ def test_a_place_comes_before_the_words_that_stand_there():
   previous = rows(8, lambda t: max(t - 1, 0))
   entry = figures_of(previous, "aabbccdd")
   assert entry["same"] == 1 and entry["looks_at"] == "previous token"
+  # Nor is a head that rests on the first token one of marks, if some are elsewhere.
+  some = 0.95 * rows(8, lambda t: 0) + 0.05 * rows(8, lambda t: min(t, 4))
+  assert figures_of(some, ".abc.efg")["looks_at"] == "first token"
   first = figures_of(rows(8, lambda t: 0), ".abcdefg")
   assert first["punctuation"] == 1 and first["looks_at"] == "first token"
 
