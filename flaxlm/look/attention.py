@@ -31,10 +31,10 @@ from flaxlm.look.pieces import (
   describe,
   sort_of,
 )
-from flaxlm.look.probe import unrolled
 from flaxlm.look.view import Shares, View
 from flaxlm.nn.attention import Attention
 from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.models import unrolled
 
 MOST_WEIGHTS = 1 << 25  # two bytes each, before they are deflated: 67 MB
 # A page has 3 MB at most where it can: of weights in base64, and of queries and keys.
