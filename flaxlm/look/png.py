@@ -80,7 +80,7 @@ def draw_embeddings(figure: Any, view: View) -> None:
       taken.add(cell)
       ax.annotate(token["label"][:16], point, fontsize=7, family="monospace")
   x, y = view.figures["explained"]
-  ax.set_xlabel(f"{x:.1%} of the variance")
+  ax.set_xlabel(f"{x:.1%} of the variance, scaled to 1")
   ax.set_ylabel(f"{y:.1%}")
   ax.legend(fontsize=8)
 
