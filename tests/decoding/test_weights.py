@@ -19,9 +19,9 @@ from flaxlm.decoding.generate import DecodeState, StaticSampling, decode_block
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.decoding.weights import is_laid_out_for_decoding, prepare_params
-from flaxlm.nn.cache import Narrow, narrowed, widened
 from flaxlm.nn.execution import Execution
 from flaxlm.nn.models import build_model, init_cache, init_params
+from flaxlm.nn.quantized import Narrow, narrowed, widened
 
 
 def unboxed(model: Any) -> Any:
