@@ -8,6 +8,27 @@ from planted import Defect
 
 NN = [
   Defect(
+    "int8 numbers are cut off, not rounded",
+    "flaxlm/nn/quantized.py",
+    "jnp.round(x / scales)",
+    "jnp.trunc(x / scales)",
+    "laws/test_int8_products.py::test_an_int8_product_and_its_gradients_are_as_defined",
+  ),
+  Defect(
+    "all outputs of an int8 product have one scale",
+    "flaxlm/nn/quantized.py",
+    "rows * narrow_kernel.scales.reshape(outputs)",
+    "rows * narrow_kernel.scales.max()",
+    "laws/test_int8_products.py::test_an_int8_product_and_its_gradients_are_as_defined",
+  ),
+  Defect(
+    "sums of int8 products are kept in int32",
+    "flaxlm/nn/execution.py",
+    'narrow = params.get("preferred_element_type") == jnp.int32',
+    "narrow = False",
+    "laws/test_int8_products.py::test_dots_keep_results_and_no_sums_in_int32",
+  ),
+  Defect(
     "RoPE turns against its direction in one of the two halves",
     "flaxlm/nn/positions.py",
     "second * cos + first * sin",

@@ -52,7 +52,9 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   # Two all-reduces per layer, forward and backward (Shoeybi et al., 2019), and those of
   # embedding and head. With sequence_parallel they are reduce-scatters and all-gathers,
   # which cost the same, but the inputs are gathered once more in the backward pass.
-  sums = num_layers * (4 + 2 * again + training.sequence_parallel) + passes
+  # Products of int8 numbers are summed in int32, before they are scaled.
+  wide = 4 / item if training.matmul == "int8" else 1
+  sums = wide * num_layers * (4 + 2 * again + training.sequence_parallel) + passes
   # Tokens to their experts and back, forward and backward.
   moved = (4 + 2 * again) * vectors * model.moe.experts_per_token * model.depth * stretch
   sent = {
