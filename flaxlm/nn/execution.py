@@ -75,18 +75,12 @@ ATTENTION = "attention"  # the name of attention's output
 
 NARROW_PRODUCT = "narrow_product"  # the name of an int8 product's scaled result
 
-
-def _products(primitive: Any, *operands: Any, **params: Any) -> bool:
-  """Products with weights; those of int8 after scaling, not their sums in int32."""
-  narrow = params.get("preferred_element_type") == jnp.int32
-  dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-  return not narrow and dots(primitive, *operands, **params)
-
-
 REMAT_POLICIES = {
   "full": None,
   "dots": jax.checkpoint_policies.save_from_both_policies(
-    _products, jax.checkpoint_policies.save_only_these_names(NARROW_PRODUCT)
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # JAX does not look for products inside a function with its own gradient.
+    jax.checkpoint_policies.save_only_these_names(NARROW_PRODUCT),
   ),
   "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
   "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
