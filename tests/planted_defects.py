@@ -8,6 +8,20 @@ from planted import Defect
 
 NN = [
   Defect(
+    "all outputs of an int8 product have one scale",
+    "flaxlm/nn/quantized.py",
+    "rows * narrow_kernel.scales.reshape(outputs)",
+    "rows * narrow_kernel.scales.max()",
+    "laws/test_int8_products.py::test_an_int8_product_and_its_gradients_are_as_defined",
+  ),
+  Defect(
+    "remat=dots keeps no product of int8 numbers",
+    "flaxlm/nn/execution.py",
+    "jax.checkpoint_policies.save_only_these_names(NARROW_PRODUCT)",
+    "jax.checkpoint_policies.save_only_these_names()",
+    "laws/test_int8_products.py::test_dots_keep_what_full_products_keep",
+  ),
+  Defect(
     "RoPE turns against its direction in one of the two halves",
     "flaxlm/nn/positions.py",
     "second * cos + first * sin",
@@ -184,7 +198,7 @@ NN = [
   ),
   Defect(
     "numbers of int8 weights and of an int8 cache are rounded down",
-    "flaxlm/nn/cache.py",
+    "flaxlm/nn/quantized.py",
     "jnp.round(x / scales).astype(jnp.int8)",
     "jnp.floor(x / scales).astype(jnp.int8)",
     "decoding/test_weights.py",

@@ -53,6 +53,7 @@ ROWS = [
 NN_ROWS = [
   ["masks", "vocabulary", "execution", "pipeline"],
   ["kernels"],
+  ["quantized"],
   ["layers", "positions", "cache"],
   ["base"],
   ["attention", "moe"],

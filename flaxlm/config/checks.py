@@ -151,6 +151,13 @@ def _contradictions(cfg: Config) -> Iterator[tuple[str, str]]:
     parts = operator.attrgetter(part)(cfg)
     if parts > 0 and operator.attrgetter(whole)(cfg) % parts:
       yield f"{named(whole)} is not a multiple of {named(part)}", ""
+  narrow = cfg.training.matmul != "full"
+  if narrow and (cfg.model.family == "rnn" or cfg.model.moe.num_experts):
+    has = "an RNN" if cfg.model.family == "rnn" else "experts"
+    yield (
+      f"{named('training.matmul')} is for a transformer's projections, not for {has}",
+      "--training.matmul=full",
+    )
   if cfg.init_optimizer and cfg.lora.rank:
     yield (
       f"init_optimizer has no moments of adapters, which {named('lora.rank')} begins anew",

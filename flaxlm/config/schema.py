@@ -108,6 +108,8 @@ Remat = Literal["none", "dots", "attention", "full", "offload"]
 
 AttentionPath = Literal["auto", "blocked", "cudnn", "splash", "tiled"]
 
+MatmulKind = Literal["full", "int8"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -127,6 +129,11 @@ class TrainingConfig:
   )
   dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype of the computation")
   param_dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype of parameters")
+  matmul: MatmulKind = knob(  # noqa: RUF009 - as frozen as the others
+    "full",
+    "products of a block's projections in training; full: in dtype; int8: of int8 numbers, "
+    "one scale for each token and each output, but for the gradients of weights",
+  )
   attention: AttentionPath = knob(  # noqa: RUF009 - as frozen as the others
     "auto",
     "kernel for whole rows; blocked: XLA's operations; cudnn: NVIDIA's fused kernel, in "

@@ -93,7 +93,7 @@ def load_run(
   tokenizer: Any = None
   if needs_text or (path / TOKENIZER).exists():
     tokenizer = load_tokenizer(path / TOKENIZER)
-  training = cfg.training
+  training = dataclasses.replace(cfg.training, matmul="full")  # that is for training alone
   if training.attention in FUSED:  # these need not be the devices that it was trained on
     training = dataclasses.replace(training, attention="auto")
   model = build_model(cfg.model, training, fused_kernel())

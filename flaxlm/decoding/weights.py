@@ -15,9 +15,9 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flaxlm.config import ResolvedModel
-from flaxlm.nn.cache import narrowed
 from flaxlm.nn.execution import is_split
 from flaxlm.nn.layers import PROJECTIONS
+from flaxlm.nn.quantized import narrowed
 
 KINDS = ("float32", "bfloat16", "int8")
 

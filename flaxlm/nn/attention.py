@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxlm.config import ResolvedModel
-from flaxlm.nn.cache import groups_of, widened
+from flaxlm.nn.cache import groups_of
 from flaxlm.nn.execution import Execution
 from flaxlm.nn.kernels.blocked import attend_blocked
 from flaxlm.nn.kernels.cached import attend_cached
@@ -24,6 +24,7 @@ from flaxlm.nn.kernels.tiled import attend_tiled
 from flaxlm.nn.layers import Einsum, residual_scale
 from flaxlm.nn.masks import LOWEST, CosSin, Scoring, Sight
 from flaxlm.nn.positions import rotate
+from flaxlm.nn.quantized import widened
 from flaxlm.sharding import axis_sizes_in_use, constrain
 
 
@@ -70,19 +71,19 @@ class Attention(nn.Module):
   def setup(self):
     cfg = self.cfg
     D, N, K, H = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    dtypes = self.execution.dtypes
+    shared = dict(matmul=self.execution.matmul, **self.execution.dtypes)
     heads, kv_heads = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
     biased = cfg.qkv_biased
-    self.q = Einsum("BTD,DNH->BTNH", (D, N, H), heads, biased=biased, **dtypes)
-    self.k = Einsum("BSD,DKH->BSKH", (D, K, H), kv_heads, biased=biased, **dtypes)
-    self.v = Einsum("BSD,DKH->BSKH", (D, K, H), kv_heads, biased=biased, **dtypes)
+    self.q = Einsum("BTD,DNH->BTNH", (D, N, H), heads, biased=biased, **shared)
+    self.k = Einsum("BSD,DKH->BSKH", (D, K, H), kv_heads, biased=biased, **shared)
+    self.v = Einsum("BSD,DKH->BSKH", (D, K, H), kv_heads, biased=biased, **shared)
     self.o = Einsum(
       "BTNH,NHD->BTD",
       (N, H, D),
       ("heads", "head_dim", "embed"),
       biased=cfg.o_biased,
       init_scale=residual_scale(cfg.depth),
-      **dtypes,
+      **shared,
     )
     if cfg.qk_norm != "none":
       whole = cfg.qk_norm == "width"

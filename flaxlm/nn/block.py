@@ -52,7 +52,10 @@ class Block(nn.Module):
   def setup(self):
     cfg, execution = self.cfg, self.execution
     self.attention = Attention(cfg, execution)
-    self.ffn = (MoE if cfg.moe.num_experts else FeedForward)(cfg, **execution.dtypes)
+    if cfg.moe.num_experts:
+      self.ffn = MoE(cfg, **execution.dtypes)
+    else:
+      self.ffn = FeedForward(cfg, matmul=execution.matmul, **execution.dtypes)
     branches = ["attention", "ffn"]
     if self.reads_source:
       self.cross_attention = Attention(cfg, execution)

@@ -10,29 +10,11 @@ import jax.numpy as jnp
 
 from flaxlm.config import MAX_NEW_IN_RING, ResolvedModel
 from flaxlm.nn.masks import Placement
+from flaxlm.nn.quantized import Narrow, narrowed
 from flaxlm.sharding import constrain
 
 MOST_WRITES = 16  # up to so many rows are written one by one, which XLA does in place
 CACHE_NAMES = ("batch", "act_kv_heads", "key_length", "head_dim")
-
-
-class Narrow(NamedTuple):
-  """Vectors in int8, each with a scale that maps its largest absolute value to 127."""
-
-  values: jax.Array  # (..., H)
-  scales: jax.Array  # (..., 1), float32
-
-
-def narrowed(x: jax.Array) -> Narrow:
-  x = x.astype(jnp.float32)
-  scales = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), 1e-30) / 127
-  return Narrow(jnp.round(x / scales).astype(jnp.int8), scales)
-
-
-def widened(x: jax.Array | Narrow, dtype: jnp.dtype) -> jax.Array:
-  if isinstance(x, Narrow):
-    return (x.values.astype(jnp.float32) * x.scales).astype(dtype)
-  return x.astype(dtype)
 
 
 @jax.tree_util.register_dataclass

@@ -31,6 +31,7 @@ class Execution:
   microbatches: int | None = None  # of a pipeline; None: one for each stage
   repeats: int = 1  # rounds of a pipeline
   sequence_parallel: bool = False
+  matmul: str = "full"  # how projections of blocks multiply: see nn.quantized
   attention: str = "auto"  # the path over whole rows: see nn.kernels.paths
   kernel: FusedKernel = NO_KERNEL  # of the devices, which nothing in nn asks
 
@@ -53,6 +54,7 @@ class Execution:
       microbatches=training.pipeline_microbatches,
       repeats=training.pipeline_repeats,
       sequence_parallel=training.sequence_parallel,
+      matmul=training.matmul,
       attention=training.attention,
       kernel=kernel,
     )
@@ -71,9 +73,15 @@ class Execution:
 # What is kept of a block besides its input, by `training.remat`.
 ATTENTION = "attention"  # the name of attention's output
 
+NARROW_PRODUCT = "narrow_product"  # the name of an int8 product's scaled result
+
 REMAT_POLICIES = {
   "full": None,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # JAX does not look for products inside a function with its own gradient.
+    jax.checkpoint_policies.save_only_these_names(NARROW_PRODUCT),
+  ),
   "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
   "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],

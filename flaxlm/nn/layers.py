@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flaxlm.config import ResolvedModel
 from flaxlm.nn.kernels.fusion import activated, normalised
 from flaxlm.nn.kernels.products import matrix_dot, rows_dot
+from flaxlm.nn.quantized import projected
 from flaxlm.sharding import constrain
 
 # Projections by name, and how many dims of their kernel are contracted.
@@ -31,6 +32,7 @@ class Einsum(nn.Module):
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
   output_dtype: jnp.dtype | None = None
+  matmul: str = "full"  # training.matmul, for the projections of a block
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -57,7 +59,8 @@ class Einsum(nn.Module):
       self.param_dtype,
     )
     x = x.astype(self.dtype)
-    y = rows_dot(x, kernel.astype(self.dtype), contracted, self.output_dtype)
+    kernel = kernel.astype(self.dtype)
+    y = projected(self.matmul, x, kernel, contracted, self.output_dtype)
     if self.has_variable("params", "kernel_scale"):  # an int8 base, see nn/lora.py
       y *= self.variables["params"]["kernel_scale"].astype(y.dtype)
     if self.has_variable("params", "lora_a"):
@@ -157,12 +160,14 @@ class FeedForward(nn.Module):
   cfg: ResolvedModel
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
+  matmul: str = "full"
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     cfg = self.cfg
     D, F = cfg.width, cfg.ffn_width
-    shared = dict(biased=cfg.biased, dtype=self.dtype, param_dtype=self.param_dtype)
+    dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+    shared = dict(biased=cfg.biased, matmul=self.matmul, **dtypes)
     into = lambda name: Einsum("BTD,DF->BTF", (D, F), ("embed", "ffn"), name=name, **shared)
     h_BTF = into("up")(x_BTD)
     gate_BTF = into("gate")(x_BTD) if cfg.gated else None

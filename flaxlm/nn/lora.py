@@ -24,6 +24,7 @@ from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.layers import PROJECTIONS
 from flaxlm.nn.models import boxed_shapes
+from flaxlm.nn.quantized import narrowed
 from flaxlm.sharding import with_shardings
 
 Path = tuple[str, ...]
@@ -159,10 +160,8 @@ def freeze(params: Any, abstract: Any, cfg: LoraConfig) -> Any:
 def quantised(kernel: jax.Array, num_inputs: int) -> tuple[jax.Array, jax.Array]:
   """Stacked kernels as int8, and a scale for each output, 1/127 of its largest weight."""
   inputs = tuple(range(1, 1 + num_inputs))
-  kernel = kernel.astype(jnp.float32)
-  largest = jnp.abs(kernel).max(inputs, keepdims=True)
-  scale = jnp.where(largest > 0, largest, 1.0) / 127
-  return jnp.round(kernel / scale).astype(jnp.int8), scale.squeeze(inputs)
+  values, scales = narrowed(kernel, inputs)
+  return values, scales.squeeze(inputs)
 
 
 def combined(frozen: Any, adapters: Any) -> Any:

@@ -52,7 +52,12 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   # Two all-reduces per layer, forward and backward (Shoeybi et al., 2019), and those of
   # embedding and head. With sequence_parallel they are reduce-scatters and all-gathers,
   # which cost the same, but the inputs are gathered once more in the backward pass.
-  sums = num_layers * (4 + 2 * again + training.sequence_parallel) + passes
+  per_layer: float = 4 + 2 * again + training.sequence_parallel
+  if training.matmul == "int8":
+    # Products are summed in int32 before they are scaled, and so the gradients of what q, k
+    # and v read are not added up first, nor those of up and gate.
+    per_layer = (per_layer + 2 + model.gated) * 4 / item
+  sums = num_layers * per_layer + passes
   # Tokens to their experts and back, forward and backward.
   moved = (4 + 2 * again) * vectors * model.moe.experts_per_token * model.depth * stretch
   sent = {

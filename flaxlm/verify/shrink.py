@@ -32,7 +32,7 @@ RULE = (
   f"width {WIDTH} (48 for 6 heads), feed-forward 48 or 4 x width; "
   f"{NUM_IDS} ids in {VOCAB_SIZE} rows; context {MOST_CONTEXT}, or {RING_CONTEXT} with a "
   "window; window 5, 2 sink tokens, 8 buckets; 4 experts of width 24 without a capacity; "
-  "float32; no adapters; everything else as the config says"
+  "float32, full products; no adapters; everything else as the config says"
 )
 
 
@@ -114,6 +114,7 @@ def shrink_training(training: TrainingConfig, sizes: Mapping[str, int]) -> Train
     training,
     dtype="float32",
     param_dtype="float32",
+    matmul="full",  # rounding makes whole steps of errors of the last bit
     attention="auto",
     accumulation_steps=1,
     loss_chunks=math.gcd(training.loss_chunks, SEQ_LEN),

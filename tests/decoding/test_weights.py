@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Narrow weights and caches: within their stated bounds, and not widened in the loop."""
 
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import flax.linen as nn
@@ -19,9 +24,10 @@ from flaxlm.decoding.generate import DecodeState, StaticSampling, decode_block
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.decoding.weights import is_laid_out_for_decoding, prepare_params
-from flaxlm.nn.cache import Narrow, narrowed, widened
 from flaxlm.nn.execution import Execution
 from flaxlm.nn.models import build_model, init_cache, init_params
+from flaxlm.nn.quantized import Narrow, narrowed, widened
+from flaxlm.planning.compile import TPU_ENVIRONMENT
 
 
 def unboxed(model: Any) -> Any:
@@ -185,3 +191,71 @@ def test_on_a_cpu_the_heads_of_a_cache_are_shared_out(
 ):
   monkeypatch.setattr(loading, "num_processors", lambda: processors)
   assert loading.head_groups(num_kv_heads, head_dim) == groups
+
+
+# Decoding in bfloat16 on one TPU with int8 weights and an int8 cache: the bytes of
+# temporaries, the peak, and what the plan says.
+COMPILE = """
+import dataclasses
+import json
+import sys
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from flaxlm.config import Config, ModelConfig, TrainingConfig, mesh_shape
+from flaxlm.decoding.generate import DecodeState, StaticSampling, decode_block
+from flaxlm.decoding.sampling import make_sampling
+from flaxlm.decoding.weights import prepare_params
+from flaxlm.devices import find_device
+from flaxlm.nn.models import boxed_shapes, build_model, init_cache
+from flaxlm.planning.compile import make_target_mesh, tpu_options
+from flaxlm.planning.memory import decoding_memory
+
+device, sizes = find_device(sys.argv[1]), mesh_shape({"data": 1})
+mesh = make_target_mesh(sizes, device)[1]
+place = NamedSharding(mesh, PartitionSpec())
+shape = dict(depth=1, width=4096, num_heads=32, num_kv_heads=8, ffn_width=14336)
+shape |= dict(vocab_size=8192, tied_embeddings=False)
+training = TrainingConfig(dtype="bfloat16", param_dtype="bfloat16")
+cfg = Config(model=ModelConfig(**shape), training=training).resolve()
+model = build_model(cfg.model, training, device.kernel)
+model = model.clone(execution=dataclasses.replace(model.execution, narrow_cache=True))
+
+def abstract(function, *arguments):
+  shapes = jax.eval_shape(function, *arguments)
+  add = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+  return jax.tree.map(add, shapes)
+
+for rows in (1, 8):
+  plain = nn.unbox(boxed_shapes(model))
+  params = abstract(lambda params: prepare_params(params, model.cfg, "int8"), plain)
+  cache = abstract(lambda: init_cache(model, rows, 512))
+  state = DecodeState(cache, abstract(lambda: jnp.zeros(rows, jnp.int32)), None)
+  sampling = abstract(lambda: make_sampling(rows, 0.0))
+  number = abstract(lambda: jnp.int32(0))
+  with jax.set_mesh(mesh):
+    lowered = decode_block.lower(model, params, state, sampling, number, StaticSampling())
+    memory = lowered.compile(tpu_options()).memory_analysis()
+  plan = sum(decoding_memory(cfg, sizes, rows, 512, "int8", "int8").values())
+  print(json.dumps([memory.temp_size_in_bytes, memory.peak_memory_in_bytes, plan]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_for_users")
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize("name", ["v5e", "v6e"])
+def test_a_tpu_widens_no_weights(name):
+  """A projection of the feed-forward alone would take 112 MiB in bfloat16. What there is of
+  temporaries, and more than is planned, are the scales of 8 rows of the cache, padded to
+  128 lanes (docs/LOG.md)."""
+  environment = os.environ | TPU_ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}
+  child = subprocess.run(
+    [sys.executable, "-c", COMPILE, name], env=environment, capture_output=True, text=True
+  )
+  assert child.returncode == 0, child.stderr
+  one, eight = map(json.loads, child.stdout.splitlines())
+  for temporaries, peak, plan in (one, eight):
+    assert temporaries < 2**24
+    assert abs(plan / peak - 1) < 0.1, (temporaries, plan, peak)

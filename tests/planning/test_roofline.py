@@ -71,6 +71,16 @@ def test_tensor_sums_activations_six_times_a_layer_under_full_remat():
   assert sent(dict(tensor=8))["tensor"] == 2 * vectors * (32 * 6 + 2) * 7 / 8
 
 
+def test_tensor_sums_int8_products_in_int32():
+  """Of the layers, not of embedding and head; those of q, k, v, up and gate apart. libtpu
+  has 7,587,364,864 bytes of a LLaMA of 1.1B with fsdp=4,tensor=2 for 7,583,301,632."""
+  training = dataclasses.replace(CFG.training, matmul="int8")
+  narrow = dataclasses.replace(CFG, training=training)
+  vectors = 16 * 4096 * 4096 * 2
+  found = sent(dict(tensor=8), narrow)["tensor"]
+  assert found == 2 * vectors * (2 * 32 * 9 + 2) * 7 / 8
+
+
 def test_norms_on_shares_of_a_row_gather_the_inputs_of_products_once_more():
   """Korthikanti et al. (2022): a sum is scattered and gathered again, at the same cost."""
   training = dataclasses.replace(CFG.training, sequence_parallel=True)

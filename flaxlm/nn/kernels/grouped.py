@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products of groups of rows, each with a matrix of its own, as experts need them.
 
-Equal to a loop over the groups. TPUs have an instruction for this, `ragged_dot`. Elsewhere
-XLA multiplies all rows by each of the E kernels, which on a CPU is 10 times slower than the
+Equal to a loop over the groups. On TPUs XLA has a kernel for this, `ragged_dot`. Elsewhere
+it multiplies all rows by each of the E kernels, which on a CPU is 10 times slower than the
 blocks of rows used here (docs/LOG.md). M rows come sorted into groups; a block has R.
 """
 
@@ -38,20 +38,36 @@ grouped_dot.defvjp(
 
 
 def ragged_dot(x_MD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-  y_MF = jax.lax.ragged_dot(x_MD, kernel_EDF, sizes_E)
-  return jnp.where(jnp.arange(len(x_MD))[:, None] < sizes_E.sum(), y_MF, 0)
+  y_XF = jax.lax.ragged_dot(in_whole_tiles(x_MD), kernel_EDF, sizes_E)
+  return jnp.where(jnp.arange(len(x_MD))[:, None] < sizes_E.sum(), y_XF[: len(x_MD)], 0)
 
 
 def ragged_outer(x_MD: jax.Array, y_MF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-  """x^T y of each group, (E, D, F) in float32."""
+  """x^T y of each group, (E, D, F), summed in float32 and rounded to the dtype of `x`.
+
+  A TPU's kernel rounds its own sums; with a result in float32 there is one array more.
+  """
   dims = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())),
     lhs_ragged_dimensions=[0],
     rhs_group_dimensions=[],
   )
+  x_XD, y_XF = in_whole_tiles(x_MD), in_whole_tiles(y_MF)
   return jax.lax.ragged_dot_general(
-    x_MD, y_MF, sizes_E, dims, preferred_element_type=jnp.float32
+    x_XD, y_XF, sizes_E, dims, preferred_element_type=x_MD.dtype
   )
+
+
+def in_whole_tiles(x_MD: jax.Array) -> jax.Array:
+  """The rows, and rows of zeros after them, to a power of two or a multiple of 256.
+
+  XLA's kernel takes the largest tile of rows, up to 256, that divides their number, which
+  for 1,000 is 8; if it is no multiple of 8, XLA has no kernel, and multiplies all rows by
+  all E matrices (seen in what libtpu compiles: docs/LOG.md).
+  """
+  num_rows = len(x_MD)
+  tile = min(256, max(8, 1 << (num_rows - 1).bit_length()))
+  return jnp.pad(x_MD, ((0, -num_rows % tile), (0, 0)))
 
 
 def blocked_dot(x_MD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
@@ -74,7 +90,7 @@ def blocked_dot(x_MD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> j
 
 
 def blocked_outer(x_MD: jax.Array, y_MF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-  """x^T y of each group, (E, D, F) in float32, one block of rows at a time."""
+  """`ragged_outer`, one block of rows at a time."""
   (M, D), (E,), F = x_MD.shape, sizes_E.shape, y_MF.shape[-1]
   num_blocks, R, place = blocks_of(sizes_E, M)
   x_XD, y_XF = (jnp.pad(x, ((0, R), (0, 0))) for x in (x_MD, y_MF))
@@ -87,7 +103,7 @@ def blocked_outer(x_MD: jax.Array, y_MF: jax.Array, sizes_E: jax.Array) -> jax.A
     return sum_EDF.at[e].add(jnp.dot(x_RD.T, y_RF, preferred_element_type=jnp.float32))
 
   zeros_EDF = jnp.zeros_like(x_MD, jnp.float32, (E, D, F))
-  return jax.lax.fori_loop(0, num_blocks, block, zeros_EDF)
+  return jax.lax.fori_loop(0, num_blocks, block, zeros_EDF).astype(x_MD.dtype)
 
 
 def blocks_of(sizes_E: jax.Array, num_rows: int) -> tuple[jax.Array, int, Callable]:

@@ -2,6 +2,11 @@
 """Kernels that no law meets alone: each equals the plain form that it stands for."""
 
 import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +25,7 @@ from flaxlm.nn.kernels.grouped import (
 )
 from flaxlm.nn.kernels.products import matrix_dot, rows_dot
 from flaxlm.nn.masks import Placement, Scoring, Sight, visible
+from flaxlm.planning.compile import TPU_ENVIRONMENT
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -115,14 +121,16 @@ def test_tables_kept_apart_are_the_tables(first):
 
 
 @pytest.mark.parametrize("sizes", [[0, 170, 90], [128, 128, 44], [0, 0, 0], [1, 0, 2]])
-def test_both_grouped_products_equal_a_loop_over_groups(sizes):
+@pytest.mark.parametrize("rows", [300, 3])
+def test_both_grouped_products_equal_a_loop_over_groups(rows, sizes):
   """Groups of several blocks, of none, and rows of no group, which become zero."""
+  sizes = sizes if sum(sizes) <= rows else [0, 2, 1]
   rng = np.random.default_rng(0)
   x_MD, kernel_EDF, y_MF = (
     rng.standard_normal(shape).astype(np.float32)
-    for shape in [(300, 5), (3, 5, 4), (300, 4)]
+    for shape in [(rows, 5), (3, 5, 4), (rows, 4)]
   )
-  expected_MF, expected_EDF = np.zeros((300, 4)), np.zeros((3, 5, 4))
+  expected_MF, expected_EDF = np.zeros((rows, 4)), np.zeros((3, 5, 4))
   ends = np.cumsum(sizes)
   for e, (end, size) in enumerate(zip(ends, sizes, strict=True)):
     group = slice(end - size, end)
@@ -134,3 +142,55 @@ def test_both_grouped_products_equal_a_loop_over_groups(sizes):
   for outer in (blocked_outer, ragged_outer):
     actual = jax.jit(outer)(x_MD, y_MF, np.asarray(sizes))
     np.testing.assert_allclose(actual, expected_EDF, atol=1e-4)
+
+
+# -- On TPUs that are not here -----------------------------------------------------------
+
+# Experts' products and their gradients in bfloat16: for each number of rows the FLOPs per
+# product, the tiles' rows, and the bytes of temporaries.
+COMPILE = """
+import json
+import re
+import sys
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from flaxlm.config import mesh_shape
+from flaxlm.devices import find_device
+from flaxlm.nn.kernels.grouped import grouped_dot
+from flaxlm.planning.compile import make_target_mesh, tpu_options
+
+def gradients(x, kernel, sizes):
+  y, backward = jax.vjp(lambda x, kernel: grouped_dot(x, kernel, sizes), x, kernel)
+  return y, backward(y)
+
+mesh = make_target_mesh(mesh_shape({"data": 1}), find_device(sys.argv[1]))[1]
+place = NamedSharding(mesh, PartitionSpec())
+array = lambda *shape, dtype="bfloat16": jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+for rows in (6, 1000, 4096):
+  arguments = array(rows, 1024), array(8, 1024, 2048), array(8, dtype="int32")
+  compiled = jax.jit(gradients).lower(*arguments).compile(tpu_options())
+  tiles = re.findall(r'ragged_dot_tiling="(\\d+),', compiled.as_text())
+  products = compiled.cost_analysis()["flops"] / (2 * rows * 1024 * 2048)
+  temporaries = compiled.memory_analysis().temp_size_in_bytes
+  print(json.dumps([products, list(map(int, tiles)), temporaries]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_for_users")
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize("name", ["v5e", "v5p", "v6e"])
+def test_a_tpu_multiplies_each_row_by_one_expert(name):
+  """Three products, each of XLA's kernel with the largest tile that there are rows for.
+  Its temporaries are rows, and the kernels turned around for the gradient of x; without
+  the kernel there are 8 times the FLOPs, and a float32 gradient has 64 MiB more."""
+  environment = os.environ | TPU_ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}
+  child = subprocess.run(
+    [sys.executable, "-c", COMPILE, name], env=environment, capture_output=True, text=True
+  )
+  assert child.returncode == 0, child.stderr
+  found = [json.loads(line) for line in child.stdout.splitlines()]
+  for (products, tiles, temporaries), tile in zip(found, (8, 128, 128), strict=True):
+    assert len(tiles) == 3 and min(tiles) >= tile
+    assert products < 3 * 8 / 6 * 1.01
+    assert temporaries < 3 * 2**25
