@@ -181,6 +181,11 @@ class Engine:
         self._keep_answer(job)
       self._release(job)
 
+  def rest(self) -> None:
+    """Gives the memory of the batch back, where no more requests are expected soon."""
+    if self.is_idle:
+      self._empty()
+
   @property
   def is_idle(self) -> bool:
     """Whether all requests have ended."""
@@ -318,8 +323,8 @@ class Engine:
     if picked != [*range(batch)]:
       logits_RV, cache = take_read(logits_RV, cache, np.array(picked, np.int32))
     is_all = len(jobs) == batch and not any(self._waiting)
-    if not self.num_active:  # nothing is to be kept
-      self._state, self._rows, self._slots, self._source_slots = None, [], 0, 0
+    if not self.num_active:
+      self._empty()
     size = self._size_with(jobs)
     cache = self.sizes.resized(cache, reading.slots, size)
     self._make_room(jobs, cache, size, is_all)
@@ -340,6 +345,11 @@ class Engine:
     self._state = new if self._state is None else insert_rows(self._state, new, rows_R)
     self._blocks.append(_Block([*enumerate(jobs)], step, 1, False))
     self._free_spent_rows()
+
+  def _empty(self) -> None:
+    """Drops a batch of which nothing is to be kept."""
+    self._state, self._rows, self._slots, self._source_slots = None, [], 0, 0
+    self._batch_sampling = None
 
   def _size_with(self, jobs: Sequence[_Job]) -> tuple[int, int]:
     """The slots, also of sources, that the batch needs with some requests more."""
