@@ -264,15 +264,16 @@ def test_nothing_is_compiled_after_the_start(name: str):
     )
     for n in range(12)
   ]
+  all_asked = [*asked[:6], *asked, *(request([*of.prompt, 5], 5) for of in asked[:3])]
   with count_compilations() as counter:
     numbers, events = [], []
-    for of in [*asked[:6], *asked]:
+    for of in all_asked:
       numbers.append(engine.submit(of))
       events += engine.step()
     found = finish(engine, events)
   assert counter.programs == 0
   assert engine.counters.cached_tokens or name == "gqa", "its pieces are longer"
-  for number, of in [*zip(numbers, [*asked[:6], *asked], strict=True)][::4]:
+  for number, of in [*zip(numbers, all_asked, strict=True)][::4]:
     assert tokens_of(found[number]) == alone(model, params, of)
     assert all(len(top) == of.num_top for e in found[number] for top in e.top_tokens)
 
