@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from flaxlm.decoding.row_sizes import cache_bytes
 from flaxlm.decoding.sampling import SamplingSettings
 from flaxlm.decoding.scoring import TokenPair, score_tokens
 from flaxlm.errors import ConfigError, NonFiniteError
+from flaxlm.serving import service as service_module
+from flaxlm.serving import worker
 from flaxlm.serving.app import build_app, is_loopback_name
 from flaxlm.serving.limits import Limits
 from flaxlm.serving.service import Service
@@ -120,6 +123,27 @@ def test_usage_tells_what_was_read_for_earlier_prompts(client: TestClient):
   )["usage"]["prompt_tokens_details"]
   assert ask() == {"cached_tokens": 0}
   assert ask() == ask(n=3) == {"cached_tokens": 64}
+
+
+def test_a_server_that_rests_gives_its_batch_back(
+  run: Run, monkeypatch: pytest.MonkeyPatch
+):
+  """And answers as before."""
+  given_back: list[bool] = []
+  monkeypatch.setattr(worker, "REST_SECONDS", 0.05)
+  monkeypatch.setattr(
+    service_module, "release_freed_memory", lambda: given_back.append(True)
+  )
+  with served(run) as service:
+    client, found = TestClient(build_app(service), HOST), []
+    for _ in range(2):
+      body = dict(prompt="ab", max_tokens=3, seed=1)
+      found.append(post(client, "completions", **body)["choices"])
+      end = time.monotonic() + 20
+      while service.engine._state is not None:  # type: ignore[union-attr]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+  assert found[0] == found[1] and given_back
 
 
 def test_prompts_and_samples_have_draws_of_their_own(client: TestClient, run: Run):

@@ -277,7 +277,7 @@ def test_memory_stays_as_it_is_and_nothing_is_compiled(
   start: Callable[..., Any], num_first: int, num_more: int
 ):
   """Whatever the lengths and settings, and whoever leaves, the process is no larger after
-  so many requests more: 1.5 KB each, and 8 MB, at most."""
+  so many requests more than it was, but for 8 MB."""
   rng = random.Random(0)
   with start("--warm", "--slots=4", "--max-queue=60", "--prefix-bytes=1000000") as process:
     numbers = lambda name: float(
@@ -298,11 +298,10 @@ def test_memory_stays_as_it_is_and_nothing_is_compiled(
 
     before = ask(num_first)
     grown = ask(num_more) - before
-    print(f"grown by {grown}")
     assert numbers("flaxlm_compiled_programs_total") == compiled > 0
     assert numbers("flaxlm_clients_left_total") > num_more / 20
     code, errors = process.end()
-  assert grown < 1500 * num_more + 8 * 2**20
+  assert grown < 8 * 2**20
   assert code == 0 and "Traceback" not in errors
 
 
