@@ -247,7 +247,7 @@ def serving(name: str = "gqa", **more: Any) -> Engine:
   return engine
 
 
-@pytest.mark.parametrize("name", [slow("gqa"), slow("rnn"), slow("window, mqa, untied")])
+@pytest.mark.parametrize("name", [slow("gqa"), fuzz("rnn"), slow("window, mqa, untied")])
 def test_nothing_is_compiled_after_the_start(name: str):
   model, params = small_model(name)
   engine = serving(name, prefix_bytes=2**20)

@@ -193,7 +193,7 @@ ENDED = {
   ("name", "ahead"),
   [
     ("gru", False),
-    *(slow("window", False), slow("LG", True)),
+    *(fuzz("window", False), slow("LG", True)),
     *(fuzz("gru", True), fuzz("lstm", False), fuzz("sinks", True), fuzz("LG", False)),
   ],
 )

@@ -125,6 +125,33 @@ def test_usage_tells_what_was_read_for_earlier_prompts(client: TestClient):
   assert ask() == ask(n=3) == {"cached_tokens": 64}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "fields",
+  [
+    pytest.param(dict(window=9), id="window", marks=pytest.mark.fuzz),
+    pytest.param(dict(family="rnn", depth=2), id="rnn"),
+  ],
+)
+def test_usage_tells_what_rings_and_rnns_had_read(tmp_path: Path, fields: dict[str, Any]):
+  """A prompt that goes on from an earlier one is read from its end."""
+  run = random_run(tmp_path / "letters", **fields)
+  prompt = "hjkq" * 20
+  for most in (2**20, 0):
+    with served(run, Limits(prefix_bytes=most)) as service:
+      client = TestClient(build_app(service), HOST)
+      ask = lambda text, to=client: post(
+        to, "completions", prompt=text, max_tokens=5, seed=1
+      )
+      found = [ask(text) for text in (prompt, prompt, prompt + "x")]
+    cached = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in found]
+    assert cached == ([0, 64, 81] if most else [0, 0, 0])
+    told = [one["choices"][0]["text"] for one in found]
+    if most:
+      with_store = told
+  assert told == with_store and told[0] == told[1]
+
+
 def test_a_server_that_rests_gives_its_batch_back(
   run: Run, monkeypatch: pytest.MonkeyPatch
 ):
