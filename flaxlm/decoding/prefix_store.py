@@ -5,8 +5,8 @@ Many texts are kept within a limit of bytes; what was not used for longest goes 
 and values are cut in pieces of `PIECE` tokens, each of which is found by its tokens and by
 the piece before it, so that a text shares what it has in common with any earlier one. The
 state of an RNN, and rings in which later tokens take the place of earlier ones, cannot be
-cut: of them the row is kept as it was after each chunk of a prompt, and after an answer.
-Where a text and an earlier one part, a chunk ends, so that the next one finds a row there.
+cut: of them the row is kept as it was after chunks of a prompt, and after an answer. Where
+a text and an earlier one part, a chunk ends, so that the next one finds a row there.
 
 Of a conversation the last rows are kept whole, to their last token.
 """

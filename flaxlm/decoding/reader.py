@@ -50,6 +50,7 @@ class Reading:
   starts: list[int]  # tokens of each prompt that the cache had already
   stop: int = 0  # tokens of each prompt, from there on, after which a chunk ends
   position: int = 0  # tokens of each prompt, from there on, that were read
+  kept: int = 0  # tokens of each prompt, when they were last kept on the way
   logits_RV: Any = None  # after the last token of each; None until all were read
 
   @property
@@ -165,15 +166,21 @@ class Reader:
   # -- What was read before
 
   def _keep_read(self, reading: Reading, chunk: Sequence[Sequence[int]]) -> None:
-    """Keeps the prompts that had part in a chunk, as far as they were read."""
+    """Keeps the prompts that had part in a chunk, as far as they were read.
+
+    Of a long one not after every chunk, which would cost its length each time.
+    """
+    length = reading.starts[0] + reading.position
+    is_stop = reading.position == reading.stop or 4 * length >= 5 * reading.kept
     for number, (prompt, _) in enumerate(reading.texts):
-      if chunk[number]:
+      is_whole = length >= len(prompt)
+      if chunk[number] and (is_stop or is_whole):
         row = Row(reading.cache, number, reading.slots[0])
-        read = prompt[: reading.starts[number] + reading.position]
         if self.store is not None:
-          self.store.add(read, row, is_end=True)
-        if len(read) == len(prompt):
+          self.store.add(prompt[:length], row, is_end=True)
+        if is_whole:
           self._keep_whole(prompt, row, row.slots, is_end=True)
+    reading.kept = length if is_stop else reading.kept
 
   def keep(self, tokens: Sequence[int], row: Row, slots: int, is_end: bool) -> None:
     """Keeps what a row has read and written, for a prompt that goes on from it.
