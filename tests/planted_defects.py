@@ -1134,6 +1134,27 @@ DECODING = [
     "decoding/test_prefix_store.py",
   ),
   Defect(
+    "a row is kept by the last part of its text",
+    "flaxlm/decoding/prefix_store.py",
+    "    hashed.update(ids[before:length].tobytes())",
+    "    hashed = hashlib.blake2b(ids[before:length].tobytes(), digest_size=16)",
+    "decoding/test_prefix_store.py",
+  ),
+  Defect(
+    "a row is kept that has read more than its text",
+    "flaxlm/decoding/prefix_store.py",
+    "    if not is_end:\n      return\n    (key,)",
+    "    (key,)",
+    "decoding/test_prefix_store.py",
+  ),
+  Defect(
+    "no chunk ends where two texts part",
+    "flaxlm/decoding/prefix_store.py",
+    "if (stop := self._known_of(text)) > start]",
+    "if (stop := self._known_of(text)) > 2 * len(text)]",
+    "decoding/test_prefix_store.py",
+  ),
+  Defect(
     "a row is taken over with the length that it had",
     "flaxlm/decoding/prefix_store.py",
     "return cache._replace(lengths_B=lengths_R).resized(cfg, slots).constrained()",

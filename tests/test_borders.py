@@ -76,6 +76,8 @@ def test_what_python_would_raise_for_is_told(in_process, arguments: list[str], t
     (["eval", "--tasks=t.jsonl", "--pairs=2"], "--tasks with --pairs"),
     (["infer", "--prompt=a", "--top-logprobs=2"], "--top-logprobs without --json"),
     (["infer", "--prompt=a", "--draft-tokens=2"], "--draft-tokens without --draft"),
+    (["infer", "--prompt=a", "--beams=2", "--stop=a"], "--beams with --stop"),
+    (["infer", "--prompt=a", "--beams=2", "--seed=1"], "--beams with --seed"),
     (["infer", "--prompt=a", "--batch-size=2"], "--batch-size without --prompt-file"),
     (["infer", "--prompt=a", "--length-penalty=0"], "--length-penalty without --beams"),
   ],

@@ -96,6 +96,10 @@ def check(args: argparse.Namespace) -> None:
   given = [flag_of(name) for name in alone if getattr(args, name) is not None]
   if len(given) > 1:
     raise ConfigError(f"{given[0]} with {given[1]}", "leave one of them out")
+  if args.beams is not None and (drawn := given_for_drawing(args)):
+    raise ConfigError(
+      f"--beams with {drawn[0]}", "leave one of them out: a search draws nothing"
+    )
   for name, (is_read, reader) in readers(args).items():
     if getattr(args, name) is not None and not is_read:
       raise ConfigError(f"{flag_of(name)} without {reader}", f"add {reader}")
@@ -116,6 +120,15 @@ def check(args: argparse.Namespace) -> None:
     raise ConfigError(f"--output {args.output} is a folder", "--output out.jsonl")
   if reads_jobs(args) and Path(args.output).resolve() == Path(args.prompt_file).resolve():
     raise ConfigError(f"--output {args.output} would replace the prompts", "name another")
+
+
+def given_for_drawing(args: argparse.Namespace) -> list[str]:
+  """The flags for answers that are drawn, or that end early; a beam search reads none."""
+  lists = ("logit_bias", "ban", "stop", "stop_token")
+  given = [name for name in lists if getattr(args, name)]
+  others = (*SAMPLING_FLAGS, "top_logprobs", "max_seconds")
+  given += [name for name in others if getattr(args, name) is not None]
+  return [*map(flag_of, given)]
 
 
 def readers(args: argparse.Namespace) -> dict[str, tuple[bool, str]]:

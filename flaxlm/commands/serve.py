@@ -28,6 +28,7 @@ def add_serve(commands: Any) -> None:
   flag("--time-limit", float, "seconds of a request", default=600.0)
   flag("--grace", float, "seconds for running requests, after SIGTERM", default=30.0)
   flag("--cache-bytes", int, "keys and values of all slots; default: a quarter of memory")
+  flag("--prefix-bytes", int, "of past texts that are kept; 0: none", default=2**28)
   flag("--warm", bool, "compile before the first request")
   flag("--weights", ("float32", "bfloat16", "int8"), "default: as in the run")
   flag("--cache", ("int8",), "keys and values in a quarter of the memory")
@@ -43,6 +44,7 @@ def check(args: argparse.Namespace) -> None:
   check_least(args, 1024, "max_body", most=2**30)
   check_least(args, 1, "time_limit", most=86400)
   check_least(args, 1, "cache_bytes", most=2**50)
+  check_least(args, 0, "prefix_bytes", most=2**50)
   check_least(args, 0, "grace", most=86400)
 
 
@@ -87,6 +89,7 @@ def run_serve(args: argparse.Namespace, _: list[str]) -> int:
       time_limit=args.time_limit,
       grace=args.grace,
       cache_bytes=args.cache_bytes,
+      prefix_bytes=args.prefix_bytes,
     )
     run = equip_for_decoding(open_run(args), args.weights, args.cache)
 

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from flaxlm.decoding.prefill import SMALLEST_BUCKET, Request
 from flaxlm.decoding.prefill import take_rows as take_read
-from flaxlm.decoding.prefix_store import RowStore
+from flaxlm.decoding.prefix_store import Row, RowStore
 from flaxlm.decoding.reader import Reader, Reading, Text
 from flaxlm.decoding.requests import (
   Counters,
@@ -44,7 +44,6 @@ from flaxlm.decoding.rows import (
   draw_first,
   insert_rows,
   renumber,
-  resize_cache,
   take_rows,
 )
 from flaxlm.decoding.weights import prepare_params
@@ -182,6 +181,11 @@ class Engine:
         self._keep_answer(job)
       self._release(job)
 
+  def rest(self) -> None:
+    """Gives the memory of the batch back, where no more requests are expected soon."""
+    if self.is_idle:
+      self._empty()
+
   @property
   def is_idle(self) -> bool:
     """Whether all requests have ended."""
@@ -272,7 +276,8 @@ class Engine:
       assert self._state is not None
       tokens = [*job.request.prompt, *job.tokens[:-1]]
       is_end = has_ended or job.in_cache == len(tokens)
-      self.reader.keep(tokens, self._state.cache, job.row, job.slots_read, is_end)
+      row = Row(self._state.cache, job.row, self._slots)
+      self.reader.keep(tokens, row, job.slots_read, is_end)
 
   # -- Rows
 
@@ -312,17 +317,21 @@ class Engine:
     if moved_X is not None and self._has_history:
       assert self._state is not None
       self._state = renumber(self._state, moved_X)
-    is_all = len(jobs) == batch and not any(self._waiting)
-    self._make_room(jobs, reading, is_all)
-    free = [row for row, job in enumerate(self._rows) if job is None]
-    for row, job in zip(free, jobs, strict=False):
-      self._rows[row], job.row = job, row
-    self._batch_sampling = None
     padded = [*requests, *[requests[0]] * (batch - len(jobs))]
     picked = [*texts, *[texts[0]] * (batch - len(texts))]
     logits_RV, cache = reading.logits_RV, reading.cache
     if picked != [*range(batch)]:
       logits_RV, cache = take_read(logits_RV, cache, np.array(picked, np.int32))
+    is_all = len(jobs) == batch and not any(self._waiting)
+    if not self.num_active:
+      self._empty()
+    size = self._size_with(jobs)
+    cache = self.sizes.resized(cache, reading.slots, size)
+    self._make_room(jobs, cache, size, is_all)
+    free = [row for row, job in enumerate(self._rows) if job is None]
+    for row, job in zip(free, jobs, strict=False):
+      self._rows[row], job.row = job, row
+    self._batch_sampling = None
     has_history = self._has_history
     if self._state is None:  # these rows are the batch
       has_history = any(job.needs_history for job in jobs)
@@ -330,7 +339,6 @@ class Engine:
     left_R = np.array([request.max_new_tokens for request in padded], np.int32)
     drawing, static = self.settings.sampling_of(padded)
     new, step = draw_first(logits_RV, cache.lengths_B, left_R, history, drawing, static)
-    cache = self._resized(cache, reading.slots)
     new = new._replace(cache=cache)
     into = [job.row for job in jobs]
     rows_R = np.array([*into, *[into[0]] * (batch - len(into))], np.int32)
@@ -338,36 +346,38 @@ class Engine:
     self._blocks.append(_Block([*enumerate(jobs)], step, 1, False))
     self._free_spent_rows()
 
-  def _resized(self, cache: Any, size: tuple[int, int]) -> Any:
-    """A cache of this size (slots, source slots) as one of the batch's size."""
-    for to in self.sizes.steps(size, (self._slots, self._source_slots)):
-      cache = resize_cache(self.model.cfg, cache, *to)
-    return cache
+  def _empty(self) -> None:
+    """Drops a batch of which nothing is to be kept."""
+    self._state, self._rows, self._slots, self._source_slots = None, [], 0, 0
+    self._batch_sampling = None
 
-  def _make_room(self, jobs: Sequence[_Job], reading: Reading, is_all: bool) -> None:
-    """Makes the batch large enough for some requests more, which have been read.
+  def _size_with(self, jobs: Sequence[_Job]) -> tuple[int, int]:
+    """The slots, also of sources, that the batch needs with some requests more."""
+    longest = max(self._room_of(job) for job in jobs)
+    sources = [len(job.request.source or ()) for job in jobs]
+    return (
+      max(self._slots, self.sizes.bucket_of_slots(longest)),
+      max(self._source_slots, self.sizes.bucket_of_source(max(sources))),
+    )
+
+  def _make_room(
+    self, jobs: Sequence[_Job], cache: Any, size: tuple[int, int], is_all: bool
+  ) -> None:
+    """Makes the batch large enough for some requests more, of which there is a cache.
 
     If `is_all` that was read, and the batch would consist of it, there is no other state.
     """
-    sources = [len(job.request.source or ()) for job in jobs]
-    if not self.num_active:  # nothing is to be kept
-      self._state, self._rows, self._slots, self._source_slots = None, [], 0, 0
-    longest = max(self._room_of(job) for job in jobs)
-    slots = max(self._slots, self.sizes.bucket_of_slots(longest))
-    needed = self.sizes.bucket_of_source(max(sources))
-    source_slots = max(self._source_slots, needed)
     if self._state is None:
       batch = self.sizes.bucket_of_rows(self._wanted_rows(len(jobs)))
-      self._slots, self._source_slots = slots, source_slots
+      self._slots, self._source_slots = size
       self._rows = [None] * batch
       if is_all and batch == len(jobs):
         return
-      idle = jnp.zeros(reading.num_rows, jnp.int32)
+      idle = jnp.zeros(cache.lengths_B.shape, jnp.int32)
       rows_B = np.zeros(batch, np.int32)
-      same = Rows(self._resized(reading.cache, reading.slots), idle, idle)
-      self._state = take_rows(same, rows_B, rows_B > 0)
+      self._state = take_rows(Rows(cache, idle, idle), rows_B, rows_B > 0)
     else:
-      self._resize(slots, source_slots)
+      self._resize(*size)
       self._rearrange(self._wanted_rows(len(jobs)))
     if any(job.needs_history for job in jobs) and not self._has_history:
       shape = (len(self._rows), self.model.cfg.vocab_size)
@@ -390,7 +400,8 @@ class Engine:
       return
     assert self._state is not None
     self._slots, self._source_slots = slots, source_slots
-    self._state = self._state._replace(cache=self._resized(self._state.cache, before))
+    cache = self.sizes.resized(self._state.cache, before, (slots, source_slots))
+    self._state = self._state._replace(cache=cache)
 
   def _rearrange(self, count: int) -> None:
     """Gives the batch room for `count` rows, and not for many more."""

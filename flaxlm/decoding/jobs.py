@@ -33,6 +33,7 @@ from flaxlm.decoding.engine import Engine
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import BLOCK_STEPS, MOST_NEW_TOKENS
 from flaxlm.decoding.requests import EngineOptions, EngineRequest
+from flaxlm.decoding.row_settings import rules_of
 from flaxlm.decoding.sampling import (
   MOST_SAMPLES,
   SamplingSettings,
@@ -300,7 +301,10 @@ def answer_guessing(
   run: Run, jobs: Sequence[SizedJob], batch_size: int, num_top: int
 ) -> Iterator[tuple[int, list[dict]]]:
   """`answer_jobs` with a draft, whose batches begin and end together."""
-  for batch in batch_jobs(jobs, batch_size, run.model.cfg.context):
+  assert run.draft is not None
+  models = [one for one in (run.model, run.draft.model) if one is not None]
+  context = min(model.cfg.context for model in models)
+  for batch in batch_jobs(jobs, batch_size, context):
     rows = [sized for sized in batch for _ in range(sized.job.num_samples)]
     settings = [
       of_sample
@@ -337,6 +341,10 @@ def measure_job(run: Run, number: int, job: PromptJob) -> SizedJob:
     )  # whose ids are the tokenizer's
     check_rows(stack_settings([unformed]), 1, run.num_ids)
     job.stop.check(run.num_ids)
+    if run.draft is not None:
+      run.draft.check(run.model, rules_of([job.settings]))
+      if run.draft.model is not None:
+        request.check(run.draft.model.cfg)
   except ConfigError as e:
     where = (
       f"prompt {number + 1}" if job.line is None else f"line {job.line} of the prompts"

@@ -1,75 +1,123 @@
 # SPDX-License-Identifier: Apache-2.0
 """What was read of past texts, for texts that begin as they did.
 
-Many texts are kept in pieces of `PIECE` tokens, each of which is found by its tokens and by
-the piece before it, so that a text shares what it has in common with any earlier one. There
-is a limit of bytes: what was not used for longest goes first, and of a text its end before
-its beginning. Of a conversation the last rows are kept whole: to their last token, and also
-what cannot be cut in pieces.
+Many texts are kept within a limit of bytes; what was not used for longest goes first. Keys
+and values are cut in pieces of `PIECE` tokens, each of which is found by its tokens and by
+the piece before it, so that a text shares what it has in common with any earlier one. The
+state of an RNN, and rings in which later tokens take the place of earlier ones, cannot be
+cut: of them the row is kept as it was after chunks of a prompt, and after an answer. Where
+a text and an earlier one part, a chunk ends, so that the next one finds a row there.
+
+Of a conversation the last rows are kept whole, to their last token.
 """
 
 import collections
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flaxlm.config import MAX_NEW_IN_RING, ResolvedModel
+from flaxlm.decoding.row_sizes import RowSizes, cache_bytes
 
 PIECE = 64  # tokens
 MOST_KEPT = 2  # whole rows: that of a prompt, and that of its answer
+MOST_KNOWN = 2**14  # pieces of texts whose rows may be kept again
 
 
-class PrefixStore:
-  """The pieces, at most `most_bytes` of them on all devices together."""
+class Row(NamedTuple):
+  """A row of a cache, which has room for so many tokens of it."""
+
+  cache: Any
+  number: int
+  slots: int
+
+
+class Found(NamedTuple):
+  """What is kept of some texts that are read together."""
+
+  length: int  # tokens of each
+  kept: list[Any]  # for each text; empty if there is nothing
+  stop: int = 0  # tokens after which a row is to be kept, if more than `length`
+
+
+class _Kept:
+  """Arrays by a key, at most `most_bytes` of them on all devices together."""
 
   def __init__(self, most_bytes: int):
     self.most_bytes, self.num_bytes = most_bytes, 0
-    self._pieces: collections.OrderedDict[bytes, Any] = collections.OrderedDict()
+    self._kept: collections.OrderedDict[Any, Any] = collections.OrderedDict()
 
-  def find(self, tokens: Sequence[int]) -> list[Any]:
-    """The pieces that the text begins with; at least one of its tokens is in none."""
-    keys = []
-    for key in keys_of(tokens[:-1]):
-      if key not in self._pieces:
-        break
-      keys.append(key)
-    for key in reversed(keys):
-      self._pieces.move_to_end(key)
-    return [self._pieces[key] for key in keys]
+  def _add(self, key: Any, arrays: Any) -> None:
+    self._kept[key] = arrays
+    self.num_bytes += bytes_of(arrays)
 
-  def add(self, tokens: Sequence[int], cut: Callable[[int], Any]) -> None:
-    """Keeps the pieces of a text; `cut(n)` gives the one that begins at token n."""
+  def _use(self, keys: Iterable[Any]) -> None:
+    for key in keys:
+      self._kept.move_to_end(key)
+
+  def _drop(self, most_bytes: int) -> None:
+    """What was not used for longest, until the rest is no larger."""
+    while self.num_bytes > most_bytes:
+      _, oldest = self._kept.popitem(last=False)
+      self.num_bytes -= bytes_of(oldest)
+
+
+def bytes_of(arrays: Any) -> int:
+  return sum(x.nbytes for x in jax.tree.leaves(arrays))
+
+
+# -- Pieces --------------------------------------------------------------------------------
+
+
+class PieceStore(_Kept):
+  """Pieces of texts; of a text its end goes before its beginning."""
+
+  def find(self, texts: Sequence[Sequence[int]]) -> Found:
+    """The pieces of each text; at least one token of it is in none."""
+    found = []
+    for tokens in texts:
+      is_kept = self._kept.__contains__
+      found.append([*itertools.takewhile(is_kept, keys_of(tokens[:-1]))])
+    shared = min(map(len, found))
+    for keys in found:
+      self._use(reversed(keys))
+    pieces = [[self._kept[key] for key in keys[:shared]] for keys in found]
+    return Found(shared * PIECE, pieces)
+
+  def add(self, tokens: Sequence[int], row: Row, is_end: bool) -> None:
+    """Keeps the pieces of a text, which the row begins with; whether it ends with it does
+    not matter."""
     keys = [*keys_of(tokens)]
     for number, key in enumerate(keys):
-      if key in self._pieces:
+      if key in self._kept:
         continue
-      piece = cut(number * PIECE)
-      size = sum(x.nbytes for x in jax.tree.leaves(piece))
-      if (number + 1) * size > self.most_bytes:  # it would push its own beginning out
+      piece = self.cut(row, number * PIECE)
+      if (number + 1) * bytes_of(piece) > self.most_bytes:  # its beginning would go
         keys = keys[:number]
         break
-      self._pieces[key] = piece
-      self.num_bytes += size
-    for key in reversed(keys):
-      self._pieces.move_to_end(key)
-    while self.num_bytes > self.most_bytes:
-      _, oldest = self._pieces.popitem(last=False)
-      self.num_bytes -= sum(x.nbytes for x in jax.tree.leaves(oldest))
+      self._add(key, piece)
+    self._use(reversed(keys))
+    self._drop(self.most_bytes)
 
+  def cut(self, row: Row, start: int) -> Any:
+    return cut_piece(row.cache, np.int32(row.number), np.int32(start))
 
-def has_pieces(cfg: ResolvedModel) -> bool:
-  """Whether a model's past can be cut: not the state of an RNN, nor rings, in which later
-  tokens take the place of earlier ones, nor what was written for another source."""
-  return cfg.family == "decoder" and not has_rings(cfg)
+  def put(self, row: Row, pieces: Sequence[Any], length: int) -> Any:
+    """The cache with the pieces of so many tokens in the row, which ends after them."""
+    cache = row.cache
+    for start, piece in zip(range(0, length, PIECE), pieces, strict=True):
+      cache = put_piece(cache, piece, np.int32(row.number), np.int32(start))
+    return cache
 
-
-def has_rings(cfg: ResolvedModel) -> bool:
-  return "L" in cfg.period and cfg.ring_slots is not None
+  def put_back(self, row: Row) -> Any:
+    """The same cache, by way of all programs."""
+    return self.put(row, [self.cut(row, 0)], PIECE)
 
 
 def keys_of(tokens: Sequence[int]) -> Iterator[bytes]:
@@ -103,6 +151,105 @@ def put_piece(cache: Any, piece: Any, row: jax.Array, start: jax.Array) -> Any:
   end = start + jax.tree.leaves(piece)[0].shape[2]
   lengths_B = cache.lengths_B.at[row].set(end)
   return cache._replace(layers=layers, lengths_B=lengths_B).constrained()
+
+
+# -- States --------------------------------------------------------------------------------
+
+
+class StateStore(_Kept):
+  """Rows as they were after some tokens, each found by all of these.
+
+  A row is a cache of its own, repeated for each shard of a batch, with no more slots than
+  a prompt of its length is read into.
+  """
+
+  def __init__(self, most_bytes: int, sizes: RowSizes):
+    super().__init__(most_bytes)
+    self.sizes = sizes
+    self._known: collections.OrderedDict[bytes, None] = collections.OrderedDict()
+
+  def find(self, texts: Sequence[Sequence[int]]) -> Found:
+    """The rows after the most tokens, less than all, for which there is one of every text;
+    and where the texts part from earlier ones."""
+    lengths = sorted({length for length, _ in self._kept})
+    found = [{*keys_at(tokens[:-1], lengths)} & self._kept.keys() for tokens in texts]
+    start = max(set.intersection(*({n for n, _ in keys} for keys in found)), default=0)
+    keys = [key for of_text in found for key in of_text if key[0] == start]
+    self._use(keys)
+    stops = [stop for text in texts if (stop := self._known_of(text)) > start]
+    return Found(start, [self._kept[key] for key in keys], min(stops, default=0))
+
+  def _known_of(self, tokens: Sequence[int]) -> int:
+    """How many tokens, less than all, an earlier text began with, in whole pieces. From
+    now on this one is known, too."""
+    keys = [*keys_of(tokens[:-1])]
+    shared = sum(1 for _ in itertools.takewhile(self._known.__contains__, keys))
+    for key in reversed(keys):
+      self._known[key] = None
+      self._known.move_to_end(key)
+    while len(self._known) > MOST_KNOWN:
+      self._known.popitem(last=False)
+    return shared * PIECE
+
+  def add(self, tokens: Sequence[int], row: Row, is_end: bool) -> None:
+    """Keeps a row if these are all of its tokens."""
+    if not is_end:
+      return
+    (key,) = keys_at(tokens, [len(tokens)])
+    if key in self._kept:
+      self._use([key])
+      return
+    slots = self.sizes.bucket_of_reading(len(tokens))
+    num_bytes = cache_bytes(self.sizes.model, self.sizes.shards, slots, 0)
+    if num_bytes <= self.most_bytes:
+      self._drop(self.most_bytes - num_bytes)  # before there is one more
+      cache = self.cut(row, len(tokens))
+      self._add(key, self.sizes.resized(cache, (row.slots, 0), (slots, 0)))
+
+  def cut(self, row: Row, length: int) -> Any:
+    rows_R = np.full(self.sizes.shards, row.number, np.int32)
+    cfg = self.sizes.model.cfg
+    return copy_rows(cfg, row.cache, rows_R, np.int32(length), row.slots)
+
+  def put(self, row: Row, kept: Any, length: int) -> Any:
+    """The cache with a row that was kept after so many tokens."""
+    slots = self.sizes.bucket_of_reading(length)
+    kept = self.sizes.resized(kept, (slots, 0), (row.slots, 0))
+    return put_rows(row.cache, kept, np.full(self.sizes.shards, row.number, np.int32))
+
+  def put_back(self, row: Row) -> Any:
+    """The same cache, by way of all programs but those that give it another size."""
+    return self.put(row, self.cut(row, 0), row.slots)
+
+
+def keys_at(tokens: Sequence[int], lengths: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+  """(length, a key made of all tokens up to there) for ascending lengths of a text."""
+  ids, hashed, before = np.asarray(tokens, np.int64), hashlib.blake2b(digest_size=16), 0
+  for length in lengths:
+    if length > len(ids):
+      return
+    hashed.update(ids[before:length].tobytes())
+    yield length, hashed.copy().digest()
+    before = length
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def put_rows(cache: Any, rows: Any, rows_R: jax.Array) -> Any:
+  """The cache with `rows`, of as many slots, in place of its `rows_R`."""
+  return cache.put(rows, rows_R).constrained()
+
+
+def store_of_texts(most_bytes: int, sizes: RowSizes) -> PieceStore | StateStore | None:
+  """What keeps the texts that a model reads; None if it cannot, or nothing may be kept."""
+  if not most_bytes or sizes.model.cfg.family == "encoder_decoder":
+    return None  # what is written is written for one source
+  if sizes.model.cfg.family == "rnn" or has_rings(sizes.model.cfg):
+    return StateStore(most_bytes, sizes)
+  return PieceStore(most_bytes)
+
+
+def has_rings(cfg: ResolvedModel) -> bool:
+  return "L" in cfg.period and cfg.ring_slots is not None
 
 
 # -- Whole rows ----------------------------------------------------------------------------

@@ -23,13 +23,11 @@ from flaxlm.decoding.prefill import (
   prefill_chunk,
 )
 from flaxlm.decoding.prefix_store import (
-  PIECE,
-  PrefixStore,
+  Found,
+  Row,
   RowStore,
   copy_rows,
-  cut_piece,
-  has_pieces,
-  put_piece,
+  store_of_texts,
 )
 from flaxlm.decoding.requests import MOST_PADDING, Counters, EngineOptions
 from flaxlm.decoding.row_sizes import RowSizes, chunk_size
@@ -50,7 +48,9 @@ class Reading:
   last_RD: Any  # the hidden vector of each row's last token so far
   slots: tuple[int, int]  # of a row of the cache, and of its source
   starts: list[int]  # tokens of each prompt that the cache had already
+  stop: int = 0  # tokens of each prompt, from there on, after which a chunk ends
   position: int = 0  # tokens of each prompt, from there on, that were read
+  kept: int = 0  # tokens of each prompt, when they were last kept on the way
   logits_RV: Any = None  # after the last token of each; None until all were read
 
   @property
@@ -83,9 +83,7 @@ class Reader:
     self.model, self.params, self.options = model, params, options
     self.sizes, self.shards, self.counters = sizes, sizes.shards, counters
     self._past = None if model.cfg.family == "encoder_decoder" else past
-    self._store: PrefixStore | None = None
-    if past is None and options.prefix_bytes and has_pieces(model.cfg):
-      self._store = PrefixStore(options.prefix_bytes)
+    self.store = store_of_texts(options.prefix_bytes if past is None else 0, sizes)
 
   @property
   def together(self) -> int:
@@ -111,10 +109,10 @@ class Reader:
   def begin(self, texts: Sequence[Text], final_length: int) -> Reading:
     """A reading of these texts, of which the longest answer ends at `final_length`."""
     batch = self._batch_of(len(texts))
-    found = [self._store.find(prompt) if self._store else [] for prompt, _ in texts]
-    shared = min(map(len, found))  # all begin at once: nothing is written past the end
-    found = [pieces[:shared] for pieces in found]
-    starts, kept = [len(pieces) * PIECE for pieces in found], None
+    found, kept = Found(0, []), None
+    if self.store is not None:  # all begin at once: nothing is written past the end
+      found = self.store.find([prompt for prompt, _ in texts])
+    starts = [found.length] * len(texts)
     if self._past is not None and len(texts) == 1:
       starts[0], kept = self._past.find(texts[0][0])
     lengths = [len(prompt) - at for (prompt, _), at in zip(texts, starts, strict=True)]
@@ -134,49 +132,69 @@ class Reader:
       cache = copy_rows(self.model.cfg, kept, rows_R, np.int32(starts[0]), slots)
     else:
       cache = init_cache(self.model, batch, slots)
-    for row, pieces in enumerate(found):
-      for n, piece in enumerate(pieces):
-        cache = put_piece(cache, piece, np.int32(row), np.int32(n * PIECE))
+    for number, of_text in enumerate(found.kept):
+      assert self.store is not None
+      cache = self.store.put(Row(cache, number, slots), of_text, found.length)
     self.counters.cached_tokens += sum(starts)
     last_RD = no_hidden(self.model, batch)
-    return Reading(texts, cache, last_RD, (slots, source_slots), starts)
+    stop = found.stop - found.length
+    return Reading(texts, cache, last_RD, (slots, source_slots), starts, stop)
 
   def read(self, reading: Reading, limit: int | None) -> int:
     """Reads at most `limit` more tokens of each prompt; returns how many, with padding."""
     rest, most = reading.rest, CHUNK if limit is None else limit
     longest = max(map(len, rest))
+    if reading.position < reading.stop:
+      longest = min(longest, reading.stop - reading.position)
     size = chunk_size(longest, most)
     if self.options.whole_rows:
       size = bucket(min(longest, most))
-    chunk = [tokens[:size] for tokens in rest]
+    count = min(size, longest)
+    chunk = [tokens[:count] for tokens in rest]
     tokens_RT, num_new_R = pad_rows(chunk, reading.num_rows, size)
     reading.last_RD, reading.cache = prefill_chunk(
       self.model, self.params, tokens_RT, num_new_R, reading.cache, reading.last_RD
     )
     wait_on_cpu(reading.last_RD)
-    reading.position += size
+    reading.position += count
     self.counters.read_tokens += sum(map(len, chunk))
+    self._keep_read(reading, chunk)
     if not any(reading.rest):
       reading.logits_RV = logits_of_hidden(self.model, self.params, reading.last_RD)
-      for row, (prompt, _) in enumerate(reading.texts):
-        self.keep(prompt, reading.cache, row, reading.slots[0], is_end=True)
     return size * len(reading.texts)
 
   # -- What was read before
 
-  def keep(
-    self, tokens: Sequence[int], cache: Any, row: int, slots: int, is_end: bool
-  ) -> None:
-    """Keeps what a row of a cache has read, for a prompt that goes on from it.
+  def _keep_read(self, reading: Reading, chunk: Sequence[Sequence[int]]) -> None:
+    """Keeps the prompts that had part in a chunk, as far as they were read.
+
+    Of a long one not after every chunk, which would cost its length each time.
+    """
+    length = reading.starts[0] + reading.position
+    is_stop = reading.position == reading.stop or 4 * length >= 5 * reading.kept
+    for number, (prompt, _) in enumerate(reading.texts):
+      is_whole = length >= len(prompt)
+      if chunk[number] and (is_stop or is_whole):
+        row = Row(reading.cache, number, reading.slots[0])
+        if self.store is not None:
+          self.store.add(prompt[:length], row, is_end=True)
+        if is_whole:
+          self._keep_whole(prompt, row, row.slots, is_end=True)
+    reading.kept = length if is_stop else reading.kept
+
+  def keep(self, tokens: Sequence[int], row: Row, slots: int, is_end: bool) -> None:
+    """Keeps what a row has read and written, for a prompt that goes on from it.
 
     If it is kept whole, as a row of so many slots; `is_end`: these are all of its tokens.
     """
-    if self._store is not None:
-      cut = lambda start: cut_piece(cache, np.int32(row), np.int32(start))
-      self._store.add(tokens, cut)
+    if self.store is not None:
+      self.store.add(tokens, row, is_end)
+    self._keep_whole(tokens, row, slots, is_end)
+
+  def _keep_whole(self, tokens: Sequence[int], row: Row, slots: int, is_end: bool) -> None:
     if self._past is not None:
-      rows_R, length = np.full(self.shards, row, np.int32), np.int32(len(tokens))
-      copy = lambda: copy_rows(self.model.cfg, cache, rows_R, length, slots)
+      rows_R, length = np.full(self.shards, row.number, np.int32), np.int32(len(tokens))
+      copy = lambda: copy_rows(self.model.cfg, row.cache, rows_R, length, slots)
       self._past.add(tokens, is_end, copy)
 
   def forget(self) -> None:

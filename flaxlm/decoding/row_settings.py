@@ -28,6 +28,7 @@ from flaxlm.decoding.requests import IDLE, EngineRequest, Shapes
 from flaxlm.decoding.rows import Drawing
 from flaxlm.decoding.sampling import (
   HISTORY_RULES,
+  Sampling,
   SamplingSettings,
   TokenHistory,
   check_rows,
@@ -89,7 +90,7 @@ class RowSettings:
       static = StaticSampling(rules_in_use(sampling), num_top)
     else:
       sampling = stack_rows(settings, self.automaton, self._states, LEAST_BIASES)
-      level = np.int32(self._level_of(settings, self.shapes))
+      level = np.int32(level_of(sampling, self.shapes))
       has_top, width = np.bool_(num_top > 0), max(width, LEAST_STOPS)
       static = StaticSampling((), self.shapes.num_top, tuple(self.shapes.rules))
     stops_BE = np.full((len(requests), width), -1, np.int32)
@@ -98,11 +99,6 @@ class RowSettings:
         stops_BE[row, : len(request.stop_tokens)] = [*request.stop_tokens]
     drawing = Drawing(sampling, stops_BE, self.num_ids, level, has_top)
     return jax.device_put(drawing), static
-
-  def _level_of(self, settings: Sequence[SamplingSettings], shapes: Shapes) -> int:
-    """The first of the shapes' sets of rules that has all that some row uses."""
-    needed = rules_of(settings)
-    return next(n for n, names in enumerate(shapes.rules) if needed <= {*names})
 
   # -- Regular expressions
 
@@ -155,6 +151,12 @@ class RowSettings:
     states = [self._states[request.settings.regex] for request in requests]
     prompts, states_B = [request.prompt for request in requests], np.array(states, np.int32)
     return history_of_prompts(prompts, states_B, self.cfg.vocab_size)
+
+
+def level_of(sampling: Sampling, shapes: Shapes) -> int:
+  """The first of the shapes' sets of rules that has all that some row uses."""
+  needed = {*rules_in_use(sampling)}
+  return next(n for n, names in enumerate(shapes.rules) if needed <= {*names})
 
 
 def rules_of(settings: Sequence[SamplingSettings]) -> set[str]:

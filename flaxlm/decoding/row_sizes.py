@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from flaxlm.decoding.requests import (
   EngineOptions,
   EngineRequest,
 )
+from flaxlm.decoding.rows import resize_cache
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import init_cache
 
@@ -55,6 +57,12 @@ class RowSizes:
       yield slots, before[1]
     for source_slots in self._path(before[1], after[1]):
       yield after[0], source_slots
+
+  def resized(self, cache: Any, before: tuple[int, int], after: tuple[int, int]) -> Any:
+    """A cache of one size (slots, source slots) as one of another."""
+    for to in self.steps(before, after):
+      cache = resize_cache(self.model.cfg, cache, *to)
+    return cache
 
   def _path(self, before: int, after: int) -> list[int]:
     if before == after or self.options.shapes is None:

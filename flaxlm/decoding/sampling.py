@@ -428,7 +428,7 @@ def is_within_budget(
 
 
 RULES: dict[str, Rule] = {
-  "bias": Rule(lambda s: s.biases_BX.size, add_bias),
+  "bias": Rule(lambda s: s.biases_BX != 0, add_bias),
   "repetition": Rule(lambda s: s.repetition_penalty_B != 1, penalise_repetition, True),
   "presence": Rule(
     lambda s: (s.presence_penalty_B != 0) | (s.frequency_penalty_B != 0),

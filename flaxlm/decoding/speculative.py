@@ -11,7 +11,7 @@ model's greedy choices, or what followed the last two tokens earlier in the text
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -54,12 +54,13 @@ class Draft:
   params: Any = None
   num_tokens: int = DRAFT_TOKENS
 
-  def check(self, model: LanguageModel, rules: tuple[str, ...]) -> None:
+  def check(self, model: LanguageModel, rules: Collection[str]) -> None:
     """Raises `ConfigError` for guesses that one pass of `model` cannot verify."""
     if not 1 <= self.num_tokens <= MAX_DRAFT_TOKENS:
       raise ConfigError(f"draft-tokens is {self.num_tokens}", f"1 to {MAX_DRAFT_TOKENS}")
     if needing := sorted(HISTORY_RULES & set(rules)):
-      raise ConfigError(f"a draft with the rule {needing[0]}", "leave one of them out")
+      named = "a form" if needing[0] == "constraint" else f"the rule {needing[0]}"
+      raise ConfigError(f"a draft with {named}", "leave one of them out")
     for part in (model, self.model):
       if part is not None and part.cfg.family != "decoder":
         raise ConfigError(

@@ -23,7 +23,7 @@ from flaxlm.decoding.prefill import (
   prefill_chunk,
 )
 from flaxlm.decoding.prefill import take_rows as take_read
-from flaxlm.decoding.prefix_store import cut_piece, has_pieces, put_piece
+from flaxlm.decoding.prefix_store import Row
 from flaxlm.decoding.requests import EngineRequest
 from flaxlm.decoding.row_settings import empty_history
 from flaxlm.decoding.row_sizes import CHUNK_SIZES
@@ -39,7 +39,6 @@ from flaxlm.decoding.rows import (
 from flaxlm.nn.models import init_cache
 from flaxlm.sharding import use_mesh
 
-FIRST = np.int32(0), np.int32(0)  # row and token
 FIRST_REQUEST = EngineRequest(prompt=[0], max_new_tokens=1)
 
 
@@ -112,10 +111,10 @@ def _warm_reading(engine: Engine, together: int, size: Size) -> Rows:
     for length in [length for length in CHUNK_SIZES if length <= most]:
       tokens_RT, num_new_R = pad_rows([[0]] * together, together, length)
       last_RD, cache = prefill_chunk(model, params, tokens_RT, num_new_R, cache, last_RD)
+    if (store := engine.reader.store) is not None:
+      cache = store.put_back(Row(cache, 0, slots))
   logits_RV = logits_of_hidden(model, params, last_RD)
   logits_RV, cache = take_read(logits_RV, cache, np.zeros(together, np.int32))
-  if engine.options.prefix_bytes and has_pieces(model.cfg):
-    cache = put_piece(cache, cut_piece(cache, *FIRST), *FIRST)
   _resize_to_neighbours(engine, cache, size)
   requests = [FIRST_REQUEST] * together
   history = engine.settings.history_of(requests)
@@ -149,8 +148,8 @@ def _warm_batch(engine: Engine, count: int, size: Size, read: list[Rows]) -> Non
     not engine.runs_ahead,
     static,
   )
-  if engine.options.prefix_bytes and has_pieces(cfg):
-    cut_piece(batch.cache, *FIRST)
+  if engine.reader.store is not None:
+    engine.reader.store.cut(Row(batch.cache, 0, size[0]), 0)
   _resize_to_neighbours(engine, batch.cache, size)
   num_states = engine.settings.automaton.next_XY.shape[0]
   batch = renumber(batch, np.zeros(num_states, np.int32))

@@ -81,6 +81,29 @@ def usage_of(request: Request, generation: Generation) -> dict[str, Any]:
   return shapes.usage_of(num_read(request), generation.num_tokens, num_read_before)
 
 
+def reply_of(
+  writer: "_TextWriter | _ChatWriter",
+  body: Answering,
+  stack: contextlib.ExitStack,
+  deadline: float,
+) -> Reply:
+  reply = Reply(writer.own_id, stack, deadline, body.ignored)
+  if body.stream:
+    return reply._replace(chunks=writer.chunks())
+  return reply._replace(whole=writer.whole)
+
+
+async def gathered(
+  parts: AsyncGenerator[tuple[int, Any, Any, Any], None], count: int
+) -> list[list[tuple[Any, ...]]]:
+  """Of each of `count` answers: what its parts have, their logprobs, and why they end."""
+  told: list[list[list[Any]]] = [[] for _ in range(count)]
+  async with contextlib.aclosing(parts):
+    async for index, *part in parts:
+      told[index].append(part)
+  return [[*zip(*of_answer, strict=True)] for of_answer in told]
+
+
 # -- Completions ---------------------------------------------------------------------------
 
 
@@ -96,10 +119,7 @@ async def complete(
     refuse("echo", "echo is not supported: an encoder-decoder does not continue its prompt")
   echo = [] if not body.echo else await echoes(service, body, request)
   writer = _TextWriter(service, body, request, generation, echo, clock)
-  reply = Reply(writer.own_id, stack, deadline, body.ignored)
-  if body.stream:
-    return reply._replace(chunks=writer.chunks())
-  return reply._replace(whole=writer.whole)
+  return reply_of(writer, body, stack, deadline)
 
 
 class Echo(NamedTuple):
@@ -144,9 +164,6 @@ class _TextWriter:
   def _head(self) -> dict[str, Any]:
     return shapes.head("text_completion", self.own_id, self.service.name)
 
-  def _usage(self) -> dict[str, Any]:
-    return usage_of(self.request, self.generation)
-
   def _echoed(self, index: int) -> tuple[str, dict | None]:
     of = self.echo[index // self.body.n]
     if of.scores is None:
@@ -176,28 +193,20 @@ class _TextWriter:
           choice = shapes.text_choice(index, text, logprobs, reason)
           yield {**self._head(), "choices": [choice], **more}
     if self.body.include_usage:
-      yield {**self._head(), "choices": [], "usage": self._usage()}
+      yield {
+        **self._head(),
+        "choices": [],
+        "usage": usage_of(self.request, self.generation),
+      }
 
   async def whole(self) -> dict[str, Any]:
-    texts: list[list[str]] = [[] for _ in range(self.count)]
-    logprobs: list[list[dict]] = [[] for _ in range(self.count)]
-    reasons: list[str | None] = [None] * self.count
-    async with contextlib.aclosing(self._parts()) as parts:
-      async for index, text, of_part, reason in parts:
-        texts[index].append(text)
-        logprobs[index] += [of_part] if of_part else []
-        reasons[index] = reason
-    scored = self.body.num_top is not None
-    choices = [
-      shapes.text_choice(
-        index,
-        "".join(texts[index]),
-        shapes.joined_logprobs(logprobs[index]) if scored else None,
-        reasons[index],
-      )
-      for index in range(self.count)
-    ]
-    return {**self._head(), "choices": choices, "usage": self._usage()}
+    scored, choices = self.body.num_top is not None, []
+    answers = await gathered(self._parts(), self.count)
+    for index, (texts, logprobs, reasons) in enumerate(answers):
+      joined = shapes.joined_logprobs([*filter(None, logprobs)]) if scored else None
+      choices.append(shapes.text_choice(index, "".join(texts), joined, reasons[-1]))
+    usage = usage_of(self.request, self.generation)
+    return {**self._head(), "choices": choices, "usage": usage}
 
 
 # -- Chats ---------------------------------------------------------------------------------
@@ -210,10 +219,7 @@ async def chat(service: Service, body: ChatBody, stack: contextlib.ExitStack) ->
     service, body, stack, service.request_of_chat, body.n
   )
   writer = _ChatWriter(service, body, request, generation, clock)
-  reply = Reply(writer.own_id, stack, deadline, body.ignored)
-  if body.stream:
-    return reply._replace(chunks=writer.chunks())
-  return reply._replace(whole=writer.whole)
+  return reply_of(writer, body, stack, deadline)
 
 
 class _ChatWriter:
@@ -233,9 +239,6 @@ class _ChatWriter:
     self.finders: list[CallFinder] = []  # of each answer; none if there is nothing to call
     if body.tools is not None and service.chat is not None and writes_calls(service.chat):
       self.finders = [CallFinder() for _ in range(body.n)]
-
-  def _usage(self) -> dict[str, Any]:
-    return usage_of(self.request, self.generation)
 
   async def _parts(self) -> AsyncGenerator[tuple[int, Part, dict | None, str | None], None]:
     """(index, text and calls, logprobs, finish_reason) of each part of an answer."""
@@ -269,32 +272,21 @@ class _ChatWriter:
           choice = shapes.delta_choice(index, delta, logprobs, reason)
           yield {**head(), "choices": [choice], **more}
     if self.body.include_usage:
-      yield {**head(), "choices": [], "usage": self._usage()}
+      yield {**head(), "choices": [], "usage": usage_of(self.request, self.generation)}
 
   async def whole(self) -> dict[str, Any]:
-    texts: list[list[str]] = [[] for _ in range(self.body.n)]
-    calls: list[list[dict]] = [[] for _ in range(self.body.n)]
-    logprobs: list[list[dict]] = [[] for _ in range(self.body.n)]
-    reasons: list[str | None] = [None] * self.body.n
-    async with contextlib.aclosing(self._parts()) as parts:
-      async for index, part, of_part, reason in parts:
-        texts[index].append(part.text)
-        calls[index] += part.calls
-        logprobs[index] += of_part["content"] if of_part else []
-        reasons[index] = reason
-    scored = self.body.num_top is not None
-    choices = [
-      shapes.message_choice(
-        index,
-        "".join(texts[index]),
-        calls[index],
-        {"content": logprobs[index], "refusal": None} if scored else None,
-        reasons[index],
-      )
-      for index in range(self.body.n)
-    ]
+    scored, choices = self.body.num_top is not None, []
+    answers = await gathered(self._parts(), self.body.n)
+    for index, (parts, logprobs, reasons) in enumerate(answers):
+      text = "".join(part.text for part in parts)
+      calls = [call for part in parts for call in part.calls]
+      content = [
+        token for of_part in logprobs for token in (of_part or {}).get("content", [])
+      ]
+      joined = {"content": content, "refusal": None} if scored else None
+      choices.append(shapes.message_choice(index, text, calls, joined, reasons[-1]))
     head = shapes.head("chat.completion", self.own_id, self.service.name)
-    return {**head, "choices": choices, "usage": self._usage()}
+    return {**head, "choices": choices, "usage": usage_of(self.request, self.generation)}
 
 
 # -- Embeddings, and what is served --------------------------------------------------------

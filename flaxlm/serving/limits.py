@@ -26,6 +26,7 @@ class Limits:
   max_body: int = 4 * 2**20  # bytes
   time_limit: float = 600.0  # seconds of a request
   cache_bytes: int | None = None  # of the batch's keys and values; None: a share of memory
+  prefix_bytes: int = 2**28  # of what past texts begin with
   grace: float = 30.0  # seconds for running requests, after SIGTERM
 
   @property

@@ -34,7 +34,6 @@ from flaxlm.serving.worker import Worker
 from flaxlm.sharding import use_mesh
 
 T = TypeVar("T")
-PREFIX_BYTES = 2**28  # of what past prompts begin with
 CACHE_SHARE = 4  # of memory, of which the batch has one: moved, it is there twice
 
 
@@ -60,7 +59,7 @@ class Service:
     self.num_open = 0  # answers that are written or wait
     self.mean_seconds = 1.0  # of the last requests
     self.engine = None if self.is_encoder else build_engine(run, limits)
-    self.worker = Worker(self.engine, on_error)
+    self.worker = Worker(self.engine, on_error, self._rest)
     self._renderer = self.chat.renderer() if self.chat else None
     pool = concurrent.futures.ThreadPoolExecutor
     self._threads = pool(PREPARING_THREADS, "prepare")
@@ -95,6 +94,13 @@ class Service:
       threads.shutdown(wait=False, cancel_futures=True)
     if self._renderer is not None:
       self._renderer.close()
+
+  def _rest(self) -> None:
+    """In the engine's thread. What the next requests need is mapped again: a quarter of a
+    second for each GB."""
+    if self.engine is not None:
+      self.engine.rest()
+    release_freed_memory()
 
   @property
   def endpoints(self) -> list[str]:
@@ -246,7 +252,7 @@ def build_engine(run: Run, limits: Limits) -> Engine:
   options = EngineOptions(
     rows=limits.slots,
     most_bytes=limits.cache_bytes or free_memory([*run.mesh.devices.flat]) // CACHE_SHARE,
-    prefix_bytes=PREFIX_BYTES,
+    prefix_bytes=limits.prefix_bytes,
     shapes=shapes,
   )
   # Within its mesh, as all that the engine does: arrays made without are of another type,

@@ -21,6 +21,7 @@ from flaxlm.decoding.requests import Counters, EngineRequest, Event
 from flaxlm.serving.errors import BROKEN, ApiError
 
 Tell = Callable[[Any], None]
+REST_SECONDS = 10.0  # without a request, until memory is given back
 
 
 class Accepted(NamedTuple):
@@ -54,16 +55,21 @@ def broken(error: BaseException) -> ApiError:
 
 
 class Worker:
-  """The thread. Its methods are for others; those with an underscore run in it."""
+  """The thread. Its methods are for others; those with an underscore run in it.
+
+  `on_error` and `on_rest` are called in it: when it breaks, and when nobody has asked for
+  anything for `REST_SECONDS`.
+  """
 
   def __init__(
     self,
     engine: Engine | None,
     on_error: Callable[[BaseException], None] = lambda _: None,
+    on_rest: Callable[[], None] = lambda: None,
   ):
     self.load = Load()
     self.error: BaseException | None = None  # that has ended it
-    self._engine, self._on_error = engine, on_error
+    self._engine, self._on_error, self._on_rest = engine, on_error, on_rest
     self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
     self._calls: collections.deque[Callable[[], None]] = collections.deque()
     self._tickets: dict[int, Ticket] = {}
@@ -141,11 +147,17 @@ class Worker:
   def _take_commands(self) -> None:
     """Runs all that have come; waits for one if there is nothing else to do."""
     is_idle = self._engine is None or self._engine.is_idle
-    waits = is_idle and not self._calls
+    if is_idle and not self._calls:
+      self._next_command()()
     with contextlib.suppress(queue.Empty):
       while True:
-        self._commands.get(block=waits)()
-        waits = False
+        self._commands.get(block=False)()
+
+  def _next_command(self) -> Callable[[], None]:
+    with contextlib.suppress(queue.Empty):
+      return self._commands.get(timeout=REST_SECONDS)
+    self._on_rest()
+    return self._commands.get()
 
   def _stop(self) -> None:
     self._is_stopped = True

@@ -11,7 +11,7 @@ import numpy as np
 from flaxlm.decoding.engine import Engine
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.prefill import BLOCK_STEPS, Request, prefill_prompts
-from flaxlm.decoding.prefix_store import PIECE, RowStore, has_pieces, has_rings
+from flaxlm.decoding.prefix_store import PIECE, RowStore, has_rings
 from flaxlm.decoding.requests import EngineOptions, EngineRequest
 from flaxlm.decoding.sampling import SamplingSettings, stack_settings
 from flaxlm.nn.base import LanguageModel, Source
@@ -163,16 +163,15 @@ def prefixes(case: Case) -> Finding:
   ids, rows = case.model_cfg.num_ids, []
   first, second, third = (random_tokens(PIECE, seed=40 + n).tolist() for n in range(3))
   ends = [random_tokens(n, seed=50 + n).tolist() for n in (3, 5, 2, 4)]
-  if has_pieces(case.model_cfg):
-    options = EngineOptions(rows=1, prefix_bytes=2**24)
-    engine = Engine(case.model, case.params, ids, options=options)
-    # The last two have a second piece that was read after another first one.
-    texts = [[*first, *second], [*first, *second], [*third, *first], [*third, *second]]
-    for text, end in zip(texts, ends, strict=True):
-      request = EngineRequest(prompt=text + end, max_new_tokens=4, settings=DRAWN)
-      rows += answers(engine, [request])
-    if not engine.counters.cached_tokens:
-      return Finding(0.0, details=["no prefix is ever found"])
+  options = EngineOptions(rows=1, prefix_bytes=2**24)
+  engine = Engine(case.model, case.params, ids, options=options)
+  # The last two have a second piece that was read after another first one.
+  texts = [[*first, *second], [*first, *second], [*third, *first], [*third, *second]]
+  for text, end in zip(texts, ends, strict=True):
+    request = EngineRequest(prompt=text + end, max_new_tokens=4, settings=DRAWN)
+    rows += answers(engine, [request])
+  if not engine.counters.cached_tokens:
+    return Finding(0.0, details=["no prefix is ever found"])
   past, text, num_cached = RowStore(case.model_cfg), first[:48], 0
   options = EngineOptions(rows=1, most_read=None, whole_rows=True)
   for number, end in enumerate(ends):  # a chat: each turn goes on from what was written

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Jobs: results in order, as for each prompt alone, after kills and in any batches."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -20,7 +21,9 @@ from flaxlm.decoding.jobs import (
 )
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.sampling import SamplingSettings, same_settings
+from flaxlm.decoding.speculative import Draft
 from flaxlm.errors import ConfigError
+from flaxlm.nn.models import build_model
 
 DEFAULTS = PromptJob("", SamplingSettings(temperature=1.0, seed=5), Stopping(), 6)
 LINES = [
@@ -237,6 +240,41 @@ def test_ids_past_the_vocabulary_are_refused_before_the_first_answer(run, tmp_pa
   with pytest.raises(ConfigError, match="line 4 of the prompts: "):
     complete_jobs(run, jobs, tmp_path / "out.jsonl", 2)
   assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+  ("line", "told"),
+  [
+    ({"regex": "a+"}, "line 2 of the prompts: a draft with a form"),
+    ({"presence_penalty": 1}, "line 2 of the prompts: a draft with the rule presence"),
+    ({"prompt": "a" * 60}, "line 2 of the prompts: prompt of 61 tokens"),
+  ],
+)
+def test_what_a_draft_cannot_guess_is_refused_before_the_first_answer(
+  run, tmp_path, line, told
+):
+  """The last one fits the model, and not the draft."""
+  small = build_model(dataclasses.replace(run.cfg.model, context=64))
+  guessing = run._replace(draft=Draft(small, None))
+  jobs = read_jobs(as_text([{"prompt": "a"}, {"prompt": "a"} | line]), DEFAULTS)
+  with pytest.raises(ConfigError, match=told):
+    complete_jobs(guessing, jobs, tmp_path / "out.jsonl", 2)
+  assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.slow
+def test_batches_fit_a_draft_too(run, tmp_path):
+  """A long prompt and a long answer, each of which alone fits its context."""
+  cfg = dataclasses.replace(run.cfg.model, context=64)
+  guessing = run._replace(draft=Draft(build_model(cfg), run.params, 2))
+  lines = [{"prompt": "a" * 50}, {"prompt": "a", "max_new_tokens": 50}]
+  for which in (run, guessing):
+    jobs = read_jobs(as_text(lines), DEFAULTS)
+    complete_jobs(which, jobs, tmp_path / f"{which is run}.jsonl", 2)
+  tokens = [
+    [one["tokens"] for one in written(tmp_path / f"{name}.jsonl")] for name in (True, False)
+  ]
+  assert tokens[0] == tokens[1]
 
 
 def test_time_and_tokens_end_an_answer(run):

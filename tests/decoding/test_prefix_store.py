@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is kept of past texts: the same tokens with it, and less that is read."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
-from conftest import slow
+from conftest import fuzz, slow
 from hypothesis import given
 from hypothesis import strategies as st
 from meshes import mesh_of
@@ -17,10 +19,21 @@ from flaxlm.config import ModelConfig
 from flaxlm.decoding import engine as engine_module
 from flaxlm.decoding.compile_counter import count_compilations
 from flaxlm.decoding.engine import Engine
-from flaxlm.decoding.prefix_store import MOST_KEPT, PIECE, RowStore, common_length
+from flaxlm.decoding.prefill import CHUNK
+from flaxlm.decoding.prefix_store import (
+  MOST_KEPT,
+  PIECE,
+  PieceStore,
+  Row,
+  RowStore,
+  StateStore,
+  common_length,
+)
 from flaxlm.decoding.requests import EngineOptions
+from flaxlm.decoding.row_sizes import RowSizes, cache_bytes
 from flaxlm.errors import NonFiniteError
 from flaxlm.nn.models import build_model
+from flaxlm.nn.rnn import RNNCache
 from flaxlm.sharding import mesh_for
 
 SIZES = dict(depth=1, width=16, vocab_size=64)
@@ -163,7 +176,122 @@ def test_nothing_is_kept_of_what_is_not_finite():
       assert talk.answer(turn, 4, **no_5) == expected
 
 
-# -- The stores ----------------------------------------------------------------------------
+# -- Many texts ----------------------------------------------------------------------------
+
+ENDED = {
+  "gru": ModelConfig(**SIZES | {"depth": 2}, family="rnn", cell="gru"),
+  "lstm": ModelConfig(**SIZES, family="rnn", cell="lstm"),
+  "window": ModelConfig(**SIZES, num_heads=2, context=2048, window=20),
+  "sinks": ModelConfig(**SIZES, num_heads=2, context=2048, window=20, sink_tokens=4),
+  "LG": ModelConfig(
+    **SIZES | {"depth": 2}, num_heads=2, context=2048, window=20, layer_pattern="LG"
+  ),
+}
+
+
+@pytest.mark.parametrize(
+  ("name", "ahead"),
+  [
+    ("gru", False),
+    *(fuzz("window", False), slow("LG", True)),
+    *(fuzz("gru", True), fuzz("lstm", False), fuzz("sinks", True), fuzz("LG", False)),
+  ],
+)
+def test_what_cannot_be_cut_goes_on_from_where_it_ended(name: str, ahead: bool):
+  """A prompt, an answer, or what the second text has in common with the first one; rings
+  have turned by then. The tokens are those of a model that keeps nothing."""
+  model = build_model(ENDED[name])
+  params, rng = random_params(model), np.random.default_rng(0)
+  beginning = rng.integers(0, 64, 64 if name in ("gru", "lstm") else 704).tolist()
+  options = EngineOptions(rows=2, most_steps=4, prefix_bytes=2**22)
+  engine = Engine(model, params, 64, options=options)
+  engine.runs_ahead = ahead
+  cached, tokens = {}, []
+
+  def answer(*asked: Any) -> None:
+    numbers = [engine.submit(of) for of in asked]
+    found = finish(engine)
+    for number, of in zip(numbers, asked, strict=True):
+      tokens.append(tokens_of(found[number]))
+      assert tokens[-1] == alone(model, params, of)
+      cached[number] = found[number][-1].cached
+
+  first = request([*beginning, *range(36)], 60)
+  drawn = alone(model, params, first)
+  stop = next(x for n, x in [*enumerate(drawn[:8])][::-1] if x not in drawn[:n])
+  first = dataclasses.replace(first, stop_tokens=[stop])
+  answer(first)
+  answer(request([*beginning, 9], 4, 1), request([*beginning, 4, 9, 9], 4, 2))
+  answer(request([*first.prompt, 5], 4, 3))
+  answer(request([*first.prompt, *tokens[0], 5], 3, 4))
+  length = len(beginning)
+  whole = len(first.prompt) + len(tokens[0]) - 1
+  chunk = length // CHUNK * CHUNK
+  assert [*cached.values()] == [0, chunk, length, len(first.prompt), whole]
+  assert engine.counters.cached_tokens == sum(cached.values())
+
+
+@given(st.lists(st.lists(st.integers(0, 1), max_size=4), max_size=12), st.integers(1, 4))
+def test_pieces_are_whole_beginnings_within_their_limit(texts: list, room: int):
+  """Each digit stands for a piece."""
+  store = Digits(room * 8)
+  texts = [[digit for digit in text for _ in range(PIECE)] for text in texts]
+  for text in texts:
+    store.add(text, Row(text, 0, 0), is_end=False)
+    assert store.num_bytes == 8 * len(store._kept) <= room * 8
+    count, (found,), _ = store.find([[*text, 2]])
+    assert count == len(found) * PIECE
+    found = [piece.item() for piece in found]
+    assert found == text[::PIECE][:room], "the newest is kept, as far as there is room"
+  for text in texts:
+    _, (found,), _ = store.find([[*text, 2]])
+    pieces = [piece.item() for piece in found]
+    assert pieces == text[::PIECE][: len(pieces)]
+
+
+class Digits(PieceStore):
+  """Keeps the digits of texts for their caches."""
+
+  def cut(self, row: Row, start: int) -> Any:
+    return np.array([row.cache[start]])
+
+
+@given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=4), max_size=12))
+def test_states_are_those_of_the_longest_beginning_within_their_limit(texts: list):
+  """Each text's state is its number; of three states there is room for the newest."""
+  model = build_model(ENDED["gru"])
+  sizes = RowSizes(model, EngineOptions(), 1)
+  size = cache_bytes(model, 1, 64, 0)
+  store = StateStore(3 * size + size // 2, sizes)
+  numbers: dict[tuple, int] = {}
+  for number, text in enumerate(texts):
+    store.add(text, Row(None, 0, 64), is_end=False)
+    numbers.setdefault(tuple(text), number)
+    store.add(text, Row(number_cache(numbers[tuple(text)]), 0, 64), is_end=True)
+    kept = [cache for cache in store._kept.values()]
+    assert store.num_bytes == sum(x.nbytes for x in jax.tree.leaves(kept)) <= 3 * size
+    count, (cache,), _ = store.find([[*text, 2]])
+    assert count == len(text) and cache.state.min() == numbers[tuple(text)]
+    assert cache.lengths_B.tolist() == [count]
+  for text in texts:
+    count, found, _ = store.find([text, [*text, 2]])
+    assert count < len(text) and len(found) == (2 if count else 0)
+    for cache in found:
+      assert cache.state.min() == numbers[tuple(text[:count])]
+
+
+def number_cache(number: int) -> RNNCache:
+  return RNNCache(np.full((2, 1, 16), number, np.float32), np.array([9], np.int32))
+
+
+def test_a_state_that_is_too_large_is_not_even_copied():
+  model = build_model(ENDED["gru"])
+  store = StateStore(100, RowSizes(model, EngineOptions(), 1))
+  store.add([1, 2], Row(None, 0, 64), is_end=True)
+  assert not store.num_bytes and store.find([[1, 2, 3]]) == (0, [], 0)
+
+
+# -- The last rows of a conversation -------------------------------------------------------
 
 
 @given(

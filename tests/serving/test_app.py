@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ from flaxlm.decoding.row_sizes import cache_bytes
 from flaxlm.decoding.sampling import SamplingSettings
 from flaxlm.decoding.scoring import TokenPair, score_tokens
 from flaxlm.errors import ConfigError, NonFiniteError
+from flaxlm.serving import service as service_module
+from flaxlm.serving import worker
 from flaxlm.serving.app import build_app, is_loopback_name
 from flaxlm.serving.limits import Limits
 from flaxlm.serving.service import Service
@@ -120,6 +123,54 @@ def test_usage_tells_what_was_read_for_earlier_prompts(client: TestClient):
   )["usage"]["prompt_tokens_details"]
   assert ask() == {"cached_tokens": 0}
   assert ask() == ask(n=3) == {"cached_tokens": 64}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "fields",
+  [
+    pytest.param(dict(window=9), id="window", marks=pytest.mark.fuzz),
+    pytest.param(dict(family="rnn", depth=2), id="rnn"),
+  ],
+)
+def test_usage_tells_what_rings_and_rnns_had_read(tmp_path: Path, fields: dict[str, Any]):
+  """A prompt that goes on from an earlier one is read from its end."""
+  run = random_run(tmp_path / "letters", **fields)
+  prompt = "hjkq" * 20
+  for most in (2**20, 0):
+    with served(run, Limits(prefix_bytes=most)) as service:
+      client = TestClient(build_app(service), HOST)
+      ask = lambda text, to=client: post(
+        to, "completions", prompt=text, max_tokens=5, seed=1
+      )
+      found = [ask(text) for text in (prompt, prompt, prompt + "x")]
+    cached = [one["usage"]["prompt_tokens_details"]["cached_tokens"] for one in found]
+    assert cached == ([0, 64, 81] if most else [0, 0, 0])
+    told = [one["choices"][0]["text"] for one in found]
+    if most:
+      with_store = told
+  assert told == with_store and told[0] == told[1]
+
+
+def test_a_server_that_rests_gives_its_batch_back(
+  run: Run, monkeypatch: pytest.MonkeyPatch
+):
+  """And answers as before."""
+  given_back: list[bool] = []
+  monkeypatch.setattr(worker, "REST_SECONDS", 0.05)
+  monkeypatch.setattr(
+    service_module, "release_freed_memory", lambda: given_back.append(True)
+  )
+  with served(run) as service:
+    client, found = TestClient(build_app(service), HOST), []
+    for _ in range(2):
+      body = dict(prompt="ab", max_tokens=3, seed=1)
+      found.append(post(client, "completions", **body)["choices"])
+      end = time.monotonic() + 20
+      while service.engine._state is not None:  # type: ignore[union-attr]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+  assert found[0] == found[1] and given_back
 
 
 def test_prompts_and_samples_have_draws_of_their_own(client: TestClient, run: Run):

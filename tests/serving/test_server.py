@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A server's process: the official client finds what it knows, signals end it in order."""
 
+import asyncio
 import contextlib
 import dataclasses
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,6 +22,7 @@ import openai
 import pytest
 from conftest import ROOT, commands_in_process, tiny
 from serving_runs import random_run
+from test_load import all_at_once
 
 from flaxlm.chat.templates import CHAT, plain_chat
 from flaxlm.decoding.engine import Engine
@@ -223,6 +226,7 @@ def test_keys(start: Callable[..., Any], folder: Path):
     (["--slots=0"], "--slots is 0"),
     (["--time-limit=nan"], "--time-limit is nan"),
     (["--max-body=1"], "--max-body is 1"),
+    (["--prefix-bytes=-1"], "--prefix-bytes is -1"),
     (["--weights=int4"], "--weights"),
     (["--port=0", "--host=127.0.0.1", "nonexistent"], "nonexistent"),
   ],
@@ -257,6 +261,73 @@ def test_an_empty_or_odd_file_of_keys_is_refused(
 def test_names_of_loopback_need_no_keys():
   for host in ("127.0.0.1", "localhost", "127.0.0.2"):
     open_socket(host, 0, has_keys=False).close()
+
+
+# -- How much it takes ---------------------------------------------------------------------
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+@pytest.mark.parametrize(
+  ("num_first", "num_more"),
+  [(100, 200), pytest.param(2000, 8000, marks=pytest.mark.fuzz)],
+  ids=["300", "10000"],
+)
+def test_memory_stays_as_it_is_and_nothing_is_compiled(
+  start: Callable[..., Any], num_first: int, num_more: int
+):
+  """Whatever the lengths and settings, and whoever leaves, the process is no larger after
+  so many requests more than it was, but for 8 MB."""
+  rng = random.Random(0)
+  with start("--warm", "--slots=4", "--max-queue=60", "--prefix-bytes=1000000") as process:
+    numbers = lambda name: float(
+      httpx2.get(process.url.replace("/v1", "/metrics"))
+      .text.split(f"\n{name} ")[1]
+      .split()[0]
+    )
+    compiled = numbers("flaxlm_compiled_programs_total")
+
+    def ask(count: int) -> int:
+      """Bytes that are resident after so many requests."""
+      for begin in range(0, count, 50):
+        bodies = [mixed_body(rng) for _ in range(min(50, count - begin))]
+        leave = [rng.choice([None, None, None, 0, 1]) for _ in bodies]
+        asyncio.run(all_at_once(process.url.removesuffix("/v1"), bodies, leave))
+      statm = Path(f"/proc/{process.child.pid}/statm").read_text()
+      return int(statm.split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = ask(num_first)
+    grown = ask(num_more) - before
+    assert numbers("flaxlm_compiled_programs_total") == compiled > 0
+    assert numbers("flaxlm_clients_left_total") > num_more / 20
+    code, errors = process.end()
+  assert grown < 8 * 2**20
+  assert code == 0 and "Traceback" not in errors
+
+
+def mixed_body(rng: random.Random) -> dict[str, Any]:
+  """A request whose prompt may begin as another one did."""
+  body: dict[str, Any] = {
+    "prompt": "3 times 4 is 12.\n" * 5 if rng.random() < 0.3 else "",
+    "max_tokens": rng.randint(1, 20),
+    "temperature": rng.choice([0, 0.7, 1.5]),
+    "seed": rng.randrange(1000),
+    "stream": True,
+  }
+  body["prompt"] += "".join(rng.choices("0123456789 times", k=rng.randint(1, 20)))
+  for name, value in (
+    ("top_k", 3),
+    ("top_p", 0.9),
+    ("min_p", 0.1),
+    ("presence_penalty", 0.5),
+    ("repetition_penalty", 1.2),
+    ("logit_bias", {"7": -5}),
+    ("logprobs", 3),
+    ("stop", ["12"]),
+  ):
+    if rng.random() < 0.2:
+      body[name] = value
+  return body
 
 
 # -- How it ends ---------------------------------------------------------------------------

@@ -277,7 +277,7 @@ def defect_of(name: str) -> Defect:
 
 
 def config_of(name: str) -> tuple[str, ...]:
-  if DEFECTS[name][3] == ["prefixes"]:  # an engine keeps none where layers are local
+  if DEFECTS[name][3] == ["prefixes"]:  # pieces are kept where no layer is local
     return ("stdlib_tiny",)
   return CONFIGS.get(name, USUAL)
 
