@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cost of narrow weights and a narrow cache: a text's perplexity under a trained run.
+"""The cost of narrow weights and a narrow cache: a text's perplexity under a trained run,
+and how often the likeliest token stays the same.
 
     python -m benchmarks.quality RUN TEXT...
 
@@ -27,6 +28,7 @@ CHOICES: dict[str, tuple[str | None, bool]] = {
   "as stored": (None, False),
   "bfloat16 weights and computation": ("bfloat16", False),
   "int8 weights": ("int8", False),
+  "int4 weights": ("int4", False),
   "int8 cache": (None, True),
   "int8 weights and cache": ("int8", True),
 }
@@ -48,35 +50,44 @@ def main() -> None:
 def bench_quality(
   run: Run, texts: Sequence[str], max_tokens: int = 100_000
 ) -> list[Result]:
-  """The perplexity of each choice. Raises `ConfigError` if the text is too short."""
+  """Perplexity of each choice, and how often it agrees with the first. Raises
+  `ConfigError` if the text is too short."""
   ids = [id_ for text in texts for id_ in run.tokenizer.encode(text)][:max_tokens]
   window = min(run.model.cfg.context, 512)
   count = len(ids) // window // ROWS * ROWS
   if not count:
     raise ConfigError(f"a text of {len(ids)} tokens", f"give {ROWS * window} or more")
   windows = np.array(ids[: count * window], np.int32).reshape(-1, ROWS, window)
-  results = []
+  results: list[Result] = []
   for name, (weights, narrow_cache) in CHOICES.items():
     prepared = prepare_for_decoding(run, weights, narrow_cache)
-    figure = perplexity(prepared, windows)
+    figure, likeliest = perplexity(prepared, windows)
+    if not results:
+      expected = likeliest
+    share = float((likeliest == expected).mean())
     results.append(summarise("quality", name, [figure], "perplexity"))
+    agreement = f"{name}, likeliest tokens as stored"
+    results.append(summarise("quality", agreement, [share], "of the time"))
   return results
 
 
-def perplexity(run: Run, windows: np.ndarray) -> float:
-  """exp of the mean negative log-probability of each token but the first of a window."""
+def perplexity(run: Run, windows: np.ndarray) -> tuple[float, np.ndarray]:
+  """exp of the mean negative log-probability of each token but the first of a window, and
+  the likeliest tokens."""
   model = run.model
 
   @jax.jit
-  def loss(params: dict, tokens_BT: jax.Array) -> jax.Array:
+  def loss(params: dict, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     cache = init_cache(model, *tokens_BT.shape)
     logits_BTV = model.apply({"params": params}, tokens_BT, cache=cache).value
     logprobs_BTV = jax.nn.log_softmax(logits_BTV[:, :-1].astype(jnp.float32), -1)
-    return -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], -1).mean()
+    nats = -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], -1).mean()
+    return nats, logprobs_BTV.argmax(-1)
 
   with use_mesh(run.mesh):
-    losses = [float(loss(run.params, tokens_BT)) for tokens_BT in windows]
-  return float(np.exp(np.mean(losses)))
+    found = [jax.device_get(loss(run.params, tokens_BT)) for tokens_BT in windows]
+  losses, likeliest = zip(*found, strict=True)
+  return float(np.exp(np.mean(losses))), np.concatenate(likeliest)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ def load(
   draft: str | None = None,
   draft_tokens: int | None = None,
   runs_dir: str | os.PathLike[str] = "runs",
+  weights_kernel: str | None = None,
 ) -> "Model":
   """A model, ready to write, score or embed.
 
@@ -109,11 +110,12 @@ def load(
       folder of Hugging Face's files, a GGUF file, or a name on the hub, as org/name, that
       the local cache has (`flaxlm import --download` gets it). It is imported once.
     mesh: the devices, as in `fsdp=2`; by default all of them share the rows of a batch.
-    weights: the dtype that matrices are kept in: float32, bfloat16 or int8; None: as in
-      the run.
+    weights: the dtype that matrices are kept in: float32, bfloat16, int8 or int4; None: as
+      in the run.
     cache: `int8` keeps keys and values so.
     draft: a smaller run that guesses tokens ahead, or `ngram`.
     draft_tokens: how many it guesses at a time.
+    weights_kernel: `pallas` for a kernel of narrow weights, on one NVIDIA GPU.
 
   Warns of damaged checkpoints, which are skipped. Raises `CheckpointError` if there is no
   such run, or it is not whole, and `ConfigError` for what it cannot have.
@@ -130,7 +132,8 @@ def load(
     for note in notes:
       warn(note)
   run = load_run(named, devices, warn)
-  return Model(equip_for_decoding(run, weights, cache, draft, draft_tokens, below))
+  drafted = (draft, draft_tokens, below)
+  return Model(equip_for_decoding(run, weights, cache, *drafted, weights_kernel))
 
 
 def find_model(path: str | os.PathLike[str], runs_dir: str) -> Path:

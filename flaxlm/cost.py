@@ -27,6 +27,7 @@ import jax
 
 from flaxlm.config import LoraConfig, ResolvedConfig, ResolvedModel, TrainingConfig
 from flaxlm.nn.kernels.blocked import query_blocks
+from flaxlm.nn.kernels.int4 import group_size
 from flaxlm.nn.lora import boxed_adapters
 from flaxlm.nn.models import build_model
 from flaxlm.sharding import kv_parts
@@ -126,37 +127,50 @@ def _cell(cfg: ResolvedModel) -> int:
 
 
 def narrow_parameters(cfg: ResolvedModel) -> tuple[int, int]:
-  """The weights that decoding can store in int8, and their outputs, one scale for each.
+  """The weights that decoding can store narrow, and their outputs, one scale for each.
 
   They are those of `decoding.weights.prepare_params`: the matrices of attention, of
   feed-forwards without experts, and of the head or the tied embedding.
   """
-  D, V, F = cfg.width, cfg.vocab_size, cfg.ffn_width
-  weights, outputs = D * V, V
+  blocks = block_matrices(cfg)
+  weights = sum(n * outputs * inputs for (outputs, inputs), n in blocks.items())
+  outputs = sum(n * outputs for (outputs, _), n in blocks.items())
+  return weights + cfg.width * cfg.vocab_size, outputs + cfg.vocab_size
+
+
+def block_matrices(cfg: ResolvedModel) -> Counter[tuple[int, int]]:
+  """How many matrices (outputs, inputs) the blocks have, without those of experts."""
+  D, N, K = cfg.width, *(n * cfg.head_dim for n in (cfg.num_heads, cfg.num_kv_heads))
+  found: Counter[tuple[int, int]] = Counter()
   for depth, reads_source in stacks(cfg):
     if cfg.family == "rnn":
       continue
     attentions = depth * (1 + reads_source)
-    weights += attentions * sum(_projections(cfg))
-    heads = cfg.num_heads + 2 * cfg.num_kv_heads
-    outputs += attentions * (heads * cfg.head_dim + D)
-    inner, width = (2 if cfg.gated else 1), F
+    for shape, count in (((N, D), 1), ((K, D), 2), ((D, N), 1)):
+      found[shape] += attentions * count
+    width = cfg.ffn_width
     if cfg.moe.num_experts:
       width = cfg.moe.num_shared_experts * cfg.moe.expert_width
-    weights += depth * (inner + 1) * D * width
-    outputs += depth * (inner * width + D) * (width > 0)
-  return weights, outputs
+    found[width, D] += depth * (2 if cfg.gated else 1) * (width > 0)
+    found[D, width] += depth * (width > 0)
+  return found
 
 
 def weight_bytes(cfg: ResolvedModel, item_size: int, kind: str | None = None) -> int:
   """Bytes of all parameters, laid out for decoding; `kind` is the dtype of matrices, and
-  all others have `item_size` bytes."""
+  all others have `item_size` bytes. With int4 the head and a tied embedding are int8."""
   whole = sum(parameters(cfg).values()) * item_size
   if kind is None:
     return whole
   weights, outputs = narrow_parameters(cfg)
-  scales = 4 * outputs if kind == "int8" else 0
-  return whole - weights * (item_size - BYTES[kind]) + scales
+  if kind == "int4":
+    blocks = block_matrices(cfg)
+    scales = lambda outputs, inputs: outputs * inputs // group_size(inputs)
+    packed = sum(n * (o * i // 2 + 2 * scales(o, i)) for (o, i), n in blocks.items())
+    V, D = cfg.vocab_size, cfg.width
+    return whole - weights * item_size + packed + V * D * BYTES["int8"] + 4 * V
+  scales_bytes = 4 * outputs if kind == "int8" else 0
+  return whole - weights * (item_size - BYTES[kind]) + scales_bytes
 
 
 @functools.lru_cache(maxsize=64)

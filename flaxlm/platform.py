@@ -165,6 +165,30 @@ def fused_kernel() -> FusedKernel:
   return cudnn(0 if generation < 8 else 128 if generation == 8 else 256)
 
 
+FP8_GENERATION = (8, 9)  # Ada, the first NVIDIA GPU whose tensor cores multiply them
+
+
+def check_matmul(kind: str) -> None:
+  """Raises `ConfigError` if the devices at hand cannot multiply as `training.matmul` says.
+
+  A CPU computes the same numbers, slowly. Calling this starts JAX's backend.
+  """
+  device = jax.devices()[0]
+  if kind != "fp8" or device.platform == "cpu":
+    return
+  cure = "--training.matmul=full"
+  if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+    raise ConfigError(
+      f"training.matmul=fp8 is for NVIDIA GPUs, not {device.platform}", cure
+    )
+  if tuple(map(int, device.compute_capability.split("."))) < FP8_GENERATION:
+    raise ConfigError(
+      f"training.matmul=fp8 needs compute capability 8.9, as Ada and Hopper have: "
+      f"{device.device_kind} has {device.compute_capability}",
+      cure,
+    )
+
+
 def keep_freed_memory() -> None:
   """Tells glibc's malloc to keep what a step frees for the next step, on the CPU.
 

@@ -22,6 +22,20 @@ NN = [
     "laws/test_int8_products.py::test_dots_keep_what_full_products_keep",
   ),
   Defect(
+    "the high half of a byte of int4 is read as the low one",
+    "flaxlm/nn/kernels/int4.py",
+    "return signed(bits & 15), signed(bits >> 4)",
+    "return signed(bits & 15), signed(bits & 15)",
+    "nn/kernels/test_few_rows.py",
+  ),
+  Defect(
+    "gradients in 8 bits have the range of operands",
+    "flaxlm/nn/quantized.py",
+    "widened_fp8(fp8(grad, GRADIENTS), grad.dtype)",
+    "widened_fp8(fp8(grad, OPERANDS), grad.dtype)",
+    "laws/test_fp8_products.py",
+  ),
+  Defect(
     "RoPE turns against its direction in one of the two halves",
     "flaxlm/nn/positions.py",
     "second * cos + first * sin",

@@ -339,7 +339,7 @@ LAID_OUT = ("llama3_8b", "gpt2_124m", "bert_base", "t5_base", "rnn_lstm", "mixtr
 
 
 @pytest.mark.parametrize("name", slow_but(("llama3_8b", "t5_base"), LAID_OUT))
-@pytest.mark.parametrize("kind", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("kind", [None, "bfloat16", "int8", "int4"])
 def test_planned_weights_are_those_that_decoding_lays_out(name: str, kind: str | None):
   cfg = resolve(load_config(name)).model
   model = build_model(dataclasses.replace(cfg, depth=2, encoder_depth=2))

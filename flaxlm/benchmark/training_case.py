@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-import numpy as np
-
 from flaxlm.config import ModelConfig, OptimizerConfig, ResolvedModel
 
 
@@ -71,26 +69,32 @@ def find_case(name: str) -> Case:
 
 
 def time_steps(
-  case: Case,
-  windows: np.ndarray,
-  step: Callable[[np.ndarray], Any],
+  case: Any,
+  windows: Any,
+  step: Callable[[Any], Any],
   wait: Callable[[Any], Any],
 ) -> dict[str, Any]:
   """Runs `step(window)` once over the windows for the losses, then times it.
 
-  The rate is that of the best pass, in tokens per second. `wait` returns when the step
-  whose loss it gets is done.
+  `case` has the `tokens` of a step and the `num_steps` of a timed pass. The rates, and the
+  best of them, are tokens per second. `wait` returns when the step whose loss it gets is
+  done.
   """
   started = time.perf_counter()
   losses = [float(step(windows[0]))]
   first_seconds = time.perf_counter() - started
   losses += [float(step(window)) for window in windows[1:]]
-  best = 0.0
+  rates = []
   for _ in range(TIMED_PASSES):
     started = time.perf_counter()
     for number in range(case.num_steps):
       loss = step(windows[number % len(windows)])
     wait(loss)
     seconds = time.perf_counter() - started
-    best = max(best, case.num_steps * case.tokens / seconds)
-  return {"rate": best, "losses": losses, "first_seconds": first_seconds}
+    rates.append(case.num_steps * case.tokens / seconds)
+  return {
+    "rate": max(rates),
+    "rates": rates,
+    "losses": losses,
+    "first_seconds": first_seconds,
+  }

@@ -75,7 +75,9 @@ def add_infer(commands: Any) -> None:
   # Speed.
   text = f"samples of FILE.jsonl at a time (default: {DEFAULT_BATCH_SIZE})"
   flag("--batch-size", int, text)
-  flag("--weights", ("float32", "bfloat16", "int8"), "default: as in the run")
+  flag("--weights", ("float32", "bfloat16", "int8", "int4"), "default: as in the run")
+  text = "products with narrow weights by a kernel for NVIDIA GPUs; not measured yet"
+  flag("--weights-kernel", ("pallas",), text)
   flag("--cache", ("int8",), "keys and values in a quarter of the memory")
   text = "a smaller run that guesses tokens ahead; ngram: guess from the text so far"
   flag("--draft", str, text, metavar="RUN")
@@ -231,9 +233,8 @@ def open_decoder(args: argparse.Namespace) -> Any:
   from flaxlm.decoding.loading import equip_for_decoding
 
   run = open_run(args)
-  return equip_for_decoding(
-    run, args.weights, args.cache, args.draft, args.draft_tokens, args.runs_dir
-  )
+  drafted = (args.draft, args.draft_tokens, args.runs_dir)
+  return equip_for_decoding(run, args.weights, args.cache, *drafted, args.weights_kernel)
 
 
 def complete_file(args: argparse.Namespace, settings: Any, stop: Any) -> None:

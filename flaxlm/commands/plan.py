@@ -33,7 +33,9 @@ def add_plan(commands: Any) -> None:
   flag("--no-training", bool, "decode: leave out what is about training")
   flag("--batch", list[int], "decode: rows")
   flag("--context", list[int], "decode: tokens")
-  flag("--weights", ("float32", "bfloat16", "int8"), "decode: dtype of the matrices")
+  flag(
+    "--weights", ("float32", "bfloat16", "int8", "int4"), "decode: dtype of the matrices"
+  )
   flag("--cache", ("int8",), "decode: dtype of keys and values")
   flag("--tokens", float, "tokens to train on; default: 20 per parameter")
   flag("--price", float, "price of one device for one hour")

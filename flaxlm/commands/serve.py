@@ -30,7 +30,9 @@ def add_serve(commands: Any) -> None:
   flag("--cache-bytes", int, "keys and values of all slots; default: a quarter of memory")
   flag("--prefix-bytes", int, "of past texts that are kept; 0: none", default=2**28)
   flag("--warm", bool, "compile before the first request")
-  flag("--weights", ("float32", "bfloat16", "int8"), "default: as in the run")
+  flag("--weights", ("float32", "bfloat16", "int8", "int4"), "default: as in the run")
+  text = "products with narrow weights by a kernel for NVIDIA GPUs; not measured yet"
+  flag("--weights-kernel", ("pallas",), text)
   flag("--cache", ("int8",), "keys and values in a quarter of the memory")
   parser.set_defaults(run=run_serve)
 
@@ -91,7 +93,8 @@ def run_serve(args: argparse.Namespace, _: list[str]) -> int:
       cache_bytes=args.cache_bytes,
       prefix_bytes=args.prefix_bytes,
     )
-    run = equip_for_decoding(open_run(args), args.weights, args.cache)
+    narrow = dict(weights=args.weights, cache=args.cache)
+    run = equip_for_decoding(open_run(args), **narrow, weights_kernel=args.weights_kernel)
 
     def say(url: str) -> None:
       print(f"{url}/v1", flush=True)

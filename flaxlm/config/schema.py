@@ -108,7 +108,7 @@ Remat = Literal["none", "dots", "attention", "full", "offload"]
 
 AttentionPath = Literal["auto", "blocked", "cudnn", "splash", "tiled"]
 
-MatmulKind = Literal["full", "int8"]
+MatmulKind = Literal["full", "int8", "fp8"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,8 @@ class TrainingConfig:
   matmul: MatmulKind = knob(  # noqa: RUF009 - as frozen as the others
     "full",
     "products of a block's projections in training; full: in dtype; int8: of int8 numbers, "
-    "one scale for each token and each output, but for the gradients of weights",
+    "one scale for each token and each output, but for the gradients of weights; fp8: of "
+    "8-bit floats, one scale for each array, on NVIDIA GPUs from Ada on",
   )
   attention: AttentionPath = knob(  # noqa: RUF009 - as frozen as the others
     "auto",

@@ -10,8 +10,9 @@ class Batch(NamedTuple):
   """One step's rows, int32 but for the float32 weights; jax sees it as a pytree.
 
   A row may hold (parts of) several documents. `segments_BT` numbers them from 1, and is
-  0 on padding; `positions_BT` starts again at 0 in each. A token counts in the loss by
-  its weight, which is 0 on padding. Only seq2seq has sources: the source and the target
+  0 on padding; `positions_BT` starts again at 0 in each. Without segments every row is
+  one document without padding, and kernels need no mask. A token counts in the loss by its
+  weight, which is 0 on padding. Only seq2seq has sources: the source and the target
   of a pair have the same number in their segments. Only rewards have advantages: by how
   much more than the others of its group a completion was worth.
   """
@@ -19,7 +20,7 @@ class Batch(NamedTuple):
   tokens_BT: np.ndarray
   targets_BT: np.ndarray
   positions_BT: np.ndarray
-  segments_BT: np.ndarray
+  segments_BT: np.ndarray | None
   weights_BT: np.ndarray
   source_BS: np.ndarray | None = None
   source_positions_BS: np.ndarray | None = None

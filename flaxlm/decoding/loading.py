@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flaxlm.checkpoint.manifest import damage
@@ -17,7 +18,7 @@ from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import FUSED, ResolvedConfig
 from flaxlm.decoding.sampling import is_number
 from flaxlm.decoding.speculative import DRAFT_TOKENS, Draft
-from flaxlm.decoding.weights import KINDS, prepare_params
+from flaxlm.decoding.weights import KINDS, WEIGHTS_KERNELS, prepare_params
 from flaxlm.devices import num_processors
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.nn.base import LanguageModel
@@ -169,28 +170,40 @@ def grown(array: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def prepare_for_decoding(
-  run: Run, weights: str | None = None, narrow_cache: bool = False
+  run: Run,
+  weights: str | None = None,
+  narrow_cache: bool = False,
+  weights_kernel: str | None = None,
 ) -> Run:
   """The run with its parameters laid out as decoding reads them fastest.
 
   It pays when the run decodes more than once. `weights` is the dtype that matrices are
-  kept in: with bfloat16 the model also computes in it, with int8 it does not.
-  `narrow_cache` keeps keys and values as int8. Raises `ConfigError` for an RNN, which
-  supports neither.
+  kept in: with bfloat16 the model also computes in it, with int8 and int4 it does not.
+  `narrow_cache` keeps keys and values as int8. `weights_kernel` is that of narrow weights.
+  Raises `ConfigError` for an RNN, which supports neither, and for what a model's sizes or
+  the devices do not allow.
   """
   model = run.model
   if run.cfg.model.family == "rnn" and (weights or narrow_cache):
     raise ConfigError("an RNN has no narrow weights or cache", "leave the flags out")
+  if weights_kernel is not None:
+    check_kernel(run, weights)
   groups = 1
   if run.mesh.size == 1:
     groups = head_groups(model.cfg.num_kv_heads, model.cfg.head_dim)
   execution = dataclasses.replace(
-    model.execution, narrow_cache=narrow_cache, head_groups=groups
+    model.execution,
+    narrow_cache=narrow_cache,
+    head_groups=groups,
+    weights_kernel=weights_kernel,
   )
   if weights == "bfloat16":
     execution = dataclasses.replace(execution, dtype=jnp.dtype("bfloat16"))
   with use_mesh(run.mesh):
-    params = prepare_params(run.params, model.cfg, weights)
+    try:
+      params = prepare_params(run.params, model.cfg, weights)
+    except ValueError as e:
+      raise ConfigError(f"weights is {weights!r}: {e}", "int8 does not pair them") from e
   return run._replace(params=params, model=model.clone(execution=execution))
 
 
@@ -206,6 +219,26 @@ def head_groups(num_kv_heads: int, head_dim: int) -> int:
   return next(n for n in range(wanted, num_kv_heads + 1) if num_kv_heads % n == 0)
 
 
+def check_kernel(run: Run, weights: str | None) -> None:
+  """Raises `ConfigError` if the kernel for narrow weights cannot run a model here."""
+  from flaxlm.nn.kernels.few_rows import obstacle  # it takes time to import
+
+  cure = "leave weights_kernel out: XLA's products do it"
+  if weights not in ("int8", "int4"):
+    raise ConfigError("weights_kernel is for narrow weights", "add weights int8 or int4")
+  if fused_kernel().name != "cudnn":
+    raise ConfigError("weights_kernel=pallas is for NVIDIA GPUs from Ampere on", cure)
+  if run.mesh.size > 1:
+    raise ConfigError("weights_kernel=pallas is for one device", cure)
+  lay_out = functools.partial(prepare_params, cfg=run.cfg.model, kind=weights)
+  for path, leaf in flatten_dict(jax.eval_shape(lay_out, run.params)).items():
+    if path[-1] == "matrix" and "blocks" in path:
+      num_outputs, width = leaf.shape
+      why = obstacle(num_outputs, width * (2 if weights == "int4" else 1))
+      if why is not None:
+        raise ConfigError(f"weights_kernel=pallas is not possible: {why}", cure)
+
+
 def equip_for_decoding(
   run: Run,
   weights: str | None = None,
@@ -213,6 +246,7 @@ def equip_for_decoding(
   draft: str | None = None,
   draft_tokens: int | None = None,
   runs_dir: str = "runs",
+  weights_kernel: str | None = None,
 ) -> Run:
   """The run as a user asks for it: prepared, with a draft that guesses `draft_tokens` at a
   time, a smaller run or `ngram`.
@@ -220,19 +254,24 @@ def equip_for_decoding(
   An encoder, which writes nothing, stays as it is. Raises `ConfigError` for what the run
   cannot have.
   """
-  for name, value, choices in (("weights", weights, KINDS), ("cache", cache, ("int8",))):
+  asked = {
+    "weights": (weights, KINDS),
+    "cache": (cache, ("int8",)),
+    "weights_kernel": (weights_kernel, WEIGHTS_KERNELS),
+  }
+  for name, (value, choices) in asked.items():
     if value is not None and value not in choices:
       raise ConfigError(f"{name} is {value!r}", f"it can be {', '.join(choices)}")
   if draft_tokens is not None and draft is None:
     raise ConfigError("draft_tokens without a draft", "name one, or ngram")
   if run.cfg.model.family == "encoder":
-    if weights or cache or draft:
+    if weights or cache or draft or weights_kernel:
       raise ConfigError(
         f"{run.path} is an encoder: it has no narrow weights or cache, and no draft",
         "leave them out",
       )
     return run
-  run = prepare_for_decoding(run, weights, cache == "int8")
+  run = prepare_for_decoding(run, weights, cache == "int8", weights_kernel)
   if draft is None:
     return run
   num_tokens = DRAFT_TOKENS if draft_tokens is None else draft_tokens

@@ -16,19 +16,23 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flaxlm.config import ResolvedModel
 from flaxlm.nn.execution import is_split
+from flaxlm.nn.kernels.int4 import group_size, packed_int4
 from flaxlm.nn.layers import PROJECTIONS
 from flaxlm.nn.quantized import narrowed
 
-KINDS = ("float32", "bfloat16", "int8")
+KINDS = ("float32", "bfloat16", "int8", "int4")
+WEIGHTS_KERNELS = ("pallas",)  # of products of a few rows, see nn/kernels/few_rows.py
 
 
 def prepare_params(params: Any, cfg: ResolvedModel, kind: str | None = None) -> Any:
   """A copy of the parameters, laid out for decoding; made leaf by leaf.
 
   `kind` is the dtype that matrices are stored in; None keeps theirs. int8 matrices have a
-  scale for each output. Norms, biases and experts, which are no matrices, keep their dtype.
-  Parameters that are laid out already are returned as they are; `ValueError` if `kind`
-  asks for another dtype.
+  scale for each output, int4 ones for each group of inputs; with int4, the head and a tied
+  embedding are int8, because what they round is the logits themselves. Norms, biases and
+  experts, which are no matrices, keep their dtype. Parameters that are laid out already are
+  returned as they are; `ValueError` if `kind` asks for another dtype, or int4 for a matrix
+  with an odd number of inputs.
   """
   assert kind is None or kind in KINDS
   if is_laid_out_for_decoding(params):
@@ -49,8 +53,10 @@ def prepare_params(params: Any, cfg: ResolvedModel, kind: str | None = None) -> 
     else:
       prepared[path] = as_matrix(leaf, num_inputs)
   for path in [path for path in prepared if path[-1] == "matrix"]:
-    if kind == "int8":
-      prepared[path], prepared[(*path[:-1], "scale")] = quantise(prepared[path])
+    if kind in ("int8", "int4"):
+      in_blocks = "blocks" in path
+      narrow = pack if kind == "int4" and in_blocks else quantise
+      prepared[path], prepared[(*path[:-1], "scale")] = narrow(prepared[path])
     elif kind is not None:
       prepared[path] = prepared[path].astype(kind)
   return unflatten_dict(prepared)
@@ -83,3 +89,12 @@ def quantise(matrix_OI: jax.Array) -> tuple[jax.Array, jax.Array]:
   """An int8 matrix and a scale for each output, 1/127 of its largest weight."""
   values_OI, scales_O1 = narrowed(matrix_OI)
   return values_OI, scales_O1[:, 0]
+
+
+@jax.jit
+def pack(matrix_OI: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """An int4 matrix, two numbers in a byte, and its scales. `ValueError` if its inputs
+  cannot be paired."""
+  if group_size(matrix_OI.shape[1]) == 1:
+    raise ValueError(f"int4 needs an even number of inputs, not {matrix_OI.shape[1]}")
+  return packed_int4(matrix_OI)

@@ -71,7 +71,7 @@ class Attention(nn.Module):
   def setup(self):
     cfg = self.cfg
     D, N, K, H = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    shared = dict(matmul=self.execution.matmul, **self.execution.dtypes)
+    shared = self.execution.projections
     heads, kv_heads = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
     biased = cfg.qkv_biased
     self.q = Einsum("BTD,DNH->BTNH", (D, N, H), heads, biased=biased, **shared)

@@ -55,7 +55,7 @@ class Block(nn.Module):
     if cfg.moe.num_experts:
       self.ffn = MoE(cfg, **execution.dtypes)
     else:
-      self.ffn = FeedForward(cfg, matmul=execution.matmul, **execution.dtypes)
+      self.ffn = FeedForward(cfg, **execution.projections)
     branches = ["attention", "ffn"]
     if self.reads_source:
       self.cross_attention = Attention(cfg, execution)

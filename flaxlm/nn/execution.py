@@ -28,6 +28,7 @@ class Execution:
   scanned: bool = False
   narrow_cache: bool = False  # keys and values in int8
   head_groups: int = 1  # arrays that the kv heads of a cache are shared out to
+  weights_kernel: str | None = None  # of decoding's products: see nn.kernels.few_rows
   microbatches: int | None = None  # of a pipeline; None: one for each stage
   repeats: int = 1  # rounds of a pipeline
   sequence_parallel: bool = False
@@ -62,6 +63,11 @@ class Execution:
   @property
   def dtypes(self) -> dict[str, jnp.dtype]:
     return dict(dtype=self.dtype, param_dtype=self.param_dtype)
+
+  @property
+  def projections(self) -> dict[str, Any]:
+    """How a block's projections multiply."""
+    return dict(matmul=self.matmul, kernel=self.weights_kernel, **self.dtypes)
 
   @property
   def cache_form(self) -> tuple[jnp.dtype, int]:

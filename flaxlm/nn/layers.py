@@ -33,6 +33,7 @@ class Einsum(nn.Module):
   param_dtype: jnp.dtype = jnp.float32
   output_dtype: jnp.dtype | None = None
   matmul: str = "full"  # training.matmul, for the projections of a block
+  kernel: str | None = None  # of decoding's products, for the same
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -42,7 +43,7 @@ class Einsum(nn.Module):
     assert inputs == outputs[:kept] + weights[:contracted], self.equation
     assert outputs == inputs[:kept] + weights[contracted:], self.equation
     if (laid_out := laid_out_for_decoding(self)) is not None:
-      y = matrix_dot(x.astype(self.dtype), laid_out)
+      y = matrix_dot(x.astype(self.dtype), laid_out, self.kernel)
       y = y.astype(self.output_dtype or self.dtype)
       return y.reshape(x.shape[:kept] + self.shape[contracted:])
     init = nn.initializers.variance_scaling(
@@ -161,13 +162,14 @@ class FeedForward(nn.Module):
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
   matmul: str = "full"
+  kernel: str | None = None
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array) -> jax.Array:
     cfg = self.cfg
     D, F = cfg.width, cfg.ffn_width
     dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-    shared = dict(biased=cfg.biased, matmul=self.matmul, **dtypes)
+    shared = dict(biased=cfg.biased, matmul=self.matmul, kernel=self.kernel, **dtypes)
     into = lambda name: Einsum("BTD,DF->BTF", (D, F), ("embed", "ffn"), name=name, **shared)
     h_BTF = into("up")(x_BTD)
     gate_BTF = into("gate")(x_BTD) if cfg.gated else None

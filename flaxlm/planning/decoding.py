@@ -4,7 +4,7 @@
 import dataclasses
 import math
 
-from flaxlm.config import ResolvedConfig, slow_axes
+from flaxlm.config import ResolvedConfig, ResolvedModel, slow_axes
 from flaxlm.cost import (
   active_parameters,
   copied_weights,
@@ -104,8 +104,8 @@ def _decode_times(
   model, tensor = cfg.model, sizes["tensor"]
   rows = math.ceil(batch / batch_shards(sizes))
   flops, weights, cache = decode_work(cfg, rows, context, stored)
-  if stored.weights == "int8":  # as if more were read: widening limits it
-    weights += narrow_parameters(model)[0] * (1 / device.narrow_fraction - 1)
+  if stored.weights in ("int8", "int4"):  # as if more were read: widening limits it
+    weights += widening_bytes(model, device, stored.weights)
   weights *= 1 + copied_weights(model, tensor) / sum(parameters(model).values())
   weights, cache = weights / tensor / sizes["expert"], cache / kv_parts(model, tensor)
   vectors = rows * model.width * cfg.training.item_size * model.depth
@@ -131,6 +131,16 @@ def _decode_times(
     "network": network,
     "overhead": operations * device.operation_seconds,
   }
+
+
+def widening_bytes(model: ResolvedModel, device: Device, kind: str) -> float:
+  """Bytes that narrow weights count for beyond those that are read. That a number of int4
+  takes as long to widen as one of int8 is assumed, not measured."""
+  narrow = narrow_parameters(model)[0]
+  if kind == "int8" or device.narrow_fraction == 1:
+    return narrow * (1 / device.narrow_fraction - 1)
+  in_blocks = narrow - model.width * model.vocab_size
+  return narrow / device.narrow_fraction - (narrow - in_blocks / 2)
 
 
 def decode_work(

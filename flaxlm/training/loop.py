@@ -41,7 +41,7 @@ from flaxlm.nn.kernels.paths import Path as AttentionPath
 from flaxlm.nn.lora import merged, num_frozen, unadaptable
 from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
 from flaxlm.origin import adopt, read_origin
-from flaxlm.platform import Flag, start_jax
+from flaxlm.platform import Flag, check_matmul, start_jax
 from flaxlm.runs import (
   CHECKPOINTS,
   check_same_experiment,
@@ -101,6 +101,7 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
     # -- Devices.
     mesh = mesh_for(make_mesh(cfg.mesh), cfg.model)
     check_batch(cfg, mesh.shape)
+    check_matmul(cfg.training.matmul)
     attention = choose_attention(cfg, mesh)
 
     # -- The run directory: ours alone from here on.

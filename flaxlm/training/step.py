@@ -111,6 +111,8 @@ def train_step(
 
 def tokens_read(batch: Batch) -> jax.Array:
   """The number of tokens that are not padding, of targets and sources: for the speed."""
+  if batch.segments_BT is None:
+    return jnp.float32(batch.tokens_BT.size)
   count = jnp.sum(batch.segments_BT > 0, dtype=jnp.float32)
   if batch.source_segments_BS is not None:
     count += jnp.sum(batch.source_segments_BS > 0, dtype=jnp.float32)
@@ -317,8 +319,18 @@ def jit_train_step(
     in_shardings=(state_shardings, batch_sharding(mesh), replicated),
     out_shardings=(state_shardings, replicated),
     donate_argnums=0,
+    compiler_options=fp8_options(mesh) if cfg.matmul == "fp8" else None,
   )
   return TrainStep(jitted, mesh)
+
+
+def fp8_options(mesh: Mesh) -> dict[str, Any] | None:
+  """Leaves products to cuBLASLt on a GPU: XLA's own kernels, which come first by default,
+  would widen 8-bit floats and multiply in 16 bits, and so would products that are merged
+  (seen in what is compiled for Hopper)."""
+  if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
+    return None
+  return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 
 
 def abstract_batch(cfg: DataConfig, mesh: Mesh) -> Batch:

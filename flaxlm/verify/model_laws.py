@@ -255,6 +255,7 @@ def misplaced(case: Case) -> list[str]:
     sides.append((case.sources, positions_BS, segments_BS, "source "))
   wrong = []
   for rows, positions_BT, segments_BT, side in sides:
+    assert segments_BT is not None
     for row, documents in enumerate(rows):
       numbers = [(n + 1, i) for n, text in enumerate(documents) for i in range(len(text))]
       real = length_in_batch(documents)

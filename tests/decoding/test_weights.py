@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Narrow weights and caches: within their stated bounds, and not widened in the loop."""
 
+import functools
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -18,16 +20,19 @@ from parameters import random_params
 from test_generate import model_of
 from test_prefill import tokens_of
 
-from flaxlm.config import ModelConfig
+from flaxlm.config import ModelConfig, ResolvedConfig, cudnn
 from flaxlm.decoding import loading
 from flaxlm.decoding.generate import DecodeState, StaticSampling, decode_block
+from flaxlm.decoding.loading import Run, equip_for_decoding
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.sampling import make_sampling
 from flaxlm.decoding.weights import is_laid_out_for_decoding, prepare_params
+from flaxlm.errors import ConfigError
 from flaxlm.nn.execution import Execution
 from flaxlm.nn.models import build_model, init_cache, init_params
 from flaxlm.nn.quantized import Narrow, narrowed, widened
 from flaxlm.planning.compile import TPU_ENVIRONMENT
+from flaxlm.sharding import make_mesh
 
 
 def unboxed(model: Any) -> Any:
@@ -63,10 +68,11 @@ def test_int8_weights_are_off_by_half_a_step_at_most(name: str):
     assert (error <= 0.501 * np.abs(exact[path]).max(1, keepdims=True) / 127).all()
 
 
-def test_narrow_weights_decode_as_the_full_forward_pass():
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_narrow_weights_decode_as_the_full_forward_pass(kind: str):
   """Cached = full holds for what the narrow parameters say."""
   model, params = model_of("gpt2")
-  prepared = prepare_params(params, model.cfg, "int8")
+  prepared = prepare_params(params, model.cfg, kind)
   prompts = [[1, 2, 3], [4]]
   tokens = tokens_of(model, prepared, Request(prompts, 20, 64), make_sampling(2, 0.0))
   for prompt, answer in zip(prompts, tokens, strict=True):
@@ -95,10 +101,52 @@ def error_of(model: Any, params: Any, narrow_model: Any, narrow_params: Any) -> 
   return float(change.mean() / exact.std())
 
 
+def test_int4_is_for_the_projections_of_blocks():
+  """The head and a tied embedding, whose rounding nothing evens out, are int8."""
+  for name in ("gqa", "window, mqa, untied"):
+    model, params = model_of(name)
+    narrow = flatten_dict(prepare_params(params, model.cfg, "int4"))
+    for path in [path for path in narrow if path[-1] == "matrix"]:
+      assert narrow[path].dtype == (jnp.uint8 if "blocks" in path else jnp.int8), path
+
+
+def test_the_kernel_of_narrow_weights_is_refused_by_name():
+  """Where nothing can run it, and where nothing is narrow."""
+  cfg = ResolvedConfig(model=ModelConfig(depth=1, width=64, vocab_size=64).resolve())
+  run = Run(Path("a"), cfg, None, 0, build_model(cfg.model), {}, make_mesh({"data": -1}))
+  refused = {
+    "weights_kernel is for narrow": dict(weights="bfloat16", weights_kernel="pallas"),
+    "is for NVIDIA GPUs": dict(weights="int4", weights_kernel="pallas"),
+    "weights_kernel is 'cuda'": dict(weights="int4", weights_kernel="cuda"),
+    "weights is 'int2'": dict(weights="int2"),
+  }
+  for cause, asked in refused.items():
+    with pytest.raises(ConfigError, match=cause):
+      equip_for_decoding(run, **asked)
+
+
+def test_the_kernel_is_refused_for_sizes_and_meshes_that_it_lacks(monkeypatch):
+  """As on a machine with a GPU."""
+  monkeypatch.setattr(loading, "fused_kernel", lambda: cudnn(256))
+  one = jax.sharding.Mesh(jax.devices()[:1], "data")
+  for width, mesh, cause in (
+    (96, one, "96 x 96 weights"),
+    (128, make_mesh({"data": -1}), "is for one device"),
+  ):
+    sizes = dict(depth=1, width=width, num_heads=2, ffn_width=256, vocab_size=64)
+    model = ModelConfig(**sizes).resolve()
+    params = jax.eval_shape(functools.partial(unboxed, build_model(model)))
+    run = Run(Path("a"), ResolvedConfig(model=model), None, 0, None, params, mesh)
+    for kind in ("int8", "int4"):
+      with pytest.raises(ConfigError, match=cause):
+        loading.check_kernel(run, kind)
+  loading.check_kernel(run._replace(mesh=one), "int4")
+
+
 @pytest.mark.slow
 def test_narrow_numbers_are_near():
   """int8 weights, the int8 cache and bfloat16 change log-probabilities by 6 % of their
-  spread in the mean, and by more than nothing."""
+  spread in the mean, int4 weights of random numbers by 60 %, and by more than nothing."""
   cfg = ModelConfig(
     depth=2, width=64, num_heads=4, num_kv_heads=2, vocab_size=64, context=64
   )
@@ -108,6 +156,8 @@ def test_narrow_numbers_are_near():
   for kind, narrow_model in ((None, small), ("int8", model), ("bfloat16", model)):
     narrow = prepare_params(params, model.cfg, kind)
     assert 1e-5 < error_of(model, params, narrow_model, narrow) < 0.06, kind
+  narrow = prepare_params(params, model.cfg, "int4")
+  assert 0.06 < error_of(model, params, model, narrow) < 0.6
 
 
 def test_an_int8_vector_is_off_by_half_a_step_at_most():

@@ -88,11 +88,16 @@ def training_demand(case: Case, num_devices: int = 1) -> Demand:
     optimizer=OPTIMIZER,
     training=TrainingConfig(dtype=case.dtype),
   )
+  return step_demand(cfg, num_devices)
+
+
+def step_demand(cfg: ResolvedConfig, num_devices: int = 1) -> Demand:
+  """Of one step of a config on one device."""
   sizes = mesh_shape({})
   cfg, _ = with_path(cfg, sizes, this_device() or ANY)
   num_bytes = sum(traffic_parts(cfg, sizes).values())
   flops = step_cost(cfg).strict_flops
-  return Demand(flops / num_devices, num_bytes / num_devices, case.dtype)
+  return Demand(flops / num_devices, num_bytes / num_devices, cfg.training.dtype)
 
 
 def check_losses(losses: list[float]) -> str:

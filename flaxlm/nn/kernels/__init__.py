@@ -11,6 +11,8 @@ measurements are in docs/LOG.md). tests/nn/kernels/ compares each with its plain
 - cached.py: attention over a cache, where one token is decoded at a time
 - outline.py: what attention keeps for the backward pass, for the planner
 - products.py: products with weights, in training and in decoding
+- int4.py: matrices of 4-bit numbers, for decoding
+- few_rows.py: few rows times a narrow matrix, as one kernel for NVIDIA GPUs
 - grouped.py: products of groups of rows, each with a kernel of its own, for experts
 - fusion.py: norms and activations, which are recomputed, and RoPE's tables
 """

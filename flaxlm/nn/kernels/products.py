@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from flaxlm.nn.kernels.int4 import FEW_ROWS, unpacked
 from flaxlm.sharding import is_cut
 
 
@@ -53,17 +54,29 @@ def _wide_dot_backward(operands: tuple, grad_RO: jax.Array) -> tuple[jax.Array, 
 wide_dot.defvjp(lambda x, kernel: (wide_dot(x, kernel), (x, kernel)), _wide_dot_backward)
 
 
-def matrix_dot(x: jax.Array, params: Mapping[str, jax.Array]) -> jax.Array:
+def matrix_dot(
+  x: jax.Array, params: Mapping[str, jax.Array], kernel: str | None = None
+) -> jax.Array:
   """x . matrix^T (+ bias), (R, outputs), for parameters laid out for decoding.
 
-  An int8 matrix has a scale per output, which is applied to the result.
+  An int8 matrix has a scale per output, which is applied to the result; int4 numbers, two
+  in a byte, have one for each group of inputs. "pallas" is the kernel of few_rows.py, for
+  few rows and narrow matrices; None: XLA's products.
   """
-  matrix_OI = params["matrix"]
-  x_RI = x.reshape(-1, matrix_OI.shape[1])
-  on_cuda = matrix_sum if x_RI.shape[0] == 1 else matrix_first
-  y = jax.lax.platform_dependent(x_RI, matrix_OI, cuda=on_cuda, default=matrix_first)
-  if "scale" in params:
-    y *= params["scale"]
+  matrix = params["matrix"]
+  is_int4 = matrix.dtype == jnp.uint8
+  x_RI = x.reshape(-1, matrix.shape[1] * (2 if is_int4 else 1))
+  if kernel == "pallas" and "scale" in params and x_RI.shape[0] <= FEW_ROWS:
+    from flaxlm.nn.kernels.few_rows import few_rows_dot  # Pallas takes time to import
+
+    y = few_rows_dot(x_RI, params)
+  else:
+    if is_int4:
+      matrix = unpacked(tied_to(x_RI, matrix), params["scale"], x_RI.dtype)
+    on_cuda = matrix_sum if x_RI.shape[0] == 1 else matrix_first
+    y = jax.lax.platform_dependent(x_RI, matrix, cuda=on_cuda, default=matrix_first)
+    if "scale" in params and not is_int4:
+      y *= params["scale"]
   if "bias" in params:
     y += params["bias"].reshape(-1)
   return y
