@@ -7,7 +7,7 @@ import math
 import os
 from typing import Any
 
-from flaxlm.commands.parsing import EXECUTED, read_config, write_result
+from flaxlm.commands.parsing import EXECUTED, name_and_overrides, read_config, write_result
 from flaxlm.errors import ConfigError
 
 
@@ -42,7 +42,7 @@ def add_plan(commands: Any) -> None:
 
 
 def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
-  from flaxlm.config import parse_mesh
+  from flaxlm.config import fields_in, is_shipped, parse_mesh
   from flaxlm.planning.decoding import Stored
   from flaxlm.planning.decoding_report import decoding_json, print_decoding
   from flaxlm.planning.planner import Questions, plan, plan_serving
@@ -51,6 +51,7 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
 
   leave_out_absent_tpu(os.environ)
   cfg = read_config(arguments)
+  config, overrides = name_and_overrides(arguments)
   for name in ("devices", "network", "power", "tokens", "price", "batch", "context"):
     given = getattr(args, name)
     for value in given if isinstance(given, list) else [given]:
@@ -73,6 +74,7 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
     price=args.price,
     network=None if args.network is None else args.network * 1e9,
     power=args.power,
+    own_batch=not is_shipped(config) or "data.batch_size" in fields_in(overrides),
   )
   if args.no_training:
     decoding = plan_serving(cfg, questions)

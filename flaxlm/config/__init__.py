@@ -47,6 +47,7 @@ from flaxlm.config.text import (
   difference,
   fields_in,
   find_config,
+  is_shipped,
   flag,
   from_json,
   is_file,

@@ -30,6 +30,7 @@ class Report:
   """Everything that one call of `flaxlm plan` has found out."""
 
   plan: Plan
+  published_batch: int | None = None  # rows of it, where the plan has fewer
   tokens: float | None = None  # to train on
   price: float | None = None  # per device and hour
   cure: Plan | None = None  # the cheapest change that fits, if the plan does not
@@ -95,6 +96,8 @@ def to_json(report: Report) -> dict[str, Any]:
     },
     "flops_per_token": plan.cost.strict_flops / plan.cost.tokens,
     "tokens_per_step": plan.cost.tokens,
+    "batch_size": plan.cfg.data.batch_size,
+    "published_batch_size": report.published_batch,
     "seconds_by_part": {
       "compute": times.compute,
       "memory": times.memory,
@@ -163,7 +166,8 @@ def print_report(report: Report, out: TextIO) -> None:
   count = "" if plan.num_devices == 1 else f"{plan.num_devices} x "
   console.print(f"{name} on {count}{plan.device.name}, mesh {plan.mesh}")
   copies = describe_copies(plan.cfg.model, plan.sizes["tensor"])
-  console.print("".join(f"{note}\n" for note in (plan.cfg.model.padding, copies) if note))
+  notes = (plan.cfg.model.padding, copies, batch_note(report))
+  console.print("".join(f"{note}\n" for note in notes if note))
   print_table(console, "Parameters", ("part", "number", "share"), _parameters(plan))
   peak, moments = plan.memory.peak, plan.memory.moments
   titles = ("part", *(f"{name}*" if name == peak else name for name in moments))
@@ -185,6 +189,17 @@ def print_report(report: Report, out: TextIO) -> None:
     print(f"training: {verdict(report)}\ndecoding: {decoding}", file=out)
   else:
     print(verdict(report), file=out)
+
+
+def batch_note(report: Report) -> str:
+  """A line about a batch that is smaller than the published one; "" if it is not."""
+  if report.published_batch is None:
+    return ""
+  rows, length = report.plan.cfg.data.batch_size, report.plan.cfg.data.seq_len
+  return (
+    f"published with {report.published_batch:,} rows of {length:,} tokens a batch, which "
+    f"do not fit; planned with --data.batch-size={rows}"
+  )
 
 
 def verdict(report: Report) -> str:
