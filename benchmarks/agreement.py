@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory that the planner finds, against the compiler's: the points of a grid.
+"""The memory that the planner finds, against the compiler's, of the points of a grid.
 
-    python -m benchmarks.agreement                       # planned now / compiled then
-    python -m benchmarks.agreement --compile POINT...    # compiles points anew (all: 'all')
+    python -m benchmarks.agreement              # planned now / compiled then
+    python -m benchmarks.agreement --compile    # compiles what the raw file lacks
 
-The compiler's figures are in a file (`RAW`), since half a minute passes for each of them; it
+The compiler's figures stand in `RAW`, since each takes half a minute or more: compiling
 needs `pip install 'flaxlm[tpu]'`, and no TPU. What the planner says is computed anew.
 """
 
@@ -14,7 +14,7 @@ import datetime
 import importlib.metadata
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from flaxlm.planning.compile import CompiledStep, Decoding, compile_step
 from flaxlm.planning.memory import decoding_memory, training_memory
 from flaxlm.planning.planner import resolve
 from flaxlm.planning.roofline import with_path
+from flaxlm.strict_json import to_json
 
 RAW = Path(__file__).parents[1] / "docs/benchmarks/2026-11-29-agreement-libtpu.jsonl"
 NEAR = 0.1  # of the compiler's memory: the difference that counts as agreement
@@ -153,3 +154,54 @@ class Point:
 
   def compiled(self) -> CompiledStep:
     return compile_step(self.cfg, self.sizes, self.device, self.decoding)
+
+
+# -- The compiler's figures, and the table ----------------------------------------------------
+
+
+def grid() -> list[Point]:
+  return [Point(line) for line in GRID.strip().splitlines()]
+
+
+def read_raw() -> dict[str, dict[str, Any]]:
+  """What was compiled, by the names of points."""
+  lines = RAW.read_text().splitlines() if RAW.exists() else []
+  return {one["point"]: one for one in map(json.loads, lines)}
+
+
+def compile_missing() -> None:
+  """Compiles the points that the raw file lacks, and adds them to it one by one."""
+  versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
+  done = read_raw()
+  for point in grid():
+    if point.name in done:
+      continue
+    step = dataclasses.asdict(point.compiled()) | {"collectives": None}
+    day = datetime.datetime.now(datetime.UTC).date().isoformat()
+    with RAW.open("a") as file:
+      print(to_json({"point": point.name, "date": day, **versions, **step}), file=file)
+    print(point.name, file=sys.stderr)
+
+
+def table() -> Iterator[str]:
+  """A line for each point: planned and compiled GB, planned / compiled, and the moment."""
+  yield f"{'GB:':4} planned compiled  planned / compiled, at"
+  done = read_raw()
+  for point in grid():
+    (planned, moment), compiled = point.planned(), done[point.name]["peak_bytes"]
+    far = " " if abs(planned / compiled - 1) < NEAR else "*"
+    figures = f"{planned / 1e9:12.2f} {compiled / 1e9:8.2f} {planned / compiled:6.3f}{far}"
+    yield f"{figures} {moment:9} {point.name}"
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--compile", action="store_true", help="what the raw file lacks")
+  if parser.parse_args().compile:
+    compile_missing()
+  for line in table():
+    print(line)
+
+
+if __name__ == "__main__":
+  main()

@@ -11,6 +11,7 @@ from flaxlm.errors import ConfigError
 from flaxlm.planning.compile import CompiledStep, compile_step, compiled_kernel
 from flaxlm.planning.decoding import AS_COMPUTED, DecodePoint, Stored, plan_decoding
 from flaxlm.planning.decoding_report import DecodingReport
+from flaxlm.planning.learning import find_learning
 from flaxlm.planning.memory import Sizes
 from flaxlm.planning.report import Report
 from flaxlm.planning.roofline import Plan, plan_training
@@ -31,6 +32,7 @@ class Questions:
   contexts: Sequence[int] | None = None  # None: three, up to the model's
   stored: Stored = AS_COMPUTED  # while decoding
   tokens: float | None = None  # to train on
+  data_rate: float | None = None  # tokens per second that are made ready to train on
   price: float | None = None  # per device and hour
   network: float | None = None  # bytes per second out of a device, beyond its domain
   power: float | None = None  # watts at which each device is held
@@ -69,6 +71,8 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
   return Report(
     plan=found,
     published_batch=None if published == cfg.data.batch_size else published,
+    learning=find_learning(found),
+    data_rate=asked.data_rate,
     tokens=asked.tokens,
     price=asked.price,
     cure=find_cure(found, compiled),
