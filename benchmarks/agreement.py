@@ -34,6 +34,8 @@ MODELS = {
   "llama_1b": "llama3_8b --model.depth=16 --model.width=2048 --model.num-heads=16 "
   "--model.ffn-width=8192 --model.vocab-size=65536",
   "llama_7b": "llama_7b --model.context=4096",
+  "llama_8x1024": "llama3_8b --model.depth=8 --model.width=1024 --model.num-heads=8 "
+  "--model.ffn-width=4096 --model.vocab-size=32000",
 }
 # A point in a line: model, device, mesh, rows x tokens of a row, remat, other flags.
 GRID = """
@@ -45,55 +47,38 @@ gpt2_124m v5e data=8 64x1024 dots accumulation-steps=4
 gpt2_124m v5e fsdp=4 16x1024 none
 gpt2_124m v5e fsdp=4 16x1024 dots
 gpt2_124m v6e fsdp=8 32x1024 none
-gpt2_124m v6e fsdp=8 32x1024 full
-gpt2_1558m v6e fsdp=8 16x1024 none
-gpt2_1558m v6e fsdp=8 16x1024 dots
-gpt2_1558m v6e fsdp=8 16x1024 full
-llama_1b v5p fsdp=8 16x2048 none
-llama_1b v5p fsdp=8 16x2048 dots
-llama_1b v5p fsdp=8 16x2048 full
-llama_1b v6e data=2,fsdp=4 16x2048 none
-llama_1b v6e data=2,fsdp=4 16x2048 full
 llama_1b v5p fsdp=4,tensor=2 16x2048 dots
 llama_1b v5p fsdp=4,tensor=2 16x2048 full
 llama_1b v5e fsdp=2,tensor=4 8x2048 dots
 llama_1b v5e fsdp=2,tensor=4 8x2048 full
 llama_1b v5e fsdp=2,tensor=4 8x2048 dots sequence-parallel=true
 llama_1b v5e fsdp=2,tensor=4 8x2048 full sequence-parallel=true
-llama_1b v5p fsdp=8 16x2048 attention
-llama_1b v5p fsdp=8 16x2048 offload
 llama_1b v5e fsdp=8 8x1024 full optimizer.kind=muon
 llama_1b v5e fsdp=8 8x1024 full optimizer.kind=adafactor
 llama_1b v5e fsdp=8 16x2048 full data.objective=preference
 llama_1b v5p stage=4,fsdp=2 16x2048 full
-llama_1b v5p stage=2,data=4 32x2048 dots pipeline-microbatches=4
-llama_7b v5p fsdp=8 8x1024 none
-llama_7b v5p fsdp=8 8x1024 full
-llama_7b v5p fsdp=8 8x2048 full optimizer.kind=muon
-llama3_8b v5p fsdp=16 16x2048 dots
-llama3_8b v5p fsdp=16 64x2048 full accumulation-steps=4
-llama3_8b v5p fsdp=16 16x8192 full
+llama_1b v5e fsdp=8 16x2048 offload
+llama_1b v5e fsdp=8 16x2048 attention
+llama_1b v5e fsdp=8 16x2048 none
+llama_1b v5e fsdp=8 16x2048 dots
+llama_1b v5e fsdp=8 16x2048 full
 llama3_8b v5p fsdp=16 16x8192 full loss-chunks=8
 llama3_8b v5p fsdp=16 16x16384 full
 llama3_8b v5p fsdp=16 16x32768 full
-llama3_8b v5p fsdp=8,context=2 8x32768 full
 llama3_8b v5e fsdp=8 8x2048 full lora.rank=16
-llama3_8b v5e fsdp=8 8x8192 full lora.rank=16 loss-chunks=8
 llama3_8b v5e fsdp=4 4x2048 full lora.rank=16 lora.base-weights=int8
 mistral_7b v5p fsdp=16 16x8192 full
-mistral_7b v5p fsdp=16 16x32768 full loss-chunks=8
-gemma2_9b v5p fsdp=16 16x8192 full
 mixtral_8x7b v5p fsdp=64 64x2048 full
-mixtral_8x7b v5p fsdp=16,expert=4 64x8192 full model.moe.capacity-factor=1.25
 bert_large v5e fsdp=8 64x512 none
 gpt2_124m v5e data=1 64x1024 decode
 llama3_8b v5e tensor=8 8x8192 decode model.depth=4
 llama3_8b v5e tensor=8 64x2048 decode model.depth=4 weights=int8 cache=int8
-llama3_8b v5p fsdp=8 64x2048 decode model.depth=4
 llama3_70b v5e tensor=16 8x2048 decode model.depth=4
 mistral_7b v6e tensor=4 32x32768 decode model.depth=4
 gemma2_9b v5p tensor=4 16x8192 decode model.depth=4
 mixtral_8x7b v5p tensor=8 8x2048 decode model.depth=4
+gpt2_1558m v6e tensor=5 32x1024 decode model.depth=4
+llama_8x1024 v5e fsdp=2,tensor=4 16x2048 dots
 """
 
 
@@ -125,7 +110,7 @@ class Point:
   def decoding(self) -> Decoding | None:
     if self.name.split()[4] != "decode":
       return None
-    dtypes = dict(one.split("=") for one in self.options if "." not in one)
+    dtypes: dict[str, Any] = dict(one.split("=") for one in self.options if "." not in one)
     return Decoding(*self.shape, **dtypes)
 
   @property
@@ -147,7 +132,8 @@ class Point:
   def planned(self) -> tuple[int, str]:
     """Bytes of a device, and the moment that needs most."""
     if self.decoding is not None:
-      parts = decoding_memory(self.cfg, self.sizes, *dataclasses.astuple(self.decoding))
+      asked = dataclasses.asdict(self.decoding) | {"lanes": self.device.lanes}
+      parts = decoding_memory(self.cfg, self.sizes, **asked)
       return sum(parts.values()), "decoding"
     memory = training_memory(self.cfg, self.sizes, self.device.lanes)
     return memory.total, memory.peak
@@ -156,7 +142,7 @@ class Point:
     return compile_step(self.cfg, self.sizes, self.device, self.decoding)
 
 
-# -- The compiler's figures, and the table ----------------------------------------------------
+# -- The compiler's figures, and the table -------------------------------------------------
 
 
 def grid() -> list[Point]:

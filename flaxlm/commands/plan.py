@@ -36,7 +36,9 @@ def add_plan(commands: Any) -> None:
   flag("--weights", ("float32", "bfloat16", "int8"), "decode: dtype of the matrices")
   flag("--cache", ("int8",), "decode: dtype of keys and values")
   flag("--tokens", float, "tokens to train on; default: 20 per parameter")
-  text = "tokens per second that are read and made ready, by all processes; flaxlm bench data"
+  text = (
+    "tokens per second that are read and made ready, by all processes; flaxlm bench data"
+  )
   flag("--data-tokens-per-second", float, text, metavar="N")
   flag("--price", float, "price of one device for one hour")
   parser.add_output("one JSON object")

@@ -37,10 +37,10 @@ from flaxlm.config import (
   slow_axes,
   to_json,
 )
-from flaxlm.devices import Device, find_device
 from flaxlm.decoding.generate import DecodeState, StaticSampling, decode_block
 from flaxlm.decoding.sampling import GREEDY, rules_in_use, stack_settings
 from flaxlm.decoding.weights import prepare_params
+from flaxlm.devices import Device, find_device
 from flaxlm.errors import ConfigError, FlaxLMError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import abstract_params, build_model, init_cache
@@ -251,7 +251,7 @@ def lowered_decoding(model: LanguageModel, mesh: Mesh, decoding: Decoding) -> An
   with use_mesh(mesh):
     params = as_computed(laid_out, stored)
     cache = as_computed(lambda: init_cache(model, decoding.rows, decoding.context))
-    token_B = jax.ShapeDtypeStruct((decoding.rows,), jnp.int32)
+    token_B: Any = jax.ShapeDtypeStruct((decoding.rows,), jnp.int32)
     state = DecodeState(cache, token_B, None)
     num_ids = np.int32(model.cfg.num_ids)
     return decode_block.lower(model, params, state, sampling, num_ids, static)

@@ -57,7 +57,7 @@ def learning_rows(learning: Learning) -> Rows:
 
 
 def learning_json(learning: Learning) -> dict[str, Any]:
-  found = {"trained": learning.trained, "frozen": learning.frozen}
+  found: dict[str, Any] = {"trained": learning.trained, "frozen": learning.frozen}
   found |= {"base_dtype": learning.base_dtype, "reference": learning.reference}
   whole = learning.whole
   return found | {

@@ -12,10 +12,11 @@ from flaxlm.planning.compile import CompiledStep, compile_step, compiled_kernel
 from flaxlm.planning.decoding import AS_COMPUTED, DecodePoint, Stored, plan_decoding
 from flaxlm.planning.decoding_report import DecodingReport
 from flaxlm.planning.learning import find_learning
-from flaxlm.planning.memory import Sizes
+from flaxlm.planning.memory import Sizes, check_layout
 from flaxlm.planning.report import Report
 from flaxlm.planning.roofline import Plan, plan_training
 from flaxlm.planning.search import cheapest_fit, nearest, search
+from flaxlm.sharding import offering
 from flaxlm.tokenizers import expected_vocab_size
 
 
@@ -57,8 +58,9 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
     found = choices[0]
   else:
     sizes = mesh_shape(asked.mesh, number)
-    padded = dataclasses.replace(cfg, model=cfg.model.padded(sizes["tensor"]))
-    found = plan_training(padded, sizes, device)
+    with offering(lambda axis, n: check_layout(cfg, {**sizes, axis: n})):
+      padded = dataclasses.replace(cfg, model=cfg.model.padded(sizes["tensor"]))
+      found = plan_training(padded, sizes, device)
     if found.fits is False and found.num_devices == 1 and not asked.own_batch:
       found = with_fitting_batch(found) or found
   cfg, context = found.cfg, cfg.model.context
