@@ -458,10 +458,13 @@ def decoding_memory(
   narrower = weight_bytes(cfg.model, item, weights) / weight_bytes(cfg.model, item)
   shape = (cfg.model, local, context, item, cfg.source_length, parts)
   copies = cache_copies(cfg.model, lanes)
+  gathers, width = sizes["fsdp"] > 1, cfg.model.width
   return {
     "parameters": round(elements * item * narrower),
     "kv_cache": round(kv_cache_bytes(*shape, narrow=cache == "int8") * copies),
     "logits": local * (V // parts) * 4,
+    # The head, the largest matrix, whole: each is gathered for its own product.
+    **({"gathered": round(V // parts * width * item * narrower)} if gathers else {}),
   }
 
 
