@@ -47,6 +47,7 @@ gpt2_124m v5e data=8 64x1024 dots accumulation-steps=4
 gpt2_124m v5e fsdp=4 16x1024 none
 gpt2_124m v5e fsdp=4 16x1024 dots
 gpt2_124m v6e fsdp=8 32x1024 none
+gpt2_124m v6e fsdp=8 32x1024 full
 llama_1b v5p fsdp=4,tensor=2 16x2048 dots
 llama_1b v5p fsdp=4,tensor=2 16x2048 full
 llama_1b v5e fsdp=2,tensor=4 8x2048 dots
@@ -67,18 +68,23 @@ llama3_8b v5p fsdp=16 16x16384 full
 llama3_8b v5p fsdp=16 16x32768 full
 llama3_8b v5e fsdp=8 8x2048 full lora.rank=16
 llama3_8b v5e fsdp=4 4x2048 full lora.rank=16 lora.base-weights=int8
+llama3_8b v5p fsdp=8,context=2 8x32768 full
+llama3_8b v5p fsdp=16 16x8192 full
 mistral_7b v5p fsdp=16 16x8192 full
 mixtral_8x7b v5p fsdp=64 64x2048 full
 bert_large v5e fsdp=8 64x512 none
 gpt2_124m v5e data=1 64x1024 decode
+gpt2_124m v5e fsdp=4 64x1024 decode model.depth=4 cache=int8
 llama3_8b v5e tensor=8 8x8192 decode model.depth=4
 llama3_8b v5e tensor=8 64x2048 decode model.depth=4 weights=int8 cache=int8
+llama3_8b v5p fsdp=8 64x2048 decode model.depth=4
 llama3_70b v5e tensor=16 8x2048 decode model.depth=4
 mistral_7b v6e tensor=4 32x32768 decode model.depth=4
 gemma2_9b v5p tensor=4 16x8192 decode model.depth=4
 mixtral_8x7b v5p tensor=8 8x2048 decode model.depth=4
 gpt2_1558m v6e tensor=5 32x1024 decode model.depth=4
 llama_8x1024 v5e fsdp=2,tensor=4 16x2048 dots
+llama_7b v5p fsdp=8 8x2048 full optimizer.kind=muon
 """
 
 
