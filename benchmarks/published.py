@@ -115,12 +115,13 @@ def compare(row: Row) -> Agreement:
 
 
 def compare_decoding(
-  row: Row, batch: int, context: int, weights: str | None = None
+  row: Row, batch: int, context: int, weights: str | None = None, cache: str | None = None
 ) -> Agreement:
-  stored = Stored(weights)
+  stored = Stored(weights, cache)
   point = plan_decoding(row.resolved, row.sizes, row.hardware, batch, context, stored)
-  assert row.unit == "tokens/s" and point.seconds is not None
-  return Agreement(row, batch / row.figure, point.seconds)
+  assert row.unit in ("tokens/s", "tokens/s/row") and point.seconds is not None
+  rows = batch if row.unit == "tokens/s" else 1
+  return Agreement(row, rows / row.figure, point.seconds)
 
 
 def published_seconds(row: Row, plan: Plan) -> float:

@@ -280,7 +280,7 @@ REFUSED: dict[str, Callable[[dict[str, Model]], Any]] = {
   "message 1 has no content": lambda m: m["decoder"].chat([{"role": "user"}]),
   "tools are 3": lambda m: m["decoder"].chat([{"role": "user", "content": "a"}], tools=3),
   "has no chat template": lambda m: m["encoder_decoder"].chat([]),
-  "weights is 'int4'": lambda m: flaxlm.load("decoder", weights="int4"),
+  "weights is 'int3'": lambda m: flaxlm.load("decoder", weights="int3"),
   "cache is 'int4'": lambda m: flaxlm.load("decoder", cache="int4"),
   "draft_tokens without a draft": lambda m: flaxlm.load("decoder", draft_tokens=2),
   "has no narrow weights or cache, and": lambda m: flaxlm.load("encoder", weights="int8"),

@@ -116,13 +116,19 @@ def with_hyphens(arguments: Sequence[str]) -> list[str]:
   return spelled
 
 
+def name_and_overrides(arguments: list[str]) -> tuple[str, list[str]]:
+  """The config that `[CONFIG] [--section.field=value ...]` names, and what changes it."""
+  if arguments and not arguments[0].startswith("--"):
+    return arguments[0], arguments[1:]
+  return DEFAULT_CONFIG, arguments
+
+
 def read_config(arguments: list[str]) -> Any:
   """The checked config from `[CONFIG] [--section.field=value ...]`."""
   from flaxlm.origin import adopt
 
-  named = bool(arguments) and not arguments[0].startswith("--")
-  base = load_config(arguments[0] if named else DEFAULT_CONFIG)
-  overrides = arguments[1:] if named else arguments
+  name, overrides = name_and_overrides(arguments)
+  base = load_config(name)
   cfg = override(base, overrides)
   cfg = dataclasses.replace(cfg, name=base.name if cfg.name is None else cfg.name)
   given = fields_in(overrides)

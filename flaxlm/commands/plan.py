@@ -7,7 +7,7 @@ import math
 import os
 from typing import Any
 
-from flaxlm.commands.parsing import EXECUTED, read_config, write_result
+from flaxlm.commands.parsing import EXECUTED, name_and_overrides, read_config, write_result
 from flaxlm.errors import ConfigError
 
 
@@ -38,13 +38,17 @@ def add_plan(commands: Any) -> None:
   )
   flag("--cache", ("int8",), "decode: dtype of keys and values")
   flag("--tokens", float, "tokens to train on; default: 20 per parameter")
+  text = (
+    "tokens per second that are read and made ready, by all processes; flaxlm bench data"
+  )
+  flag("--data-tokens-per-second", float, text, metavar="N")
   flag("--price", float, "price of one device for one hour")
   parser.add_output("one JSON object")
   parser.set_defaults(run=run_plan, takes_overrides=True)
 
 
 def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
-  from flaxlm.config import parse_mesh
+  from flaxlm.config import fields_in, is_shipped, parse_mesh
   from flaxlm.planning.decoding import Stored
   from flaxlm.planning.decoding_report import decoding_json, print_decoding
   from flaxlm.planning.planner import Questions, plan, plan_serving
@@ -53,10 +57,13 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
 
   leave_out_absent_tpu(os.environ)
   cfg = read_config(arguments)
-  for name in ("devices", "network", "power", "tokens", "price", "batch", "context"):
+  config, overrides = name_and_overrides(arguments)
+  numbers = ("devices", "network", "power", "tokens", "data_tokens_per_second", "price")
+  for name in (*numbers, "batch", "context"):
     given = getattr(args, name)
     for value in given if isinstance(given, list) else [given]:
       if value is not None and not 0 < value < math.inf:
+        name = name.replace("_", "-")
         raise ConfigError(f"{name} is {value}", "it must be a number, more than 0")
   if not args.decode and (args.weights or args.cache):
     raise ConfigError("--weights and --cache are about decoding", "add --decode")
@@ -72,9 +79,11 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
     contexts=args.context or None,
     stored=Stored(args.weights, args.cache),
     tokens=args.tokens,
+    data_rate=args.data_tokens_per_second,
     price=args.price,
     network=None if args.network is None else args.network * 1e9,
     power=args.power,
+    own_batch=not is_shipped(config) or "data.batch_size" in fields_in(overrides),
   )
   if args.no_training:
     decoding = plan_serving(cfg, questions)
@@ -89,9 +98,10 @@ def check_decoding_alone(args: argparse.Namespace) -> None:
   """Raises `ConfigError` if --no-training leaves nothing, or something else asks of it."""
   if not args.decode:
     raise ConfigError("--no-training leaves nothing to plan", "add --decode")
-  for name in ("compile", "search", "tokens", "price"):
+  for name in ("compile", "search", "tokens", "data_tokens_per_second", "price"):
     if getattr(args, name):
-      raise ConfigError(f"--no-training and --{name}", f"--{name} is about training")
+      flag = f"--{name.replace('_', '-')}"
+      raise ConfigError(f"--no-training and {flag}", f"{flag} is about training")
 
 
 # -- shard -------------------------------------------------------------------------------

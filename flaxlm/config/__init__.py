@@ -50,6 +50,7 @@ from flaxlm.config.text import (
   flag,
   from_json,
   is_file,
+  is_shipped,
   load_config,
   override,
   to_json,

@@ -22,6 +22,7 @@ VOCAB_MULTIPLE = 64  # divides over a mesh and fills the vector units (nanoGPT's
 # many removed again (by speculative decoding, or when an earlier turn is answered again).
 MAX_NEW_IN_RING = 512
 MAX_TAKEN_BACK = 64
+RING_MULTIPLE = 128  # slots
 
 # What each family of models is trained to predict.
 OBJECTIVES = {
@@ -314,12 +315,14 @@ class ResolvedModel(ModelConfig):
     """Slots of a local layer's cache, however long the text: sinks, then a ring.
 
     The ring holds the window of the first of `MAX_NEW_IN_RING` new tokens, those tokens,
-    and `MAX_TAKEN_BACK` more. None: local layers keep all slots, because their scores
-    have a bias by slot.
+    and `MAX_TAKEN_BACK` more, rounded up to whole lanes of a TPU: of a cache with another
+    number of slots, its compiler keeps a copy in each block of steps. None: local layers
+    keep all slots, because their scores have a bias by slot.
     """
     if self.window is None or self.positions in {"alibi", "relative"}:
       return None
-    return self.sink_tokens + self.window + MAX_NEW_IN_RING + MAX_TAKEN_BACK - 1
+    slots = self.sink_tokens + self.window + MAX_NEW_IN_RING + MAX_TAKEN_BACK - 1
+    return -(-slots // RING_MULTIPLE) * RING_MULTIPLE
 
   def cache_slots(self, kind: str, slots: int) -> int:
     """Slots that a layer of this kind has in a cache for `slots` tokens."""

@@ -103,6 +103,13 @@ def find_config(name: str) -> Path:
   raise ConfigError(f"no config file {name!r}", cure)
 
 
+def is_shipped(name: str) -> bool:
+  """Whether a config comes with the package: of those, a published model's is a card."""
+  package = Path(__file__).parent.parent
+  folder = find_config(name).resolve().parent
+  return folder in ((package.parent / "configs").resolve(), package / "configs")
+
+
 def is_file(path: Path) -> bool:
   """Whether there is a file; not if the name is too long, or its folder may not be read."""
   try:

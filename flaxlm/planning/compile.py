@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the real compiler says of a training step, for chips that this machine lacks.
+"""What the real compiler says of a step of training or decoding, for chips not at hand.
 
 libtpu (extra `tpu`) compiles for whole TPU slices on any machine, and XLA's GPU compiler
 (extra `cuda-compile`) for NVIDIA GPUs that are described by a text. Both are configured by
@@ -9,6 +9,7 @@ stdout, both as JSON.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -17,11 +18,13 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
@@ -34,13 +37,17 @@ from flaxlm.config import (
   slow_axes,
   to_json,
 )
+from flaxlm.decoding.generate import DecodeState, StaticSampling, decode_block
+from flaxlm.decoding.sampling import GREEDY, rules_in_use, stack_settings
+from flaxlm.decoding.weights import prepare_params
 from flaxlm.devices import Device, find_device
 from flaxlm.errors import ConfigError, FlaxLMError
-from flaxlm.nn.models import build_model
+from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.models import abstract_params, build_model, init_cache
 from flaxlm.planning.collectives import Collective, find_collectives
 from flaxlm.planning.memory import Sizes
 from flaxlm.platform import start_jax
-from flaxlm.sharding import mesh_for
+from flaxlm.sharding import mesh_for, use_mesh
 from flaxlm.sharding.mesh import consecutive_grid, hybrid_grid, networks
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import abstract_batch, abstract_state, jit_train_step
@@ -76,7 +83,7 @@ HOPPER_NAMES = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledStep:
-  """What the compiler says of one training step; bytes are per device.
+  """What the compiler says of one step; bytes are per device.
 
   `error` is why it refused, for example because memory does not suffice; then the bytes
   are None, but for a peak that it names.
@@ -102,8 +109,21 @@ class CompiledStep:
     return None if not self.peak_bytes else analytic_bytes / self.peak_bytes - 1
 
 
-def compile_step(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledStep:
-  """Compiles the training step of a resolved config for a mesh of `device`.
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+  """Decoding `rows` rows of `context` tokens, from weights and a cache of these dtypes."""
+
+  rows: int
+  context: int
+  weights: str | None = None
+  cache: str | None = None
+
+
+def compile_step(
+  cfg: ResolvedConfig, sizes: Sizes, device: Device, decoding: Decoding | None = None
+) -> CompiledStep:
+  """Compiles the training step of a resolved config for a mesh of `device`, or its steps of
+  `decoding`.
 
   Raises `ConfigError` when this machine has no compiler for that device.
   """
@@ -114,7 +134,8 @@ def compile_step(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledS
       f"use --compile with {', '.join(known)}",
     )
   name = "cpu" if device.is_any else device.name
-  request = {"config": to_json(cfg), "sizes": dict(sizes), "device": name}
+  request: dict[str, Any] = {"config": to_json(cfg), "sizes": dict(sizes), "device": name}
+  request["decoding"] = decoding and dataclasses.asdict(decoding)
   package = str(Path(__file__).parents[2])
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
   environment["PYTHONPATH"] = os.pathsep.join(
@@ -157,8 +178,9 @@ def main() -> None:
   request = json.loads(sys.stdin.read())
   device = find_device(request["device"])
   cfg = from_json(request["config"], "the request").resolve()
+  decoding = request["decoding"] and Decoding(**request["decoding"])
   try:
-    result = dataclasses.asdict(compile_here(cfg, request["sizes"], device))
+    result = dataclasses.asdict(compile_here(cfg, request["sizes"], device, decoding))
   except ConfigError as e:
     result = {"error": e.cause, "cure": e.cure}
   print(json.dumps(result, allow_nan=False))
@@ -172,18 +194,19 @@ def tpu_options() -> dict[str, Any]:
   return {"optimization_level": "O0"}
 
 
-def compile_here(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledStep:
+def compile_here(
+  cfg: ResolvedConfig, sizes: Sizes, device: Device, decoding: Decoding | None = None
+) -> CompiledStep:
   """`compile_step` in this process, whose environment must be right for the compiler."""
   target, mesh = make_target_mesh(sizes, device, slow_axes(cfg.mesh))
   mesh = mesh_for(mesh, cfg.model)
   model = build_model(cfg.model, cfg.training, compiled_kernel(device))
-  optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
-  dpo = cfg.active_dpo
-  state = abstract_state(model, optimizer, mesh, cfg.lora, dpo is not None)
-  step = jit_train_step(model, optimizer, cfg.training, mesh, cfg.lora, dpo)
   started = time.perf_counter()
   try:
-    lowered = step.lower(state, abstract_batch(cfg.data, mesh))
+    if decoding is None:
+      lowered = lowered_training(cfg, model, mesh)
+    else:
+      lowered = lowered_decoding(model, mesh, decoding)
     compiled: Any = lowered.compile(tpu_options() if device.kind == "tpu" else None)
   except jax.errors.JaxRuntimeError as e:
     return CompiledStep(target=target, error=explain(str(e)), peak_bytes=needed(str(e)))
@@ -203,6 +226,43 @@ def compile_here(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> CompiledS
     alias_bytes=memory.alias_size_in_bytes,
     collectives=find_collectives(compiled.as_text(), sizes),
   )
+
+
+def lowered_training(cfg: ResolvedConfig, model: LanguageModel, mesh: Mesh) -> Any:
+  optimizer = build_optimizer(cfg.optimizer, cfg.training.num_steps)
+  dpo = cfg.active_dpo
+  state = abstract_state(model, optimizer, mesh, cfg.lora, dpo is not None)
+  step = jit_train_step(model, optimizer, cfg.training, mesh, cfg.lora, dpo)
+  return step.lower(state, abstract_batch(cfg.data, mesh))
+
+
+def lowered_decoding(model: LanguageModel, mesh: Mesh, decoding: Decoding) -> Any:
+  """A block of greedy steps, as `flaxlm infer` runs them: parameters laid out as decoding
+  reads them, in the dtype of the computation, and a cache that has room for the rows."""
+  narrow = decoding.cache == "int8"
+  execution = dataclasses.replace(
+    model.execution, param_dtype=model.execution.dtype, narrow_cache=narrow
+  )
+  model = model.clone(execution=execution)
+  laid_out = functools.partial(prepare_params, cfg=model.cfg, kind=decoding.weights)
+  sampling = stack_settings([GREEDY] * decoding.rows)
+  static = StaticSampling(rules_in_use(sampling))
+  stored = abstract_params(model, mesh)
+  with use_mesh(mesh):
+    params = as_computed(laid_out, stored)
+    cache = as_computed(lambda: init_cache(model, decoding.rows, decoding.context))
+    token_B: Any = jax.ShapeDtypeStruct((decoding.rows,), jnp.int32)
+    state = DecodeState(cache, token_B, None)
+    num_ids = np.int32(model.cfg.num_ids)
+    return decode_block.lower(model, params, state, sampling, num_ids, static)
+
+
+def as_computed(function: Callable, *args: Any) -> Any:
+  """The shapes of what a function computes on a mesh, as the compiler shards it."""
+  lowered = jax.jit(function).lower(*args)
+  shardings = lowered.compile().output_shardings
+  place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  return jax.tree.map(place, lowered.out_info, shardings)
 
 
 def compiled_kernel(device: Device) -> FusedKernel:

@@ -15,7 +15,7 @@ from flaxlm.cost import (
   weight_bytes,
 )
 from flaxlm.devices import Device
-from flaxlm.planning.memory import Sizes, decoding_memory
+from flaxlm.planning.memory import Sizes, cache_copies, decoding_memory
 from flaxlm.planning.network import axis_bandwidth
 from flaxlm.planning.roofline import memory_seconds, seconds_of
 from flaxlm.sharding import batch_shards, kv_parts
@@ -69,10 +69,11 @@ def plan_decoding(
   """
   usable, item = device.usable_bytes, cfg.training.item_size
   dtypes = (stored.weights, stored.cache)
-  local = sum(decoding_memory(cfg, sizes, batch, context, *dtypes).values())
+  local = sum(decoding_memory(cfg, sizes, batch, context, *dtypes, device.lanes).values())
   shape, narrow = (cfg.model, batch, context, item), stored.cache == "int8"
   whole = weight_bytes(cfg.model, item, stored.weights)
-  whole += kv_cache_bytes(*shape, cfg.source_length, narrow=narrow)
+  cached = kv_cache_bytes(*shape, cfg.source_length, narrow=narrow)
+  whole += round(cached * cache_copies(cfg.model, device.lanes))
   times = _decode_times(cfg, sizes, device, batch, context, stored)
   known = {name: time for name, time in times.items() if time is not None}
   seconds = None

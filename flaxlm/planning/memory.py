@@ -41,6 +41,7 @@ from flaxlm.sharding import (
   axes_of,
   batch_shards,
   check_batch,
+  check_stages,
   kv_parts,
   like_parameters,
   split_sizes,
@@ -85,6 +86,7 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   does not divide a dim or the batch.
   """
   model_cfg, training = cfg.model, cfg.training
+  check_stages(cfg, sizes)
   state = state_bytes(cfg, sizes, lanes)
   rows = local_rows(cfg, sizes)
   T = cfg.data.seq_len
@@ -151,8 +153,15 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
     "update": gradients | {"temporary": state.update_temporaries},
   }
   if cfg.data.objective == "reward":
-    moments["drawing"] = drawing_memory(cfg, sizes)
+    moments["drawing"] = drawing_memory(cfg, sizes, lanes)
   return PeakMemory({name: always | parts for name, parts in moments.items()})
+
+
+def check_layout(cfg: ResolvedConfig, sizes: Sizes) -> None:
+  """Raises `ConfigError` for a mesh that does not divide the config and its batch."""
+  check_batch(cfg, sizes)
+  model = cfg.model.padded(sizes["tensor"])
+  state_bytes(dataclasses.replace(cfg, model=model), sizes)
 
 
 # -- The state ---------------------------------------------------------------------------
@@ -428,10 +437,13 @@ def decoding_memory(
   context: int,
   weights: str | None = None,
   cache: str | None = None,
+  lanes: int = 1,
 ) -> Mapping[str, int]:
   """Bytes per device that decoding `rows` rows of `context` tokens needs.
 
   `weights` and `cache` are the dtypes that these are stored in, if not that of `training`.
+  Where a head does not fill the device's rows of `lanes` elements, a block of steps gets a
+  cache whose heads are padded, and keeps a copy of its own without the padding.
 
   An encoder-decoder's source is as long as in training (`data.source_len`).
   """
@@ -445,20 +457,33 @@ def decoding_memory(
   elements = state.elements + (sizes["stage"] - 1) * state.stored_in_blocks
   narrower = weight_bytes(cfg.model, item, weights) / weight_bytes(cfg.model, item)
   shape = (cfg.model, local, context, item, cfg.source_length, parts)
+  copies = cache_copies(cfg.model, lanes)
+  gathers, width = sizes["fsdp"] > 1, cfg.model.width
   return {
     "parameters": round(elements * item * narrower),
-    "kv_cache": kv_cache_bytes(*shape, narrow=cache == "int8"),
+    "kv_cache": round(kv_cache_bytes(*shape, narrow=cache == "int8") * copies),
     "logits": local * (V // parts) * 4,
+    # The head, the largest matrix, whole: each is gathered for its own product.
+    **({"gathered": round(V // parts * width * item * narrower)} if gathers else {}),
   }
 
 
-def drawing_memory(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, int]:
+def cache_copies(model: ResolvedModel, lanes: int) -> float:
+  """The bytes of a cache on a device with rows of `lanes` elements / of its numbers."""
+  H = model.head_dim
+  if model.family == "rnn" or H % lanes == 0:
+    return 1.0
+  return 1 + lanes * math.ceil(H / lanes) / H
+
+
+def drawing_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> dict[str, int]:
   """Bytes per device that drawing a batch of completions needs besides the training state:
   a copy of the parameters as decoding reads them (with adapters also the merged ones it is
   made of), the cache of all rows, and their logits."""
   longest = cfg.data.seq_len - cfg.reward.max_new_tokens  # of a prompt
   request = Request([range(longest)], cfg.reward.max_new_tokens, cfg.model.num_ids)
-  parts = decoding_memory(cfg, sizes, cfg.data.batch_size, request.slots)
+  rows = cfg.data.batch_size
+  parts = decoding_memory(cfg, sizes, rows, request.slots, lanes=lanes)
   plain = dataclasses.replace(cfg, lora=LoraConfig())
   copies = 2 if cfg.lora.rank else 1
   copy = state_bytes(plain, sizes).parameters

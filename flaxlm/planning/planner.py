@@ -11,10 +11,12 @@ from flaxlm.errors import ConfigError
 from flaxlm.planning.compile import CompiledStep, compile_step, compiled_kernel
 from flaxlm.planning.decoding import AS_COMPUTED, DecodePoint, Stored, plan_decoding
 from flaxlm.planning.decoding_report import DecodingReport
-from flaxlm.planning.memory import Sizes
+from flaxlm.planning.learning import find_learning
+from flaxlm.planning.memory import Sizes, check_layout
 from flaxlm.planning.report import Report
 from flaxlm.planning.roofline import Plan, plan_training
 from flaxlm.planning.search import cheapest_fit, nearest, search
+from flaxlm.sharding import offering
 from flaxlm.tokenizers import expected_vocab_size
 
 
@@ -31,9 +33,11 @@ class Questions:
   contexts: Sequence[int] | None = None  # None: three, up to the model's
   stored: Stored = AS_COMPUTED  # while decoding
   tokens: float | None = None  # to train on
+  data_rate: float | None = None  # tokens per second that are made ready to train on
   price: float | None = None  # per device and hour
   network: float | None = None  # bytes per second out of a device, beyond its domain
   power: float | None = None  # watts at which each device is held
+  own_batch: bool = True  # False: that of a published model, which many devices shared
 
 
 def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
@@ -41,7 +45,7 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
   device = device_asked(asked)
   if asked.compiled:
     device = dataclasses.replace(device, kernel=compiled_kernel(device))
-  cfg = dataclasses.replace(resolve(cfg), mesh=dict(asked.mesh))
+  cfg = resolved = dataclasses.replace(resolve(cfg), mesh=dict(asked.mesh))
   number = asked.num_devices
   if number is None and dict(asked.mesh) == {"data": -1}:
     number = 1  # neither a mesh nor a number of devices was given
@@ -54,16 +58,23 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
     found = choices[0]
   else:
     sizes = mesh_shape(asked.mesh, number)
-    padded = dataclasses.replace(cfg, model=cfg.model.padded(sizes["tensor"]))
-    found = plan_training(padded, sizes, device)
+    with offering(lambda axis, n: check_layout(cfg, {**sizes, axis: n})):
+      padded = dataclasses.replace(cfg, model=cfg.model.padded(sizes["tensor"]))
+      found = plan_training(padded, sizes, device)
+    if found.fits is False and found.num_devices == 1 and not asked.own_batch:
+      found = with_fitting_batch(found) or found
   cfg, context = found.cfg, cfg.model.context
   compiled = compile_step(cfg, found.sizes, device) if asked.compiled else None
   drawing = None
   if cfg.data.objective == "reward":
     rows, length = cfg.data.batch_size, cfg.data.seq_len
     drawing = plan_decoding(cfg, found.sizes, device, rows, length)
+  published = resolved.data.batch_size
   return Report(
     plan=found,
+    published_batch=None if published == cfg.data.batch_size else published,
+    learning=find_learning(found),
+    data_rate=asked.data_rate,
     tokens=asked.tokens,
     price=asked.price,
     cure=find_cure(found, compiled),
@@ -72,6 +83,19 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
     decoding=points_asked(cfg, found.sizes, device, asked, context),
     compiled=compiled,
   )
+
+
+def with_fitting_batch(plan: Plan) -> Plan | None:
+  """The plan with the largest share of its batch that fits; None if no row does."""
+  batch = plan.cfg.data.batch_size
+  for rows in sorted((n for n in range(1, batch) if batch % n == 0), reverse=True):
+    data = dataclasses.replace(plan.cfg.data, batch_size=rows)
+    training = dataclasses.replace(plan.cfg.training, accumulation_steps=1)
+    cfg = dataclasses.replace(plan.cfg, data=data, training=training)
+    found = plan_training(cfg, plan.sizes, plan.device)
+    if found.fits:
+      return found
+  return None
 
 
 def plan_serving(cfg: Config, asked: Questions) -> DecodingReport:

@@ -9,6 +9,13 @@ from flaxlm.cost import active_parameters, adapter_parameters
 from flaxlm.planning.compile import CompiledStep
 from flaxlm.planning.decoding import DecodePoint
 from flaxlm.planning.decoding_report import decoding_verdict, no_verdict, print_points
+from flaxlm.planning.learning import (
+  Learning,
+  data_note,
+  data_seconds,
+  learning_json,
+  learning_rows,
+)
 from flaxlm.planning.roofline import Plan, StepTimes
 from flaxlm.planning.tables import (
   FITS,
@@ -30,6 +37,9 @@ class Report:
   """Everything that one call of `flaxlm plan` has found out."""
 
   plan: Plan
+  published_batch: int | None = None  # rows of it, where the plan has fewer
+  learning: Learning | None = None  # of fine-tuning
+  data_rate: float | None = None  # tokens per second that are made ready to train on
   tokens: float | None = None  # to train on
   price: float | None = None  # per device and hour
   cure: Plan | None = None  # the cheapest change that fits, if the plan does not
@@ -95,6 +105,8 @@ def to_json(report: Report) -> dict[str, Any]:
     },
     "flops_per_token": plan.cost.strict_flops / plan.cost.tokens,
     "tokens_per_step": plan.cost.tokens,
+    "batch_size": plan.cfg.data.batch_size,
+    "published_batch_size": report.published_batch,
     "seconds_by_part": {
       "compute": times.compute,
       "memory": times.memory,
@@ -103,6 +115,7 @@ def to_json(report: Report) -> dict[str, Any]:
     "bubble": times.bubble,
     "step_seconds": times.seconds,
     "least_step_seconds": times.least,
+    "data_seconds": data_seconds(plan, report.data_rate),
     "not_published": list(times.missing),
     "tokens_per_second": plan.tokens_per_second,
     "tokens_per_day": plan.tokens_per_second and 86_400 * plan.tokens_per_second,
@@ -116,6 +129,8 @@ def to_json(report: Report) -> dict[str, Any]:
       "cost": report.cost,
     },
   }
+  if report.learning is not None:
+    result["fine_tuning"] = learning_json(report.learning)
   if report.cure is not None:
     result["cheapest_fit"] = _choice(report.cure)
   if report.choices:
@@ -163,11 +178,14 @@ def print_report(report: Report, out: TextIO) -> None:
   count = "" if plan.num_devices == 1 else f"{plan.num_devices} x "
   console.print(f"{name} on {count}{plan.device.name}, mesh {plan.mesh}")
   copies = describe_copies(plan.cfg.model, plan.sizes["tensor"])
-  console.print("".join(f"{note}\n" for note in (plan.cfg.model.padding, copies) if note))
+  notes = (plan.cfg.model.padding, copies, batch_note(report))
+  console.print("".join(f"{note}\n" for note in notes if note))
   print_table(console, "Parameters", ("part", "number", "share"), _parameters(plan))
   peak, moments = plan.memory.peak, plan.memory.moments
   titles = ("part", *(f"{name}*" if name == peak else name for name in moments))
   print_table(console, "Memory per device, at each moment (* most)", titles, _memory(plan))
+  if report.learning is not None:
+    print_table(console, "What learns", ("", ""), learning_rows(report.learning), left=2)
   print_table(console, "A step", ("", ""), _time(report))
   if report.decoding:
     print_points(console, report.decoding)
@@ -185,6 +203,17 @@ def print_report(report: Report, out: TextIO) -> None:
     print(f"training: {verdict(report)}\ndecoding: {decoding}", file=out)
   else:
     print(verdict(report), file=out)
+
+
+def batch_note(report: Report) -> str:
+  """A line about a batch that is smaller than the published one; "" if it is not."""
+  if report.published_batch is None:
+    return ""
+  rows, length = report.plan.cfg.data.batch_size, report.plan.cfg.data.seq_len
+  return (
+    f"published with {report.published_batch:,} rows of {length:,} tokens a batch, which "
+    f"do not fit; planned with --data.batch-size={rows}"
+  )
 
 
 def verdict(report: Report) -> str:
@@ -253,6 +282,7 @@ def _time(report: Report) -> Rows:
   if times.bubble:
     yield f"waiting in the pipeline, {times.bubble:.0%}", duration(times.waiting)
   yield "step", step_time(times)
+  yield "its rows, made ready meanwhile", data_note(plan, report.data_rate)
   if report.drawing is not None:
     most = plan.cfg.reward.max_new_tokens
     yield f"drawing before it, up to {most:,} tokens", duration(report.drawing_seconds)
@@ -263,6 +293,8 @@ def _time(report: Report) -> Rows:
     yield "  loose", known(plan.loose_mfu, "{:.1%}")
     yield "tokens/s", f"{rate:,.0f}"
     yield "tokens/day", f"{rate * 86_400:.3g}"
+  if report.learning is not None and report.tokens is None:
+    return  # 20 for each parameter are for a model that learns from nothing
   title = "tokens, 20 per parameter" if report.tokens is None else "tokens asked for"
   yield title, f"{report.budget:.3g}"
   if report.device_hours is not None:

@@ -17,6 +17,7 @@ from flaxlm.planning.compile import compile_step
 from flaxlm.planning.memory import (
   Sizes,
   abstract_mesh,
+  check_layout,
   local_size,
   state_bytes,
 )
@@ -28,6 +29,7 @@ from flaxlm.sharding import (
   describe_mesh,
   find_replication,
   name_of,
+  offering,
   split_sizes,
   whole_sizes,
   with_shardings,
@@ -96,6 +98,8 @@ def report_sharding(
   Raises `ConfigError` for a mesh that the config does not divide over.
   """
   sizes, slow = mesh_shape(mesh), slow_axes(mesh)
+  with offering(lambda axis, n: check_layout(cfg, {**sizes, axis: n})):
+    check_layout(cfg, sizes)
   model = cfg.model.padded(sizes["tensor"])
   cfg = dataclasses.replace(cfg, mesh=dict(mesh), model=model)
   target: Device = ANY if device is None else find_device(device)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flaxlm.config import Config, TrainingConfig
 from flaxlm.errors import ConfigError
+from flaxlm.sharding.heads import MeshError, offering
 from flaxlm.sharding.rules import RULES, sizes_for
 from flaxlm.sharding.schedule import training_schedule
 
@@ -114,14 +115,21 @@ def check_multiple(
   """Raises `ConfigError` for a field that is not a multiple of `factor`, which is `factors`
   in words; `sizes` are those of the mesh axes among them."""
   if number % factor:
-    cure = f"nearest: {max(1, round(number / factor)) * factor}"
-    if fitting := sizes_for(number, sizes, factor):
-      cure += f"; or --mesh: {fitting}"
-    raise ConfigError(f"{name}={number} is not a multiple of {factors}", cure)
+    raise MeshError(
+      f"{name}={number} is not a multiple of {factors}",
+      f"nearest: {max(1, round(number / factor)) * factor}",
+      sizes_for(number, sizes, factor),
+      "; or --mesh: ",
+    )
 
 
 def check_stages(cfg: Config, sizes: Mapping[str, int]) -> None:
   """Raises `ConfigError` for a pipeline whose stages would not all do the same work."""
+  with offering(lambda axis, n: _check_stages(cfg, {**sizes, axis: n})):
+    _check_stages(cfg, sizes)
+
+
+def _check_stages(cfg: Config, sizes: Mapping[str, int]) -> None:
   stages, training, model = sizes["stage"], cfg.training, cfg.model
   if stages == 1:
     return
@@ -137,10 +145,12 @@ def check_stages(cfg: Config, sizes: Mapping[str, int]) -> None:
     visit = depth // (stages * repeats)
     kinds = model.layer_kinds(depth)
     if kinds != kinds[:visit] * stages * repeats:
-      raise ConfigError(
+      raise MeshError(
         f"model.layer_pattern={model.layer_pattern} differs from stage to stage: each has "
         f"{visit} layers at a time (model.{name}={depth} / ({rounds}))",
         "a stage has to hold whole patterns",
+        sizes_for(depth, {"stage": stages}, stages * repeats),
+        "; ",
       )
   if microbatches is not None:
     name = "training.pipeline_microbatches"

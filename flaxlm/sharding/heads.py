@@ -7,7 +7,8 @@ heads as well, and `kv_copies`, which cuts all that `tensor` cuts, but not kv he
 names `tensor` alone, the product of the two, and everything that a user reads does so too.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -36,8 +37,8 @@ def kv_parts(model: ModelConfig | ResolvedModel, tensor: int) -> int:
     if num_kv_heads != num_heads:
       heads += f" and model.num_kv_heads={num_kv_heads}"
     fitting = [n for n in range(1, min(num_heads, MOST_MEMBERS) + 1) if fits(n)]
-    raise ConfigError(
-      f"{heads} cannot be split over mesh tensor={tensor}", one_of("tensor", fitting)
+    raise MeshError(
+      f"{heads} cannot be split over mesh tensor={tensor}", "", {"tensor": fitting}
     )
   return min(tensor, num_kv_heads)
 
@@ -83,6 +84,48 @@ def mesh_for(mesh: Mesh, model: ModelConfig | ResolvedModel) -> Mesh:
     return mesh
   grid = mesh.devices.reshape(list(sizes.values()))
   return Mesh(grid, tuple(sizes), axis_types=(mesh.axis_types[0],) * len(sizes))
+
+
+class MeshError(ConfigError):
+  """A dim that a mesh does not divide; `sizes` are those of its axes that would.
+
+  The cure is `advice`, the sizes, introduced by `lead`, and `more`.
+  """
+
+  def __init__(
+    self,
+    cause: str,
+    advice: str,
+    sizes: Mapping[str, Sequence[int]],
+    lead: str = "",
+    more: str = "",
+  ):
+    offered = "; or ".join(one_of(axis, some) for axis, some in sizes.items() if some)
+    super().__init__(cause, advice + (lead + offered if offered else "") + more)
+    self.parts, self.sizes = (advice, lead, more), sizes
+
+  def keeping(self, passes: Callable[[str, int], bool]) -> "MeshError":
+    """The error that offers only what also `passes` everything else."""
+    kept = {axis: [n for n in some if passes(axis, n)] for axis, some in self.sizes.items()}
+    advice, lead, more = self.parts
+    return MeshError(self.cause, advice, kept, lead, more)
+
+
+@contextlib.contextmanager
+def offering(check: Callable[[str, int], object]) -> Iterator[None]:
+  """Within it, errors offer those sizes of an axis alone for which `check` is silent."""
+
+  def passes(axis: str, size: int) -> bool:
+    try:
+      check(axis, size)
+    except ConfigError:
+      return False
+    return True
+
+  try:
+    yield
+  except MeshError as e:
+    raise e.keeping(passes) from e
 
 
 def one_of(axis: str, sizes: Sequence[int]) -> str:

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flaxlm.errors import ConfigError
-from flaxlm.sharding.heads import KV_COPIES, MOST_MEMBERS, one_of, whole_sizes
+from flaxlm.sharding.heads import KV_COPIES, MOST_MEMBERS, MeshError, whole_sizes
 
 # All members of the axis that a user calls tensor: sharding/heads.py has the reason.
 TENSOR = ("tensor", KV_COPIES)
@@ -90,14 +90,15 @@ def partition_spec(
     if dim % parts:
       sizes = whole_sizes({axis: axis_sizes[axis] for axis in axes})
       split = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
-      cure = f"make it a multiple of {parts}, or change --mesh"
-      if fitting := sizes_for(dim, sizes, parts):
-        cure += f": {fitting}"
+      more = ""
       if name in ("vocab", "act_vocab"):  # a stored run's: training and importing pad
-        cure += "; a new run, or a new import, on this mesh pads it by itself"
-      raise ConfigError(
+        more = "; a new run, or a new import, on this mesh pads it by itself"
+      raise MeshError(
         f"{FIELDS.get(name or '', name)} = {dim} cannot be split over mesh {split}",
-        cure,
+        f"make it a multiple of {parts}, or change --mesh",
+        sizes_for(dim, sizes, parts),
+        ": ",
+        more,
       )
     entries.append(axes or None)
   used = [axis for axes in entries if axes for axis in axes]
@@ -106,18 +107,18 @@ def partition_spec(
   return PartitionSpec(*entries)
 
 
-def sizes_for(dim: int, sizes: Mapping[str, int], parts: int) -> str:
+def sizes_for(dim: int, sizes: Mapping[str, int], parts: int) -> dict[str, list[int]]:
   """Which sizes of each axis in use, up to twice the one that it has, would split a dim.
 
-  It is to be cut into `parts`, by these axes and perhaps by more. "" if no size would.
+  It is to be cut into `parts`, by these axes and perhaps by more.
   """
-  texts = []
+  found = {}
   for axis, size in sizes.items():
     others = parts // size
     most = min(2 * size, MOST_MEMBERS)
-    fitting = [n for n in range(1, most + 1) if dim % (n * others) == 0]
-    texts += [one_of(axis, fitting)] if fitting and size > 1 else []
-  return "; or ".join(texts)
+    if size > 1:
+      found[axis] = [n for n in range(1, most + 1) if dim % (n * others) == 0]
+  return found
 
 
 def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ def small_rings(monkeypatch):
   for module in (cache, model_config):
     monkeypatch.setattr(module, "MAX_NEW_IN_RING", 4)
   monkeypatch.setattr(model_config, "MAX_TAKEN_BACK", 3)
+  monkeypatch.setattr(model_config, "RING_MULTIPLE", 1)
 
 
 def model_of(name: str) -> tuple[Any, Any]:

@@ -314,3 +314,19 @@ def test_adapters_take_less_of_everything():
     2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + MODEL.ffn_width)
   )
   assert adapter_parameters(MODEL, LoraConfig()) == 0
+
+
+def test_heads_that_do_not_fill_the_lanes_are_there_twice():
+  """Padded from 8 to 128, and as they are: libtpu's 7.50 GB of GPT-2's 64 rows."""
+  one = mesh_shape({})
+  sizes = {
+    lanes: decoding_memory(CFG, one, 8, 100, lanes=lanes)["kv_cache"] for lanes in (8, 128)
+  }
+  assert sizes[128] == sizes[8] * (1 + 128 / 8)
+  assert decoding_memory(CFG, one, 8, 100)["kv_cache"] == sizes[8]
+
+
+def test_the_head_is_gathered_to_decode():
+  parts = decoding_memory(CFG, mesh_shape(dict(fsdp=8)), 8, 100)
+  assert parts["gathered"] == 256 * MODEL.width * 2
+  assert "gathered" not in decoding_memory(CFG, mesh_shape(dict(tensor=8)), 8, 100)

@@ -263,3 +263,80 @@ def test_a_card_with_fewer_kv_heads_than_members_of_tensor(capsys: pytest.Captur
   assert parameters[0] - parameters[1] == kv_bytes // 64
   assert main([*command, "fsdp=4,tensor=6"]) == 2
   assert "tensor can be 1, 2, 4, 8, 16, 32 or 64" in capsys.readouterr().err
+
+
+def plan_of(capsys, *arguments: str) -> tuple[dict, str]:
+  """What `flaxlm plan` says, as JSON and as text."""
+  assert main(["plan", *arguments, "--json"]) == 0
+  result = json.loads(capsys.readouterr().out)
+  assert main(["plan", *arguments]) == 0
+  return result, capsys.readouterr().out
+
+
+def test_a_card_on_one_device_has_a_batch_that_fits(capsys):
+  result, text = plan_of(capsys, "gpt2_124m", "--device", "h100")
+  rows = result["batch_size"]
+  assert result["fits"] is True and result["published_batch_size"] == 512
+  assert (
+    f"published with 512 rows of 1,024 tokens a batch, which do not fit; planned with "
+    f"--data.batch-size={rows}" in text
+  )
+  flags = ("--device", "h100", f"--data.batch-size={2 * rows}")
+  result, text = plan_of(capsys, "gpt2_124m", *flags)  # one's own batch is left alone
+  assert result["fits"] is False and result["published_batch_size"] is None
+  assert result["batch_size"] == 2 * rows and "published" not in text
+
+
+def test_one_s_own_config_keeps_its_batch(plan):
+  result = plan("--device", "h200")
+  assert result["fits"] is False and result["batch_size"] == 16
+  assert result["published_batch_size"] is None
+
+
+def test_what_learns_is_told(plan, config, capsys):
+  asked = ("--mesh", "fsdp=8", "--device", "h200")
+  whole = plan(*asked)
+  assert "fine_tuning" not in whole
+  lora = ("--lora.rank=4", "--lora.base-weights=int8", *asked)
+  found, text = plan_of(capsys, config, *lora)
+  learns = found["fine_tuning"]
+  assert learns["trained"] == found["adapter_parameters"] > 0
+  assert learns["frozen"] == found["parameters"] and learns["base_dtype"] == "int8"
+  assert learns["whole"]["total_bytes"] == whole["bytes_per_device"]["total"]
+  assert learns["whole"]["step_seconds"] == whole["step_seconds"] > found["step_seconds"]
+  assert "8,030,261,248 parameters in int8, without gradient or moments" in text
+  assert "20 per parameter" not in text
+  compares = plan("--data.objective=preference", *asked)["fine_tuning"]
+  assert compares["reference"] == "a frozen copy of all parameters"
+  assert compares["frozen"] == 0 and compares["trained"] == found["parameters"]
+
+
+def test_a_step_that_waits_for_its_rows_says_so(plan, config, capsys):
+  asked = ("--mesh", "fsdp=8", "--device", "h200")
+  result, text = plan_of(capsys, config, *asked)
+  assert result["data_seconds"] is None
+  assert "not known: --data-tokens-per-second" in text
+  for times, waits in ((0.5, True), (2.0, False)):
+    rate = f"{times * result['tokens_per_second']}"
+    found, text = plan_of(capsys, config, *asked, "--data-tokens-per-second", rate)
+    assert found["data_seconds"] == pytest.approx(result["step_seconds"] / times)
+    assert ("THE STEP WAITS FOR THEM 50% of the time" in text) is waits
+  assert main(["plan", config, "--data-tokens-per-second=0"]) == 2
+  assert "data-tokens-per-second is 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("arguments", "offer"),
+  [
+    (["rnn_lstm", "--mesh", "stage=2"], "stage is for transformers\n  leave it out"),
+    # 42 layers, LG in turn: 2, 3, 6 or 7 stages would not hold whole patterns.
+    (["gemma2_9b", "--mesh", "stage=4"], "--mesh: stage can be 1"),
+    (["gemma2_9b", "--mesh", "stage=2"], "whole patterns; stage can be 1\n"),
+    # 4 divides the width, and 6 rows only into 1, 2, 3 and 6.
+    (["stdlib_tiny", "--mesh", "fsdp=3", "--data.batch-size=6"], "fsdp can be 1 or 2\n"),
+  ],
+)
+@pytest.mark.parametrize("command", ["plan", "shard"])
+def test_sizes_that_are_offered_pass(command, arguments, offer, capsys):
+  assert main([command, *arguments]) == 2
+  assert offer in capsys.readouterr().err
