@@ -13,8 +13,7 @@ before, or of its class:
 `training.step.jit_train_step` -> `train_step` -> `loss_and_gradient` ->
 `training.logprobs.learning_pass` -> `nn.models.Decoder.hidden` -> `nn.stack.Stack` ->
 `Stack.run_blocks` -> `Stack.layers` -> `nn.block.Block` -> `Block.attend` ->
-`nn.attention.Attention` -> `Attention.mix` -> `nn.kernels.blocked.attend_blocked` ->
-`mix` -> `mix_forward`
+`nn.attention.Attention` -> `nn.kernels.blocked.attend_blocked` -> `mix` -> `mix_forward`
 """
 
 import sys

@@ -376,9 +376,12 @@ def export(config: str, folder: Path, needs_gguf: Any, needs_hf: Any) -> None:
   from flaxlm.sharding import make_mesh, use_mesh
   from flaxlm.tokenizers import train_tokenizer
 
-  shape = load_config(config).model.resolve()
+  model_cfg = load_config(config).model
+  # A multiple of 128 divides over `tensor`, too.
+  vocab_size = -(-model_cfg.resolve().vocab_size // 128) * 128
+  shape = dataclasses.replace(model_cfg, vocab_size=vocab_size).resolve()
   cfg = ResolvedConfig(name="run", model=shape, data=DataConfig(seq_len=shape.context))
-  model, mesh = build_model(shape), make_mesh({"data": -1})
+  model, mesh = build_model(shape), make_mesh({"tensor": -1})
   with use_mesh(mesh):
     params = jax.jit(lambda: nn.unbox(init_params(model, jnp.uint32(0))))()
   params = {**params, **speaking(params)}

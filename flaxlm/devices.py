@@ -6,7 +6,6 @@ A row is one JAX device: what a mesh counts. What is not published is None, neve
 
 import dataclasses
 import difflib
-import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -311,10 +310,3 @@ def device_of(device_kind: str) -> Device | None:
     if re.search(pattern, device_kind):
       return find_device(name)
   return None
-
-
-def num_processors() -> int:
-  """How many this process may use."""
-  if hasattr(os, "sched_getaffinity"):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1

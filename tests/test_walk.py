@@ -49,7 +49,6 @@ TO_THE_SOFTMAX = [
   ("nn.block", "Block"),
   ("nn.block", "Block.attend"),
   ("nn.attention", "Attention"),
-  ("nn.attention", "Attention.mix"),
   ("nn.kernels.blocked", "attend_blocked"),
   ("nn.kernels.blocked", "mix"),
   ("nn.kernels.blocked", "mix_forward"),

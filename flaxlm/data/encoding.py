@@ -48,6 +48,13 @@ def encode(tokenizer: AnyTokenizer, texts: Sequence[str]) -> Encoded:
   return Encoded(tokens, lengths, sum(len(x.encode("utf-8", "replace")) for x in texts))
 
 
+def num_processors() -> int:
+  """How many this process may use."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
+
+
 class Encoders:
   """Processes that encode, with the tokenizer of a file. Use it in a `with` statement."""
 

@@ -17,8 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from flaxlm.data.corpus import Log
-from flaxlm.data.encoding import Encoded, Encoders, encode, token_dtype
-from flaxlm.devices import num_processors
+from flaxlm.data.encoding import Encoded, Encoders, encode, num_processors, token_dtype
 from flaxlm.strict_json import to_json
 from flaxlm.tokenizers import AnyTokenizer
 

@@ -19,7 +19,6 @@ from flaxlm.config import FUSED, ResolvedConfig
 from flaxlm.decoding.sampling import is_number
 from flaxlm.decoding.speculative import DRAFT_TOKENS, Draft
 from flaxlm.decoding.weights import KINDS, WEIGHTS_KERNELS, prepare_params
-from flaxlm.devices import num_processors
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.lora import abstract_adapters, abstract_frozen, freeze, merged
@@ -39,9 +38,6 @@ from flaxlm.runs import (
 from flaxlm.sharding import mesh_for, use_mesh
 from flaxlm.tokenizers import AnyTokenizer, load_tokenizer
 from flaxlm.tokenizers.imported import SPECIALS
-
-MOST_GROUPS = 8  # arrays that a cache's kv heads are shared out to
-NARROWEST = 256  # keys of a token; of fewer, several arrays only take longer to begin
 
 
 class Run(NamedTuple):
@@ -188,14 +184,8 @@ def prepare_for_decoding(
     raise ConfigError("an RNN has no narrow weights or cache", "leave the flags out")
   if weights_kernel is not None:
     check_kernel(run, weights)
-  groups = 1
-  if run.mesh.size == 1:
-    groups = head_groups(model.cfg.num_kv_heads, model.cfg.head_dim)
   execution = dataclasses.replace(
-    model.execution,
-    narrow_cache=narrow_cache,
-    head_groups=groups,
-    weights_kernel=weights_kernel,
+    model.execution, narrow_cache=narrow_cache, weights_kernel=weights_kernel
   )
   if weights == "bfloat16":
     execution = dataclasses.replace(execution, dtype=jnp.dtype("bfloat16"))
@@ -205,18 +195,6 @@ def prepare_for_decoding(
     except ValueError as e:
       raise ConfigError(f"weights is {weights!r}: {e}", "int8 does not pair them") from e
   return run._replace(params=params, model=model.clone(execution=execution))
-
-
-def head_groups(num_kv_heads: int, head_dim: int) -> int:
-  """How many arrays a cache's kv heads are shared out to on the device at hand.
-
-  One on accelerators. On a CPU at least as many as it has processors, or `MOST_GROUPS`:
-  see `nn.cache.HeadGroups`.
-  """
-  if jax.default_backend() != "cpu" or num_kv_heads * head_dim < NARROWEST:
-    return 1
-  wanted = min(num_processors(), MOST_GROUPS, num_kv_heads)
-  return next(n for n in range(wanted, num_kv_heads + 1) if num_kv_heads % n == 0)
 
 
 def check_kernel(run: Run, weights: str | None) -> None:

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from flaxlm.config import ResolvedModel
-from flaxlm.nn.cache import groups_of
 from flaxlm.nn.execution import Execution
 from flaxlm.nn.kernels.blocked import attend_blocked
 from flaxlm.nn.kernels.cached import attend_cached
@@ -128,40 +127,14 @@ class Attention(nn.Module):
     """
     q_BTNH = self.queries(x_BTD, sight.cos_sin)
     sinks_N = self.sinks if self.cfg.learned_sinks else None
-    keys, values = map(groups_of, keys_values)
-    one = len(keys) == 1
-    cut = lambda x, dim: (
-      [x] * len(keys) if one or x is None else jnp.split(x, len(keys), dim)
-    )
-    join = lambda parts, dim: parts[0] if one else jnp.concatenate(parts, dim)
-    outs, maps = [], []
-    groups = cut(q_BTNH, 2), keys, values, cut(sight.bias_XNTS, 1), cut(sinks_N, 0)
-    for q, k, v, bias_XNTS, sinks in zip(*groups, strict=True):
-      seen = sight._replace(bias_XNTS=bias_XNTS)
-      out_BTNH, weights_BNTS = self.mix(q, k, v, seen, sinks, cached, capture)
-      outs.append(out_BTNH)
-      maps.append(weights_BNTS)
-    return self.o(join(outs, 2)), join(maps, 1) if capture else None
-
-  def mix(
-    self,
-    q_BTNH: jax.Array,
-    keys: Any,
-    values: Any,
-    sight: Sight,
-    sinks_N: jax.Array | None,
-    cached: bool,
-    capture: bool,
-  ) -> tuple[jax.Array, jax.Array | None]:
-    """The values of these heads (B, T, N, H) and, if `capture`, the weights."""
-    k, v = (widened(x, self.execution.dtype) for x in (keys, values))
+    k, v = (widened(x, self.execution.dtype) for x in keys_values)
     mixing = (sight, Scoring(self.cfg.attention_scale, self.cfg.attention_softcap))
-    path = self.path(q_BTNH, k, cached, capture)
+    path, weights_BNTS = self.path(q_BTNH, k, cached, capture), None
     if cached and path != "cached":  # all other functions take (B, S, K, H)
       k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     match path:
       case "captured":
-        return attend(q_BTNH, k, v, *mixing, sinks_N)
+        out_BTNH, weights_BNTS = attend(q_BTNH, k, v, *mixing, sinks_N)
       case "cached":
         out_BTNH = attend_cached(q_BTNH, k, v, *mixing, sinks_N)
       case "cudnn":
@@ -178,7 +151,7 @@ class Attention(nn.Module):
         out_BTNH = attend_outline(q_BTNH, k, v, self.execution.kernel.lanes)
       case "blocked":
         out_BTNH = attend_blocked(q_BTNH, k, v, *mixing, sinks_N)
-    return out_BTNH, None
+    return self.o(out_BTNH), weights_BNTS
 
   def path(self, q_BTNH: jax.Array, k: jax.Array, cached: bool, capture: bool) -> str:
     """Which of the functions above computes attention for these arguments."""

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The key/value cache: what a decoder remembers, layer by layer, and how it is written."""
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -15,27 +14,6 @@ from flaxlm.sharding import constrain
 
 MOST_WRITES = 16  # up to so many rows are written one by one, which XLA does in place
 CACHE_NAMES = ("batch", "act_kv_heads", "key_length", "head_dim")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class HeadGroups:
-  """Keys or values in groups of kv heads, (B, K / groups, S, H) each.
-
-  XLA's CPU runtime computes a batched product in one thread, and products of several arrays
-  in as many.
-  """
-
-  groups: tuple[Any, ...]  # arrays, or Narrow
-
-
-def grouped(x: jax.Array, groups: int, dim: int = 1) -> Any:
-  """An array whose kv heads are along `dim` as `HeadGroups`; as it is for one group."""
-  return x if groups == 1 else HeadGroups(tuple(jnp.split(x, groups, dim)))
-
-
-def groups_of(x: Any) -> tuple[Any, ...]:
-  return x.groups if isinstance(x, HeadGroups) else (x,)
 
 
 def num_slots(kv: Any) -> int:
@@ -53,7 +31,7 @@ class KVCache(NamedTuple):
   values of the source.
   """
 
-  layers: tuple[tuple[Any, Any], ...]  # arrays, Narrow, or HeadGroups of them
+  layers: tuple[tuple[Any, Any], ...]  # arrays, or Narrow
   lengths_B: jax.Array
   source: "SourceCache | None" = None
 
@@ -100,7 +78,7 @@ class KVCache(NamedTuple):
 class SourceCache(NamedTuple):
   """Each decoder layer's keys and values of the source: computed once, then only read."""
 
-  layers: tuple[tuple[Any, Any], ...]  # arrays (B, K, S, H), or HeadGroups of them
+  layers: tuple[tuple[jax.Array, jax.Array], ...]  # (k_BKSH, v_BKSH) each
   segments_BS: jax.Array
 
   def resized(self, slots: int) -> "SourceCache":
@@ -116,25 +94,16 @@ class SourceCache(NamedTuple):
 
 
 def empty_cache(
-  cfg: ResolvedModel,
-  batch: int,
-  slots: int,
-  dtype: jnp.dtype = jnp.float32,
-  groups: int = 1,
+  cfg: ResolvedModel, batch: int, slots: int, dtype: jnp.dtype = jnp.float32
 ) -> KVCache:
-  """An empty cache for `batch` rows of up to `slots` tokens, its kv heads in `groups`."""
+  """An empty cache for `batch` rows of up to `slots` tokens."""
 
   def empty(kind: str) -> jax.Array | Narrow:
-    heads = cfg.num_kv_heads // groups
-    shape = (batch, heads, cfg.cache_slots(kind, slots), cfg.head_dim)
+    shape = (batch, cfg.num_kv_heads, cfg.cache_slots(kind, slots), cfg.head_dim)
     zeros_BKSH = constrain(jnp.zeros(shape, jnp.float32), *CACHE_NAMES)
     return narrowed(zeros_BKSH) if dtype == jnp.int8 else zeros_BKSH.astype(dtype)
 
-  def empty_groups(kind: str) -> Any:
-    first, *others = (empty(kind) for _ in range(groups))
-    return HeadGroups((first, *others)) if others else first
-
-  layers = tuple((empty_groups(kind), empty_groups(kind)) for kind in cfg.layer_kinds())
+  layers = tuple((empty(kind), empty(kind)) for kind in cfg.layer_kinds())
   return KVCache(layers, jnp.zeros((batch,), jnp.int32))
 
 
@@ -209,14 +178,8 @@ def cached_keys(
 
 def write(cache: Any, new: Any, slots: CacheSlots) -> Any:
   """A layer's (keys, values) with T new ones of each row, (B, T, K, H), written in."""
-
-  def in_form_of(old: Any, new_BTKH: jax.Array) -> Any:
-    if isinstance(old, HeadGroups):
-      parts = grouped(new_BTKH, len(old.groups), dim=2).groups
-      return HeadGroups(tuple(map(in_form_of, old.groups, parts)))
-    return narrowed(new_BTKH) if isinstance(old, Narrow) else new_BTKH
-
-  new = tuple(map(in_form_of, cache, new))
+  pairs = zip(cache, new, strict=True)
+  new = tuple(narrowed(x) if isinstance(old, Narrow) else x for old, x in pairs)
 
   def put(old_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
     new_BKTH = new_BTKH.swapaxes(1, 2).astype(old_BKSH.dtype)

@@ -27,7 +27,6 @@ class Execution:
   remat: str = "none"
   scanned: bool = False
   narrow_cache: bool = False  # keys and values in int8
-  head_groups: int = 1  # arrays that the kv heads of a cache are shared out to
   weights_kernel: str | None = None  # of decoding's products: see nn.kernels.few_rows
   microbatches: int | None = None  # of a pipeline; None: one for each stage
   repeats: int = 1  # rounds of a pipeline
@@ -70,10 +69,8 @@ class Execution:
     return dict(matmul=self.matmul, kernel=self.weights_kernel, **self.dtypes)
 
   @property
-  def cache_form(self) -> tuple[jnp.dtype, int]:
-    """The dtype of a cache, and the groups of its kv heads."""
-    dtype = jnp.dtype(jnp.int8) if self.narrow_cache else self.dtype
-    return dtype, self.head_groups
+  def cache_dtype(self) -> jnp.dtype:
+    return jnp.dtype(jnp.int8) if self.narrow_cache else self.dtype
 
 
 # What is kept of a block besides its input, by `training.remat`.

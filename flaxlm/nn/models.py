@@ -69,7 +69,7 @@ def init_cache(model: LanguageModel, batch: int, slots: int) -> Any:
   """
   if model.cfg.family == "rnn":
     return init_rnn_cache(model.cfg, batch)
-  return empty_cache(model.cfg, batch, slots, *model.execution.cache_form)
+  return empty_cache(model.cfg, batch, slots, model.execution.cache_dtype)
 
 
 class Decoder(LanguageModel):
@@ -158,7 +158,7 @@ class EncoderDecoder(LanguageModel):
       segments_BS = jnp.ones_like(source.tokens_BS)
     source_BSD = self.encode(source._replace(segments_BS=segments_BS)).value
     known = self.decoder.source_cache(source_BSD, segments_BS)
-    empty = empty_cache(self.cfg, batch, slots, *self.execution.cache_form)
+    empty = empty_cache(self.cfg, batch, slots, self.execution.cache_dtype)
     return empty._replace(source=known)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from flaxlm.config import ResolvedModel
 from flaxlm.nn.block import Block, LayerContext, LayerOutput, on_share, on_whole_rows
-from flaxlm.nn.cache import KVCache, SourceCache, cached_keys, grouped, num_slots
+from flaxlm.nn.cache import KVCache, SourceCache, cached_keys, num_slots
 from flaxlm.nn.execution import (
   Execution,
   Layer,
@@ -319,8 +319,7 @@ class Stack(nn.Module):
     for params in split_blocks(self.blocks.variables["params"], self.cfg.depth):
       variables = {"params": params}
       kv = block.apply(variables, source_BSD, method="source_keys_values")
-      groups = self.execution.head_groups
-      layers.append(tuple(grouped(x.swapaxes(1, 2), groups) for x in kv))
+      layers.append(tuple(x.swapaxes(1, 2) for x in kv))
     return SourceCache(tuple(layers), segments_BS)
 
 

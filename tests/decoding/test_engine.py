@@ -120,7 +120,7 @@ def expected(name: str, of: int) -> list[int]:
 def small_model(name: str) -> tuple[Any, Any]:
   if name == "int8":
     model, params = model_of("gqa")
-    execution = dataclasses.replace(model.execution, narrow_cache=True, head_groups=2)
+    execution = dataclasses.replace(model.execution, narrow_cache=True)
     return model.clone(execution=execution), params
   if name in FAMILIES:
     model = build_model(FAMILIES[name])

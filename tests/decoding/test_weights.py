@@ -225,24 +225,6 @@ def test_narrow_weights_are_never_wide_together(optimized, batch: int):
   assert memory.temp_size_in_bytes < 1.5 * largest + 100_000 < whole / 2
 
 
-@pytest.mark.parametrize(
-  ("processors", "num_kv_heads", "head_dim", "groups"),
-  [
-    (2, 12, 64, 2),
-    (2, 3, 128, 3),  # no two are equal
-    (16, 12, 64, 12),
-    (16, 32, 128, 8),  # more would not be noticed
-    (2, 1, 256, 1),
-    (2, 4, 32, 1),  # too little to read
-  ],
-)
-def test_on_a_cpu_the_heads_of_a_cache_are_shared_out(
-  processors, num_kv_heads, head_dim, groups, monkeypatch
-):
-  monkeypatch.setattr(loading, "num_processors", lambda: processors)
-  assert loading.head_groups(num_kv_heads, head_dim) == groups
-
-
 # Decoding in bfloat16 on one TPU with int8 weights and an int8 cache: the bytes of
 # temporaries, the peak, and what the plan says.
 COMPILE = """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cache answers as the whole text: in rings, in groups of heads, in int8."""
+"""Rings: a local layer's cache of its window alone gives the results of a full cache."""
 
 import dataclasses
 from typing import Any
@@ -13,8 +13,7 @@ from parameters import random_params
 from flaxlm.config import ModelConfig
 from flaxlm.config import model as model_config
 from flaxlm.nn import cache
-from flaxlm.nn.base import Source
-from flaxlm.nn.cache import empty_cache, groups_of, slot_in_ring, tokens_in_ring
+from flaxlm.nn.cache import empty_cache, slot_in_ring, tokens_in_ring
 from flaxlm.nn.models import build_model, init_cache
 
 SIZES = dict(depth=3, width=16, num_heads=2, vocab_size=32, context=128, window=5)
@@ -72,45 +71,6 @@ def test_a_ring_answers_as_the_whole_text(small_rings, name):
       back = rng.integers(0, 4, 2) * (done_B > 3)
       done_B -= back
       state = state._replace(lengths_B=jnp.asarray(done_B, jnp.int32))
-
-
-GROUPED = {
-  "rings": dict(window=5, layer_pattern="LG"),
-  "alibi": dict(positions="alibi"),
-  "learned_sinks": dict(learned_sinks=True, attention_softcap=9.0, num_kv_heads=2),
-  "relative": dict(family="encoder_decoder", encoder_depth=1, positions="relative"),
-}
-
-
-@pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("name", GROUPED)
-def test_kv_heads_in_arrays_of_their_own_answer_as_in_one(name, narrow):
-  sizes = dict(depth=2, width=32, num_heads=4, vocab_size=32, context=64)
-  whole = build_model(ModelConfig(**sizes | GROUPED[name]))
-  params = random_params(whole, spread=0.4)
-  tokens_BT = np.random.default_rng(0).integers(1, 32, (3, 9))
-  found = []
-  for groups in (1, 2):
-    execution = dataclasses.replace(
-      whole.execution, narrow_cache=narrow, head_groups=groups
-    )
-    model = whole.clone(execution=execution)
-    if whole.cfg.family == "decoder":
-      state = init_cache(model, 3, 16)
-    else:
-      state = model.apply({"params": params}, Source(tokens_BT), 16, method="start")
-    assert len(groups_of(state.layers[0][0])) == groups
-    for start, end in ((0, 7), (7, 8), (8, 9)):
-      output = model.apply({"params": params}, tokens_BT[:, start:end], cache=state)
-      state = output.cache
-      found.append(output.value)
-    captured = model.apply(
-      {"params": params}, tokens_BT[:, -1:], cache=state, capture=True
-    ).attention
-    found += jax.tree.leaves(captured)
-  half = len(found) // 2
-  for one, several in zip(found[:half], found[half:], strict=True):
-    np.testing.assert_allclose(several, one, atol=2e-5)
 
 
 def test_the_memory_of_a_local_layer_does_not_grow_with_the_text():
