@@ -32,6 +32,8 @@ def add_plan(commands: Any) -> None:
   flag("--decode", bool, "also the speed of decoding")
   flag("--no-training", bool, "decode: leave out what is about training")
   flag("--batch", list[int], "decode: rows")
+  text = "decode: milliseconds for a token at most, instead of rows: as many as keep to it"
+  flag("--latency", float, text, metavar="MS")
   flag("--context", list[int], "decode: tokens")
   flag(
     "--weights", ("float32", "bfloat16", "int8", "int4"), "decode: dtype of the matrices"
@@ -58,15 +60,26 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
   leave_out_absent_tpu(os.environ)
   cfg = read_config(arguments)
   config, overrides = name_and_overrides(arguments)
-  numbers = ("devices", "network", "power", "tokens", "data_tokens_per_second", "price")
+  numbers = (
+    "devices",
+    "network",
+    "power",
+    "tokens",
+    "data_tokens_per_second",
+    "price",
+    "latency",
+  )
   for name in (*numbers, "batch", "context"):
     given = getattr(args, name)
     for value in given if isinstance(given, list) else [given]:
       if value is not None and not 0 < value < math.inf:
         name = name.replace("_", "-")
         raise ConfigError(f"{name} is {value}", "it must be a number, more than 0")
-  if not args.decode and (args.weights or args.cache):
-    raise ConfigError("--weights and --cache are about decoding", "add --decode")
+  if not args.decode and (args.weights or args.cache or args.latency):
+    names = "--weights, --cache and --latency"
+    raise ConfigError(f"{names} are about decoding", "add --decode")
+  if args.latency and args.batch:
+    raise ConfigError("--latency and --batch", "give one of them")
   if args.no_training:
     check_decoding_alone(args)
   questions = Questions(
@@ -76,6 +89,7 @@ def run_plan(args: argparse.Namespace, arguments: list[str]) -> int:
     compiled=args.compile,
     searched=args.search,
     batches=(args.batch or [1, 8, 64]) if args.decode else [],
+    latency=args.latency and args.latency / 1000,
     contexts=args.context or None,
     stored=Stored(args.weights, args.cache),
     tokens=args.tokens,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding on paper: each step reads the weights and the cache, and memory limits it."""
 
+import bisect
 import dataclasses
 import math
 
@@ -15,6 +16,7 @@ from flaxlm.cost import (
   weight_bytes,
 )
 from flaxlm.devices import Device
+from flaxlm.errors import ConfigError
 from flaxlm.planning.memory import Sizes, cache_copies, decoding_memory
 from flaxlm.planning.network import axis_bandwidth
 from flaxlm.planning.roofline import memory_seconds, seconds_of
@@ -25,6 +27,9 @@ from flaxlm.sharding import batch_shards, kv_parts
 # 15 and 9 on an H100). On a CPU products with weights are not among them: their measured
 # rates include what a call costs.
 OPERATIONS = {"cpu": (23, 32), "gpu": (14, 9)}
+
+
+MOST_ROWS = 2**20  # per device, of a batch for a latency
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +96,41 @@ def plan_decoding(
     limited_by=None if seconds is None else max(known, key=lambda name: known[name]),
     stored=stored,
   )
+
+
+def most_rows(
+  cfg: ResolvedConfig,
+  sizes: Sizes,
+  device: Device,
+  context: int,
+  stored: Stored,
+  latency: float,
+) -> DecodePoint | None:
+  """The point of the most rows that fit and get a token each in `latency` seconds at most;
+  None if one row for each device does not.
+
+  Rows are a multiple of the devices that share them. Raises `ConfigError` if the time or
+  the memory of the device is not known.
+  """
+  shards = batch_shards(sizes)
+
+  def point(rows: int) -> DecodePoint:
+    return plan_decoding(cfg, sizes, device, rows * shards, context, stored)
+
+  first = point(1)
+  if first.seconds is None or first.fits is None:
+    raise ConfigError(
+      f"a latency needs times and memory, which are not known of {device.name}",
+      "name another --device",
+    )
+  keeps = lambda rows: (at := point(rows)).fits and (at.seconds or 0) <= latency
+  if not keeps(1):
+    return None
+  too_many = 2
+  while too_many < MOST_ROWS and keeps(too_many):
+    too_many *= 2
+  found = bisect.bisect_left(range(too_many), True, lo=1, key=lambda rows: not keeps(rows))
+  return point(found - 1)
 
 
 def _decode_times(

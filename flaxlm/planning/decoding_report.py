@@ -35,6 +35,7 @@ class DecodingReport:
   device: Device
   sizes: Sizes
   points: Sequence[DecodePoint]
+  latency: float | None = None  # what was asked for
 
   @property
   def fits(self) -> bool | None:
@@ -64,13 +65,20 @@ def print_decoding(report: DecodingReport, out: TextIO) -> None:
   total = sum(parameters(report.cfg.model).values())
   mesh = describe_mesh(report.sizes, slow_axes(report.cfg.mesh))
   console.print(f"{name} on {report.device.name}, mesh {mesh}: {total:,} parameters\n")
-  print_points(console, report.points)
+  print_points(console, report.points, report.latency)
   print(decoding_verdict(report.points, report.device), file=out)
 
 
-def print_points(console: Console, points: Sequence[DecodePoint]) -> None:
+def print_points(
+  console: Console, points: Sequence[DecodePoint], latency: float | None
+) -> None:
+  """The points as a table, and for which of them no row keeps to the `latency`."""
   rows = ([cell(point) for cell in COLUMNS.values()] for point in points)
   print_table(console, "Decoding, from the bandwidth roofline", [*COLUMNS], rows)
+  for point in points:
+    if latency is not None and (point.seconds or 0) > latency:
+      text = f"no row of {point.context:,} tokens gets a token within {duration(latency)}"
+      console.print(f"{text}: fewer bytes (--weights, --cache) or more members of tensor")
 
 
 def decoding_verdict(points: Sequence[DecodePoint], device: Device) -> str:

@@ -2,6 +2,7 @@
 """`flaxlm plan`: answers what the command line asks about a config on a mesh of devices."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -9,14 +10,20 @@ from flaxlm.config import Config, MeshConfig, ResolvedConfig, mesh_shape
 from flaxlm.devices import ANY, Device, find_device
 from flaxlm.errors import ConfigError
 from flaxlm.planning.compile import CompiledStep, compile_step, compiled_kernel
-from flaxlm.planning.decoding import AS_COMPUTED, DecodePoint, Stored, plan_decoding
+from flaxlm.planning.decoding import (
+  AS_COMPUTED,
+  DecodePoint,
+  Stored,
+  most_rows,
+  plan_decoding,
+)
 from flaxlm.planning.decoding_report import DecodingReport
 from flaxlm.planning.learning import find_learning
 from flaxlm.planning.memory import Sizes, check_layout
 from flaxlm.planning.report import Report
 from flaxlm.planning.roofline import Plan, plan_training
 from flaxlm.planning.search import cheapest_fit, nearest, search
-from flaxlm.sharding import offering
+from flaxlm.sharding import batch_shards, offering
 from flaxlm.tokenizers import expected_vocab_size
 
 
@@ -30,6 +37,7 @@ class Questions:
   compiled: bool = False
   searched: bool = False
   batches: Sequence[int] = ()  # to decode with
+  latency: float | None = None  # seconds for a token, instead of batches to decode with
   contexts: Sequence[int] | None = None  # None: three, up to the model's
   stored: Stored = AS_COMPUTED  # while decoding
   tokens: float | None = None  # to train on
@@ -81,6 +89,7 @@ def plan(cfg: ResolvedConfig, asked: Questions) -> Report:
     choices=choices,
     drawing=drawing,
     decoding=points_asked(cfg, found.sizes, device, asked, context),
+    latency=asked.latency,
     compiled=compiled,
   )
 
@@ -109,7 +118,9 @@ def plan_serving(cfg: Config, asked: Questions) -> DecodingReport:
   sizes = mesh_shape(asked.mesh, number)
   padded = dataclasses.replace(resolved, model=resolved.model.padded(sizes["tensor"]))
   points = points_asked(padded, sizes, device, asked, resolved.model.context)
-  return DecodingReport(cfg=padded, device=device, sizes=sizes, points=points)
+  return DecodingReport(
+    cfg=padded, device=device, sizes=sizes, points=points, latency=asked.latency
+  )
 
 
 def device_asked(asked: Questions) -> Device:
@@ -124,13 +135,15 @@ def points_asked(
   cfg: ResolvedConfig, sizes: Sizes, device: Device, asked: Questions, context: int
 ) -> list[DecodePoint]:
   """A point of decoding for each batch and each context; by default three, up to the
-  model's."""
+  model's. For a latency, a point of the most rows that keep to it, or else of one row for
+  each device, which shows by how much it does not."""
   three = {max(1, context // 16), max(1, context // 4), context}
-  return [
-    plan_decoding(cfg, sizes, device, batch, length, asked.stored)
-    for batch in asked.batches
-    for length in asked.contexts or sorted(three)
-  ]
+  lengths = asked.contexts or sorted(three)
+  at = functools.partial(plan_decoding, cfg, sizes, device, stored=asked.stored)
+  if asked.latency is None:
+    return [at(batch, length) for batch in asked.batches for length in lengths]
+  most = functools.partial(most_rows, cfg, sizes, device, stored=asked.stored)
+  return [most(n, latency=asked.latency) or at(batch_shards(sizes), n) for n in lengths]
 
 
 def nothing_found(cfg: ResolvedConfig, device: Device, number: int) -> ConfigError:

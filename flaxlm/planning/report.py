@@ -45,6 +45,7 @@ class Report:
   cure: Plan | None = None  # the cheapest change that fits, if the plan does not
   choices: Sequence[Plan] = ()
   decoding: Sequence[DecodePoint] = ()
+  latency: float | None = None  # of decoding, as it was asked for
   compiled: CompiledStep | None = None
   drawing: DecodePoint | None = None  # a token of each completion to learn from
 
@@ -188,7 +189,7 @@ def print_report(report: Report, out: TextIO) -> None:
     print_table(console, "What learns", ("", ""), learning_rows(report.learning), left=2)
   print_table(console, "A step", ("", ""), _time(report))
   if report.decoding:
-    print_points(console, report.decoding)
+    print_points(console, report.decoding, report.latency)
   if report.choices:
     best = report.choices[:MOST_CHOICES]
     title = f"Best {len(best)} of {len(report.choices)} ways to run it"

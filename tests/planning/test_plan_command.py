@@ -137,6 +137,31 @@ def test_decoding_alone_asks_nothing_of_training(plan, config, capsys):
   assert "--search is about training" in capsys.readouterr().err
 
 
+def test_a_latency_is_answered_by_the_most_rows_that_keep_to_it(plan, config, capsys):
+  asked = ("--mesh", "data=2,tensor=4", "--device", "h200", "--decode", "--no-training")
+  lengths = ("--context=8192", "--context=131072")
+  points = plan(*asked, *lengths, "--latency=9")["decode"]
+  for point in points:
+    assert point["fits"] and point["seconds"] <= 9e-3 and point["batch"] % 2 == 0
+    rows = f"--batch={point['batch'] + 2}"
+    [more] = plan(*asked, rows, f"--context={point['context']}")["decode"]
+    assert more["seconds"] > 9e-3 or not more["fits"]
+  assert points[0]["batch"] > points[1]["batch"] > 2
+  # A long one is bound by memory; a row for each device shows by how much a short one
+  # fails.
+  [slow] = plan(*asked, "--context=8192", "--latency=9000")["decode"]
+  assert slow["fits"] and slow["batch"] > points[0]["batch"]
+  [fast] = plan(*asked, "--context=8192", "--latency=0.01")["decode"]
+  assert fast["batch"] == 2 and fast["seconds"] > 1e-5
+  assert main(["plan", config, *asked, "--context=8192", "--latency=0.01"]) == 0
+  assert "no row of 8,192 tokens gets a token within" in capsys.readouterr().out
+  assert main(["plan", config, *asked, "--latency=9", "--batch=4"]) == 2
+  assert main(["plan", config, *asked, "--device=cpu", "--latency=9"]) == 2
+  assert "name another --device" in capsys.readouterr().err
+  assert main(["plan", config, "--latency=9"]) == 2
+  assert "add --decode" in capsys.readouterr().err
+
+
 def test_fewer_watts_make_a_longer_step(plan):
   asked = ("--mesh", "fsdp=8", "--device", "h200", "--training.remat=full")
   full, held = plan(*asked)["seconds_by_part"], plan(*asked, "--power=350")
