@@ -408,3 +408,14 @@ def test_metrics_are_as_the_documents_say(trained: Path):
   for name in ("train/loss", "eval/loss", "eval/bits_per_byte"):
     assert any(name in record for record in records)
     assert f"`{name}`" in page
+
+
+def test_pictures_are_those_that_the_script_makes():
+  shown = {
+    (page.parent / name).resolve()
+    for page in PAGES
+    for name in re.findall(r"[(\"]([^()\"]+\.png)[)\"]", page.read_text("utf-8"))
+  }
+  script = runpy.run_path(str(ROOT / "docs" / "make_pictures.py"))
+  made = {script["FOLDER"] / f"{name}.png" for name in script["PICTURES"]}
+  assert shown == made == set(script["FOLDER"].iterdir())
