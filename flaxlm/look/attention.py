@@ -111,7 +111,11 @@ def look_attention(
 
 def notes_of(run: Run, steps: int) -> list[str]:
   cfg = run.model.cfg
-  notes = [f"{run.path} at step {run.step}, model.family={cfg.family}"]
+  notes = [
+    f"{run.path} at step {run.step}, model.family={cfg.family}",
+    "In a head each token (down) looks at others (across): the darker, the more. What it "
+    "looks at is mixed into it. `flaxlm look story` tells how, from the beginning.",
+  ]
   if cfg.num_kv_heads != cfg.num_heads:
     group = cfg.num_heads // cfg.num_kv_heads
     notes.append(f"{group} query heads share each key/value head.")

@@ -33,7 +33,8 @@ TURNED, UNSTRETCHED = "as the model rotates", "before stretching"
 
 SAYS = {
   "rope": "Each pair of dims of queries and keys is rotated by an angle that grows with "
-  "the position, so that a score depends only on the distance (Su et al., 2021).",
+  "the position, so that it matters to a score only how far apart two tokens are, not "
+  "where they stand (Su et al., 2021).",
   "learned": "A trained vector for each position is added to the embedded token.",
   "sinusoidal": "A fixed vector of sines and cosines for each position is added to the "
   "embedded token (Vaswani et al., 2017).",

@@ -89,13 +89,21 @@ def tell_ids(scene: Scene) -> dict[str, Any]:
     f"A model computes with numbers, so the text is first cut into tokens: pieces of a "
     f"fixed list of {run.tokenizer.vocab_size:,}. Each piece has a number, its id. The cut "
     f"was made by {METHODS.get(method, method)}; this text became "
-    f"{len(scene.row)} tokens. Choose one to see its bytes."
+    f"{len(scene.row)} tokens. Choose one to see its bytes. In the names of tokens · is a "
+    "blank, ↵ a new line, and \\x with two digits a byte that is part of a character."
   ]
+  first = scene.row[0]
+  if not first.hex and scene.run.model.cfg.family != "encoder":
+    says.append(
+      f"You did not type {first.label}. It stood between the texts that the model learnt "
+      "from, so in the first place it says that a text begins."
+    )
   if words:
     says.append(
-      "Byte pair encoding starts from single letters and joins two neighbours at a time, "
-      "the pair that it learnt earliest first. The small numbers say when: 0 was the most "
-      "frequent pair of all in the text that it was trained on."
+      "Byte pair encoding starts from single bytes, which are letters in English, and "
+      "joins two neighbours at a time, the pair that it learnt earliest first. The "
+      "number of a merge says when: 0 was the most frequent pair in the texts that the "
+      "list was made of."
     )
   if scene.source:
     says.append(f"The encoder reads a source of {len(scene.source)} tokens of its own.")
@@ -139,10 +147,12 @@ def tell_vectors(scene: Scene) -> dict[str, Any]:
     for id_, ids, cosines in zip(known, near_RC, cosines_RC, strict=True)
   }
   says = [
-    f"An id says nothing by itself, so the model looks up a vector for it: a row of "
-    f"{D} trained numbers. At first these were random. Training moves tokens that are used "
-    "alike towards each other, so the nearest rows show what the model takes for similar "
-    "(cosine 1 is the same direction, 0 none in common)."
+    f"An id says nothing by itself, so the model looks up a vector for it: a row of {D} "
+    "trained numbers. All rows together are the embedding. At first these were random. "
+    "Training moves tokens that are used alike towards each other, so the nearest rows "
+    "show what the model takes for similar (cosine 1 is the same direction, 0 none in "
+    "common, -1 the opposite). In the strip numbers above and below 0 have two colours, "
+    "the stronger the larger."
   ]
   return {
     "key": "vectors",
@@ -164,12 +174,18 @@ def tell_positions(scene: Scene) -> dict[str, Any]:
     "The same words in another order mean something else, and attention by itself does not "
     f"see the order. {SAYS[cfg.positions]}"
   ]
+  if cfg.positions in ("rope", "alibi", "relative"):
+    says.append(
+      "The next chapter shows where that happens: each token makes a query and a key, two "
+      "vectors, and the product of one token's query with another's key is a score, which "
+      "says how much the one looks at the other."
+    )
   lengths = None
   if cfg.positions in ("learned", "sinusoidal") and not cfg.embedding_norm:
     embedded_TD, placed_TD = scene.seen["embedded"], scene.seen["stream"][0]
     lengths = [np.linalg.norm(x, axis=-1) for x in (embedded_TD, placed_TD - embedded_TD)]
     says.append("Below: how long each token's vector is, and the one that is added to it.")
-  title = "The order is added"
+  title = "Where each token stands"
   return {
     "key": "positions",
     "title": title,
@@ -186,9 +202,14 @@ def tell_block(scene: Scene) -> dict[str, Any]:
   cfg, seen = scene.run.model.cfg, scene.seen
   says = [
     f"The vectors now pass {cfg.depth} layers; this is layer {scene.layer}, counted from "
-    f"0. In each of its {cfg.num_heads} heads every token asks with a query, offers a key, "
-    "and carries a value. Where a query and a key point the same way (a large q·k), the "
-    "softmax gives much weight, and so much of that token's value is mixed in.",
+    f"0 (`--layer` opens another). In each of its {cfg.num_heads} heads three trained "
+    "matrices make three shorter vectors of each token's: a query, what it looks for; a "
+    "key, what it offers; and a value, what it has to tell. Where a query and a key "
+    "point the same way, their product q·k, the score, is large. The softmax (chapter "
+    "6) turns the scores of one query into weights that add up to 100 %, and so much of "
+    "each token's value is mixed and added to the vector of the token that asked.",
+    "Heads learn different habits. A head that finds nothing to its taste often looks at "
+    "the first token: its value adds little (Xiao et al., 2023).",
   ]
   if cfg.family in ("decoder", "encoder_decoder"):
     says.append(
@@ -229,8 +250,9 @@ def tell_block(scene: Scene) -> dict[str, Any]:
     }
   else:
     says.append(
-      f"Then each token by itself goes through {cfg.ffn_width} neurons. A neuron that "
-      "fires strongly has found a pattern, and adds what it has learnt to say about it."
+      f"Then each token by itself goes through {cfg.ffn_width} neurons. A neuron whose "
+      "number is far from 0 has found a pattern, and adds what it has learnt to say about "
+      "it, or takes it away (below 0)."
     )
     chapter["neurons"] = strongest_neurons(seen["neurons"].astype(np.float32))
   return chapter
@@ -282,10 +304,11 @@ def tell_lens(scene: Scene) -> dict[str, Any]:
   names = describe(scene.run.tokenizer, np.unique(ids_LTX))
   what = "its guess for the mask" if scene.run.cfg.model.family == "encoder" else "next"
   says = [
-    "Every layer adds to one vector per token, the residual stream. One can ask at any "
-    f"depth what the model would say {what} if it stopped there: the last norm and the "
-    "output head read the stream early (the logit lens). Often the first layers answer "
-    "with the token itself or at random, and the answer takes shape on the way up."
+    "Every layer adds to one vector per token, the residual stream. What makes scores of "
+    "all tokens from that vector stands behind the last layer (a norm, and the output "
+    "head), but one can let it read the stream earlier, and so ask at any depth what the "
+    f"model would say {what} if it stopped there: the logit lens. Often the first layers "
+    "answer with the token itself or at random, and the answer takes shape on the way up."
   ]
   return {
     "key": "lens",
@@ -306,7 +329,8 @@ def tell_softmax(scene: Scene) -> dict[str, Any]:
   best = np.argsort(-logits_V, kind="stable")[:NUM_NAMED]
   says = [
     f"At the end each of the {run.num_ids:,} tokens has a score, its logit. The softmax "
-    "turns scores into probabilities: e to the power of each, divided by their sum. A "
+    "turns scores into probabilities: e to the power of each, divided by the sum of these "
+    "powers, so that they add up to 100 %. A "
     "temperature divides the logits first: low ones favour the best token, high ones make "
     "all more alike. Top-k keeps the k likeliest, top-p the fewest whose probabilities add "
     "up to p; the struck-out ones cannot be drawn. Move the sliders."
@@ -337,7 +361,8 @@ def tell_rounds(scene: Scene) -> dict[str, Any]:
     says = [
       f"One token is taken, here {how}. It is put at the end of the text, and all of the "
       "above happens again, with one token more: that is how a completion is written. "
-      "Step through it: buttons, or arrow keys."
+      "Step through it: buttons, or arrow keys. How good it is depends on the model's size "
+      f"and on how long it has learnt: this one took {scene.run.step:,} steps."
     ]
   return {"key": "rounds", "title": title, "says": says}
 
@@ -355,7 +380,7 @@ def tell_cost(scene: Scene, cards: Mapping[str, ResolvedConfig]) -> dict[str, An
     f"This model has {own['parameters']:,} trained numbers, {size(own['weight_bytes'])}. "
     f"A token costs about {own['flops_per_token']:,.0f} floating-point operations to read "
     f"and three times that to learn from; a training step of this run needs "
-    f"{size(own['training_bytes'])}. While it writes, it keeps "
+    f"{size(own['training_bytes'])} of memory. While it writes, it keeps "
     + (
       f"one state of {size(own['cache_bytes'])}, however long the text is."
       if scene.run.model.cfg.family == "rnn"
@@ -364,8 +389,11 @@ def tell_cost(scene: Scene, cards: Mapping[str, ResolvedConfig]) -> dict[str, An
   ]
   if others:
     says.append(
-      f"Large models do the same with more numbers. `flaxlm plan {others[0]['name']} "
-      "--mesh fsdp=512 --device h200` says what such a one costs to train."
+      "Large models do the same with more numbers (G: a thousand million; ffn: the "
+      "neurons; cache: the keys and values that are kept; FLOPs: additions and "
+      "multiplications), which may be stored in fewer bytes each. `flaxlm plan "
+      f"{others[0]['name']} --mesh fsdp=512 --device h200` says what such a one costs to "
+      "train."
     )
   return {"key": "cost", "title": "What it costs", "says": says, "costs": [own, *others]}
 

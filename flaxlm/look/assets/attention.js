@@ -183,8 +183,8 @@ async function drawView(view, page) {
       const entry = map.perHead[state.layer * map.N + state.head];
       const kind = map.layer_kinds[state.layer];
       title.textContent = `Layer ${entry.layer}, head ${entry.head}${kind ? ` (${kind})` : ""}: ${entry.looks_at}`;
-      facts.textContent = `Entropy ${show(entry.entropy)} bits, as of ${show(2 ** entry.entropy)} tokens evenly`
-        + (entry.distance === undefined ? "." : `; ${show(entry.distance)} tokens away in the mean.`);
+      facts.textContent = `As widely spread as an even look at ${show(2 ** entry.entropy)} tokens (${show(entry.entropy)} bits)`
+        + (entry.distance === undefined ? "." : `, which are ${show(entry.distance)} tokens away on average.`);
       redraw();
     }
     drawn(refresh);

@@ -14,7 +14,7 @@ async function drawView(view, page) {
       const pick = el("select", { "aria-label": "word", onchange: () => tell() },
         ...chapter.words.map((word, n) => el("option", { value: String(n), textContent: word[0].pieces.join("") })));
       const tell = () => list.replaceChildren(el("div", { class: "merges" }, ...chapter.words[Number(pick.value)].flatMap((state) => [
-        el("span", { class: "note", textContent: state.rank === null ? "letters" : `merge ${state.rank.toLocaleString("en")}` }),
+        el("span", { class: "note", textContent: state.rank === null ? "bytes" : `merge ${state.rank.toLocaleString("en")}` }),
         el("span", {}, ...state.pieces.map((piece) => el("span", { class: "token mono", textContent: piece }))),
       ])));
       const longest = chapter.words.reduce((a, word, n) => (word.length > chapter.words[a].length ? n : a), 0);
@@ -108,7 +108,7 @@ async function drawView(view, page) {
           const few = chapter.neurons[state.token];
           const top = Math.abs(few[0].value) || 1;
           inner.replaceChildren(note("Its strongest neurons, and where in the text each is strongest:"),
-            bars(few.map((one) => [`${one.neuron} (${tokens[one.peak].label} ${one.peak})`, Math.abs(one.value) / top, show(one.value)])));
+            bars(few.map((one) => [`neuron ${one.neuron}, most at “${tokens[one.peak].label}” (${one.peak})`, Math.abs(one.value) / top, show(one.value)])));
         }
         paintMap();
       }
@@ -175,7 +175,7 @@ async function drawView(view, page) {
         body.replaceChildren(list);
         const bits = chances.reduce((a, p) => a - (p > 0 ? p * Math.log2(p) : 0), 0);
         says.textContent = `${kept.toLocaleString("en")} of ${values.length.toLocaleString("en")} tokens can be drawn; `
-          + `before the cut they have ${percent(mass)} of the probability. Entropy: ${show(bits)} bits.`;
+          + `before the cut they have ${percent(mass)} of the probability. Entropy: ${show(bits)} bits, as if ${show(2 ** bits)} tokens were equally likely.`;
         body.dataset.best = chances[0].toPrecision(9);
         body.dataset.kept = String(kept);
       }
@@ -203,9 +203,9 @@ async function drawView(view, page) {
         back.setAttribute("aria-disabled", String(now === 0));
         on.setAttribute("aria-disabled", String(now === steps.length));
         const next = steps[now];
-        list.replaceChildren(note(next ? "What the model thinks comes here:" : "That is all it was asked for."), ...(next ? [
+        list.replaceChildren(note(next ? "What the model thinks comes here:" : "It was asked for no more."), ...(next ? [
           bars(next.best.map((one) => [one.id === next.id ? `${one.label} ✓` : one.label, one.chance / fullBar(next.best[0].chance), percent(one.chance)])),
-          note(`Taken: ${next.label}, probability ${percent(next.chance)}.`)] : []));
+          note(`Taken: “${next.label}”, probability ${percent(next.chance)}.`)] : []));
       }
       box.addEventListener("keydown", (event) => {
         const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
