@@ -114,7 +114,7 @@ def notes_of(run: Run, steps: int) -> list[str]:
   notes = [
     f"{run.path} at step {run.step}, model.family={cfg.family}",
     "In a head each token (down) looks at others (across): the darker, the more. What it "
-    "looks at is mixed into it. `flaxlm look story` tells how, from the beginning.",
+    "looks at is mixed into it. flaxlm look story tells how, from the beginning.",
   ]
   if cfg.num_kv_heads != cfg.num_heads:
     group = cfg.num_heads // cfg.num_kv_heads

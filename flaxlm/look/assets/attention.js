@@ -343,7 +343,7 @@ function linePane(map, state, weight, stay, hover) {
     const width = view.box.clientWidth;
     const most = Math.max(map.T, map.S);
     const row = state.whole ? Math.min(ROW, 620 / most) : ROW;
-    const column = (pieces) => Math.min(16 + 7.3 * lengths(pieces), 0.36 * width);
+    const column = (pieces) => Math.min(28 + 7.3 * lengths(pieces), 0.36 * width);
     frame = { row, left: column(map.queries), right: width - column(map.keys) };
     const seen = view.open(1, most * row);
     const { pen, top } = seen;
