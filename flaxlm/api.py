@@ -324,11 +324,14 @@ class Model:
     embeddings are those of the model, whatever it reads. Raises `ConfigError`.
     """
     run = self.run
+    for name, value in (("text", text), ("source", source)):
+      if value is not None and not isinstance(value, str):
+        raise ConfigError(f"{name} is {reprlib.repr(value)}", "use a string")
     if subject == "embeddings":
       if text is not None or source is not None:
         raise ConfigError("the embeddings are of no text", "leave it out")
       return Picture(*look_embeddings(run))
-    if subject not in MOST_SEEN:
+    if subject not in [*MOST_SEEN]:  # which compares, and hashes nothing
       known = ", ".join((*MOST_SEEN, "embeddings"))
       raise ConfigError(f"there is no picture of {subject!r}", f"there are {known}")
     if subject == "attention":
@@ -384,6 +387,8 @@ class Picture(View):
 
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes a .html or .png file. Raises `ConfigError` if it cannot be written."""
+    if not isinstance(path, (str, os.PathLike)):
+      raise ConfigError(f"the path of a picture is {reprlib.repr(path)}", "use a string")
     check_output(Path(path))
     save_view(self, Path(path))
 

@@ -434,6 +434,8 @@ def test_a_picture_of_nothing_is_refused(decoder: Model, models: dict[str, Model
     (("embedding",), "there is no picture of 'embedding'"),
     (("embeddings", "ab"), "the embeddings are of no text"),
     (("attention",), "there is no text"),
+    (([],), r"there is no picture of \[\]"),
+    (("tokens", b"ab"), "text is b'ab'"),
   ):
     with pytest.raises(ConfigError, match=said):
       decoder.look(*arguments)
@@ -441,6 +443,10 @@ def test_a_picture_of_nothing_is_refused(decoder: Model, models: dict[str, Model
     models["rnn"].look("attention", "ab")
   with pytest.raises(ConfigError, match=r"neither \.html nor \.png"):
     decoder.look("tokens", "ab").save("page.pdf")
+  with pytest.raises(ConfigError, match="source is 5"):
+    models["encoder_decoder"].look("tokens", "ab", source=5)  # type: ignore[arg-type]
+  with pytest.raises(ConfigError, match="the path of a picture is 5"):
+    decoder.look("tokens", "ab").save(5)  # type: ignore[arg-type]
 
 
 def test_a_table_of_int8_is_read_with_its_scales(folder: Path):

@@ -33,6 +33,8 @@ def check_config(cfg: Config) -> None:
 
 def check_types(cfg: Config) -> None:
   """The same of the types alone, which a Python file may have wrong."""
+  if not isinstance(cfg, Config):
+    raise ConfigError(f"the config is {reprlib.repr(cfg)}", "use a Config of flaxlm.config")
   _refuse(list(_wrong_types(cfg)))
 
 

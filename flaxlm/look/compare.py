@@ -12,10 +12,10 @@ from flaxlm.checkpoint.manifest import digest
 from flaxlm.config import Config, ResolvedConfig, knobs
 from flaxlm.cost import parameters
 from flaxlm.errors import ConfigError
-from flaxlm.look.metrics import CHARTS, Curves
+from flaxlm.look.metrics import CHARTS, Curves, left_out
 from flaxlm.look.runs import chosen_fields, figures_of, measured, value_of
 from flaxlm.look.view import View, line_chart
-from flaxlm.runs import TOKENIZER, load_config_of
+from flaxlm.runs import METRICS, TOKENIZER, load_config_of
 
 MOST_RUNS = 8  # there are so many colours
 BITS, GZIP = "eval/bits_per_byte", "eval/gzip_bits_per_byte"
@@ -99,7 +99,9 @@ def look_runs(paths: Sequence[Path]) -> View:
     "differences": {row["name"]: row["values"] for row in differences},
   }
   title = f"The runs {spoken([run.name for run in runs])}"
-  return View("runs", title, notes_of(runs, comparable), origins(runs), told, data)
+  cuts = notes_of(runs, comparable)
+  cuts += [line for run in runs for line in left_out(run.path / METRICS)]
+  return View("runs", title, cuts, origins(runs), told, data)
 
 
 def spoken(words: Sequence[str]) -> str:

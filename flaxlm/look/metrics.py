@@ -115,6 +115,8 @@ LAYERS = {
 LOAD = "eval/expert_load/"
 MOST_CURVES = 8  # in one chart: there are so many colours
 MOST_COLUMNS = 300  # of a map
+# What a line that is none says of itself; a step that is infinite overflows.
+NO_RECORD = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 
 def read_metrics(path: Path) -> Curves:
@@ -131,17 +133,32 @@ def read_metrics(path: Path) -> Curves:
 
 
 def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-  """(step, the rest) of each line of JSON; a line that a kill has cut is skipped."""
+  """(step, the rest) of each line of JSON; a line that a kill has cut is skipped, of which
+  `left_out` tells."""
   try:
     lines = path.read_text("utf-8", "replace").splitlines()
   except OSError:
     return []
   found = []
   for line in lines:
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+    with contextlib.suppress(*NO_RECORD):
       record = json.loads(line)
       found.append((int(record.pop("step")), record))
   return found
+
+
+def left_out(path: Path) -> list[str]:
+  """What is to be told of a file with lines that are no records; nothing if all are."""
+  try:
+    lines = [x for x in path.read_text("utf-8", "replace").splitlines() if x.strip()]
+  except OSError:
+    return []
+  number = len(lines) - len(read_lines(path))
+  if not number:
+    return []
+  if number == 1:
+    return [f"1 line of {path} is no record, and is left out."]
+  return [f"{number:,} lines of {path} are no records, and are left out."]
 
 
 # -- Charts of one run ---------------------------------------------------------------------

@@ -14,7 +14,7 @@ from flaxlm.config import (
   override,
 )
 from flaxlm.errors import CheckpointError
-from flaxlm.look.metrics import Curves, charts_of, read_lines, read_metrics
+from flaxlm.look.metrics import Curves, charts_of, left_out, read_lines, read_metrics
 from flaxlm.look.view import View
 from flaxlm.runs import LOG, METRICS, SAMPLE, SAMPLES, load_config_of
 
@@ -35,7 +35,8 @@ def look_run(path: Path) -> View:
     "config": config_rows(cfg),
     "log": last_lines(path / LOG),
   }
-  return View("run", f"The run {cfg.name}", [], notes, figures, data)
+  cuts = [line for name in (METRICS, SAMPLES) for line in left_out(path / name)]
+  return View("run", f"The run {cfg.name}", cuts, notes, figures, data)
 
 
 def measured(path: Path) -> Curves:

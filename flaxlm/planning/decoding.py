@@ -29,9 +29,6 @@ from flaxlm.sharding import batch_shards, kv_parts
 OPERATIONS = {"cpu": (23, 32), "gpu": (14, 9)}
 
 
-MOST_ROWS = 2**20  # per device, of a batch for a latency
-
-
 @dataclasses.dataclass(frozen=True)
 class Stored:
   """The dtypes that decoding keeps matrices and the cache in (`flaxlm infer --weights` and
@@ -127,7 +124,7 @@ def most_rows(
   if not keeps(1):
     return None
   too_many = 2
-  while too_many < MOST_ROWS and keeps(too_many):
+  while keeps(too_many):  # memory ends it: every row has logits
     too_many *= 2
   found = bisect.bisect_left(range(too_many), True, lo=1, key=lambda rows: not keeps(rows))
   return point(found - 1)

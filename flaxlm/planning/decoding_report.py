@@ -77,7 +77,7 @@ def print_points(
   print_table(console, "Decoding, from the bandwidth roofline", [*COLUMNS], rows)
   for point in points:
     if latency is not None and (point.seconds or 0) > latency:
-      text = f"no row of {point.context:,} tokens gets a token within {duration(latency)}"
+      text = f"no row of {point.context:,} tokens gets a token within {latency * 1e3:g} ms"
       console.print(f"{text}: fewer bytes (--weights, --cache) or more members of tensor")
 
 

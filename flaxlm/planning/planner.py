@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 
-from flaxlm.config import Config, MeshConfig, ResolvedConfig, mesh_shape
+from flaxlm.config import Config, MeshConfig, ResolvedConfig, ResolvedModel, mesh_shape
 from flaxlm.devices import ANY, Device, find_device
 from flaxlm.errors import ConfigError
 from flaxlm.planning.compile import CompiledStep, compile_step, compiled_kernel
@@ -137,6 +137,8 @@ def points_asked(
   """A point of decoding for each batch and each context; by default three, up to the
   model's. For a latency, a point of the most rows that keep to it, or else of one row for
   each device, which shows by how much it does not."""
+  if asked.batches or asked.latency is not None:
+    check_decoding(cfg.model, asked)
   three = {max(1, context // 16), max(1, context // 4), context}
   lengths = asked.contexts or sorted(three)
   at = functools.partial(plan_decoding, cfg, sizes, device, stored=asked.stored)
@@ -144,6 +146,31 @@ def points_asked(
     return [at(batch, length) for batch in asked.batches for length in lengths]
   most = functools.partial(most_rows, cfg, sizes, device, stored=asked.stored)
   return [most(n, latency=asked.latency) or at(batch_shards(sizes), n) for n in lengths]
+
+
+def check_decoding(model: ResolvedModel, asked: Questions) -> None:
+  """Raises `ConfigError` for what `flaxlm infer` refuses of a model, whatever the mesh."""
+  stored = asked.stored
+  if model.family == "encoder":
+    raise ConfigError(
+      "model.family=encoder decodes nothing", "leave --decode and --no-training out"
+    )
+  if model.family == "rnn" and (stored.weights or stored.cache):
+    raise ConfigError("an RNN has no narrow weights or cache", "leave the flags out")
+  longest = max(asked.contexts or [1])
+  if model.positions == "learned" and longest > model.context:
+    raise ConfigError(
+      f"context is {longest}, and the learned positions end at model.context="
+      f"{model.context}",
+      f"add --model.context={longest}",
+    )
+  inputs = [model.width, model.num_heads * model.head_dim]
+  if not model.moe.num_experts:
+    inputs.append(model.ffn_width)
+  odd = [number for number in inputs if number % 2]
+  if stored.weights == "int4" and odd:
+    cause = f"weights is 'int4': int4 needs an even number of inputs, not {odd[0]}"
+    raise ConfigError(cause, "int8 does not pair them")
 
 
 def nothing_found(cfg: ResolvedConfig, device: Device, number: int) -> ConfigError:

@@ -89,6 +89,8 @@ def train(cfg: Config, arguments: Sequence[str] = ()) -> int:
   begun = time.perf_counter()
   cfg = adopt(cfg)
   check_config(cfg)
+  if cfg.name is None:
+    raise ConfigError("name is none, and a run has one", 'as in Config(name="mine")')
   check_base(cfg)
   check_tracker(cfg)
   judge = find_judge(cfg)
@@ -355,6 +357,12 @@ def unreached(cfg: ResolvedConfig) -> Iterator[str]:
     yield (
       f"training.log_every_steps={cfg.training.log_every_steps} is more than "
       f"training.num_steps={num_steps}: no train/loss will be written"
+    )
+  every = cfg.training.sample_every_steps
+  if every is not None and every >= num_steps:
+    yield (
+      f"training.sample_every_steps={every} is not less than training.num_steps="
+      f"{num_steps}: there will be no sample but the last"
     )
 
 

@@ -249,6 +249,19 @@ def test_samples_over_time(tmp_path: Path):
   assert read_samples(tmp_path / "nowhere") == [] == [*read_metrics(tmp_path / "nowhere")]
 
 
+def test_lines_that_are_no_records_are_told_and_left_out(two: list[Path]):
+  before = look_run(two[0])
+  with (two[0] / METRICS).open("a") as file:
+    file.write('nonsense\n[1]\n{"train/loss": 1}\n{"step": Infinity}\n\n{"step": 7, "tr')
+  after = look_run(two[0])
+  assert before.figures == after.figures and not before.cuts
+  (said,) = after.cuts
+  assert said == f"5 lines of {two[0] / METRICS} are no records, and are left out."
+  assert said in look_runs(two).cuts
+  (two[0] / SAMPLES).write_text('{"step": 5, "sam')
+  assert any(cut.startswith("1 line of") for cut in look_run(two[0]).cuts)
+
+
 # -- Browsers ------------------------------------------------------------------------------
 
 

@@ -162,6 +162,34 @@ def test_a_latency_is_answered_by_the_most_rows_that_keep_to_it(plan, config, ca
   assert "add --decode" in capsys.readouterr().err
 
 
+def test_a_latency_that_only_memory_ends(capsys):
+  """A small model's rows are millions; and a latency is told as it was asked."""
+  asked = ("--decode", "--no-training", "--device=h200", "--context=16")
+  result, _ = plan_of(capsys, "rnn_lstm", *asked, "--latency=1e9")
+  (point,) = result["decode"]
+  more = f"--batch={point['batch'] + 1}"
+  assert point["fits"] and not plan_of(capsys, "rnn_lstm", *asked, more)[0]["fits"]
+  assert "within 1e-06 ms" in plan_of(capsys, "rnn_lstm", *asked, "--latency=1e-6")[1]
+
+
+@pytest.mark.parametrize(
+  ("arguments", "said"),
+  [
+    (("bert_tiny",), "model.family=encoder decodes nothing"),
+    (("rnn_lstm", "--weights=int4"), "an RNN has no narrow weights or cache"),
+    (("rnn_lstm", "--cache=int8"), "an RNN has no narrow weights or cache"),
+    (
+      ("stdlib_tiny", "--model.ffn-width=99", "--weights=int4"),
+      "even number of inputs, not 99",
+    ),
+    (("gpt2_124m", "--context=1025"), "add --model.context=1025"),
+  ],
+)
+def test_what_decoding_refuses_is_not_planned(arguments, said, capsys):
+  assert main(["plan", *arguments, "--decode", "--device=h200"]) == 2
+  assert said in capsys.readouterr().err
+
+
 def test_fewer_watts_make_a_longer_step(plan):
   asked = ("--mesh", "fsdp=8", "--device", "h200", "--training.remat=full")
   full, held = plan(*asked)["seconds_by_part"], plan(*asked, "--power=350")

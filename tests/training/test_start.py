@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run says at its start about what it will not reach, and about what has changed."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 
 from flaxlm.config import Config, ModelConfig, OptimizerConfig, TrainingConfig, override
-from flaxlm.training.loop import changes, report_start, unreached, unread
+from flaxlm.errors import ConfigError
+from flaxlm.training.loop import changes, report_start, train, unreached, unread
 from flaxlm.training.optimizer import build_schedule
 
 
@@ -45,6 +49,28 @@ def test_a_run_that_is_long_enough_says_nothing():
 def test_no_line_of_metrics_is_ever_due():
   (line,) = unreached(resolved(9, log_every_steps=10))
   assert "no train/loss will be written" in line
+
+
+def test_no_sample_is_due_before_the_last():
+  cfg = resolved(9)
+  for every, is_told in ((None, False), (8, False), (9, True), (50, True)):
+    training = dataclasses.replace(cfg.training, sample_every_steps=every)
+    lines = [*unreached(dataclasses.replace(cfg, training=training))]
+    assert ["no sample but the last" in line for line in lines] == [True] * is_told
+
+
+@pytest.mark.parametrize(
+  ("cfg", "said"),
+  [
+    ("stdlib_tiny", "the config is 'stdlib_tiny'"),
+    (None, "the config is None"),
+    (Config, "the config is <class"),
+    (Config(), "name is none"),
+  ],
+)
+def test_what_is_no_config_of_a_run_is_not_trained(cfg: Any, said: str):
+  with pytest.raises(ConfigError, match=said):
+    train(cfg)
 
 
 def test_a_run_at_its_end():
