@@ -54,6 +54,7 @@ def decoding_json(report: DecodingReport) -> dict[str, Any]:
     "parameters": sum(parameters(report.cfg.model).values()),
     "usable_bytes": report.device.usable_bytes,
     "fits": report.fits,
+    "latency_seconds": report.latency,
     "decode": [dataclasses.asdict(point) for point in report.points],
   }
 

@@ -143,6 +143,7 @@ def to_json(report: Report) -> dict[str, Any]:
       "seconds": report.drawing_seconds,
     }
   if report.decoding:
+    result["latency_seconds"] = report.latency
     result["decode"] = [dataclasses.asdict(point) for point in report.decoding]
   if report.compiled is not None:
     result["compiled"] = dataclasses.asdict(report.compiled) | {

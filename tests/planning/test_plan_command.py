@@ -140,7 +140,9 @@ def test_decoding_alone_asks_nothing_of_training(plan, config, capsys):
 def test_a_latency_is_answered_by_the_most_rows_that_keep_to_it(plan, config, capsys):
   asked = ("--mesh", "data=2,tensor=4", "--device", "h200", "--decode", "--no-training")
   lengths = ("--context=8192", "--context=131072")
-  points = plan(*asked, *lengths, "--latency=9")["decode"]
+  result = plan(*asked, *lengths, "--latency=9")
+  assert result["latency_seconds"] == 9e-3
+  points = result["decode"]
   for point in points:
     assert point["fits"] and point["seconds"] <= 9e-3 and point["batch"] % 2 == 0
     rows = f"--batch={point['batch'] + 2}"
