@@ -142,12 +142,14 @@ def parse(arguments: list[str]) -> argparse.Namespace | None:
 
 def shrink(arguments: list[str], corpus: str) -> list[str]:
   """The command, small: training keeps what it says of families, meshes and names, with a
-  model and a number of steps that take seconds."""
+  model and a number of steps that take seconds; a verification checks two laws."""
   if arguments[0] == "launch":
     start = arguments.index("--") + 1
     return [*arguments[:start], *shrink(arguments[start:], corpus)]
   if "--bleu" in arguments:
     return [*arguments, "--pairs=4"]
+  if arguments[0] == "verify" and "--law" not in arguments:
+    return [*arguments, "--law=causal", "--law=layout"]
   if arguments[0] != "train" or "--help" in arguments:
     return arguments
   cfg = read_config(without(arguments[1:], INIT))

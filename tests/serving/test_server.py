@@ -227,7 +227,7 @@ def test_keys(start: Callable[..., Any], folder: Path):
     (["--time-limit=nan"], "--time-limit is nan"),
     (["--max-body=1"], "--max-body is 1"),
     (["--prefix-bytes=-1"], "--prefix-bytes is -1"),
-    (["--weights=int4"], "--weights"),
+    (["--weights=int3"], "--weights"),
     (["--port=0", "--host=127.0.0.1", "nonexistent"], "nonexistent"),
   ],
 )
