@@ -96,8 +96,13 @@ def partial(is_sum: bool, x_RI: jax.Array, numbers_OI: jax.Array) -> jax.Array:
   """Products of one row, (O, I), to be summed at the end; or of all rows, (O, R)."""
   if is_sum:
     return numbers_OI.astype(jnp.float32) * x_RI.astype(jnp.float32)
-  exact = dict(allow_tf32=False) if x_RI.dtype == jnp.float32 else {}
-  return pl.dot(numbers_OI.astype(x_RI.dtype), x_RI, trans_b=True, **exact)
+  return jax.lax.dot_general(
+    numbers_OI.astype(x_RI.dtype),
+    x_RI,
+    (((1,), (1,)), ((), ())),
+    precision=jax.lax.Precision.HIGHEST if x_RI.dtype == jnp.float32 else None,
+    preferred_element_type=jnp.float32,
+  )
 
 
 def finished(is_sum: bool, sums: jax.Array) -> jax.Array:
