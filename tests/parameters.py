@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random parameters whose initialisation nothing compiles: it takes as long as a test."""
+"""Random parameters whose initialisation nothing compiles: it takes as long as a test.
+And how near the gradients of two trees are."""
+
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,3 +20,10 @@ def random_state(model: LanguageModel, optimizer: Optimizer, mesh: Mesh) -> Trai
   state = TrainState(np.int32(0), params, jax.jit(optimizer.init)(params))
   where = shardings_of(abstract_state(model, optimizer, mesh))
   return jax.device_put(jax.device_get(state), where)
+
+
+def cosines(ours: Any, theirs: Any) -> list[float]:
+  """The cosine of each two arrays of two trees."""
+  pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+  cosine = lambda a, b: (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
+  return [float(cosine(a, b)) for a, b in pairs]

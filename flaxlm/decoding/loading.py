@@ -18,7 +18,7 @@ from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import FUSED, ResolvedConfig
 from flaxlm.decoding.sampling import is_number
 from flaxlm.decoding.speculative import DRAFT_TOKENS, Draft
-from flaxlm.decoding.weights import KINDS, WEIGHTS_KERNELS, prepare_params
+from flaxlm.decoding.weights import KINDS, WEIGHTS_KERNELS, check_stored, prepare_params
 from flaxlm.errors import CheckpointError, ConfigError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.lora import abstract_adapters, abstract_frozen, freeze, merged
@@ -180,8 +180,7 @@ def prepare_for_decoding(
   the devices do not allow.
   """
   model = run.model
-  if run.cfg.model.family == "rnn" and (weights or narrow_cache):
-    raise ConfigError("an RNN has no narrow weights or cache", "leave the flags out")
+  check_stored(run.cfg.model.family, weights, narrow_cache)
   if weights_kernel is not None:
     check_kernel(run, weights)
   execution = dataclasses.replace(

@@ -15,6 +15,7 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flaxlm.config import ResolvedModel
+from flaxlm.errors import ConfigError
 from flaxlm.nn.execution import is_split
 from flaxlm.nn.kernels.int4 import group_size, packed_int4
 from flaxlm.nn.layers import PROJECTIONS
@@ -22,6 +23,12 @@ from flaxlm.nn.quantized import narrowed
 
 KINDS = ("float32", "bfloat16", "int8", "int4")
 WEIGHTS_KERNELS = ("pallas",)  # of products of a few rows, see nn/kernels/few_rows.py
+
+
+def check_stored(family: str, weights: str | None, narrow_cache: bool) -> None:
+  """Raises `ConfigError` for a family that has no such weights or cache."""
+  if family == "rnn" and (weights or narrow_cache):
+    raise ConfigError("an RNN has no narrow weights or cache", "leave the flags out")
 
 
 def prepare_params(params: Any, cfg: ResolvedModel, kind: str | None = None) -> Any:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from flaxlm.config import Config, MeshConfig, ResolvedConfig, ResolvedModel, mesh_shape
+from flaxlm.decoding.weights import check_stored
 from flaxlm.devices import ANY, Device, find_device
 from flaxlm.errors import ConfigError
 from flaxlm.planning.compile import CompiledStep, compile_step, compiled_kernel
@@ -155,8 +156,7 @@ def check_decoding(model: ResolvedModel, asked: Questions) -> None:
     raise ConfigError(
       "model.family=encoder decodes nothing", "leave --decode and --no-training out"
     )
-  if model.family == "rnn" and (stored.weights or stored.cache):
-    raise ConfigError("an RNN has no narrow weights or cache", "leave the flags out")
+  check_stored(model.family, stored.weights, stored.cache is not None)
   longest = max(asked.contexts or [1])
   if model.positions == "learned" and longest > model.context:
     raise ConfigError(

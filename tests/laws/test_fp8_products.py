@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import slow
 from meshes import mesh_of
+from parameters import cosines
 from test_training_laws import CFG, FAST, loss_and_gradient_on, on_one, packed_batch
 
 from flaxlm import platform
@@ -76,12 +77,6 @@ def test_the_largest_number_is_in_range(dtype, largest):
   assert np.frexp(float(narrow.scales))[0] == 0.5, "a power of two"
   found = np.asarray(widened_fp8(narrow, jnp.float32))
   np.testing.assert_allclose(found, x, rtol=0.126)
-
-
-def cosines(ours, theirs) -> list[float]:
-  pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
-  cosine = lambda a, b: (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
-  return [float(cosine(a, b)) for a, b in pairs]
 
 
 @pytest.mark.slow

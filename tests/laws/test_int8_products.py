@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import fuzz, slow
 from meshes import mesh_of
+from parameters import cosines
 from random_runs import make_run, save_run
 from test_training_laws import CFG, FAST, loss_and_gradient_on, on_one, packed_batch
 
@@ -92,12 +93,6 @@ def test_bfloat16_stays_bfloat16():
   assert {z.dtype for z in (y, *gradients(y, x, kernel))} == {jnp.dtype("bfloat16")}
   exact = np.float32(x) @ np.float32(kernel)
   assert np.linalg.norm(np.float32(y) - exact) < 0.02 * np.linalg.norm(exact)
-
-
-def cosines(ours, theirs) -> list[float]:
-  pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
-  cosine = lambda a, b: (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
-  return [float(cosine(a, b)) for a, b in pairs]
 
 
 @pytest.mark.slow

@@ -256,6 +256,17 @@ function scorePicture(map, state) {
   return canvas;
 }
 
+// Tells of the place under the pointer, and stays at one that is chosen.
+function follow(box, placeOf, stay, hover, draw) {
+  box.addEventListener("pointermove", (event) => {
+    const at = placeOf(event);
+    hover(at, event);
+    if (!at) hideTip();
+  });
+  box.addEventListener("click", (event) => { const at = placeOf(event); if (at) stay(at); });
+  box.addEventListener("scroll", draw);
+}
+
 // The map of the chosen head, with its tokens along the sides.
 function mapPane(map, state, pictures, stay, hover) {
   const view = pane(`map of the head: ${map.T} by ${map.S} tokens; arrow keys walk`);
@@ -319,13 +330,7 @@ function mapPane(map, state, pictures, stay, hover) {
     if (inY) return { query: t, side: "query" };
     return inX ? { key: s, side: "key" } : null;
   }
-  view.box.addEventListener("pointermove", (event) => {
-    const at = placeOf(event);
-    hover(at, event);
-    if (!at) hideTip();
-  });
-  view.box.addEventListener("click", (event) => { const at = placeOf(event); if (at) stay(at); });
-  view.box.addEventListener("scroll", draw);
+  follow(view.box, placeOf, stay, hover, draw);
   const reveal = () => {
     const { margin, cell } = frame;
     view.show(margin + state.key * cell, margin + state.query * cell, margin);
@@ -410,13 +415,7 @@ function linePane(map, state, weight, stay, hover) {
     }
     return best && { query: best.query, key: best.key, side: "query" };
   }
-  view.box.addEventListener("pointermove", (event) => {
-    const at = placeOf(event);
-    hover(at, event);
-    if (!at) hideTip();
-  });
-  view.box.addEventListener("click", (event) => { const at = placeOf(event); if (at) stay(at); });
-  view.box.addEventListener("scroll", draw);
+  follow(view.box, placeOf, stay, hover, draw);
   const reveal = () => view.show(null, center(state.query), 0);
   return { box: view.box, draw, reveal };
 }
