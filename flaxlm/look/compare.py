@@ -56,7 +56,9 @@ FIGURES = [
   Figure("parameters", lambda run, figures: sum(parameters(run.cfg.model).values())),
   Figure("steps", lambda run, figures: figures["last_step"]),
   Figure("steps asked for", lambda run, figures: figures["num_steps"]),
-  Figure("tokens read", lambda run, figures: tokens_at(run.curves, figures["last_step"])),
+  Figure(
+    "tokens read", lambda run, figures: tokens_at(run.curves, [figures["last_step"]])[0]
+  ),
   Figure("seconds since the start", last("perf/elapsed_seconds")),
   Figure("training loss, last", last("train/loss"), min, per_token=True),
   Figure("held-out loss, last", last("eval/loss"), min, per_token=True),
@@ -214,21 +216,21 @@ def series_of(run: RunData, number: int, metric: str, seconds: float) -> dict[st
     "colour": number,
     "x": steps,
     "y": values,
-    "tokens": [tokens_at(run.curves, step) for step in steps],
+    "tokens": tokens_at(run.curves, steps),
     "time": [None if time is None else time / seconds for time in times],
   }
 
 
-def tokens_at(curves: Curves, step: int) -> float | None:
-  """Tokens that had been read after a step: those of each logged step stand for the steps
-  since the line before."""
-  steps, tokens = curves.get("train/tokens", ([], []))
-  if not steps or None in tokens:
-    return None
-  after = np.array([0, *steps, max(step, steps[-1])], float)
+def tokens_at(curves: Curves, steps: Sequence[int]) -> list[int | None]:
+  """Tokens that had been read after each step: those of each logged step stand for the
+  steps since the line before."""
+  logged, tokens = curves.get("train/tokens", ([], []))
+  if not logged or None in tokens:
+    return [None for _ in steps]
+  after = np.array([0, *logged, max([*steps, logged[-1]])], float)
   rates = np.array([*tokens, tokens[-1]], float)
   read = np.concatenate([[0.0], np.cumsum(np.diff(after) * rates)])
-  return round(float(np.interp(step, after, read)))
+  return [round(count) for count in np.interp(steps, after, read).tolist()]
 
 
 def times_at(curves: Curves, steps: Sequence[int]) -> list[float | None]:

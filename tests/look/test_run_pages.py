@@ -67,9 +67,9 @@ def test_tokens_and_time_at_a_step():
   }
   # Two steps of 100 tokens each, two of 200; and then as fast as before.
   steps = [0, 1, 2, 3, 4, 5]
-  assert [tokens_at(curves, step) for step in steps] == [0, 100, 200, 400, 600, 800]
+  assert tokens_at(curves, steps) == [0, 100, 200, 400, 600, 800]
   assert times_at(curves, [2, 3, 4, 5]) == [10, 20, 30, 30]
-  assert tokens_at({}, 3) is None and times_at({}, [3]) == [None]
+  assert tokens_at({}, [3]) == [None] and times_at({}, [3]) == [None]
 
 
 def test_curves_of_several_runs_are_theirs(two: list[Path]):
