@@ -84,11 +84,13 @@ def start_jax(
   leave_out_absent_tpu(os.environ)
   flags: tuple[Flag, ...] = ()
   if simulated_devices is None:
+    give_threads(os.environ, jax.config.values["jax_num_cpu_devices"])
     flags = set_flags(os.environ, flags_for(os.environ))
   else:
     if os.environ.get("JAX_PLATFORMS", "cpu") != "cpu":
       raise ConfigError("simulated_devices works on the CPU only", "set JAX_PLATFORMS=cpu")
     jax.config.update("jax_platforms", "cpu")
+    give_threads(os.environ, simulated_devices)
     try:
       jax.config.update("jax_num_cpu_devices", simulated_devices)
     except RuntimeError:  # the backend is up already: a notebook or a test process
@@ -100,6 +102,18 @@ def start_jax(
   if cache_dir is not None and jax.config.values["jax_compilation_cache_dir"] is None:
     keep_programs(cache_dir)
   return flags
+
+
+def give_threads(environment: MutableMapping[str, str], simulated_devices: int) -> None:
+  """Has XLA take four threads for each of several simulated devices, unless told otherwise.
+
+  By default all of them share as many threads as there are devices, and an exchange holds
+  one while it waits. A device that waits in two at once leaves another one none, and they
+  wait for each other: XLA aborts after 40 s (a pipeline did, with two micro-batches).
+  """
+  if simulated_devices > 1:  # XLA's CPU client reads it; many devices have more than enough
+    threads = max(simulated_devices, min(4 * simulated_devices, 64))
+    environment.setdefault("NPROC", str(threads))
 
 
 def compile_quickly() -> None:

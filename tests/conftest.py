@@ -21,8 +21,11 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from flaxlm.platform import give_threads
+
 jax.config.update("jax_platforms", os.environ.get("FLAXLM_TEST_PLATFORM", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
+give_threads(os.environ, 8)
 # Tests compare numbers and never time, and so do the commands that they start: a quicker
 # compile is worth a slower program. XLA's fusion emitters set up MLIR anew for each fused
 # loop: 40 % of a module of laws. Later jaxlibs cannot do without, and abort at the flag.

@@ -459,14 +459,14 @@ TRAINING = [
   ),
   Defect(
     "all micro-batches drop the same units",
-    "flaxlm/training/step.py",
+    "flaxlm/training/accumulation.py",
     "jax.random.split(key, num_parts)",
     "jnp.stack([key] * num_parts)",
     "training/test_step_reference.py",
   ),
   Defect(
     "the gradient is the last micro-batch's alone",
-    "flaxlm/training/step.py",
+    "flaxlm/training/accumulation.py",
     "lambda t, r: t + r.astype(t.dtype)",
     "lambda t, r: r.astype(t.dtype) if r.ndim else t + r",
     "training/test_step_reference.py",

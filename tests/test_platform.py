@@ -15,6 +15,7 @@ from flaxlm.platform import (
   TPU_SLICES,
   VARIABLES,
   flags_for,
+  give_threads,
   keep_programs,
   set_flags,
 )
@@ -63,6 +64,16 @@ def test_flags_go_to_their_platform(tmp_path):
   assert flags_for({}, tmp_path) == (), "no GPU, no slices"
   assert flags_for({"MEGASCALE_NUM_SLICES": "1"}, tmp_path) == ()
   assert flags_for({"MEGASCALE_NUM_SLICES": "2"}, tmp_path) == TPU_SLICES
+
+
+@pytest.mark.parametrize(
+  ("devices", "before", "threads"),
+  [(8, {}, "32"), (256, {}, "256"), (1, {}, None), (-1, {}, None), (8, {"NPROC": "5"}, "5")],
+)
+def test_simulated_devices_have_threads_to_wait_in(devices, before, threads):
+  environment = dict(before)
+  give_threads(environment, devices)
+  assert environment.get("NPROC") == threads
 
 
 def test_importing_sets_nothing():

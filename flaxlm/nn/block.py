@@ -11,7 +11,7 @@ from flaxlm.config import ResolvedModel
 from flaxlm.nn.attention import Attention
 from flaxlm.nn.cache import CacheSlots, write
 from flaxlm.nn.execution import ATTENTION, Execution
-from flaxlm.nn.layers import FeedForward, build_norm
+from flaxlm.nn.layers import Dropout, FeedForward, build_norm
 from flaxlm.nn.masks import Sight
 from flaxlm.nn.moe import MoE
 from flaxlm.sharding import constrain
@@ -67,7 +67,7 @@ class Block(nn.Module):
         setattr(self, f"{branch}_norm", build_norm(cfg))
       if cfg.norm_placement in {"output", "both"}:
         setattr(self, f"{branch}_output_norm", build_norm(cfg))
-    self.dropout = nn.Dropout(cfg.dropout)
+    self.dropout = Dropout(cfg.dropout)
 
   def __call__(
     self,

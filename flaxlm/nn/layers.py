@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers that are not attention: projections, norms, embeddings, feed-forward."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from flaxlm.config import ResolvedModel
 from flaxlm.nn.kernels.fusion import activated, normalised
 from flaxlm.nn.kernels.products import matrix_dot, rows_dot
 from flaxlm.nn.quantized import projected
-from flaxlm.sharding import constrain
+from flaxlm.sharding import (
+  RULES,
+  axis_sizes_in_use,
+  constrain,
+  is_one_member,
+  partition_spec,
+)
 
 # Projections by name, and how many dims of their kernel are contracted.
 PROJECTIONS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
@@ -85,11 +92,37 @@ def adapter_dot(module: Einsum, x: jax.Array, contracted: int) -> jax.Array:
   params = module.variables["params"]
   if "lora_dropout" in params and module.has_rng("dropout"):
     kept = 1 - params["lora_dropout"]
-    mask = jax.random.bernoulli(module.make_rng("dropout"), kept, x.shape)
+    mask = draw_mask(module.make_rng("dropout"), kept, x.shape)
     x = jnp.where(mask, x / kept.astype(x.dtype), 0)
   low = rows_dot(x, params["lora_a"].astype(x.dtype), contracted)
   y = rows_dot(low, params["lora_b"].astype(x.dtype), 1)
   return y * params["lora_scale"].astype(x.dtype)
+
+
+class Dropout(nn.Module):
+  """Zeroes a share `rate` of numbers, and divides the others by 1 - rate (Srivastava et al.,
+  2014). The same numbers on every mesh."""
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+    if deterministic or not self.rate:
+      return x
+    kept = 1 - self.rate
+    return jnp.where(draw_mask(self.make_rng("dropout"), kept, x.shape), x / kept, 0)
+
+
+def draw_mask(key: jax.Array, kept: ArrayLike, shape: Sequence[int]) -> jax.Array:
+  """Which numbers of an activation (B, ...) are kept: each with the probability `kept`.
+
+  A member of `data` that computes its own rows (training/accumulation.py) draws those of
+  all members, of which a compiler only computes what is taken.
+  """
+  if not is_one_member("data"):
+    return jax.random.bernoulli(key, kept, tuple(shape))
+  masks = jax.random.bernoulli(key, kept, (jax.lax.axis_size("data"), *shape))
+  return jax.lax.dynamic_index_in_dim(masks, jax.lax.axis_index("data"), 0, False)
 
 
 class RMSNorm(nn.Module):
@@ -145,7 +178,10 @@ class Embedding(nn.Module):
     if (params := laid_out_for_decoding(self)) is not None:
       x_BTD = params["matrix"][ids_BT].astype(self.dtype)
       return x_BTD * params["scale"][ids_BT][..., None] if "scale" in params else x_BTD
-    return self.table.astype(self.dtype)[ids_BT]
+    table_VD = self.table.astype(self.dtype)
+    if is_one_member("data") and self.names[1] == "embed":
+      return look_up(table_VD, self.names, ids_BT)
+    return table_VD[ids_BT]
 
   def logits(self, x_BTD: jax.Array) -> jax.Array:
     """x . table^T, (B, T, V) in float32 (Press & Wolf, 2017)."""
@@ -153,6 +189,36 @@ class Embedding(nn.Module):
       logits_RV = matrix_dot(x_BTD.astype(self.dtype), params)
       return logits_RV.reshape(*x_BTD.shape[:2], -1)
     return rows_dot(x_BTD, self.table.astype(self.dtype).T, 1, jnp.float32)
+
+
+def look_up(table_VD: jax.Array, names: Sequence[str], ids_BT: jax.Array) -> jax.Array:
+  """The rows (B, T, D) of a table that a mesh cuts: each device has its share of them.
+
+  XLA would find out by itself what to exchange, but its partitioner aborts where an axis of
+  the mesh is left out, as `data` is in training/accumulation.py (jaxlib 0.10 and 0.11).
+  """
+  sizes = {axis: size for axis, size in axis_sizes_in_use().items() if size > 1}
+  if not sizes:
+    return table_VD[ids_BT]
+  axes = lambda name: tuple(axis for axis in RULES[name] if axis in sizes)
+  vocab, embed = map(axes, names)
+  rest = tuple(axis for axis in axes("batch") + axes("length") if axis not in embed)
+
+  def on_device(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    table_VD = jax.lax.pcast(table_VD, rest, to="varying")
+    table_VD = jax.lax.all_gather(table_VD, embed, axis=1, tiled=True)
+    if not vocab:
+      return table_VD[ids_BT]
+    ids_BT = ids_BT - len(table_VD) * jax.lax.axis_index(vocab)
+    is_here_BT = (ids_BT >= 0) & (ids_BT < len(table_VD))
+    x_BTD = table_VD[jnp.where(is_here_BT, ids_BT, 0)]
+    return jax.lax.psum(jnp.where(is_here_BT[..., None], x_BTD, 0), vocab)
+
+  spec = lambda x, *names: partition_spec(names, x.shape, sizes)
+  rows = spec(ids_BT, "batch", "length")
+  table = spec(table_VD, *names)
+  on_mesh = jax.shard_map(on_device, in_specs=(table, rows), out_specs=rows)
+  return on_mesh(table_VD, ids_BT)
 
 
 class FeedForward(nn.Module):

@@ -18,8 +18,8 @@ from flaxlm.config import ResolvedModel
 from flaxlm.nn.base import LanguageModel, Output
 from flaxlm.nn.cache import put_rows
 from flaxlm.nn.execution import Execution, run_layers, stacked_class, with_remat
-from flaxlm.nn.layers import build_norm
-from flaxlm.sharding import RULES, constrain, partition_spec
+from flaxlm.nn.layers import Dropout, build_norm
+from flaxlm.sharding import RULES, axis_sizes_in_use, constrain, partition_spec
 
 STATE_NAMES = (None, "batch", "act_embed")
 
@@ -73,7 +73,7 @@ class RNN(LanguageModel):
   """L recurrent layers between an embedding and a head."""
 
   def setup_body(self) -> None:
-    self.dropout = nn.Dropout(self.cfg.dropout)
+    self.dropout = Dropout(self.cfg.dropout)
     blocks = stacked_class(RecurrentBlock, self.cfg.depth, in_axes=(0, nn.broadcast))
     self.blocks = blocks(self.cfg, self.execution)
     self.final_norm = build_norm(self.cfg)
@@ -146,8 +146,8 @@ class RecurrentBlock(nn.Module):
     h_BTD = build_norm(self.cfg, name="norm")(x_BTD)
     params = self.param("cell", lambda key: cell.init(key, state, h_BTD[:, 0])["params"])
     y_BTD, state = over_mesh(cell, params, h_BTD, state, steps)
-    dropout = nn.Dropout(self.cfg.dropout, deterministic=deterministic)
-    x_BTD = x_BTD + dropout(y_BTD.astype(x_BTD.dtype))
+    dropout = Dropout(self.cfg.dropout)
+    x_BTD = x_BTD + dropout(y_BTD.astype(x_BTD.dtype), deterministic)
     return constrain(x_BTD, "batch", "length", "act_embed"), state
 
 
@@ -178,7 +178,7 @@ def over_mesh(
   A step needs all of h, so the other mesh axes only share the storage of the kernels. These
   are gathered before the loop, and their gradients are summed after it.
   """
-  sizes = dict(jax.sharding.get_abstract_mesh().shape)
+  sizes = axis_sizes_in_use()
   axes = tuple(axis for axis in RULES["batch"] if sizes.get(axis, 1) > 1)
   if not axes:
     return over_time(cell, params, x_BTD, state, steps)

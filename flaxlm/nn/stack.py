@@ -30,7 +30,7 @@ from flaxlm.nn.execution import (
   unstack,
   with_remat,
 )
-from flaxlm.nn.layers import Embedding, build_norm
+from flaxlm.nn.layers import Dropout, Embedding, build_norm
 from flaxlm.nn.masks import Pattern, Placement, Reach, Sight, visible
 from flaxlm.nn.pipeline import AXIS, Visit, run_pipeline
 from flaxlm.nn.positions import alibi_bias, relative_buckets, rotation, sinusoids
@@ -62,7 +62,7 @@ class Stack(nn.Module):
     self.blocks = blocks(cfg, execution, self.reads_source)
     if cfg.norm_placement != "post":
       self.final_norm = build_norm(cfg)
-    self.dropout = nn.Dropout(cfg.dropout)
+    self.dropout = Dropout(cfg.dropout)
 
   def __call__(
     self,

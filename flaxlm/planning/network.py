@@ -22,6 +22,7 @@ from flaxlm.planning.memory import (
   state_bytes,
 )
 from flaxlm.sharding import kv_parts, training_schedule
+from flaxlm.training.accumulation import sums_once
 
 
 def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
@@ -41,12 +42,8 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   # Two branches count as a layer; one that reads a source has three.
   num_layers = stretch * sum(depth * (2 + reads) for depth, reads in stacks(model)) / 2
   summed = parts * gradient_bytes(cfg, sizes, state)
-  # In a pipeline each tick has the weights and the gradients of the layers of one visit.
+  # In a pipeline each tick has the weights of the layers of one visit.
   visit = state.stored_in_blocks / schedule.repeats
-  at_ticks = 0.0
-  if schedule.stages > 1:
-    at_ticks = schedule.ticks * visit * item - state.blocks
-    at_ticks *= not cfg.lora.rank  # what is frozen has no gradient
   gathered = state.elements + schedule.ticks * visit - state.stored_in_blocks
   gathered += (training.loss_chunks - 1) * head_elements(model, sizes)
   # Two all-reduces per layer, forward and backward (Shoeybi et al., 2019), and those of
@@ -68,8 +65,11 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
     + 2 * passes * vectors * (sizes["stage"] - 1)
     + 2 * parts * state.blocks * (schedule.repeats > 1) * share("stage")
     + 2 * max(0, summed - parts * state.blocks) * share("stage"),
-    # An all-reduce of each micro-batch's gradients; in a pipeline at every tick.
-    "data": 2 * (summed + parts * at_ticks) * share("data"),
+    # An all-reduce of the gradients; of several micro-batches, or ticks of a pipeline, their
+    # sum in float32.
+    "data": 2
+    * (state.learning_elements * 4 if sums_once(sizes, parts) else summed)
+    * share("data"),
     # Weights gathered forward and backward, gradients reduce-scattered; a pipeline does so
     # at every tick, for the layers of one visit.
     "fsdp": (1 + passes - (cfg.lora.rank > 0))

@@ -5,8 +5,8 @@ What overlaps is an assumption. Ours: on one device, matrix products and passes 
 take turns; the exchanges over `data` and `fsdp` (weights and gradients) overlap with them,
 and on a GPU they take processors from them (`Device.contention`); the exchanges over the
 other axes do not, because their results are needed at once, nor does the sum of gradients
-between slices or hosts, which comes after the last of them; and in a pipeline a stage waits
-for the first microbatch to arrive and for the last one to leave.
+between slices or hosts, or of several micro-batches, which comes after the last of them; and
+in a pipeline a stage waits for the first microbatch to arrive and for the last one to leave.
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ from flaxlm.planning.memory import (
 from flaxlm.planning.network import axis_bandwidth, far_axes, network_bytes
 from flaxlm.planning.products import Products, is_listed, training_products
 from flaxlm.sharding import describe_mesh, training_schedule
+from flaxlm.training.accumulation import sums_once
 
 # Passes over memory for an array that a layer keeps: it is written and read, and so is its
 # gradient. An array that is computed again is written once more.
@@ -186,7 +187,7 @@ def plan_training(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Plan:
     memory_seconds(traffic_parts(cfg, sizes), device),
     {axis: seconds_of(b, speed(axis)) for axis, b in network_bytes(cfg, sizes).items()},
     training_schedule(cfg.training, sizes).bubble,
-    (*EXPOSED, "data") if "data" in far_axes(device, sizes, slow) else EXPOSED,
+    (*EXPOSED, "data") if is_data_exposed(cfg, sizes, device) else EXPOSED,
     device.contention,
   )
   peak, mfu = device.flops(cfg.training.dtype), None
@@ -194,6 +195,12 @@ def plan_training(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Plan:
     mfu = cost.strict_flops / (times.seconds * math.prod(sizes.values()) * peak)
     assert mfu <= 1, "faster than the peak"
   return Plan(asked, device, sizes, memory, cost, times, mfu, path)
+
+
+def is_data_exposed(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> bool:
+  """Whether nothing hides the sum of the gradients over `data`."""
+  far = far_axes(device, sizes, slow_axes(cfg.mesh))
+  return "data" in far or sums_once(sizes, cfg.training.accumulation_steps)
 
 
 def with_path(

@@ -127,9 +127,15 @@ def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def axis_sizes_in_use() -> dict[str, int]:
-  """The axes of the mesh that is set; within a stage of a pipeline there is no `stage`."""
+  """The axes of the mesh that is set, less those along which the code that is traced is one
+  member's: in a pipeline `stage`, and `data` where members add up gradients of their own."""
   mesh = jax.sharding.get_abstract_mesh()
   return {axis: n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes}
+
+
+def is_one_member(axis: str) -> bool:
+  """Whether the code that is traced is that of one member of a mesh axis (`shard_map`)."""
+  return axis in jax.sharding.get_abstract_mesh().manual_axes
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -19,6 +19,7 @@ from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.lora import abstract_adapters, abstract_frozen
 from flaxlm.nn.models import abstract_params, init_params
 from flaxlm.sharding import batch_parts, batch_sharding, like_parameters, use_mesh
+from flaxlm.training.accumulation import accumulate
 from flaxlm.training.layers import LOADS, forward_with_loads, layer_sizes
 from flaxlm.training.logprobs import cut_rows, forward, learning_pass
 from flaxlm.training.losses import cross_entropy
@@ -179,32 +180,6 @@ def losses_of(
   chunks = tuple(cut_rows(x, cfg.loss_chunks) for x in arrays)
   sums, _ = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), chunks)
   return sums
-
-
-def accumulate(
-  function: Callable, num_parts: int, params: Any, batch: Batch, key: jax.Array
-) -> tuple[Any, Any]:
-  """Sums `function(params, part, key)` over parts of the batch, in float32.
-
-  Part i takes rows i, i + n, i + 2n, ...: each device divides its own rows, and no row
-  moves to another device.
-  """
-  if num_parts == 1:
-    return function(params, batch, key)
-
-  def cut(x: jax.Array) -> jax.Array:
-    parts = x.reshape(x.shape[0] // num_parts, num_parts, *x.shape[1:])
-    return jnp.moveaxis(parts, 1, 0)
-
-  def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-    result = function(params, *part)
-    return jax.tree.map(lambda t, r: t + r.astype(t.dtype), total, result), None
-
-  parts = jax.tree.map(cut, batch), jax.random.split(key, num_parts)
-  shapes = jax.eval_shape(function, params, *jax.tree.map(lambda x: x[0], parts))
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-  total, _ = jax.lax.scan(add, zeros, parts)
-  return total
 
 
 def eval_step(

@@ -197,10 +197,6 @@ def config_of(case: Case, folder: Path) -> tuple[Config, str]:
   }
   parts = min(2, cfg.training.accumulation_steps)
   dtypes = dict(dtype=cfg.training.dtype, param_dtype=cfg.training.param_dtype)
-  if sizes["stage"] > 1 and (parts > 1 or "bfloat16" in dtypes.values()):
-    # XLA's CPU client hangs in such a step, and aborts after 40 s (docs/LOG.md).
-    parts, dtypes = 1, dict.fromkeys(dtypes, "float32")
-    notes.append("one micro-batch in float32, as simulated devices hang in other pipelines")
   return Config(
     name="run",
     seed=cfg.seed,

@@ -20,14 +20,15 @@ from jax.sharding import Mesh
 from flaxlm.checkpoint.store import CheckpointStore
 from flaxlm.config import OptimizerConfig, ResolvedModel, TrainingConfig
 from flaxlm.data.objectives import Batch
+from flaxlm.nn.layers import Dropout
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.sharding import name_of, use_mesh
+from flaxlm.training.accumulation import accumulate
 from flaxlm.training.logprobs import forward
 from flaxlm.training.optimizer import Optimizer, build_optimizer
 from flaxlm.training.step import (
   TrainState,
   abstract_state,
-  accumulate,
   jit_train_step,
   loss_and_gradient,
   put_batch,
@@ -255,8 +256,8 @@ def reused_in_places(case: Case) -> Iterator[str]:
   model, masks = build_model(case.model_cfg), []
 
   def record(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    if isinstance(context.module, nn.Dropout) and context.method_name == "__call__":
-      ones = next_fun(jnp.ones_like(args[0]), **kwargs)
+    if isinstance(context.module, Dropout) and context.method_name == "__call__":
+      ones = next_fun(jnp.ones_like(args[0]), *args[1:], **kwargs)
       masks.append(ones)
     return next_fun(*args, **kwargs)
 

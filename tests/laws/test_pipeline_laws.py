@@ -24,6 +24,7 @@ from test_training_laws import (
 from flaxlm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import ConfigError
+from flaxlm.nn.layers import Dropout
 from flaxlm.nn.models import abstract_params, build_model, init_cache
 from flaxlm.sharding import Schedule, axes_of, check_batch, use_mesh
 from flaxlm.training.optimizer import build_optimizer
@@ -197,7 +198,7 @@ def test_every_microbatch_has_dropout_of_its_own():
       return model.apply({"params": params}, tokens_BT, **options).value
 
   def leave_embeddings(call, args, kwargs, context):
-    of_all = isinstance(context.module, nn.Dropout) and len(args[0]) == len(tokens_BT)
+    of_all = isinstance(context.module, Dropout) and len(args[0]) == len(tokens_BT)
     return args[0] if of_all else call(*args, **kwargs)
 
   drop = use_mesh(mesh)(jax.jit(hidden))

@@ -21,10 +21,10 @@ from flaxlm.config import (
 from flaxlm.data.objectives import Windows, next_token
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.sharding import KV_COPIES, batch_shards, make_mesh, mesh_for, use_mesh
+from flaxlm.training.accumulation import accumulate
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
   abstract_state,
-  accumulate,
   init_state,
   jit_train_step,
   loss_and_gradient,

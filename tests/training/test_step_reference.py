@@ -21,6 +21,7 @@ from meshes import mesh_of
 
 from flaxlm.config import ModelConfig, MoEConfig, OptimizerConfig, TrainingConfig
 from flaxlm.data.objectives import Batch
+from flaxlm.nn.layers import Dropout
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.training.logprobs import forward
 from flaxlm.training.optimizer import build_optimizer
@@ -125,7 +126,7 @@ def dropout_factors(model, params, batch, key) -> list[jax.Array]:
   factors = []
 
   def record(call, args, kwargs, context):
-    if not isinstance(context.module, nn.Dropout):
+    if not isinstance(context.module, Dropout):
       return call(*args, **kwargs)
     factors.append(call(jnp.ones_like(args[0]), *args[1:], **kwargs))
     return args[0]

@@ -61,7 +61,7 @@ DEFECTS = {
     ["layout"],
   ),
   "loss averaged per part": (
-    "flaxlm/training/step.py",
+    "flaxlm/training/accumulation.py",
     "    result = function(params, *part)\n",
     "    result = function(params, *part)\n"
     "    rows = part[0].weights_BT.sum()\n"
@@ -76,7 +76,7 @@ DEFECTS = {
     ["dropout"],
   ),
   "dropout key reused in every micro-batch": (
-    "flaxlm/training/step.py",
+    "flaxlm/training/accumulation.py",
     "parts = jax.tree.map(cut, batch), jax.random.split(key, num_parts)",
     "parts = jax.tree.map(cut, batch), jnp.stack([key] * num_parts)",
     ["dropout"],
