@@ -17,6 +17,7 @@ from flaxlm.sharding import (
   axis_sizes_in_use,
   constrain,
   is_one_member,
+  on_members,
   partition_spec,
 )
 
@@ -217,8 +218,7 @@ def look_up(table_VD: jax.Array, names: Sequence[str], ids_BT: jax.Array) -> jax
   spec = lambda x, *names: partition_spec(names, x.shape, sizes)
   rows = spec(ids_BT, "batch", "length")
   table = spec(table_VD, *names)
-  on_mesh = jax.shard_map(on_device, in_specs=(table, rows), out_specs=rows)
-  return on_mesh(table_VD, ids_BT)
+  return on_members(on_device, (table, rows), rows)(table_VD, ids_BT)
 
 
 class FeedForward(nn.Module):

@@ -24,7 +24,7 @@ from flaxlm.config import ResolvedModel
 from flaxlm.nn.kernels.fusion import activate
 from flaxlm.nn.kernels.grouped import grouped_dot
 from flaxlm.nn.layers import Einsum, FeedForward, residual_scale
-from flaxlm.sharding import RULES, axis_sizes_in_use, partition_spec
+from flaxlm.sharding import RULES, axis_sizes_in_use, on_members, partition_spec
 
 Kernels = dict[str, jax.Array]
 
@@ -224,7 +224,7 @@ def over_mesh(
   cut = {name: spec(kernel, *names_of(name)) for name, kernel in kernels.items()}
   if embed:
     on_device = jax.checkpoint(on_device, policy=kept)
-  on_mesh = jax.shard_map(on_device, in_specs=(row, row, row, cut), out_specs=(row, row))
+  on_mesh = on_members(on_device, (row, row, row, cut), (row, row))
   return on_mesh(x_BTD, logits_BTE, real_BT, kernels)
 
 

@@ -19,7 +19,13 @@ from flaxlm.nn.base import LanguageModel, Output
 from flaxlm.nn.cache import put_rows
 from flaxlm.nn.execution import Execution, run_layers, stacked_class, with_remat
 from flaxlm.nn.layers import Dropout, build_norm
-from flaxlm.sharding import RULES, axis_sizes_in_use, constrain, partition_spec
+from flaxlm.sharding import (
+  RULES,
+  axis_sizes_in_use,
+  constrain,
+  on_members,
+  partition_spec,
+)
 
 STATE_NAMES = (None, "batch", "act_embed")
 
@@ -189,9 +195,7 @@ def over_mesh(
 
   rows = partition_spec(("batch",), x_BTD.shape[:1], {axis: sizes[axis] for axis in axes})
   whole = PartitionSpec()
-  on_mesh = jax.shard_map(
-    on_device, in_specs=(whole, rows, rows, rows), out_specs=(rows, rows)
-  )
+  on_mesh = on_members(on_device, (whole, rows, rows, rows), (rows, rows))
   return on_mesh(params, x_BTD, state, steps)
 
 

@@ -7,7 +7,7 @@ replicated: an unknown name, two dims on one mesh axis and an indivisible dim ar
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -136,6 +136,23 @@ def axis_sizes_in_use() -> dict[str, int]:
 def is_one_member(axis: str) -> bool:
   """Whether the code that is traced is that of one member of a mesh axis (`shard_map`)."""
   return axis in jax.sharding.get_abstract_mesh().manual_axes
+
+
+def on_members(
+  function: Callable, in_specs: Any, out_specs: Any, check_vma: bool = True
+) -> Callable:
+  """`jax.shard_map` over the axes in use, for code that is perhaps one member's of others.
+
+  By default it would be over all axes of the mesh, and gradients without `check_vma` summed
+  over the others, too (jax 0.10 and 0.11).
+  """
+  return jax.shard_map(
+    function,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    axis_names=set(axis_sizes_in_use()),
+    check_vma=check_vma,
+  )
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

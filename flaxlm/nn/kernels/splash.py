@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as library
 from jax.sharding import PartitionSpec
 
 from flaxlm.nn.masks import Pattern, Scoring, Sight
-from flaxlm.sharding import axis_sizes_in_use, partition_spec
+from flaxlm.sharding import axis_sizes_in_use, on_members, partition_spec
 
 # Tokens in a block of queries or of keys, in the forward kernel and in both of the backward
 # pass: the first that divides a length. 512 is MaxText's default (configs/base.yml,
@@ -87,12 +87,8 @@ def attend_splash(
   differ = parts > 1 and pattern is not None and not Band.of(pattern).is_all
   table_spec = lambda table: PartitionSpec(*[None] * (table.ndim > 1), "context")
   table_specs = jax.tree.map(table_spec, kernel) if differ else PartitionSpec()
-  mapped = jax.shard_map(
-    attend_part,
-    in_specs=(table_specs, specs),
-    out_specs=specs["q"],
-    check_vma=False,  # the library's kernels say nothing about it
-  )
+  # The library's kernels say nothing of what varies (`check_vma`).
+  mapped = on_members(attend_part, (table_specs, specs), specs["q"], check_vma=False)
   return mapped(kernel, arrays).swapaxes(1, 2)
 
 

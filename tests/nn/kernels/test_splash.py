@@ -148,6 +148,22 @@ def test_members_of_a_mesh_share_rows_heads_and_queries(way):
   compare(jax.device_get(actual), jax.jit(case.reference)(*case.arguments))
 
 
+def test_a_member_of_data_has_the_gradients_of_its_own_rows():
+  """As in training/accumulation.py, where `data` is no axis of the kernel's mesh."""
+  case = Case(rows=2, num_queries=256, num_keys=256)
+  q, k, v, _, cotangent, *segments = case.arguments
+  rows = PartitionSpec("data")
+  attend_rows = lambda q, k, v, cotangent, *segments: case.splash(
+    q, k, v, None, cotangent, *segments
+  )
+  with jax.set_mesh(mesh_of(data=2, tensor=2)):
+    on_mesh = jax.shard_map(
+      attend_rows, in_specs=rows, out_specs=rows, axis_names={"data"}, check_vma=False
+    )
+    actual = jax.jit(on_mesh)(q, k, v, cotangent, *segments)
+  compare(jax.device_get(actual), jax.jit(case.reference)(*case.arguments))
+
+
 @pytest.mark.slow
 def test_kv_heads_are_on_the_devices_of_their_query_heads():
   case = Case(**WAYS["all"], rows=2, kv_heads=2)
