@@ -68,7 +68,13 @@ def test_flags_go_to_their_platform(tmp_path):
 
 @pytest.mark.parametrize(
   ("devices", "before", "threads"),
-  [(8, {}, "32"), (256, {}, "256"), (1, {}, None), (-1, {}, None), (8, {"NPROC": "5"}, "5")],
+  [
+    (8, {}, "32"),
+    (256, {}, "256"),
+    (1, {}, None),
+    (-1, {}, None),
+    (8, {"NPROC": "5"}, "5"),
+  ],
 )
 def test_simulated_devices_have_threads_to_wait_in(devices, before, threads):
   environment = dict(before)

@@ -101,8 +101,10 @@ def adapter_dot(module: Einsum, x: jax.Array, contracted: int) -> jax.Array:
 
 
 class Dropout(nn.Module):
-  """Zeroes a share `rate` of numbers, and divides the others by 1 - rate (Srivastava et al.,
-  2014). The same numbers on every mesh."""
+  """Zeroes a share `rate` of numbers, and divides the others by 1 - rate.
+
+  The same ones on every mesh (Srivastava et al., 2014).
+  """
 
   rate: float
 

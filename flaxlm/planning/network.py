@@ -21,8 +21,7 @@ from flaxlm.planning.memory import (
   local_rows,
   state_bytes,
 )
-from flaxlm.sharding import kv_parts, training_schedule
-from flaxlm.training.accumulation import sums_once
+from flaxlm.sharding import kv_parts, sums_once, training_schedule
 
 
 def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
@@ -65,10 +64,12 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
     + 2 * passes * vectors * (sizes["stage"] - 1)
     + 2 * parts * state.blocks * (schedule.repeats > 1) * share("stage")
     + 2 * max(0, summed - parts * state.blocks) * share("stage"),
-    # An all-reduce of the gradients; of several micro-batches, or ticks of a pipeline, their
-    # sum in float32.
+    # An all-reduce of the gradients; of several micro-batches, or ticks of a pipeline, of
+    # their sum in float32.
     "data": 2
-    * (state.learning_elements * 4 if sums_once(sizes, parts) else summed)
+    * (
+      state.learning_elements * 4 if sums_once(sizes, parts, training.attention) else summed
+    )
     * share("data"),
     # Weights gathered forward and backward, gradients reduce-scattered; a pipeline does so
     # at every tick, for the layers of one visit.

@@ -5,8 +5,9 @@ What overlaps is an assumption. Ours: on one device, matrix products and passes 
 take turns; the exchanges over `data` and `fsdp` (weights and gradients) overlap with them,
 and on a GPU they take processors from them (`Device.contention`); the exchanges over the
 other axes do not, because their results are needed at once, nor does the sum of gradients
-between slices or hosts, or of several micro-batches, which comes after the last of them; and
-in a pipeline a stage waits for the first microbatch to arrive and for the last one to leave.
+between slices or hosts, or of several micro-batches, which comes after the last of them;
+and in a pipeline a stage waits for the first microbatch to arrive and for the last one to
+leave.
 """
 
 import dataclasses
@@ -37,8 +38,7 @@ from flaxlm.planning.memory import (
 )
 from flaxlm.planning.network import axis_bandwidth, far_axes, network_bytes
 from flaxlm.planning.products import Products, is_listed, training_products
-from flaxlm.sharding import describe_mesh, training_schedule
-from flaxlm.training.accumulation import sums_once
+from flaxlm.sharding import describe_mesh, sums_once, training_schedule
 
 # Passes over memory for an array that a layer keeps: it is written and read, and so is its
 # gradient. An array that is computed again is written once more.
@@ -200,7 +200,9 @@ def plan_training(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Plan:
 def is_data_exposed(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> bool:
   """Whether nothing hides the sum of the gradients over `data`."""
   far = far_axes(device, sizes, slow_axes(cfg.mesh))
-  return "data" in far or sums_once(sizes, cfg.training.accumulation_steps)
+  training = cfg.training
+  parts = training.accumulation_steps
+  return "data" in far or sums_once(sizes, parts, training.attention)
 
 
 def with_path(

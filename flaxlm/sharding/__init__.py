@@ -38,13 +38,18 @@ from flaxlm.sharding.rules import (
   find_replication,
   is_cut,
   is_one_member,
-  on_members,
   like_parameters,
   name_of,
+  on_members,
   partition_spec,
   with_shardings,
 )
-from flaxlm.sharding.schedule import Schedule, make_schedule, training_schedule
+from flaxlm.sharding.schedule import (
+  Schedule,
+  make_schedule,
+  sums_once,
+  training_schedule,
+)
 
 __all__ = [
   "FIELDS",
@@ -66,7 +71,6 @@ __all__ = [
   "hybrid_grid",
   "is_cut",
   "is_one_member",
-  "on_members",
   "kv_parts",
   "least_rows",
   "like_parameters",
@@ -78,8 +82,10 @@ __all__ = [
   "networks",
   "offering",
   "on_host",
+  "on_members",
   "partition_spec",
   "split_sizes",
+  "sums_once",
   "training_schedule",
   "use_mesh",
   "wait_on_cpu",

@@ -127,8 +127,10 @@ def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def axis_sizes_in_use() -> dict[str, int]:
-  """The axes of the mesh that is set, less those along which the code that is traced is one
-  member's: in a pipeline `stage`, and `data` where members add up gradients of their own."""
+  """The axes of the mesh that is set, without those whose traced code is one member's.
+
+  These are `stage` in a pipeline, and `data` in training/accumulation.py.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   return {axis: n for axis, n in mesh.shape.items() if axis not in mesh.manual_axes}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The schedule of a pipeline: how its stages share the time of a step."""
+"""Parts of a step: how the stages of a pipeline share its time, and when sums are made."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -44,3 +44,16 @@ def training_schedule(training: TrainingConfig, sizes: Mapping[str, int]) -> Sch
   """The schedule of a training step on a mesh of these axis sizes."""
   repeats = training.pipeline_repeats
   return make_schedule(sizes["stage"], training.pipeline_microbatches, repeats)
+
+
+def sums_once(
+  sizes: Mapping[str, int], num_parts: int, attention: str | None = None
+) -> bool:
+  """Whether gradients are summed over `data` once, after all parts of a batch.
+
+  Of a batch in one part the compiler sums each layer's as soon as it is there, which sends
+  no more, and while the next layer is computed. cuDNN's attention is cut over the mesh by
+  JAX, which cannot leave out an axis there: then the compiler sums those of every part.
+  """
+  is_in_parts = num_parts > 1 or sizes.get("stage", 1) > 1
+  return sizes.get("data", 1) > 1 and is_in_parts and attention != "cudnn"

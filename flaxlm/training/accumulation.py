@@ -6,7 +6,7 @@ own. The compiler would add these up as soon as they are there: in every micro-b
 a pipeline at every tick. Here each member adds up its own, and they are summed at the end.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,21 +14,26 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from flaxlm.data.objectives import Batch
-from flaxlm.sharding import axis_sizes_in_use
+from flaxlm.sharding import axis_sizes_in_use, sums_once
 
 AXIS = "data"
 
 
 def accumulate(
-  function: Callable, num_parts: int, params: Any, batch: Batch, key: jax.Array
+  function: Callable,
+  num_parts: int,
+  params: Any,
+  batch: Batch,
+  key: jax.Array,
+  attention: str | None = None,
 ) -> tuple[Any, Any]:
   """Sums `function(params, part, key)`, itself a sum over rows, over parts of the batch.
 
   The sums over parts are in float32. On a mesh, each member of `data` has them for its own
-  rows first, where that sends less.
+  rows first, where that sends less; `attention` is the path that the function takes.
   """
   sizes = axis_sizes_in_use()
-  if not sums_once(sizes, num_parts):
+  if not sums_once(sizes, num_parts, attention):
     return accumulate_parts(function, num_parts, params, batch, key)
   # Rows lie over `stage` first (sharding.RULES): each member has some of every stage's.
   grid = sizes.get("stage", 1), sizes[AXIS]
@@ -49,17 +54,8 @@ def accumulate(
   return on_mesh(params, batch, key)
 
 
-def sums_once(sizes: Mapping[str, int], num_parts: int) -> bool:
-  """Whether gradients are summed over `data` once, after all parts of a batch.
-
-  Of a batch in one part the compiler sums each layer's as soon as it is there, which sends
-  no more, and while the next layer is computed.
-  """
-  return sizes.get(AXIS, 1) > 1 and (num_parts > 1 or sizes.get("stage", 1) > 1)
-
-
 def sum_members(values: Any) -> Any:
-  """The sums over the members of `data`, in float32 (narrower ones do not compile on CPUs)."""
+  """Sums over the members of `data`, in float32: narrower ones do not compile on CPUs."""
   total = lambda x: jax.lax.psum(x.astype(jnp.float32), AXIS).astype(x.dtype)
   return jax.tree.map(total, values)
 

@@ -16,9 +16,16 @@ from jax.typing import ArrayLike
 from flaxlm.config import DataConfig, DpoConfig, LoraConfig, TrainingConfig
 from flaxlm.data.objectives import Batch
 from flaxlm.nn.base import LanguageModel
+from flaxlm.nn.kernels.paths import training_path
 from flaxlm.nn.lora import abstract_adapters, abstract_frozen
 from flaxlm.nn.models import abstract_params, init_params
-from flaxlm.sharding import batch_parts, batch_sharding, like_parameters, use_mesh
+from flaxlm.sharding import (
+  axis_sizes_in_use,
+  batch_parts,
+  batch_sharding,
+  like_parameters,
+  use_mesh,
+)
 from flaxlm.training.accumulation import accumulate
 from flaxlm.training.layers import LOADS, forward_with_loads, layer_sizes
 from flaxlm.training.logprobs import cut_rows, forward, learning_pass
@@ -80,7 +87,9 @@ def train_step(
     num_targets = jnp.maximum(num_pairs(batch), 1.0)
     compared = dict(frozen=state.frozen, reference=state.reference_params)
     learn = functools.partial(preference_and_gradient, model, cfg, dpo, **compared)
-  sums, gradient = accumulate(learn, cfg.accumulation_steps, state.params, batch, key)
+  path = attention_path(model, batch)
+  parts = cfg.accumulation_steps
+  sums, gradient = accumulate(learn, parts, state.params, batch, key, path)
   means = jax.tree.map(lambda x: x / num_targets, {"loss": sums} if dpo is None else sums)
   loss = means["loss"]
   gradient = jax.tree.map(lambda g: g / num_targets, gradient)
@@ -108,6 +117,14 @@ def train_step(
   if cfg.log_layers:
     metrics[LAYERS] = layer_sizes(gradient, updates, state.params)
   return new_state, metrics
+
+
+def attention_path(model: LanguageModel, batch: Batch) -> str | None:
+  """The path of attention in a training step; None for an RNN."""
+  source_BS = batch.source_BS
+  lengths = batch.tokens_BT.shape[1], 0 if source_BS is None else source_BS.shape[1]
+  path = training_path(model.cfg, model.execution, axis_sizes_in_use(), *lengths)
+  return path and path.name
 
 
 def tokens_read(batch: Batch) -> jax.Array:

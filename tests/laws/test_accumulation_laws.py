@@ -7,12 +7,19 @@ import numpy as np
 import pytest
 from conftest import fuzz, slow
 from meshes import mesh_of
-from test_training_laws import CFG, EXPERTS, OTHERS, assert_same, loss_and_gradient_on, on_one
+from test_training_laws import (
+  CFG,
+  EXPERTS,
+  OTHERS,
+  assert_same,
+  loss_and_gradient_on,
+  on_one,
+)
 
 from flaxlm.config import DataConfig, OptimizerConfig, TrainingConfig
 from flaxlm.nn.models import build_model
 from flaxlm.planning.collectives import find_collectives
-from flaxlm.training.accumulation import sums_once
+from flaxlm.sharding import sums_once
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import abstract_batch, abstract_state, jit_train_step
 
@@ -50,7 +57,8 @@ def test_one_part_is_left_to_the_compiler():
   assert not sums_once(dict(fsdp=4), 2)
   assert not sums_once({}, 2)
   assert sums_once(dict(data=4), 2)
-  assert sums_once(dict(data=4, stage=2), 1)
+  assert sums_once(dict(data=4, stage=2), 1, "blocked")
+  assert not sums_once(dict(data=4), 2, "cudnn")
 
 
 @pytest.mark.parametrize(
