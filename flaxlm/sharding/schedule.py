@@ -4,7 +4,13 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
+
 from flaxlm.config import TrainingConfig
+
+# Within a `shard_map` over `data` a pipeline makes jaxlib 0.11 abort: "Manual axes must be
+# sorted by mesh axis index", and it lists the outer one first.
+SUMS_AROUND_STAGES = jax.__version_info__ < (0, 11)
 
 
 class Schedule(NamedTuple):
@@ -55,5 +61,7 @@ def sums_once(
   no more, and while the next layer is computed. cuDNN's attention is cut over the mesh by
   JAX, which cannot leave out an axis there: then the compiler sums those of every part.
   """
-  is_in_parts = num_parts > 1 or sizes.get("stage", 1) > 1
-  return sizes.get("data", 1) > 1 and is_in_parts and attention != "cudnn"
+  stages = sizes.get("stage", 1)
+  if sizes.get("data", 1) == 1 or attention == "cudnn":
+    return False
+  return SUMS_AROUND_STAGES if stages > 1 else num_parts > 1
