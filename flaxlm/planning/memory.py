@@ -93,7 +93,7 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   depth = sum(depth for depth, _ in stacks(model_cfg))
   item = training.item_size
   casts = training.dtype != training.param_dtype
-  kept = kept_bytes(cfg, sizes["tensor"], training.remat)
+  kept = kept_bytes(cfg, sizes, training.remat)
   unsharded = dict.fromkeys(sizes, 1) | {"tensor": sizes["tensor"]}
   whole = state_bytes(cfg, unsharded)
   copies = kept.fixed * state.stored_in_blocks // whole.stored_in_blocks
@@ -105,7 +105,7 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   activations = activations * schedule.ticks // schedule.visits  # a stage keeps all ticks
   # One layer's activations, computed again, or their gradients.
   together = rows * schedule.stages // schedule.microbatches  # rows in a layer at once
-  one_layer = together * kept_bytes(cfg, sizes["tensor"], "none").per_row // depth
+  one_layer = together * kept_bytes(cfg, sizes, "none").per_row // depth
   one_layer = one_layer // sizes["context"] + keys
   if training.attention == "splash":  # a float32 per row of scores, in 128 lanes
     queries = together * T // sizes["context"]
@@ -129,8 +129,14 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   head_gradient = head * 4 if gathered and not cfg.lora.rank else 0
   gradients = {"gradients": state.learning}
   between = {"activations": activations, "weight_copies": copies}  # forward and backward
-  # The reference's pass keeps nothing but the log-probability of each target.
-  before = {"logits": logits, "temporary": one_layer + state.largest_layer * item}
+  # The reference's pass, over before the other begins, keeps nothing but the log-probability
+  # of each target. A head that travels while it is multiplied has two sums of logits.
+  before = {"logits": logits * (1 + gathered)}
+  # Where the vocabulary is cut, the gradient of the logits is made anew in each product that
+  # reads it. While layers keep much, XLA sums the head's gradient after theirs, and the
+  # logits stay; when rows are shared it does not.
+  cut = sizes["tensor"] > 1
+  late = cut and training.remat in ("none", "dots") and not training.sequence_parallel
   if schedule.stages > 1:
     # Every stage holds all microbatches and their gradients. With repeats, layers and their
     # gradients lie twice: where they are stored and where they run.
@@ -140,12 +146,14 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
     **({"reference": before} if cfg.reference_passes else {}),
     "loss": between
     | {
-      # In float32. Their gradient is in the compute dtype, except that libtpu keeps it in
-      # float32 when the vocabulary is cut.
-      "logits": logits + logits * (item if sizes["tensor"] == 1 else 4) // 4,
+      # In float32, and their gradient in the compute dtype.
+      "logits": logits + (0 if cut else logits * item // 4),
       "temporary": head * item if casts or gathered else 0,  # gathered and converted
     },
-    "backward": between | gradients | {"temporary": one_layer + state.largest_layer * item},
+    "backward": between
+    | gradients
+    | ({"logits": logits} if late else {})
+    | {"temporary": one_layer + state.largest_layer * item},
     # The head's gradient is summed unsharded: at once, if that frees more memory (the
     # gradient of the logits) than it takes, else after everything else.
     "head": (between if logits > head * 4 // sizes["fsdp"] else gradients)
@@ -177,6 +185,7 @@ class StateBytes:
   learning: int  # bytes of the parameters that learn: all, or adapters
   learning_elements: int
   blocks: int  # bytes of the blocks' parameters
+  experts: int  # bytes of the experts' among them
   stored_in_blocks: int  # their elements, with the padding of the device's tiles
   largest_layer: int  # elements of one layer's parameters, gathered over fsdp
   update_temporaries: int  # bytes of the update rule's intermediate results
@@ -203,11 +212,10 @@ def _state_bytes(
   learning = with_shardings(boxed_learning, mesh)
   params = {"all": with_shardings(boxed, mesh), "adapters": learning if lora.rank else {}}
   moments = like_parameters(opt_state, learning, mesh, optimizer.sharded)
-  blocks = [
-    leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    if any(getattr(key, "key", None) == "blocks" for key in path)
-  ]
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  among = lambda path, part: any(getattr(key, "key", None) == part for key in path)
+  blocks = [leaf for path, leaf in leaves if among(path, "blocks")]
+  experts = [leaf for path, leaf in leaves if among(path, "experts")]
   gathered = sum(
     local_size(leaf)
     * (sizes["fsdp"] if any("fsdp" in axes_of(axes) for axes in leaf.sharding.spec) else 1)
@@ -221,6 +229,7 @@ def _state_bytes(
     learning=tree_bytes(learning, lanes),
     learning_elements=sum(map(local_size, jax.tree.leaves(learning))),
     blocks=tree_bytes(blocks, lanes),
+    experts=0 if lora.rank else tree_bytes(experts),
     stored_in_blocks=sum(local_size(leaf, lanes) for leaf in blocks),
     largest_layer=gathered,
     update_temporaries=(
@@ -328,15 +337,40 @@ class Kept(NamedTuple):
   fixed: int  # copies of parameters, converted or sliced out of their stack
 
 
-def kept_bytes(cfg: ResolvedConfig, parts: int, remat: Remat) -> Kept:
-  """What one of the `parts` members of a `tensor` axis keeps, besides the parameters."""
+def kept_bytes(cfg: ResolvedConfig, sizes: Sizes, remat: Remat) -> Kept:
+  """What one member of `tensor` and of `expert` keeps, besides the parameters.
+
+  Without a capacity a member of `expert` has room for the choices of all of them
+  (`nn.moe.dropless`): each choice takes what one choice more would take.
+  """
+  moe, others = cfg.model.moe, sizes["expert"] - 1
+  kept = _traced(cfg, cfg.model, sizes["tensor"], remat)
+  if not moe.num_experts or moe.capacity_factor is not None or not others:
+    return kept
+  chosen = moe.experts_per_token
+  fewer = chosen - 1 if chosen == moe.num_experts else chosen
+  one, two = (
+    _traced(cfg, with_choices(cfg.model, n), sizes["tensor"], remat).per_row
+    for n in (fewer, fewer + 1)
+  )
+  return kept._replace(per_row=kept.per_row + others * chosen * (two - one))
+
+
+def with_choices(cfg: ResolvedModel, number: int) -> ResolvedModel:
+  """The model, with so many experts for each token."""
+  moe = dataclasses.replace(cfg.moe, experts_per_token=number)
+  return dataclasses.replace(cfg, moe=moe)
+
+
+def _traced(cfg: ResolvedConfig, model: ResolvedModel, parts: int, remat: Remat) -> Kept:
+  """What one of the `parts` members of a `tensor` axis keeps of a model."""
   remat = "full" if remat == "offload" else remat  # the rest is in the host's memory
   fused = cfg.training.attention in FUSED
   path: Any = OUTLINE if fused else "blocked"
   run = dataclasses.replace(
     _precision(cfg.training), remat=remat, scanned=True, attention=path
   )
-  model = _local_model(cfg.model, parts)
+  model = _local_model(model, parts)
   kernel = SPLASH if cfg.training.attention == "splash" else NO_KERNEL
   return _kept_bytes(model, run, kernel, cfg.data.seq_len, cfg.source_length, cfg.lora)
 

@@ -27,6 +27,7 @@ from flaxlm.cost import (
 from flaxlm.devices import Device
 from flaxlm.nn.kernels.paths import Path, training_path
 from flaxlm.nn.models import build_model
+from flaxlm.planning.experts import awaited_flops, fullest_share
 from flaxlm.planning.memory import (
   PeakMemory,
   Sizes,
@@ -107,6 +108,11 @@ class Plan:
   def loose_mfu(self) -> float | None:
     """MFU with attention over all keys, as many publish it."""
     return self.mfu and self.mfu * self.cost.loose_flops / self.cost.strict_flops
+
+  @property
+  def fullest_share(self) -> float:
+    """Choices that the fullest member of `expert` serves, over an even share of them."""
+    return fullest_share(self.cfg, self.sizes)
 
   @property
   def optimal_tokens(self) -> int:
@@ -224,7 +230,7 @@ def compute_seconds(
   rate = device.attention_flops(cfg.data.seq_len)
   copied = copied_weights(cfg.model, sizes["tensor"])
   again = ForwardFlops(2.0 * cost.tokens * copied, 0, 0, 0, 0).step(cfg.training)
-  executed, kernel = cost.executed_flops + again, 0.0
+  executed, kernel = cost.executed_flops + again + awaited_flops(cfg, sizes), 0.0
   if fused and rate:
     work = forward_work(cfg.model, cfg.data.batch_size, cfg.data.seq_len, cfg.source_length)
     passes = attention_passes(cfg.training) + cfg.reference_passes
@@ -269,7 +275,7 @@ def traffic_parts(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   schedule = training_schedule(training, sizes)
   rows = local_rows(cfg, sizes)
   passes = PASSES if training.remat == "none" else PASSES_AGAIN
-  kept = kept_bytes(cfg, sizes["tensor"], "none").per_row
+  kept = kept_bytes(cfg, sizes, "none").per_row
   vocab_size = cfg.model.vocab_size // sizes["tensor"]
   logits = rows * cfg.data.seq_len / sizes["context"] * vocab_size * 4
   # Each microbatch of a pipeline reads the blocks' weights and adds to their gradients.
