@@ -120,6 +120,15 @@ def _ffn(cfg: ResolvedModel) -> tuple[int, int, int]:
   return moe.num_experts * expert + shared, router, active
 
 
+def routed_weights(cfg: ResolvedModel) -> int:
+  """Weights of a layer's router, and of the experts that a token is sent to."""
+  moe = cfg.moe
+  if not moe.num_experts:
+    return 0
+  shared = moe.num_shared_experts * moe.expert_width * cfg.width * (3 if cfg.gated else 2)
+  return _ffn(cfg)[2] - shared
+
+
 def _cell(cfg: ResolvedModel) -> int:
   """Parameters of one recurrent layer: each gate reads the input and the state; biases."""
   gates = {"lstm": 4, "gru": 3}[cfg.cell]
@@ -218,8 +227,9 @@ class ForwardFlops:
     """FLOPs that one training step executes.
 
     The backward pass costs twice the forward pass, and what was not kept is computed again,
-    but for products whose results are only added to the residual stream. Attention is computed again unless all of it is kept: its output alone does not help,
-    because the backward pass needs the weights.
+    but for products whose results are only added to the residual stream. Attention is
+    computed again unless all of it is kept: its output alone does not help, because the
+    backward pass needs the weights.
     """
     again = self.head * (training.loss_chunks > 1)
     products = self.matmul + self.idle_places

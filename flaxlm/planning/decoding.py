@@ -42,6 +42,15 @@ AS_COMPUTED = Stored()
 
 
 @dataclasses.dataclass(frozen=True)
+class Decoding:
+  """Decoding `rows` rows of `context` tokens."""
+
+  rows: int
+  context: int
+  stored: Stored = AS_COMPUTED
+
+
+@dataclasses.dataclass(frozen=True)
 class DecodePoint:
   """Decoding `batch` rows of `context` tokens: memory per device, and time per step."""
 

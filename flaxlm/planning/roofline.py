@@ -31,13 +31,13 @@ from flaxlm.planning.experts import awaited_flops, fullest_share
 from flaxlm.planning.memory import (
   PeakMemory,
   Sizes,
-  kept_bytes,
   local_rows,
   state_bytes,
   training_memory,
 )
 from flaxlm.planning.network import axis_bandwidth, far_axes, network_bytes
-from flaxlm.planning.products import Products, is_listed, training_products
+from flaxlm.planning.products import Products, is_listed, narrow_flops, training_products
+from flaxlm.planning.residuals import kept_bytes
 from flaxlm.sharding import describe_mesh, training_schedule
 
 # Passes over memory for an array that a layer keeps: it is written and read, and so is its
@@ -240,7 +240,20 @@ def compute_seconds(
     seconds = product_seconds(training_products(cfg), device, cfg.training.dtype)
     return None if seconds is None or (fused and not rate) else seconds + kernel
   peak = device.attainable_flops(cfg.training.dtype)
-  return (kernel + executed / peak) / num_devices if peak else None
+  if not peak:
+    return None
+  narrow = narrow_flops(cfg)
+  eight = narrow_rate(cfg, device) or peak
+  seconds = kernel + (executed - narrow) / peak + narrow / max(peak, eight)
+  return seconds / num_devices
+
+
+def narrow_rate(cfg: ResolvedConfig, device: Device) -> float | None:
+  """FLOP/s of products of 8-bit numbers, if `training.matmul` asks for them and the
+  compiler makes such products on the device: of 8-bit floats on GPUs alone."""
+  if cfg.training.matmul == "fp8":
+    return device.attainable_flops("float8") if device.kind == "gpu" else None
+  return device.attainable_flops(cfg.training.matmul)  # "full" is no dtype
 
 
 def product_seconds(products: Products, device: Device, dtype: str) -> float | None:
