@@ -15,8 +15,8 @@ from flaxlm.cost import ForwardFlops
 from flaxlm.sharding import batch_shards
 
 # The standard deviation of the loads of a layer's experts, over their mean, of a router
-# that has learnt with `model.moe.load_balance_weight`: measured on moe_tiny after 330 steps,
-# over all of its held-out text. Early on it is larger (docs/LOG.md).
+# that has learnt with `model.moe.load_balance_weight`: measured on moe_tiny after 330
+# steps, over all of its held-out text. Early on it is larger (docs/LOG.md).
 SPREAD = 0.14
 
 
