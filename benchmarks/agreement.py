@@ -20,7 +20,8 @@ from typing import Any
 
 from flaxlm.config import ResolvedConfig, load_config, mesh_shape, override, parse_mesh
 from flaxlm.devices import Device, find_device
-from flaxlm.planning.compile import CompiledStep, Decoding, compile_step
+from flaxlm.planning.compile import CompiledStep, compile_step
+from flaxlm.planning.decoding import Decoding, Stored
 from flaxlm.planning.memory import decoding_memory, training_memory
 from flaxlm.planning.planner import resolve
 from flaxlm.planning.roofline import with_path
@@ -72,6 +73,8 @@ llama3_8b v5p fsdp=8,context=2 8x32768 full
 llama3_8b v5p fsdp=16 16x8192 full
 mistral_7b v5p fsdp=16 16x8192 full
 mixtral_8x7b v5p fsdp=64 64x2048 full
+mixtral_8x7b v5p fsdp=2,expert=4 8x2048 full model.depth=4
+mixtral_8x7b v5p fsdp=2,expert=4 8x1024 none model.depth=4
 bert_large v5e fsdp=8 64x512 none
 gpt2_124m v5e data=1 64x1024 decode
 gpt2_124m v5e fsdp=4 64x1024 decode model.depth=4 cache=int8
@@ -116,8 +119,8 @@ class Point:
   def decoding(self) -> Decoding | None:
     if self.name.split()[4] != "decode":
       return None
-    dtypes: dict[str, Any] = dict(one.split("=") for one in self.options if "." not in one)
-    return Decoding(*self.shape, **dtypes)
+    dtypes = dict(one.split("=") for one in self.options if "." not in one)
+    return Decoding(*self.shape, Stored(**dtypes))
 
   @property
   def cfg(self) -> ResolvedConfig:
@@ -137,9 +140,9 @@ class Point:
 
   def planned(self) -> tuple[int, str]:
     """Bytes of a device, and the moment that needs most."""
-    if self.decoding is not None:
-      asked = dataclasses.asdict(self.decoding) | {"lanes": self.device.lanes}
-      parts = decoding_memory(self.cfg, self.sizes, **asked)
+    if (asked := self.decoding) is not None:
+      stored = dataclasses.asdict(asked.stored) | {"lanes": self.device.lanes}
+      parts = decoding_memory(self.cfg, self.sizes, asked.rows, asked.context, **stored)
       return sum(parts.values()), "decoding"
     memory = training_memory(self.cfg, self.sizes, self.device.lanes)
     return memory.total, memory.peak

@@ -20,7 +20,7 @@ from flaxlm.config import ResolvedConfig, load_config, mesh_shape, override, par
 from flaxlm.devices import Device, find_device
 from flaxlm.planning.decoding import Stored, plan_decoding
 from flaxlm.planning.planner import resolve
-from flaxlm.planning.roofline import Plan, plan_training
+from flaxlm.planning.roofline import Plan, narrow_rate, plan_training
 
 ROOT = Path(__file__).parents[1]
 ROWS, PAGE = ROOT / "benchmarks/published.toml", ROOT / "docs/planning.md"
@@ -51,6 +51,7 @@ class Row:
   network: float | None = None  # GB/s
   power: float | None = None  # W
   eager: bool = False  # the program was not compiled
+  selective: bool = False  # every second product of a layer is computed again
   decode: dict[str, Any] | None = None
   held_out: bool = False
 
@@ -105,13 +106,31 @@ def compare(row: Row) -> Agreement:
   if row.decode is not None:
     return compare_decoding(row, **row.decode)
   plan = plan_training(row.resolved, row.sizes, row.hardware)
-  published, predicted = published_seconds(row, plan), plan.times.seconds
+  times = plan.times
+  if row.selective:
+    assert times.compute is not None
+    more = times.compute + selective_seconds(row.resolved, plan)
+    times = dataclasses.replace(times, compute=more)
+  published, predicted = published_seconds(row, plan), times.seconds
   peak = plan.device.flops(plan.cfg.training.dtype)
   assert predicted is not None and peak is not None
   capacity = published * plan.num_devices * peak
   cost = plan.cost
   mfus = (cost.strict_flops / capacity, cost.loose_flops / capacity)
   return Agreement(row, published, predicted, *mfus)
+
+
+def selective_seconds(cfg: ResolvedConfig, plan: Plan) -> float:
+  """Seconds of what torchtitan's selective checkpointing computes again: of a layer's
+  products, in the order q, k, v, o, w1, w3, w2, every second one, which is k, o and w3
+  (`_custom_policy` of torchtitan/parallelisms/parallelize_llama.py at 3faaa1a0d)."""
+  model = cfg.model
+  heads = model.num_kv_heads + model.num_heads
+  weights = model.width * (heads * model.head_dim + model.ffn_width)
+  full = plan.device.attainable_flops(cfg.training.dtype)
+  rate = narrow_rate(cfg, plan.device) or full
+  assert rate is not None
+  return 2.0 * plan.cost.tokens * model.depth * weights / rate / plan.num_devices
 
 
 def compare_decoding(

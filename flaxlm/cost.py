@@ -120,6 +120,15 @@ def _ffn(cfg: ResolvedModel) -> tuple[int, int, int]:
   return moe.num_experts * expert + shared, router, active
 
 
+def routed_weights(cfg: ResolvedModel) -> int:
+  """Weights of a layer's router, and of the experts that a token is sent to."""
+  moe = cfg.moe
+  if not moe.num_experts:
+    return 0
+  shared = moe.num_shared_experts * moe.expert_width * cfg.width * (3 if cfg.gated else 2)
+  return _ffn(cfg)[2] - shared
+
+
 def _cell(cfg: ResolvedModel) -> int:
   """Parameters of one recurrent layer: each gate reads the input and the state; biases."""
   gates = {"lstm": 4, "gru": 3}[cfg.cell]
@@ -204,6 +213,7 @@ class ForwardFlops:
   attention_loose: float  # over all keys
   attention_executed: float  # over the blocks that are computed
   idle_places: float = 0.0  # products with the places of experts that no token has taken
+  added: float = 0.0  # of `matmul`, the products whose results no gradient needs
 
   @property
   def strict(self) -> float:
@@ -216,14 +226,15 @@ class ForwardFlops:
   def step(self, training: TrainingConfig) -> float:
     """FLOPs that one training step executes.
 
-    The backward pass costs twice the forward pass, and what was not kept is computed again.
-    Attention is computed again unless all of it is kept: its output alone does not help,
-    because the backward pass needs the weights.
+    The backward pass costs twice the forward pass, and what was not kept is computed again,
+    but for products whose results are only added to the residual stream. Attention is
+    computed again unless all of it is kept: its output alone does not help, because the
+    backward pass needs the weights.
     """
     again = self.head * (training.loss_chunks > 1)
     products = self.matmul + self.idle_places
     if training.remat not in ("none", "dots"):
-      again += products
+      again += products - self.added
     attention = attention_passes(training) * self.attention_executed
     return 3 * (products + self.head) + attention + again
 
@@ -249,12 +260,13 @@ def forward_work(
   """
   D, V = cfg.width, cfg.vocab_size
   S = seq_len if source_len is None else source_len
-  matmul, seen, loose, executed = 0.0, 0.0, 0.0, 0.0
+  matmul, seen, loose, executed, added = 0.0, 0.0, 0.0, 0.0, 0.0
   for depth, reads_source in stacks(cfg):
     encodes = cfg.family == "encoder_decoder" and not reads_source
     queries = S if encodes else seq_len
     causal = not encodes and cfg.family != "encoder"
     matmul += 2.0 * rows * depth * _layer_weights(cfg, queries, S, reads_source)
+    added += depth * queries * _added_weights(cfg)
     if cfg.family == "rnn":
       continue
     # q . k and weights . v: 2 H each per query, head and key.
@@ -270,7 +282,7 @@ def forward_work(
       seen, loose, executed = seen + cross, loose + cross, executed + cross
   head = 2.0 * rows * seq_len * (V * D + cfg.head_transform * D * D)
   idle = 2.0 * rows * seq_len * cfg.depth * _idle_weights(cfg)
-  return ForwardFlops(matmul, head, seen, loose, executed, idle)
+  return ForwardFlops(matmul, head, seen, loose, executed, idle, 2.0 * rows * added)
 
 
 def _idle_weights(cfg: ResolvedModel) -> float:
@@ -281,6 +293,15 @@ def _idle_weights(cfg: ResolvedModel) -> float:
     return 0.0
   expert = (3 if cfg.gated else 2) * cfg.width * moe.expert_width
   return (moe.capacity_factor - 1) * moe.experts_per_token * expert
+
+
+def _added_weights(cfg: ResolvedModel) -> int:
+  """Weights of a layer whose products go into the residual stream at the layer's end, where
+  no norm and no expert's weight in a sum needs them to find its gradient."""
+  if cfg.family == "rnn" or cfg.norm_placement != "pre":
+    return 0
+  down = 0 if cfg.moe.num_experts else cfg.width * cfg.ffn_width
+  return down + (_projections(cfg)[2] if cfg.parallel != "none" else 0)
 
 
 def _layer_weights(cfg: ResolvedModel, queries: int, source: int, cross: bool) -> float:

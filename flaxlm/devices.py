@@ -122,10 +122,10 @@ class Device:
 # H100 otherwise (torchtitan, benchmarks/llama3_h100_202412_torchtitan.md).
 PEAKS = """
 name      kind bfloat16 float16 float32 int8   float8 matmul source
-v4        tpu  275      -       275     275    -      0.77   GC v4; SB
-v5e       tpu  197      -       197     394    -      0.86   GC v5e; SB
-v5p       tpu  459      -       459     918    -      0.89   GC v5p
-v6e       tpu  918      -       918     1836   918    0.65   GC v6e
+v4        tpu  275      -       275     275    -      0.70   GC v4; SB
+v5e       tpu  197      -       197     394    -      0.81   GC v5e; SB
+v5p       tpu  459      -       459     918    -      0.86   GC v5p
+v6e       tpu  918      -       918     1836   918    0.63   GC v6e
 7x        tpu  1153.5   -       1153.5  -      2307   -      GC tpu7x, halved
 a100-40   gpu  312      -       156     624    -      0.87   DS A100; ME
 a100-80   gpu  312      -       156     624    -      0.87   DS A100; ME; gpt-fast

@@ -255,6 +255,31 @@ def test_remat_executes_more_and_counts_no_more():
   assert costs["none"].tokens == 1024
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "model", [{}, {"parallel": "one_norm"}, {"norm_placement": "both"}], ids=str
+)
+def test_what_is_only_added_is_not_computed_again(model: dict):
+  """Against the dots of the compiled gradient, of one block of queries: remat=full adds a
+  forward pass of the layers, less what goes into the residual stream at their end."""
+  cfg = ModelConfig(depth=2, width=64, num_heads=2, vocab_size=64, **model).resolve()
+
+  def executed(remat: Any) -> float:
+    run = TrainingConfig(remat=remat, scanned=False, attention="blocked")
+    module = build_model(cfg, run)
+    params = jax.eval_shape(lambda: init_params(module, 0))
+    ids = jax.ShapeDtypeStruct((1, 32), jnp.int32)
+    loss = lambda params, ids: module.apply({"params": params}, ids, ids, ids).value.sum()
+    compiled: Any = jax.jit(jax.grad(loss)).lower(params, ids).compile()
+    return compiled.cost_analysis()["flops"]
+
+  work = forward_work(cfg, 1, 32)
+  assert (work.added > 0) is (cfg.norm_placement == "pre")
+  again = executed("full") - executed("none")
+  expected = work.matmul - work.added + work.attention_executed
+  assert again == pytest.approx(expected, rel=0.1)
+
+
 def test_the_cache_of_llama3_8b():
   """128 KiB per token in bfloat16: 32 layers, 8 heads of 128, keys and values."""
   cfg = ModelConfig(**PUBLISHED["llama3_8b"][0]).resolve()

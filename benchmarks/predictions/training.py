@@ -37,8 +37,8 @@ from flaxlm.nn.kernels.fusion import activate
 from flaxlm.nn.layers import build_norm
 from flaxlm.nn.masks import Placement, Reach, Scoring, Sight, visible
 from flaxlm.nn.models import build_model
-from flaxlm.planning.memory import residual_bytes
 from flaxlm.planning.products import Product, training_products
+from flaxlm.planning.residuals import residual_bytes
 from flaxlm.planning.roofline import (
   LOGIT_PASSES,
   PASSES,

@@ -45,6 +45,7 @@ from flaxlm.errors import ConfigError, FlaxLMError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.models import abstract_params, build_model, init_cache
 from flaxlm.planning.collectives import Collective, find_collectives
+from flaxlm.planning.decoding import Decoding, Stored
 from flaxlm.planning.memory import Sizes
 from flaxlm.platform import start_jax
 from flaxlm.sharding import mesh_for, use_mesh
@@ -109,16 +110,6 @@ class CompiledStep:
     return None if not self.peak_bytes else analytic_bytes / self.peak_bytes - 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-  """Decoding `rows` rows of `context` tokens, from weights and a cache of these dtypes."""
-
-  rows: int
-  context: int
-  weights: str | None = None
-  cache: str | None = None
-
-
 def compile_step(
   cfg: ResolvedConfig, sizes: Sizes, device: Device, decoding: Decoding | None = None
 ) -> CompiledStep:
@@ -178,7 +169,8 @@ def main() -> None:
   request = json.loads(sys.stdin.read())
   device = find_device(request["device"])
   cfg = from_json(request["config"], "the request").resolve()
-  decoding = request["decoding"] and Decoding(**request["decoding"])
+  if (decoding := request["decoding"]) is not None:
+    decoding = Decoding(**decoding | {"stored": Stored(**decoding["stored"])})
   try:
     result = dataclasses.asdict(compile_here(cfg, request["sizes"], device, decoding))
   except ConfigError as e:
@@ -239,12 +231,12 @@ def lowered_training(cfg: ResolvedConfig, model: LanguageModel, mesh: Mesh) -> A
 def lowered_decoding(model: LanguageModel, mesh: Mesh, decoding: Decoding) -> Any:
   """A block of greedy steps, as `flaxlm infer` runs them: parameters laid out as decoding
   reads them, in the dtype of the computation, and a cache that has room for the rows."""
-  narrow = decoding.cache == "int8"
+  narrow = decoding.stored.cache == "int8"
   execution = dataclasses.replace(
     model.execution, param_dtype=model.execution.dtype, narrow_cache=narrow
   )
   model = model.clone(execution=execution)
-  laid_out = functools.partial(prepare_params, cfg=model.cfg, kind=decoding.weights)
+  laid_out = functools.partial(prepare_params, cfg=model.cfg, kind=decoding.stored.weights)
   sampling = stack_settings([GREEDY] * decoding.rows)
   static = StaticSampling(rules_in_use(sampling))
   stored = abstract_params(model, mesh)

@@ -42,6 +42,15 @@ AS_COMPUTED = Stored()
 
 
 @dataclasses.dataclass(frozen=True)
+class Decoding:
+  """Decoding `rows` rows of `context` tokens."""
+
+  rows: int
+  context: int
+  stored: Stored = AS_COMPUTED
+
+
+@dataclasses.dataclass(frozen=True)
 class DecodePoint:
   """Decoding `batch` rows of `context` tokens: memory per device, and time per step."""
 
@@ -150,7 +159,8 @@ def _decode_times(
   exchanges = {  # bytes in all, and the number of exchanges
     "fsdp": (weights, model.depth),
     "tensor": (4 * vectors, 2 * model.depth),
-    "expert": (2 * vectors * model.moe.experts_per_token, 2 * model.depth),
+    # Every member gathers the tokens of all, and their sums are scattered (`nn.moe`).
+    "expert": (2 * vectors * sizes["expert"], 2 * model.depth),
   }
   network: float | None = 0.0
   for axis, (whole, count) in exchanges.items():

@@ -55,6 +55,7 @@ def decoding_json(report: DecodingReport) -> dict[str, Any]:
     "usable_bytes": report.device.usable_bytes,
     "fits": report.fits,
     "latency_seconds": report.latency,
+    "keeps_latency": keeps_latency(report.points, report.latency),
     "decode": [dataclasses.asdict(point) for point in report.points],
   }
 
@@ -66,25 +67,40 @@ def print_decoding(report: DecodingReport, out: TextIO) -> None:
   total = sum(parameters(report.cfg.model).values())
   mesh = describe_mesh(report.sizes, slow_axes(report.cfg.mesh))
   console.print(f"{name} on {report.device.name}, mesh {mesh}: {total:,} parameters\n")
-  print_points(console, report.points, report.latency)
-  print(decoding_verdict(report.points, report.device), file=out)
+  print_points(console, report.points)
+  print(decoding_verdict(report.points, report.device, report.latency), file=out)
 
 
-def print_points(
-  console: Console, points: Sequence[DecodePoint], latency: float | None
-) -> None:
-  """The points as a table, and for which of them no row keeps to the `latency`."""
+def print_points(console: Console, points: Sequence[DecodePoint]) -> None:
+  """The points as a table."""
   rows = ([cell(point) for cell in COLUMNS.values()] for point in points)
   print_table(console, "Decoding, from the bandwidth roofline", [*COLUMNS], rows)
-  for point in points:
-    if latency is not None and (point.seconds or 0) > latency:
-      text = f"no row of {point.context:,} tokens gets a token within {latency * 1e3:g} ms"
-      console.print(f"{text}: fewer bytes (--weights, --cache) or more members of tensor")
 
 
-def decoding_verdict(points: Sequence[DecodePoint], device: Device) -> str:
+def too_slow(points: Sequence[DecodePoint], latency: float | None) -> list[DecodePoint]:
+  """The points whose tokens take longer than the `latency`."""
+  if latency is None:
+    return []
+  return [point for point in points if (point.seconds or 0) > latency]
+
+
+def keeps_latency(points: Sequence[DecodePoint], latency: float | None) -> bool | None:
+  """Whether rows of every context keep to the `latency`; None if none was asked for."""
+  return None if latency is None else not too_slow(points, latency)
+
+
+def decoding_verdict(
+  points: Sequence[DecodePoint], device: Device, latency: float | None = None
+) -> str:
   """Whether everything that was asked about decoding fits, by the largest that does not
-  or, if all does, by the largest."""
+  or, if all does, by the largest; and for which contexts no row keeps to the `latency`."""
+  if slow := too_slow(points, latency):
+    assert latency is not None
+    lengths = " or of ".join(f"{point.context:,}" for point in slow)
+    text = f"TOO SLOW: no row of {lengths} tokens gets a token within {latency * 1e3:g} ms"
+    text += "\n  faster: fewer bytes (--weights, --cache) or more members of tensor"
+    others = [point for point in points if point not in slow]
+    return text + (f"\nthe others: {decoding_verdict(others, device)}" if others else "")
   usable = device.usable_bytes
   most = max(points, key=lambda point: point.bytes_per_device)
   needs = f"{size(most.bytes_per_device)} per device"

@@ -74,12 +74,17 @@ def data_seconds(plan: Plan, rate: float | None) -> float | None:
   return rate and plan.cost.tokens / rate
 
 
+def data_wait(plan: Plan, rate: float | None) -> float:
+  """The share of the time in which steps wait for their rows; 0 if that is not known."""
+  seconds, step = data_seconds(plan, rate), plan.times.seconds
+  return 0.0 if seconds is None or step is None else max(0.0, 1 - step / seconds)
+
+
 def data_note(plan: Plan, rate: float | None) -> str:
   """Whether a step would wait for its rows, in a few words."""
-  seconds, step = data_seconds(plan, rate), plan.times.seconds
+  seconds, waiting = data_seconds(plan, rate), data_wait(plan, rate)
   if seconds is None:
     return "not known: --data-tokens-per-second"
-  if step is None or seconds <= step:
+  if not waiting:
     return duration(seconds)
-  share = 1 - step / seconds
-  return f"{duration(seconds)}: THE STEP WAITS FOR THEM {share:.0%} of the time"
+  return f"{duration(seconds)}: THE STEP WAITS FOR THEM {waiting:.0%} of the time"

@@ -3,40 +3,34 @@
 
 As little as possible is estimated. The shapes and shardings of the state are those of
 `training`, by the same table of rules, on a mesh without devices. What the layers keep for
-the backward pass is read off the traced model. This module adds the moments at which memory
-can peak, and the temporaries of each.
+the backward pass is read off the traced model (planning/residuals.py). This module adds the
+moments at which memory can peak, and the temporaries of each.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.extend.core
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from flaxlm.config import (
-  FUSED,
-  NO_KERNEL,
   SPLASH,
-  FusedKernel,
   LoraConfig,
   OptimizerConfig,
-  Remat,
   ResolvedConfig,
   ResolvedModel,
   TrainingConfig,
 )
 from flaxlm.cost import kv_cache_bytes, stacks, weight_bytes
-from flaxlm.data.objectives import Batch
 from flaxlm.decoding.prefill import Request
-from flaxlm.nn.kernels.outline import OUTLINE
-from flaxlm.nn.lora import boxed_adapters, boxed_frozen, combined, has_dropout
+from flaxlm.nn.lora import boxed_adapters, boxed_frozen
 from flaxlm.nn.models import boxed_shapes, build_model
+from flaxlm.planning.residuals import kept_bytes, precision_of
 from flaxlm.sharding import (
   axes_of,
   batch_shards,
@@ -48,7 +42,6 @@ from flaxlm.sharding import (
   training_schedule,
   with_shardings,
 )
-from flaxlm.training.logprobs import forward
 from flaxlm.training.optimizer import build_optimizer
 
 Sizes = Mapping[str, int]
@@ -93,7 +86,7 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   depth = sum(depth for depth, _ in stacks(model_cfg))
   item = training.item_size
   casts = training.dtype != training.param_dtype
-  kept = kept_bytes(cfg, sizes["tensor"], training.remat)
+  kept = kept_bytes(cfg, sizes, training.remat)
   unsharded = dict.fromkeys(sizes, 1) | {"tensor": sizes["tensor"]}
   whole = state_bytes(cfg, unsharded)
   copies = kept.fixed * state.stored_in_blocks // whole.stored_in_blocks
@@ -105,7 +98,7 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   activations = activations * schedule.ticks // schedule.visits  # a stage keeps all ticks
   # One layer's activations, computed again, or their gradients.
   together = rows * schedule.stages // schedule.microbatches  # rows in a layer at once
-  one_layer = together * kept_bytes(cfg, sizes["tensor"], "none").per_row // depth
+  one_layer = together * kept_bytes(cfg, sizes, "none").per_row // depth
   one_layer = one_layer // sizes["context"] + keys
   if training.attention == "splash":  # a float32 per row of scores, in 128 lanes
     queries = together * T // sizes["context"]
@@ -129,8 +122,15 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
   head_gradient = head * 4 if gathered and not cfg.lora.rank else 0
   gradients = {"gradients": state.learning}
   between = {"activations": activations, "weight_copies": copies}  # forward and backward
-  # The reference's pass keeps nothing but the log-probability of each target.
-  before = {"logits": logits, "temporary": one_layer + state.largest_layer * item}
+  # The reference's pass, over before the other begins, keeps nothing but the
+  # log-probability of each target. A head that travels while it is multiplied has two
+  # sums of logits.
+  before = {"logits": logits * (1 + gathered)}
+  # Where the vocabulary is cut, the gradient of the logits is made anew in each product
+  # that reads it. While layers keep much, XLA sums the head's gradient after theirs, and
+  # the logits stay; when rows are shared it does not.
+  cut = sizes["tensor"] > 1
+  late = cut and training.remat in ("none", "dots") and not training.sequence_parallel
   if schedule.stages > 1:
     # Every stage holds all microbatches and their gradients. With repeats, layers and their
     # gradients lie twice: where they are stored and where they run.
@@ -140,12 +140,14 @@ def training_memory(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> PeakMe
     **({"reference": before} if cfg.reference_passes else {}),
     "loss": between
     | {
-      # In float32. Their gradient is in the compute dtype, except that libtpu keeps it in
-      # float32 when the vocabulary is cut.
-      "logits": logits + logits * (item if sizes["tensor"] == 1 else 4) // 4,
+      # In float32, and their gradient in the compute dtype.
+      "logits": logits + (0 if cut else logits * item // 4),
       "temporary": head * item if casts or gathered else 0,  # gathered and converted
     },
-    "backward": between | gradients | {"temporary": one_layer + state.largest_layer * item},
+    "backward": between
+    | gradients
+    | ({"logits": logits} if late else {})
+    | {"temporary": one_layer + state.largest_layer * item},
     # The head's gradient is summed unsharded: at once, if that frees more memory (the
     # gradient of the logits) than it takes, else after everything else.
     "head": (between if logits > head * 4 // sizes["fsdp"] else gradients)
@@ -177,6 +179,7 @@ class StateBytes:
   learning: int  # bytes of the parameters that learn: all, or adapters
   learning_elements: int
   blocks: int  # bytes of the blocks' parameters
+  experts: int  # bytes of the experts' among them
   stored_in_blocks: int  # their elements, with the padding of the device's tiles
   largest_layer: int  # elements of one layer's parameters, gathered over fsdp
   update_temporaries: int  # bytes of the update rule's intermediate results
@@ -184,7 +187,7 @@ class StateBytes:
 
 def state_bytes(cfg: ResolvedConfig, sizes: Sizes, lanes: int = 1) -> StateBytes:
   """The training state on one device, sharded by the rules that training uses."""
-  run = _precision(cfg.training)
+  run = precision_of(cfg.training)
   mesh = abstract_mesh(sizes, cfg.model)
   return _state_bytes(cfg.model, run, cfg.optimizer, mesh, lanes, cfg.lora)
 
@@ -203,11 +206,10 @@ def _state_bytes(
   learning = with_shardings(boxed_learning, mesh)
   params = {"all": with_shardings(boxed, mesh), "adapters": learning if lora.rank else {}}
   moments = like_parameters(opt_state, learning, mesh, optimizer.sharded)
-  blocks = [
-    leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    if any(getattr(key, "key", None) == "blocks" for key in path)
-  ]
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  among = lambda path, part: any(getattr(key, "key", None) == part for key in path)
+  blocks = [leaf for path, leaf in leaves if among(path, "blocks")]
+  experts = [leaf for path, leaf in leaves if among(path, "experts")]
   gathered = sum(
     local_size(leaf)
     * (sizes["fsdp"] if any("fsdp" in axes_of(axes) for axes in leaf.sharding.spec) else 1)
@@ -221,6 +223,7 @@ def _state_bytes(
     learning=tree_bytes(learning, lanes),
     learning_elements=sum(map(local_size, jax.tree.leaves(learning))),
     blocks=tree_bytes(blocks, lanes),
+    experts=0 if lora.rank else tree_bytes(experts),
     stored_in_blocks=sum(local_size(leaf, lanes) for leaf in blocks),
     largest_layer=gathered,
     update_temporaries=(
@@ -262,12 +265,6 @@ def _abstract_trees(
     boxed, learning = boxed_frozen(model, lora), boxed_adapters(model, lora)
   init = build_optimizer(optimizer, 1000).init
   return boxed, learning, jax.eval_shape(init, nn.unbox(learning))
-
-
-def _precision(training: TrainingConfig) -> TrainingConfig:
-  """The part of a run that decides the bytes of the state, as a key for the cache."""
-  dtypes = dict(dtype=training.dtype, param_dtype=training.param_dtype)
-  return TrainingConfig(attention="blocked", **dtypes)  # type: ignore[arg-type]
 
 
 def tree_bytes(tree: Any, lanes: int = 1) -> int:
@@ -319,112 +316,6 @@ def elsewhere(cfg: ResolvedConfig, sizes: Sizes) -> int:
   depth = sum(depth for depth, _ in stacks(cfg.model))
   stream = cfg.data.seq_len * cfg.model.width * cfg.training.item_size
   return times * depth * stream * (sizes["tensor"] - 1) // sizes["tensor"]
-
-
-class Kept(NamedTuple):
-  """Bytes that the layers keep from the forward pass for the backward pass."""
-
-  per_row: int  # activations
-  fixed: int  # copies of parameters, converted or sliced out of their stack
-
-
-def kept_bytes(cfg: ResolvedConfig, parts: int, remat: Remat) -> Kept:
-  """What one of the `parts` members of a `tensor` axis keeps, besides the parameters."""
-  remat = "full" if remat == "offload" else remat  # the rest is in the host's memory
-  fused = cfg.training.attention in FUSED
-  path: Any = OUTLINE if fused else "blocked"
-  run = dataclasses.replace(
-    _precision(cfg.training), remat=remat, scanned=True, attention=path
-  )
-  model = _local_model(cfg.model, parts)
-  kernel = SPLASH if cfg.training.attention == "splash" else NO_KERNEL
-  return _kept_bytes(model, run, kernel, cfg.data.seq_len, cfg.source_length, cfg.lora)
-
-
-def _local_model(cfg: ResolvedModel, parts: int) -> ResolvedModel:
-  """The share of a model that one member of a `tensor` axis computes."""
-  return dataclasses.replace(
-    cfg,
-    num_heads=cfg.num_heads // parts,
-    num_kv_heads=cfg.num_kv_heads // kv_parts(cfg, parts),
-    ffn_width=cfg.ffn_width // parts,
-    moe=dataclasses.replace(cfg.moe, expert_width=cfg.moe.expert_width // parts),
-  )
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_bytes(
-  cfg: ResolvedModel,
-  run: TrainingConfig,
-  kernel: FusedKernel,
-  seq_len: int,
-  source_len: int,
-  lora: LoraConfig,
-) -> Kept:
-  """What the traced model keeps for one row and for two tells what grows with the rows."""
-  model = build_model(cfg, run, kernel)
-  learning, frozen = nn.unbox(boxed_shapes(model)), None
-  if lora.rank:
-    learning = nn.unbox(boxed_adapters(model, lora))
-    frozen = nn.unbox(boxed_frozen(model, lora))
-  dropout = cfg.dropout > 0 or has_dropout(frozen)
-
-  def hidden(learning: Any, frozen: Any, batch: Batch) -> Any:
-    rngs = {"dropout": jax.random.key(0)} if dropout else {}
-    options = dict(method="hidden", deterministic=not dropout, rngs=rngs)
-    return forward(model, combined(frozen, learning), batch, **options)
-
-  def kept(rows: int) -> int:
-    ids: Any = jax.ShapeDtypeStruct((rows, seq_len), jnp.int32)
-    source: Any = (
-      jax.ShapeDtypeStruct((rows, source_len), jnp.int32) if source_len else None
-    )
-    batch = Batch(ids, ids, ids, ids, ids, source, source, source)
-    return residual_bytes(hidden, learning, frozen, batch)
-
-  one, two = kept(1), kept(2)
-  return Kept(two - one, max(0, 2 * one - two))
-
-
-def residual_bytes(function: Callable, differentiated: Any, *others: Any) -> int:
-  """Bytes that the backward pass of `function` needs besides its arguments."""
-
-  def residuals(differentiated: Any, *others: Any) -> list[jax.Array]:
-    return jax.tree.leaves(jax.vjp(lambda x: function(x, *others), differentiated)[1])
-
-  jaxpr = jax.make_jaxpr(residuals)(differentiated, *others).jaxpr
-  origins = _origins(jaxpr)
-  given = set(jaxpr.invars)
-  kept = {}
-  for var in jaxpr.outvars:
-    if isinstance(var, jax.extend.core.Var) and origins(var) not in given:
-      kept[origins(var)] = var
-  arrays: list[Any] = [var.aval for var in kept.values()]
-  return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
-
-
-def _origins(jaxpr: Any) -> Callable[[Any], Any]:
-  """A function that finds the array which another one is a reshape of.
-
-  q, k and v each keep their own reshape of one input, which the compiler stores once. The
-  function looks through reshapes, also inside the loop over layers.
-  """
-  makers = {var: (eqn, n) for eqn in jaxpr.eqns for n, var in enumerate(eqn.outvars)}
-
-  def origin(var: Any) -> Any:
-    if var not in makers:
-      return var
-    eqn, number = makers[var]
-    if eqn.primitive.name == "reshape":
-      return origin(eqn.invars[0])
-    if eqn.primitive.name == "scan":
-      body = eqn.params["jaxpr"].jaxpr
-      inside = body.outvars[number]
-      if isinstance(inside, jax.extend.core.Var):
-        return id(eqn), _origins(body)(inside)
-    return var
-
-  return origin
 
 
 # -- Decoding ----------------------------------------------------------------------------

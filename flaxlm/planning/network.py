@@ -60,8 +60,6 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
     # and v read are not added up first, nor those of up and gate.
     per_layer = (per_layer + 2 + model.gated) * 4 / item
   sums = num_layers * per_layer + passes
-  # Tokens to their experts and back, forward and backward.
-  moved = (4 + 2 * again) * vectors * model.moe.experts_per_token * model.depth * stretch
   sent = {
     # At each tick a microbatch, and its gradient; before and after the ticks all of them to
     # every stage and back; with repeats, layers to where they run; and the sum of the
@@ -88,7 +86,8 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
     "context": (2 + again) * parts * rows * num_layers * gathered_keys(cfg, sizes)
     + 2 * summed * share("context"),
     # The gradients of all parameters but the experts' are summed, too.
-    "expert": (moved + 2 * summed) * share("expert"),
+    "expert": expert_bytes(cfg, sizes, stretch * vectors)
+    + 2 * (summed - parts * state.experts) * share("expert"),
   }
   return {axis: sent[axis] for axis in MESH_AXES if sizes[axis] > 1}
 
@@ -110,6 +109,29 @@ def gradient_bytes(cfg: ResolvedConfig, sizes: Sizes, state: StateBytes) -> int:
   again = cfg.training.loss_chunks - 1 + cfg.model.tied_embeddings
   item = jnp.dtype(cfg.training.param_dtype).itemsize
   return state.learning + again * head_elements(cfg.model, sizes) * item
+
+
+def expert_bytes(cfg: ResolvedConfig, sizes: Sizes, vectors: float) -> float:
+  """Bytes that one device sends so that tokens reach their experts and come back;
+  `vectors` are the bytes of the residual stream (`nn.moe`).
+
+  Without a capacity each device gathers the tokens of all members of `expert`, and results
+  are summed and scattered, whoever is chosen: both forward, and both backward, where each
+  is the other's gradient. Under remat tokens are gathered once more, but no result is
+  needed again. With a capacity places travel, taken or not: there and back, forward and
+  backward and, because the weights of the sum have a gradient, both again under remat.
+  """
+  moe, size = cfg.model.moe, sizes["expert"]
+  if not moe.num_experts:
+    return 0.0
+  again = cfg.training.remat not in ("none", "dots")
+  times = 4 + again + 2 * cfg.reference_passes
+  copies: float = size
+  if moe.capacity_factor is not None:
+    times += again
+    # Every member of `context` serves whole rows.
+    copies = moe.experts_per_token * moe.capacity_factor * sizes["context"]
+  return times * vectors * copies * cfg.model.depth * (size - 1) / size
 
 
 def kv_copy_bytes(model: ResolvedModel, tensor: int, vectors: float) -> float:

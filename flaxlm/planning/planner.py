@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from flaxlm.config import Config, MeshConfig, ResolvedConfig, ResolvedModel, mesh_shape
+from flaxlm.cost import block_matrices
 from flaxlm.decoding.weights import check_stored
 from flaxlm.devices import ANY, Device, find_device
 from flaxlm.errors import ConfigError
@@ -158,16 +159,12 @@ def check_decoding(model: ResolvedModel, asked: Questions) -> None:
     )
   check_stored(model.family, stored.weights, stored.cache is not None)
   longest = max(asked.contexts or [1])
-  if model.positions == "learned" and longest > model.context:
+  if model.family != "rnn" and longest > model.context:
     raise ConfigError(
-      f"context is {longest}, and the learned positions end at model.context="
-      f"{model.context}",
+      f"context is {longest} > model.context={model.context}, and infer decodes no further",
       f"add --model.context={longest}",
     )
-  inputs = [model.width, model.num_heads * model.head_dim]
-  if not model.moe.num_experts:
-    inputs.append(model.ffn_width)
-  odd = [number for number in inputs if number % 2]
+  odd = [inputs for _, inputs in block_matrices(model) if inputs % 2]
   if stored.weights == "int4" and odd:
     cause = f"weights is 'int4': int4 needs an even number of inputs, not {odd[0]}"
     raise ConfigError(cause, "int8 does not pair them")

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 
 from flaxlm.config import FUSED, ResolvedConfig, ResolvedModel
-from flaxlm.cost import computed_blocks
+from flaxlm.cost import computed_blocks, forward_work, routed_weights
 from flaxlm.nn.models import boxed_shapes, build_model
 from flaxlm.training.optimizer import matrix_dims
 
@@ -89,6 +89,21 @@ def training_products(cfg: ResolvedConfig) -> Products:
   if cfg.optimizer.kind == "muon":
     found.update(muon_products(model))
   return found
+
+
+def narrow_flops(cfg: ResolvedConfig) -> float:
+  """FLOPs of a step whose operands `training.matmul` rounds to 8 bits: those of the blocks'
+  projections, not of experts, of their router or of the head (`nn.quantized`). int8 leaves
+  the gradients of kernels as they are; of a frozen kernel there is none."""
+  training, model = cfg.training, cfg.model
+  if training.matmul == "full":
+    return 0.0
+  work = forward_work(model, cfg.data.batch_size, cfg.data.seq_len, cfg.source_length)
+  tokens = cfg.data.batch_size * cfg.data.seq_len
+  once = work.matmul - 2.0 * tokens * model.depth * routed_weights(model)
+  passes = 2 + (training.matmul == "fp8" and not cfg.lora.rank) + cfg.reference_passes
+  again = once - work.added if training.remat not in ("none", "dots") else 0.0
+  return passes * once + again
 
 
 def weight_products(model: ResolvedModel, rows: int) -> Products:

@@ -8,11 +8,17 @@ from typing import Any, TextIO
 from flaxlm.cost import active_parameters, adapter_parameters
 from flaxlm.planning.compile import CompiledStep
 from flaxlm.planning.decoding import DecodePoint
-from flaxlm.planning.decoding_report import decoding_verdict, no_verdict, print_points
+from flaxlm.planning.decoding_report import (
+  decoding_verdict,
+  keeps_latency,
+  no_verdict,
+  print_points,
+)
 from flaxlm.planning.learning import (
   Learning,
   data_note,
   data_seconds,
+  data_wait,
   learning_json,
   learning_rows,
 )
@@ -69,8 +75,31 @@ class Report:
     return self.plan.optimal_tokens if self.tokens is None else self.tokens
 
   @property
+  def waiting(self) -> float:
+    """The share of the time in which steps wait for their rows."""
+    return data_wait(self.plan, self.data_rate)
+
+  @property
+  def tokens_per_second(self) -> float | None:
+    rate = self.plan.tokens_per_second
+    return rate and rate * (1 - self.waiting)
+
+  @property
+  def mfu(self) -> float | None:
+    return self.plan.mfu and self.plan.mfu * (1 - self.waiting)
+
+  @property
+  def loose_mfu(self) -> float | None:
+    return self.plan.loose_mfu and self.plan.loose_mfu * (1 - self.waiting)
+
+  @property
+  def limited_by(self) -> str | None:
+    return "data" if self.waiting else self.plan.times.limited_by
+
+  @property
   def device_hours(self) -> float | None:
-    return self.plan.device_hours(self.budget)
+    hours = self.plan.device_hours(self.budget)
+    return hours and hours / (1 - self.waiting)
 
   @property
   def cost(self) -> float | None:
@@ -118,11 +147,12 @@ def to_json(report: Report) -> dict[str, Any]:
     "least_step_seconds": times.least,
     "data_seconds": data_seconds(plan, report.data_rate),
     "not_published": list(times.missing),
-    "tokens_per_second": plan.tokens_per_second,
-    "tokens_per_day": plan.tokens_per_second and 86_400 * plan.tokens_per_second,
-    "mfu": plan.mfu,
-    "loose_mfu": plan.loose_mfu,
-    "limited_by": times.limited_by,
+    "tokens_per_second": report.tokens_per_second,
+    "tokens_per_day": report.tokens_per_second and 86_400 * report.tokens_per_second,
+    "mfu": report.mfu,
+    "loose_mfu": report.loose_mfu,
+    "limited_by": report.limited_by,
+    "fullest_expert_share": plan.fullest_share,
     "chinchilla_tokens": plan.optimal_tokens,
     "budget": {
       "tokens": report.budget,
@@ -144,6 +174,7 @@ def to_json(report: Report) -> dict[str, Any]:
     }
   if report.decoding:
     result["latency_seconds"] = report.latency
+    result["keeps_latency"] = keeps_latency(report.decoding, report.latency)
     result["decode"] = [dataclasses.asdict(point) for point in report.decoding]
   if report.compiled is not None:
     result["compiled"] = dataclasses.asdict(report.compiled) | {
@@ -190,7 +221,7 @@ def print_report(report: Report, out: TextIO) -> None:
     print_table(console, "What learns", ("", ""), learning_rows(report.learning), left=2)
   print_table(console, "A step", ("", ""), _time(report))
   if report.decoding:
-    print_points(console, report.decoding, report.latency)
+    print_points(console, report.decoding)
   if report.choices:
     best = report.choices[:MOST_CHOICES]
     title = f"Best {len(best)} of {len(report.choices)} ways to run it"
@@ -201,7 +232,7 @@ def print_report(report: Report, out: TextIO) -> None:
     print_table(console, title, ("", ""), _compiled(report.compiled, plan))
   # Not by rich, which would break lines in the middle of the flags.
   if report.decoding:
-    decoding = decoding_verdict(report.decoding, plan.device)
+    decoding = decoding_verdict(report.decoding, plan.device, report.latency)
     print(f"training: {verdict(report)}\ndecoding: {decoding}", file=out)
   else:
     print(verdict(report), file=out)
@@ -278,6 +309,8 @@ def _time(report: Report) -> Rows:
   yield "  loose", f"{cost.loose_flops / cost.tokens / 1e9:,.3f} G"
   yield "  executed", f"{cost.executed_flops / cost.tokens / 1e9:,.3f} G"
   yield "compute", duration(times.compute)
+  if (share := plan.fullest_share) > 1:
+    yield "  waits for the fullest member of expert, with", f"{share:.2f} x an even share"
   yield "memory traffic", duration(times.memory)
   for axis, time in times.network.items():
     yield f"network, {named_axis(axis, plan.slow)}", duration(time)
@@ -288,11 +321,11 @@ def _time(report: Report) -> Rows:
   if report.drawing is not None:
     most = plan.cfg.reward.max_new_tokens
     yield f"drawing before it, up to {most:,} tokens", duration(report.drawing_seconds)
-  rate = plan.tokens_per_second
+  rate = report.tokens_per_second
   if rate is not None:
-    yield "limited by", times.limited_by or "?"
-    yield "MFU, strict", known(plan.mfu, "{:.1%}")
-    yield "  loose", known(plan.loose_mfu, "{:.1%}")
+    yield "limited by", report.limited_by or "?"
+    yield "MFU, strict", known(report.mfu, "{:.1%}")
+    yield "  loose", known(report.loose_mfu, "{:.1%}")
     yield "tokens/s", f"{rate:,.0f}"
     yield "tokens/day", f"{rate * 86_400:.3g}"
   if report.learning is not None and report.tokens is None:

@@ -28,16 +28,17 @@ from flaxlm.cost import (
 from flaxlm.devices import Device
 from flaxlm.nn.kernels.paths import Path, training_path
 from flaxlm.nn.models import build_model
+from flaxlm.planning.experts import awaited_flops, fullest_share
 from flaxlm.planning.memory import (
   PeakMemory,
   Sizes,
-  kept_bytes,
   local_rows,
   state_bytes,
   training_memory,
 )
 from flaxlm.planning.network import axis_bandwidth, far_axes, network_bytes
-from flaxlm.planning.products import Products, is_listed, training_products
+from flaxlm.planning.products import Products, is_listed, narrow_flops, training_products
+from flaxlm.planning.residuals import kept_bytes
 from flaxlm.sharding import describe_mesh, sums_once, training_schedule
 
 # Passes over memory for an array that a layer keeps: it is written and read, and so is its
@@ -108,6 +109,11 @@ class Plan:
   def loose_mfu(self) -> float | None:
     """MFU with attention over all keys, as many publish it."""
     return self.mfu and self.mfu * self.cost.loose_flops / self.cost.strict_flops
+
+  @property
+  def fullest_share(self) -> float:
+    """Choices that the fullest member of `expert` serves, over an even share of them."""
+    return fullest_share(self.cfg, self.sizes)
 
   @property
   def optimal_tokens(self) -> int:
@@ -233,7 +239,7 @@ def compute_seconds(
   rate = device.attention_flops(cfg.data.seq_len)
   copied = copied_weights(cfg.model, sizes["tensor"])
   again = ForwardFlops(2.0 * cost.tokens * copied, 0, 0, 0, 0).step(cfg.training)
-  executed, kernel = cost.executed_flops + again, 0.0
+  executed, kernel = cost.executed_flops + again + awaited_flops(cfg, sizes), 0.0
   if fused and rate:
     work = forward_work(cfg.model, cfg.data.batch_size, cfg.data.seq_len, cfg.source_length)
     passes = attention_passes(cfg.training) + cfg.reference_passes
@@ -243,7 +249,20 @@ def compute_seconds(
     seconds = product_seconds(training_products(cfg), device, cfg.training.dtype)
     return None if seconds is None or (fused and not rate) else seconds + kernel
   peak = device.attainable_flops(cfg.training.dtype)
-  return (kernel + executed / peak) / num_devices if peak else None
+  if not peak:
+    return None
+  narrow = narrow_flops(cfg)
+  eight = narrow_rate(cfg, device) or peak
+  seconds = kernel + (executed - narrow) / peak + narrow / max(peak, eight)
+  return seconds / num_devices
+
+
+def narrow_rate(cfg: ResolvedConfig, device: Device) -> float | None:
+  """FLOP/s of products of 8-bit numbers, if `training.matmul` asks for them and the
+  compiler makes such products on the device: of 8-bit floats on GPUs alone."""
+  if cfg.training.matmul == "fp8":
+    return device.attainable_flops("float8") if device.kind == "gpu" else None
+  return device.attainable_flops(cfg.training.matmul)  # "full" is no dtype
 
 
 def product_seconds(products: Products, device: Device, dtype: str) -> float | None:
@@ -278,7 +297,7 @@ def traffic_parts(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   schedule = training_schedule(training, sizes)
   rows = local_rows(cfg, sizes)
   passes = PASSES if training.remat == "none" else PASSES_AGAIN
-  kept = kept_bytes(cfg, sizes["tensor"], "none").per_row
+  kept = kept_bytes(cfg, sizes, "none").per_row
   vocab_size = cfg.model.vocab_size // sizes["tensor"]
   logits = rows * cfg.data.seq_len / sizes["context"] * vocab_size * 4
   # Each microbatch of a pipeline reads the blocks' weights and adds to their gradients.

@@ -43,6 +43,10 @@ def preference_and_gradient(
   """
   chunks = cfg.loss_chunks
   reference_BT = reference_logprobs(model, reference, batch, chunks)
+  # The model's pass begins when the reference's is over. Side by side, as XLA would run
+  # them, the logits of one lie in memory beside the activations of the other.
+  tokens_BT, reference_BT = jax.lax.optimization_barrier((batch.tokens_BT, reference_BT))
+  batch = batch._replace(tokens_BT=tokens_BT)
 
   def minimised(params: Any) -> tuple[jax.Array, Sums]:
     params, output = learning_pass(model, params, frozen, batch, key)

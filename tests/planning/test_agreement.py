@@ -32,14 +32,6 @@ UNKEPT = (
 OUTSIDE = {
   "gpt2_124m v5e data=8 32x1024 dots": UNKEPT,
   "gpt2_124m v5e data=8 32x1024 full": UNKEPT,
-  "llama_1b v5p fsdp=4,tensor=2 16x2048 full": (
-    "where the vocabulary is cut, the gradient of the logits is counted in float32. Here "
-    "the compiler keeps none; with remat=dots it needs as much for something else"
-  ),
-  "llama_1b v5e fsdp=8 16x2048 full data.objective=preference": (
-    "0.84 GB are not counted; a second gathered head, the reference's, and the gradient of "
-    "the logits in float32 would be 0.81, but nothing else was compiled to tell"
-  ),
 }
 # The quickest to trace, of each kind; the others are a dozen seconds.
 QUICK = {

@@ -14,6 +14,7 @@ from flaxlm.config import (
   LoraConfig,
   ModelConfig,
   OptimizerConfig,
+  ResolvedMoE,
   RewardConfig,
   TrainingConfig,
   mesh_shape,
@@ -28,12 +29,12 @@ from flaxlm.nn.models import abstract_params, build_model, init_cache
 from flaxlm.planning.compile import compile_here
 from flaxlm.planning.memory import (
   decoding_memory,
-  kept_bytes,
   state_bytes,
   training_memory,
 )
 from flaxlm.planning.network import network_bytes
-from flaxlm.sharding import make_mesh, mesh_for, use_mesh
+from flaxlm.planning.residuals import kept_bytes
+from flaxlm.sharding import batch_shards, make_mesh, mesh_for, use_mesh
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import abstract_batch, abstract_state
 
@@ -105,7 +106,7 @@ def test_moments_by_kind():
 def test_what_the_layers_keep():
   """With full remat each block's input, in bfloat16; with less of it, more."""
   remats = ("none", *REMAT_POLICIES)
-  kept = {remat: kept_bytes(CFG, 1, remat).per_row for remat in remats}
+  kept = {remat: kept_bytes(CFG, mesh_shape({}), remat).per_row for remat in remats}
   inputs = MODEL.depth * 64 * MODEL.width * 2
   final_norm = 64 * MODEL.width * 8  # in float32, twice; the embedding keeps ids alone
   assert inputs < kept["full"] < inputs + final_norm + 64 * 1024
@@ -120,8 +121,42 @@ def test_what_the_layers_keep():
 
 
 def test_tensor_members_keep_less():
-  whole, part = (kept_bytes(CFG, n, "none").per_row for n in (1, 4))
+  sizes = (mesh_shape({"tensor": n}) for n in (1, 4))
+  whole, part = (kept_bytes(CFG, one, "none").per_row for one in sizes)
   assert whole / 4 < part < whole
+
+
+@pytest.mark.parametrize("capacity", [None, 1.25])
+def test_members_of_expert_have_room_for_the_choices_of_all(capacity: float | None):
+  """By hand, per choice and layer: an expert's input and six arrays of its width, in
+  bfloat16, and its output in float32; libtpu keeps the same. Places of a capacity are
+  moved, not added."""
+  D, F, T, A = MODEL.width, 96, 64, 2
+  moe = ResolvedMoE(
+    num_experts=8, experts_per_token=A, expert_width=F, capacity_factor=capacity
+  )
+  cfg = dataclasses.replace(CFG, model=dataclasses.replace(MODEL, moe=moe))
+  kept = lambda n, remat: kept_bytes(cfg, mesh_shape({"expert": n}), remat).per_row
+  assert kept(4, "full") == kept(1, "full")
+  more = kept(4, "none") - kept(1, "none")
+  if capacity is not None:
+    assert more == 0
+    return
+  by_hand = 3 * A * T * MODEL.depth * (2 * D + 2 * 6 * F + 4 * D)
+  assert more == pytest.approx(by_hand, rel=0.02)
+
+
+def test_cut_logits_stay_while_layers_keep_much():
+  """libtpu sums the head's gradient after the layers' with `tensor` and remat=dots, not
+  with full (docs/LOG.md), and makes the gradient of the logits anew."""
+  logits = 16 // 2 * 64 * 256 * 4 // 4
+  for remat, stay in (("dots", True), ("full", False)):
+    at = training_memory(changed(remat=remat), mesh_shape(dict(fsdp=2, tensor=4))).moments
+    assert at["loss"]["logits"] == logits
+    assert ("logits" in at["backward"]) is stay
+  whole = training_memory(changed(remat="dots"), mesh_shape(dict(fsdp=8))).moments
+  assert whole["loss"]["logits"] == 2 * 64 * 256 * (4 + 2)
+  assert "logits" not in whole["backward"]
 
 
 @pytest.mark.parametrize(("remat", "times"), [("full", 1), ("dots", 2), ("none", 2)])
@@ -253,6 +288,11 @@ def test_a_reference_costs_a_forward_pass():
       more = 0 if lora.rank else state_bytes(plain, sizes).parameters
       for name, parts in moments[1].items():
         assert sum(moments[0][name].values()) == sum(parts.values()) + more
+      # Two sums of logits where the head travels, and nothing of the pass that learns.
+      logits = 16 // batch_shards(sizes) * 64 * 256 * 4 // sizes["tensor"]
+      logits = logits // sizes["context"] * (1 + (sizes["fsdp"] > 1))
+      assert moments[0]["reference"]["logits"] == logits
+      assert "activations" not in moments[0]["reference"]
       sent = [network_bytes(one, sizes) for one in (cfg, plain)]
       assert all(sent[0][axis] > sent[1][axis] for axis in sizes if sizes[axis] > 1)
 

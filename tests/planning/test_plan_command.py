@@ -133,15 +133,17 @@ def test_decoding_alone_asks_nothing_of_training(plan, config, capsys):
   assert text.splitlines()[-1].startswith("FITS: ") and "gradients" not in text
   assert main(["plan", config, "--no-training"]) == 2
   assert "add --decode" in capsys.readouterr().err
-  assert main(["plan", config, *asked, "--search"]) == 2
-  assert "--search is about training" in capsys.readouterr().err
+  for flag in ("--search", "--compile"):
+    assert main(["plan", config, *asked, flag]) == 2
+    assert f"{flag} is about training" in capsys.readouterr().err
 
 
 def test_a_latency_is_answered_by_the_most_rows_that_keep_to_it(plan, config, capsys):
   asked = ("--mesh", "data=2,tensor=4", "--device", "h200", "--decode", "--no-training")
+  asked += ("--model.context=131072",)
   lengths = ("--context=8192", "--context=131072")
   result = plan(*asked, *lengths, "--latency=9")
-  assert result["latency_seconds"] == 9e-3
+  assert result["latency_seconds"] == 9e-3 and result["keeps_latency"] is True
   points = result["decode"]
   for point in points:
     assert point["fits"] and point["seconds"] <= 9e-3 and point["batch"] % 2 == 0
@@ -156,7 +158,17 @@ def test_a_latency_is_answered_by_the_most_rows_that_keep_to_it(plan, config, ca
   [fast] = plan(*asked, "--context=8192", "--latency=0.01")["decode"]
   assert fast["batch"] == 2 and fast["seconds"] > 1e-5
   assert main(["plan", config, *asked, "--context=8192", "--latency=0.01"]) == 0
-  assert "no row of 8,192 tokens gets a token within" in capsys.readouterr().out
+  text = capsys.readouterr().out
+  assert "\nTOO SLOW: no row of 8,192 tokens gets a token within 0.01 ms" in text
+  assert "FITS" not in text
+  # Some do, some do not: each is told, and so is what fits.
+  seconds = [plan(*asked, "--batch=2", one)["decode"][0]["seconds"] for one in lengths]
+  between = f"--latency={1e3 * sum(seconds) / 2}"
+  assert plan(*asked, *lengths, between)["keeps_latency"] is False
+  assert main(["plan", config, *asked, *lengths, between]) == 0
+  text = capsys.readouterr().out
+  assert "TOO SLOW: no row of 131,072 tokens" in text
+  assert text.splitlines()[-1].startswith("the others: FITS: ")
   assert main(["plan", config, *asked, "--latency=9", "--batch=4"]) == 2
   assert main(["plan", config, *asked, "--device=cpu", "--latency=9"]) == 2
   assert "name another --device" in capsys.readouterr().err
@@ -184,7 +196,17 @@ def test_a_latency_that_only_memory_ends(capsys):
       ("stdlib_tiny", "--model.ffn-width=99", "--weights=int4"),
       "even number of inputs, not 99",
     ),
+    (
+      [
+        "moe_tiny",
+        "--model.moe.num-shared-experts=1",
+        "--model.moe.expert-width=99",
+        "--weights=int4",
+      ],
+      "even number of inputs, not 99",
+    ),
     (("gpt2_124m", "--context=1025"), "add --model.context=1025"),
+    (("stdlib_tiny", "--context=1000"), "add --model.context=1000"),  # rope
   ],
 )
 def test_what_decoding_refuses_is_not_planned(arguments, said, capsys):
@@ -376,6 +398,14 @@ def test_a_step_that_waits_for_its_rows_says_so(plan, config, capsys):
     found, text = plan_of(capsys, config, *asked, "--data-tokens-per-second", rate)
     assert found["data_seconds"] == pytest.approx(result["step_seconds"] / times)
     assert ("THE STEP WAITS FOR THEM 50% of the time" in text) is waits
+    # What follows is with the waiting.
+    share = min(1.0, times)
+    for name in ("tokens_per_second", "tokens_per_day", "mfu", "loose_mfu"):
+      assert found[name] == pytest.approx(result[name] * share), name
+    hours = result["budget"]["device_hours"] / share
+    assert found["budget"]["device_hours"] == pytest.approx(hours)
+    assert found["limited_by"] == ("data" if waits else result["limited_by"])
+    assert found["step_seconds"] == result["step_seconds"]
   assert main(["plan", config, "--data-tokens-per-second=0"]) == 2
   assert "data-tokens-per-second is 0" in capsys.readouterr().err
 

@@ -8,21 +8,29 @@ import pytest
 from flaxlm.config import (
   Config,
   DataConfig,
+  LoraConfig,
   ModelConfig,
+  MoEConfig,
   OptimizerConfig,
   TrainingConfig,
   mesh_shape,
 )
 from flaxlm.cost import forward_work, step_cost
-from flaxlm.devices import ANY
+from flaxlm.devices import ANY, find_device
 from flaxlm.planning.products import (
   Product,
   is_listed,
   muon_products,
+  narrow_flops,
   training_products,
   weight_products,
 )
-from flaxlm.planning.roofline import memory_seconds, plan_training, product_seconds
+from flaxlm.planning.roofline import (
+  compute_seconds,
+  memory_seconds,
+  plan_training,
+  product_seconds,
+)
 
 SMALL = dict(depth=4, width=64, num_heads=4, vocab_size=512, context=256)
 
@@ -109,3 +117,49 @@ def test_a_plan_of_measured_rates():
   device = dataclasses.replace(ANY, memory_bandwidth=1e9, product_rates=rates)
   plan = plan_training(cfg, mesh_shape({}), device)
   assert plan.times.compute == pytest.approx(plan.cost.executed_flops / 1e9)
+
+
+def with_run(cfg: Config, **run) -> Config:
+  return dataclasses.replace(cfg, training=TrainingConfig(dtype="bfloat16", **run))
+
+
+def test_products_of_8_bits():
+  """By hand: fp8 rounds for all three products of a projection, int8 for two, and a frozen
+  kernel has two. Under remat=full the outputs that are only added are not made again;
+  experts, their router and the head are never narrow."""
+  D, F, tokens, depth = 64, 172, 4 * 256, 4
+  cfg = config(ffn_width=F)
+  layer = 4 * D * D + 3 * D * F
+  once = 2.0 * tokens * depth * layer
+  assert narrow_flops(with_run(cfg)) == 0
+  assert narrow_flops(with_run(cfg, matmul="fp8")) == 3 * once
+  assert narrow_flops(with_run(cfg, matmul="int8")) == 2 * once
+  again = 2.0 * tokens * depth * (layer - D * F)
+  full = with_run(cfg, matmul="int8", remat="full")
+  assert narrow_flops(full) == 2 * once + again
+  frozen = dataclasses.replace(with_run(cfg, matmul="fp8"), lora=LoraConfig(rank=2))
+  assert narrow_flops(frozen) == 2 * once
+  experts = config(moe=MoEConfig(num_experts=4, experts_per_token=2, expert_width=32))
+  assert narrow_flops(with_run(experts, matmul="fp8")) == 6.0 * tokens * depth * 4 * D * D
+
+
+@pytest.mark.parametrize(
+  ("device", "matmul", "peak"),
+  [
+    ("h100", "fp8", 1978.9e12),
+    ("h100", "int8", 1978.9e12),
+    ("v5e", "int8", 394e12),
+    ("v4", "int8", 275e12),  # no faster there
+    ("a100", "fp8", 312e12),  # has no such products, and widens
+    ("v6e", "fp8", 918e12),  # XLA widens on a TPU
+  ],
+)
+def test_they_run_at_the_peak_of_8_bits(device: str, matmul: str, peak: float):
+  found, cfg = find_device(device), config()
+  full, narrow = with_run(cfg), with_run(cfg, matmul=matmul)
+  sizes, cost = mesh_shape({}), step_cost(full)
+  seconds = [compute_seconds(one, sizes, found, cost) for one in (full, narrow)]
+  wide, part = found.peak_flops["bfloat16"], found.matmul_fraction
+  assert seconds[0] and seconds[1] and part
+  saved = narrow_flops(narrow) / part * (1 / wide - 1 / peak)
+  assert seconds[0] - seconds[1] == pytest.approx(saved, abs=1e-12)

@@ -32,6 +32,7 @@ from flaxlm.data.objectives import Batch
 from flaxlm.nn.lora import abstract_adapters, freeze, init_adapters, merged
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.training.optimizer import build_optimizer
+from flaxlm.training.preference import preference_and_gradient
 from flaxlm.training.step import (
   TrainState,
   abstract_state,
@@ -56,6 +57,31 @@ def random_params(seed: int) -> Any:
   rng = np.random.default_rng(seed)
   abstract = abstract_params(build_model(CFG), mesh_of())
   return jax.tree.map(lambda x: (0.5 * rng.normal(size=x.shape)).astype("f4"), abstract)
+
+
+def test_the_models_pass_begins_when_the_reference_is_over():
+  """Side by side, XLA would hold the logits of one beside the activations of the other: the
+  ids that the model reads come out of a barrier, into which the reference's result goes."""
+  model, params = build_model(CFG), random_params(0)
+  ids = np.ones((2, 16), np.int32)
+  batch = Batch(ids, ids, ids, ids, np.ones((2, 16), np.float32))
+  of = functools.partial(preference_and_gradient, model, TrainingConfig(), DPO)
+  jaxpr = jax.make_jaxpr(
+    lambda *trees: of(trees[0], batch, jax.random.key(0), None, trees[1])
+  )
+  eqns = jaxpr(params, params).jaxpr.eqns
+  [at] = [n for n, eqn in enumerate(eqns) if eqn.primitive.name == "optimization_barrier"]
+  assert [x.aval.dtype for x in eqns[at].outvars] == [np.int32, np.float32]
+  assert eqns[at].invars[1] in {x for eqn in eqns[:at] for x in eqn.outvars}
+  read = {
+    x
+    for eqn in eqns[at + 1 :]
+    for x in eqn.invars
+    if isinstance(x, type(eqns[at].outvars[0]))
+  }
+  assert set(eqns[at].outvars) <= read
+  heads = [n for n, eqn in enumerate(eqns) if CFG.vocab_size in eqn.outvars[0].aval.shape]
+  assert heads and min(heads) < at < max(heads)
 
 
 # -- The loss ------------------------------------------------------------------------------
