@@ -47,6 +47,7 @@ from flaxlm.platform import fused_kernel
 CHECKED_TOKENS = 8
 # How far a token's logit may be below the highest to count as the likeliest, / their range.
 LOGIT_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
+ROUNDED_TOLERANCE = 0.05  # the same for weights in int8
 
 
 def bench_decode(options: BenchOptions) -> list[Result]:
@@ -57,6 +58,7 @@ def bench_decode(options: BenchOptions) -> list[Result]:
   for batch in options.pick((2,), (1, 4, 16), (1, 8, 64)):
     request = random_request(cfg, batch, prompt, new)
     results += bench_request(cfg, model, params, request, options)
+  results += bench_narrow(options)
   if options.peer is not None:
     results += bench_against(options.peer, options)
   return results
@@ -89,6 +91,26 @@ def bench_request(
     timed("decode", case, timing, "tokens/s", gate, batch * tokens, demand)
     for case, timing, tokens, demand in figures
   ]
+
+
+def bench_narrow(options: BenchOptions) -> list[Result]:
+  """Steps of one row with weights in int8, beside the same in the weights' own dtype."""
+  cfg, prompt, new = gpt2_shape(options)
+  model, params = random_model(cfg)
+  request = random_request(cfg, 1, prompt, new)
+  dtype = cfg.training.dtype
+  kinds = {dtype: None, "int8": "int8"}
+  sides = {
+    name: answer_sides(model, params, request, kind)["steps"]
+    for name, kind in kinds.items()
+  }
+  timings = measure(sides, options)
+  tokens = {name: whole_answer(timing.result) for name, timing in timings.items()}
+  gate = check_likeliest(model, params, request, tokens[dtype])
+  gate = f"{check_rounded(model, params, request, tokens['int8'])}; in {dtype} {gate}"
+  case = f"decode {cfg.model.depth}x{cfg.model.width} B1 {prompt}+{new - 1}, int8 weights"
+  result = timed("decode", case, timings["int8"], "tokens/s", gate, new - 1)
+  return [with_ratio(result, dtype, *(timings[n].rounds for n in ("int8", dtype)), gate)]
 
 
 # -- Against a peer ------------------------------------------------------------------------
@@ -204,10 +226,12 @@ def random_request(cfg: ResolvedConfig, batch: int, prompt: int, new: int) -> Re
   return Request(prompts, new, num_ids=V)
 
 
-def answer_sides(model: LanguageModel, params: Any, request: Request) -> dict[str, Side]:
+def answer_sides(
+  model: LanguageModel, params: Any, request: Request, kind: str | None = None
+) -> dict[str, Side]:
   """The prefill, the steps after it, and the whole of a greedy answer; the parameters are
-  prepared once for many calls."""
-  prepared = prepare_params(params, model.cfg)
+  prepared once for many calls, stored as `kind`."""
+  prepared = prepare_params(params, model.cfg, kind)
   greedy = make_sampling(len(request.prompts), temperature=0.0)
   start = functools.partial(generate, model, prepared, request, greedy)
 
@@ -236,6 +260,17 @@ def check_likeliest(
   if not largest_deficit(model, params, rows, count) <= allowed:
     raise wrong_result(f"it is not true that {text}")
   return text
+
+
+def check_rounded(
+  model: LanguageModel, params: Any, request: Request, tokens: np.ndarray
+) -> str:
+  """Checks that rounded weights choose tokens that are nearly the likeliest, or are."""
+  rows = np.concatenate([np.asarray(request.prompts), tokens], 1)
+  deficit = float(largest_deficit(model, params, rows, tokens.shape[1]))
+  if not deficit <= ROUNDED_TOLERANCE:
+    raise wrong_result(f"with int8 weights a logit is {deficit:.1%} below the highest")
+  return f"int8 chooses tokens whose logits are at most {deficit:.1%} below the highest"
 
 
 @functools.partial(jax.jit, static_argnames=("model", "count"))
