@@ -99,7 +99,7 @@ def bench_narrow(options: BenchOptions) -> list[Result]:
   model, params = random_model(cfg)
   request = random_request(cfg, 1, prompt, new)
   dtype = cfg.training.dtype
-  kinds = {dtype: None, "int8": "int8"}
+  kinds: dict[str, str | None] = {dtype: None, "int8": "int8"}
   sides = {
     name: answer_sides(model, params, request, kind)["steps"]
     for name, kind in kinds.items()
@@ -110,7 +110,8 @@ def bench_narrow(options: BenchOptions) -> list[Result]:
   gate = f"{check_rounded(model, params, request, tokens['int8'])}; in {dtype} {gate}"
   case = f"decode {cfg.model.depth}x{cfg.model.width} B1 {prompt}+{new - 1}, int8 weights"
   result = timed("decode", case, timings["int8"], "tokens/s", gate, new - 1)
-  return [with_ratio(result, dtype, *(timings[n].rounds for n in ("int8", dtype)), gate)]
+  ours, theirs = timings["int8"].rounds, timings[dtype].rounds
+  return [with_ratio(result, dtype, ours, theirs, gate)]
 
 
 # -- Against a peer ------------------------------------------------------------------------
