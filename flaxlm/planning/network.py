@@ -41,14 +41,14 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   # Two branches count as a layer; one that reads a source has three.
   num_layers = stretch * sum(depth * (2 + reads) for depth, reads in stacks(model)) / 2
   summed = parts * gradient_bytes(cfg, sizes, state)
-  # In a pipeline each tick has the weights and the gradients of the layers of one visit.
+  # In a pipeline each tick has the weights of the layers of one visit.
   visit = state.stored_in_blocks / schedule.repeats
-  if sums_once(sizes, parts, training.attention):
-    over_data = state.learning_elements * 4.0  # in float32
-  else:
-    at_ticks = schedule.ticks * visit * item - state.blocks if schedule.stages > 1 else 0
-    # What is frozen has no gradient.
-    over_data = summed + parts * at_ticks * (not cfg.lora.rank)
+  is_once = sums_once(sizes, parts, training.attention)
+  at_ticks = 0.0  # gradients of narrow parameters, summed at every tick (nn.pipeline)
+  if schedule.stages > 1 and jnp.dtype(training.param_dtype).itemsize < 4:
+    at_ticks = schedule.ticks * visit * item - state.blocks
+    at_ticks *= not cfg.lora.rank  # what is frozen has no gradient
+  over_data = state.learning_elements * 4.0 if is_once else summed + parts * at_ticks
   gathered = state.elements + schedule.ticks * visit - state.stored_in_blocks
   gathered += (training.loss_chunks - 1) * head_elements(model, sizes)
   # Two all-reduces per layer, forward and backward (Shoeybi et al., 2019), and those of
@@ -68,8 +68,7 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
     + 2 * passes * vectors * (sizes["stage"] - 1)
     + 2 * parts * state.blocks * (schedule.repeats > 1) * share("stage")
     + 2 * max(0, summed - parts * state.blocks) * share("stage"),
-    # An all-reduce of the gradients: of each micro-batch, and in a pipeline at every tick,
-    # or of their sum.
+    # An all-reduce of each micro-batch's gradients, or of their sum in float32.
     "data": 2 * over_data * share("data"),
     # Weights gathered forward and backward, gradients reduce-scattered; a pipeline does so
     # at every tick, for the layers of one visit.

@@ -5,7 +5,7 @@ What overlaps is an assumption. Ours: on one device, matrix products and passes 
 take turns; the exchanges over `data` and `fsdp` (weights and gradients) overlap with them,
 and on a GPU they take processors from them (`Device.contention`); the exchanges over the
 other axes do not, because their results are needed at once, nor does the sum of gradients
-between slices or hosts, or of several micro-batches, which comes after the last of them;
+between slices or hosts, or of several micro-batches or ticks, which comes after the last;
 and in a pipeline a stage waits for the first microbatch to arrive and for the last one to
 leave.
 """
@@ -206,9 +206,8 @@ def plan_training(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Plan:
 def is_data_exposed(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> bool:
   """Whether nothing hides the sum of the gradients over `data`."""
   far = far_axes(device, sizes, slow_axes(cfg.mesh))
-  training = cfg.training
-  parts = training.accumulation_steps
-  return "data" in far or sums_once(sizes, parts, training.attention)
+  parts, path = cfg.training.accumulation_steps, cfg.training.attention
+  return "data" in far or sizes["stage"] > 1 or sums_once(sizes, parts, path)
 
 
 def with_path(

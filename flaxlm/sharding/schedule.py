@@ -8,10 +8,6 @@ import jax
 
 from flaxlm.config import TrainingConfig
 
-# Within a `shard_map` over `data` a pipeline makes jaxlib 0.11 abort: "Manual axes must be
-# sorted by mesh axis index", and it lists the outer one first.
-SUMS_AROUND_STAGES = jax.__version_info__ < (0, 11)
-
 
 class Schedule(NamedTuple):
   """The number of stages, of microbatches, and of their passes through all stages."""
@@ -58,10 +54,15 @@ def sums_once(
   """Whether gradients are summed over `data` once, after all parts of a batch.
 
   Of a batch in one part the compiler sums each layer's as soon as it is there, which sends
-  no more, and while the next layer is computed. cuDNN's attention is cut over the mesh by
-  JAX, which cannot leave out an axis there: then the compiler sums those of every part.
+  no more, and while the next layer is computed; a pipeline sums them after its last tick.
+  The compiler also sums those of each part where JAX or XLA cannot leave `data` out of what
+  the others compute: cuDNN's attention, which JAX cuts over the whole mesh; splash with jax
+  0.10 ("Mosaic kernels cannot be automatically partitioned"); and a pipeline with jax 0.11
+  ("Manual axes must be sorted by mesh axis index", but it lists the outer one's first).
   """
-  stages = sizes.get("stage", 1)
-  if sizes.get("data", 1) == 1 or attention == "cudnn":
+  is_old, stages = jax.__version_info__ < (0, 11), sizes.get("stage", 1)
+  if attention == "cudnn" or (attention == "splash" and is_old):
     return False
-  return SUMS_AROUND_STAGES if stages > 1 else num_parts > 1
+  if stages > 1 and not is_old:
+    return False
+  return sizes.get("data", 1) > 1 and num_parts > 1

@@ -2,8 +2,8 @@
 """Sums over the parts of a batch: micro-batch by micro-batch, then once over `data`.
 
 Along `data` the members of a mesh have the same parameters, and gradients of rows of their
-own. The compiler would add these up as soon as they are there: in every micro-batch, and in
-a pipeline at every tick. Here each member adds up its own, and they are summed at the end.
+own. The compiler would add these up as soon as they are there, in every micro-batch. Here
+each member adds up its own, and they are summed at the end; nn/pipeline.py does the same.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,9 @@
 """Parts of a batch, on members of `data`: summed once, and the same as on one device."""
 
 import dataclasses
+import math
 
+import jax
 import numpy as np
 import pytest
 from conftest import fuzz, slow
@@ -20,21 +22,24 @@ from flaxlm.config import DataConfig, OptimizerConfig, TrainingConfig
 from flaxlm.nn.models import build_model
 from flaxlm.planning.collectives import find_collectives
 from flaxlm.sharding import sums_once
-from flaxlm.sharding.schedule import SUMS_AROUND_STAGES
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import abstract_batch, abstract_state, jit_train_step
 
 TWICE = TrainingConfig(scanned=True, accumulation_steps=2)
 
 
-def sums_over_data(mesh, run) -> int:
-  """How often a compiled training step sends more than a few numbers over `data`."""
+def sent_over_data(mesh, run) -> float:
+  """Bytes that a compiled training step sends over `data` of each byte of the parameters
+  on a device."""
   model, optimizer = build_model(CFG, run), build_optimizer(OptimizerConfig(), 10)
   step = jit_train_step(model, optimizer, run, mesh)
+  state = abstract_state(model, optimizer, mesh)
   batch = abstract_batch(DataConfig(seq_len=16, batch_size=32), mesh)
-  text = step.lower(abstract_state(model, optimizer, mesh), batch).compile().as_text()
+  text = step.lower(state, batch).compile().as_text()
   found = find_collectives(text, dict(mesh.shape))
-  return sum(one.count for one in found if "data" in one.axes and one.bytes > 100)
+  share = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+  held = sum(map(share, jax.tree.leaves(state.params)))
+  return sum(one.bytes for one in found if "data" in one.axes) / held
 
 
 @pytest.mark.parametrize(
@@ -43,15 +48,18 @@ def sums_over_data(mesh, run) -> int:
     (dict(data=2, fsdp=2), 4),
     slow(dict(data=2, tensor=2), 2),
     slow(dict(stage=2, data=2), 1),
+    slow(dict(stage=2, data=2), 2),
     fuzz(dict(stage=2, data=2, fsdp=2), 2),
   ],
   ids=str,
 )
 def test_gradients_are_summed_over_data_once(sizes, parts):
   run, mesh = dataclasses.replace(TWICE, accumulation_steps=parts), mesh_of(**sizes)
-  if not sums_once(mesh.shape, parts):
+  if parts > 1 and not sums_once(mesh.shape, parts):
     pytest.skip("XLA cannot do so with this jaxlib: see sharding/schedule.py")
-  assert sums_over_data(mesh, run) == 1
+  # An all-reduce sends twice (n - 1) / n: over two members as much as there is.
+  # A pipeline also sums what all members of `data` share (1.13 in all).
+  assert 0.98 < sent_over_data(mesh, run) < 1.2
 
 
 def test_one_part_is_left_to_the_compiler():
@@ -60,8 +68,10 @@ def test_one_part_is_left_to_the_compiler():
   assert not sums_once(dict(fsdp=4), 2)
   assert not sums_once({}, 2)
   assert sums_once(dict(data=4), 2)
-  assert sums_once(dict(data=4, stage=2), 1, "blocked") == SUMS_AROUND_STAGES
   assert not sums_once(dict(data=4), 2, "cudnn")
+  is_old = jax.__version_info__ < (0, 11)
+  assert sums_once(dict(data=4), 2, "splash") != is_old
+  assert sums_once(dict(data=4, stage=2), 2) == is_old
 
 
 @pytest.mark.parametrize(
