@@ -514,9 +514,9 @@ class Engine:
       if event.finish_reason is not None:
         self._has_ended = True
         broken = job.row if event.error else None
-        # Idle steps write behind a row's last token; over it, where there is no more room.
-        was_idle = len(event.tokens) < num_steps
-        if broken is None and not (was_idle and job.in_cache == self._slots):
+        # Whole, as no idle step has written over its last key: on a CPU the block has ended
+        # with it, and elsewhere a row that is full has been freed before.
+        if broken is None:
           self._keep_answer(job, has_ended=True)
         if event.error is not None:
           self.reader.forget()
