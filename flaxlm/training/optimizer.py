@@ -35,7 +35,7 @@ def build_optimizer(cfg: OptimizerConfig, num_steps: int) -> Optimizer:
 
 
 def clip(largest: float, gradient: Any, _: Any = None) -> Any:
-  """The gradient, shortened to the norm `largest` where it is longer (Pascanu et al., 2013).
+  """The gradient, no longer than the norm `largest` (Pascanu et al., 2013).
 
   One factor for both cases: optax's choice between two gradients keeps a second one.
   """
