@@ -219,8 +219,8 @@ def keep_freed_memory() -> None:
   if user_set or not hasattr(libc, "gnu_get_libc_version"):
     return
   jax.config.update("jax_cpu_enable_async_dispatch", False)
-  mmap_threshold, trim_threshold = -3, -1  # malloc.h
-  libc.mallopt(mmap_threshold, 2**31 - 1)
+  trim_threshold, most_mappings = -1, -4  # malloc.h
+  libc.mallopt(most_mappings, 0)  # a threshold is an int: blocks from 2 GiB on exceed it
   libc.mallopt(trim_threshold, -1)  # never
 
 

@@ -604,8 +604,8 @@ TRAINING = [
   Defect(
     "the gradient is not clipped but the update",
     "flaxlm/training/optimizer.py",
-    "optax.chain(optax.clip_by_global_norm(cfg.clip_norm), rule)",
-    "optax.chain(rule, optax.clip_by_global_norm(cfg.clip_norm))",
+    "optax.chain(optax.stateless(partial(clip, cfg.clip_norm)), rule)",
+    "optax.chain(rule, optax.stateless(partial(clip, cfg.clip_norm)))",
     "training/test_step_reference.py",
   ),
   Defect(

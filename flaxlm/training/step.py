@@ -92,7 +92,8 @@ def train_step(
   sums, gradient = accumulate(learn, parts, state.params, batch, key, path)
   means = jax.tree.map(lambda x: x / num_targets, {"loss": sums} if dpo is None else sums)
   loss = means["loss"]
-  gradient = jax.tree.map(lambda g: g / num_targets, gradient)
+  scale = 1 / num_targets  # XLA would keep an array of quotients, but not of products
+  gradient = jax.tree.map(lambda g: g * scale, gradient)
   gradient_norm = optax.tree.norm(gradient)
   finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 
@@ -311,18 +312,27 @@ def jit_train_step(
     in_shardings=(state_shardings, batch_sharding(mesh), replicated),
     out_shardings=(state_shardings, replicated),
     donate_argnums=0,
-    compiler_options=fp8_options(mesh) if cfg.matmul == "fp8" else None,
+    compiler_options=step_options(cfg, mesh),
   )
   return TrainStep(jitted, mesh)
 
 
-def fp8_options(mesh: Mesh) -> dict[str, Any] | None:
-  """Leaves products to cuBLASLt on a GPU: XLA's own kernels, which come first by default,
-  would widen 8-bit floats and multiply in 16 bits, and so would products that are merged
-  (seen in what is compiled for Hopper)."""
-  if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
-    return None
-  return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+def step_options(cfg: TrainingConfig, mesh: Mesh) -> dict[str, Any] | None:
+  """What the compiler is told about a training step on these devices.
+
+  On a CPU, to see that nothing overwrites an optimizer's moments too early: by default it
+  copies them first, at every step.
+
+  On a GPU, to leave products of 8-bit floats to cuBLASLt: XLA's own kernels, which come
+  first by default, would widen them and multiply in 16 bits, and so would products that
+  are merged (seen in what is compiled for Hopper).
+  """
+  platform = mesh.devices.flat[0].platform
+  if platform == "cpu":
+    return {"xla_cpu_copy_insertion_use_region_analysis": True}
+  if platform in ("gpu", "cuda") and cfg.matmul == "fp8":
+    return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+  return None
 
 
 def abstract_batch(cfg: DataConfig, mesh: Mesh) -> Batch:
