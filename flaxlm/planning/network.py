@@ -50,7 +50,10 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
     # What is frozen has no gradient.
     over_data = summed + parts * at_ticks * (not cfg.lora.rank)
   gathered = state.elements + schedule.ticks * visit - state.stored_in_blocks
-  gathered += (training.loss_chunks - 1) * head_elements(model, sizes)
+  if (
+    cfg.active_dpo is not None
+  ):  # each chunk of the loss comes again (training/logprobs.py)
+    gathered += (training.loss_chunks - 1) * head_elements(model, sizes)
   # Two all-reduces per layer, forward and backward (Shoeybi et al., 2019), and those of
   # embedding and head. With sequence_parallel they are reduce-scatters and all-gathers,
   # which cost the same, but the inputs are gathered once more in the backward pass.
