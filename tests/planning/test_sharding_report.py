@@ -198,7 +198,8 @@ def test_a_chunk_of_the_loss_gathers_no_head_again():
     cfg = dataclasses.replace(TINY, training=training)
     found.append(sum(one.bytes for one in compile_step(cfg, sizes, ANY).collectives))
     planned.append(network_bytes(cfg, sizes)["fsdp"])
-  assert found[1] - found[0] == pytest.approx(planned[1] - planned[0], rel=0.02)
+  # The CPU's compiler sums whole gradients, which moves twice as much as to scatter them.
+  assert found[1] - found[0] == pytest.approx(2 * (planned[1] - planned[0]), rel=0.02)
 
 
 @pytest.mark.slow
