@@ -29,7 +29,7 @@ def some(head, dtype="float32"):
   """(model, config, parameters, hidden vectors, batch); some weights are below 0."""
   cfg = TrainingConfig(label_smoothing=0.1, dtype=dtype)
   model = build_model(ModelConfig(**SIZES, **HEADS[head]), cfg)
-  params = nn.unbox(init_params(model, 0))
+  params = nn.unbox(jax.jit(init_params, static_argnums=0)(model, 0))
   keys = jax.random.split(jax.random.key(0), 4)
   params = jax.tree.map(
     lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), params
