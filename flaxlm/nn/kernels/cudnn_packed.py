@@ -18,7 +18,7 @@ from jax._src.cudnn import fused_attention_stablehlo as library
 
 from flaxlm.nn.kernels.cudnn import attend_cudnn
 from flaxlm.nn.masks import Pattern, Placement, Reach, Scoring, Sight, visible
-from flaxlm.sharding import axis_sizes_in_use, partition_spec
+from flaxlm.sharding import axis_sizes_in_use, on_members, partition_spec
 
 MOST_DOCUMENTS = 32  # of a row: the kernel keeps a sum for each query, head and document
 GROUPED_SINCE = (0, 11, 2)  # before, jax took keys' offsets for queries' (jax#39521)
@@ -89,7 +89,7 @@ def attend_packed(
   )
   part = lambda *arrays: mix(form, *arrays)
   # By hand, because a partitioner does not know that offsets belong to a device's rows.
-  return jax.shard_map(part, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+  return on_members(part, specs, specs[0], check_vma=False)(*arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
