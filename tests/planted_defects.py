@@ -36,6 +36,20 @@ NN = [
     "laws/test_fp8_products.py",
   ),
   Defect(
+    "a loss in chunks passes on its gradient as if nothing came after it",
+    "flaxlm/training/fused_loss.py",
+    "scale.astype(grad_x.dtype) * grad_x",
+    "grad_x",
+    "training/test_fused_loss.py",
+  ),
+  Defect(
+    "the last of a row's documents is not told to cuDNN's kernel",
+    "flaxlm/nn/kernels/cudnn_packed.py",
+    "exists_BE = numbers_E < count_B1",
+    "exists_BE = numbers_E < count_B1 - 1",
+    "nn/kernels/test_cudnn_packed.py",
+  ),
+  Defect(
     "RoPE turns against its direction in one of the two halves",
     "flaxlm/nn/positions.py",
     "second * cos + first * sin",
