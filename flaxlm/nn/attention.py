@@ -157,7 +157,7 @@ class Attention(nn.Module):
     self, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, scoring: Scoring
   ) -> jax.Array:
     """By cuDNN's kernel: packed documents by their offsets where it can."""
-    if offsets_obstacle(self.cfg, self.execution.kernel) is None:
+    if offsets_obstacle(self.cfg, self.execution) is None:
       # Imported where it runs: it needs a private module of jax.
       from flaxlm.nn.kernels.cudnn_packed import Form, attend_packed, packed_segments
 

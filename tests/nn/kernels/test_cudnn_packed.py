@@ -167,7 +167,7 @@ def test_a_models_program_has_offsets_and_its_masks_wait_in_another_branch(monke
   cfg = ModelConfig(
     depth=1, width=32, num_heads=4, num_kv_heads=2, vocab_size=32, context=64
   )
-  training = TrainingConfig(dtype="bfloat16")
+  training = TrainingConfig(dtype="bfloat16", attention="cudnn")
   model = build_model(cfg, training, cudnn(256, packed=True))
   params = jax.eval_shape(lambda: init_params(model, 0))
   ids = jax.ShapeDtypeStruct((2, 64), jnp.int32)
@@ -189,9 +189,12 @@ def test_a_path_says_how_it_tells_documents_apart():
   sizes = dict(num_heads=2, vocab_size=32)
   cfg = ModelConfig(head_dim=64, **sizes).resolve()
   wide = ModelConfig(head_dim=256, **sizes).resolve()
-  why = lambda cfg, kernel: (
-    choose_path(cfg, Execution(dtype=jnp.bfloat16, kernel=kernel), {}, (64,)).why
-  )
+
+  def why(cfg, kernel, attention="cudnn"):
+    execution = Execution(dtype=jnp.bfloat16, kernel=kernel, attention=attention)
+    return choose_path(cfg, execution, {}, (64,)).why
+
   assert why(cfg, cudnn(256, packed=True)).endswith("by where they begin")
+  assert "not measured yet" in why(cfg, cudnn(256, packed=True), "auto")
   assert "cuDNN 9.6" in why(cfg, cudnn(256))
   assert "head_dim=256" in why(wide, cudnn(256, packed=True))
