@@ -231,10 +231,10 @@ class ForwardFlops:
     computed again unless all of it is kept: its output alone does not help, because the
     backward pass needs the weights.
     """
-    again = self.head * (training.loss_chunks > 1)
     products = self.matmul + self.idle_places
+    again = 0.0
     if training.remat not in ("none", "dots"):
-      again += products - self.added
+      again = products - self.added
     attention = attention_passes(training) * self.attention_executed
     return 3 * (products + self.head) + attention + again
 
@@ -371,6 +371,8 @@ def step_cost(cfg: ResolvedConfig) -> StepCost:
   change = 6.0 * B * T * adapter_parameters(cfg.model, cfg.lora) - saved
   passes, once = cfg.reference_passes, work.matmul + work.head + work.attention_executed
   executed = work.step(cfg.training) + passes * once
+  if cfg.active_dpo is not None and cfg.training.loss_chunks > 1:
+    executed += work.head  # its logits are computed again: training/logprobs.py
   flops = ((3 + passes) * work.strict, (3 + passes) * work.loose, executed)
   return StepCost(B * T, *(some + change for some in flops))
 

@@ -176,7 +176,22 @@ def fused_kernel() -> FusedKernel:
   if device.platform != "gpu" or "cuda" not in device.client.platform_version:
     return NO_KERNEL
   generation = int(device.compute_capability.split(".")[0])
-  return cudnn(0 if generation < 8 else 128 if generation == 8 else 256)
+  if generation < 9:
+    return cudnn(128 if generation == 8 else 0)
+  return cudnn(256, packed=cudnn_version() >= PACKED_SINCE)
+
+
+PACKED_SINCE = 90600  # cuDNN 9.6, as jax's own test of packed documents
+
+
+def cudnn_version() -> int:
+  """That of the library that JAX found, such as 91002 for 9.10.2; 0: none is known."""
+  try:
+    from jax._src.lib import cuda_versions  # no public function tells
+
+    return int(cuda_versions.cudnn_get_version()) if cuda_versions else 0
+  except (ImportError, AttributeError, RuntimeError):
+    return 0
 
 
 FP8_GENERATION = (8, 9)  # Ada, the first NVIDIA GPU whose tensor cores multiply them
@@ -219,8 +234,8 @@ def keep_freed_memory() -> None:
   if user_set or not hasattr(libc, "gnu_get_libc_version"):
     return
   jax.config.update("jax_cpu_enable_async_dispatch", False)
-  mmap_threshold, trim_threshold = -3, -1  # malloc.h
-  libc.mallopt(mmap_threshold, 2**31 - 1)
+  trim_threshold, most_mappings = -1, -4  # malloc.h
+  libc.mallopt(most_mappings, 0)  # a threshold is an int: blocks from 2 GiB on exceed it
   libc.mallopt(trim_threshold, -1)  # never
 
 

@@ -36,6 +36,20 @@ NN = [
     "laws/test_fp8_products.py",
   ),
   Defect(
+    "a loss in chunks passes on its gradient as if nothing came after it",
+    "flaxlm/training/fused_loss.py",
+    "scale.astype(grad_x.dtype) * grad_x",
+    "grad_x",
+    "training/test_fused_loss.py",
+  ),
+  Defect(
+    "the last of a row's documents is not told to cuDNN's kernel",
+    "flaxlm/nn/kernels/cudnn_packed.py",
+    "exists_BE = numbers_E < count_B1",
+    "exists_BE = numbers_E < count_B1 - 1",
+    "nn/kernels/test_cudnn_packed.py",
+  ),
+  Defect(
     "RoPE turns against its direction in one of the two halves",
     "flaxlm/nn/positions.py",
     "second * cos + first * sin",
@@ -129,15 +143,22 @@ NN = [
   Defect(
     "a single row decodes without the soft-cap",
     "flaxlm/nn/kernels/cached.py",
-    "scores_KGS = scoring.softcap * jnp.tanh(scores_KGS / scoring.softcap)",
-    "scores_KGS = scores_KGS * 1",
+    "scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)",
+    "scores = scores * 1",
     "nn/kernels/test_kernels.py::test_attention_over_a_cache_is_attention",
   ),
   Defect(
     "a single row decodes without the learned sinks",
     "flaxlm/nn/kernels/cached.py",
-    "sum_KG1 += jnp.exp(sinks_KG[:, :, None] - most_KG1)",
-    "sum_KG1 += 0",
+    "sum_BKG1 += jnp.exp(sinks_KG[:, :, None] - max_BKG1)",
+    "sum_BKG1 += 0",
+    "nn/kernels/test_kernels.py::test_attention_over_a_cache_is_attention",
+  ),
+  Defect(
+    "of a sum over two threads a part is missing",
+    "flaxlm/nn/kernels/cached.py",
+    "x, parts = halves[0] + halves[1], parts // 2",
+    "x, parts = halves[0], parts // 2",
     "nn/kernels/test_kernels.py::test_attention_over_a_cache_is_attention",
   ),
   Defect(
@@ -597,8 +618,8 @@ TRAINING = [
   Defect(
     "the gradient is not clipped but the update",
     "flaxlm/training/optimizer.py",
-    "optax.chain(optax.clip_by_global_norm(cfg.clip_norm), rule)",
-    "optax.chain(rule, optax.clip_by_global_norm(cfg.clip_norm))",
+    "optax.chain(optax.stateless(partial(clip, cfg.clip_norm)), rule)",
+    "optax.chain(rule, optax.stateless(partial(clip, cfg.clip_norm)))",
     "training/test_step_reference.py",
   ),
   Defect(
@@ -1029,6 +1050,13 @@ DECODING = [
     "decoding/test_sampling.py",
   ),
   Defect(
+    "a block goes on when an answer has ended",
+    "flaxlm/decoding/rows.py",
+    " & (still_active == num_active)",
+    "",
+    "decoding/test_engine.py::test_a_block_ends_with_an_answer_and_is_short_while_others_may_come",
+  ),
+  Defect(
     "a level's tokens are not in the history",
     "flaxlm/decoding/rows.py",
     "    if HISTORY_RULES & {*rules}:",
@@ -1131,13 +1159,6 @@ DECODING = [
     "flaxlm/decoding/prefix_store.py",
     "return max([(0, None), *found], key=lambda row: row[0])",
     "return max([*found, (0, None)], key=lambda row: row[0])",
-    "decoding/test_prefix_store.py",
-  ),
-  Defect(
-    "an answer is kept whose last key was written over",
-    "flaxlm/decoding/engine.py",
-    "was_idle = len(event.tokens) < num_steps",
-    "was_idle = False",
     "decoding/test_prefix_store.py",
   ),
   Defect(

@@ -85,6 +85,40 @@ def test_cudnn_equals_reference_with_gradients(way, kv_heads):
     assert error < 1e-2
 
 
+@pytest.mark.parametrize("most", [8, 2])  # 2: a row has more, and a mask is used
+@pytest.mark.parametrize(("causal", "kv_heads"), [(True, 4), (True, 1), (False, 2)])
+def test_documents_by_their_offsets_equal_reference_with_gradients(causal, kv_heads, most):
+  """With padding, and a row of one document."""
+  if not fused_kernel().packed:
+    pytest.skip("needs a GPU from Hopper on and cuDNN 9.6")
+  from flaxlm.nn.kernels.cudnn_packed import Form, attend_packed
+
+  B, T, N, H = 3, 256, 4, 64
+  keys = jax.random.split(jax.random.key(kv_heads), 3)
+  q, cotangent = jax.random.normal(keys[0], (2, B, T, N, H), jnp.bfloat16)
+  k, v = jax.random.normal(keys[1], (2, B, T, kv_heads, H), jnp.bfloat16)
+  slots = jnp.broadcast_to(jnp.arange(T), (B, T))
+  ends = jnp.array([[1, 90, 130, 200], [256, 256, 256, 256], [77, 78, 79, 256]])
+  segments = 1 + (slots[:, :, None] >= ends[:, None]).sum(-1)
+  segments = jnp.where((slots >= 200) & (jnp.arange(B) == 0)[:, None], 0, segments)
+  sight = Sight(visible(Placement(slots, segments, segments), T, causal))
+  form = Form(causal, H**-0.5, most=most)
+
+  def output_and_gradients(attention, cotangent, *arrays):
+    out, pull = jax.vjp(attention, *arrays)
+    return out, pull(cotangent.astype(out.dtype))
+
+  with jax.default_matmul_precision("highest"):
+    exact = [x.astype(jnp.float32) for x in (q, k, v)]
+    reference = lambda *x: attend(*x, sight, Scoring(H**-0.5))[0]
+    expected = output_and_gradients(reference, cotangent, *exact)
+  packed = lambda *x: attend_packed(*x, segments, form)
+  found = jax.jit(output_and_gradients, static_argnums=0)(packed, cotangent, q, k, v)
+  for ours, exactly in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    error = np.linalg.norm(np.float32(ours) - exactly) / np.linalg.norm(exactly)
+    assert error < 1e-2
+
+
 SHAPE = dict(depth=2, width=256, num_heads=4, num_kv_heads=2, vocab_size=512)
 
 

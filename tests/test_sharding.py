@@ -474,6 +474,31 @@ print(faults[-1] - faults[-4])
   assert int(done.stdout) < 4096, "a block of 256 MB has 65,536 pages"
 
 
+@pytest.mark.slow
+def test_no_block_is_too_large_to_be_kept():
+  """On glibc: one of 3 GiB, as a step of GPT-2 can need, is not mapped for itself."""
+  code = """
+import ctypes
+from flaxlm.platform import keep_freed_memory
+keep_freed_memory()
+libc = ctypes.CDLL(None)
+class Counts(ctypes.Structure):
+  _fields_ = [(name, ctypes.c_size_t) for name in (
+    "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+  )]
+libc.mallinfo2.restype, libc.malloc.restype = Counts, ctypes.c_void_p
+before = libc.mallinfo2().hblks
+assert libc.malloc(ctypes.c_size_t(3 << 30))
+print(libc.mallinfo2().hblks - before)
+"""
+  environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+  command = [sys.executable, "-c", code]
+  done = subprocess.run(
+    command, env=environment, capture_output=True, text=True, check=True
+  )
+  assert int(done.stdout) == 0
+
+
 # -- Which rows a process needs ------------------------------------------------------------
 
 

@@ -3,11 +3,12 @@
 
     python -m benchmarks.gpu --output gpu.jsonl
 
-Training steps of three models beside compiled PyTorch, and decoding steps of two with
-narrow weights. Every side runs in a process of its own, one after the other, and is checked
-before its speed counts. A part for which no time is left, or that lacks a library or
-memory, is skipped with its reason; training is repeated while there is time, with what was
-compiled before. The file is written anew after each part.
+Training steps of three models beside compiled PyTorch, decoding steps of two with narrow
+weights, and attention over packed documents by their offsets beside by a mask. Every side
+runs in a process of its own, one after the other, and is checked before its speed counts. A
+part for which no time is left, or that lacks a library or memory, is skipped with its
+reason; training is repeated while there is time, with what was compiled before. The file is
+written anew after each part.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.gpu import decoding, limits, training
+from benchmarks.gpu import decoding, documents, limits, training
 from benchmarks.gpu.cases import decode_models, train_cases
 from benchmarks.writing import add_output, write
 from flaxlm.benchmark.ceilings import ceilings_of, judge, this_device
@@ -33,12 +34,14 @@ from flaxlm.platform import start_jax
 MINUTES = 9.0
 LEAST_SECONDS = 30.0  # less is not enough to start a process and to compile
 MOST_SECONDS = 240.0  # of one process, so that none takes the time of all others
-PARTS = ("train", "decode")
+PARTS = ("train", "decode", "documents")
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("parts", nargs="*", metavar="PART", help="train, decode; none: both")
+  parser.add_argument(
+    "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; none: all"
+  )
   parser.add_argument("--minutes", type=float, default=MINUTES)
   parser.add_argument("--smoke", action="store_true", help="tiny shapes, as on a CPU")
   add_output(parser)
@@ -69,6 +72,8 @@ def jobs(parts: Sequence[str], table: "Table") -> list[Callable[[], None]]:
   found = [table.measure_limits]
   for n in range(max(len(trained), len(decoded))):
     found += trained[n : n + 1] + decoded[n : n + 1]
+  if "documents" in parts:
+    found.insert(1 + min(1, len(trained)), table.documents)  # after the first model's speed
   return found if table.smoke else found + trained
 
 
@@ -93,6 +98,8 @@ class Table:
     for name in self.models:
       path = self.path(f"decode {name}")
       found += read_lines(path) if path.exists() else []
+    path = self.path("documents")
+    found += read_lines(path) if path.exists() else []
     path = self.path("limits")
     measured = read_lines(path) if path.exists() else []
     judge(found, ceilings_of(measured), this_device())
@@ -124,6 +131,10 @@ class Table:
     path = str(self.path(f"decode {name}"))
     module = decoding.__name__
     self.run(f"decode {name}", module, name, path, self.flag, seconds)
+
+  def documents(self) -> None:
+    path = self.path("documents")
+    self.run("documents", documents.__name__, str(path), self.flag)
 
   # -- Processes
 

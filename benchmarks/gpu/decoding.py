@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding steps by batch and by how weights are kept, against the bandwidth of reading.
+"""Decoding steps by batch, by how weights are kept and whether the loop is one CUDA graph.
 
 The loop of `flaxlm infer` is timed over a cache of `SLOTS` slots, without a prompt: a step
 reads all slots, whether they are filled or not. The first tokens of each answer must be the
@@ -58,6 +58,16 @@ KINDS: tuple[tuple[str | None, str | None], ...] = (
   ("int4", "pallas"),
 )
 GREEDY = StaticSampling()
+# All steps of a block as one CUDA graph, where XLA by default makes one of each step's body
+# and launches it from the host. One copy whose place depends on the step would cut it in
+# two: that pass is off. Of the kinds of commands, DYNAMIC_SLICE_COPY_FUSION ended XLA's
+# compiler (jaxlib 0.10.1, without a GPU).
+ONE_GRAPH: Any = {
+  "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,"
+  "DYNAMIC_SLICE_FUSION,WHILE",
+  "xla_gpu_graph_min_graph_size": 1,
+  "xla_disable_hlo_passes": "fusion-dynamic-memcpy-rewriter",
+}
 
 
 class Loop(NamedTuple):
@@ -70,6 +80,14 @@ class Loop(NamedTuple):
   kernel: str | None
   steps: Future
   check: Future
+  is_one_graph: bool = False
+
+  @property
+  def text(self) -> str:
+    """How the weights are kept and read, for the name of a case."""
+    dtype = str(self.model.execution.dtype)
+    graph = "one graph" if self.is_one_graph else ""
+    return " ".join(filter(None, (self.kind or dtype, self.kernel, graph)))
 
 
 def main() -> None:
@@ -101,17 +119,22 @@ def loops(
     kind: pool.submit(check(prepared).compile) for kind, prepared in by_kind.items()
   }
   found = []
-  for batch in batches:
-    for kind, kernel in KINDS:
-      if kernel and (batch > FEW_ROWS or fused_kernel().name != "cudnn"):
-        continue
-      execution = dataclasses.replace(model.execution, weights_kernel=kernel)
-      with_kernel = model.clone(execution=execution)
-      state = jax.eval_shape(functools.partial(first_state, model, batch))
-      arguments = (make_sampling(batch, 0.0), np.int32(cfg.model.num_ids))
-      lowered = decode_block.lower(with_kernel, by_kind[kind], state, *arguments, GREEDY)
-      steps = pool.submit(lowered.compile)
-      found.append(Loop(model, by_kind[kind], batch, kind, kernel, steps, checks[kind]))
+  has_gpu = fused_kernel().name == "cudnn"
+  for is_one_graph in (False, True) if has_gpu else (False,):
+    for batch in batches:
+      for kind, kernel in KINDS:
+        if kernel and (batch > FEW_ROWS or not has_gpu):
+          continue
+        if is_one_graph and batch > FEW_ROWS:  # a step is long, and its launch is not
+          continue
+        execution = dataclasses.replace(model.execution, weights_kernel=kernel)
+        with_kernel = model.clone(execution=execution)
+        state = jax.eval_shape(functools.partial(first_state, model, batch))
+        arguments = (make_sampling(batch, 0.0), np.int32(cfg.model.num_ids))
+        lowered = decode_block.lower(with_kernel, by_kind[kind], state, *arguments, GREEDY)
+        steps = pool.submit(lowered.compile, ONE_GRAPH if is_one_graph else None)
+        loop = Loop(model, by_kind[kind], batch, kind, kernel, steps, checks[kind])
+        found.append(loop._replace(is_one_graph=is_one_graph))
   return found
 
 
@@ -152,9 +175,9 @@ def measure_loop(
   demand = Demand(
     BLOCK_STEPS * flops, BLOCK_STEPS * num_bytes, cfg.training.dtype, num_bytes
   )
-  case = f"{name} B{loop.batch} {loop.kind or cfg.training.dtype} {loop.kernel or ''}"
+  case = f"{name} B{loop.batch} {loop.text}"
   tokens = loop.batch * BLOCK_STEPS
-  return timed("decode", case.rstrip(), timing, "tokens/s", gate, tokens, demand)
+  return timed("decode", case, timing, "tokens/s", gate, tokens, demand)
 
 
 def check(cfg: ResolvedConfig, loop: Loop, rows: np.ndarray) -> str:

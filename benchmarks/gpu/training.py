@@ -12,7 +12,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from flaxlm.benchmark.suites.train import (
   step_demand,
 )
 from flaxlm.benchmark.training_case import time_steps
-from flaxlm.config import mesh_shape
+from flaxlm.config import FusedKernel, mesh_shape
 from flaxlm.cost import forward_work
 from flaxlm.data.objectives import Batch
 from flaxlm.nn.models import build_model
@@ -128,7 +128,7 @@ def main() -> None:
   case = train_cases(bool(int(smoke)))[name]
   if side == "flaxlm":
     start_jax()
-    run = run_flaxlm
+    run: Callable[[TrainCase, Layout], dict[str, Any]] = run_flaxlm
   else:
     from benchmarks.gpu.torch_side import run_torch as run
   for layout in LAYOUTS:
@@ -137,10 +137,13 @@ def main() -> None:
       print(json.dumps(found), file=out, flush=True)
 
 
-def run_flaxlm(case: TrainCase, layout: Layout) -> dict[str, Any]:
-  """The step of `flaxlm train`. Of whole rows it is told that they are whole."""
+def run_flaxlm(
+  case: TrainCase, layout: Layout, kernel: FusedKernel | None = None
+) -> dict[str, Any]:
+  """The step of `flaxlm train`. Of whole rows it is told that they are whole; `kernel` is
+  attention's, in place of the device's."""
   cfg, mesh = case.cfg, one_device_mesh()
-  model = build_model(cfg.model, cfg.training, fused_kernel())
+  model = build_model(cfg.model, cfg.training, kernel or fused_kernel())
   optimizer = build_optimizer(cfg.optimizer, num_steps=1)
   state = init_state(model, optimizer, mesh, seed=0)
   state = state._replace(params=given_params(state.params))

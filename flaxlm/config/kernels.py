@@ -16,6 +16,7 @@ class FusedKernel:
   name: Literal["", "cudnn", "splash", "tiled"] = ""
   head_dim: int = 0  # the largest that it takes in training
   shortest: int = 0  # `auto` leaves shorter rows to XLA's operations
+  packed: bool = False  # it tells packed documents apart without a mask
   lanes: int = 1  # it keeps heads padded to a multiple of these, and takes such lengths
   interpreted: bool = False  # by Pallas's interpreter, which needs no TPU: for tests
 
@@ -31,6 +32,6 @@ SPLASH = FusedKernel("splash", head_dim=256, shortest=1024, lanes=128)
 TILED = FusedKernel("tiled", shortest=512)
 
 
-def cudnn(head_dim: int) -> FusedKernel:
+def cudnn(head_dim: int, packed: bool = False) -> FusedKernel:
   """cuDNN's attention for heads of up to this dim; 0: the device cannot run it."""
-  return FusedKernel("cudnn", head_dim) if head_dim else NO_KERNEL
+  return FusedKernel("cudnn", head_dim, packed=packed) if head_dim else NO_KERNEL

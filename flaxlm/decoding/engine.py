@@ -55,6 +55,9 @@ from flaxlm.tokenizers import AnyTokenizer
 # Between two chunks of prompts. More rows cost a step little more, so that the free ones
 # are filled first; but those that are decoded do not stand still.
 STEPS_WHILE_READING = 1
+# While requests may come for free rows, which wait for the end of a block: who has got an
+# answer often asks again at once. A block's start costs a CPU 1 to 2 ms.
+STEPS_AFTER_END, STEPS_WHILE_FREE = 1, 4
 
 
 @dataclasses.dataclass(eq=False)
@@ -144,6 +147,7 @@ class Engine:
     self._slots = self._source_slots = 0
     self._blocks: collections.deque[_Block] = collections.deque()
     self._owes_block = False  # the rows that decode have waited for prompts already
+    self._has_ended = False  # an answer, in the block that was collected last
     # Of the rows as they are; None when they have changed.
     self._batch_sampling: RowSampling | None = None
     self.settings = RowSettings(model.cfg, num_ids, self.options.shapes, tokenizer)
@@ -448,16 +452,13 @@ class Engine:
     """Starts a block of decode steps of all active rows."""
     assert self._state is not None
     active = [job for job in self._rows if job is not None]
-    num_steps = self.options.most_steps
-    if not self.runs_ahead:
-      num_steps = min(num_steps, max(job.left for job in active))
-      if self._reading is not None and self._reading.logits_RV is None:
-        num_steps = STEPS_WHILE_READING
+    num_steps = self._num_steps(active)
     lengths = [min(job.request.final_length, job.in_cache + num_steps) for job in active]
     slots = self.sizes.bucket_of_slots(max(self._room_of(j, num_steps) for j in active))
     may_shrink = not self.options.whole_rows
     if slots > self._slots or (may_shrink and 3 * slots <= 2 * self._slots):
       self._resize(slots, self._source_slots)
+    may_shrink = may_shrink and not (self.options.is_open and self._has_ended)
     if may_shrink and self.sizes.bucket_of_rows(self._wanted_rows()) < len(self._rows):
       self._rearrange(self._wanted_rows())
     if self._has_history and not any(job.needs_history for job in active):
@@ -474,7 +475,6 @@ class Engine:
       np.array([job is not None for job in self._rows]),
       drawing,
       np.int32(num_steps),
-      np.bool_(self.num_waiting > 0),
       self.options.most_steps,
       not self.runs_ahead,
       static,
@@ -487,10 +487,22 @@ class Engine:
         job.in_cache = length
       self._free_spent_rows()
 
+  def _num_steps(self, active: Sequence[_Job]) -> int:
+    """The most steps of the next block, which ends before if a row does."""
+    most = self.options.most_steps
+    if self.runs_ahead:
+      return most
+    if self._reading is not None and self._reading.logits_RV is None:
+      most = STEPS_WHILE_READING
+    elif self.options.is_open and len(active) < self.options.rows:
+      most = min(most, STEPS_AFTER_END if self._has_ended else STEPS_WHILE_FREE)
+    return min(most, max(job.left for job in active))
+
   def _collect(self, block: _Block) -> Iterator[Event]:
     """What a block has brought; waits for it."""
     steps, num_steps = jax.tree.map(on_host, block.steps), int(block.num_steps)
     self.counters.steps += num_steps if block.is_decoded else 0
+    self._has_ended = False
     for row, job in block.jobs:
       if job.is_done:
         continue
@@ -500,10 +512,11 @@ class Engine:
       if not self.runs_ahead and job.row is not None and num_steps > 0:
         job.in_cache = len(job.request.prompt) + len(job.tokens) - 1
       if event.finish_reason is not None:
+        self._has_ended = True
         broken = job.row if event.error else None
-        # Idle steps write behind a row's last token; over it, where there is no more room.
-        was_idle = len(event.tokens) < num_steps
-        if broken is None and not (was_idle and job.in_cache == self._slots):
+        # Whole, as no idle step has written over its last key: on a CPU the block has ended
+        # with it, and elsewhere a row that is full has been freed before.
+        if broken is None:
           self._keep_answer(job, has_ended=True)
         if event.error is not None:
           self.reader.forget()

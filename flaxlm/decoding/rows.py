@@ -132,15 +132,15 @@ def decode_rows(
   kept_B: jax.Array,
   drawing: Drawing,
   num_steps: jax.Array,
-  until_one_ends: jax.Array,
   most_steps: int,
   can_end_early: bool,
   static: StaticSampling,
 ) -> tuple[Rows, Steps, jax.Array]:
   """A block of decode steps of the rows `kept_B`: (rows, steps, how many steps there are).
 
-  `most_steps` of them or, if it `can_end_early`, `num_steps`, fewer if every row has ended,
-  or `until_one_ends`. An accelerator would wait for the host at every step to know.
+  `most_steps` of them or, if it `can_end_early`, `num_steps`, fewer if a row ends: whoever
+  waits for it, or for its place, goes on then. An accelerator would wait for the host at
+  every step to know.
   """
   rows = rows._replace(left_B=jnp.where(kept_B, rows.left_B, 0))
 
@@ -162,8 +162,7 @@ def decode_rows(
   def goes_on(carry: tuple) -> jax.Array:
     number, rows, _ = carry
     still_active = (rows.left_B > 0).sum()
-    has_ended = until_one_ends & (still_active < num_active)
-    return (number < num_steps) & (still_active > 0) & ~has_ended
+    return (number < num_steps) & (still_active > 0) & (still_active == num_active)
 
   def body(carry: tuple) -> tuple:
     number, rows, steps = carry

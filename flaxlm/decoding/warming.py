@@ -143,7 +143,6 @@ def _warm_batch(engine: Engine, count: int, size: Size, read: list[Rows]) -> Non
     rows_B > 0,
     drawing,
     np.int32(0),
-    np.bool_(False),
     engine.options.most_steps,
     not engine.runs_ahead,
     static,

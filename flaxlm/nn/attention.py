@@ -18,7 +18,7 @@ from flaxlm.nn.kernels.blocked import attend_blocked
 from flaxlm.nn.kernels.cached import attend_cached
 from flaxlm.nn.kernels.cudnn import attend_cudnn
 from flaxlm.nn.kernels.outline import OUTLINE, attend_outline
-from flaxlm.nn.kernels.paths import prompt_path, rows_path
+from flaxlm.nn.kernels.paths import offsets_obstacle, prompt_path, rows_path
 from flaxlm.nn.kernels.tiled import attend_tiled
 from flaxlm.nn.layers import Einsum, residual_scale
 from flaxlm.nn.masks import LOWEST, CosSin, Scoring, Sight
@@ -138,7 +138,7 @@ class Attention(nn.Module):
       case "cached":
         out_BTNH = attend_cached(q_BTNH, k, v, *mixing, sinks_N)
       case "cudnn":
-        out_BTNH = attend_cudnn(q_BTNH, k, v, *mixing)
+        out_BTNH = self.attend_cudnn(q_BTNH, k, v, *mixing)
       case "splash":
         # Imported where it runs: Pallas takes 0.4 s, at every start on a machine without.
         from flaxlm.nn.kernels.splash import attend_splash
@@ -152,6 +152,20 @@ class Attention(nn.Module):
       case "blocked":
         out_BTNH = attend_blocked(q_BTNH, k, v, *mixing, sinks_N)
     return self.o(out_BTNH), weights_BNTS
+
+  def attend_cudnn(
+    self, q: jax.Array, k: jax.Array, v: jax.Array, sight: Sight, scoring: Scoring
+  ) -> jax.Array:
+    """By cuDNN's kernel: packed documents by their offsets where it can."""
+    if offsets_obstacle(self.cfg, self.execution) is None:
+      # Imported where it runs: it needs a private module of jax.
+      from flaxlm.nn.kernels.cudnn_packed import Form, attend_packed, packed_segments
+
+      segments_BT = packed_segments(sight.pattern)
+      if segments_BT is not None:
+        form = Form(sight.reach is not None, scoring.scale)
+        return attend_packed(q, k, v, segments_BT, form)
+    return attend_cudnn(q, k, v, sight, scoring)
 
   def path(self, q_BTNH: jax.Array, k: jax.Array, cached: bool, capture: bool) -> str:
     """Which of the functions above computes attention for these arguments."""

@@ -74,6 +74,12 @@ class LanguageModel(nn.Module):
     output = self.hidden(tokens_BT, *args, **kwargs)
     return output._replace(value=self.logits(output.value))
 
+  def head_params(self, params: Any) -> Any:
+    """Those of `params` that `logits` reads."""
+    names = {"head", "head_bias", "head_transform"}
+    names |= {"embedding"} if self.cfg.tied_embeddings else set()
+    return {name: part for name, part in params.items() if name in names}
+
   def embed(
     self, tokens_BT: jax.Array, token_types_BT: jax.Array | None = None
   ) -> jax.Array:

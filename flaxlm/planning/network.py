@@ -31,7 +31,11 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   # passes there are besides the first.
   passes = 2 + cfg.reference_passes
   item, again = training.item_size, (training.remat == "full") + cfg.reference_passes
-  parts, rows = training.accumulation_steps, local_rows(cfg, sizes)
+  parts, rows, frozen = (
+    training.accumulation_steps,
+    local_rows(cfg, sizes),
+    cfg.lora.rank > 0,
+  )
   schedule = training_schedule(training, sizes)
   share = lambda axis: (sizes[axis] - 1) / sizes[axis]
   # Bytes of the residual stream, of all micro-batches.
@@ -50,7 +54,11 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
     at_ticks *= not cfg.lora.rank  # what is frozen has no gradient
   over_data = state.learning_elements * 4.0 if is_once else summed + parts * at_ticks
   gathered = state.elements + schedule.ticks * visit - state.stored_in_blocks
-  gathered += (training.loss_chunks - 1) * head_elements(model, sizes)
+  # Each chunk of the loss scatters a gradient of the head. DPO gathers the head too, for
+  # a forward and a backward pass of the chunk (training/logprobs.py).
+  scattered = (training.loss_chunks - 1) * head_elements(model, sizes)
+  if cfg.active_dpo is not None:
+    gathered, scattered = gathered + scattered, 0
   # Two all-reduces per layer, forward and backward (Shoeybi et al., 2019), and those of
   # embedding and head. With sequence_parallel they are reduce-scatters and all-gathers,
   # which cost the same, but the inputs are gathered once more in the backward pass.
@@ -72,9 +80,8 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
     "data": 2 * over_data * share("data"),
     # Weights gathered forward and backward, gradients reduce-scattered; a pipeline does so
     # at every tick, for the layers of one visit.
-    "fsdp": (1 + passes - (cfg.lora.rank > 0))
+    "fsdp": ((1 + passes - frozen) * gathered + (1 - frozen) * scattered)
     * parts
-    * gathered
     * sizes["fsdp"]
     * item
     * share("fsdp"),

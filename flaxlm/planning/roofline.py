@@ -291,7 +291,8 @@ def traffic_parts(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   """Bytes that one device reads from memory and writes to it in a step, by part; operands
   that stay in its caches are not counted."""
   training, state = cfg.training, state_bytes(cfg, sizes)
-  times, again = training.accumulation_steps, training.loss_chunks > 1
+  times = training.accumulation_steps
+  again = training.loss_chunks > 1 and cfg.active_dpo is not None
   frozen, forward = cfg.lora.rank > 0, cfg.reference_passes
   schedule = training_schedule(training, sizes)
   rows = local_rows(cfg, sizes)

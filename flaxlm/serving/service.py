@@ -253,6 +253,7 @@ def build_engine(run: Run, limits: Limits) -> Engine:
     rows=limits.slots,
     most_bytes=limits.cache_bytes or free_memory([*run.mesh.devices.flat]) // CACHE_SHARE,
     prefix_bytes=limits.prefix_bytes,
+    is_open=True,
     shapes=shapes,
   )
   # Within its mesh, as all that the engine does: arrays made without are of another type,

@@ -27,6 +27,7 @@ from flaxlm.sharding import (
   use_mesh,
 )
 from flaxlm.training.accumulation import accumulate
+from flaxlm.training.fused_loss import summed_loss
 from flaxlm.training.layers import LOADS, forward_with_loads, layer_sizes
 from flaxlm.training.logprobs import cut_rows, forward, learning_pass
 from flaxlm.training.losses import cross_entropy
@@ -92,7 +93,8 @@ def train_step(
   sums, gradient = accumulate(learn, parts, state.params, batch, key, path)
   means = jax.tree.map(lambda x: x / num_targets, {"loss": sums} if dpo is None else sums)
   loss = means["loss"]
-  gradient = jax.tree.map(lambda g: g / num_targets, gradient)
+  scale = 1 / num_targets  # XLA would keep an array of quotients, but not of products
+  gradient = jax.tree.map(lambda g: g * scale, gradient)
   gradient_norm = optax.tree.norm(gradient)
   finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
 
@@ -153,7 +155,9 @@ def loss_and_gradient(
 
   def minimised(params: Any) -> tuple[jax.Array, jax.Array]:
     params, output = learning_pass(model, params, frozen, batch, key)
-    loss_sum, total = losses_of(model, cfg, params, output.value, batch)
+    loss_sum, total = losses_of(
+      model, cfg, params, output.value, batch, learns_head=frozen is None
+    )
     moe = model.cfg.moe
     weights = {"load_balance": moe.load_balance_weight, "router_z": moe.router_z_weight}
     for name, loss in output.losses.items():
@@ -165,12 +169,18 @@ def loss_and_gradient(
 
 
 def losses_of(
-  model: LanguageModel, cfg: TrainingConfig, params: Any, x_BTD: jax.Array, batch: Batch
+  model: LanguageModel,
+  cfg: TrainingConfig,
+  params: Any,
+  x_BTD: jax.Array,
+  batch: Batch,
+  learns_head: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-  """(the summed loss, the same with label smoothing) of the hidden vectors (B, T, D).
+  """(the summed loss, which has no gradient, the same with label smoothing) of the hidden
+  vectors (B, T, D).
 
   With `loss_chunks` above 1 the logits (B, T, V), the largest array of a step, are computed
-  for a chunk of each row at a time, and again in the backward pass.
+  for a chunk of each row at a time, with their gradient (training/fused_loss.py).
   """
 
   def of_chunk(
@@ -182,21 +192,19 @@ def losses_of(
       return loss_sum, loss_sum
     smoothing, num_ids = cfg.label_smoothing, model.cfg.num_ids
     smoothed_BT = cross_entropy(logits_BTV, targets_BT, smoothing, num_ids)
-    return loss_sum, (smoothed_BT * weights_BT).sum()
+    return (smoothed_BT * weights_BT).sum(), loss_sum
 
   weights_BT: ArrayLike = batch.weights_BT
   if batch.advantages_BT is not None:
     weights_BT = policy_weights(weights_BT, batch.advantages_BT)
   if cfg.loss_chunks == 1:
-    return of_chunk(params, x_BTD, batch.targets_BT, weights_BT)
-
-  def add(sums: tuple, chunk: tuple) -> tuple[tuple, None]:
-    return jax.tree.map(jnp.add, sums, jax.checkpoint(of_chunk)(params, *chunk)), None
-
-  arrays = x_BTD, batch.targets_BT, weights_BT
-  chunks = tuple(cut_rows(x, cfg.loss_chunks) for x in arrays)
-  sums, _ = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros(())), chunks)
-  return sums
+    total, loss_sum = of_chunk(params, x_BTD, batch.targets_BT, weights_BT)
+  else:
+    arrays = x_BTD, batch.targets_BT, weights_BT
+    chunks = tuple(cut_rows(x, cfg.loss_chunks) for x in arrays)
+    head = model.head_params(params)
+    total, loss_sum = summed_loss(of_chunk, head, chunks, learns_head)
+  return jax.lax.stop_gradient(loss_sum), total
 
 
 def eval_step(
@@ -311,18 +319,27 @@ def jit_train_step(
     in_shardings=(state_shardings, batch_sharding(mesh), replicated),
     out_shardings=(state_shardings, replicated),
     donate_argnums=0,
-    compiler_options=fp8_options(mesh) if cfg.matmul == "fp8" else None,
+    compiler_options=step_options(cfg, mesh),
   )
   return TrainStep(jitted, mesh)
 
 
-def fp8_options(mesh: Mesh) -> dict[str, Any] | None:
-  """Leaves products to cuBLASLt on a GPU: XLA's own kernels, which come first by default,
-  would widen 8-bit floats and multiply in 16 bits, and so would products that are merged
-  (seen in what is compiled for Hopper)."""
-  if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
-    return None
-  return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+def step_options(cfg: TrainingConfig, mesh: Mesh) -> dict[str, Any] | None:
+  """What the compiler is told about a training step on these devices.
+
+  On a CPU, to see that nothing overwrites an optimizer's moments too early: by default it
+  copies them first, at every step.
+
+  On a GPU, to leave products of 8-bit floats to cuBLASLt: XLA's own kernels, which come
+  first by default, would widen them and multiply in 16 bits, and so would products that
+  are merged (seen in what is compiled for Hopper).
+  """
+  platform = mesh.devices.flat[0].platform
+  if platform == "cpu":
+    return {"xla_cpu_copy_insertion_use_region_analysis": True}
+  if platform in ("gpu", "cuda") and cfg.matmul == "fp8":
+    return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+  return None
 
 
 def abstract_batch(cfg: DataConfig, mesh: Mesh) -> Batch:

@@ -120,6 +120,9 @@ def test_a_gpu_table(tmp_path: Path, monkeypatch):
   cases = {f"{result.suite} {result.case}" for result in results}
   kinds = ("float32", "int8", "int4")
   assert cases >= {f"decode tiny B{n} {kind}" for n in (1, 8) for kind in kinds}
+  shape = "tiny B2 T8 N2 K1 H8 float32"
+  ways = [result.case for result in results if result.suite == "attention"]
+  assert ways == [f"{shape} by nothing", f"{shape} by a mask"]
   training = [result for result in results if result.suite == "train"]
   assert [result.case for result in training] == [
     f"tiny {layout} 2x8 float32" for layout in ("whole", "packed")

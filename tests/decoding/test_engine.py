@@ -226,6 +226,36 @@ def engine_of(name: str) -> Engine:
   return Engine(model, params, 64, options=options)
 
 
+@pytest.mark.parametrize("is_open, later", [(True, [1, 4, 4]), (False, [16, 16, 16])])
+def test_a_block_ends_with_an_answer_and_is_short_while_others_may_come(is_open, later):
+  """Who waits for an answer, or for its row, does not wait for others' next tokens."""
+  model, params = small_model("gqa")
+  options = EngineOptions(rows=2, most_steps=16, is_open=is_open)
+  engine = Engine(model, params, 64, options=options)
+  short, _ = (
+    engine.submit(request([1, number], new)) for number, new in enumerate((4, 60))
+  )
+  events: list[Event] = []
+  while not any(event.number == short and event.finish_reason for event in events):
+    events = engine.step()
+  assert engine.counters.steps == 3  # its first token is the prompt's
+  for num_steps in later:
+    before = engine.counters.steps
+    engine.step()
+    assert engine.counters.steps - before == num_steps
+
+
+def test_a_full_batch_has_long_blocks():
+  model, params = small_model("gqa")
+  options = EngineOptions(rows=2, most_steps=16, is_open=True)
+  engine = Engine(model, params, 64, options=options)
+  for number in range(2):
+    engine.submit(request([1, number], 40))
+  while engine.counters.steps < 16:
+    engine.step()
+  assert engine.counters.blocks == 1
+
+
 # -- Programs ------------------------------------------------------------------------------
 
 

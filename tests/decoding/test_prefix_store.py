@@ -327,11 +327,13 @@ def test_common_length():
 
 
 @pytest.mark.slow
-def test_an_answer_that_fills_its_row_is_not_kept():
-  """Its last key is overwritten while others are decoded."""
+@pytest.mark.parametrize("ahead", [False, True])
+def test_an_answer_that_fills_its_row_is_kept_as_it_was(ahead: bool):
+  """An idle step would write over its last key, while others are decoded."""
   model, params = small_model("long")
   options = EngineOptions(rows=2, most_steps=16, prefix_bytes=2**20)
   engine = Engine(model, params, 64, options=options)
+  engine.runs_ahead = ahead
   full = request([*range(60)], 2 * PIECE - 60 + 1, 1)  # it ends within a block
   number = engine.submit(full)
   engine.submit(request([9], 100, 2))

@@ -191,6 +191,18 @@ def test_how_often_gradients_of_parts_are_summed(mesh: dict, times: int):
 
 
 @pytest.mark.slow
+def test_a_chunk_of_the_loss_gathers_no_head_again():
+  sizes, found, planned = mesh_shape({"fsdp": 4}), [], []
+  for chunks in (1, 4):
+    training = dataclasses.replace(TINY.training, loss_chunks=chunks)
+    cfg = dataclasses.replace(TINY, training=training)
+    found.append(sum(one.bytes for one in compile_step(cfg, sizes, ANY).collectives))
+    planned.append(network_bytes(cfg, sizes)["fsdp"])
+  # The CPU's compiler sums whole gradients, which moves twice as much as to scatter them.
+  assert found[1] - found[0] == pytest.approx(2 * (planned[1] - planned[0]), rel=0.02)
+
+
+@pytest.mark.slow
 def test_norms_cut_over_tensor_keep_a_share_of_each_layers_input():
   depth, T, D = 4, 256, 64
   model = dataclasses.replace(TINY.model, depth=depth, context=T, width=D, ffn_width=D)

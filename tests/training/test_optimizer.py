@@ -41,6 +41,15 @@ def test_schedule(schedule, warmup):
   np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_a_gradient_of_zeros_is_not_clipped_to_nan():
+  cfg = OptimizerConfig(clip_norm=0.5, weight_decay=0.0, warmup_steps=0)
+  params = small_params()
+  optimizer = build_optimizer(cfg, 10)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+  assert all((x == 0).all() for x in jax.tree.leaves(updates))
+
+
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 def test_adamw_equals_reference(clip_norm):
   cfg = OptimizerConfig(

@@ -13,6 +13,7 @@ from flaxlm.errors import ConfigError
 from flaxlm.nn.execution import Execution
 from flaxlm.sharding import axis_sizes_in_use, whole_sizes
 
+OFFSETS_HEAD_DIM = 128  # others have run larger ones only with cuDNN's masks
 SHORTEST_PROMPT = 32  # new tokens; fewer are not worth a fused kernel
 
 
@@ -45,12 +46,34 @@ def choose_path(
     if found:
       cure = "training.attention=auto takes another path where it must"
       raise ConfigError(f"training.attention={name} is not possible: {found[0]}", cure)
-    return Path(name, "as training.attention says")
+    return Path(name, "as training.attention says" + packed_rows(name, cfg, execution))
   if found:
     return Path("blocked", f"{name} is not possible: {found[0]}")
   if max(lengths, default=0) < kernel.shortest:
     return Path("blocked", f"{name} is for rows of {kernel.shortest:,} tokens or more")
-  return Path(name, "the devices' fused kernel, which supports the model")
+  why = "the devices' fused kernel, which supports the model"
+  return Path(name, why + packed_rows(name, cfg, execution))
+
+
+def packed_rows(name: str, cfg: ResolvedModel, execution: Execution) -> str:
+  """How cuDNN's kernel tells packed documents apart, in words that end a reason."""
+  if name != "cudnn":
+    return ""
+  obstacle = offsets_obstacle(cfg, execution)
+  how = f"a mask, as {obstacle}" if obstacle else "where they begin"
+  return f"; packed documents by {how}"
+
+
+def offsets_obstacle(cfg: ResolvedModel, execution: Execution) -> str | None:
+  """Why cuDNN's kernel needs a mask for packed documents; None: it does not, except in
+  layers that have a window."""
+  if not execution.kernel.packed:
+    return "offsets need a GPU from Hopper on and cuDNN 9.6"
+  if cfg.head_dim > OFFSETS_HEAD_DIM:
+    return f"head_dim={cfg.head_dim} is above {OFFSETS_HEAD_DIM}"
+  if execution.attention != "cudnn":  # no GPU has run them yet (docs/benchmarks.md)
+    return "offsets are not measured yet: training.attention=cudnn takes them"
+  return None
 
 
 def cudnn_obstacles(

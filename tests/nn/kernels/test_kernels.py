@@ -31,9 +31,10 @@ from flaxlm.planning.compile import TPU_ENVIRONMENT
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("new", [1, 3])
 @pytest.mark.parametrize("everything", [False, True])
-def test_attention_over_a_cache_is_attention(rows, new, everything):
-  """One query of one row takes a form of its own (`mix_one`), all others another."""
-  N, K, S, H = 4, 2, 12, 8
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_attention_over_a_cache_is_attention(rows, new, everything, kv_heads):
+  """One query of each row takes forms of its own (`mix_one`), all others another."""
+  N, K, S, H = 4, kv_heads, 12, 32
   q, k, v, bias, sinks = (
     jax.random.normal(jax.random.key(seed), shape)
     for seed, shape in enumerate(
