@@ -145,8 +145,8 @@ def on_members(
 ) -> Callable:
   """`jax.shard_map` over all axes in use, where the code is perhaps one member's of others.
 
-  By default JAX maps over those, too, and without `check_vma` sums gradients over them. (With
-  it, naming the axes has XLA compile without end: learned positions on three axes.)
+  By default JAX maps over the others, too, and without `check_vma` sums gradients over them.
+  With it, naming the axes has XLA compile without end (learned positions, three axes).
   """
   return jax.shard_map(
     function,
