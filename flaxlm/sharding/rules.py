@@ -145,7 +145,7 @@ def on_members(
 ) -> Callable:
   """`jax.shard_map` over all axes in use, where the code is perhaps one member's of others.
 
-  By default JAX maps over the others, too, and sums gradients over them without `check_vma`.
+  By default JAX maps over the others, too, and sums gradients over them unless `check_vma`.
   With it, naming the axes has XLA compile without end (learned positions, three axes).
   """
   return jax.shard_map(
