@@ -47,7 +47,7 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   summed = parts * gradient_bytes(cfg, sizes, state)
   # In a pipeline each tick has the weights of the layers of one visit.
   visit = state.stored_in_blocks / schedule.repeats
-  is_once = sums_once(sizes, parts, training.attention)
+  is_once = is_summed_once(cfg, sizes)
   at_ticks = 0.0  # gradients of narrow parameters, summed at every tick (nn.pipeline)
   if schedule.stages > 1 and jnp.dtype(training.param_dtype).itemsize < 4:
     at_ticks = schedule.ticks * visit * item - state.blocks
@@ -96,6 +96,13 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
     + 2 * (summed - parts * state.experts) * share("expert"),
   }
   return {axis: sent[axis] for axis in MESH_AXES if sizes[axis] > 1}
+
+
+def is_summed_once(cfg: ResolvedConfig, sizes: Sizes) -> bool:
+  """Whether gradients are summed over `data` once a step (training/accumulation.py)."""
+  has_dropout = cfg.model.dropout > 0 or cfg.lora.dropout > 0
+  parts, attention = cfg.training.accumulation_steps, cfg.training.attention
+  return sums_once(sizes, parts, attention, has_dropout)
 
 
 def head_elements(model: ResolvedModel, sizes: Sizes) -> int:

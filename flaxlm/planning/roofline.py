@@ -36,10 +36,15 @@ from flaxlm.planning.memory import (
   state_bytes,
   training_memory,
 )
-from flaxlm.planning.network import axis_bandwidth, far_axes, network_bytes
+from flaxlm.planning.network import (
+  axis_bandwidth,
+  far_axes,
+  is_summed_once,
+  network_bytes,
+)
 from flaxlm.planning.products import Products, is_listed, narrow_flops, training_products
 from flaxlm.planning.residuals import kept_bytes
-from flaxlm.sharding import describe_mesh, sums_once, training_schedule
+from flaxlm.sharding import describe_mesh, training_schedule
 
 # Passes over memory for an array that a layer keeps: it is written and read, and so is its
 # gradient. An array that is computed again is written once more.
@@ -206,8 +211,7 @@ def plan_training(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> Plan:
 def is_data_exposed(cfg: ResolvedConfig, sizes: Sizes, device: Device) -> bool:
   """Whether nothing hides the sum of the gradients over `data`."""
   far = far_axes(device, sizes, slow_axes(cfg.mesh))
-  parts, path = cfg.training.accumulation_steps, cfg.training.attention
-  return "data" in far or sizes["stage"] > 1 or sums_once(sizes, parts, path)
+  return "data" in far or sizes["stage"] > 1 or is_summed_once(cfg, sizes)
 
 
 def with_path(

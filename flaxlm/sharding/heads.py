@@ -86,6 +86,9 @@ def mesh_for(mesh: Mesh, model: ModelConfig | ResolvedModel) -> Mesh:
   return Mesh(grid, tuple(sizes), axis_types=(mesh.axis_types[0],) * len(sizes))
 
 
+FAILS_AGAIN = ", but then another check fails"
+
+
 class MeshError(ConfigError):
   """A dim that a mesh does not divide; `sizes` are those of its axes that would.
 
@@ -105,9 +108,15 @@ class MeshError(ConfigError):
     self.parts, self.sizes = (advice, lead, more), sizes
 
   def keeping(self, passes: Callable[[str, int], bool]) -> "MeshError":
-    """The error that offers only what also `passes` everything else."""
-    kept = {axis: [n for n in some if passes(axis, n)] for axis, some in self.sizes.items()}
+    """The error that offers only what also `passes` everything else; if nothing does, what
+    would divide here, with the word that it is not enough."""
+    kept: dict[str, Sequence[int]] = {
+      axis: [n for n in some if passes(axis, n)] for axis, some in self.sizes.items()
+    }
     advice, lead, more = self.parts
+    if not any(kept.values()) and any(self.sizes.values()):
+      kept = dict(self.sizes)
+      more = more if FAILS_AGAIN in more else FAILS_AGAIN + more
     return MeshError(self.cause, advice, kept, lead, more)
 
 

@@ -49,7 +49,10 @@ def training_schedule(training: TrainingConfig, sizes: Mapping[str, int]) -> Sch
 
 
 def sums_once(
-  sizes: Mapping[str, int], num_parts: int, attention: str | None = None
+  sizes: Mapping[str, int],
+  num_parts: int,
+  attention: str | None = None,
+  has_dropout: bool = False,
 ) -> bool:
   """Whether gradients are summed over `data` once, after all parts of a batch.
 
@@ -59,10 +62,12 @@ def sums_once(
   the others compute: cuDNN's attention, which JAX cuts over the whole mesh; splash with jax
   0.10 ("Mosaic kernels cannot be automatically partitioned"); and a pipeline with jax 0.11
   ("Manual axes must be sorted by mesh axis index", but it lists the outer one's first).
+  So it does in a pipeline with dropout: the units of a member's rows are drawn by its
+  number, which jax 0.10 cannot tell below two maps over parts of a mesh.
   """
   is_old, stages = jax.__version_info__ < (0, 11), sizes.get("stage", 1)
   if attention == "cudnn" or (attention == "splash" and is_old):
     return False
-  if stages > 1 and not is_old:
+  if stages > 1 and (has_dropout or not is_old):
     return False
   return sizes.get("data", 1) > 1 and num_parts > 1

@@ -26,14 +26,16 @@ def accumulate(
   batch: Batch,
   key: jax.Array,
   attention: str | None = None,
+  has_dropout: bool = False,
 ) -> tuple[Any, Any]:
   """Sums `function(params, part, key)`, itself a sum over rows, over parts of the batch.
 
   The sums over parts are in float32. On a mesh, each member of `data` has them for its own
-  rows first, where that sends less; `attention` is the path that the function takes.
+  rows first, where that sends less; `attention` is the path that the function takes, and
+  `has_dropout` whether it drops units.
   """
   sizes = axis_sizes_in_use()
-  if not sums_once(sizes, num_parts, attention):
+  if not sums_once(sizes, num_parts, attention, has_dropout):
     return accumulate_parts(function, num_parts, params, batch, key)
   # Rows lie over `stage` first (sharding.RULES): each member has some of every stage's.
   grid = sizes.get("stage", 1), sizes[AXIS]

@@ -34,11 +34,16 @@ def forward(model: LanguageModel, params: Any, batch: Batch, **options: Any) -> 
   )
 
 
+def drops_units(model: LanguageModel, frozen: Any) -> bool:
+  """Whether a training step has dropout: of the model, or of its adapters."""
+  return model.cfg.dropout > 0 or has_dropout(frozen)
+
+
 def learning_pass(
   model: LanguageModel, learning: Any, frozen: Any, batch: Batch, key: jax.Array
 ) -> tuple[Any, Output]:
   """(the parameters together, the hidden vectors) of what learns, with dropout."""
-  dropout = model.cfg.dropout > 0 or has_dropout(frozen)
+  dropout = drops_units(model, frozen)
   params = combined(frozen, learning)
   rngs = {"dropout": key} if dropout else {}
   options = dict(deterministic=not dropout, rngs=rngs, method="hidden")

@@ -29,7 +29,7 @@ from flaxlm.sharding import (
 from flaxlm.training.accumulation import accumulate
 from flaxlm.training.fused_loss import summed_loss
 from flaxlm.training.layers import LOADS, forward_with_loads, layer_sizes
-from flaxlm.training.logprobs import cut_rows, forward, learning_pass
+from flaxlm.training.logprobs import cut_rows, drops_units, forward, learning_pass
 from flaxlm.training.losses import cross_entropy
 from flaxlm.training.optimizer import Optimizer
 from flaxlm.training.policy import policy_weights
@@ -88,9 +88,9 @@ def train_step(
     num_targets = jnp.maximum(num_pairs(batch), 1.0)
     compared = dict(frozen=state.frozen, reference=state.reference_params)
     learn = functools.partial(preference_and_gradient, model, cfg, dpo, **compared)
-  path = attention_path(model, batch)
+  how = attention_path(model, batch), drops_units(model, state.frozen)
   parts = cfg.accumulation_steps
-  sums, gradient = accumulate(learn, parts, state.params, batch, key, path)
+  sums, gradient = accumulate(learn, parts, state.params, batch, key, *how)
   means = jax.tree.map(lambda x: x / num_targets, {"loss": sums} if dpo is None else sums)
   loss = means["loss"]
   scale = 1 / num_targets  # XLA would keep an array of quotients, but not of products

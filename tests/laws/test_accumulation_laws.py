@@ -98,3 +98,12 @@ def test_parts_on_members_equal_parts_on_one_device(changes, sizes):
   if cfg.dropout:
     loss, _ = on_one(dataclasses.replace(cfg, dropout=0.0), TWICE)
     assert abs(loss - on_mesh[0]) > 1e-3 * np.abs(loss), "nothing was dropped"
+
+
+@pytest.mark.slow
+def test_dropout_in_a_pipeline_is_the_same_with_copies():
+  """It did not compile with remat, and dropped other units without."""
+  cfg = dataclasses.replace(CFG, dropout=0.3)
+  run = dataclasses.replace(TWICE, remat="full")
+  alone = loss_and_gradient_on(mesh_of(stage=2), cfg, run)
+  assert_same(loss_and_gradient_on(mesh_of(stage=2, data=2), cfg, run), alone)

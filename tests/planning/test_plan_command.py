@@ -419,6 +419,10 @@ def test_a_step_that_waits_for_its_rows_says_so(plan, config, capsys):
     (["gemma2_9b", "--mesh", "stage=2"], "whole patterns; stage can be 1\n"),
     # 4 divides the width, and 6 rows only into 1, 2, 3 and 6.
     (["stdlib_tiny", "--mesh", "fsdp=3", "--data.batch-size=6"], "fsdp can be 1 or 2\n"),
+    (
+      ["mixtral_8x7b", "--mesh", "fsdp=3,expert=3", "--data.batch-size=18"],
+      "fsdp can be 1, 2 or 4, but then another check fails\n",
+    ),
   ],
 )
 @pytest.mark.parametrize("command", ["plan", "shard"])
