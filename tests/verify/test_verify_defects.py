@@ -115,8 +115,8 @@ DEFECTS = {
   ),
   "learned sinks forgotten while decoding": (
     "flaxlm/nn/kernels/cached.py",
-    "sum_KG1 += jnp.exp(sinks_KG[:, :, None] - most_KG1)",
-    "sum_KG1 += 0",
+    "sum_BKG1 += jnp.exp(sinks_KG[:, :, None] - max_BKG1)",
+    "sum_BKG1 += 0",
     ["long prompts", "prefixes"],
   ),
   "padding drawn": (
