@@ -137,9 +137,10 @@ def plain_rows(
 def bench_step(name: str, case: TrainCase) -> Iterator[Result]:
   """Tokens/s of the training step of packed rows, by offsets beside by a mask."""
   kernel, runs = fused_kernel(), {}
-  training = dataclasses.replace(case.cfg.training, attention="cudnn")
-  cfg = dataclasses.replace(case.cfg, training=training)
-  case = dataclasses.replace(case, cfg=cfg)
+  if kernel.packed:  # `auto` keeps the mask
+    training = dataclasses.replace(case.cfg.training, attention="cudnn")
+    cfg = dataclasses.replace(case.cfg, training=training)
+    case = dataclasses.replace(case, cfg=cfg)
   for way, packed in WAYS.items():
     if packed and not kernel.packed:
       return

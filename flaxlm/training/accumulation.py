@@ -30,7 +30,8 @@ def accumulate(
 ) -> tuple[Any, Any]:
   """Sums `function(params, part, key)`, itself a sum over rows, over parts of the batch.
 
-  The sums over parts are in float32. On a mesh, each member of `data` has them for its own
+  `params` are all arrays that it reads besides: a member cannot read what is enclosed. The
+  sums over parts are in float32. On a mesh, each member of `data` has them for its own
   rows first, where that sends less; `attention` is the path that the function takes, and
   `has_dropout` whether it drops units.
   """

@@ -80,17 +80,19 @@ def train_step(
   split into one key for each micro-batch.
   """
   key = jax.random.fold_in(jax.random.key(seed), state.step)
+  held = dict(params=state.params, frozen=state.frozen)
   learn: Callable
   if dpo is None:
     num_targets = jnp.maximum(batch.weights_BT.sum(), 1.0)
-    learn = functools.partial(loss_and_gradient, model, cfg, frozen=state.frozen)
+    learn = functools.partial(loss_and_gradient, model, cfg)
   else:
     num_targets = jnp.maximum(num_pairs(batch), 1.0)
-    compared = dict(frozen=state.frozen, reference=state.reference_params)
-    learn = functools.partial(preference_and_gradient, model, cfg, dpo, **compared)
+    held["reference"] = state.reference_params
+    learn = functools.partial(preference_and_gradient, model, cfg, dpo)
+  of_part = lambda held, batch, key: learn(batch=batch, key=key, **held)
   how = attention_path(model, batch), drops_units(model, state.frozen)
   parts = cfg.accumulation_steps
-  sums, gradient = accumulate(learn, parts, state.params, batch, key, *how)
+  sums, gradient = accumulate(of_part, parts, held, batch, key, *how)
   means = jax.tree.map(lambda x: x / num_targets, {"loss": sums} if dpo is None else sums)
   loss = means["loss"]
   scale = 1 / num_targets  # XLA would keep an array of quotients, but not of products
