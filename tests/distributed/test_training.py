@@ -75,7 +75,7 @@ def test_a_job_of_any_size_goes_on(flaxlm, arguments, tmp_path):
 @pytest.mark.parametrize(
   ("mesh", "num_experts"),
   [
-    ("tensor=2,expert=4", 4),
+    fuzz("tensor=2,expert=4", 4),
     fuzz("data=2,fsdp=4@dcn", 0),
     fuzz("fsdp=4,tensor=2", 0),
     fuzz("data=2,context=4", 0),
