@@ -26,10 +26,10 @@ from flaxlm.config import (
 )
 from flaxlm.data.objectives import Batch
 from flaxlm.nn.kernels.outline import OUTLINE
-from flaxlm.nn.lora import boxed_adapters, boxed_frozen, combined, has_dropout
+from flaxlm.nn.lora import boxed_adapters, boxed_frozen, combined
 from flaxlm.nn.models import boxed_shapes, build_model
 from flaxlm.sharding import kv_parts
-from flaxlm.training.logprobs import forward
+from flaxlm.training.logprobs import drops_units, forward
 
 
 class Kept(NamedTuple):
@@ -103,7 +103,7 @@ def _kept_bytes(
   if lora.rank:
     learning = nn.unbox(boxed_adapters(model, lora))
     frozen = nn.unbox(boxed_frozen(model, lora))
-  dropout = cfg.dropout > 0 or has_dropout(frozen)
+  dropout = drops_units(model, frozen)
 
   def hidden(learning: Any, frozen: Any, batch: Batch) -> Any:
     rngs = {"dropout": jax.random.key(0)} if dropout else {}

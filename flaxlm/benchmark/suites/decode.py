@@ -254,11 +254,11 @@ def check_likeliest(
   model: LanguageModel, params: Any, request: Request, tokens: np.ndarray
 ) -> str:
   """Checks that each answer consists of the likeliest tokens of a forward pass."""
-  count = tokens.shape[1]
-  rows = np.concatenate([np.asarray(request.prompts), tokens], 1)
-  text = f"{count} tokens of each answer are the likeliest of an uncached forward pass"
+  text = (
+    f"{tokens.shape[1]} tokens of each answer are the likeliest of an uncached forward pass"
+  )
   allowed = LOGIT_TOLERANCE[jnp.dtype(model.execution.dtype).name]
-  if not largest_deficit(model, params, rows, count) <= allowed:
+  if not deficit_of(model, params, request, tokens) <= allowed:
     raise wrong_result(f"it is not true that {text}")
   return text
 
@@ -267,11 +267,18 @@ def check_rounded(
   model: LanguageModel, params: Any, request: Request, tokens: np.ndarray
 ) -> str:
   """Checks that rounded weights choose tokens that are nearly the likeliest, or are."""
-  rows = np.concatenate([np.asarray(request.prompts), tokens], 1)
-  deficit = float(largest_deficit(model, params, rows, tokens.shape[1]))
+  deficit = deficit_of(model, params, request, tokens)
   if not deficit <= ROUNDED_TOLERANCE:
     raise wrong_result(f"with int8 weights a logit is {deficit:.1%} below the highest")
   return f"int8 chooses tokens whose logits are at most {deficit:.1%} below the highest"
+
+
+def deficit_of(
+  model: LanguageModel, params: Any, request: Request, tokens: np.ndarray
+) -> float:
+  """`largest_deficit` of answers, read after their prompts."""
+  rows = np.concatenate([np.asarray(request.prompts), tokens], 1)
+  return float(largest_deficit(model, params, rows, tokens.shape[1]))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "count"))
