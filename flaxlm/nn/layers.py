@@ -13,9 +13,9 @@ from flaxlm.nn.kernels.fusion import activated, normalised
 from flaxlm.nn.kernels.products import matrix_dot, rows_dot
 from flaxlm.nn.quantized import projected
 from flaxlm.sharding import (
-  RULES,
   axis_sizes_in_use,
   constrain,
+  cutting_axes,
   is_one_member,
   on_members,
   partition_spec,
@@ -203,9 +203,9 @@ def look_up(table_VD: jax.Array, names: Sequence[str], ids_BT: jax.Array) -> jax
   sizes = {axis: size for axis, size in axis_sizes_in_use().items() if size > 1}
   if not sizes:
     return table_VD[ids_BT]
-  axes = lambda name: tuple(axis for axis in RULES[name] if axis in sizes)
-  vocab, embed = map(axes, names)
-  rest = tuple(axis for axis in axes("batch") + axes("length") if axis not in embed)
+  vocab, embed = map(cutting_axes, names)
+  rows = cutting_axes("batch") + cutting_axes("length")
+  rest = tuple(axis for axis in rows if axis not in embed)
 
   def on_device(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
     table_VD = jax.lax.pcast(table_VD, rest, to="varying")
@@ -218,9 +218,8 @@ def look_up(table_VD: jax.Array, names: Sequence[str], ids_BT: jax.Array) -> jax
     return jax.lax.psum(jnp.where(is_here_BT[..., None], x_BTD, 0), vocab)
 
   spec = lambda x, *names: partition_spec(names, x.shape, sizes)
-  rows = spec(ids_BT, "batch", "length")
-  table = spec(table_VD, *names)
-  return on_members(on_device, (table, rows), rows)(table_VD, ids_BT)
+  of_rows, of_table = spec(ids_BT, "batch", "length"), spec(table_VD, *names)
+  return on_members(on_device, (of_table, of_rows), of_rows)(table_VD, ids_BT)
 
 
 class FeedForward(nn.Module):

@@ -24,7 +24,7 @@ from flaxlm.config import ResolvedModel
 from flaxlm.nn.kernels.fusion import activate
 from flaxlm.nn.kernels.grouped import grouped_dot
 from flaxlm.nn.layers import Einsum, FeedForward, residual_scale
-from flaxlm.sharding import RULES, axis_sizes_in_use, on_members, partition_spec
+from flaxlm.sharding import axis_sizes_in_use, cutting_axes, on_members, partition_spec
 
 Kernels = dict[str, jax.Array]
 
@@ -188,14 +188,17 @@ def over_mesh(
     weights_BTA, experts_BTA = route(cfg, logits_BTE, real_BT)
     return serve(x_BTD, weights_BTA, experts_BTA, kernels), experts_BTA
 
-  axes = lambda name: tuple(axis for axis in RULES[name] if axis in sizes)
-  embed, ffn, expert = axes("embed"), axes("expert_ffn"), axes("experts")
+  embed, ffn, expert = map(cutting_axes, ("embed", "expert_ffn", "experts"))
   # A capacity applies to a whole row, and a single token to decode cannot be split: in both
   # cases every device along `context` serves whole rows.
-  parts = math.prod(sizes[axis] for axis in axes("length"))
+  parts = math.prod(sizes[axis] for axis in cutting_axes("length"))
   cut_rows = cfg.moe.capacity_factor is None and x_BTD.shape[1] % parts == 0
   length = "length" if cut_rows else "key_length"
-  rest = tuple(axis for axis in axes("batch") + axes(length) if axis not in embed + expert)
+  rest = tuple(
+    axis
+    for axis in cutting_axes("batch") + cutting_axes(length)
+    if axis not in embed + expert
+  )
 
   def gather(name, kernel):
     dim = names_of(name).index("embed")

@@ -20,9 +20,9 @@ from flaxlm.nn.cache import put_rows
 from flaxlm.nn.execution import Execution, run_layers, stacked_class, with_remat
 from flaxlm.nn.layers import Dropout, build_norm
 from flaxlm.sharding import (
-  RULES,
   axis_sizes_in_use,
   constrain,
+  cutting_axes,
   on_members,
   partition_spec,
 )
@@ -185,7 +185,7 @@ def over_mesh(
   are gathered before the loop, and their gradients are summed after it.
   """
   sizes = axis_sizes_in_use()
-  axes = tuple(axis for axis in RULES["batch"] if sizes.get(axis, 1) > 1)
+  axes = cutting_axes("batch")
   if not axes:
     return over_time(cell, params, x_BTD, state, steps)
 

@@ -31,11 +31,8 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   # passes there are besides the first.
   passes = 2 + cfg.reference_passes
   item, again = training.item_size, (training.remat == "full") + cfg.reference_passes
-  parts, rows, frozen = (
-    training.accumulation_steps,
-    local_rows(cfg, sizes),
-    cfg.lora.rank > 0,
-  )
+  parts, rows = training.accumulation_steps, local_rows(cfg, sizes)
+  frozen = cfg.lora.rank > 0
   schedule = training_schedule(training, sizes)
   share = lambda axis: (sizes[axis] - 1) / sizes[axis]
   # Bytes of the residual stream, of all micro-batches.
@@ -51,7 +48,7 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   at_ticks = 0.0  # gradients of narrow parameters, summed at every tick (nn.pipeline)
   if schedule.stages > 1 and jnp.dtype(training.param_dtype).itemsize < 4:
     at_ticks = schedule.ticks * visit * item - state.blocks
-    at_ticks *= not cfg.lora.rank  # what is frozen has no gradient
+    at_ticks *= not frozen  # what is frozen has no gradient
   over_data = state.learning_elements * 4.0 if is_once else summed + parts * at_ticks
   gathered = state.elements + schedule.ticks * visit - state.stored_in_blocks
   # Each chunk of the loss scatters a gradient of the head. DPO gathers the head too, for

@@ -180,10 +180,15 @@ def fitting(name: str | None, dim: int, sizes: Mapping[str, int]) -> str | None:
   return name
 
 
+def cutting_axes(name: str) -> tuple[str, ...]:
+  """The axes in use, of more than one member, that shard dims of this logical name."""
+  sizes = axis_sizes_in_use()
+  return tuple(axis for axis in RULES[name] if sizes.get(axis, 1) > 1)
+
+
 def is_cut(name: str) -> bool:
   """Whether the mesh that is set shards dims of this logical name."""
-  sizes = axis_sizes_in_use()
-  return any(sizes.get(axis, 1) > 1 for axis in RULES[name])
+  return bool(cutting_axes(name))
 
 
 def with_shardings(boxed: Any, mesh: Mesh) -> Any:
