@@ -5,8 +5,9 @@ Visibility is decided in one place, `visible`, from slots (where a token lies in
 never from positions (which restart with every packed document).
 """
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,32 @@ class Pattern(NamedTuple):
   causal: bool = False
   window: int | None = None
   segments: tuple[jax.Array, jax.Array] | None = None  # of queries (B, T), of keys (B, S)
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+  """A mask by the distance of a key before its query: from `least` to `most`, None: any.
+
+  As a function it is what kernels compute for their blocks, so it has to be hashable.
+  """
+
+  least: int | None
+  most: int | None
+
+  @classmethod
+  def of(cls, pattern: Pattern) -> "Band":
+    most = None if pattern.window is None else pattern.window - 1
+    return cls(0 if pattern.causal else None if most is None else -most, most)
+
+  @property
+  def is_all(self) -> bool:
+    """Whether it hides nothing."""
+    return self.least is None and self.most is None
+
+  def __call__(self, queries: Any, keys: Any) -> Any:
+    seen = [] if self.least is None else [queries - keys >= self.least]
+    seen += [] if self.most is None else [queries - keys <= self.most]
+    return seen[0] if len(seen) == 1 else seen[0] & seen[1]
 
 
 class Sight(NamedTuple):

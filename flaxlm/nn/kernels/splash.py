@@ -5,7 +5,6 @@ Equal to `nn.attention.attend`. It keeps no scores, whose array for 32 heads ove
 32,768 tokens has 64 GiB in bfloat16, and skips what causal attention or a window hides.
 """
 
-import dataclasses
 import math
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as library
 from jax.sharding import PartitionSpec
 
-from flaxlm.nn.masks import Pattern, Scoring, Sight
+from flaxlm.nn.masks import Band, Pattern, Scoring, Sight
 from flaxlm.sharding import axis_sizes_in_use, on_members, partition_spec
 
 # Tokens in a block of queries or of keys, in the forward kernel and in both of the backward
@@ -127,32 +126,6 @@ def attend_masked(arrays: dict[str, jax.Array], **options: Any) -> jax.Array:
 
 
 # -- Masks that the kernel computes ------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Band:
-  """A mask by the distance of a key before its query: from `least` to `most`, None: any.
-
-  As a function it is what the kernel computes for its blocks, so it has to be hashable.
-  """
-
-  least: int | None
-  most: int | None
-
-  @classmethod
-  def of(cls, pattern: Pattern) -> "Band":
-    most = None if pattern.window is None else pattern.window - 1
-    return cls(0 if pattern.causal else None if most is None else -most, most)
-
-  @property
-  def is_all(self) -> bool:
-    """Whether it hides nothing."""
-    return self.least is None and self.most is None
-
-  def __call__(self, queries: Any, keys: Any) -> Any:
-    seen = [] if self.least is None else [queries - keys >= self.least]
-    seen += [] if self.most is None else [queries - keys <= self.most]
-    return seen[0] if len(seen) == 1 else seen[0] & seen[1]
 
 
 class BandMask(library.Mask):

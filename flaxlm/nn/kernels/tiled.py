@@ -4,6 +4,9 @@
 Equal to `nn.attention.attend`. As in Dao et al. (2022), only the logarithm of each sum is
 kept, and the backward pass computes the scores again. Unlike a GPU's kernel it takes one
 head of one row after the other; the products of each use all processors.
+
+Scores have keys first, (S, C), where C are the queries of all heads that share the keys: so
+no product reads a transposed array of their size (docs/LOG.md).
 """
 
 import functools
@@ -13,7 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from flaxlm.nn.masks import LOWEST, Reach, Scoring, Sight
+from flaxlm.nn.kernels.fusion import unfused
+from flaxlm.nn.masks import LOWEST, Band, Reach, Scoring, Sight
 
 QUERIES = 128  # of a tile: its scores with 1,024 keys are half a MiB
 MOST_TILES = 16  # of a row; more would compile longer
@@ -26,6 +30,18 @@ class Tile(NamedTuple):
   keys: slice
 
 
+class Form(NamedTuple):
+  """What is hidden: by the distance of keys (`band`) and by segments, or by a mask."""
+
+  reach: Reach | None
+  band: Band | None  # None: by a mask alone
+
+
+# Of B rows, or of one for all: segments of queries (B, T) and of keys (B, S), a mask with
+# keys first (B, S, T), or nothing.
+Marks = tuple[jax.Array, ...]
+
+
 def attend_tiled(
   q_BTNH: jax.Array,
   k_BSKH: jax.Array,
@@ -33,14 +49,24 @@ def attend_tiled(
   sight: Sight,
   scoring: Scoring,
 ) -> jax.Array:
-  """The values of `attend` (B, T, N, H), without a bias, a soft cap or learned sinks."""
+  """The values of `attend` (B, T, N, H), without a bias, a soft cap or learned sinks.
+
+  A mask that has a pattern is computed, and not read.
+  """
   B, T, N, H = q_BTNH.shape
   K = k_BSKH.shape[2]
   q_BTKGH = (q_BTNH * scoring.scale).reshape(B, T, K, N // K, H)
   q_XGTH = q_BTKGH.transpose(0, 2, 3, 1, 4).reshape(B * K, N // K, T, H)
   k_XSH, v_XSH = (x.swapaxes(1, 2).reshape(B * K, -1, H) for x in (k_BSKH, v_BSKH))
-  out_XGTH = mix_heads(sight.reach, q_XGTH, k_XSH, v_XSH, sight.mask_BTS)
+  out_XGTH = mix_heads(*hidden_by(sight), q_XGTH, k_XSH, v_XSH)
   return out_XGTH.reshape(B, K * (N // K), T, H).swapaxes(1, 2)
+
+
+def hidden_by(sight: Sight) -> tuple[Form, Marks]:
+  if (pattern := sight.pattern) is not None:
+    return Form(sight.reach, Band.of(pattern)), pattern.segments or ()
+  mask_BTS = sight.mask_BTS
+  return Form(sight.reach, None), () if mask_BTS is None else (mask_BTS.swapaxes(1, 2),)
 
 
 def tiles(reach: Reach | None, num_queries: int, num_keys: int) -> Iterator[Tile]:
@@ -52,98 +78,128 @@ def tiles(reach: Reach | None, num_queries: int, num_keys: int) -> Iterator[Tile
 
 
 def scores_of(
-  tile: Tile, q_GTH: jax.Array, k_SH: jax.Array, mask_TS: jax.Array | None
+  form: Form, marks: Marks, tile: Tile, q_GTH: jax.Array, k_SH: jax.Array
 ) -> jax.Array:
-  """The scores (G, T, S) of a tile in float32, `LOWEST` where the mask hides a key."""
-  q, k = q_GTH[:, tile.queries], k_SH[tile.keys]
-  scores = jnp.einsum("GTH,SH->GTS", q, k, preferred_element_type=jnp.float32)
-  if mask_TS is None:
-    return scores
-  return jnp.where(mask_TS[tile.queries, tile.keys], scores, LOWEST)
+  """The scores (S, C) of a tile in float32, `LOWEST` where a key is hidden."""
+  q_CH = columns(q_GTH, tile)
+  scores_SC = product("SH,CH->SC", k_SH[tile.keys], q_CH)
+  seen_ST = visible_in(form, marks, tile)
+  if seen_ST is None:
+    return scores_SC
+  scores_SGT = scores_SC.reshape(len(scores_SC), len(q_GTH), -1)
+  return jnp.where(seen_ST[:, None], scores_SGT, LOWEST).reshape(scores_SC.shape)
 
 
-def each_head(function: Callable, mask_BTS: jax.Array | None, *arrays: jax.Array) -> Any:
-  """`function(mask, *arrays)` of one kv head of one row after the other."""
+def visible_in(form: Form, marks: Marks, tile: Tile) -> jax.Array | None:
+  """Which queries of a tile see which of its keys (S, T); None: all see all."""
+  if form.band is None:
+    return marks[0][tile.keys, tile.queries] if marks else None
+  seen = []
+  if not form.band.is_all:
+    sides = tile.keys, tile.queries
+    shape = [side.stop - side.start for side in sides]
+    keys_ST, queries_ST = (
+      side.start + jax.lax.broadcasted_iota(jnp.int32, shape, dim)
+      for dim, side in enumerate(sides)
+    )
+    seen.append(form.band(queries_ST, keys_ST))
+  if marks:
+    queries_T, keys_S = marks
+    seen.append(keys_S[tile.keys, None] == queries_T[None, tile.queries])
+  return functools.reduce(jnp.logical_and, seen) if seen else None
+
+
+def columns(x_GTH: jax.Array, tile: Tile) -> jax.Array:
+  """The queries of a tile, of all G heads (C, H)."""
+  return x_GTH[:, tile.queries].reshape(-1, x_GTH.shape[-1])
+
+
+def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+def turned(x: jax.Array) -> jax.Array:
+  """The transpose as an array of its own: XLA would have the products before and after read
+  their operands turned."""
+  barrier = jax.lax.optimization_barrier
+  return barrier(barrier(x).T)
+
+
+def each_head(function: Callable, marks: Marks, *arrays: jax.Array) -> Any:
+  """`function(marks, *arrays)` of one kv head of one row after the other."""
   heads = arrays[0].shape[0]
 
   def one(numbered: tuple[jax.Array, tuple[jax.Array, ...]]) -> Any:
     n, of_head = numbered
-    mask_TS = None
-    if mask_BTS is not None:
-      mask_TS = mask_BTS[n * mask_BTS.shape[0] // heads]
-    return function(mask_TS, *of_head)
+    own = unfused(lambda n: tuple(x[n * len(x) // heads] for x in marks))(n)
+    return function(own, *of_head)
 
   return jax.lax.map(one, (jnp.arange(heads), arrays))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def mix_heads(
-  reach: Reach | None,
-  q_XGTH: jax.Array,
-  k_XSH: jax.Array,
-  v_XSH: jax.Array,
-  mask_BTS: jax.Array | None,
+  form: Form, marks: Marks, q_XGTH: jax.Array, k_XSH: jax.Array, v_XSH: jax.Array
 ) -> jax.Array:
-  """softmax(q k^T) v of X = B K heads, where the mask (of 1 or B rows) allows."""
-  return mix_forward(reach, q_XGTH, k_XSH, v_XSH, mask_BTS)[0]
+  """softmax(q k^T) v of X = B K heads, of the keys that are visible."""
+  return mix_forward(form, marks, q_XGTH, k_XSH, v_XSH)[0]
 
 
 def mix_forward(
-  reach: Reach | None,
-  q_XGTH: jax.Array,
-  k_XSH: jax.Array,
-  v_XSH: jax.Array,
-  mask_BTS: jax.Array | None,
+  form: Form, marks: Marks, q_XGTH: jax.Array, k_XSH: jax.Array, v_XSH: jax.Array
 ) -> tuple[jax.Array, tuple]:
   def forward(
-    mask_TS: jax.Array | None, q_GTH: jax.Array, k_SH: jax.Array, v_SH: jax.Array
+    marks: Marks, q_GTH: jax.Array, k_SH: jax.Array, v_SH: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     outs, logs = [], []
-    for tile in tiles(reach, q_GTH.shape[1], k_SH.shape[0]):
-      scores = scores_of(tile, q_GTH, k_SH, mask_TS)
-      max_GT1 = scores.max(-1, keepdims=True)
-      exp_GTS = jnp.exp(scores - max_GT1)
-      sum_GT1 = exp_GTS.sum(-1, keepdims=True)
-      out_GTH = jnp.einsum("GTS,SH->GTH", exp_GTS.astype(v_SH.dtype), v_SH[tile.keys])
-      outs.append(out_GTH / sum_GT1.astype(v_SH.dtype))
-      logs.append(max_GT1 + jnp.log(sum_GT1))
+    G, T, H = q_GTH.shape
+    v_HS = turned(v_SH)
+    for tile in tiles(form.reach, T, len(k_SH)):
+      scores_SC = scores_of(form, marks, tile, q_GTH, k_SH)
+      max_C = scores_SC.max(0)
+      exp_SC = jnp.exp(scores_SC - max_C)
+      sum_C = exp_SC.sum(0)
+      out_HC = product("HS,SC->HC", v_HS[:, tile.keys], exp_SC.astype(v_SH.dtype)) / sum_C
+      outs.append(turned(out_HC).astype(v_SH.dtype).reshape(G, -1, H))
+      logs.append((max_C + jnp.log(sum_C)).reshape(G, -1))
     return jnp.concatenate(outs, 1), jnp.concatenate(logs, 1)
 
-  out_XGTH, log_XGT1 = each_head(forward, mask_BTS, q_XGTH, k_XSH, v_XSH)
-  return out_XGTH, (q_XGTH, k_XSH, v_XSH, mask_BTS, out_XGTH, log_XGT1)
+  out_XGTH, log_XGT = each_head(forward, marks, q_XGTH, k_XSH, v_XSH)
+  return out_XGTH, (marks, q_XGTH, k_XSH, v_XSH, out_XGTH, log_XGT)
 
 
-def mix_backward(reach: Reach | None, residuals: tuple, grad_XGTH: jax.Array) -> tuple:
-  q_XGTH, k_XSH, v_XSH, mask_BTS, out_XGTH, log_XGT1 = residuals
-  delta_XGT1 = (grad_XGTH * out_XGTH).astype(jnp.float32).sum(-1, keepdims=True)
+def mix_backward(form: Form, residuals: tuple, grad_XGTH: jax.Array) -> tuple:
+  marks, q_XGTH, k_XSH, v_XSH, out_XGTH, log_XGT = residuals
+  delta_XGT = (grad_XGTH * out_XGTH).astype(jnp.float32).sum(-1)
 
   def backward(
-    mask_TS: jax.Array | None,
+    marks: Marks,
     q_GTH: jax.Array,
     k_SH: jax.Array,
     v_SH: jax.Array,
     grad_GTH: jax.Array,
-    log_GT1: jax.Array,
-    delta_GT1: jax.Array,
+    log_GT: jax.Array,
+    delta_GT: jax.Array,
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    dtype, grads_q = v_SH.dtype, []
+    (G, T, H), dtype, grads_q = q_GTH.shape, v_SH.dtype, []
     grad_k, grad_v = jnp.zeros(k_SH.shape), jnp.zeros(v_SH.shape)
-    for queries, keys in tiles(reach, q_GTH.shape[1], k_SH.shape[0]):
-      q, grad = q_GTH[:, queries], grad_GTH[:, queries]
-      scores = scores_of(Tile(queries, keys), q_GTH, k_SH, mask_TS)
-      weights_GTS = jnp.exp(scores - log_GT1[:, queries])
-      of_weights = jnp.einsum("GTH,SH->GTS", grad, v_SH[keys])
-      of_scores = weights_GTS * (of_weights - delta_GT1[:, queries])
-      weights_GTS, of_scores = weights_GTS.astype(dtype), of_scores.astype(dtype)
-      add = lambda sum_SH, x, y, keys=keys: sum_SH.at[keys].add(
-        jnp.einsum("GTS,GTH->SH", x, y)
-      )
-      grad_v, grad_k = add(grad_v, weights_GTS, grad), add(grad_k, of_scores, q)
-      grads_q.append(jnp.einsum("GTS,SH->GTH", of_scores, k_SH[keys]))
+    k_HS = turned(k_SH)
+    for tile in tiles(form.reach, T, len(k_SH)):
+      queries, keys = tile
+      q_CH, grad_CH = columns(q_GTH, tile), columns(grad_GTH, tile)
+      scores_SC = scores_of(form, marks, tile, q_GTH, k_SH)
+      weights_SC = jnp.exp(scores_SC - log_GT[:, queries].reshape(-1))
+      of_weights = product("SH,CH->SC", v_SH[keys], grad_CH)
+      of_scores = weights_SC * (of_weights - delta_GT[:, queries].reshape(-1))
+      weights_SC, of_scores = weights_SC.astype(dtype), of_scores.astype(dtype)
+      grad_v = grad_v.at[keys].add(product("SC,CH->SH", weights_SC, grad_CH))
+      grad_k = grad_k.at[keys].add(product("SC,CH->SH", of_scores, q_CH))
+      grad_HC = product("HS,SC->HC", k_HS[:, keys], of_scores)
+      grads_q.append(turned(grad_HC).astype(dtype).reshape(G, -1, H))
     return jnp.concatenate(grads_q, 1), grad_k.astype(dtype), grad_v.astype(dtype)
 
-  arrays = (q_XGTH, k_XSH, v_XSH, grad_XGTH, log_XGT1, delta_XGT1)
-  return *each_head(backward, mask_BTS, *arrays), None
+  arrays = (q_XGTH, k_XSH, v_XSH, grad_XGTH, log_XGT, delta_XGT)
+  return None, *each_head(backward, marks, *arrays)
 
 
 mix_heads.defvjp(mix_forward, mix_backward)

@@ -22,7 +22,7 @@ from flaxlm.nn.kernels.blocked import attend_blocked, query_blocks
 from flaxlm.nn.kernels.cudnn import attend_cudnn
 from flaxlm.nn.kernels.paths import choose_path
 from flaxlm.nn.kernels.tiled import attend_tiled, tiles
-from flaxlm.nn.masks import Placement, Reach, Scoring, Sight, visible
+from flaxlm.nn.masks import Pattern, Placement, Reach, Scoring, Sight, visible
 from flaxlm.nn.models import build_model
 from flaxlm.sharding import KV_COPIES, make_mesh
 
@@ -85,6 +85,10 @@ def test_kernels_equal_reference_with_gradients(way, num_tokens, kv_heads, monke
   ]
   if way not in OUTSIDE_TILES:
     kernels.append(lambda q, k, v, *_: attend_tiled(q, k, v, sight(None), scoring))
+    if not sink_tokens:  # nothing is read but the pattern
+      pattern = Pattern(options["causal"], options["window"], (segments, segments))
+      seen = Sight(None, reach=reach, pattern=pattern)
+      kernels.append(lambda q, k, v, *_: attend_tiled(q, k, v, seen, scoring))
   for kernel in kernels:
     actual = jax.jit(output_and_gradients, static_argnums=0)(kernel)
     close = lambda a, e: np.testing.assert_allclose(a, e, atol=3e-5)
