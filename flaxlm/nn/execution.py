@@ -64,9 +64,16 @@ class Execution:
     return dict(dtype=self.dtype, param_dtype=self.param_dtype)
 
   @property
+  def product(self) -> str:
+    """How a block's projections multiply in training: `training.matmul`, but "cpu" for full
+    products of 16-bit arrays on a CPU."""
+    on_cpu = self.kernel.name == "tiled" and jnp.dtype(self.dtype).itemsize == 2
+    return "cpu" if on_cpu and self.matmul == "full" else self.matmul
+
+  @property
   def projections(self) -> dict[str, Any]:
     """How a block's projections multiply."""
-    return dict(matmul=self.matmul, kernel=self.weights_kernel, **self.dtypes)
+    return dict(matmul=self.product, kernel=self.weights_kernel, **self.dtypes)
 
   @property
   def cache_dtype(self) -> jnp.dtype:
@@ -76,7 +83,7 @@ class Execution:
 # What is kept of a block besides its input, by `training.remat`.
 ATTENTION = "attention"  # the name of attention's output
 
-NARROW_PRODUCT = "narrow_product"  # the name of an int8 product's scaled result
+NARROW_PRODUCT = "narrow_product"  # the name of a product that has its own gradient
 
 REMAT_POLICIES = {
   "full": None,

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from flaxlm.config import ResolvedModel
 from flaxlm.nn.kernels.fusion import activated, normalised
-from flaxlm.nn.kernels.products import matrix_dot, rows_dot
+from flaxlm.nn.kernels.products import matrix_dot, rows_dot, table_dot
 from flaxlm.nn.quantized import projected
 from flaxlm.sharding import (
   axis_sizes_in_use,
@@ -191,7 +191,7 @@ class Embedding(nn.Module):
     if (params := laid_out_for_decoding(self)) is not None:
       logits_RV = matrix_dot(x_BTD.astype(self.dtype), params)
       return logits_RV.reshape(*x_BTD.shape[:2], -1)
-    return rows_dot(x_BTD, self.table.astype(self.dtype).T, 1, jnp.float32)
+    return table_dot(x_BTD, self.table.astype(self.dtype))
 
 
 def look_up(table_VD: jax.Array, names: Sequence[str], ids_BT: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from flaxlm.nn.execution import NARROW_PRODUCT
-from flaxlm.nn.kernels.products import rows_dot
+from flaxlm.nn.kernels.products import cpu_dot, rows_dot
 
 
 class Narrow(NamedTuple):
@@ -42,11 +43,11 @@ def projected(
   contracted: int,
   dtype: jnp.dtype | None = None,
 ) -> jax.Array:
-  """`rows_dot` in the way that `training.matmul` names; "full" keeps the dtypes."""
+  """`rows_dot` in the way that `Execution.product` names; "full" keeps the dtypes."""
   if matmul == "full":
     return rows_dot(x, kernel, contracted, dtype)
   assert dtype is None, "a head's product is full"
-  return checkpoint_name(NARROW_DOTS[matmul](x, kernel, contracted), NARROW_PRODUCT)
+  return checkpoint_name(PRODUCTS[matmul](x, kernel, contracted), NARROW_PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -136,4 +137,8 @@ def widened_fp8(x: Narrow, dtype: jnp.dtype) -> jax.Array:
   return x.values.astype(dtype) * x.scales.astype(dtype)
 
 
-NARROW_DOTS = {"int8": int8_dot, "fp8": fp8_dot}
+PRODUCTS: dict[str, Callable[..., jax.Array]] = {
+  "int8": int8_dot,
+  "fp8": fp8_dot,
+  "cpu": cpu_dot,
+}

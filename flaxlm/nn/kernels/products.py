@@ -5,12 +5,14 @@ Equal to `jnp.tensordot`. In decoding, a matrix that is laid out for it is multi
 few rows, in the order that reads it fastest.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
+from flaxlm.nn.kernels.fusion import unfused
 from flaxlm.nn.kernels.int4 import FEW_ROWS, unpacked
 from flaxlm.sharding import is_cut
 
@@ -35,23 +37,78 @@ def rows_dot(
   return y.reshape(x.shape[: x.ndim - contracted] + kernel.shape[contracted:])
 
 
-@jax.custom_vjp
-def wide_dot(x_RI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
+def table_dot(x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
+  """The product of rows and of the rows of a table, (B, T, V) in float32."""
+  if x_BTD.dtype == jnp.float32 or is_cut("norm_length"):
+    return rows_dot(x_BTD, table_VD.T, 1, jnp.dtype(jnp.float32))
+  y_RV = wide_dot(x_BTD.reshape(-1, x_BTD.shape[-1]), table_VD, 1)
+  return y_RV.reshape(*x_BTD.shape[:-1], -1)
+
+
+def cpu_dot(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
+  """`rows_dot` of 16-bit arrays on a CPU: summed in float32 and then rounded, so are its
+  gradients.
+
+  Of that XLA makes products for the matrix units of a CPU that has some (AMX), ten times as
+  fast as widened ones, which it makes of others (docs/LOG.md).
+  """
+  return rows_dot(x, kernel, contracted, jnp.dtype(jnp.float32)).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def wide_dot(x_RI: jax.Array, kernel: jax.Array, inputs: int = 0) -> jax.Array:
   """A float32 product of 16-bit matrices, whose gradients are 16-bit like all others.
 
-  By default the gradient would stay float32 and the kernel would be widened to it, so that
-  two of the three products of a head would run in float32.
+  `inputs` is the dim of the kernel that is contracted. By default the gradient would stay
+  float32 and the kernel would be widened to it, so that two of the three products of a head
+  would run in float32.
   """
-  return jnp.dot(x_RI, kernel_IO, preferred_element_type=jnp.float32)
+  return dot(x_RI, kernel, 1, inputs, jnp.float32)
 
 
-def _wide_dot_backward(operands: tuple, grad_RO: jax.Array) -> tuple[jax.Array, jax.Array]:
-  x_RI, kernel_IO = operands
-  grad_RO = grad_RO.astype(x_RI.dtype)
-  return grad_RO @ kernel_IO.T, x_RI.T @ grad_RO
+def _wide_dot_backward(
+  inputs: int, operands: tuple[jax.Array, jax.Array], grad_RO: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  x_RI, kernel = operands
+  dtype, outputs = x_RI.dtype, 1 - inputs
+
+  def narrow(x: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple:
+    of_kernel = (x, grad) if outputs else (grad, x)
+    return dot(grad, kernel, 1, outputs, dtype), dot(*of_kernel, 0, 0, dtype)
+
+  def wide(x: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple:
+    of_x = dot(grad, kernel, 1, outputs, jnp.float32).astype(dtype)
+    of_kernel = dot(unfused(turned)(x), grad, 1, 0, jnp.float32).astype(dtype)
+    return of_x, of_kernel if outputs else turned(of_kernel)
+
+  arrays = x_RI, kernel, grad_RO.astype(dtype)
+  return jax.lax.platform_dependent(*arrays, cpu=wide, default=narrow)
 
 
-wide_dot.defvjp(lambda x, kernel: (wide_dot(x, kernel), (x, kernel)), _wide_dot_backward)
+wide_dot.defvjp(
+  lambda x, kernel, inputs: (wide_dot(x, kernel, inputs), (x, kernel)), _wide_dot_backward
+)
+
+
+def dot(x: jax.Array, y: jax.Array, of_x: int, of_y: int, dtype: jnp.dtype) -> jax.Array:
+  """The product over dim `of_x` of one matrix and `of_y` of the other."""
+  dims = (((of_x,), (of_y,)), ((), ()))
+  return jax.lax.dot_general(x, y, dims, preferred_element_type=dtype)
+
+
+def turned(x: jax.Array) -> jax.Array:
+  """The transpose of a matrix as an array of its own, for XLA's CPU compiler.
+
+  Otherwise it has a product read its first operand turned, for which its fastest kernels
+  have no form. A barrier keeps the two apart, and a third dim has the array laid out.
+  """
+  barrier = jax.lax.optimization_barrier
+  rows, columns = x.shape
+  block = math.gcd(rows, 16)
+  if block == 1:
+    return barrier(barrier(x).T)
+  turned_CRB = barrier(barrier(x).reshape(rows // block, block, columns).transpose(2, 0, 1))
+  return turned_CRB.reshape(columns, rows)
 
 
 def matrix_dot(

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxlm.nn.kernels.fusion import unfused
+from flaxlm.nn.kernels.products import turned
 from flaxlm.nn.masks import LOWEST, Band, Reach, Scoring, Sight
 
 QUERIES = 128  # of a tile: its scores with 1,024 keys are half a MiB
@@ -116,13 +117,6 @@ def columns(x_GTH: jax.Array, tile: Tile) -> jax.Array:
 
 def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
   return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
-
-
-def turned(x: jax.Array) -> jax.Array:
-  """The transpose as an array of its own: XLA would have the products before and after read
-  their operands turned."""
-  barrier = jax.lax.optimization_barrier
-  return barrier(barrier(x).T)
 
 
 def each_head(function: Callable, marks: Marks, *arrays: jax.Array) -> Any:

@@ -1,12 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products of narrow numbers: every form is the same product, and so are its gradients."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxlm.nn.kernels.products import matrix_first, matrix_sum, rows_dot, wide_dot
+from flaxlm.config import NO_KERNEL, SPLASH, TILED, TrainingConfig
+from flaxlm.nn.execution import Execution
+from flaxlm.nn.kernels.products import (
+  cpu_dot,
+  matrix_first,
+  matrix_sum,
+  rows_dot,
+  table_dot,
+  turned,
+  wide_dot,
+)
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
@@ -42,8 +54,70 @@ def test_a_wide_product_has_narrow_gradients():
     assert ours.dtype == jnp.bfloat16
     error = np.linalg.norm(np.float32(ours) - exactly) / np.linalg.norm(exactly)
     assert error < 5e-3
-  # No product of it runs in float32.
-  jaxpr = jax.make_jaxpr(jax.grad(lambda x, k: wide_dot(x, k).sum(), (0, 1)))(x[0], kernel)
-  products = [eqn for eqn in jaxpr.jaxpr.eqns if eqn.primitive.name == "dot_general"]
-  assert products
-  assert all(var.aval.dtype == jnp.bfloat16 for eqn in products for var in eqn.invars)
+
+
+def multiplied(function, *arguments, platform: str = "cpu") -> set[tuple[str, ...]]:
+  """The dtypes of the products' operands and results in a lowered function."""
+  traced = jax.jit(function).trace(*arguments)
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  lines = [line for line in text.splitlines() if "dot_general" in line]
+  assert lines
+  return {tuple(re.findall(r"x([a-z]\w*)>", line.rsplit(" : ")[1])) for line in lines}
+
+
+@pytest.mark.parametrize("inputs", [0, 1])
+def test_all_products_of_a_narrow_head_take_narrow_operands(inputs):
+  """On a CPU, those of the gradients are summed in float32 and then rounded, because XLA
+  widens the operands of others."""
+  x = jnp.ones((12, 32), jnp.bfloat16)
+  kernel = jnp.ones((32, 24) if inputs == 0 else (24, 32), jnp.bfloat16)
+  gradients = jax.grad(lambda x, kernel: wide_dot(x, kernel, inputs).sum(), (0, 1))
+  assert multiplied(gradients, x, kernel) == {("bf16", "bf16", "f32")}
+  assert multiplied(gradients, x, kernel, platform="tpu") == {("bf16", "bf16", "bf16")}
+
+
+@pytest.mark.parametrize("rows", [12, 13])  # blocks of 4 rows, and no block
+def test_a_product_on_a_cpu_is_the_same(rows):
+  """Of a projection and of a table: a rounding of 16 bits apart from exact products."""
+  x = jax.random.normal(jax.random.key(0), (rows, 4, 8), jnp.bfloat16)
+  kernel = jax.random.normal(jax.random.key(1), (4, 8, 24), jnp.bfloat16)
+  table = jax.random.normal(jax.random.key(2), (24, 32), jnp.bfloat16)
+  grad = jax.random.normal(jax.random.key(3), (rows, 24))
+
+  def both(projected, looked_up):
+    def run(x, kernel, table):
+      y, logits = projected(x, kernel), looked_up(x.reshape(1, rows, 32), table)
+      return (y.astype(jnp.float32) * grad).sum() + (logits * grad).sum(), (y, logits)
+
+    (_, values), gradients = jax.jit(jax.value_and_grad(run, (0, 1, 2), has_aux=True))(
+      x, kernel, table
+    )
+    return *values, *gradients
+
+  found = both(lambda x, kernel: cpu_dot(x, kernel, 2), table_dot)
+  exact = lambda x, y: jnp.tensordot(jnp.float32(x), jnp.float32(y), y.ndim - 1)
+  expected = both(exact, lambda x, table: exact(x, table.T))
+  assert [x.dtype for x in found] == [jnp.bfloat16, jnp.float32, *[jnp.bfloat16] * 3]
+  for ours, exactly in zip(found, expected, strict=True):
+    error = np.linalg.norm(np.float32(ours) - np.float32(exactly))
+    assert error < 5e-3 * np.linalg.norm(np.float32(exactly))
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (13, 5), (32, 48), (1, 7)])
+def test_a_turned_matrix_is_its_transpose(shape):
+  x = jnp.arange(shape[0] * shape[1], dtype=jnp.float32).reshape(shape)
+  np.testing.assert_array_equal(jax.jit(turned)(x), x.T)
+
+
+def test_only_narrow_products_of_a_cpu_are_its_own():
+  products = {
+    (kernel.name, dtype, matmul): Execution.of(
+      TrainingConfig(dtype=dtype, matmul=matmul), kernel
+    ).product
+    for kernel in (NO_KERNEL, SPLASH, TILED)
+    for dtype in ("float32", "bfloat16")
+    for matmul in ("full", "int8")
+  }
+  own = {case for case, product in products.items() if product == "cpu"}
+  assert own == {("tiled", "bfloat16", "full")}
+  assert {products[case] for case in products if case not in own} == {"full", "int8"}
