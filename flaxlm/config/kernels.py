@@ -20,6 +20,10 @@ class FusedKernel:
   lanes: int = 1  # it keeps heads padded to a multiple of these, and takes such lengths
   interpreted: bool = False  # by Pallas's interpreter, which needs no TPU: for tests
 
+  @property
+  def on_cpu(self) -> bool:
+    return self.name == "tiled"
+
 
 FUSED = ("cudnn", "splash", "tiled")  # the paths of attention that are such a kernel
 NO_KERNEL = FusedKernel()

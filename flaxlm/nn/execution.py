@@ -66,9 +66,8 @@ class Execution:
   @property
   def product(self) -> str:
     """How a block's projections multiply in training: `training.matmul`, but "cpu" for full
-    products of 16-bit arrays on a CPU."""
-    on_cpu = self.kernel.name == "tiled" and jnp.dtype(self.dtype).itemsize == 2
-    return "cpu" if on_cpu and self.matmul == "full" else self.matmul
+    products on a CPU."""
+    return "cpu" if self.kernel.on_cpu and self.matmul == "full" else self.matmul
 
   @property
   def projections(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from flaxlm.nn.execution import NARROW_PRODUCT
-from flaxlm.nn.kernels.products import cpu_dot, rows_dot
+from flaxlm.nn.kernels.products import cpu_dot, rows_dot, suits_cpu
 
 
 class Narrow(NamedTuple):
@@ -44,7 +44,7 @@ def projected(
   dtype: jnp.dtype | None = None,
 ) -> jax.Array:
   """`rows_dot` in the way that `Execution.product` names; "full" keeps the dtypes."""
-  if matmul == "full":
+  if matmul == "full" or (matmul == "cpu" and not suits_cpu(x, contracted)):
     return rows_dot(x, kernel, contracted, dtype)
   assert dtype is None, "a head's product is full"
   return checkpoint_name(PRODUCTS[matmul](x, kernel, contracted), NARROW_PRODUCT)

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 
 from flaxlm.nn.kernels.fusion import unfused
 from flaxlm.nn.kernels.int4 import FEW_ROWS, unpacked
-from flaxlm.sharding import is_cut
+from flaxlm.sharding import axis_sizes_in_use, is_cut
+
+MANY_ROWS = 2048  # of 1,024 rows to 3,072 outputs a turned operand is a loss
 
 
 def rows_dot(
@@ -45,23 +47,35 @@ def table_dot(x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
   return y_RV.reshape(*x_BTD.shape[:-1], -1)
 
 
-def cpu_dot(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
-  """`rows_dot` of 16-bit arrays on a CPU: summed in float32 and then rounded, so are its
-  gradients.
+def suits_cpu(x: jax.Array, contracted: int) -> bool:
+  """Whether `cpu_dot` is worth it: for all 16-bit arrays, and for many rows of others."""
+  rows = math.prod(x.shape[: x.ndim - contracted])
+  return is_one_device() and (x.dtype.itemsize == 2 or rows >= MANY_ROWS)
 
-  Of that XLA makes products for the matrix units of a CPU that has some (AMX), ten times as
-  fast as widened ones, which it makes of others (docs/LOG.md).
+
+def is_one_device() -> bool:
+  return math.prod(axis_sizes_in_use().values()) == 1
+
+
+def cpu_dot(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
+  """`rows_dot` as XLA's CPU compiler has the fastest kernels for it and for its gradients.
+
+  Products of 16-bit arrays are summed in float32 and then rounded: of these it makes what
+  a CPU's matrix units (AMX) compute, ten times as fast as what it widens. And the gradient
+  of a kernel is a product whose first operand is turned before (docs/LOG.md).
   """
-  return rows_dot(x, kernel, contracted, jnp.dtype(jnp.float32)).astype(x.dtype)
+  size = math.prod(kernel.shape[:contracted])
+  y_RO = wide_dot(x.reshape(-1, size), kernel.reshape(size, -1)).astype(x.dtype)
+  return y_RO.reshape(x.shape[: x.ndim - contracted] + kernel.shape[contracted:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def wide_dot(x_RI: jax.Array, kernel: jax.Array, inputs: int = 0) -> jax.Array:
-  """A float32 product of 16-bit matrices, whose gradients are 16-bit like all others.
+  """A product in float32, whose gradients have the dtype of the operands.
 
-  `inputs` is the dim of the kernel that is contracted. By default the gradient would stay
-  float32 and the kernel would be widened to it, so that two of the three products of a head
-  would run in float32.
+  `inputs` is the dim of the kernel that is contracted. By default the gradient of 16-bit
+  matrices would stay float32 and the kernel would be widened to it, so that two of the
+  three products of a head would run in float32.
   """
   return dot(x_RI, kernel, 1, inputs, jnp.float32)
 
@@ -78,10 +92,13 @@ def _wide_dot_backward(
 
   def wide(x: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple:
     of_x = dot(grad, kernel, 1, outputs, jnp.float32).astype(dtype)
-    of_kernel = dot(unfused(turned)(x), grad, 1, 0, jnp.float32).astype(dtype)
-    return of_x, of_kernel if outputs else turned(of_kernel)
+    first, second = (x, grad) if x.shape[1] <= grad.shape[1] else (grad, x)
+    of_kernel = dot(unfused(turned)(first), second, 1, 0, jnp.float32).astype(dtype)
+    return of_x, of_kernel if (first is x) == (inputs == 0) else turned(of_kernel)
 
   arrays = x_RI, kernel, grad_RO.astype(dtype)
+  if not is_one_device():
+    return narrow(*arrays)
   return jax.lax.platform_dependent(*arrays, cpu=wide, default=narrow)
 
 

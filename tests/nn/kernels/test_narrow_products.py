@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from meshes import mesh_of
 
 from flaxlm.config import NO_KERNEL, SPLASH, TILED, TrainingConfig
 from flaxlm.nn.execution import Execution
@@ -15,10 +16,12 @@ from flaxlm.nn.kernels.products import (
   matrix_first,
   matrix_sum,
   rows_dot,
+  suits_cpu,
   table_dot,
   turned,
   wide_dot,
 )
+from flaxlm.nn.quantized import projected
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
@@ -109,15 +112,35 @@ def test_a_turned_matrix_is_its_transpose(shape):
   np.testing.assert_array_equal(jax.jit(turned)(x), x.T)
 
 
-def test_only_narrow_products_of_a_cpu_are_its_own():
-  products = {
-    (kernel.name, dtype, matmul): Execution.of(
-      TrainingConfig(dtype=dtype, matmul=matmul), kernel
-    ).product
-    for kernel in (NO_KERNEL, SPLASH, TILED)
-    for dtype in ("float32", "bfloat16")
-    for matmul in ("full", "int8")
-  }
-  own = {case for case, product in products.items() if product == "cpu"}
-  assert own == {("tiled", "bfloat16", "full")}
-  assert {products[case] for case in products if case not in own} == {"full", "int8"}
+def test_only_a_cpu_has_products_of_its_own():
+  for dtype in ("float32", "bfloat16"):
+    for matmul in ("full", "int8"):
+      training = TrainingConfig(dtype=dtype, matmul=matmul)
+      for kernel in (NO_KERNEL, SPLASH):
+        assert Execution.of(training, kernel).product == matmul
+      own = "cpu" if matmul == "full" else "int8"
+      assert Execution.of(training, TILED).product == own
+  assert suits_cpu(jnp.ones((2, 3, 4), jnp.bfloat16), 1)
+  assert suits_cpu(jnp.ones((2, 1024, 4)), 1)
+  assert not suits_cpu(jnp.ones((1, 1024, 4, 4)), 2)
+
+
+@pytest.mark.parametrize("outputs", [4, 8])  # the operand with fewer columns is turned
+def test_many_rows_on_a_cpu_have_the_same_gradients(outputs):
+  x = jax.random.normal(jax.random.key(0), (2, 1024, 6))
+  kernel = jax.random.normal(jax.random.key(1), (6, outputs))
+
+  def gradients(dot):
+    squares = lambda x, kernel: (dot(x, kernel) ** 2).sum()
+    return jax.jit(jax.grad(squares, (0, 1)))(x, kernel)
+
+  found = gradients(lambda x, kernel: projected("cpu", x, kernel, 1))
+  expected = gradients(lambda x, kernel: jnp.matmul(x, kernel, precision="highest"))
+  for ours, exactly in zip(found, expected, strict=True):
+    np.testing.assert_allclose(ours, exactly, rtol=1e-4, atol=1e-2)
+
+
+def test_a_product_over_a_mesh_is_not_turned():
+  """The product's form would ask for a number of each row, from another device."""
+  with jax.set_mesh(mesh_of(data=2)):
+    assert not suits_cpu(jnp.ones((2, 1024, 4)), 1)
