@@ -4,11 +4,11 @@
     python -m benchmarks.gpu --output gpu.jsonl
 
 Training steps of three models beside compiled PyTorch, decoding steps of two with narrow
-weights, and attention over packed documents by their offsets beside by a mask. Every side
-runs in a process of its own, one after the other, and is checked before its speed counts. A
-part for which no time is left, or that lacks a library or memory, is skipped with its
-reason; training is repeated while there is time, with what was compiled before. The file is
-written anew after each part.
+weights, attention over packed documents by their offsets beside by a mask, and what stands
+between a layer's products. Every side runs in a process of its own, one after the other,
+and is checked before its speed counts. A part for which no time is left, or that lacks a
+library or memory, is skipped with its reason; training is repeated while there is time,
+with what was compiled before. The file is written anew after each part.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.gpu import decoding, documents, limits, training
+from benchmarks.gpu import decoding, documents, limits, neighbours, training
 from benchmarks.gpu.cases import decode_models, train_cases
 from benchmarks.writing import add_output, write
 from flaxlm.benchmark.ceilings import ceilings_of, judge, this_device
@@ -34,7 +34,8 @@ from flaxlm.platform import start_jax
 MINUTES = 9.0
 LEAST_SECONDS = 30.0  # less is not enough to start a process and to compile
 MOST_SECONDS = 240.0  # of one process, so that none takes the time of all others
-PARTS = ("train", "decode", "documents")
+ALONE = {"neighbours": neighbours, "documents": documents}  # one process each
+PARTS = ("train", "decode", *ALONE)
 
 
 def main() -> None:
@@ -72,8 +73,9 @@ def jobs(parts: Sequence[str], table: "Table") -> list[Callable[[], None]]:
   found = [table.measure_limits]
   for n in range(max(len(trained), len(decoded))):
     found += trained[n : n + 1] + decoded[n : n + 1]
-  if "documents" in parts:
-    found.insert(1 + min(1, len(trained)), table.documents)  # after the first model's speed
+  alone = [functools.partial(table.alone, name) for name in ALONE if name in parts]
+  after_first = 1 + min(1, len(trained))  # model's speed
+  found[after_first:after_first] = alone
   return found if table.smoke else found + trained
 
 
@@ -98,8 +100,9 @@ class Table:
     for name in self.models:
       path = self.path(f"decode {name}")
       found += read_lines(path) if path.exists() else []
-    path = self.path("documents")
-    found += read_lines(path) if path.exists() else []
+    for name in ALONE:
+      path = self.path(name)
+      found += read_lines(path) if path.exists() else []
     path = self.path("limits")
     measured = read_lines(path) if path.exists() else []
     judge(found, ceilings_of(measured), this_device())
@@ -132,9 +135,8 @@ class Table:
     module = decoding.__name__
     self.run(f"decode {name}", module, name, path, self.flag, seconds)
 
-  def documents(self) -> None:
-    path = self.path("documents")
-    self.run("documents", documents.__name__, str(path), self.flag)
+  def alone(self, name: str) -> None:
+    self.run(name, ALONE[name].__name__, str(self.path(name)), self.flag)
 
   # -- Processes
 

@@ -123,6 +123,9 @@ def test_a_gpu_table(tmp_path: Path, monkeypatch):
   shape = "tiny B2 T8 N2 K1 H8 float32"
   ways = [result.case for result in results if result.suite == "attention"]
   assert ways == [f"{shape} by nothing", f"{shape} by a mask"]
+  between = [result for result in results if result.suite == "neighbours"]
+  assert len(between) == 4 and all(result.bytes and result.correct for result in between)
+  assert [result.peer is not None for result in between] == [False, True, False, False]
   training = [result for result in results if result.suite == "train"]
   assert [result.case for result in training] == [
     f"tiny {layout} 2x8 float32" for layout in ("whole", "packed")

@@ -157,8 +157,8 @@ DEFECTS = {
   ),
   "a norm without its mean": (
     "flaxlm/nn/kernels/fusion.py",
-    "    if centred:\n",
-    "    if False:\n",
+    "  if centred:\n    x -= jnp.mean",
+    "  if False:\n    x -= jnp.mean",
     ["norms", "layer"],
   ),
   "a norm after the sum": (
@@ -200,8 +200,8 @@ DEFECTS = {
   ),
   "a norm in 16 bits": (
     "flaxlm/nn/kernels/fusion.py",
-    "    x = x_BTD.astype(jnp.float32)\n",
-    "    x = x_BTD\n",
+    "  x = x_BTD.astype(jnp.float32)\n",
+    "  x = x_BTD\n",
     ["bfloat16"],
   ),
   "logits in 16 bits": (
