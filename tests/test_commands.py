@@ -391,23 +391,24 @@ def test_fewer_kv_heads_than_members_of_tensor(in_process, corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_vocabulary_is_padded_for_a_mesh_and_stays_so(flaxlm, corpus, tmp_path):
+def test_a_vocabulary_is_padded_for_a_mesh_and_stays_so(in_process, corpus, tmp_path):
   """A run begun on tensor=2 continues without it; an export has only the real ids."""
-  knobs = {"name": "p", "model__vocab_size": 259, "simulated_devices": 2}
-  run = flaxlm("train", *tiny(corpus, training__num_steps=2, mesh="tensor=2", **knobs))
+  knobs = {"name": "p", "model__vocab_size": 259}
+  cut = tiny(corpus, training__num_steps=2, mesh="data=4,tensor=2", **knobs)
+  run = in_process("train", *cut)
   assert run.returncode == 0, run.stderr
   assert "259 ids, padded to 320 rows" in run.stderr
   model = json.loads((tmp_path / "runs/p/config.json").read_text())["model"]
   assert (model["vocab_size"], model["num_ids"]) == (320, 259)
-  run = flaxlm("train", *tiny(corpus, training__num_steps=4, **knobs))
+  run = in_process("train", *tiny(corpus, training__num_steps=4, **knobs))
   assert run.returncode == 0, run.stderr
   assert "resuming runs/p at step 2" in run.stderr and "padded to 320" in run.stderr
   assert sorted(losses(tmp_path, "p")) == [1, 2, 3, 4]
-  run = flaxlm("train", *tiny(corpus, **knobs | {"model__vocab_size": 260}))
+  run = in_process("train", *tiny(corpus, **knobs | {"model__vocab_size": 260}))
   assert run.returncode == 4 and "another experiment" in run.stderr
-  run = flaxlm("infer", "p", "--prompt=1 t", "--max-new-tokens=3", "--mesh=data=-1")
+  run = in_process("infer", "p", "--prompt=1 t", "--max-new-tokens=3", "--mesh=data=-1")
   assert run.returncode == 0, run.stderr
-  run = flaxlm("export", "runs/p", "exported")
+  run = in_process("export", "runs/p", "exported")
   assert run.returncode == 0, run.stderr
   assert json.loads((tmp_path / "exported/config.json").read_text())["vocab_size"] == 259
 

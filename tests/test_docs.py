@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import ROOT, commands_in_process, tiny
+from conftest import ROOT, commands_in_process, tiny, write_corpus
 
 from flaxlm import cli
 from flaxlm.commands.parsing import read_config
@@ -205,11 +205,7 @@ def test_every_command_line_is_accepted(page: Path, monkeypatch: pytest.MonkeyPa
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
   """A folder of text."""
-  folder = tmp_path_factory.mktemp("text")
-  for number in range(12):
-    lines = [f"{a} times {number} is {a * number}.\n" for a in range(40)]
-    (folder / f"{number}.txt").write_text("".join(lines))
-  return f"files:{folder}"
+  return write_corpus(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

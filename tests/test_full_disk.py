@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import tiny
+from conftest import commands_in_process, tiny, write_corpus
 
 from flaxlm.checkpoint.manifest import NAME
 from flaxlm.commands.parsing import open_output
@@ -92,17 +92,17 @@ def test_training_ends_and_goes_on_where_it_was(
   flaxlm, in_process, corpus, disk, tmp_path: Path
 ):
   """The disk fills while it trains: between two checkpoints, and while one is written. The
-  run ends within a test's patience, and its losses are those of one that had the space."""
+  process ends within a test's patience, and the losses are those of a run with space."""
 
   def arguments(**knobs) -> list[str]:
     usual = dict(training__num_steps=9, optimizer__schedule="constant")
-    return ["train", *tiny(corpus, **usual | knobs)]
+    return ["train", *tiny(corpus, simulated_devices=8, **usual | knobs)]
 
-  whole = flaxlm(*arguments(name="whole"))
+  whole = in_process(*arguments(name="whole"))
   assert whole.returncode == 0, whole.stderr
   folder = disk(4_000)
   same = dict(name="k", runs_dir=folder)
-  begun = flaxlm(*arguments(**same | dict(training__num_steps=4)))
+  begun = in_process(*arguments(**same | dict(training__num_steps=4)))
   assert begun.returncode == 0, begun.stderr
   for spare in (0, 8, 60):
     filler = fill(folder)
@@ -110,7 +110,7 @@ def test_training_ends_and_goes_on_where_it_was(
     told(flaxlm(*arguments(**same)), 4, str(folder), FULL)
     filler.unlink()
     assert in_process("ckpt", "verify", folder / "k").returncode == 0
-  done = flaxlm(*arguments(**same, checkpoint__resume="must"))
+  done = in_process(*arguments(**same, checkpoint__resume="must"))
   assert done.returncode == 0, done.stderr
   assert losses(folder / "k") == losses(tmp_path / "runs/whole")
 
@@ -129,12 +129,26 @@ def test_a_tiny_data_folder_is_told(in_process, corpus, disk, monkeypatch, size:
   assert not list(folder.glob("**/*.partial")), "what did not fit takes no space"
 
 
+@pytest.fixture(scope="module")
+def trained(cache_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """A run, and beside it a checkpoint that was exported from it."""
+  root = tmp_path_factory.mktemp("trained")
+  sizes = {"training__num_steps": 2, "model__width": 32, "name": "run"}
+  with pytest.MonkeyPatch.context() as patch, commands_in_process(cache_root) as command:
+    patch.chdir(root)
+    arguments = tiny(write_corpus(root / "text"), runs_dir=root, **sizes)
+    for words in (["train", *arguments], ["export", root / "run", "exported"]):
+      done = command(*words)
+      assert done.returncode == 0, done.stderr
+  return root / "run"
+
+
 @pytest.mark.slow
-def test_jobs_keep_what_is_done(in_process, corpus, disk, tmp_path: Path):
-  assert in_process("train", *tiny(corpus, training__num_steps=2)).returncode == 0
+def test_jobs_keep_what_is_done(in_process, trained: Path, disk, tmp_path: Path):
   prompts = "".join(json.dumps({"prompt": f"{n} t"}) + "\n" for n in range(64))
   (tmp_path / "in.jsonl").write_text(prompts)
-  job = ["infer", "--prompt-file=in.jsonl", "--max-new-tokens=8", "--batch-size=4"]
+  ask = ["infer", trained]
+  job = [*ask, "--prompt-file=in.jsonl", "--max-new-tokens=8", "--batch-size=4"]
   assert in_process(*job, "--output=whole.jsonl").returncode == 0
   folder = disk(12)
   told(in_process(*job, f"--output={folder}/out.jsonl"), 4, "out.jsonl.partial", FULL)
@@ -146,21 +160,19 @@ def test_jobs_keep_what_is_done(in_process, corpus, disk, tmp_path: Path):
   assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
   told(in_process(*job, "--output=/dev/full"), 2, "/dev/full is not a file")
   assert Path("/dev/full").is_char_device()
-  told(in_process("infer", "--prompt=1", "--output=/dev/full"), 4, "/dev/full", FULL)
+  told(in_process(*ask, "--prompt=1", "--output=/dev/full"), 4, "/dev/full", FULL)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spare", [0, 8, 24, 60])  # kB
 @pytest.mark.parametrize("kind", ["safetensors", "gguf"])
 def test_an_export_that_does_not_fit_leaves_nothing(
-  in_process, corpus, disk, spare: int, kind: str
+  in_process, trained: Path, disk, spare: int, kind: str
 ):
-  arguments = tiny(corpus, training__num_steps=2, model__width=32)
-  assert in_process("train", *arguments).returncode == 0
   folder = disk(1_000)
   filler = fill(folder)
   os.truncate(filler, max(0, filler.stat().st_size - 1024 * spare))
-  run = in_process("export", "stdlib_tiny", folder / "out", "--format", kind)
+  run = in_process("export", trained, folder / "out", "--format", kind)
   told(run, 4, str(folder / "out"), FULL)
   assert [*folder.iterdir()] == [filler], "what did not fit takes no space"
 
@@ -168,13 +180,12 @@ def test_an_export_that_does_not_fit_leaves_nothing(
 @pytest.mark.slow
 @pytest.mark.parametrize("spare", [0, 24, 60])
 def test_an_import_that_does_not_fit_leaves_nothing(
-  in_process, corpus, disk, tmp_path: Path, spare: int
+  in_process, trained: Path, disk, spare: int
 ):
-  arguments = tiny(corpus, training__num_steps=2, model__width=32)
-  assert in_process("train", *arguments).returncode == 0
-  assert in_process("export", "stdlib_tiny", "out").returncode == 0
   folder = disk(1_000)
   filler = fill(folder)
   os.truncate(filler, max(0, filler.stat().st_size - 1024 * spare))
-  told(in_process("import", "out", folder / "run"), 4, str(folder), FULL)
+  told(
+    in_process("import", trained.parent / "exported", folder / "run"), 4, str(folder), FULL
+  )
   assert [*folder.iterdir()] == [filler], "what did not fit takes no space"

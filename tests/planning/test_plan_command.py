@@ -314,10 +314,10 @@ def test_no_backend_is_started(flaxlm):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", [(), ("--device=cpu",)])
-def test_compile_on_simulated_devices(flaxlm, device: tuple[str, ...]):
+def test_compile_on_simulated_devices(in_process, device: tuple[str, ...]):
   """The whole way through the child process, with no extra installed."""
   small = ["--model.depth=2", "--model.width=64", "--training.scanned=true"]
-  run = flaxlm("plan", *small, "--mesh=data=2,fsdp=2", *device, "--compile", "--json")
+  run = in_process("plan", *small, "--mesh=data=2,fsdp=2", *device, "--compile", "--json")
   assert run.returncode == 0, run.stderr
   compiled = json.loads(run.stdout)["compiled"]
   assert compiled["error"] is None

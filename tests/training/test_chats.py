@@ -217,18 +217,20 @@ def test_what_cannot_be_learnt(
 
 
 @pytest.mark.slow
-def test_a_tiny_model_is_taught_to_answer(in_process: Callable[..., Any], tmp_path: Path):
+def test_a_tiny_model_is_taught_to_answer(
+  flaxlm: Callable[..., Any], in_process: Callable[..., Any], tmp_path: Path
+):
   corpus = write_talks(tmp_path / "talks.jsonl", questions(200))
   knobs: dict[str, Any] = CHAT | {
     "model__width": 64,
     "model__depth": 2,
-    "training__num_steps": 150,
+    "training__num_steps": 100,
     "training__eval_every_steps": 50,
     "training__sample_prompt": "snow?",
     "optimizer__learning_rate": 5e-3,
-    "checkpoint__every_steps": 150,
+    "checkpoint__every_steps": 100,
   }
-  done = in_process("train", *tiny(corpus, name="taught", **knobs))
+  done = flaxlm("train", *tiny(corpus, name="taught", **knobs))
   assert done.returncode == 0, done.stderr
   run = tmp_path / "runs" / "taught"
   losses = metrics(run, "eval/loss")
