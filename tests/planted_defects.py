@@ -965,6 +965,13 @@ DECODING = [
     "decoding/test_scoring.py",
   ),
   Defect(
+    "ids that only the model has take a part of the probability",
+    "flaxlm/decoding/scoring.py",
+    "logits_BXV = mask_padding_ids(logits_BXV, num_ids)",
+    "pass",
+    "decoding/test_scoring.py",
+  ),
+  Defect(
     "a context that is too long loses one token too many",
     "flaxlm/decoding/scoring.py",
     "pair.context[-(most + 1 - size) :]",

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.prefill import (
@@ -20,8 +19,14 @@ from flaxlm.decoding.prefill import (
   is_real_token,
   pad_rows,
 )
-from flaxlm.decoding.scoring import PLACES_AT_A_TIME, check_scores, without_capacity
-from flaxlm.errors import ConfigError, NonFiniteError
+from flaxlm.decoding.scoring import (
+  PLACES_AT_A_TIME,
+  check_finite,
+  check_scored,
+  check_scores,
+  without_capacity,
+)
+from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.vocabulary import mask_padding_ids
 from flaxlm.sharding import batch_shards, on_host, use_mesh
@@ -40,8 +45,8 @@ class PromptScores(NamedTuple):
 def score_prompt(run: Run, prompt: Sequence[int], num_top: int = 0) -> PromptScores:
   """The scores of a prompt that a decoder or an RNN reads.
 
-  Raises `ConfigError` for a model that reads no such prompt, an unknown id, and a prompt
-  that does not fit; `NonFiniteError` when logits are NaN.
+  Raises `ConfigError` for a model that reads no such prompt, an id that it or its tokenizer
+  has not, and a prompt that does not fit; `NonFiniteError` when logits are NaN.
   """
   check_scores(run)
   cfg = run.model.cfg
@@ -52,6 +57,7 @@ def score_prompt(run: Run, prompt: Sequence[int], num_top: int = 0) -> PromptSco
       f"prompt of {len(prompt)} tokens > model.context={cfg.context}", "shorten it"
     )
   check_ids([prompt], cfg.num_ids)
+  check_scored(run, [prompt[1:]])
   if len(prompt) < 2:
     return PromptScores([], [])
   tokens_BT, lengths_B = pad_rows([prompt], batch_shards(run.mesh.shape))
@@ -66,10 +72,7 @@ def score_prompt(run: Run, prompt: Sequence[int], num_top: int = 0) -> PromptSco
       width,
     )
   own_T, ids_TX, top_TX = (on_host(x_BT)[0, : len(prompt) - 1] for x_BT in found)
-  if not np.isfinite(own_T).all():
-    raise NonFiniteError(
-      "a log-likelihood is NaN or infinite", "the parameters are damaged"
-    )
+  check_finite(own_T)
   rows = zip(ids_TX[:, :num_top].tolist(), top_TX[:, :num_top].tolist(), strict=True)
   top = [[*zip(ids, logprobs, strict=True)] for ids, logprobs in rows]
   return PromptScores(own_T.tolist(), top)

@@ -6,12 +6,14 @@ figures compare with those that others publish: blanks at the end of a context b
 continuation, a context that does not fit is cut from the left, and a long text is scored in
 windows. Rows are grouped by length, so that all lengths share a few compiled programs, and
 logits exist only for the tokens that are scored, a few at a time.
+
+Likelihoods are those with which the model writes: among the ids that the tokenizer has.
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +31,7 @@ from flaxlm.decoding.prefill import (
 )
 from flaxlm.errors import ConfigError, NonFiniteError
 from flaxlm.nn.base import LanguageModel, Source
+from flaxlm.nn.vocabulary import mask_padding_ids
 from flaxlm.sharding import batch_shards, on_host, use_mesh
 
 # What one device holds at a time.
@@ -133,6 +136,24 @@ def check_scores(run: Run) -> None:
     )
 
 
+def check_scored(run: Run, rows: Iterable[Sequence[int]]) -> None:
+  """Raises `ConfigError` for an id that only the model has, which is never written."""
+  highest = max(itertools.chain(*rows), default=0)
+  if highest >= run.num_ids:
+    raise ConfigError(
+      f"token id {highest} has no probability: the tokenizer does not have it",
+      f"score ids of 0 to {run.num_ids - 1}",
+    )
+
+
+def check_finite(logprobs: np.ndarray) -> None:
+  """Raises `NonFiniteError` unless all are numbers."""
+  if not np.isfinite(logprobs).all():
+    raise NonFiniteError(
+      "a log-likelihood is NaN or infinite", "the parameters are damaged"
+    )
+
+
 def encode_pair(run: Run, context: str, continuation: str) -> TokenPair:
   """The tokens of both, and nothing in between: a word is cut where the whole text is.
 
@@ -204,6 +225,7 @@ def score_tokens(
     rows.setdefault(row, {}).setdefault(last, []).append(number)
   whole = {row._replace(last=(*numbers,)): numbers for row, numbers in rows.items()}
   check_ids([ids for row in whole for ids in row[:2] + row[3:] if ids], cfg.num_ids)
+  check_scored(run, [pair.continuation for pair in pairs])
   results: list[Any] = [None] * len(pairs)
   shards = batch_shards(run.mesh.shape)
   for batch in batch_rows([*whole], shards, cfg.vocab_size):
@@ -275,15 +297,11 @@ def score_batch(
     source_BS, source_lengths_B = pad_rows([row.source for row in batch], size)
     source = Source(source_BS, None, source_lengths_B)
   model = without_capacity(run.model)
+  arrays = tokens_BT, lengths_B, targets_BCK, num_targets_B, source
   with use_mesh(run.mesh):
-    found = likelihoods(
-      model, run.params, tokens_BT, lengths_B, targets_BCK, num_targets_B, source
-    )
+    found = likelihoods(model, run.params, jnp.int32(run.num_ids), *arrays)
   logprobs_BK, greedy_BK, logprobs_BCK = (on_host(x)[: len(batch)] for x in found)
-  if not np.isfinite(logprobs_BK).all():
-    raise NonFiniteError(
-      "a log-likelihood is NaN or infinite", "the parameters are damaged"
-    )
+  check_finite(logprobs_BK)
   logprobs_BKC = logprobs_BCK.swapaxes(1, 2)
   scores = zip(logprobs_BK.tolist(), greedy_BK.tolist(), logprobs_BKC, strict=True)
   return [
@@ -306,6 +324,7 @@ def without_capacity(model: LanguageModel) -> LanguageModel:
 def likelihoods(
   model: LanguageModel,
   params: Any,
+  num_ids: jax.Array,
   tokens_BT: jax.Array,
   lengths_B: jax.Array,
   targets_BCK: jax.Array,
@@ -333,6 +352,7 @@ def likelihoods(
   def score(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     x_BXD, targets_BXK = part
     logits_BXV = model.apply(variables, x_BXD, method="logits").astype(jnp.float32)
+    logits_BXV = mask_padding_ids(logits_BXV, num_ids)
     own_BXK = jnp.take_along_axis(logits_BXV, targets_BXK, axis=-1)
     logprobs_BXK = own_BXK - jax.nn.logsumexp(logits_BXV, axis=-1, keepdims=True)
     return logprobs_BXK, logits_BXV.argmax(-1, keepdims=True) == targets_BXK
