@@ -790,6 +790,7 @@ def answer(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str]:
     (["infer", "--prompt=a", "--topp=1"], "did you mean --top-p?"),
     (["infer", "--prompt=a", "--top_pp=1"], "did you mean --top-p?"),
     (["plan", "--devcie=h100"], "did you mean --device?"),
+    (["serve", "--draft=ngram"], "flaxlm serve --help"),  # --port is nothing like it
     (["tokenizer", "train", "--vocabsize=300"], "did you mean --vocab-size?"),
     (["tokenizer", "train", "--kind=words"], "argument --kind: invalid choice: 'words'"),
     (["infer", "--prompt=a", "--num-samples=1000000000"], "num-samples is 1000000000"),

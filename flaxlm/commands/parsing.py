@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
     """
     for argument in arguments:
       name = argument.partition("=")[0]
-      near = difflib.get_close_matches(name, self.flags, 1, 0.7 if takes_overrides else 0.5)
+      near = self.near(name, 0.7 if takes_overrides else 0.5)
       if not takes_overrides:
         cure = f"did you mean {near[0]}?" if near and name.startswith("--") else ""
         raise ConfigError(
@@ -72,6 +72,13 @@ class Parser(argparse.ArgumentParser):
         )
       if near and name[2:].replace("-", "_") not in FIELDS:
         raise ConfigError(f"unknown argument {name}", f"did you mean {near[0]}?")
+
+  def near(self, flag: str, cutoff: float) -> list[str]:
+    """The flag that is spelled most like it, if one is: without the hyphens, which all
+    begin with."""
+    names = [name[2:] for name in self.flags]
+    near = difflib.get_close_matches(flag.removeprefix("--"), names, 1, cutoff)
+    return [f"--{name}" for name in near]
 
   def add_run(self, devices: bool = True) -> None:
     """RUN, where to look for it, and the devices to open it on: see `open_run`."""
