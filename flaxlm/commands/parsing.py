@@ -177,13 +177,17 @@ def find_named_run(args: argparse.Namespace) -> Path:
 
 def open_run(args: argparse.Namespace, needs_text: bool = True) -> Any:
   """Opens the run that the command line names, on the devices that it names."""
+  return open_run_at(find_named_run(args), args, needs_text)
+
+
+def open_run_at(path: Path, args: argparse.Namespace, needs_text: bool = True) -> Any:
+  """Opens a run on the devices that the command line names."""
   from flaxlm.config import parse_mesh
   from flaxlm.data.storage import data_dir
   from flaxlm.decoding.loading import load_run
   from flaxlm.platform import start_jax
   from flaxlm.sharding import make_mesh
 
-  path = find_named_run(args)
   warn = lambda line: print(line, file=sys.stderr)
   for flag in start_jax(args.simulated_devices, data_dir() / "xla"):
     warn(flag.line)
