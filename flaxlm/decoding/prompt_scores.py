@@ -13,22 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from flaxlm.decoding.loading import Run
-from flaxlm.decoding.prefill import (
-  SMALLEST_BUCKET,
-  check_ids,
-  is_real_token,
-  pad_rows,
-)
+from flaxlm.decoding.prefill import check_ids, is_real_token, pad_rows
 from flaxlm.decoding.scoring import (
-  PLACES_AT_A_TIME,
   check_finite,
   check_scored,
   check_scores,
+  map_logits,
   without_capacity,
 )
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
-from flaxlm.nn.vocabulary import mask_padding_ids
 from flaxlm.sharding import batch_shards, on_host, use_mesh
 
 WIDTHS = (0, 1, 20)  # how many of the likeliest are found: few programs
@@ -89,24 +83,14 @@ def scores_of_tokens(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Of the token after each place of right-padded rows: its log-probability (B, T), and the
   X likeliest ids with theirs (B, T, X). Those after the end of a row mean nothing."""
-  variables = {"params": params}
   segments_BT = is_real_token(tokens_BT, lengths_B).astype(jnp.int32)
-  output = model.apply(variables, tokens_BT, None, segments_BT, method="hidden")
+  output = model.apply({"params": params}, tokens_BT, None, segments_BT, method="hidden")
   next_BT = jnp.roll(tokens_BT, -1, axis=1)
 
-  def score(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-    x_BXD, next_BX = part
-    logits_BXV = model.apply(variables, x_BXD, method="logits").astype(jnp.float32)
-    logits_BXV = mask_padding_ids(logits_BXV, num_ids)
+  def score(logits_BXV: jax.Array, next_BX: jax.Array) -> tuple[jax.Array, ...]:
     total_BX1 = jax.nn.logsumexp(logits_BXV, axis=-1, keepdims=True)
     own_BX1 = jnp.take_along_axis(logits_BXV, next_BX[..., None], axis=-1) - total_BX1
     top_BXK, ids_BXK = jax.lax.top_k(logits_BXV, num_top)
     return own_BX1[..., 0], ids_BXK, top_BXK - total_BX1
 
-  B, T = tokens_BT.shape
-  assert T % SMALLEST_BUCKET == 0, "a bucket has whole parts"
-  split = lambda x: x.reshape(B, -1, PLACES_AT_A_TIME, *x.shape[2:]).swapaxes(0, 1)
-  joined = lambda x: x.swapaxes(0, 1).reshape(B, T, *x.shape[3:])
-  found = jax.lax.map(score, (split(output.value), split(next_BT)))
-  own_BT, ids_BTK, top_BTK = map(joined, found)
-  return own_BT, ids_BTK, top_BTK
+  return map_logits(score, model, params, num_ids, output.value, next_BT)

@@ -30,7 +30,7 @@ from flaxlm.decoding.scoring import (
   encode_pair,
   rolling_windows,
   score_continuations,
-  score_texts,
+  score_rolling,
   score_tokens,
 )
 from flaxlm.errors import ConfigError, NonFiniteError
@@ -215,7 +215,7 @@ def test_a_continuation_without_a_token_of_its_own():
 
 def test_texts_of_all_lengths(run: Run):
   texts = ["", "a", "b" * 39, "c" * 40, "de" * 47]
-  found = score_texts(run, texts)
+  found = score_rolling(run, [BYTES.encode(text) for text in texts])
   assert found[0] == Likelihood(0.0, True, 0)
   for text, likelihood in zip(texts, found, strict=True):
     ids = BYTES.encode(text)
@@ -283,9 +283,9 @@ def test_what_cannot_be_scored():
   with pytest.raises(ConfigError, match="is an encoder"):
     score_continuations(encoder, [("a", "b")])
   with pytest.raises(ConfigError, match="is an encoder"):
-    score_texts(encoder, "a")
+    score_rolling(encoder, [[97]])
   with pytest.raises(ConfigError, match="is an encoder-decoder"):
-    score_texts(make_run(**FAMILIES["encoder_decoder"]), "a")
+    score_rolling(make_run(**FAMILIES["encoder_decoder"]), [[97]])
   damaged = make_run()
   damaged.params["embedding"]["table"] = damaged.params["embedding"]["table"] * np.nan
   with pytest.raises(NonFiniteError):
