@@ -14,9 +14,15 @@ from flaxlm.training.step import TrainState, abstract_state, shardings_of
 from flaxlm.verify.case import random_params
 
 
-def random_state(model: LanguageModel, optimizer: Optimizer, mesh: Mesh) -> TrainState:
-  """A state of step 0 with the same numbers on every mesh, cut as the rules say."""
-  params = random_params(model)
+def random_state(
+  model: LanguageModel, optimizer: Optimizer, mesh: Mesh, params: Any = None
+) -> TrainState:
+  """A state of step 0 with the same numbers on every mesh, cut as the rules say: random
+  ones, or these parameters in float32."""
+  if params is None:
+    params = random_params(model)
+  else:
+    params = jax.tree.map(lambda x: x.astype(np.float32), params)
   state = TrainState(np.int32(0), params, jax.jit(optimizer.init)(params))
   where = shardings_of(abstract_state(model, optimizer, mesh))
   return jax.device_put(jax.device_get(state), where)

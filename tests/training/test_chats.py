@@ -16,6 +16,7 @@ import pytest
 import reference_step
 from conftest import slow, tiny
 from meshes import mesh_of
+from parameters import random_state
 
 from flaxlm.chat.templates import PLAIN, load_chat
 from flaxlm.config import DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
@@ -25,11 +26,8 @@ from flaxlm.data.stores import TokenStore
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import (
-  TrainState,
-  abstract_state,
   jit_train_step,
   put_batch,
-  shardings_of,
 )
 
 ANSWERS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black"}
@@ -133,10 +131,7 @@ def test_the_loss_is_the_mean_over_the_answers_tokens(
   training = TrainingConfig(num_steps=1, accumulation_steps=accumulation_steps)
   model, mesh = build_model(ModelConfig(**SIZES).resolve(), training), mesh_of(**axes)
   optimizer = build_optimizer(OptimizerConfig(), 1)
-  abstract = abstract_state(model, optimizer, mesh)
-  params = jax.tree.map(lambda x: x.astype(np.float32), random_params())
-  state = TrainState(np.int32(0), params, optimizer.init(params))
-  state = jax.device_put(state, shardings_of(abstract))
+  state = random_state(model, optimizer, mesh, random_params())
   step = jit_train_step(model, optimizer, training, mesh)
   _, metrics = step(state, put_batch(batch, mesh), 0)
   loss, norm = expected_loss()

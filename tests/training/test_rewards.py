@@ -15,6 +15,7 @@ from conftest import slow
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from meshes import mesh_of
+from parameters import random_state
 
 from flaxlm.chat.templates import Talk
 from flaxlm.config import (
@@ -39,9 +40,7 @@ from flaxlm.training.policy import advantages
 from flaxlm.training.rewards import Judge, load_judge
 from flaxlm.training.rollouts import AnswerEvaluator, Rollouts, Writer, rows_of
 from flaxlm.training.step import (
-  TrainState,
   abstract_batch,
-  abstract_state,
   jit_train_step,
   put_batch,
   shardings_of,
@@ -162,10 +161,7 @@ def test_the_loss_is_the_mean_over_the_tokens_that_were_drawn(
   training = TrainingConfig(accumulation_steps=accumulation_steps, loss_chunks=chunks)
   model, mesh = build_model(CFG, training), mesh_of(**axes)
   optimizer = build_optimizer(OptimizerConfig(), 1)
-  abstract = abstract_state(model, optimizer, mesh)
-  params = jax.tree.map(lambda x: x.astype(np.float32), random_params())
-  state = TrainState(np.int32(0), params, optimizer.init(params))
-  state = jax.device_put(state, shardings_of(abstract))
+  state = random_state(model, optimizer, mesh, random_params())
   step = jit_train_step(model, optimizer, training, mesh)
   batch = put_batch(the_batch(), mesh)
   data = DataConfig(objective="reward", seq_len=32, batch_size=16)
