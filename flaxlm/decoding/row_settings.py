@@ -32,12 +32,7 @@ from flaxlm.decoding.generate import StaticSampling
 from flaxlm.decoding.prefill import bucket
 from flaxlm.decoding.requests import IDLE, EngineRequest, Shapes
 from flaxlm.decoding.rows import Drawing
-from flaxlm.decoding.sampling import (
-  Sampling,
-  SamplingSettings,
-  check_rows,
-  stack_rows,
-)
+from flaxlm.decoding.sampling import Sampling, SamplingSettings, check_rows, stack_rows
 from flaxlm.errors import ConfigError
 from flaxlm.tokenizers import AnyTokenizer
 

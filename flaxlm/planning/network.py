@@ -14,13 +14,7 @@ import jax.numpy as jnp
 from flaxlm.config import MESH_AXES, ResolvedConfig, ResolvedModel
 from flaxlm.cost import stacks
 from flaxlm.devices import Device
-from flaxlm.planning.memory import (
-  Sizes,
-  StateBytes,
-  gathered_keys,
-  local_rows,
-  state_bytes,
-)
+from flaxlm.planning.memory import Sizes, StateBytes, gathered_keys, local_rows, state_bytes
 from flaxlm.sharding import kv_parts, sums_at_ticks, sums_once, training_schedule
 
 

@@ -25,10 +25,7 @@ from flaxlm.data.objectives import Batch
 from flaxlm.data.stores import TokenStore
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.training.optimizer import build_optimizer
-from flaxlm.training.step import (
-  jit_train_step,
-  put_batch,
-)
+from flaxlm.training.step import jit_train_step, put_batch
 
 ANSWERS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black"}
 

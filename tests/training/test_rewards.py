@@ -39,12 +39,7 @@ from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.policy import advantages
 from flaxlm.training.rewards import Judge, load_judge
 from flaxlm.training.rollouts import AnswerEvaluator, Rollouts, Writer, rows_of
-from flaxlm.training.step import (
-  abstract_batch,
-  jit_train_step,
-  put_batch,
-  shardings_of,
-)
+from flaxlm.training.step import abstract_batch, jit_train_step, put_batch, shardings_of
 
 SIZES = dict(depth=1, width=8, num_heads=2, ffn_width=12, context=64, vocab_size=64)
 CFG = ModelConfig(**SIZES).resolve()
