@@ -97,10 +97,7 @@ CHARTS = [
   ),
   Chart("Memory", "GB", {"perf/memory_gb": "most in use, of the fullest device"}),
 ]
-UNDRAWN = {
-  "train/tokens",
-  "perf/elapsed_seconds",
-}  # they are what other charts are drawn by
+UNDRAWN = {"train/tokens", "perf/elapsed_seconds"}  # other charts are drawn by them
 # What each layer says (training.log_layers).
 LAYERS = {
   "train/gradient_norm/": Chart(

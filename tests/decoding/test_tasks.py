@@ -72,14 +72,8 @@ def test_the_likeliest_choice_is_the_answer(run: Run):
   assert [answer["chosen"] for answer in answers] == [1, 1, 0, 0, 1, 1]
   assert [answer["acc"] for answer in answers] == [True, False, False, True, False, True]
   assert [answer["acc_norm"] for answer in answers] == [True, False, True, True, True, True]
-  assert [answer["acc_bytes"] for answer in answers] == [
-    True,
-    False,
-    True,
-    False,
-    True,
-    True,
-  ]
+  by_bytes = [answer["acc_bytes"] for answer in answers]
+  assert by_bytes == [True, False, True, False, True, True]
   assert answers[1]["id"] == "mine" and "id" not in answers[0]
   assert [answer["line"] for answer in answers] == [1, 2, 3, 4, 5, 6]
   assert (figures["num_tasks"], figures["num_multiple_choice"]) == (6, 6)
