@@ -11,7 +11,7 @@ of its class:
 `print_completions` -> `decoding.completions.complete_samples` -> `complete` ->
 `complete_request` -> `grow_completions` -> `answer_all` -> `decoding.engine.Engine.step` ->
 `Engine._start_block` -> `decoding.rows.decode_rows` -> `draw_step` ->
-`decoding.sampling.sample` -> `next_token` -> `draw` -> `inverse_cdf`
+`decoding.drawing.sample` -> `next_token` -> `draw` -> `inverse_cdf`
 """
 
 import sys

@@ -42,11 +42,7 @@ from flaxlm.decoding.jobs import check_count
 from flaxlm.decoding.loading import Run, equip_for_decoding, load_run
 from flaxlm.decoding.prefill import MOST_NEW_TOKENS
 from flaxlm.decoding.prefix_store import RowStore
-from flaxlm.decoding.sampling import (
-  MOST_SAMPLES,
-  SamplingSettings,
-  is_number,
-)
+from flaxlm.decoding.sampling import MOST_SAMPLES, SamplingSettings, is_number
 from flaxlm.decoding.schemas import regex_of_form
 from flaxlm.decoding.scoring import encode_pairs, score_rolling, score_tokens
 from flaxlm.errors import CheckpointError, ConfigError

@@ -83,10 +83,12 @@ def gpt2(state: State, cfg: ModelConfig) -> dict:
   }
 
 
-def bloom(state: State, cfg: ModelConfig) -> dict:
+def fused_blocks(state: State, cfg: ModelConfig, layers: str, attention: str) -> dict:
+  """Blocks whose q, k and v are one matrix, head by head."""
+
   def block(at):
-    fused = linear(state, f"{at}.self_attention.query_key_value")
-    output = linear(state, f"{at}.self_attention.dense")
+    fused = linear(state, f"{at}.{attention}.query_key_value")
+    output = linear(state, f"{at}.{attention}.dense")
     return {
       "attention_norm": norm(state, f"{at}.input_layernorm"),
       "ffn_norm": norm(state, f"{at}.post_attention_layernorm"),
@@ -98,32 +100,22 @@ def bloom(state: State, cfg: ModelConfig) -> dict:
       },
     }
 
+  return stacked([block(f"{layers}.{l}") for l in range(cfg.depth)])
+
+
+def bloom(state: State, cfg: ModelConfig) -> dict:
   return {
     "embedding": {"table": state["transformer.word_embeddings.weight"]},
     "embedding_norm": norm(state, "transformer.word_embeddings_layernorm"),
-    "blocks": stacked([block(f"transformer.h.{l}") for l in range(cfg.depth)]),
+    "blocks": fused_blocks(state, cfg, "transformer.h", "self_attention"),
     "final_norm": norm(state, "transformer.ln_f"),
   }
 
 
 def gpt_neox(state: State, cfg: ModelConfig) -> dict:
-  def block(at):
-    fused = linear(state, f"{at}.attention.query_key_value")
-    output = linear(state, f"{at}.attention.dense")
-    return {
-      "attention_norm": norm(state, f"{at}.input_layernorm"),
-      "ffn_norm": norm(state, f"{at}.post_attention_layernorm"),
-      "attention": split_qkv(fused, cfg.num_heads, outer="heads")
-      | {"o": merged(output, cfg.num_heads)},
-      "ffn": {
-        "up": linear(state, f"{at}.mlp.dense_h_to_4h"),
-        "down": linear(state, f"{at}.mlp.dense_4h_to_h"),
-      },
-    }
-
   return {
     "embedding": {"table": state["gpt_neox.embed_in.weight"]},
-    "blocks": stacked([block(f"gpt_neox.layers.{l}") for l in range(cfg.depth)]),
+    "blocks": fused_blocks(state, cfg, "gpt_neox.layers", "attention"),
     "final_norm": norm(state, "gpt_neox.final_layer_norm"),
     "head": linear(state, "lm_head"),
   }

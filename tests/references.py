@@ -274,21 +274,6 @@ def _depth(blocks):
   return len(blocks["attention"]["q"]["kernel"])
 
 
-# -- The loss --------------------------------------------------------------------------
-
-
-def next_token_loss(logits_BTV, targets_BT, weights_BT):
-  """Mean cross-entropy in nats per unit of weight; some weight must not be zero."""
-  logits_BTV = np.asarray(logits_BTV, dtype=np.float64)
-  total = weight = 0.0
-  for b, t in np.ndindex(np.shape(targets_BT)):
-    logits_V = logits_BTV[b, t] - np.max(logits_BTV[b, t])
-    log_p = logits_V[targets_BT[b][t]] - math.log(np.sum(np.exp(logits_V)))
-    total -= float(weights_BT[b][t]) * float(log_p)
-    weight += float(weights_BT[b][t])
-  return total / weight
-
-
 # -- The optimizer ---------------------------------------------------------------------
 
 

@@ -68,10 +68,10 @@ TO_THE_TOKEN = [
   ("decoding.engine", "Engine._start_block"),
   ("decoding.rows", "decode_rows"),
   ("decoding.rows", "draw_step"),
-  ("decoding.sampling", "sample"),
-  ("decoding.sampling", "next_token"),
-  ("decoding.sampling", "draw"),
-  ("decoding.sampling", "inverse_cdf"),
+  ("decoding.drawing", "sample"),
+  ("decoding.drawing", "next_token"),
+  ("decoding.drawing", "draw"),
+  ("decoding.drawing", "inverse_cdf"),
 ]
 WALKS = {"train.py": TO_THE_SOFTMAX, "infer.py": TO_THE_TOKEN}
 STEPS = [

@@ -12,6 +12,7 @@ from flaxlm.commands.parsing import (
   check_least,
   find_named_run,
   open_run,
+  open_run_at,
   read_config,
   read_text,
 )
@@ -141,12 +142,12 @@ def run_beside(args: argparse.Namespace) -> int:
 def open_side(args: argparse.Namespace, name: str) -> Any:
   """A run, or the tokenizer of a file."""
   from flaxlm.look.beside import Side
+  from flaxlm.runs import find_run
   from flaxlm.tokenizers import load_tokenizer
 
   if is_file(Path(name)):
     return Side(name, load_tokenizer(Path(name)))
-  args.path = name
-  run = open_run(args)
+  run = open_run_at(find_run(name, args.runs_dir), args)
   return Side(name, run.tokenizer, run)
 
 

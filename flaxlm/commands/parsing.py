@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
     """
     for argument in arguments:
       name = argument.partition("=")[0]
-      near = difflib.get_close_matches(name, self.flags, 1, 0.7 if takes_overrides else 0.5)
+      near = self.near(name, 0.7 if takes_overrides else 0.5)
       if not takes_overrides:
         cure = f"did you mean {near[0]}?" if near and name.startswith("--") else ""
         raise ConfigError(
@@ -72,6 +72,13 @@ class Parser(argparse.ArgumentParser):
         )
       if near and name[2:].replace("-", "_") not in FIELDS:
         raise ConfigError(f"unknown argument {name}", f"did you mean {near[0]}?")
+
+  def near(self, flag: str, cutoff: float) -> list[str]:
+    """The flag that is spelled most like it, if one is: without the hyphens, which all
+    begin with."""
+    names = [name[2:] for name in self.flags]
+    near = difflib.get_close_matches(flag.removeprefix("--"), names, 1, cutoff)
+    return [f"--{name}" for name in near]
 
   def add_run(self, devices: bool = True) -> None:
     """RUN, where to look for it, and the devices to open it on: see `open_run`."""
@@ -170,13 +177,17 @@ def find_named_run(args: argparse.Namespace) -> Path:
 
 def open_run(args: argparse.Namespace, needs_text: bool = True) -> Any:
   """Opens the run that the command line names, on the devices that it names."""
+  return open_run_at(find_named_run(args), args, needs_text)
+
+
+def open_run_at(path: Path, args: argparse.Namespace, needs_text: bool = True) -> Any:
+  """Opens a run on the devices that the command line names."""
   from flaxlm.config import parse_mesh
   from flaxlm.data.storage import data_dir
   from flaxlm.decoding.loading import load_run
   from flaxlm.platform import start_jax
   from flaxlm.sharding import make_mesh
 
-  path = find_named_run(args)
   warn = lambda line: print(line, file=sys.stderr)
   for flag in start_jax(args.simulated_devices, data_dir() / "xla"):
     warn(flag.line)

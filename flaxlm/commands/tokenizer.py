@@ -21,13 +21,7 @@ from flaxlm.commands.parsing import (
   read_text,
   write_result,
 )
-from flaxlm.config import (
-  Config,
-  ModelConfig,
-  TokenizerConfig,
-  check_config,
-  is_file,
-)
+from flaxlm.config import Config, ModelConfig, TokenizerConfig, check_config, is_file
 from flaxlm.errors import ConfigError
 from flaxlm.strict_json import to_json
 

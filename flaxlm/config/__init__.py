@@ -11,7 +11,6 @@ from flaxlm.config.mesh import (
   MESH_AXES,
   SLOW,
   MeshConfig,
-  mesh_mistakes,
   mesh_shape,
   mesh_sizes,
   parse_mesh,
@@ -46,7 +45,6 @@ from flaxlm.config.schema import (
 from flaxlm.config.text import (
   difference,
   fields_in,
-  find_config,
   flag,
   from_json,
   is_file,

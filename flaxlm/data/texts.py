@@ -18,15 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flaxlm.data.corpus import (
-  SPLITS,
-  WHOLE,
-  Corpus,
-  Log,
-  RecordFile,
-  Texts,
-  read_in_order,
-)
+from flaxlm.data.corpus import SPLITS, WHOLE, Corpus, Log, RecordFile, Texts, read_in_order
 from flaxlm.data.records import Record, Skipped, read_records
 from flaxlm.data.storage import new_folder
 from flaxlm.errors import DataError, one_line

@@ -25,17 +25,8 @@ from flaxlm.decoding.prefill import SMALLEST_BUCKET, Request
 from flaxlm.decoding.prefill import take_rows as take_read
 from flaxlm.decoding.prefix_store import Row, RowStore
 from flaxlm.decoding.reader import Reader, Reading, Text
-from flaxlm.decoding.requests import (
-  Counters,
-  EngineOptions,
-  EngineRequest,
-  Event,
-)
-from flaxlm.decoding.row_settings import (
-  RowSampling,
-  RowSettings,
-  empty_history,
-)
+from flaxlm.decoding.requests import Counters, EngineOptions, EngineRequest, Event
+from flaxlm.decoding.row_settings import RowSampling, RowSettings, empty_history
 from flaxlm.decoding.row_sizes import RowSizes
 from flaxlm.decoding.rows import (
   Rows,

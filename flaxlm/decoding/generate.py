@@ -14,16 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxlm.decoding.prefill import BLOCK_STEPS, Request, prefill_prompts
-from flaxlm.decoding.sampling import (
+from flaxlm.decoding.drawing import (
   HISTORY_RULES,
-  Sampling,
   TokenHistory,
-  check_rows,
   history_of_prompts,
   rules_in_use,
   sample,
 )
+from flaxlm.decoding.prefill import BLOCK_STEPS, Request, prefill_prompts
+from flaxlm.decoding.sampling import Sampling, check_rows
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import NonFiniteError
 from flaxlm.nn.base import LanguageModel

@@ -189,10 +189,7 @@ def prepare_for_decoding(
   if weights == "bfloat16":
     execution = dataclasses.replace(execution, dtype=jnp.dtype("bfloat16"))
   with use_mesh(run.mesh):
-    try:
-      params = prepare_params(run.params, model.cfg, weights)
-    except ValueError as e:
-      raise ConfigError(f"weights is {weights!r}: {e}", "int8 does not pair them") from e
+    params = prepare_params(run.params, model.cfg, weights)
   return run._replace(params=params, model=model.clone(execution=execution))
 
 

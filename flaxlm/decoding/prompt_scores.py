@@ -11,19 +11,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from flaxlm.decoding.loading import Run
-from flaxlm.decoding.prefill import (
-  SMALLEST_BUCKET,
-  check_ids,
-  is_real_token,
-  pad_rows,
+from flaxlm.decoding.prefill import check_ids, is_real_token, pad_rows
+from flaxlm.decoding.scoring import (
+  check_finite,
+  check_scored,
+  check_scores,
+  map_logits,
+  without_capacity,
 )
-from flaxlm.decoding.scoring import PLACES_AT_A_TIME, check_scores, without_capacity
-from flaxlm.errors import ConfigError, NonFiniteError
+from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel
-from flaxlm.nn.vocabulary import mask_padding_ids
 from flaxlm.sharding import batch_shards, on_host, use_mesh
 
 WIDTHS = (0, 1, 20)  # how many of the likeliest are found: few programs
@@ -40,8 +39,8 @@ class PromptScores(NamedTuple):
 def score_prompt(run: Run, prompt: Sequence[int], num_top: int = 0) -> PromptScores:
   """The scores of a prompt that a decoder or an RNN reads.
 
-  Raises `ConfigError` for a model that reads no such prompt, an unknown id, and a prompt
-  that does not fit; `NonFiniteError` when logits are NaN.
+  Raises `ConfigError` for a model that reads no such prompt, an id that it or its tokenizer
+  has not, and a prompt that does not fit; `NonFiniteError` when logits are NaN.
   """
   check_scores(run)
   cfg = run.model.cfg
@@ -52,6 +51,7 @@ def score_prompt(run: Run, prompt: Sequence[int], num_top: int = 0) -> PromptSco
       f"prompt of {len(prompt)} tokens > model.context={cfg.context}", "shorten it"
     )
   check_ids([prompt], cfg.num_ids)
+  check_scored(run, [prompt[1:]])
   if len(prompt) < 2:
     return PromptScores([], [])
   tokens_BT, lengths_B = pad_rows([prompt], batch_shards(run.mesh.shape))
@@ -66,10 +66,7 @@ def score_prompt(run: Run, prompt: Sequence[int], num_top: int = 0) -> PromptSco
       width,
     )
   own_T, ids_TX, top_TX = (on_host(x_BT)[0, : len(prompt) - 1] for x_BT in found)
-  if not np.isfinite(own_T).all():
-    raise NonFiniteError(
-      "a log-likelihood is NaN or infinite", "the parameters are damaged"
-    )
+  check_finite(own_T)
   rows = zip(ids_TX[:, :num_top].tolist(), top_TX[:, :num_top].tolist(), strict=True)
   top = [[*zip(ids, logprobs, strict=True)] for ids, logprobs in rows]
   return PromptScores(own_T.tolist(), top)
@@ -86,24 +83,14 @@ def scores_of_tokens(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Of the token after each place of right-padded rows: its log-probability (B, T), and the
   X likeliest ids with theirs (B, T, X). Those after the end of a row mean nothing."""
-  variables = {"params": params}
   segments_BT = is_real_token(tokens_BT, lengths_B).astype(jnp.int32)
-  output = model.apply(variables, tokens_BT, None, segments_BT, method="hidden")
+  output = model.apply({"params": params}, tokens_BT, None, segments_BT, method="hidden")
   next_BT = jnp.roll(tokens_BT, -1, axis=1)
 
-  def score(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-    x_BXD, next_BX = part
-    logits_BXV = model.apply(variables, x_BXD, method="logits").astype(jnp.float32)
-    logits_BXV = mask_padding_ids(logits_BXV, num_ids)
+  def score(logits_BXV: jax.Array, next_BX: jax.Array) -> tuple[jax.Array, ...]:
     total_BX1 = jax.nn.logsumexp(logits_BXV, axis=-1, keepdims=True)
     own_BX1 = jnp.take_along_axis(logits_BXV, next_BX[..., None], axis=-1) - total_BX1
     top_BXK, ids_BXK = jax.lax.top_k(logits_BXV, num_top)
     return own_BX1[..., 0], ids_BXK, top_BXK - total_BX1
 
-  B, T = tokens_BT.shape
-  assert T % SMALLEST_BUCKET == 0, "a bucket has whole parts"
-  split = lambda x: x.reshape(B, -1, PLACES_AT_A_TIME, *x.shape[2:]).swapaxes(0, 1)
-  joined = lambda x: x.swapaxes(0, 1).reshape(B, T, *x.shape[3:])
-  found = jax.lax.map(score, (split(output.value), split(next_BT)))
-  own_BT, ids_BTK, top_BTK = map(joined, found)
-  return own_BT, ids_BTK, top_BTK
+  return map_logits(score, model, params, num_ids, output.value, next_BT)

@@ -22,13 +22,7 @@ from flaxlm.decoding.prefill import (
   padded_length,
   prefill_chunk,
 )
-from flaxlm.decoding.prefix_store import (
-  Found,
-  Row,
-  RowStore,
-  copy_rows,
-  store_of_texts,
-)
+from flaxlm.decoding.prefix_store import Found, Row, RowStore, copy_rows, store_of_texts
 from flaxlm.decoding.requests import MOST_PADDING, Counters, EngineOptions
 from flaxlm.decoding.row_sizes import RowSizes, chunk_size
 from flaxlm.nn.base import LanguageModel

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import jax
 
 from flaxlm.config import ResolvedModel
+from flaxlm.decoding.drawing import HISTORY_RULES, RULES
 from flaxlm.decoding.prefill import BLOCK_STEPS, CHUNK, bucket
-from flaxlm.decoding.sampling import GREEDY, HISTORY_RULES, RULES, SamplingSettings
+from flaxlm.decoding.sampling import GREEDY, SamplingSettings
 from flaxlm.errors import FlaxLMError
 
 MOST_PADDING = 32  # tokens of padding, which cost no more than a pass of their own

@@ -22,20 +22,17 @@ from flaxlm.decoding.constraint import (
   build_automaton,
   build_part,
 )
+from flaxlm.decoding.drawing import (
+  HISTORY_RULES,
+  TokenHistory,
+  history_of_prompts,
+  rules_in_use,
+)
 from flaxlm.decoding.generate import StaticSampling
 from flaxlm.decoding.prefill import bucket
 from flaxlm.decoding.requests import IDLE, EngineRequest, Shapes
 from flaxlm.decoding.rows import Drawing
-from flaxlm.decoding.sampling import (
-  HISTORY_RULES,
-  Sampling,
-  SamplingSettings,
-  TokenHistory,
-  check_rows,
-  history_of_prompts,
-  rules_in_use,
-  stack_rows,
-)
+from flaxlm.decoding.sampling import Sampling, SamplingSettings, check_rows, stack_rows
 from flaxlm.errors import ConfigError
 from flaxlm.tokenizers import AnyTokenizer
 

@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from flaxlm.config import ResolvedModel
-from flaxlm.decoding.generate import StaticSampling
-from flaxlm.decoding.sampling import (
+from flaxlm.decoding.drawing import (
   HISTORY_RULES,
   SampledTokens,
-  Sampling,
   TokenHistory,
   logprobs_of,
   next_token,
   sample,
 )
+from flaxlm.decoding.generate import StaticSampling
+from flaxlm.decoding.sampling import Sampling
 from flaxlm.nn.base import LanguageModel
 from flaxlm.nn.cache import put_rows
 from flaxlm.nn.vocabulary import mask_padding_ids

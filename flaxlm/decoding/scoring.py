@@ -6,12 +6,14 @@ figures compare with those that others publish: blanks at the end of a context b
 continuation, a context that does not fit is cut from the left, and a long text is scored in
 windows. Rows are grouped by length, so that all lengths share a few compiled programs, and
 logits exist only for the tokens that are scored, a few at a time.
+
+Likelihoods are those with which the model writes: among the ids that the tokenizer has.
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +31,7 @@ from flaxlm.decoding.prefill import (
 )
 from flaxlm.errors import ConfigError, NonFiniteError
 from flaxlm.nn.base import LanguageModel, Source
+from flaxlm.nn.vocabulary import mask_padding_ids
 from flaxlm.sharding import batch_shards, on_host, use_mesh
 
 # What one device holds at a time.
@@ -78,21 +81,15 @@ def encode_pairs(run: Run, pairs: Sequence[tuple[str, str]]) -> list[TokenPair]:
   return [encode_pair(run, *pair) for pair in zip(contexts, continuations, strict=True)]
 
 
-def score_texts(run: Run, texts: str | Sequence[str]) -> list[Likelihood]:
-  """The likelihood of whole texts, each by itself, given the token that begins a text.
+def score_rolling(
+  run: Run, rows: Sequence[Sequence[int]], each: bool = False
+) -> list[Likelihood]:
+  """The likelihood of whole texts as ids, each by itself, given the token that begins a
+  text, with the `logprobs` of `each` id on request; a row without ids has likelihood 1.
 
   A text longer than the model's context is scored in windows, see `rolling_windows`.
   Raises as `score_continuations` does, and `ConfigError` for an encoder-decoder.
   """
-  rows = [run.tokenizer.encode(text) for text in as_texts(texts, "text")]
-  return score_rolling(run, rows)
-
-
-def score_rolling(
-  run: Run, rows: Sequence[Sequence[int]], each: bool = False
-) -> list[Likelihood]:
-  """`score_texts` for ids, with the `logprobs` of `each` id on request; a row without ids
-  has likelihood 1."""
   check_scores(run)
   if run.model.cfg.family == "encoder_decoder":
     raise ConfigError(
@@ -130,6 +127,24 @@ def check_scores(run: Run) -> None:
     raise ConfigError(
       f"{run.path} is an encoder: it does not say how likely a continuation is",
       "use the run of a decoder",
+    )
+
+
+def check_scored(run: Run, rows: Iterable[Sequence[int]]) -> None:
+  """Raises `ConfigError` for an id that only the model has, which is never written."""
+  highest = max(itertools.chain(*rows), default=0)
+  if highest >= run.num_ids:
+    raise ConfigError(
+      f"token id {highest} has no probability: the tokenizer does not have it",
+      f"score ids of 0 to {run.num_ids - 1}",
+    )
+
+
+def check_finite(logprobs: np.ndarray) -> None:
+  """Raises `NonFiniteError` unless all are numbers."""
+  if not np.isfinite(logprobs).all():
+    raise NonFiniteError(
+      "a log-likelihood is NaN or infinite", "the parameters are damaged"
     )
 
 
@@ -204,6 +219,7 @@ def score_tokens(
     rows.setdefault(row, {}).setdefault(last, []).append(number)
   whole = {row._replace(last=(*numbers,)): numbers for row, numbers in rows.items()}
   check_ids([ids for row in whole for ids in row[:2] + row[3:] if ids], cfg.num_ids)
+  check_scored(run, [pair.continuation for pair in pairs])
   results: list[Any] = [None] * len(pairs)
   shards = batch_shards(run.mesh.shape)
   for batch in batch_rows([*whole], shards, cfg.vocab_size):
@@ -275,15 +291,11 @@ def score_batch(
     source_BS, source_lengths_B = pad_rows([row.source for row in batch], size)
     source = Source(source_BS, None, source_lengths_B)
   model = without_capacity(run.model)
+  arrays = tokens_BT, lengths_B, targets_BCK, num_targets_B, source
   with use_mesh(run.mesh):
-    found = likelihoods(
-      model, run.params, tokens_BT, lengths_B, targets_BCK, num_targets_B, source
-    )
+    found = likelihoods(model, run.params, jnp.int32(run.num_ids), *arrays)
   logprobs_BK, greedy_BK, logprobs_BCK = (on_host(x)[: len(batch)] for x in found)
-  if not np.isfinite(logprobs_BK).all():
-    raise NonFiniteError(
-      "a log-likelihood is NaN or infinite", "the parameters are damaged"
-    )
+  check_finite(logprobs_BK)
   logprobs_BKC = logprobs_BCK.swapaxes(1, 2)
   scores = zip(logprobs_BK.tolist(), greedy_BK.tolist(), logprobs_BKC, strict=True)
   return [
@@ -306,6 +318,7 @@ def without_capacity(model: LanguageModel) -> LanguageModel:
 def likelihoods(
   model: LanguageModel,
   params: Any,
+  num_ids: jax.Array,
   tokens_BT: jax.Array,
   lengths_B: jax.Array,
   targets_BCK: jax.Array,
@@ -319,29 +332,49 @@ def likelihoods(
   Rows are right-padded. The target i of a row's n is what follows its token n - i from the
   end. A source has its rows' lengths in place of their segments.
   """
-  variables, options = {"params": params}, {}
+  options = {}
   segments_BT = is_real_token(tokens_BT, lengths_B).astype(jnp.int32)
   if source is not None:
     segments_BS = is_real_token(source.tokens_BS, source.segments_BS).astype(jnp.int32)
     options["source"] = source._replace(segments_BS=segments_BS)
-  output = model.apply(variables, tokens_BT, None, segments_BT, method="hidden", **options)
-  (B, T), (_, C, K) = tokens_BT.shape, targets_BCK.shape
+  output = model.apply(
+    {"params": params}, tokens_BT, None, segments_BT, method="hidden", **options
+  )
+  T, C = tokens_BT.shape[1], targets_BCK.shape[1]
   places_BC = (lengths_B - num_targets_B)[:, None] + jnp.arange(C)
   places_BC1 = jnp.clip(places_BC, 0, T - 1)[..., None]
   x_BCD = jnp.take_along_axis(output.value, places_BC1, axis=1)
 
-  def score(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    x_BXD, targets_BXK = part
-    logits_BXV = model.apply(variables, x_BXD, method="logits").astype(jnp.float32)
+  def score(logits_BXV: jax.Array, targets_BXK: jax.Array) -> tuple[jax.Array, jax.Array]:
     own_BXK = jnp.take_along_axis(logits_BXV, targets_BXK, axis=-1)
     logprobs_BXK = own_BXK - jax.nn.logsumexp(logits_BXV, axis=-1, keepdims=True)
     return logprobs_BXK, logits_BXV.argmax(-1, keepdims=True) == targets_BXK
 
-  parts = C // PLACES_AT_A_TIME  # C is a bucket: it has whole parts
-  split = lambda x: x.reshape(B, parts, PLACES_AT_A_TIME, *x.shape[2:]).swapaxes(0, 1)
-  joined = lambda x_PBXK: x_PBXK.swapaxes(0, 1).reshape(B, C, K)
-  found = jax.lax.map(score, (split(x_BCD), split(targets_BCK)))
-  logprobs_BCK, hits_BCK = map(joined, found)
+  logprobs_BCK, hits_BCK = map_logits(score, model, params, num_ids, x_BCD, targets_BCK)
   scored_BC1 = is_real_token(targets_BCK, num_targets_B)[..., None]
   logprobs_BCK = jnp.where(scored_BC1, logprobs_BCK, 0.0)
   return logprobs_BCK.sum(1), (hits_BCK | ~scored_BC1).all(1), logprobs_BCK
+
+
+def map_logits(
+  function: Callable,
+  model: LanguageModel,
+  params: Any,
+  num_ids: jax.Array,
+  x_BCD: jax.Array,
+  targets_BC: jax.Array,
+) -> Any:
+  """`function(logits (B, X, V), targets (B, X, ...))` of C places, a bucket, X at a time:
+  the logits of all would not fit. Ids from `num_ids` on are masked."""
+  B, C = x_BCD.shape[:2]
+  assert C % PLACES_AT_A_TIME == 0, "a bucket has whole parts"
+
+  def of_part(part: tuple[jax.Array, jax.Array]) -> Any:
+    x_BXD, targets_BX = part
+    logits_BXV = model.apply({"params": params}, x_BXD, method="logits").astype(jnp.float32)
+    logits_BXV = mask_padding_ids(logits_BXV, num_ids)
+    return function(logits_BXV, targets_BX)
+
+  split = lambda x: x.reshape(B, -1, PLACES_AT_A_TIME, *x.shape[2:]).swapaxes(0, 1)
+  joined = lambda x: x.swapaxes(0, 1).reshape(B, C, *x.shape[3:])
+  return jax.tree.map(joined, jax.lax.map(of_part, (split(x_BCD), split(targets_BC))))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from flaxlm.decoding.drawing import HISTORY_RULES, rules_in_use, sample
 from flaxlm.decoding.generate import (
   DecodeState,
   StaticSampling,
@@ -28,13 +29,7 @@ from flaxlm.decoding.generate import (
   sample_step,
 )
 from flaxlm.decoding.prefill import Request, prefill_prompts
-from flaxlm.decoding.sampling import (
-  HISTORY_RULES,
-  Sampling,
-  check_rows,
-  rules_in_use,
-  sample,
-)
+from flaxlm.decoding.sampling import Sampling, check_rows
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.errors import ConfigError
 from flaxlm.nn.base import LanguageModel

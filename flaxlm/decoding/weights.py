@@ -38,8 +38,8 @@ def prepare_params(params: Any, cfg: ResolvedModel, kind: str | None = None) -> 
   scale for each output, int4 ones for each group of inputs; with int4, the head and a tied
   embedding are int8, because what they round is the logits themselves. Norms, biases and
   experts, which are no matrices, keep their dtype. Parameters that are laid out already are
-  returned as they are; `ValueError` if `kind` asks for another dtype, or int4 for a matrix
-  with an odd number of inputs.
+  returned as they are; `ValueError` if `kind` asks for another dtype. Raises `ConfigError`
+  for int4 of a matrix with an odd number of inputs.
   """
   assert kind is None or kind in KINDS
   if is_laid_out_for_decoding(params):
@@ -100,8 +100,11 @@ def quantise(matrix_OI: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @jax.jit
 def pack(matrix_OI: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """An int4 matrix, two numbers in a byte, and its scales. `ValueError` if its inputs
+  """An int4 matrix, two numbers in a byte, and its scales. `ConfigError` if its inputs
   cannot be paired."""
   if group_size(matrix_OI.shape[1]) == 1:
-    raise ValueError(f"int4 needs an even number of inputs, not {matrix_OI.shape[1]}")
+    raise ConfigError(
+      f"weights is 'int4', which needs an even number of inputs, not {matrix_OI.shape[1]}",
+      "int8 does not pair them",
+    )
   return packed_int4(matrix_OI)

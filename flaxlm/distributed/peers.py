@@ -21,13 +21,7 @@ from typing import Any, NoReturn, TypeVar
 
 from flaxlm.distributed.lines import Garbage
 from flaxlm.distributed.rendezvous import Card, Meeting
-from flaxlm.errors import (
-  ConfigError,
-  FlaxLMError,
-  HangError,
-  PeerLostError,
-  exit_code_of,
-)
+from flaxlm.errors import ConfigError, FlaxLMError, HangError, PeerLostError, exit_code_of
 
 T = TypeVar("T")
 

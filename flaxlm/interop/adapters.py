@@ -30,13 +30,7 @@ from flaxlm.interop.card import ADAPTER_DOCUMENTS, Exported, keep_documents, wri
 from flaxlm.interop.family import Family
 from flaxlm.interop.files import ADAPTER, has_file
 from flaxlm.interop.hub import find_source
-from flaxlm.interop.huggingface import (
-  describe,
-  read_finite,
-  real_shapes,
-  slice_at,
-  some,
-)
+from flaxlm.interop.huggingface import describe, read_finite, real_shapes, slice_at, some
 from flaxlm.interop.layouts import Dense, Shape, Weight
 from flaxlm.interop.safetensors import SINGLE, Tensor, read_header, write_files
 from flaxlm.interop.transfer import family_of, new_folder, opened, write_json

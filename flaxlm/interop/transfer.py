@@ -22,13 +22,7 @@ from tokenizers import processors
 
 from flaxlm.chat.templates import MORE_TEMPLATES, TEMPLATE, load_templates
 from flaxlm.checkpoint.store import CheckpointStore
-from flaxlm.config import (
-  OBJECTIVES,
-  DataConfig,
-  ResolvedConfig,
-  TrainingConfig,
-  to_json,
-)
+from flaxlm.config import OBJECTIVES, DataConfig, ResolvedConfig, TrainingConfig, to_json
 from flaxlm.decoding.loading import Run
 from flaxlm.decoding.pooling import FILES as POOLING_FILES
 from flaxlm.errors import CheckpointError, DataError, first_line
@@ -50,11 +44,7 @@ from flaxlm.interop.safetensors import open_checkpoint
 from flaxlm.interop.values import Values, read_json
 from flaxlm.runs import CHECKPOINTS, CONFIG, IMPORTED_FILES, TOKENIZER, new_files
 from flaxlm.tokenizers import Role, load_tokenizer
-from flaxlm.tokenizers.imported import (
-  SPECIALS,
-  Specials,
-  frame,
-)
+from flaxlm.tokenizers.imported import SPECIALS, Specials, frame
 from flaxlm.tokenizers.own import MAX_FILE_BYTES, load_backend
 from flaxlm.tokenizers.sentencepiece import read_sentencepiece
 

@@ -52,10 +52,10 @@ def look_beside(
     notes += told
     notes += unasked_words(side, of_side)
   words: list[dict[str, Any]] = [{"word": word} for word in WORD.findall(text)]
-  for number, of_side in enumerate(figures):
-    if not add_words(words, number, of_side["tokens"], text):
+  for of_side in figures:
+    if not add_words(words, of_side["tokens"], text):
       notes.append(
-        f"{sides[number].name} does not keep the text byte by byte, so it is not told word "
+        f"{of_side['name']} does not keep the text byte by byte, so it is not told word "
         "by word."
       )
   for word in words:
@@ -140,10 +140,8 @@ def side_figures(
   return figures, [f"{side.name} is a tokenizer alone: it has no probabilities."]
 
 
-def add_words(
-  words: list[dict[str, Any]], side: int, tokens: list[dict[str, Any]], text: str
-) -> bool:
-  """Adds to each word this side's `pieces`, the tokens that begin in it, and their `bits`
+def add_words(words: list[dict[str, Any]], tokens: list[dict[str, Any]], text: str) -> bool:
+  """Adds to each word a side's `pieces`, the tokens that begin in it, and their `bits`
   together, None if one was not asked for; and to each token the byte `at` which it begins.
 
   Returns whether it could: the tokens have to spell the text.

@@ -197,9 +197,7 @@ def charts_of(
         for number, run in enumerate(runs)
         if metric in run.curves
       ]
-      title = (
-        chart.title if chart.title.lower() == name.lower() else f"{chart.title}: {name}"
-      )
+      title = chart.title if chart.is_told(name) else f"{chart.title}: {name}"
       marks = gzip_mark(runs) if metric == BITS else []
       charts.append(
         line_chart(title, series, "step", chart.y_label, marks=marks, says=says)

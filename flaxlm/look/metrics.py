@@ -25,6 +25,10 @@ class Chart(NamedTuple):
   names: Mapping[str, str]  # {metric: name}
   says: str = ""
 
+  def is_told(self, name: str) -> bool:
+    """Whether the title says already what one of its curves is called."""
+    return name.lower() in self.title.lower()
+
 
 CHARTS = [
   Chart("Loss", "nats per token", {"train/loss": "training", "eval/loss": "held out"}),
@@ -93,10 +97,7 @@ CHARTS = [
   ),
   Chart("Memory", "GB", {"perf/memory_gb": "most in use, of the fullest device"}),
 ]
-UNDRAWN = {
-  "train/tokens",
-  "perf/elapsed_seconds",
-}  # they are what other charts are drawn by
+UNDRAWN = {"train/tokens", "perf/elapsed_seconds"}  # other charts are drawn by them
 # What each layer says (training.log_layers).
 LAYERS = {
   "train/gradient_norm/": Chart(
@@ -191,7 +192,7 @@ def lines(chart: Chart, curves: Curves, log: str = "") -> dict[str, Any]:
   ]
   says = chart.says
   names = [chart.names[metric] for metric in chart.names if metric in curves]
-  if len(names) == 1 and not says and names[0].lower() not in chart.title.lower():
+  if len(names) == 1 and not says and not chart.is_told(names[0]):
     says = f"{names[0].capitalize()}."  # one curve has no legend
   return line_chart(chart.title, series, "step", chart.y_label, log, says=says)
 

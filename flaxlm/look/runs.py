@@ -5,14 +5,7 @@ import operator
 from pathlib import Path
 from typing import Any
 
-from flaxlm.config import (
-  Config,
-  ModelConfig,
-  ResolvedConfig,
-  difference,
-  knobs,
-  override,
-)
+from flaxlm.config import Config, ModelConfig, ResolvedConfig, difference, knobs, override
 from flaxlm.errors import CheckpointError
 from flaxlm.look.metrics import Curves, charts_of, left_out, read_lines, read_metrics
 from flaxlm.look.view import View

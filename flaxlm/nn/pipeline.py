@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from flaxlm.sharding import Schedule, axis_sizes_in_use, constrain
+from flaxlm.sharding import Schedule, axis_sizes_in_use, constrain, sums_at_ticks
 
 AXIS = "stage"
 
@@ -51,9 +51,8 @@ def run_pipeline(
   microbatch; it gets `shared` unchanged.
   """
   stages, visits = schedule.stages, schedule.visits
-  # XLA's CPU compiler aborts at a sum of narrow gradients that is asked for by name.
-  is_narrow = any(x.dtype.itemsize < 4 for x in jax.tree.leaves(params))
-  sums_data = axis_sizes_in_use().get("data", 1) > 1 and not is_narrow
+  at_ticks = any(sums_at_ticks(x.dtype.itemsize) for x in jax.tree.leaves(params))
+  sums_data = axis_sizes_in_use().get("data", 1) > 1 and not at_ticks
   members = (AXIS, "data") if sums_data else (AXIS,)
   to_next = [(n, (n + 1) % stages) for n in range(stages)]
 

@@ -37,8 +37,9 @@ from flaxlm.config import (
   slow_axes,
   to_json,
 )
+from flaxlm.decoding.drawing import rules_in_use
 from flaxlm.decoding.generate import DecodeState, StaticSampling, decode_block
-from flaxlm.decoding.sampling import GREEDY, rules_in_use, stack_settings
+from flaxlm.decoding.sampling import GREEDY, stack_settings
 from flaxlm.decoding.weights import prepare_params
 from flaxlm.devices import Device, find_device
 from flaxlm.errors import ConfigError, FlaxLMError

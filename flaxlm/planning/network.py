@@ -14,14 +14,8 @@ import jax.numpy as jnp
 from flaxlm.config import MESH_AXES, ResolvedConfig, ResolvedModel
 from flaxlm.cost import stacks
 from flaxlm.devices import Device
-from flaxlm.planning.memory import (
-  Sizes,
-  StateBytes,
-  gathered_keys,
-  local_rows,
-  state_bytes,
-)
-from flaxlm.sharding import kv_parts, sums_once, training_schedule
+from flaxlm.planning.memory import Sizes, StateBytes, gathered_keys, local_rows, state_bytes
+from flaxlm.sharding import kv_parts, sums_at_ticks, sums_once, training_schedule
 
 
 def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
@@ -45,8 +39,8 @@ def network_bytes(cfg: ResolvedConfig, sizes: Sizes) -> dict[str, float]:
   # In a pipeline each tick has the weights of the layers of one visit.
   visit = state.stored_in_blocks / schedule.repeats
   is_once = is_summed_once(cfg, sizes)
-  at_ticks = 0.0  # gradients of narrow parameters, summed at every tick (nn.pipeline)
-  if schedule.stages > 1 and jnp.dtype(training.param_dtype).itemsize < 4:
+  at_ticks = 0.0  # gradients that are summed at every tick (nn.pipeline)
+  if schedule.stages > 1 and sums_at_ticks(jnp.dtype(training.param_dtype).itemsize):
     at_ticks = schedule.ticks * visit * item - state.blocks
     at_ticks *= not frozen  # what is frozen has no gradient
   over_data = state.learning_elements * 4.0 if is_once else summed + parts * at_ticks

@@ -6,11 +6,14 @@ import functools
 import math
 from collections.abc import Sequence
 
+import flax.linen as nn
+import jax
+
 from flaxlm.config import Config, MeshConfig, ResolvedConfig, ResolvedModel, mesh_shape
-from flaxlm.cost import block_matrices
-from flaxlm.decoding.weights import check_stored
+from flaxlm.decoding.weights import check_stored, prepare_params
 from flaxlm.devices import ANY, Device, find_device
 from flaxlm.errors import ConfigError
+from flaxlm.nn.models import boxed_shapes, build_model
 from flaxlm.planning.compile import CompiledStep, compile_step, compiled_kernel
 from flaxlm.planning.decoding import (
   AS_COMPUTED,
@@ -164,10 +167,9 @@ def check_decoding(model: ResolvedModel, asked: Questions) -> None:
       f"context is {longest} > model.context={model.context}, and infer decodes no further",
       f"add --model.context={longest}",
     )
-  odd = [inputs for _, inputs in block_matrices(model) if inputs % 2]
-  if stored.weights == "int4" and odd:
-    cause = f"weights is 'int4': int4 needs an even number of inputs, not {odd[0]}"
-    raise ConfigError(cause, "int8 does not pair them")
+  if stored.weights == "int4":  # some matrices cannot be packed
+    shapes = nn.unbox(boxed_shapes(build_model(model)))
+    jax.eval_shape(functools.partial(prepare_params, cfg=model, kind="int4"), shapes)
 
 
 def nothing_found(cfg: ResolvedConfig, device: Device, number: int) -> ConfigError:

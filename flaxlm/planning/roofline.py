@@ -36,12 +36,7 @@ from flaxlm.planning.memory import (
   state_bytes,
   training_memory,
 )
-from flaxlm.planning.network import (
-  axis_bandwidth,
-  far_axes,
-  is_summed_once,
-  network_bytes,
-)
+from flaxlm.planning.network import axis_bandwidth, far_axes, is_summed_once, network_bytes
 from flaxlm.planning.products import Products, is_listed, narrow_flops, training_products
 from flaxlm.planning.residuals import kept_bytes
 from flaxlm.sharding import describe_mesh, training_schedule

@@ -16,12 +16,7 @@ from flaxlm.decoding.compile_counter import count_compilations
 from flaxlm.decoding.loading import Run
 from flaxlm.errors import INTERRUPTED, ConfigError, first_line
 from flaxlm.serving.app import build_app
-from flaxlm.serving.limits import (
-  HEAD_SECONDS,
-  KEEP_ALIVE_SECONDS,
-  MOST_CONNECTIONS,
-  Limits,
-)
+from flaxlm.serving.limits import HEAD_SECONDS, KEEP_ALIVE_SECONDS, MOST_CONNECTIONS, Limits
 from flaxlm.serving.service import Service, draining
 
 BACKLOG = 512

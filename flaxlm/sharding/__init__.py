@@ -48,6 +48,7 @@ from flaxlm.sharding.rules import (
 from flaxlm.sharding.schedule import (
   Schedule,
   make_schedule,
+  sums_at_ticks,
   sums_once,
   training_schedule,
 )
@@ -87,6 +88,7 @@ __all__ = [
   "on_members",
   "partition_spec",
   "split_sizes",
+  "sums_at_ticks",
   "sums_once",
   "training_schedule",
   "use_mesh",

@@ -48,6 +48,13 @@ def training_schedule(training: TrainingConfig, sizes: Mapping[str, int]) -> Sch
   return make_schedule(sizes["stage"], training.pipeline_microbatches, repeats)
 
 
+def sums_at_ticks(item_size: int) -> bool:
+  """Whether a pipeline sums the gradients of parameters of `item_size` bytes over `data` at
+  every tick, and not once after the last: XLA's CPU compiler aborts at a sum of narrow
+  gradients that is asked for by name."""
+  return item_size < 4
+
+
 def sums_once(
   sizes: Mapping[str, int],
   num_parts: int,

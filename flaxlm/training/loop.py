@@ -42,12 +42,7 @@ from flaxlm.nn.lora import merged, num_frozen, unadaptable
 from flaxlm.nn.models import abstract_params, boxed_shapes, build_model
 from flaxlm.origin import adopt, read_origin
 from flaxlm.platform import Flag, check_matmul, start_jax
-from flaxlm.runs import (
-  CHECKPOINTS,
-  check_same_experiment,
-  locked,
-  make_room_after,
-)
+from flaxlm.runs import CHECKPOINTS, check_same_experiment, locked, make_room_after
 from flaxlm.sharding import (
   KV_COPIES,
   check_batch,

@@ -157,7 +157,7 @@ def loss_and_gradient(
 
   def minimised(params: Any) -> tuple[jax.Array, jax.Array]:
     params, output = learning_pass(model, params, frozen, batch, key)
-    loss_sum, total = losses_of(
+    total, loss_sum = losses_of(
       model, cfg, params, output.value, batch, learns_head=frozen is None
     )
     moe = model.cfg.moe
@@ -178,8 +178,8 @@ def losses_of(
   batch: Batch,
   learns_head: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-  """(the summed loss, which has no gradient, the same with label smoothing) of the hidden
-  vectors (B, T, D).
+  """(the summed loss with label smoothing, the same without, which has no gradient) of the
+  hidden vectors (B, T, D).
 
   With `loss_chunks` above 1 the logits (B, T, V), the largest array of a step, are computed
   for a chunk of each row at a time, with their gradient (training/fused_loss.py).
@@ -206,7 +206,7 @@ def losses_of(
     chunks = tuple(cut_rows(x, cfg.loss_chunks) for x in arrays)
     head = model.head_params(params)
     total, loss_sum = summed_loss(of_chunk, head, chunks, learns_head)
-  return jax.lax.stop_gradient(loss_sum), total
+  return total, jax.lax.stop_gradient(loss_sum)
 
 
 def eval_step(

@@ -30,13 +30,7 @@ from flaxlm.training.layers import named_sizes
 from flaxlm.training.reporting import Reporter
 from flaxlm.training.rollouts import AnswerEvaluator, Rollouts
 from flaxlm.training.signals import StopAt
-from flaxlm.training.step import (
-  LAYERS,
-  TrainState,
-  TrainStep,
-  jit_all_finite,
-  put_batch,
-)
+from flaxlm.training.step import LAYERS, TrainState, TrainStep, jit_all_finite, put_batch
 from flaxlm.training.watchdog import Watchdog
 
 MOST_SKIPPED_STEPS = 3  # in a row, before a run that keeps diverging is stopped

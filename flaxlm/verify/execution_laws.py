@@ -48,10 +48,8 @@ from flaxlm.verify.training_laws import gradient_of, sharded, without_dropout
 
 TIGHT = 0.5  # a capacity that drops choices, whatever the router says
 BFLOAT16_HALF = 2.0**-8  # the largest share of a number that rounding it changes
-KERNEL_TOKENS, KERNEL_DOCUMENT = (
-  256,
-  100,
-)  # two of splash's blocks; the first of two documents
+KERNEL_TOKENS = 256  # two of splash's blocks
+KERNEL_DOCUMENT = 100  # tokens of the first of two documents
 
 
 # -- Capacity ------------------------------------------------------------------------------

@@ -10,12 +10,7 @@ import pytest
 
 from flaxlm.chat.templates import plain_chat
 from flaxlm.config import Config, DataConfig, RewardConfig
-from flaxlm.data.questions import (
-  Question,
-  QuestionBatches,
-  Questions,
-  prepare_questions,
-)
+from flaxlm.data.questions import Question, QuestionBatches, Questions, prepare_questions
 from flaxlm.errors import ConfigError, DataError
 from flaxlm.tokenizers import train_tokenizer
 

@@ -28,13 +28,7 @@ from flaxlm.decoding.engine import Engine
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.prefill import Request
 from flaxlm.decoding.prefix_store import PIECE
-from flaxlm.decoding.requests import (
-  EngineOptions,
-  EngineRequest,
-  Event,
-  Shapes,
-  few_shapes,
-)
+from flaxlm.decoding.requests import EngineOptions, EngineRequest, Event, Shapes, few_shapes
 from flaxlm.decoding.row_sizes import cache_bytes
 from flaxlm.decoding.sampling import SamplingSettings, stack_settings
 from flaxlm.decoding.warming import warm

@@ -15,13 +15,7 @@ from test_generate import model_of
 
 from flaxlm.decoding import prefill
 from flaxlm.decoding.generate import decode_block, generate
-from flaxlm.decoding.prefill import (
-  CHUNK,
-  Request,
-  bucket,
-  padded_length,
-  prefill_prompts,
-)
+from flaxlm.decoding.prefill import CHUNK, Request, bucket, padded_length, prefill_prompts
 from flaxlm.decoding.sampling import SamplingSettings, make_sampling, stack_settings
 from flaxlm.decoding.weights import prepare_params
 

@@ -14,19 +14,21 @@ import references
 from conftest import slow
 from scipy import stats
 
-from flaxlm.decoding.sampling import (
+from flaxlm.decoding.drawing import (
   GREEDY_RULES,
-  MOST_SAMPLES,
   RULES,
-  Sampling,
-  SamplingSettings,
   TokenHistory,
   apply_rules,
   draw,
-  draw_key,
-  make_sampling,
   rules_in_use,
   sample,
+)
+from flaxlm.decoding.sampling import (
+  MOST_SAMPLES,
+  Sampling,
+  SamplingSettings,
+  draw_key,
+  make_sampling,
   stack_settings,
 )
 from flaxlm.errors import ConfigError

@@ -17,7 +17,11 @@ from parameters import random_params
 from flaxlm.config import Config, ModelConfig, MoEConfig
 from flaxlm.decoding import scoring
 from flaxlm.decoding.compile_counter import count_compilations
+from flaxlm.decoding.generate import generate
 from flaxlm.decoding.loading import Run
+from flaxlm.decoding.prefill import Request
+from flaxlm.decoding.prompt_scores import score_prompt
+from flaxlm.decoding.sampling import SamplingSettings, stack_settings
 from flaxlm.decoding.scoring import (
   Likelihood,
   Row,
@@ -26,7 +30,7 @@ from flaxlm.decoding.scoring import (
   encode_pair,
   rolling_windows,
   score_continuations,
-  score_texts,
+  score_rolling,
   score_tokens,
 )
 from flaxlm.errors import ConfigError, NonFiniteError
@@ -84,7 +88,7 @@ def alone(run: Run, pair: TokenPair) -> tuple[float, bool]:
 
 def each_alone(run: Run, pair: TokenPair) -> tuple[np.ndarray, bool]:
   read = [*pair.context, *pair.continuation[:-1]]
-  logits_TV = logits_of(run, read, pair.source)[-len(pair.continuation) :]
+  logits_TV = logits_of(run, read, pair.source)[-len(pair.continuation) :, : run.num_ids]
   own_T = logits_TV[np.arange(len(logits_TV)), [*pair.continuation]]
   greedy = logits_TV.argmax(-1).tolist() == [*pair.continuation]
   return own_T - np.log(np.exp(logits_TV).sum(-1)), greedy
@@ -137,9 +141,31 @@ def test_on_a_mesh(run: Run):
 def test_greedy_is_what_greedy_decoding_writes(run: Run):
   context, written = (BEGIN, 97), []
   for _ in range(4):
-    written.append(int(logits_of(run, [*context, *written])[-1].argmax()))
+    logits_TV = logits_of(run, [*context, *written])
+    written.append(int(logits_TV[-1, : run.num_ids].argmax()))
   pairs = [TokenPair(context, tuple(written)), TokenPair(context, (*written[:3], 1))]
   assert [x.is_greedy for x in score_tokens(run, pairs)] == [True, False]
+
+
+def test_likelihoods_are_those_that_decoding_reports():
+  """Of a model that has more ids than its tokenizer: those are never written."""
+  run = make_run(**FAMILIES["decoder"])
+  assert run.num_ids < run.model.cfg.num_ids
+  context = (BEGIN, 97)
+  settings = stack_settings([SamplingSettings(seed=1)])
+  request = Request([context], 12, run.num_ids)
+  blocks = [*generate(run.model, run.params, request, settings, run.mesh)]
+  tokens = [token for block in blocks for token in block.tokens_BT[0].tolist()]
+  logprobs = np.concatenate([block.logprobs_BT[0] for block in blocks])
+  [found] = score_tokens(run, [TokenPair(context, tuple(tokens))], each=True)
+  np.testing.assert_allclose(found.logprobs, logprobs, rtol=1e-5, atol=1e-5)
+  scores = score_prompt(run, [*context, *tokens])
+  np.testing.assert_allclose(scores.logprobs[1:], logprobs, rtol=1e-5, atol=1e-5)
+  with pytest.raises(ConfigError, match="300 has no probability"):
+    score_tokens(run, [TokenPair((300,), (1,)), TokenPair((1,), (300, 1))])
+  with pytest.raises(ConfigError, match="300 has no probability"):
+    score_prompt(run, [1, 300])
+  assert score_prompt(run, [300, 1]).logprobs  # it is read, and not scored
 
 
 def test_a_context_that_is_too_long_is_cut_from_the_left(run: Run):
@@ -189,7 +215,7 @@ def test_a_continuation_without_a_token_of_its_own():
 
 def test_texts_of_all_lengths(run: Run):
   texts = ["", "a", "b" * 39, "c" * 40, "de" * 47]
-  found = score_texts(run, texts)
+  found = score_rolling(run, [BYTES.encode(text) for text in texts])
   assert found[0] == Likelihood(0.0, True, 0)
   for text, likelihood in zip(texts, found, strict=True):
     ids = BYTES.encode(text)
@@ -257,9 +283,9 @@ def test_what_cannot_be_scored():
   with pytest.raises(ConfigError, match="is an encoder"):
     score_continuations(encoder, [("a", "b")])
   with pytest.raises(ConfigError, match="is an encoder"):
-    score_texts(encoder, "a")
+    score_rolling(encoder, [[97]])
   with pytest.raises(ConfigError, match="is an encoder-decoder"):
-    score_texts(make_run(**FAMILIES["encoder_decoder"]), "a")
+    score_rolling(make_run(**FAMILIES["encoder_decoder"]), [[97]])
   damaged = make_run()
   damaged.params["embedding"]["table"] = damaged.params["embedding"]["table"] * np.nan
   with pytest.raises(NonFiniteError):

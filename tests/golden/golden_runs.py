@@ -17,12 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from meshes import mesh_of
 
-from flaxlm.config import (
-  ModelConfig,
-  MoEConfig,
-  OptimizerConfig,
-  TrainingConfig,
-)
+from flaxlm.config import ModelConfig, MoEConfig, OptimizerConfig, TrainingConfig
 from flaxlm.data.objectives import Batch, Masking, Windows, masked, next_token, seq2seq
 from flaxlm.decoding.generate import generate
 from flaxlm.decoding.prefill import Request

@@ -18,11 +18,7 @@ from flaxlm.config import ModelConfig
 from flaxlm.nn.models import abstract_params, build_model, init_params
 from flaxlm.sharding import make_mesh, use_mesh
 from flaxlm.training.logprobs import forward
-from flaxlm.training.step import (
-  eval_step,
-  loss_and_gradient,
-  put_batch,
-)
+from flaxlm.training.step import eval_step, loss_and_gradient, put_batch
 
 REAL = ModelConfig(
   depth=1, width=32, num_heads=4, vocab_size=61, context=16, tied_embeddings=False

@@ -12,12 +12,7 @@ from conftest import fuzz, slow
 from meshes import mesh_of
 from parameters import random_params, random_state
 
-from flaxlm.config import (
-  ModelConfig,
-  MoEConfig,
-  OptimizerConfig,
-  TrainingConfig,
-)
+from flaxlm.config import ModelConfig, MoEConfig, OptimizerConfig, TrainingConfig
 from flaxlm.data.objectives import Windows, next_token
 from flaxlm.nn.models import abstract_params, build_model
 from flaxlm.sharding import KV_COPIES, batch_shards, make_mesh, mesh_for, use_mesh

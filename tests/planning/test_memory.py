@@ -27,11 +27,7 @@ from flaxlm.errors import ConfigError
 from flaxlm.nn.execution import REMAT_POLICIES
 from flaxlm.nn.models import abstract_params, build_model, init_cache
 from flaxlm.planning.compile import compile_here
-from flaxlm.planning.memory import (
-  decoding_memory,
-  state_bytes,
-  training_memory,
-)
+from flaxlm.planning.memory import decoding_memory, state_bytes, training_memory
 from flaxlm.planning.network import network_bytes
 from flaxlm.planning.residuals import kept_bytes
 from flaxlm.sharding import batch_shards, make_mesh, mesh_for, use_mesh

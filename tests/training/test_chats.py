@@ -10,27 +10,20 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-import reference_step
 from conftest import slow, tiny
 from meshes import mesh_of
+from parameters import float64_params, random_state, reference_loss_and_norm
 
 from flaxlm.chat.templates import PLAIN, load_chat
 from flaxlm.config import DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from flaxlm.data.batches import Batches
 from flaxlm.data.objectives import Batch
 from flaxlm.data.stores import TokenStore
-from flaxlm.nn.models import abstract_params, build_model
+from flaxlm.nn.models import build_model
 from flaxlm.training.optimizer import build_optimizer
-from flaxlm.training.step import (
-  TrainState,
-  abstract_state,
-  jit_train_step,
-  put_batch,
-  shardings_of,
-)
+from flaxlm.training.step import jit_train_step, put_batch
 
 ANSWERS = {"sky": "blue", "grass": "green", "snow": "white", "coal": "black"}
 
@@ -70,6 +63,7 @@ def metrics(run: Path, name: str) -> list[float]:
 # -- The loss ------------------------------------------------------------------------------
 
 SIZES = dict(depth=1, width=8, num_heads=2, ffn_width=12, context=64, vocab_size=64)
+CFG = ModelConfig(**SIZES).resolve()
 # (tokens, how many of the last ones are an answer): from one token in 30 to nearly all.
 SHAPES = [(30, 1), (6, 4), (28, 26), (3, 1), (9, 7), (25, 2), (4, 3), (12, 1), (31, 30)]
 
@@ -87,28 +81,15 @@ def random_store(shapes: Sequence[tuple[int, int]] = SHAPES) -> TokenStore:
 @functools.cache
 def expected_loss() -> tuple[float, float]:
   """(the loss, the norm of its gradient) in float64, each conversation by itself."""
-  cfg, store, params = ModelConfig(**SIZES).resolve(), random_store(), random_params()
-  total, count, gradient = 0.0, 0, None
+  store, batches = random_store(), []
   for start, end in itertools.pairwise(store.bounds.tolist()):
     ids = store.tokens[None, start:end].astype(np.int32)
     places = np.arange(end - start - 1)[None], np.ones((1, end - start - 1), np.int32)
-    weights = store.weights[None, start + 1 : end]
-    batch = Batch(ids[:, :-1], ids[:, 1:], *places, weights.astype(np.float64))
-    kept = itertools.repeat(1.0)
-    loss, more, _ = reference_step.loss_and_gradient(params, cfg, batch, kept, 0.0)
-    add = lambda x, y: x + y
-    gradient = more if gradient is None else jax.tree.map(add, gradient, more)
-    total, count = total + loss, count + weights.sum()
-  squares = sum(np.sum((g / count) ** 2) for g in jax.tree.leaves(gradient))
-  return total / count, float(squares**0.5)
-
-
-@functools.cache
-def random_params() -> Any:
-  model = build_model(ModelConfig(**SIZES).resolve())
-  rng = np.random.default_rng(1)
-  abstract = abstract_params(model, mesh_of())
-  return jax.tree.map(lambda x: 0.5 * rng.normal(size=x.shape), abstract)
+    weights = store.weights[None, start + 1 : end].astype(np.float64)
+    batches.append(Batch(ids[:, :-1], ids[:, 1:], *places, weights))
+  count = sum(batch.weights_BT.sum() for batch in batches)
+  params = float64_params(build_model(CFG))
+  return reference_loss_and_norm(params, CFG, batches, count)
 
 
 @pytest.mark.parametrize(
@@ -131,12 +112,9 @@ def test_the_loss_is_the_mean_over_the_answers_tokens(
   batch = batches[0]
   assert len({*batch.weights_BT.sum(1).tolist()}) > 2 and not batch.weights_BT[-1].any()
   training = TrainingConfig(num_steps=1, accumulation_steps=accumulation_steps)
-  model, mesh = build_model(ModelConfig(**SIZES).resolve(), training), mesh_of(**axes)
+  model, mesh = build_model(CFG, training), mesh_of(**axes)
   optimizer = build_optimizer(OptimizerConfig(), 1)
-  abstract = abstract_state(model, optimizer, mesh)
-  params = jax.tree.map(lambda x: x.astype(np.float32), random_params())
-  state = TrainState(np.int32(0), params, optimizer.init(params))
-  state = jax.device_put(state, shardings_of(abstract))
+  state = random_state(model, optimizer, mesh, float64_params(model))
   step = jit_train_step(model, optimizer, training, mesh)
   _, metrics = step(state, put_batch(batch, mesh), 0)
   loss, norm = expected_loss()

@@ -46,7 +46,7 @@ def loss_and_gradients(model, cfg, params, x, batch, chunks, **options):
   cfg = dataclasses.replace(cfg, loss_chunks=chunks)
 
   def minimised(params, x):
-    told, total = losses_of(model, cfg, params, x, batch, **options)
+    total, told = losses_of(model, cfg, params, x, batch, **options)
     return 3 * total + told, told  # `told` has no gradient
 
   return jax.jit(jax.value_and_grad(minimised, (0, 1), has_aux=True))(params, x)
@@ -75,7 +75,7 @@ def test_the_heads_products_are_computed_once(learns_head, products):
   """One forward, one for each gradient that is wanted, all in one loop."""
   model, cfg, params, x, batch = some("tied")
   cfg = dataclasses.replace(cfg, loss_chunks=4)
-  total = lambda *args: losses_of(model, cfg, *args, batch, learns_head)[1]
+  total = lambda *args: losses_of(model, cfg, *args, batch, learns_head)[0]
   text = str(jax.make_jaxpr(jax.grad(total, (0, 1)))(params, x))
   assert text.count("dot_general[") == products and text.count("scan[") == 1
 

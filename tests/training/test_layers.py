@@ -16,11 +16,7 @@ from flaxlm.config import MoEConfig, OptimizerConfig, TrainingConfig
 from flaxlm.data.objectives import Batch
 from flaxlm.look.probe import probe
 from flaxlm.nn.models import build_model
-from flaxlm.training.layers import (
-  forward_with_loads,
-  named_loads,
-  named_sizes,
-)
+from flaxlm.training.layers import forward_with_loads, named_loads, named_sizes
 from flaxlm.training.logprobs import forward
 from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.step import LAYERS, TrainState, train_step

@@ -17,6 +17,7 @@ import pytest
 import reference_step
 from conftest import commands_in_process, slow, tiny
 from meshes import mesh_of
+from parameters import float64_params
 from test_chats import SIZES, metrics, random_store, write_talks
 
 from flaxlm.config import (
@@ -54,9 +55,8 @@ PAIRS = len(SHAPES) // 2
 
 @functools.cache
 def random_params(seed: int) -> Any:
-  rng = np.random.default_rng(seed)
-  abstract = abstract_params(build_model(CFG), mesh_of())
-  return jax.tree.map(lambda x: (0.5 * rng.normal(size=x.shape)).astype("f4"), abstract)
+  params = float64_params(build_model(CFG), seed)
+  return jax.tree.map(lambda x: x.astype("f4"), params)
 
 
 def test_the_models_pass_begins_when_the_reference_is_over():

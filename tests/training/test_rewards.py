@@ -2,7 +2,6 @@
 """Learning from rewards: advantages, the loss, what is drawn, and what judges it."""
 
 import functools
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,11 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
-import reference_step
 from conftest import slow
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from meshes import mesh_of
+from parameters import float64_params, random_state, reference_loss_and_norm
 
 from flaxlm.chat.templates import Talk
 from flaxlm.config import (
@@ -38,14 +37,7 @@ from flaxlm.training.optimizer import build_optimizer
 from flaxlm.training.policy import advantages
 from flaxlm.training.rewards import Judge, load_judge
 from flaxlm.training.rollouts import AnswerEvaluator, Rollouts, Writer, rows_of
-from flaxlm.training.step import (
-  TrainState,
-  abstract_batch,
-  abstract_state,
-  jit_train_step,
-  put_batch,
-  shardings_of,
-)
+from flaxlm.training.step import abstract_batch, jit_train_step, put_batch, shardings_of
 
 SIZES = dict(depth=1, width=8, num_heads=2, ffn_width=12, context=64, vocab_size=64)
 CFG = ModelConfig(**SIZES).resolve()
@@ -116,17 +108,10 @@ def test_a_row_has_the_weights_of_its_completion():
 
 
 @functools.cache
-def random_params() -> Any:
-  rng = np.random.default_rng(1)
-  abstract = abstract_params(build_model(CFG), mesh_of())
-  return jax.tree.map(lambda x: 0.5 * rng.normal(size=x.shape), abstract)
-
-
-@functools.cache
 def expected() -> tuple[float, float]:
   """(the loss, the norm of its gradient) in float64, each completion by itself."""
   prompts, completions, rewards_PK = drawn()
-  total, count, gradient = 0.0, 0, None
+  count, batches = 0, []
   for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
     group = rewards_PK[row // 4]
     if len(set(group.tolist())) == 1:
@@ -136,14 +121,11 @@ def expected() -> tuple[float, float]:
     places = np.arange(T)[None], np.ones((1, T), np.int32)
     is_learnt_T = np.arange(T) >= len(prompt) - 1
     advantage = group[row % 4] - np.mean(group)
-    batch = Batch(ids[:, :-1], ids[:, 1:], *places, advantage * is_learnt_T[None])
-    kept = itertools.repeat(1.0)
-    loss, more, _ = reference_step.loss_and_gradient(random_params(), CFG, batch, kept, 0.0)
-    add = lambda x, y: x + y
-    gradient = more if gradient is None else jax.tree.map(add, gradient, more)
-    total, count = total + loss, count + len(completion)
-  squares = sum(np.sum((g / count) ** 2) for g in jax.tree.leaves(gradient))
-  return total / count, float(squares**0.5)
+    weights_BT = advantage * is_learnt_T[None]
+    batches.append(Batch(ids[:, :-1], ids[:, 1:], *places, weights_BT))
+    count += len(completion)
+  params = float64_params(build_model(CFG))
+  return reference_loss_and_norm(params, CFG, batches, count)
 
 
 @pytest.mark.parametrize(
@@ -162,10 +144,7 @@ def test_the_loss_is_the_mean_over_the_tokens_that_were_drawn(
   training = TrainingConfig(accumulation_steps=accumulation_steps, loss_chunks=chunks)
   model, mesh = build_model(CFG, training), mesh_of(**axes)
   optimizer = build_optimizer(OptimizerConfig(), 1)
-  abstract = abstract_state(model, optimizer, mesh)
-  params = jax.tree.map(lambda x: x.astype(np.float32), random_params())
-  state = TrainState(np.int32(0), params, optimizer.init(params))
-  state = jax.device_put(state, shardings_of(abstract))
+  state = random_state(model, optimizer, mesh, float64_params(model))
   step = jit_train_step(model, optimizer, training, mesh)
   batch = put_batch(the_batch(), mesh)
   data = DataConfig(objective="reward", seq_len=32, batch_size=16)

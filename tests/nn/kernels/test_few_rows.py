@@ -10,6 +10,7 @@ import pytest
 from conftest import slow_but
 
 from flaxlm.decoding.weights import pack, quantise
+from flaxlm.errors import ConfigError
 from flaxlm.nn.kernels import few_rows
 from flaxlm.nn.kernels.few_rows import few_rows_dot, obstacle
 from flaxlm.nn.kernels.int4 import group_size, packed_int4, unpacked
@@ -58,7 +59,7 @@ def test_int4_is_within_its_rounding(num_inputs):
 
 
 def test_an_odd_number_of_inputs_is_refused():
-  with pytest.raises(ValueError, match="even number of inputs, not 5"):
+  with pytest.raises(ConfigError, match="even number of inputs, not 5"):
     pack(jnp.ones((4, 5)))
 
 
