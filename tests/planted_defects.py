@@ -176,8 +176,22 @@ NN = [
     "nn/kernels/test_attention_kernels.py::test_windows_reach_over_blocks",
   ),
   Defect(
+    "tiles let documents see each other",
+    "flaxlm/nn/kernels/tiled.py",
+    "seen.append(keys_S[tile.keys, None] == queries_T[None, tile.queries])",
+    "seen += []",
+    "nn/kernels/test_attention_kernels.py",
+  ),
+  Defect(
+    "the gradient of a kernel on a CPU is turned where it need not be",
+    "flaxlm/nn/kernels/products.py",
+    "of_kernel if (first is x) == (inputs == 0) else turned(of_kernel)",
+    "of_kernel if first is x else turned(of_kernel)",
+    "nn/kernels/test_narrow_products.py",
+  ),
+  Defect(
     "splash's window is one key too wide",
-    "flaxlm/nn/kernels/splash.py",
+    "flaxlm/nn/masks.py",
     "else pattern.window - 1",
     "else pattern.window",
     "nn/kernels/test_splash.py",

@@ -46,13 +46,16 @@ def gpt2_shape(
 CASES = {
   "tiny": {"1x16_context8_batch2": Case(gpt2_shape(1, 16, 2, 8, 65), 2, 1)},
   # nanoGPT's recipe for a CPU, and its Shakespeare recipe with half the rows; long rows;
-  # GPT-2 with 124M parameters.
+  # GPT-2 with 124M parameters, also for a CPU's matrix units.
   "small": {
     "4x128_context64_batch12": Case(gpt2_shape(4, 128, 4, 64, 65), 12, 40),
     "6x384_context256_batch16": Case(gpt2_shape(6, 384, 6, 256, 65), 16, 1),
     "4x256_context1024_batch4": Case(gpt2_shape(4, 256, 4, 1024, 65), 4, 2),
     "4x256_context2048_batch2": Case(gpt2_shape(4, 256, 4, 2048, 65), 2, 2),
     "12x768_context256_batch4": Case(gpt2_shape(12, 768, 12, 256, 50_304), 4, 1),
+    "12x768_context256_batch4_bfloat16": Case(
+      gpt2_shape(12, 768, 12, 256, 50_304), 4, 1, "bfloat16"
+    ),
   },
   "large": {
     "12x768_context1024_batch16_bfloat16": Case(

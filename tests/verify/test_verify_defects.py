@@ -206,8 +206,8 @@ DEFECTS = {
   ),
   "logits in 16 bits": (
     "flaxlm/nn/layers.py",
-    "return rows_dot(x_BTD, self.table.astype(self.dtype).T, 1, jnp.float32)",
-    "return rows_dot(x_BTD, self.table.astype(self.dtype).T, 1, self.dtype)",
+    "return table_dot(x_BTD, self.table.astype(self.dtype))",
+    "return table_dot(x_BTD, self.table.astype(self.dtype)).astype(self.dtype)",
     ["bfloat16"],
   ),
   "adapters merged without their scale": (
@@ -223,7 +223,7 @@ DEFECTS = {
     ["adapters"],
   ),
   "splash off by one": (
-    "flaxlm/nn/kernels/splash.py",
+    "flaxlm/nn/masks.py",
     "seen = [] if self.least is None else [queries - keys >= self.least]",
     "seen = [] if self.least is None else [queries - keys > self.least]",
     ["splash"],
