@@ -40,7 +40,7 @@ class Einsum(nn.Module):
   dtype: jnp.dtype = jnp.float32
   param_dtype: jnp.dtype = jnp.float32
   output_dtype: jnp.dtype | None = None
-  matmul: str = "full"  # training.matmul, for the projections of a block
+  matmul: str = "full"  # Execution.product, for the projections of a block
   kernel: str | None = None  # of decoding's products, for the same
 
   @nn.compact

@@ -49,26 +49,15 @@ def normalise(
   return x.astype(x_BTD.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def normalise_narrow(
-  centred: bool,
-  epsilon: float,
-  x_BTD: jax.Array,
-  scale_D: jax.Array,
-  bias_D: jax.Array | None,
-) -> jax.Array:
-  """`normalise`, whose gradient takes two passes over the rows: one for all sums along a
-  row, and one for all gradients.
+def _normalise_backward(
+  centred: bool, epsilon: float, kept: tuple, grad_BTD: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+  """The gradient of `normalise` in two passes over the rows: one for all sums along a row,
+  and one for all gradients.
 
   Derived by JAX, XLA's GPU compiler makes three of a LayerNorm's, one of which writes the
   normalised rows in float32 for another: 20 bytes per number for 12, with the residual sum.
   """
-  return normalise(centred, epsilon, x_BTD, scale_D, bias_D)
-
-
-def _normalise_backward(
-  centred: bool, epsilon: float, kept: tuple, grad_BTD: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
   kept = x_BTD, scale_D, bias_D = jax.lax.optimization_barrier(kept)  # no float32 x
   mean = lambda a_BTD: jnp.mean(a_BTD, -1, keepdims=True)
   x, grad = x_BTD.astype(jnp.float32), grad_BTD.astype(jnp.float32)
@@ -92,6 +81,7 @@ def _normalise_backward(
   return jax.tree.map(lambda grad, primal: grad.astype(primal.dtype), grads, kept)
 
 
+normalise_narrow = jax.custom_vjp(normalise, nondiff_argnums=(0, 1))
 normalise_narrow.defvjp(
   lambda centred, epsilon, *arrays: (normalise(centred, epsilon, *arrays), arrays),
   _normalise_backward,

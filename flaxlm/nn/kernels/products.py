@@ -7,7 +7,7 @@ few rows, in the order that reads it fastest.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +30,22 @@ def rows_dot(
   """
   if is_cut("norm_length"):
     return jnp.tensordot(x, kernel, contracted, preferred_element_type=dtype)
-  size = math.prod(kernel.shape[:contracted])
-  x_RI, kernel_IO = x.reshape(-1, size), kernel.reshape(size, -1)
   if dtype == jnp.float32 and x.dtype != dtype:
-    y = wide_dot(x_RI, kernel_IO)
-  else:
-    y = jnp.dot(x_RI, kernel_IO, preferred_element_type=dtype)
-  return y.reshape(x.shape[: x.ndim - contracted] + kernel.shape[contracted:])
+    return in_rows(wide_dot, x, kernel, contracted)
+  plain_dot = functools.partial(jnp.dot, preferred_element_type=dtype)
+  return in_rows(plain_dot, x, kernel, contracted)
+
+
+def in_rows(
+  dot: Callable[[jax.Array, jax.Array], jax.Array],
+  x: jax.Array,
+  kernel: jax.Array,
+  contracted: int,
+) -> jax.Array:
+  """`dot` of both as matrices: all kept dims of `x` are its rows."""
+  size = math.prod(kernel.shape[:contracted])
+  y_RO = dot(x.reshape(-1, size), kernel.reshape(size, -1))
+  return y_RO.reshape(x.shape[: x.ndim - contracted] + kernel.shape[contracted:])
 
 
 def table_dot(x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
@@ -64,9 +73,7 @@ def cpu_dot(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
   a CPU's matrix units (AMX) compute, ten times as fast as what it widens. And the gradient
   of a kernel is a product whose first operand is turned before (docs/LOG.md).
   """
-  size = math.prod(kernel.shape[:contracted])
-  y_RO = wide_dot(x.reshape(-1, size), kernel.reshape(size, -1)).astype(x.dtype)
-  return y_RO.reshape(x.shape[: x.ndim - contracted] + kernel.shape[contracted:])
+  return in_rows(wide_dot, x, kernel, contracted).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
