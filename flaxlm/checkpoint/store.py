@@ -7,9 +7,11 @@ still match that manifest (`manifest.py`). This is the only module that uses Orb
 
 import contextlib
 import logging
+import os
 import shutil
 import sys
 import threading
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -96,6 +98,7 @@ class CheckpointStore:
         self._unmark(step)
         raise CheckpointError(f"{self.directory}: step {step} is there already")
     except (OSError, ValueError) as e:
+      settle(self.directory)
       raise self._unwritable(step, e) from e
     self._finisher = threading.Thread(target=self._finish, args=(step,), name="checkpoint")
     self._finisher.start()
@@ -145,6 +148,7 @@ class CheckpointStore:
         for old in finished[: -self.keep]:
           shutil.rmtree(old)
     except Exception as e:  # kept for the thread that trains
+      settle(self.directory)
       self._failure = self._unwritable(step, e)
 
   def _unwritable(self, step: int, e: Exception) -> CheckpointError:
@@ -183,6 +187,24 @@ class CheckpointStore:
         f"{self.directory}/{step} does not fit this model: {first_line(e)}",
         "the checkpoint was made by another config",
       ) from e
+
+
+def settle(directory: Path, quiet: float = 0.3, most: float = 10.0) -> None:
+  """Waits until nothing below the directory has changed for `quiet` seconds; for `most`
+  seconds at most.
+
+  Where one write of a save fails, Orbax leaves the others to TensorStore's threads. They
+  would make folders again that their owner has removed in the meantime.
+  """
+  end = time.monotonic() + most
+  before, since = None, 0.0
+  while (now := time.monotonic()) < end:
+    files = [(folder, sorted(names)) for folder, _, names in os.walk(directory)]
+    if files != before:
+      before, since = files, now
+    elif now - since > quiet:
+      return
+    time.sleep(0.02)
 
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:

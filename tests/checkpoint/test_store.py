@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: reading gives exactly what was written, or an error."""
 
+import functools
 import gc
 import json
 import os
@@ -8,6 +9,8 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from flaxlm.checkpoint.manifest import (
   saved_steps,
   write_manifest,
 )
-from flaxlm.checkpoint.store import CheckpointStore
+from flaxlm.checkpoint.store import CheckpointStore, settle
 from flaxlm.config import CheckpointConfig, Config
 from flaxlm.errors import CheckpointError
 from flaxlm.runs import find_resume_step, make_room_after, newest_whole_step
@@ -503,6 +506,34 @@ def test_a_full_disk_is_told_by_wait_and_the_older_step_survives(tmp_path: Path)
   # One cause: neither Orbax's own report nor a traceback from `close`.
   assert (result.returncode, result.stderr) == (0, "")
   assert result.stdout.splitlines()[-1] == "closed"
+
+
+def test_a_failed_save_waits_for_the_writes_that_go_on(tmp_path: Path, monkeypatch):
+  """Else they would make folders again that an import has removed."""
+  directory = tmp_path / "run/checkpoints"
+
+  def write() -> None:
+    for n in range(5):
+      time.sleep(0.02)
+      late = directory / f"late/{n}"
+      late.parent.mkdir(parents=True, exist_ok=True)
+      late.touch()
+
+  def fail() -> None:
+    writer.start()
+    raise OSError(28, "No space left on device")
+
+  writer = threading.Thread(target=write)
+  patient = functools.partial(settle, quiet=1.0)  # whatever else the machine does
+  monkeypatch.setattr("flaxlm.checkpoint.store.settle", patient)
+  store = CheckpointStore(directory)
+  with monkeypatch.context() as patch:
+    patch.setattr(store._manager, "wait_until_finished", fail)
+    with pytest.raises(CheckpointError, match="No space left"):
+      store.save(1, **trees(1), progress={})
+      store.wait()
+    assert not writer.is_alive()
+  store.close()
 
 
 def test_a_directory_that_cannot_be_written_is_told_and_ends(tmp_path: Path):
