@@ -190,6 +190,13 @@ NN = [
     "nn/kernels/test_narrow_products.py",
   ),
   Defect(
+    "a CPU computes a norm again for each row of a narrow matrix",
+    "flaxlm/nn/kernels/products.py",
+    "unfused(multiply) if R and size < 4 else multiply",
+    "multiply",
+    "nn/kernels/test_narrow_products.py::test_a_cpu_computes_a_row_once_and_not_for_each_output",
+  ),
+  Defect(
     "splash's window is one key too wide",
     "flaxlm/nn/masks.py",
     "else pattern.window - 1",

@@ -24,6 +24,7 @@ import numpy as np
 
 from flaxlm.config import MAX_NEW_IN_RING, ResolvedModel
 from flaxlm.decoding.row_sizes import RowSizes, cache_bytes
+from flaxlm.nn.cache import moved_as_bits
 
 PIECE = 64  # tokens
 MOST_KEPT = 2  # whole rows: that of a prompt, and that of its answer
@@ -144,6 +145,7 @@ def cut_piece(cache: Any, row: jax.Array, start: jax.Array, length: int = PIECE)
 def put_piece(cache: Any, piece: Any, row: jax.Array, start: jax.Array) -> Any:
   """The cache with a piece of a row written in; the row then ends after it."""
 
+  @moved_as_bits
   def put(x_BKSH: jax.Array, piece_1KSH: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(x_BKSH, piece_1KSH, (row, 0, start, 0))
 

@@ -2,6 +2,7 @@
 """The key/value cache: what a decoder remembers, layer by layer, and how it is written."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -107,6 +108,29 @@ def empty_cache(
   return KVCache(layers, jnp.zeros((batch,), jnp.int32))
 
 
+def moved_as_bits(write: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """`write(old, new, *where)`, in which XLA's CPU compiler does not widen 16-bit numbers.
+
+  It would widen the whole array, write to it and round it again, once for each row. One row
+  it writes in place.
+  """
+
+  @functools.wraps(write)
+  def run(old: jax.Array, new: jax.Array, *where: jax.Array, **static: int) -> jax.Array:
+    plain = functools.partial(write, **static)
+    if old.dtype != jnp.bfloat16 or len(old) == 1:
+      return plain(old, new, *where)
+
+    def bits(old: jax.Array, new: jax.Array, *where: jax.Array) -> jax.Array:
+      old, new = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (old, new))
+      return jax.lax.bitcast_convert_type(plain(old, new, *where), jnp.bfloat16)
+
+    return jax.lax.platform_dependent(old, new, *where, cpu=bits, default=plain)
+
+  return run
+
+
+@moved_as_bits
 def put_rows(old: jax.Array, new: jax.Array, rows_R: jax.Array, dim: int = 0) -> jax.Array:
   """`old` with the rows of `new` in place of its rows `rows_R` along `dim`.
 
@@ -197,6 +221,26 @@ def write_slots(
 
   The caller makes sure that they fit: JAX would shift a write past the end back.
   """
+  arrays = (old_BKSH, new_BKTH, first_slots_B)
+  if old_BKSH.dtype != jnp.bfloat16 or len(old_BKSH) == 1 or new_BKTH.shape[2] > 1:
+    return write_in_place(*arrays)
+  # The bits would be copied twice at every token, 9 of 41 ms of eight rows of 124M.
+  return jax.lax.platform_dependent(*arrays, cpu=write_over, default=write_in_place)
+
+
+def write_over(
+  old_BKSH: jax.Array, new_BK1H: jax.Array, first_slots_B: jax.Array
+) -> jax.Array:
+  """`write_slots` of one entry, as a choice for each slot."""
+  is_new_BS = jnp.arange(old_BKSH.shape[2]) == first_slots_B[:, None]
+  return jnp.where(is_new_BS[:, None, :, None], new_BK1H, old_BKSH)
+
+
+@moved_as_bits
+def write_in_place(
+  old_BKSH: jax.Array, new_BKTH: jax.Array, first_slots_B: jax.Array
+) -> jax.Array:
+  """`write_slots`, one row after the other."""
   batch, write_at = old_BKSH.shape[0], jax.lax.dynamic_update_slice
   if batch > MOST_WRITES or jax.sharding.get_abstract_mesh().size > 1:
     write_row = lambda old_KSH, new_KTH, at: write_at(old_KSH, new_KTH, (0, at, 0))

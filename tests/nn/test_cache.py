@@ -2,6 +2,7 @@
 """Rings: a local layer's cache of its window alone gives the results of a full cache."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -13,7 +14,13 @@ from parameters import random_params
 from flaxlm.config import ModelConfig
 from flaxlm.config import model as model_config
 from flaxlm.nn import cache
-from flaxlm.nn.cache import empty_cache, slot_in_ring, tokens_in_ring
+from flaxlm.nn.cache import (
+  MOST_WRITES,
+  empty_cache,
+  slot_in_ring,
+  tokens_in_ring,
+  write_slots,
+)
 from flaxlm.nn.models import build_model, init_cache
 
 SIZES = dict(depth=3, width=16, num_heads=2, vocab_size=32, context=128, window=5)
@@ -104,3 +111,27 @@ def test_which_token_lies_where(size: int, sinks: int):
         assert found[end, slot] >= end, "not seen yet"
     if end < 40:
       held[slots[end]] = end
+
+
+@pytest.mark.parametrize("rows", [1, 3, MOST_WRITES + 1])
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_rows_are_written_where_each_begins(dtype: str, new: int, rows: int):
+  rng = np.random.default_rng(0)
+  old, entries = (
+    jnp.asarray(rng.normal(0, 9, (rows, 2, length, 4)), dtype) for length in (16, new)
+  )
+  first = jnp.asarray(rng.integers(0, 17 - new, rows), jnp.int32)
+  expected = np.array(old)
+  for row in range(rows):
+    expected[row, :, first[row] : first[row] + new] = entries[row]
+  np.testing.assert_array_equal(jax.jit(write_slots)(old, entries, first), expected)
+
+
+@pytest.mark.parametrize("new", [1, 3])
+def test_a_narrow_cache_is_not_widened_for_each_row(new: int):
+  """XLA's CPU compiler did so once more for each row that it wrote."""
+  old, entries = (jnp.ones((8, 2, length, 4), jnp.bfloat16) for length in (16, new))
+  compiled = jax.jit(write_slots).lower(old, entries, jnp.zeros(8, jnp.int32)).compile()
+  writes = re.findall(r"= (\w+)\S* dynamic-update-slice", compiled.as_text())
+  assert writes == ["u16"] * (0 if new == 1 else 8)

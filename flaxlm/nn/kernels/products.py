@@ -16,6 +16,9 @@ from flaxlm.nn.kernels.fusion import unfused
 from flaxlm.nn.kernels.int4 import FEW_ROWS, unpacked
 from flaxlm.sharding import axis_sizes_in_use, is_cut
 
+# Of narrow matrices on a CPU, see `matrix_first_on_cpu`.
+BYTES_BY_ROW = 4  # of a number times rows that are multiplied one by one: 8 are no gain
+MOST_INPUTS, PART = 4095, 1024  # of int8
 MANY_ROWS = 2048  # of 1,024 rows to 3,072 outputs a turned operand is a loss
 
 
@@ -152,10 +155,11 @@ def matrix_dot(
 
     y = few_rows_dot(x_RI, params)
   else:
-    if is_int4:
-      matrix = unpacked(tied_to(x_RI, matrix), params["scale"], x_RI.dtype)
+    scales = params["scale"] if is_int4 else None
     on_cuda = matrix_sum if x_RI.shape[0] == 1 else matrix_first
-    y = jax.lax.platform_dependent(x_RI, matrix, cuda=on_cuda, default=matrix_first)
+    y = jax.lax.platform_dependent(
+      *(x_RI, matrix, scales), cpu=matrix_first_on_cpu, cuda=on_cuda, default=matrix_first
+    )
     if "scale" in params and not is_int4:
       y *= params["scale"]
   if "bias" in params:
@@ -163,39 +167,64 @@ def matrix_dot(
   return y
 
 
-def matrix_first(x_RI: jax.Array, matrix_OI: jax.Array) -> jax.Array:
+def matrix_first(x_RI: jax.Array, matrix: jax.Array, scales: jax.Array | None) -> jax.Array:
   """The product with the matrix as first operand: for a few rows on a CPU, up to 1.8 times
-  as fast as with x first (docs/LOG.md).
+  as fast as with x first (docs/LOG.md). `scales` are those of int4 numbers."""
+  return dot(wide(tied_to(x_RI, matrix), scales, x_RI.dtype), x_RI, 1, 1, jnp.float32).T
 
-  A barrier hides the product from its transpose; XLA would swap the operands back if it saw
-  both together.
+
+def matrix_first_on_cpu(
+  x_RI: jax.Array, matrix: jax.Array, scales: jax.Array | None
+) -> jax.Array:
+  """`matrix_first` for XLA's CPU compiler, which by itself would lose most of what narrow
+  numbers gain (docs/LOG.md).
+
+  It would widen the matrix once, before a loop over tokens, and the loop would read the
+  wide one; and it would compute x, as a norm or an activation makes it, again for each row
+  of a matrix that it widens inside the product. A conditional keeps both out. It widens
+  inside a product only with one row of less than 16 KiB: a few rows are multiplied one by
+  one, and longer ones in parts. A barrier hides the product from its transpose: of both
+  together it makes the product with x first.
   """
-  if matrix_OI.dtype != x_RI.dtype:
-    matrix_OI = tied_to(x_RI, matrix_OI).astype(x_RI.dtype)
-  inputs = (((1,), (1,)), ((), ()))
-  y_OR = jax.lax.dot_general(matrix_OI, x_RI, inputs, preferred_element_type=jnp.float32)
-  barrier = jax.lax.optimization_barrier
-  return jax.lax.platform_dependent(y_OR, cpu=barrier, default=lambda y_OR: y_OR).T
+  (R, I), size = x_RI.shape, matrix.dtype.itemsize
+  if scales is None and 1 < R <= BYTES_BY_ROW // size:
+    row = lambda x_I: matrix_first_on_cpu(x_I[None], matrix, scales)[0]
+    return jax.lax.map(row, x_RI)
+
+  def product(part: slice) -> jax.Array:
+    def multiply(x_RI: jax.Array) -> jax.Array:
+      wide_OI = wide(matrix[:, part], scales, x_RI.dtype)
+      return dot(wide_OI, x_RI[:, part], 1, 1, jnp.float32)
+
+    y_OR = (unfused(multiply) if R and size < 4 else multiply)(x_RI)
+    return jax.lax.optimization_barrier(y_OR).T
+
+  if matrix.dtype != jnp.int8 or R > 1 or I <= MOST_INPUTS:
+    return product(slice(None))
+  parts = (product(slice(n, n + PART)) for n in range(0, I, PART))
+  return functools.reduce(jnp.add, parts)
 
 
-def matrix_sum(x_1I: jax.Array, matrix_OI: jax.Array) -> jax.Array:
+def matrix_sum(x_1I: jax.Array, matrix: jax.Array, scales: jax.Array | None) -> jax.Array:
   """One row's product as a sum, for which XLA's GPU compiler reads the matrix as it is. In
   a matrix product it would be padded, widened and merged with its neighbours, at every
   token."""
-  return (matrix_OI.astype(jnp.float32) * x_1I.astype(jnp.float32)).sum(-1)[None]
+  if scales is not None:
+    matrix = wide(tied_to(x_1I, matrix), scales, x_1I.dtype)
+  return (matrix.astype(jnp.float32) * x_1I.astype(jnp.float32)).sum(-1)[None]
+
+
+def wide(matrix: jax.Array, scales: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+  """The numbers (O, I) as they are multiplied; int4 ones with their scales."""
+  return matrix.astype(dtype) if scales is None else unpacked(matrix, scales, dtype)
 
 
 def tied_to(x: jax.Array, matrix: jax.Array) -> jax.Array:
   """The matrix, as a value that depends on x.
 
   Otherwise XLA widens narrow matrices once, before a loop over tokens, and the loop reads
-  the wide ones. On accelerators a barrier is enough; the CPU compiler drops it too early.
+  the wide ones.
   """
-  if x.size == 0:
+  if matrix.dtype == x.dtype:
     return matrix
-  is_number = x[(0,) * x.ndim] == x[(0,) * x.ndim]
-  return jax.lax.platform_dependent(
-    matrix,
-    cpu=lambda matrix: jnp.where(is_number, matrix, 0).astype(matrix.dtype),
-    default=lambda matrix: jax.lax.optimization_barrier((matrix, x))[0],
-  )
+  return jax.lax.optimization_barrier((matrix, x))[0]

@@ -13,7 +13,9 @@ from flaxlm.config import NO_KERNEL, SPLASH, TILED, TrainingConfig
 from flaxlm.nn.execution import Execution
 from flaxlm.nn.kernels.products import (
   cpu_dot,
+  matrix_dot,
   matrix_first,
+  matrix_first_on_cpu,
   matrix_sum,
   rows_dot,
   suits_cpu,
@@ -24,20 +26,65 @@ from flaxlm.nn.kernels.products import (
 from flaxlm.nn.quantized import projected
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-def test_a_sum_is_the_product_of_one_row(kind):
-  """The form that GPUs use for one row equals the form that all others use."""
-  x = jax.random.normal(jax.random.key(0), (1, 96))
-  matrix = jax.random.normal(jax.random.key(1), (40, 96))
+def few_rows(kind: str, rows: int, inputs: int) -> tuple[jax.Array, jax.Array, np.ndarray]:
+  """Rows, a matrix of this kind, and their product."""
+  x = jax.random.normal(jax.random.key(0), (rows, inputs))
+  matrix = jax.random.normal(jax.random.key(1), (40, inputs))
   if kind == "int8":
     matrix = jnp.round(40 * matrix).astype(jnp.int8)
-  else:
+  elif kind == "bfloat16":
     x, matrix = x.astype(kind), matrix.astype(kind)
-  exact = np.float64(x) @ np.float64(matrix).T
-  for form in (matrix_sum, matrix_first):
-    found = jax.jit(form)(x, matrix)
-    assert found.shape == (1, 40) and found.dtype == jnp.float32
-    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-4 * abs(exact).max())
+  elif kind == "wide x":
+    matrix = matrix.astype(jnp.bfloat16)
+  return x, matrix, np.float64(x) @ np.float64(matrix).T
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "wide x", "int8"])
+@pytest.mark.parametrize("rows", [0, 1, 2, 4, 5])
+def test_all_forms_of_a_few_rows_are_their_product(kind, rows):
+  x, matrix, exact = few_rows(kind, rows, 96)
+  for form in (matrix_first, matrix_first_on_cpu, *([matrix_sum] if rows == 1 else [])):
+    found = jax.jit(form)(x, matrix, None)
+    assert found.shape == (rows, 40) and found.dtype == jnp.float32
+    np.testing.assert_allclose(
+      found, exact, rtol=1e-5, atol=1e-4 * abs(exact).max(initial=1)
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("inputs", [4095, 4096, 5000])
+def test_a_long_row_of_int8_is_multiplied_in_parts(rows, inputs):
+  x, matrix, exact = few_rows("int8", rows, inputs)
+  found = jax.jit(matrix_first_on_cpu)(x, matrix, None)
+  np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-5 * abs(exact).max())
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_row_that_is_not_finite_spoils_no_other(number):
+  x, matrix, exact = few_rows("int8", 4, 96)
+  found = jax.jit(matrix_first_on_cpu)(x.at[0, 0].set(number), matrix, None)
+  assert not np.isfinite(found[0]).any()
+  np.testing.assert_allclose(found[1:], exact[1:], rtol=1e-5, atol=1e-4 * abs(exact).max())
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "wide x", "int8"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_cpu_computes_a_row_once_and_not_for_each_output(kind, rows):
+  """In a loop, as of tokens: the matrix is widened inside the product that reads it, and
+  what makes the row is outside."""
+  x, matrix, _ = few_rows(kind, rows, 96)
+  params = {"matrix": matrix, "scale": jnp.ones(40)}
+
+  def step(x, _):
+    y = matrix_dot(jnp.tanh(x), params).astype(x.dtype)
+    return jnp.pad(y, ((0, 0), (0, 56))), None
+
+  text = jax.jit(lambda x: jax.lax.scan(step, x, length=4)[0]).lower(x).compile().as_text()
+  parts = [part for part in text.split("\n\n") if " dot(" in part]
+  assert parts
+  for part in parts:
+    assert "tanh" not in part.replace("/tanh", ""), part
+    assert "[40,96]" in part and "convert(" in part, part
 
 
 def test_a_wide_product_has_narrow_gradients():
