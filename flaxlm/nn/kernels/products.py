@@ -187,7 +187,7 @@ def matrix_first_on_cpu(
   together it makes the product with x first.
   """
   (R, I), size = x_RI.shape, matrix.dtype.itemsize
-  if scales is None and 1 < R <= BYTES_BY_ROW // size:
+  if is_one_device() and scales is None and 1 < R <= BYTES_BY_ROW // size:
     row = lambda x_I: matrix_first_on_cpu(x_I[None], matrix, scales)[0]
     return jax.lax.map(row, x_RI)
 
