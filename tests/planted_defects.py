@@ -192,7 +192,7 @@ NN = [
   Defect(
     "a CPU computes a norm again for each row of a narrow matrix",
     "flaxlm/nn/kernels/products.py",
-    "unfused(multiply) if R and size < 4 else multiply",
+    "unfused(multiply) if R and (is_narrow or in_loop) else multiply",
     "multiply",
     "nn/kernels/test_narrow_products.py::test_a_cpu_computes_a_row_once_and_not_for_each_output",
   ),

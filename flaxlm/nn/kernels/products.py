@@ -19,6 +19,9 @@ from flaxlm.sharding import axis_sizes_in_use, is_cut
 # Of narrow matrices on a CPU, see `matrix_first_on_cpu`.
 BYTES_BY_ROW = 4  # of a number times rows that are multiplied one by one: 8 are no gain
 MOST_INPUTS, PART = 4095, 1024  # of int8
+# Of a float32 matrix that is read faster in a loop than by XLA's product of one row; from
+# 0.11 on, such loops are not vectorised.
+MOST_WIDE_INPUTS = 2048 if jax.__version_info__ < (0, 11) else 0
 MANY_ROWS = 2048  # of 1,024 rows to 3,072 outputs a turned operand is a loss
 
 
@@ -183,24 +186,29 @@ def matrix_first_on_cpu(
   wide one; and it would compute x, as a norm or an activation makes it, again for each row
   of a matrix that it widens inside the product. A conditional keeps both out. It widens
   inside a product only with one row of less than 16 KiB: a few rows are multiplied one by
-  one, and longer ones in parts. A barrier hides the product from its transpose: of both
-  together it makes the product with x first.
+  one, and longer ones in parts. A wide matrix of short rows is read faster by the same
+  loop, which a choice that changes nothing stands for. A barrier hides the product from its
+  transpose: of both together it makes the product with x first.
   """
-  (R, I), size = x_RI.shape, matrix.dtype.itemsize
-  if is_one_device() and scales is None and 1 < R <= BYTES_BY_ROW // size:
+  (R, I), is_narrow = x_RI.shape, matrix.dtype.itemsize < 4
+  if is_one_device() and scales is None and 1 < R <= BYTES_BY_ROW // matrix.dtype.itemsize:
     row = lambda x_I: matrix_first_on_cpu(x_I[None], matrix, scales)[0]
     return jax.lax.map(row, x_RI)
+  is_float32 = x_RI.dtype == matrix.dtype == jnp.float32
+  in_loop = is_float32 and R == 1 and I <= MOST_WIDE_INPUTS
 
-  def product(part: slice) -> jax.Array:
+  def product(part: slice = slice(None)) -> jax.Array:
     def multiply(x_RI: jax.Array) -> jax.Array:
       wide_OI = wide(matrix[:, part], scales, x_RI.dtype)
+      if in_loop:
+        wide_OI = jnp.where(jnp.isnan(x_RI[0, 0]), jnp.nan, wide_OI)
       return dot(wide_OI, x_RI[:, part], 1, 1, jnp.float32)
 
-    y_OR = (unfused(multiply) if R and size < 4 else multiply)(x_RI)
+    y_OR = (unfused(multiply) if R and (is_narrow or in_loop) else multiply)(x_RI)
     return jax.lax.optimization_barrier(y_OR).T
 
   if matrix.dtype != jnp.int8 or R > 1 or I <= MOST_INPUTS:
-    return product(slice(None))
+    return product()
   parts = (product(slice(n, n + PART)) for n in range(0, I, PART))
   return functools.reduce(jnp.add, parts)
 
