@@ -98,8 +98,7 @@ class CheckpointStore:
         self._unmark(step)
         raise CheckpointError(f"{self.directory}: step {step} is there already")
     except (OSError, ValueError) as e:
-      settle(self.directory)
-      raise self._unwritable(step, e) from e
+      raise self._failed(step, e) from e
     self._finisher = threading.Thread(target=self._finish, args=(step,), name="checkpoint")
     self._finisher.start()
 
@@ -148,10 +147,11 @@ class CheckpointStore:
         for old in finished[: -self.keep]:
           shutil.rmtree(old)
     except Exception as e:  # kept for the thread that trains
-      settle(self.directory)
-      self._failure = self._unwritable(step, e)
+      self._failure = self._failed(step, e)
 
-  def _unwritable(self, step: int, e: Exception) -> CheckpointError:
+  def _failed(self, step: int, e: Exception) -> CheckpointError:
+    """The error of a save, once the writes beside the one that failed have ended."""
+    settle(self.directory)
     return CheckpointError(
       f"step {step} could not be saved below {self.directory}: {first_line(e)}",
       "check free space and permissions, or choose another --runs-dir",
@@ -190,8 +190,8 @@ class CheckpointStore:
 
 
 def settle(directory: Path, quiet: float = 0.3, most: float = 10.0) -> None:
-  """Waits until nothing below the directory has changed for `quiet` seconds; for `most`
-  seconds at most.
+  """Waits until no file below the directory has come or gone for `quiet` seconds; for
+  `most` seconds at most.
 
   Where one write of a save fails, Orbax leaves the others to TensorStore's threads. They
   would make folders again that their owner has removed in the meantime.

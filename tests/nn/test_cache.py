@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rings: a local layer's cache of its window alone gives the results of a full cache."""
+"""Rings: a local layer's cache of its window alone gives the results of a full cache. And
+how entries are written into a cache."""
 
 import dataclasses
 import re

@@ -194,8 +194,7 @@ def matrix_first_on_cpu(
   if is_one_device() and scales is None and 1 < R <= BYTES_BY_ROW // matrix.dtype.itemsize:
     row = lambda x_I: matrix_first_on_cpu(x_I[None], matrix, scales)[0]
     return jax.lax.map(row, x_RI)
-  is_float32 = x_RI.dtype == matrix.dtype == jnp.float32
-  in_loop = is_float32 and R == 1 and I <= MOST_WIDE_INPUTS
+  in_loop = x_RI.dtype == matrix.dtype == jnp.float32 and R == 1 and I <= MOST_WIDE_INPUTS
 
   def product(part: slice = slice(None)) -> jax.Array:
     def multiply(x_RI: jax.Array) -> jax.Array:
