@@ -190,6 +190,13 @@ NN = [
     "nn/kernels/test_narrow_products.py",
   ),
   Defect(
+    "YNNPACK computes a CPU's products of many rows",
+    "flaxlm/nn/kernels/products.py",
+    "if x_RI.dtype != jnp.float32:",
+    "if True:",
+    "nn/kernels/test_narrow_products.py::test_eigen_computes_the_products_of_many_rows",
+  ),
+  Defect(
     "a CPU computes a norm again for each row of a narrow matrix",
     "flaxlm/nn/kernels/products.py",
     "unfused(multiply) if R and (is_narrow or in_loop) else multiply",

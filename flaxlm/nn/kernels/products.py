@@ -22,7 +22,8 @@ MOST_INPUTS, PART = 4095, 1024  # of int8
 # Of a float32 matrix that is read faster in a loop than by XLA's product of one row; from
 # 0.11 on, such loops are not vectorised.
 MOST_WIDE_INPUTS = 2048 if jax.__version_info__ < (0, 11) else 0
-MANY_ROWS = 2048  # of 1,024 rows to 3,072 outputs a turned operand is a loss
+MANY_ROWS = 512  # fewer are worth less than the time to compile a form of their own
+MOST_WEIGHTS_A_ROW = 512  # of a turned kernel: 768 x 768 for 1,024 rows is a loss
 
 
 def rows_dot(
@@ -56,7 +57,8 @@ def in_rows(
 
 def table_dot(x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
   """The product of rows and of the rows of a table, (B, T, V) in float32."""
-  if x_BTD.dtype == jnp.float32 or is_cut("norm_length"):
+  is_wide = x_BTD.dtype == jnp.float32
+  if is_cut("norm_length") or (is_wide and not suits_cpu(x_BTD, 1)):
     return rows_dot(x_BTD, table_VD.T, 1, jnp.dtype(jnp.float32))
   y_RV = wide_dot(x_BTD.reshape(-1, x_BTD.shape[-1]), table_VD, 1)
   return y_RV.reshape(*x_BTD.shape[:-1], -1)
@@ -76,8 +78,9 @@ def cpu_dot(x: jax.Array, kernel: jax.Array, contracted: int) -> jax.Array:
   """`rows_dot` as XLA's CPU compiler has the fastest kernels for it and for its gradients.
 
   Products of 16-bit arrays are summed in float32 and then rounded: of these it makes what
-  a CPU's matrix units (AMX) compute, ten times as fast as what it widens. And the gradient
-  of a kernel is a product whose first operand is turned before (docs/LOG.md).
+  a CPU's matrix units (AMX) compute, ten times as fast as what it widens. Those of float32
+  are Eigen's. And the gradient of a kernel is a product whose first operand is turned
+  before (docs/LOG.md).
   """
   return in_rows(wide_dot, x, kernel, contracted).astype(x.dtype)
 
@@ -90,7 +93,14 @@ def wide_dot(x_RI: jax.Array, kernel: jax.Array, inputs: int = 0) -> jax.Array:
   matrices would stay float32 and the kernel would be widened to it, so that two of the
   three products of a head would run in float32.
   """
-  return dot(x_RI, kernel, 1, inputs, jnp.float32)
+
+  def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return dot(x, kernel, 1, inputs, jnp.float32)
+
+  if x_RI.dtype != jnp.float32 or not is_one_device():
+    return plain(x_RI, kernel)
+  on_cpu = functools.partial(product_on_cpu, of_y=inputs)
+  return jax.lax.platform_dependent(x_RI, kernel, cpu=on_cpu, default=plain)
 
 
 def _wide_dot_backward(
@@ -99,25 +109,49 @@ def _wide_dot_backward(
   x_RI, kernel = operands
   dtype, outputs = x_RI.dtype, 1 - inputs
 
-  def narrow(x: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple:
+  def plain(x: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple:
     of_kernel = (x, grad) if outputs else (grad, x)
     return dot(grad, kernel, 1, outputs, dtype), dot(*of_kernel, 0, 0, dtype)
 
-  def wide(x: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple:
-    of_x = dot(grad, kernel, 1, outputs, jnp.float32).astype(dtype)
+  def on_cpu(x: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple:
+    of_x = product_on_cpu(grad, kernel, outputs).astype(dtype)
+    if not is_worth_turning(x, kernel):
+      return of_x, plain(x, kernel, grad)[1]
     first, second = (x, grad) if x.shape[1] <= grad.shape[1] else (grad, x)
-    of_kernel = dot(unfused(turned)(first), second, 1, 0, jnp.float32).astype(dtype)
+    of_kernel = product_on_cpu(unfused(turned)(first), second, 0).astype(dtype)
     return of_x, of_kernel if (first is x) == (inputs == 0) else turned(of_kernel)
 
   arrays = x_RI, kernel, grad_RO.astype(dtype)
   if not is_one_device():
-    return narrow(*arrays)
-  return jax.lax.platform_dependent(*arrays, cpu=wide, default=narrow)
+    return plain(*arrays)
+  return jax.lax.platform_dependent(*arrays, cpu=on_cpu, default=plain)
 
 
 wide_dot.defvjp(
   lambda x, kernel, inputs: (wide_dot(x, kernel, inputs), (x, kernel)), _wide_dot_backward
 )
+
+
+def product_on_cpu(x_RI: jax.Array, kernel: jax.Array, of_y: int) -> jax.Array:
+  """The product over the columns of x and dim `of_y` of a kernel, in float32.
+
+  XLA's CPU compiler gives float32 products to YNNPACK, which takes up to 1.4 times as long
+  for them as Eigen (docs/LOG.md). Of a convolution over one place it makes a product, too,
+  but only after it has chosen, so that Eigen computes it. It turns a kernel for that whose
+  second dim is contracted.
+  """
+  is_wide = x_RI.dtype == jnp.float32
+  if not is_wide or (of_y == 1 and not is_worth_turning(x_RI, kernel)):
+    return dot(x_RI, kernel, 1, of_y, jnp.float32)
+  dims = ("NWC", "WIO" if of_y == 0 else "WOI", "NWC")
+  return jax.lax.conv_general_dilated(
+    x_RI[None], kernel[None], (1,), "VALID", dimension_numbers=dims
+  )[0]
+
+
+def is_worth_turning(x_RI: jax.Array, kernel: jax.Array) -> bool:
+  """Whether a product of these rows gains more than its operand's transpose costs."""
+  return x_RI.dtype != jnp.float32 or kernel.size <= MOST_WEIGHTS_A_ROW * len(x_RI)
 
 
 def dot(x: jax.Array, y: jax.Array, of_x: int, of_y: int, dtype: jnp.dtype) -> jax.Array:
