@@ -197,6 +197,13 @@ NN = [
     "nn/kernels/test_narrow_products.py::test_eigen_computes_the_products_of_many_rows",
   ),
   Defect(
+    "a CPU turns a kernel that is large beside its rows",
+    "flaxlm/nn/kernels/products.py",
+    "kernel.size <= MOST_WEIGHTS_A_ROW * len(x_RI)",
+    "True",
+    "nn/kernels/test_narrow_products.py::test_a_large_kernel_is_not_turned_for_few_rows",
+  ),
+  Defect(
     "a CPU computes a norm again for each row of a narrow matrix",
     "flaxlm/nn/kernels/products.py",
     "unfused(multiply) if R and (is_narrow or in_loop) else multiply",

@@ -200,6 +200,23 @@ def test_eigen_computes_the_products_of_many_rows():
   assert " convolution(" not in text and "__ynn_fusion" not in text
 
 
+@pytest.mark.parametrize(("outputs", "convolutions"), [(512, 3), (513, 1)])
+def test_a_large_kernel_is_not_turned_for_few_rows(outputs, convolutions):
+  """Its transpose costs more than Eigen gains: both gradients are plain products."""
+  x = jax.random.normal(jax.random.key(0), (512, 512))
+  kernel = jax.random.normal(jax.random.key(1), (512, outputs)) / 16
+  loss = lambda dot, x, kernel: jnp.tanh(dot(x, kernel)).sum()
+  gradients = jax.jit(jax.grad(loss, (1, 2)), static_argnums=0)
+  ours = lambda x, kernel: projected("cpu", x, kernel, 1)
+  lowered = gradients.lower(ours, x, kernel).as_text()
+  assert lowered.count("stablehlo.convolution") == convolutions
+  exact = lambda x, kernel: jnp.matmul(x, kernel, precision="highest")
+  for found, exactly in zip(
+    gradients(ours, x, kernel), gradients(exact, x, kernel), strict=True
+  ):
+    np.testing.assert_allclose(found, exactly, rtol=1e-4, atol=1e-3)
+
+
 def test_a_product_over_a_mesh_is_not_turned():
   """The product's form would ask for a number of each row, from another device."""
   with jax.set_mesh(mesh_of(data=2)):
