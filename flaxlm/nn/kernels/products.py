@@ -19,9 +19,9 @@ from flaxlm.sharding import axis_sizes_in_use, is_cut
 # Of narrow matrices on a CPU, see `matrix_first_on_cpu`.
 BYTES_BY_ROW = 4  # of a number times rows that are multiplied one by one: 8 are no gain
 MOST_INPUTS, PART = 4095, 1024  # of int8
-# Of a float32 matrix that is read faster in a loop than by XLA's product of one row; from
-# 0.11 on, such loops are not vectorised.
-MOST_WIDE_INPUTS = 2048 if jax.__version_info__ < (0, 11) else 0
+# The smaller dim of a float32 matrix that is read faster in a loop than by XLA's product of
+# one row; from 0.11 on, such loops are not vectorised.
+MOST_LOOPED = 512 if jax.__version_info__ < (0, 11) else 0
 MANY_ROWS = 512  # fewer are worth less than the time to compile a form of their own
 MOST_WEIGHTS_A_ROW = 512  # of a turned kernel: 768 x 768 for 1,024 rows is a loss
 
@@ -220,7 +220,7 @@ def matrix_first_on_cpu(
   wide one; and it would compute x, as a norm or an activation makes it, again for each row
   of a matrix that it widens inside the product. A conditional keeps both out. It widens
   inside a product only with one row of less than 16 KiB: a few rows are multiplied one by
-  one, and longer ones in parts. A wide matrix of short rows is read faster by the same
+  one, and longer ones in parts. A small wide matrix is read faster by the same
   loop, which a choice that changes nothing stands for. A barrier hides the product from its
   transpose: of both together it makes the product with x first.
   """
@@ -228,7 +228,8 @@ def matrix_first_on_cpu(
   if is_one_device() and scales is None and 1 < R <= BYTES_BY_ROW // matrix.dtype.itemsize:
     row = lambda x_I: matrix_first_on_cpu(x_I[None], matrix, scales)[0]
     return jax.lax.map(row, x_RI)
-  in_loop = x_RI.dtype == matrix.dtype == jnp.float32 and R == 1 and I <= MOST_WIDE_INPUTS
+  is_wide = x_RI.dtype == matrix.dtype == jnp.float32
+  in_loop = is_wide and R == 1 and min(matrix.shape) <= MOST_LOOPED
 
   def product(part: slice = slice(None)) -> jax.Array:
     def multiply(x_RI: jax.Array) -> jax.Array:
