@@ -192,7 +192,7 @@ NN = [
   Defect(
     "YNNPACK computes a CPU's products of many rows",
     "flaxlm/nn/kernels/products.py",
-    "if not is_wide or (of_y == 1 and not is_worth_turning(x_RI, kernel)):",
+    "if not is_wide or (inputs == 1 and not is_worth_turning(x_RI, kernel)):",
     "if True:",
     "nn/kernels/test_narrow_products.py::test_eigen_computes_the_products_of_many_rows",
   ),

@@ -99,7 +99,7 @@ def wide_dot(x_RI: jax.Array, kernel: jax.Array, inputs: int = 0) -> jax.Array:
 
   if x_RI.dtype != jnp.float32 or not is_one_device():
     return plain(x_RI, kernel)
-  on_cpu = functools.partial(product_on_cpu, of_y=inputs)
+  on_cpu = functools.partial(product_on_cpu, inputs=inputs)
   return jax.lax.platform_dependent(x_RI, kernel, cpu=on_cpu, default=plain)
 
 
@@ -132,8 +132,8 @@ wide_dot.defvjp(
 )
 
 
-def product_on_cpu(x_RI: jax.Array, kernel: jax.Array, of_y: int) -> jax.Array:
-  """The product over the columns of x and dim `of_y` of a kernel, in float32.
+def product_on_cpu(x_RI: jax.Array, kernel: jax.Array, inputs: int) -> jax.Array:
+  """The product over the columns of x and dim `inputs` of a kernel, in float32.
 
   XLA's CPU compiler gives float32 products to YNNPACK, which takes up to 1.4 times as long
   for them as Eigen (docs/LOG.md). Of a convolution over one place it makes a product, too,
@@ -141,9 +141,9 @@ def product_on_cpu(x_RI: jax.Array, kernel: jax.Array, of_y: int) -> jax.Array:
   second dim is contracted.
   """
   is_wide = x_RI.dtype == jnp.float32
-  if not is_wide or (of_y == 1 and not is_worth_turning(x_RI, kernel)):
-    return dot(x_RI, kernel, 1, of_y, jnp.float32)
-  dims = ("NWC", "WIO" if of_y == 0 else "WOI", "NWC")
+  if not is_wide or (inputs == 1 and not is_worth_turning(x_RI, kernel)):
+    return dot(x_RI, kernel, 1, inputs, jnp.float32)
+  dims = ("NWC", "WIO" if inputs == 0 else "WOI", "NWC")
   return jax.lax.conv_general_dilated(
     x_RI[None], kernel[None], (1,), "VALID", dimension_numbers=dims
   )[0]
