@@ -195,6 +195,7 @@ def test_what_cannot_be_learnt(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_for_users")
 def test_a_tiny_model_is_taught_to_answer(
   flaxlm: Callable[..., Any], in_process: Callable[..., Any], tmp_path: Path
 ):

@@ -82,33 +82,34 @@ def learn(
   return lambda *arguments, **knobs: in_process(*learning(*arguments, **knobs))
 
 
-def test_the_accuracy_rises(
-  learn: Callable[..., Any], flaxlm: Any, in_process: Any, tmp_path: Path
-):
-  """That of the likeliest answers to all sums; an evaluation afterwards finds the same."""
+@pytest.mark.usefixtures("learn", "compiled_for_users")
+def test_the_accuracy_rises(flaxlm: Any, tmp_path: Path):
+  """That of the likeliest answers to all sums; an evaluation afterwards finds the same.
+  From 0.31 to between 0.77 and 0.91 for three seeds: rounding, which differs between
+  processors, changes what is drawn as a seed does."""
   knobs: dict[str, Any] = {
     "data__batch_size": 128,
     "optimizer__learning_rate": 2e-3,
-    "training__num_steps": 75,
-    "training__eval_every_steps": 25,
-    "training__log_every_steps": 25,
-    "checkpoint__every_steps": 75,
+    "training__num_steps": 150,
+    "training__eval_every_steps": 50,
+    "training__log_every_steps": 50,
+    "checkpoint__every_steps": 150,
   }
   done = flaxlm(*learning("rewarded", **knobs))
   assert done.returncode == 0, done.stderr
   run = tmp_path / "runs" / "rewarded"
   accuracy = metrics(run, "eval/accuracy")
-  assert accuracy[-1] >= accuracy[0] + 0.2, accuracy
+  assert accuracy[-1] >= accuracy[0] + 0.25, accuracy
   rewards = metrics(run, "train/reward")
   assert rewards[-1] > rewards[0] and "reward " in done.stderr
   assert "64 prompts to learn from, 64 held out" in done.stderr
   assert "asked in the chat template" in done.stderr and " => " in done.stdout
   for name in ("telling_groups", "completion_tokens", "ended_completions"):
     assert len(metrics(run, f"train/{name}")) == 3
-  found = json.loads(in_process("eval", "runs/rewarded", "--json").stdout)
+  found = json.loads(flaxlm("eval", "runs/rewarded", "--json").stdout)
   assert found["eval/accuracy"] == found["eval/reward"] == accuracy[-1]
   assert found["questions"] == 64
-  told = in_process("eval", "runs/rewarded", "--corpus=files:asked/train.jsonl").stdout
+  told = flaxlm("eval", "runs/rewarded", "--corpus=files:asked/train.jsonl").stdout
   assert "of the answers right; 64 questions" in told
 
 
