@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flaxlm.nn.masks import LOWEST, Scoring, Sight
 from flaxlm.sharding import constrain, is_cut
 
+Ranges = tuple[tuple[int, int], ...]  # first and one past the last
+
 
 def attend_blocked(
   q_BTNH: jax.Array,
@@ -35,30 +37,31 @@ def attend_blocked(
   """
   B, T, N, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
-  # One matrix per kv head, whose rows are those of its G query heads in turn.
-  q_BKGTH = (q_BTNH * scoring.scale).reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-  k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-  sinks_KG = None if sinks_N is None else sinks_N.reshape(K, N // K)
-  reach, blocks = sight.reach, []
-  for start, end in query_blocks(T) if reach else [(0, T)]:
-    first = 0 if reach is None or reach.window is None else max(0, start - reach.window + 1)
-    last = end if reach else S
-    part = lambda x, start=start, end=end, first=first, last=last: (
-      None if x is None else x[..., start:end, first:last]
+  queries: Ranges = ((0, T),)
+  keys: Ranges = ((0, S),)
+  if sight.reach:
+    queries = query_blocks(T)
+    before = S if sight.reach.window is None else sight.reach.window - 1
+    keys = tuple((max(0, start - before), end) for start, end in queries)
+  split = cuts(q_BTNH * scoring.scale, queries), cuts(k_BSKH, keys), cuts(v_BSKH, keys)
+  blocks = []
+  for own, seen, q, k, v in zip(queries, keys, *split, strict=True):
+    # One matrix per kv head, whose rows are those of its G query heads in turn.
+    q_BKGTH = q.reshape(B, -1, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    part = lambda x, own=own, seen=seen: (
+      None if x is None else x[..., slice(*own), slice(*seen)]
     )
-    blocks.append(
-      mix(
-        scoring.softcap,
-        share_out(q_BKGTH[:, :, :, start:end]),
-        k_BKSH[:, :, first:last],
-        v_BKSH[:, :, first:last],
-        part(sight.mask_BTS),
-        part(sight.bias_XNTS),
-        sinks_KG,
-      )
+    out_BKGTH = mix(
+      scoring.softcap,
+      share_out(q_BKGTH),
+      k.swapaxes(1, 2),
+      v.swapaxes(1, 2),
+      part(sight.mask_BTS),
+      part(sight.bias_XNTS),
+      None if sinks_N is None else sinks_N.reshape(K, N // K),
     )
-  out_BKGTH = jnp.concatenate(blocks, 3)
-  return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    blocks.append(out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q.shape))
+  return jnp.concatenate(blocks, 1)
 
 
 def share_out(q_BKGTH: jax.Array) -> jax.Array:
@@ -68,11 +71,40 @@ def share_out(q_BKGTH: jax.Array) -> jax.Array:
   return constrain(q_BKGTH, "batch", "act_kv_heads", "head_dim", "length", "head_dim")
 
 
-def query_blocks(num_queries: int) -> list[tuple[int, int]]:
+def query_blocks(num_queries: int) -> Ranges:
   """Up to four ranges of at least 64 queries; more would save little and compile longer."""
   count = max(1, min(4, num_queries // 64))
   edges = [num_queries * i // count for i in range(count + 1)]
-  return list(itertools.pairwise(edges))
+  return tuple(itertools.pairwise(edges))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def cuts(x_BTNH: jax.Array, ranges: Ranges) -> list[jax.Array]:
+  """Ranges that cover all positions; where they overlap their gradients are added.
+
+  As JAX derives it, each gradient would be padded to all positions first, and rounded after
+  each sum.
+  """
+  return [x_BTNH[:, slice(*bounds)] for bounds in ranges]
+
+
+def _cuts_backward(
+  ranges: Ranges, whole: jax.Array, grads: list[jax.Array]
+) -> tuple[jax.Array]:
+  edges = sorted({0, whole.shape[1]}.union(*ranges))
+  wide = jnp.promote_types(whole.dtype, jnp.float32)
+  pieces = []
+  for start, end in itertools.pairwise(edges):
+    covering = [
+      grad[:, start - first : end - first].astype(wide)
+      for grad, (first, last) in zip(grads, ranges, strict=True)
+      if first <= start and end <= last
+    ]
+    pieces.append(functools.reduce(jnp.add, covering).astype(whole.dtype))
+  return (jnp.concatenate(pieces, 1),)
+
+
+cuts.defvjp(lambda x, ranges: (cuts(x, ranges), x), _cuts_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -6,6 +6,7 @@ from 61 to 32 bytes per token, layer and unit of width.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -90,9 +91,15 @@ normalise_narrow.defvjp(
 
 @functools.partial(jax.checkpoint, static_argnums=0)
 def activated(kind: str, h: jax.Array, gate: jax.Array | None) -> jax.Array:
-  """`activate`, which the backward pass recomputes: that is cheaper than keeping the
-  several arrays of this size that its derivative needs."""
-  return activate(h, kind, gate)
+  """`activate` in float32, rounded once. The backward pass recomputes it: that is cheaper
+  than keeping the several arrays of this size that its derivative needs.
+
+  XLA's CPU compiler would round 16-bit numbers after each operation, in three times the
+  time.
+  """
+  wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  gate = None if gate is None else wide(gate)
+  return activate(wide(h), kind, gate).astype(h.dtype)
 
 
 def activate(x: jax.Array, kind: str, gate: jax.Array | None = None) -> jax.Array:
@@ -100,6 +107,8 @@ def activate(x: jax.Array, kind: str, gate: jax.Array | None = None) -> jax.Arra
   if gate is not None:
     return activate(gate, kind) * x
   match kind:
+    case "gelu" if x.dtype == jnp.float32:  # on a CPU, erfc takes twice an erf's time
+      return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
     case "gelu":
       return jax.nn.gelu(x, approximate=False)
     case "gelu_tanh":

@@ -18,7 +18,7 @@ from flaxlm.errors import ConfigError
 from flaxlm.nn.attention import attend
 from flaxlm.nn.execution import Execution
 from flaxlm.nn.kernels import tiled
-from flaxlm.nn.kernels.blocked import attend_blocked, query_blocks
+from flaxlm.nn.kernels.blocked import attend_blocked, cuts, query_blocks
 from flaxlm.nn.kernels.cudnn import attend_cudnn
 from flaxlm.nn.kernels.paths import choose_path
 from flaxlm.nn.kernels.tiled import attend_tiled, tiles
@@ -100,10 +100,27 @@ def test_windows_reach_over_blocks():
   q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 130, 2, 8))
   where, window, scoring = Placement(jnp.arange(130)[None]), 40, Scoring(0.3)
   sight = Sight(visible(where, 130, window=window), reach=Reach(window))
-  expected, _ = attend(q, k, v, sight, scoring)
   assert len(query_blocks(130)) > 1
-  actual = attend_blocked(q, k, v, sight, scoring)
-  np.testing.assert_allclose(actual, expected, atol=3e-5)
+  with_gradients = lambda function: (
+    function(q, k, v),
+    jax.grad(lambda *qkv: (function(*qkv) ** 2).sum(), (0, 1, 2))(q, k, v),
+  )
+  expected = with_gradients(lambda *qkv: attend(*qkv, sight, scoring)[0])
+  actual = with_gradients(lambda *qkv: attend_blocked(*qkv, sight, scoring))
+  close = lambda a, e: np.testing.assert_allclose(a, e, atol=3e-5)
+  jax.tree.map(close, actual, expected)
+
+
+def test_gradients_of_ranges_are_rounded_once():
+  """1 + 2^-8 + 2^-8: rounded after each sum, in bfloat16 it would be 1."""
+  parts = [(1.0, (0, 5)), (2**-8, (2, 7)), (2**-8, (2, 6))]
+  ranges = tuple(bounds for _, bounds in parts)
+  scaled = lambda x: sum(
+    (grad * part.sum() for part, (grad, _) in zip(cuts(x, ranges), parts, strict=True))
+  )
+  x = jnp.zeros((1, 7, 1, 1), jnp.bfloat16)
+  found = np.float32(jax.grad(scaled)(x).ravel())
+  np.testing.assert_array_equal(found, [1, 1, *[1 + 2**-7] * 3, 2**-7, 2**-8])
 
 
 @pytest.fixture

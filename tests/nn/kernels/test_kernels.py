@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference_layers import activate as reference
 
 from flaxlm.nn.attention import attend
 from flaxlm.nn.kernels.cached import attend_cached
@@ -104,13 +105,29 @@ def test_a_norm_is_its_formula_with_its_gradient(centred, dtype):
 @pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "silu", "relu"])
 def test_an_activation_that_is_computed_again_is_the_activation(kind):
   h, gate = jax.random.normal(jax.random.key(0), (2, 64))
-  gated = lambda h, gate: activate(gate, kind) * h
+  gated = lambda h, gate: activate(h, kind, gate)
   np.testing.assert_allclose(activated(kind, h, None), activate(h, kind), rtol=1e-6)
   ours = jax.grad(lambda h, gate: activated(kind, h, gate).sum(), (0, 1))(h, gate)
   plain = jax.grad(lambda h, gate: gated(h, gate).sum(), (0, 1))(h, gate)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, plain
   )
+
+
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "silu", "relu"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_an_activation_is_rounded_once(kind, dtype):
+  """Beside float64: few roundings of float32 or, on top of them, one of bfloat16."""
+  x = jnp.linspace(-12, 12, 4_001).astype(dtype)
+  gate = jnp.cos(x)
+  for found, exact in [
+    (activated(kind, x, None), reference(kind, np.float64(x))),
+    (activated(kind, x, gate), reference(kind, np.float64(gate)) * np.float64(x)),
+  ]:
+    assert found.dtype == dtype
+    few = 2.0**-22 * abs(np.float64(x))
+    once = 0 if dtype == jnp.float32 else 2.0**-8 * abs(exact)
+    assert (abs(np.float64(found) - exact) <= few + once).all()
 
 
 @pytest.mark.parametrize("first", [-3, 0, 7])
