@@ -145,13 +145,13 @@ DEFECTS = {
   ),
   "wrong kv-head mapping": (
     "flaxlm/nn/kernels/blocked.py",
-    ".reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)",
-    ".reshape(B, T, N // K, K, H).transpose(0, 3, 2, 1, 4)",
+    "q.reshape(B, -1, K, N // K, H).transpose(0, 2, 3, 1, 4)",
+    "q.reshape(B, -1, N // K, K, H).transpose(0, 3, 2, 1, 4)",
     ["kv heads", "attention"],
   ),
   "the other gelu": (
     "flaxlm/nn/kernels/fusion.py",
-    "return jax.nn.gelu(x, approximate=False)",
+    "return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))",
     "return jax.nn.gelu(x, approximate=True)",
     ["feed-forward", "layer"],
   ),
