@@ -44,6 +44,7 @@ def attend_blocked(
     before = S if sight.reach.window is None else sight.reach.window - 1
     keys = tuple((max(0, start - before), end) for start, end in queries)
   split = cuts(q_BTNH * scoring.scale, queries), cuts(k_BSKH, keys), cuts(v_BSKH, keys)
+  sinks_KG = None if sinks_N is None else sinks_N.reshape(K, N // K)
   blocks = []
   for own, seen, q, k, v in zip(queries, keys, *split, strict=True):
     # One matrix per kv head, whose rows are those of its G query heads in turn.
@@ -58,7 +59,7 @@ def attend_blocked(
       v.swapaxes(1, 2),
       part(sight.mask_BTS),
       part(sight.bias_XNTS),
-      None if sinks_N is None else sinks_N.reshape(K, N // K),
+      sinks_KG,
     )
     blocks.append(out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(q.shape))
   return jnp.concatenate(blocks, 1)
@@ -88,11 +89,9 @@ def cuts(x_BTNH: jax.Array, ranges: Ranges) -> list[jax.Array]:
   return [x_BTNH[:, slice(*bounds)] for bounds in ranges]
 
 
-def _cuts_backward(
-  ranges: Ranges, whole: jax.Array, grads: list[jax.Array]
-) -> tuple[jax.Array]:
-  edges = sorted({0, whole.shape[1]}.union(*ranges))
-  wide = jnp.promote_types(whole.dtype, jnp.float32)
+def _cuts_backward(ranges: Ranges, _: None, grads: list[jax.Array]) -> tuple[jax.Array]:
+  edges, dtype = sorted(set().union(*ranges)), grads[0].dtype
+  wide = jnp.promote_types(dtype, jnp.float32)
   pieces = []
   for start, end in itertools.pairwise(edges):
     covering = [
@@ -100,11 +99,11 @@ def _cuts_backward(
       for grad, (first, last) in zip(grads, ranges, strict=True)
       if first <= start and end <= last
     ]
-    pieces.append(functools.reduce(jnp.add, covering).astype(whole.dtype))
+    pieces.append(functools.reduce(jnp.add, covering).astype(dtype))
   return (jnp.concatenate(pieces, 1),)
 
 
-cuts.defvjp(lambda x, ranges: (cuts(x, ranges), x), _cuts_backward)
+cuts.defvjp(lambda x, ranges: (cuts(x, ranges), None), _cuts_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
